@@ -1,0 +1,401 @@
+"""Checkpoint: a folder of safetensors. Open one, fingerprint it, read it tensor by tensor, write a compacted one.
+
+Nothing here holds more than one tensor and its cut copy at a time, whatever the model's size.
+"""
+
+import hashlib
+import json
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from seap_ray.architecture import DOWN_PROJ, FAMILIES, LAYER_PREFIX, O_PROJ, Architecture
+from seap_ray.compact import COLUMNS, compact, compact_size, kept_indices, mean_bias
+from seap_ray.errors import ConfigError
+from seap_ray.moments import Site, Statistics
+from seap_ray.plan import Plan
+from seap_ray.run import publishing, write_json
+
+INDEX = "model.safetensors.index.json"
+CARRIED = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "generation_config.json", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+"""Files of the base model that go with every expert."""
+SITE_OF: dict[str, Site] = {O_PROJ: "attn", DOWN_PROJ: "mlp"}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAMPLED = 1 << 26
+"""Weight files up to this many bytes are hashed whole, larger ones by their header and 64 blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies, and its safetensors dtype name and shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A dense model on disk, opened without reading a weight."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, source: str, revision: str | None = None) -> "Checkpoint":
+        """Open ``demo``, a local folder or a hub id. Raises ConfigError, one line, for what cannot be pruned."""
+        folder = _folder(source, revision)
+        config_path = folder / "config.json"
+        if not config_path.is_file():
+            raise ConfigError(f"model.source: {folder} has no config.json")
+        try:
+            tensors = {name: info for file in _weight_files(folder) for name, info in _infos(file)}
+        except SafetensorError as error:
+            raise ConfigError(f"model.source: {folder}: weights cannot be read ({error})") from None
+        checkpoint = cls(folder, json.loads(config_path.read_text()), tensors)
+        checkpoint._check()
+        return checkpoint
+
+    def _check(self) -> None:
+        architecture = self.architecture
+        for layer in range(architecture.n_layers):
+            for module in SITE_OF:
+                name = architecture.tensor(layer, module)
+                if name not in self.tensors:
+                    raise ConfigError(f"model.source: {self.folder} has no tensor {name}")
+                if self.tensors[name].dtype not in DTYPES:
+                    raise ConfigError(
+                        f"model.source: {name} is {self.tensors[name].dtype}, not one of {', '.join(DTYPES)}"
+                    )
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return Architecture.of(self.config)
+
+    @property
+    def parameters(self) -> int:
+        return sum(prod(info.shape) for info in self.tensors.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the configuration and the weight files (a sample of each large one)."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file in sorted({info.file for info in self.tensors.values()}):
+            digest.update(_file_hash(file))
+        return digest.hexdigest()
+
+    def read(self, name: str) -> Tensor:
+        with safe_open(self.tensors[name].file, "pt") as file:
+            return file.get_tensor(name)
+
+    def read_bias(self, layer: int, module: str) -> Tensor | None:
+        name = self.architecture.tensor(layer, module, "bias")
+        return self.read(name) if name in self.tensors else None
+
+
+def _folder(source: str, revision: str | None) -> Path:
+    if source == "demo":
+        return Path(__file__).with_name("demo") / "model"
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.absolute()
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise ConfigError(f"model.source: {source} is no folder with a model, no hub id (owner/name) and not `demo`")
+    return _download(source, revision)
+
+
+def _download(source: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", "*.json", *CARRIED]))
+    except RepositoryNotFoundError:
+        raise ConfigError(f"model.source: the hub has no model {source} that your token may read") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.source: {source} is no local folder, and the hub did not give it ({reason})"
+        ) from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            if list(folder.glob("pytorch_model*.bin")):
+                raise ConfigError(
+                    f"model.source: {folder} holds pickled weights only; convert them with "
+                    f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(...)"
+                )
+            raise ConfigError(f"model.source: {file} is missing")
+    return files
+
+
+def _infos(file: Path) -> Iterator[tuple[str, TensorInfo]]:
+    with safe_open(file, "pt") as opened:
+        for name in opened.keys():
+            part = opened.get_slice(name)
+            yield name, TensorInfo(file, part.get_dtype(), tuple(part.get_shape()))
+
+
+def _file_hash(path: Path) -> bytes:
+    size, block = path.stat().st_size, 1 << 16
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= SAMPLED:
+            return hashlib.file_digest(file, "sha256").digest()
+        digest.update(file.read(struct.unpack("<Q", file.read(8))[0]))
+        for i in range(64):
+            file.seek((size - block) * i // 63)
+            digest.update(file.read(block))
+    return digest.digest()
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor of a compacted checkpoint, before it is made."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """One expert's checkpoint to be: the base, the plan, and the moments whose mean compensates the cut."""
+
+    base: Checkpoint
+    plan: Plan
+    statistics: Statistics | None = None
+    stock: bool = False
+    """Write a checkpoint of an ordinary family, which has biases in all layers or in none."""
+
+    def outputs(self) -> list[OutputTensor]:
+        """Every tensor of the checkpoint, in the base's order."""
+        outputs = [self._cut(name, info) for name, info in self.base.tensors.items()]
+        return sorted(outputs + self._new_biases(), key=lambda output: _natural(output.name))
+
+    def _cut(self, name: str, info: TensorInfo) -> OutputTensor:
+        layer, module, kind = split_name(name)
+        if layer is None:
+            return OutputTensor(name, info.dtype, info.shape)
+        head_dim = self.base.architecture.head_dim
+        return OutputTensor(name, info.dtype, compact_size(module, kind, info.shape, self.plan.kept[layer], head_dim))
+
+    def _new_biases(self) -> list[OutputTensor]:
+        """Biases that the base does not have: of compensated layers, and all zero ones that a stock family asks for."""
+        architecture, new = self.base.architecture, []
+        for layer in range(architecture.n_layers):
+            modules = [module for module in COLUMNS if self.compensates(layer)]
+            if self.stock and self.plan.compensation != "none":
+                modules = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+            for module in modules:
+                weight = self._cut(name := architecture.tensor(layer, module), self.base.tensors[name])
+                bias = architecture.tensor(layer, module, "bias")
+                if bias not in self.base.tensors:
+                    new.append(OutputTensor(bias, weight.dtype, weight.shape[:1]))
+        return new
+
+    def compensates(self, layer: int) -> bool:
+        return self.plan.compensation != "none" and self.plan.cuts(layer, self.base.architecture.dense)
+
+    def make(self, output: OutputTensor) -> Tensor:
+        """The tensor itself, in the base's dtype."""
+        layer, module, kind = split_name(output.name)
+        if layer is None:
+            return self.base.read(output.name)
+        if kind == "bias" and module in COLUMNS and self.compensates(layer):
+            return self._compensation(layer, module)
+        if output.name not in self.base.tensors:
+            return torch.zeros(output.shape, dtype=DTYPES[output.dtype])
+        kept, head_dim = self.plan.kept[layer], self.base.architecture.head_dim
+        return compact(module, kind, self.base.read(output.name), kept, head_dim)
+
+    def _compensation(self, layer: int, module: str) -> Tensor:
+        assert self.statistics is not None
+        architecture = self.base.architecture
+        kept = kept_indices(self.plan.kept[layer], COLUMNS[module], architecture.head_dim)
+        return mean_bias(
+            self.base.read(architecture.tensor(layer, module)),
+            self.statistics[layer, SITE_OF[module]].mean_D,
+            kept,
+            self.base.read_bias(layer, module),
+        )
+
+    def files(self, max_bytes: int) -> dict[str, list[OutputTensor]]:
+        """Distribute the tensors, in order, over files of at most ``max_bytes`` (a larger tensor has its own)."""
+        groups: list[list[OutputTensor]] = [[]]
+        room = max_bytes
+        for output in self.outputs():
+            if groups[-1] and output.n_bytes > room:
+                groups.append([])
+                room = max_bytes
+            groups[-1].append(output)
+            room -= output.n_bytes
+        if len(groups) == 1:
+            return {"model.safetensors": groups[0]}
+        return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+    def config(self) -> dict[str, Any]:
+        """``config.json`` of the checkpoint."""
+        return self._stock_config() if self.stock else self._seap_config()
+
+    def _seap_config(self) -> dict[str, Any]:
+        architecture = self.base.architecture
+        family = FAMILIES[architecture.family]
+        return {
+            **self.base.config,
+            "architectures": [family.model_class],
+            "model_type": f"seap_{architecture.family}",
+            "auto_map": {
+                "AutoConfig": f"configuration_seap.{family.config_class}",
+                "AutoModelForCausalLM": f"modeling_seap.{family.model_class}",
+            },
+            "head_dim": architecture.head_dim,
+            "num_key_value_heads": architecture.dense.groups,
+            "per_layer_config": {str(i): own for i in range(architecture.n_layers) if (own := self._own(i))},
+        }
+
+    def _own(self, layer: int) -> dict[str, Any]:
+        shape, dense = self.plan.kept[layer].shape, self.base.architecture.dense
+        values = {
+            "num_attention_heads": (shape.heads, dense.heads),
+            "num_key_value_heads": (shape.groups, dense.groups),
+            "intermediate_size": (shape.channels, dense.channels),
+            "o_proj_bias": (self.compensates(layer), False),
+            "down_proj_bias": (self.compensates(layer), False),
+        }
+        return {key: value for key, (value, usual) in values.items() if value != usual}
+
+    def _stock_config(self) -> dict[str, Any]:
+        shape, compensated = self.plan.shapes[0], self.plan.compensation != "none"
+        config = {
+            **self.base.config,
+            "head_dim": self.base.architecture.head_dim,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.groups,
+            "intermediate_size": shape.channels,
+        }
+        if compensated:  # of the stock families only Llama has biases on o_proj and down_proj
+            config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+            config |= {"attention_bias": True, "mlp_bias": True}
+        return config
+
+
+def check_stock(plan: Plan, architecture: Architecture) -> None:
+    """Raises ConfigError, naming the layer, when a plan has widths that no stock checkpoint can hold."""
+    first = plan.shapes[0]
+    for layer, shape in enumerate(plan.shapes):
+        if shape != first:
+            raise ConfigError(
+                f"export.format: stock needs equal widths, but layer {layer} of {plan.name} has {shape} and layer 0 "
+                f"{first}; use pruning.allocation.kind=uniform, or export.format=seap"
+            )
+    if architecture.hidden_size % first.heads:
+        raise ConfigError(
+            f"export.format: stock needs heads that divide the hidden size {architecture.hidden_size}, not "
+            f"{first.heads} as in layer 0 of {plan.name}; use pruning.attention_unit=none, or export.format=seap"
+        )
+
+
+def split_name(name: str) -> tuple[int | None, str, str]:
+    """``model.layers.3.mlp.up_proj.weight`` -> (3, ``mlp.up_proj``, ``weight``); layer None for all other tensors."""
+    if not name.startswith(LAYER_PREFIX):
+        return None, name, ""
+    layer, _, rest = name.removeprefix(LAYER_PREFIX).partition(".")
+    module, _, kind = rest.rpartition(".")
+    return int(layer), module, kind
+
+
+def _natural(name: str) -> tuple[int, int, str]:
+    layer, _, _ = split_name(name)
+    return (0, layer, name) if layer is not None else (-1 if "embed" in name else 1, 0, name)
+
+
+def write_tensors(compaction: Compaction, outputs: list[OutputTensor], path: Path) -> str:
+    """Write one safetensors file tensor by tensor and return its sha256. (The library writes whole dicts only.)"""
+    digest = hashlib.sha256()
+    with publishing(path) as temporary, temporary.open("wb") as file:
+        for chunk in _chunks(compaction, outputs):
+            file.write(chunk)
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(compaction: Compaction, outputs: list[OutputTensor]) -> Iterator[Any]:
+    yield _header(outputs)
+    for output in outputs:
+        tensor = compaction.make(output)
+        if tuple(tensor.shape) != output.shape:
+            raise ValueError(f"{output.name}: made {tuple(tensor.shape)}, planned {output.shape}")
+        yield tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _header(outputs: Iterable[OutputTensor]) -> bytes:
+    """Length and JSON of a safetensors file, padded to 8 bytes (github.com/huggingface/safetensors, Format)."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for output in outputs:
+        entries[output.name] = {
+            "dtype": output.dtype,
+            "shape": list(output.shape),
+            "data_offsets": [start, start + output.n_bytes],
+        }
+        start += output.n_bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def finish(
+    compaction: Compaction, folder: Path, files: dict[str, list[OutputTensor]], manifest: dict[str, Any]
+) -> None:
+    """Write all that is not a weight: index, config, code, the base's tokenizer; ``seap.json`` last."""
+    from seap_ray import hf
+
+    if len(files) > 1:
+        total = sum(output.n_bytes for outputs in files.values() for output in outputs)
+        names = {output.name: file for file, outputs in files.items() for output in outputs}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
+    write_json(folder / "config.json", compaction.config())
+    carried = {file for pattern in CARRIED for file in compaction.base.folder.glob(pattern) if file.is_file()}
+    for file in sorted(carried) + ([] if compaction.stock else list(hf.FILES)):
+        shutil.copyfile(file, folder / file.name)
+    write_json(folder / "seap.json", manifest)
+
+
+def versions() -> dict[str, str]:
+    """Versions that a checkpoint or a record was made with."""
+    return {name: version(name) for name in ("seap-ray", "torch", "transformers", "ray", "safetensors")}
+
+
+def parse_size(text: str) -> int:
+    """``5GB`` -> 5,000,000,000, as Hugging Face counts."""
+    number, unit = text[:-2], text[-2:]
+    return int(float(number) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[unit])

@@ -1,0 +1,307 @@
+"""Config: ``ray_config.yaml`` and ``dotted.key=value`` overrides in, one frozen value out. Imports no torch."""
+
+import difflib
+import os
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from seap_ray.errors import ConfigError
+from seap_ray.tasks import BUILT_IN, Section, Task, complete
+
+DEFAULT_PATH = "ray_config.yaml"
+PATH_VARIABLE = "SEAP_RAY_CONFIG"
+
+Score = Literal["wifv", "wifn", "wanda_sp", "energy", "official_wifn", "magnitude"]
+Allocation = Literal["uniform", "logistic", "global"]
+Compensation = Literal["none", "mean"]
+Pooling = Literal["pooled", "score_average"]
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+class RunSection(Section):
+    name: str = Field(default="demo", pattern=r"^[A-Za-z0-9._-]+$")
+    """Name of the run; its files lie in <storage>/<name>."""
+    storage: str = "runs"
+    """Folder that holds runs. On several nodes: a folder that every node sees under this path."""
+    seed: int = 0
+    """Seed of everything drawn at random."""
+
+
+class ModelSection(Section):
+    source: str = "demo"
+    """`demo`, a folder with safetensors, or a hub id such as meta-llama/Llama-3.1-8B."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type that the model computes in; `auto` is the checkpoint's own."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may run. Off unless you have read it."""
+
+
+class CorpusSection(Section):
+    samples: int = Field(default=200, ge=1)
+    """Rows drawn per task, at random over the whole corpus."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Token budget per task; the draw ends with the row that reaches it."""
+    sequence_length: int = Field(default=2048, ge=2)
+    """Longest sequence, in tokens; longer texts are cut (never beyond what the model was made for)."""
+    packing: Literal["bucket", "pack"] = "bucket"
+    """`bucket`: a text is a sequence, batched with others of its length. `pack`: texts are joined to full sequences."""
+    prompt_format: Literal["clean", "official"] = "clean"
+    """`official` reproduces the texts of the SEAP authors' code, lower-casing included."""
+    shard_sequences: int = Field(default=64, ge=1)
+    """Rows per shard. A shard is the unit of work, and all that a fault can cost."""
+
+
+class CalibrationSection(Section):
+    workers: int | Literal["auto"] = "auto"
+    """Model replicas; `auto`: as many as the cluster holds and the shards occupy."""
+    num_cpus: int = Field(default=1, ge=1)
+    """CPUs, and so threads, per worker."""
+    num_gpus: float = Field(default=0, ge=0, le=1)
+    """GPUs per worker."""
+    batch_tokens: int = Field(default=4096, ge=1)
+    """Tokens per forward pass, padding included; halved where memory runs out."""
+    skip_first_token: bool = False
+    """Leave position 0, where many models put outsized activations, out of the statistics."""
+
+
+class AllocationSection(Section):
+    """How much each layer gives."""
+
+    kind: Allocation = "logistic"
+    """`uniform`; `logistic` in depth, the paper's; `global`: by score per parameter over all layers."""
+    k: float = 1.0
+    """Steepness of the logistic curve."""
+    x0: float = 0.3
+    """Midpoint of the logistic curve, as a share of the depth."""
+    protect_first: int | Literal["auto"] = "auto"
+    """First layers left whole; `auto`: 2 (1 under 24 layers), fewer where the ratio cannot be met otherwise."""
+    protect_last: int | Literal["auto"] = "auto"
+    """Last layers left whole; `auto` as above."""
+    max_sparsity: float = Field(default=0.9, gt=0, lt=1)
+    """Largest share that one layer gives."""
+
+
+class PlanSettings(Section):
+    """Settings of one kind of plan; what is left out is taken from the pruning section."""
+
+    score: Score | None = None
+    """Score of heads and channels."""
+    allocation: Allocation | None = None
+    """Allocation of sparsity to layers."""
+    compensation: Compensation | None = None
+    """Whether what is cut is replaced by its calibration mean, as a bias."""
+
+
+class GeneralSettings(PlanSettings):
+    """The one model for all tasks."""
+
+    score: Score | None = "energy"
+    """Score of heads and channels; with no bias to repair the mean, the energy is the error (see docs/method.md)."""
+    compensation: Compensation | None = "none"
+    """Whether what is cut is replaced by its calibration mean, as a bias."""
+    pooling: Pooling = "pooled"
+    """`pooled`: statistics of all tasks, with what lies between them; `score_average`: the paper's sum of scores."""
+
+
+class Baseline(PlanSettings):
+    """A named plan to compare with."""
+
+    tasks: tuple[str, ...] | None = None
+    """Tasks whose statistics it uses; all of them if left out."""
+    pooling: Pooling = "pooled"
+    """As in general."""
+
+
+class PruningSection(Section):
+    ratio: Annotated[tuple[Ratio, ...], BeforeValidator(_as_list)] = (0.2, 0.5)
+    """Share of the decoder layers' parameters to remove; one number or a list."""
+    budget: Literal["exact", "official"] = "exact"
+    """`exact` meets the ratio within a tile; `official` repeats the authors' schedule, which removes less."""
+    score: Score = "wifv"
+    """Score of heads and channels."""
+    compensation: Compensation = "mean"
+    """`mean`: what is cut is replaced by its calibration mean, as a bias on o_proj and down_proj."""
+    allocation: AllocationSection = AllocationSection()
+    attention_unit: Literal["group", "head", "none"] = "group"
+    """`group`: key-value heads with their query heads; `head`: equally many query heads of each; `none`: MLP only."""
+    align: int | Literal["auto"] = "auto"
+    """Kept channels are a multiple of this; `auto`: 128, less for small models."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Tensor-parallel size that the experts must be servable with."""
+    experts: PlanSettings = PlanSettings()
+    general: GeneralSettings = GeneralSettings()
+    baselines: dict[str, Baseline] = {}
+    """Named plans that are written and evaluated beside, for comparison at equal size."""
+
+
+class ExportSection(Section):
+    format: Literal["seap", "stock"] = "seap"
+    """`seap`: any plan; `stock`: an ordinary checkpoint of the family, where all layers are equal."""
+    max_shard_size: str = Field(default="5GB", pattern=r"^\d+(\.\d+)?\s*[KMG]B$")
+    """Largest weight file of a checkpoint."""
+
+
+class EvaluationSection(Section):
+    samples: int = Field(default=200, ge=0)
+    """Evaluation rows per task and model; 0 leaves evaluation out."""
+    batch_tokens: int = Field(default=4096, ge=1)
+    """Tokens per forward pass."""
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    tasks: tuple[Task, ...] = Field(
+        default=tuple(BUILT_IN[t] for t in ("arithmetic", "reverse", "sort", "logic", "facts", "prose")),
+        min_length=1,
+    )
+    """Built-in names, or tasks of your own: a list of names and mappings."""
+    corpus: CorpusSection = CorpusSection()
+    calibration: CalibrationSection = CalibrationSection()
+    pruning: PruningSection = PruningSection()
+    export: ExportSection = ExportSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_tasks(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("tasks"), list):
+            return {**values, "tasks": [complete(task) for task in values["tasks"]]}
+        return values
+
+    @model_validator(mode="after")
+    def _names_are_known_and_single(self) -> "Config":
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tasks: {max(names, key=names.count)} is named twice")
+        taken = {*names, "general", "dense"}
+        for name, baseline in self.pruning.baselines.items():
+            if name in taken:
+                raise ValueError(f"pruning.baselines: {name} is the name of another model of this run")
+            for task in baseline.tasks or ():
+                if task not in names:
+                    raise ValueError(f"pruning.baselines.{name}.tasks: {task}{_nearest(task, names)}")
+        return self
+
+    def plan_settings(self, of: PlanSettings) -> PlanSettings:
+        """Fill what ``of`` leaves out from the pruning section."""
+        return PlanSettings(
+            score=of.score or self.pruning.score,
+            allocation=of.allocation or self.pruning.allocation.kind,
+            compensation=of.compensation or self.pruning.compensation,
+        )
+
+    @classmethod
+    def load(cls, arguments: Sequence[str]) -> "Config":
+        """Read the file that ``config=PATH`` names (or the default one) and apply ``dotted.key=value`` arguments.
+
+        Raises ConfigError, one line that names the file, the key and what would be right.
+        """
+        overrides = dict(_split(argument) for argument in arguments)
+        path = overrides.pop("config", None) or os.environ.get(PATH_VARIABLE) or DEFAULT_PATH
+        values = _read(str(path))
+        for key, value in overrides.items():
+            _set(values, key.split("."), value)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(f"{path}: {_one_line(error)}") from None
+
+
+def _split(argument: str) -> tuple[str, Any]:
+    key, equals, value = argument.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{argument!r} is no override; write dotted.key=value, for example pruning.ratio=0.35")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}: {value!r} is no YAML value") from None
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; name one with config=PATH") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError(f"{path}: no YAML{f', see line {mark.line + 1}' if mark else ''}") from None
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{path}: should hold sections such as model: and pruning:")
+    return values or {}
+
+
+def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        values[key] = dict(values.get(key) or {})
+        values = values[key]
+    values[keys[-1]] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key{_nearest(where, [key for key, _ in walk(Config)])}"
+    reason = first["msg"].removeprefix("Value error, ")
+    if isinstance(first["input"], str | int | float) and where:
+        reason += f", not {first['input']!r}"
+    if where == "tasks" or where.endswith(".path") and first["type"] == "missing":
+        reason += f"; built-in tasks are {', '.join(BUILT_IN)}"
+    return f"{where}: {reason}" if where else reason
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+
+
+def walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every dotted key below ``section`` with its pydantic field."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from walk(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def help_text(usage: str) -> str:
+    """Every key with its meaning, default and possible values, for ``--help``."""
+    lines = [usage.strip(), "", "Keys of ray_config.yaml; on the command line: dotted.key=value", ""]
+    for key, field in walk(Config):
+        lines.append(f"  {key} = {_shown(field.default)}{_options(field.annotation)}")
+        lines += textwrap.wrap(field.description or "", 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    lines += ["", "A task of your own is a mapping in the list `tasks`, with these keys:", ""]
+    for key, field in walk(Task):
+        shown = "(required)" if field.is_required() else f"= {_shown(field.default)}"
+        lines.append(f"  {key} {shown}{_options(field.annotation)}")
+        lines += textwrap.wrap(field.description or "", 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    lines += ["", f"Built-in tasks: {', '.join(BUILT_IN)}"]
+    return "\n".join(lines)
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return "[" + ", ".join(_shown(getattr(item, "name", item)) for item in default) + "]"
+    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _options(annotation: Any) -> str:
+    literals = [
+        value for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal for value in get_args(part)
+    ]
+    return f"   ({' | '.join(map(str, literals))})" if len(literals) > 1 else ""

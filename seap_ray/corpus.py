@@ -1,0 +1,192 @@
+"""Corpus: rows of a data set in; questions, answers, texts and token ids out. Ray is in ``shards``."""
+
+import csv
+import gzip
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from jinja2 import StrictUndefined, TemplateError, UndefinedError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from seap_ray.checkpoint import Checkpoint
+from seap_ray.errors import ConfigError, DataError
+from seap_ray.run import fingerprint
+from seap_ray.tasks import Task
+
+Row = dict[str, Any]
+FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One rendered row."""
+
+    text: str
+    question: str
+    answer: str
+    choices: list[str]
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """Jinja templates of one task, compiled once per process; an undefined column is an error, not a blank."""
+
+    task: Task
+    official: bool = False
+
+    @cached_property
+    def _environment(self) -> ImmutableSandboxedEnvironment:
+        return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+    @cached_property
+    def _templates(self) -> dict[str, Any]:
+        task, make = self.task, self._environment.from_string
+        text = (task.official if self.official else None) or f"{task.question} {task.answer}"
+        return {"text": make(text), "question": make(task.question), "answer": make(task.answer)}
+
+    @cached_property
+    def _choices(self) -> Any:
+        return self._environment.compile_expression(self.task.choices or "[]", undefined_to_none=False)
+
+    def item(self, row: Row) -> Item:
+        """Raises DataError naming the task and the row's columns when a template does not fit the row."""
+        try:
+            parts = {name: template.render(row) for name, template in self._templates.items()}
+            choices = [str(choice) for choice in self._choices(**row)] if self.task.choices else []
+        except UndefinedError as error:
+            raise DataError(f"tasks.{self.task.name}: {error}; the columns are {', '.join(row)}") from None
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise DataError(f"tasks.{self.task.name}: template does not fit the row {_short(row)} ({error})") from None
+        return Item(parts["text"].strip(), parts["question"].strip(), parts["answer"].strip(), choices)
+
+
+def _short(row: Row) -> str:
+    text = json.dumps(row, default=str)
+    return text if len(text) < 160 else text[:157] + "..."
+
+
+def row_key(seed: int, item: Item) -> bytes:
+    """Place of a row in the random draw: a pure function of content and seed, whatever its place in the file."""
+    return hashlib.sha256(f"{seed}\0{item.question}\0{item.text}".encode()).digest()[:16]
+
+
+def is_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or Path(path).suffix.removesuffix(".gz") in FORMATS or Path(path).exists()
+
+
+def local_files(task: Task, path: str, split: str) -> list[Path]:
+    """Files of a split: one file, a glob, or what the names in a folder say, as ``datasets`` reads them.
+
+    Raises DataError naming the task when there are none, or files of several formats.
+    """
+    where = Path(path).expanduser()
+    if where.is_dir():
+        files = _files_of_split(where, split)
+    else:
+        files = sorted(where.parent.glob(where.name)) if where.parent.is_dir() else []
+    if not files:
+        raise DataError(f"tasks.{task.name}: no file of split {split!r} under {where}")
+    if len({file_format(task, file) for file in files}) > 1:
+        raise DataError(f"tasks.{task.name}: {where} holds files of several formats; name one, for example *.parquet")
+    return files
+
+
+def _files_of_split(folder: Path, split: str) -> list[Path]:
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    try:
+        patterns = get_data_patterns(str(folder))
+    except FileNotFoundError:
+        return []
+    found = DataFilesDict.from_patterns(patterns, base_path=str(folder)).get(split, [])
+    return sorted(path for path in map(Path, found) if path.suffix in FORMATS)
+
+
+def file_format(task: Task, file: Path) -> str:
+    suffix = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
+    if suffix not in FORMATS:
+        raise DataError(f"tasks.{task.name}: {file} is none of {', '.join(FORMATS)}")
+    return FORMATS[suffix]
+
+
+def first_row(task: Task, file: Path) -> Row | None:
+    """First row of a local file, None if it has none. Raises DataError when it cannot be read."""
+    try:
+        match file_format(task, file):
+            case "parquet":
+                batch = next(pq.ParquetFile(file).iter_batches(batch_size=1), None)
+                return batch.to_pylist()[0] if batch is not None and batch.num_rows else None
+            case "json":
+                line = _first_line(file)
+                return json.loads(line) if line else None
+            case "csv":
+                with file.open(newline="") as opened:
+                    return next(csv.DictReader(opened), None)
+            case _:
+                return {"text": line} if (line := _first_line(file)) else None
+    except (OSError, ValueError) as error:
+        raise DataError(f"tasks.{task.name}: {file} cannot be read ({error})") from None
+
+
+def _first_line(file: Path) -> str:
+    opener = gzip.open if file.suffix == ".gz" else open
+    with opener(file, "rt") as opened:
+        return next((line for line in opened if line.strip()), "")
+
+
+def check_source(task: Task, *, official: bool) -> None:
+    """Fail before any work on a task whose file is missing, empty, or lacks a column that its template names."""
+    if task.path.startswith("demo:") or not is_local(task.path):
+        return
+    if official and task.official is None and "{{ question }}" not in task.question:
+        raise ConfigError(f"tasks.{task.name}: corpus.prompt_format=official needs a template `official`")
+    file = local_files(task, task.path, task.split)[0]
+    row = first_row(task, file)
+    if row is None:
+        raise DataError(f"tasks.{task.name}: {file} has no rows")
+    Renderer(task, official).item(row)
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Raises ConfigError when the model comes without a tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.source: {checkpoint.folder} has no usable tokenizer ({reason})") from None
+
+
+def tokenizer_hash(checkpoint: Checkpoint) -> str:
+    """Hash of the tokenizer's files."""
+    files = sorted(checkpoint.folder.glob("tokenizer*")) + sorted(checkpoint.folder.glob("*.model"))
+    return fingerprint([(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files])
+
+
+def pack(sequences: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+    """Join sequences end to end and cut the stream into pieces of ``length``; the last may be shorter."""
+    stream = [token for sequence in sequences for token in sequence]
+    return [stream[start : start + length] for start in range(0, len(stream), length)]
+
+
+def batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group indices of similar length so that rows x longest, padding included, stays within ``max_tokens``.
+
+    A pure function of the lengths; a sequence longer than the limit is a batch of its own.
+    """
+    grouped: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if grouped and (len(grouped[-1]) + 1) * lengths[i] <= max_tokens:
+            grouped[-1].append(i)
+        else:
+            grouped.append([i])
+    return grouped

@@ -1,0 +1,25 @@
+"""Errors that a user can mend: one line each, with the exit code of the job that meets them."""
+
+
+class SeapError(Exception):
+    """Base of all expected failures. ``exit_code`` is what a job ends with."""
+
+    exit_code = 1
+
+
+class ConfigError(SeapError):
+    """A key, value, model or run directory that cannot be used as it stands."""
+
+    exit_code = 2
+
+
+class DataError(SeapError):
+    """A corpus, shard or record that is missing, empty or does not fit its task."""
+
+    exit_code = 3
+
+
+class IncompleteError(SeapError):
+    """Work was cut short; what is done is kept, and the same command goes on from there."""
+
+    exit_code = 4

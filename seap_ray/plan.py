@@ -1,0 +1,363 @@
+"""Plan: which key-value groups, query heads and channels of every layer stay.
+
+First the widths (``Shape`` per layer) that meet a parameter budget after rounding, then the best units for them.
+Under ``uniform`` and ``logistic`` the widths depend on the ratio alone, so all experts of one ratio have equal shapes.
+
+Letters: L layers, K key-value groups, H query heads, C channels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seap_ray import sparsity
+from seap_ray.architecture import Architecture, Shape
+from seap_ray.config import AllocationSection, PruningSection
+from seap_ray.errors import ConfigError
+from seap_ray.moments import Site
+from seap_ray.scores import normalised
+
+LayerScores = tuple[Tensor, Tensor]
+"""Scores of one layer's query heads (H,) and channels (C,)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Indices, ascending, of what stays in one layer. Kept heads lie in kept groups, equally many in each."""
+
+    groups: tuple[int, ...]
+    heads: tuple[int, ...]
+    channels: tuple[int, ...]
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(len(self.groups), len(self.heads) // len(self.groups), len(self.channels))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One expert's cut."""
+
+    name: str
+    requested: float
+    """Ratio that was asked for."""
+    compensation: str
+    kept: tuple[Kept, ...]
+    provenance: dict[str, Any]
+    """Score, allocation, tasks and statistics that it was made from."""
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return tuple(kept.shape for kept in self.kept)
+
+    def cuts(self, layer: int, dense: Shape) -> bool:
+        return self.kept[layer].shape != dense
+
+    def planned(self, architecture: Architecture) -> float:
+        """Share of the decoder layers' weights that goes, added biases counted against it."""
+        return ratio_of(self.shapes, architecture, compensated=self.compensation != "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What widths a layer may take."""
+
+    architecture: Architecture
+    options: tuple[tuple[int, int], ...]
+    """Allowed (groups, heads per group), most parameters first."""
+    tile: int
+    """Kept channels are a multiple of this, or all."""
+    bias: int
+    """Weights that compensation adds to a cut layer."""
+
+    @classmethod
+    def of(
+        cls, architecture: Architecture, pruning: PruningSection, *, compensated: bool, stock: bool = False
+    ) -> "Rules":
+        """``stock`` allows only head counts that the family's own config accepts: divisors of the hidden size.
+
+        Raises ConfigError where the model's heads or channels cannot be split over ``tensor_parallel`` ranks.
+        """
+        dense, ranks = architecture.dense, pruning.tensor_parallel
+        tile = architecture.align(pruning.align) * ranks
+        options = [
+            (groups, heads)
+            for groups, heads in _attention_options(dense, pruning.attention_unit)
+            if (groups % ranks == 0 or ranks % groups == 0)
+            and groups * heads % ranks == 0
+            and not (stock and architecture.hidden_size % (groups * heads))
+        ]
+        if not options or dense.channels % ranks or tile > dense.channels:
+            raise ConfigError(
+                f"pruning.tensor_parallel: {ranks} ranks with tiles of {tile} channels do not fit {dense.groups} "
+                f"key-value heads and {dense.channels} channels"
+            )
+        return cls(architecture, tuple(options), tile, architecture.compensation_parameters * compensated)
+
+    @property
+    def tile_cost(self) -> int:
+        return self.tile * self.architecture.channel_cost
+
+    def attention_cost(self, option: tuple[int, int]) -> int:
+        return self.architecture.attention_parameters(Shape(*option, 0))
+
+    def removed(self, shape: Shape) -> int:
+        """Weights fewer than in the dense layer, biases counted against it."""
+        of = self.architecture.layer_parameters
+        dense = self.architecture.dense
+        return of(dense) - of(shape) - self.bias * (shape != dense)
+
+    @property
+    def cap(self) -> float:
+        """Largest share that a layer can give: one option of attention and one tile of channels stay."""
+        smallest = Shape(*self.options[-1], self.tile)
+        return self.removed(smallest) / self.architecture.layer_parameters(self.architecture.dense)
+
+    def channels(self, wanted: float) -> int:
+        """The allowed channel count nearest to ``wanted``."""
+        full = self.architecture.dense.channels
+        tiled = min(max(round(wanted / self.tile), 1) * self.tile, full)
+        return full if abs(full - wanted) < abs(tiled - wanted) else tiled
+
+
+def _attention_options(dense: Shape, unit: str) -> list[tuple[int, int]]:
+    groups, heads = dense.groups, dense.heads_per_group
+    if unit == "none":
+        return [(groups, heads)]
+    if unit == "head" and heads > 1:
+        return [(groups, n) for n in range(heads, 0, -1)]
+    return [(n, heads) for n in range(groups, 0, -1)]
+
+
+def ratio_of(shapes: Sequence[Shape], architecture: Architecture, *, compensated: bool) -> float:
+    """Share of the decoder layers' weights that these widths save."""
+    dense, bias = architecture.dense, architecture.compensation_parameters * compensated
+    after = sum(architecture.layer_parameters(shape) + bias * (shape != dense) for shape in shapes)
+    return 1 - after / architecture.decoder_parameters
+
+
+def choose_shapes(
+    architecture: Architecture,
+    pruning: PruningSection,
+    *,
+    ratio: float,
+    kind: str,
+    compensated: bool,
+    scores_L: Sequence[LayerScores],
+    stock: bool = False,
+) -> list[Shape]:
+    """Widths of every layer for a ratio; ``stock`` asks for the same ones in all layers.
+
+    Raises ConfigError where floors, caps and protection do not allow the ratio.
+    """
+    rules = Rules.of(architecture, pruning, compensated=compensated, stock=stock)
+    allocation = pruning.allocation.model_copy(update={"kind": kind})
+    if pruning.budget == "official":
+        return _official(rules, allocation, ratio)
+    if ratio == 0:
+        return [architecture.dense] * architecture.n_layers
+    cap = min(allocation.max_sparsity, rules.cap)
+    if kind == "global":
+        return _greedy(rules, ratio, cap, scores_L)
+    shares = layer_sparsity(architecture.n_layers, allocation, ratio, cap)
+    if stock and kind == "uniform":
+        return [_nearest(rules, ratio)] * architecture.n_layers
+    return _fitted(rules, shares, ratio)
+
+
+def layer_sparsity(n_layers: int, allocation: AllocationSection, ratio: float, cap: float) -> list[float]:
+    """Share of every layer under ``uniform`` or ``logistic``."""
+    if allocation.kind == "uniform":
+        if ratio > cap:
+            raise ConfigError(f"pruning.ratio: {ratio:g} is beyond what a layer can give; the largest is {cap:.4f}")
+        return sparsity.uniform(n_layers, ratio)
+    first, last = protected(n_layers, allocation, ratio, cap)
+    return sparsity.logistic(n_layers, ratio, k=allocation.k, x0=allocation.x0, first=first, last=last, cap=cap)
+
+
+def protected(n_layers: int, allocation: AllocationSection, ratio: float, cap: float) -> tuple[int, int]:
+    """First and last layers that stay whole; an ``auto`` one yields, the last layers first, to a ratio beyond it."""
+    usual = 2 if n_layers >= 24 else 1
+    first = usual if allocation.protect_first == "auto" else allocation.protect_first
+    last = usual if allocation.protect_last == "auto" else allocation.protect_last
+
+    def too_many() -> bool:
+        return ratio * n_layers > (n_layers - first - last) * cap
+
+    while too_many() and allocation.protect_last == "auto" and last and last >= first:
+        last -= 1
+        if too_many() and allocation.protect_first == "auto" and first:
+            first -= 1
+    while too_many() and allocation.protect_last == "auto" and last:
+        last -= 1
+    while too_many() and allocation.protect_first == "auto" and first:
+        first -= 1
+    return first, last
+
+
+def _official(rules: Rules, allocation: AllocationSection, ratio: float) -> list[Shape]:
+    """The authors' rounding: whole heads and channels, rounded down, no tiles, no carry; one of each stays."""
+    architecture, dense = rules.architecture, rules.architecture.dense
+    if allocation.kind == "global":
+        raise ConfigError("pruning.budget: official goes with allocation uniform or logistic, not global")
+    shares = sparsity.uniform(architecture.n_layers, ratio)
+    if allocation.kind == "logistic":
+        first, last = (2 if n == "auto" else n for n in (allocation.protect_first, allocation.protect_last))
+        shares = sparsity.official_logistic(
+            architecture.n_layers, ratio, k=allocation.k, x0=allocation.x0, first=first, last=last
+        )
+    return [
+        Shape(
+            dense.groups - min(int(dense.groups * share), dense.groups - 1),
+            dense.heads_per_group,
+            dense.channels - min(int(dense.channels * share), dense.channels - 1),
+        )
+        for share in shares
+    ]
+
+
+def _fitted(rules: Rules, sparsity_L: Sequence[float], ratio: float) -> list[Shape]:
+    """Round every layer's share to allowed widths; what rounding leaves over is carried on, then evened out.
+
+    Attention takes the option nearest to the layer's share, channels the rest (method: heads are coarse, tiles fine).
+    """
+    full = rules.architecture.layer_parameters(rules.architecture.dense)
+    shapes: list[Shape] = []
+    carry = 0.0
+    for share in sparsity_L:
+        shape = _nearest(rules, share, carry) if share else rules.architecture.dense
+        carry += share * full - rules.removed(shape)
+        shapes.append(shape)
+    return _evened(rules, shapes, [share > 0 for share in sparsity_L], ratio)
+
+
+def _nearest(rules: Rules, share: float, carry: float = 0.0) -> Shape:
+    """Allowed widths nearest to giving ``share`` of a layer's weights, and ``carry`` weights more."""
+    architecture, dense = rules.architecture, rules.architecture.dense
+    attention = rules.attention_cost((dense.groups, dense.heads_per_group))
+    option = min(rules.options, key=lambda o: abs(rules.attention_cost(o) - (1 - share) * attention))
+    wanted = share * architecture.layer_parameters(dense) + carry + rules.bias
+    cut = wanted - (attention - rules.attention_cost(option))
+    return Shape(*option, rules.channels(dense.channels - cut / architecture.channel_cost))
+
+
+def _evened(rules: Rules, shapes: list[Shape], active_L: list[bool], ratio: float) -> list[Shape]:
+    """Move single tiles, in the deepest layers that have room, until the total is within half a tile of the target.
+
+    Raises ConfigError with the ratio reached where no layer has room.
+    """
+    target = ratio * rules.architecture.decoder_parameters
+    for layer in reversed(range(len(shapes))):
+        if not active_L[layer]:
+            continue
+        missing = target - sum(map(rules.removed, shapes))
+        shape = shapes[layer]
+        channels = rules.channels(shape.channels - missing / rules.architecture.channel_cost)
+        moved = Shape(shape.groups, shape.heads_per_group, channels)
+        if abs(missing - rules.removed(moved) + rules.removed(shape)) < abs(missing):
+            shapes[layer] = moved
+    removed = sum(map(rules.removed, shapes))
+    if abs(target - removed) > rules.tile_cost:
+        reached = removed / rules.architecture.decoder_parameters
+        raise ConfigError(
+            f"pruning.ratio: {ratio:g} cannot be met with pruning.attention_unit and pruning.align as they are; "
+            f"{reached:.4f} can"
+        )
+    return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One next narrower width of a layer's attention or MLP."""
+
+    value: float
+    """Score lost per weight saved."""
+    layer: int
+    site: Site
+    width: dict[str, int]
+    """Fields of ``Shape`` that it changes."""
+
+
+def _greedy(rules: Rules, ratio: float, cap: float, scores_L: Sequence[LayerScores]) -> list[Shape]:
+    """Cheapest score per weight first, over all layers (the paper's AL; ranked by score per cost, not by score)."""
+    architecture, dense = rules.architecture, rules.architecture.dense
+    target = ratio * architecture.decoder_parameters
+    largest = cap * architecture.layer_parameters(dense)
+    shapes = [dense] * architecture.n_layers
+    stopped: set[tuple[int, Site]] = set()
+    steps = [step for layer, scores in enumerate(scores_L) for step in _steps(rules, layer, *scores)]
+    removed = 0
+    for step in sorted(steps, key=lambda step: (step.value, step.layer, step.site)):
+        if (step.layer, step.site) in stopped:
+            continue
+        old = shapes[step.layer]
+        new = replace(old, **step.width)
+        after = removed + rules.removed(new) - rules.removed(old)
+        if after > target + rules.tile_cost / 2 or rules.removed(new) > largest:
+            stopped.add((step.layer, step.site))
+            continue
+        shapes[step.layer], removed = new, after
+    return _evened(rules, shapes, [shape != dense for shape in shapes], ratio)
+
+
+def _steps(rules: Rules, layer: int, head_H: Tensor, channel_C: Tensor) -> list[_Step]:
+    """Ways to narrow one layer, in the order they must be taken; a later step is never valued below an earlier one."""
+    steps: list[_Step] = []
+    kinds: tuple[tuple[Site, list[Way]], ...] = (
+        ("attn", _narrower_attention(rules, head_H)),
+        ("mlp", _narrower_mlp(rules, channel_C)),
+    )
+    for site, ways in kinds:
+        value = 0.0
+        for lost, saved, width in ways:
+            value = max(value, lost / saved)
+            steps.append(_Step(value, layer, site, width))
+    return steps
+
+
+Way = tuple[float, int, dict[str, int]]
+"""Normalised score lost, weights saved, and the width after it."""
+
+
+def _narrower_attention(rules: Rules, head_H: Tensor) -> list[Way]:
+    score_H = normalised(head_H)
+    kept = [float(score_H[list(_best_heads(score_H, rules.architecture.dense, o)[1])].sum()) for o in rules.options]
+    cost = [rules.attention_cost(option) for option in rules.options]
+    return [
+        (kept[i - 1] - kept[i], cost[i - 1] - cost[i], {"groups": groups, "heads_per_group": heads})
+        for i, (groups, heads) in enumerate(rules.options)
+        if i
+    ]
+
+
+def _narrower_mlp(rules: Rules, channel_C: Tensor) -> list[Way]:
+    ascending_C, n = normalised(channel_C).sort().values, rules.architecture.dense.channels
+    widths = [n, *range((n - 1) // rules.tile * rules.tile, 0, -rules.tile)]
+    return [
+        (float(ascending_C[n - a : n - b].sum()), (a - b) * rules.architecture.channel_cost, {"channels": b})
+        for a, b in pairwise(widths)
+    ]
+
+
+def keep(shape: Shape, dense: Shape, head_H: Tensor, channel_C: Tensor) -> Kept:
+    """The best units for these widths. Ties go to the higher index, so the choice is a pure function of the scores."""
+    groups, heads = _best_heads(head_H, dense, (shape.groups, shape.heads_per_group))
+    return Kept(groups, heads, _top(channel_C, shape.channels))
+
+
+def _best_heads(head_H: Tensor, dense: Shape, option: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    n_groups, n_heads = option
+    score_KG = head_H.reshape(dense.groups, dense.heads_per_group)
+    best = [_top(score_G, n_heads) for score_G in score_KG]
+    groups = _top(torch.stack([score_KG[k, list(best[k])].sum() for k in range(dense.groups)]), n_groups)
+    heads = tuple(k * dense.heads_per_group + h for k in groups for h in best[k])
+    return groups, heads
+
+
+def _top(score: Tensor, n: int) -> tuple[int, ...]:
+    order = torch.sort(score, stable=True).indices[score.numel() - n :]
+    return tuple(order.sort().values.tolist())

@@ -1,0 +1,106 @@
+"""Recorder: hooks on a model's ``o_proj`` and ``down_proj`` inputs; token batches in, moments of every site out.
+
+Letters: B sequences, T positions, N real tokens, D columns of a site.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from seap_ray.architecture import DOWN_PROJ, O_PROJ
+from seap_ray.corpus import batches
+from seap_ray.errors import DataError
+from seap_ray.moments import Moments, Site
+
+MODULE_OF: dict[Site, str] = {"attn": O_PROJ, "mlp": DOWN_PROJ}
+Recorded = dict[tuple[int, Site], Moments]
+
+
+@contextmanager
+def recording(decoder: Any, counted_BT: Tensor) -> Iterator[Recorded]:
+    """While inside, every forward pass of ``decoder`` (the model without its head) adds to the yielded moments.
+
+    Only positions where ``counted_BT`` is True are read at all, so whatever stands at padding, NaN included, is left
+    out. The hooks are gone afterwards, also after an error. Raises DataError for activations that are not finite.
+    """
+    rows_N = counted_BT.flatten().nonzero().squeeze(1)
+    recorded: Recorded = {}
+    with ExitStack() as hooks:
+        for layer, block in enumerate(decoder.layers):
+            for site, module in MODULE_OF.items():
+                handle = block.get_submodule(module).register_forward_pre_hook(_hook(recorded, (layer, site), rows_N))
+                hooks.callback(handle.remove)
+        yield recorded
+
+
+def _hook(recorded: Recorded, key: tuple[int, Site], rows_N: Tensor):
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x_ND = inputs[0].detach().flatten(0, -2)
+        if rows_N.numel() < x_ND.shape[0]:
+            x_ND = x_ND.index_select(0, rows_N)
+        moments = Moments.of(x_ND)
+        recorded[key] = recorded[key] + moments if key in recorded else moments
+
+    return hook
+
+
+def record(
+    model: PreTrainedModel,
+    sequences: Sequence[Sequence[int]],
+    *,
+    batch_tokens: int,
+    skip_first_token: bool = False,
+) -> Recorded:
+    """Moments of every site over all tokens of ``sequences``, on the CPU.
+
+    Runs the decoder alone: no head, no cache, no gradients. Where memory runs out, the batch is halved and run again.
+    Raises DataError for activations that are not finite.
+    """
+    total: Recorded = {}
+    for group in batches([len(sequence) for sequence in sequences], batch_tokens):
+        part = _run(model, [sequences[i] for i in group], skip_first_token)
+        total = {key: total[key] + part[key] for key in part} if total else part
+    return {key: moments.cpu() for key, moments in total.items()}
+
+
+def _run(model: PreTrainedModel, sequences: list[Sequence[int]], skip_first: bool) -> Recorded:
+    try:
+        return _forward(model, sequences, skip_first)
+    except RuntimeError as error:
+        if len(sequences) == 1 or not _out_of_memory(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(sequences) // 2
+    first, second = _run(model, sequences[:half], skip_first), _run(model, sequences[half:], skip_first)
+    return {key: first[key] + second[key] for key in first}
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@torch.inference_mode()
+def _forward(model: PreTrainedModel, sequences: list[Sequence[int]], skip_first: bool) -> Recorded:
+    longest = max(len(sequence) for sequence in sequences)
+    ids_BT = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    mask_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        ids_BT[row, : len(sequence)] = torch.as_tensor(sequence)
+        mask_BT[row, : len(sequence)] = True
+    counted_BT = mask_BT.clone()
+    counted_BT[:, 0] &= not skip_first
+    device = model.device
+    padded = not bool(mask_BT.all())
+    with recording(model.get_decoder(), counted_BT.to(device)) as recorded:
+        model.get_decoder()(
+            input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device) if padded else None, use_cache=False
+        )
+    for (layer, site), moments in recorded.items():
+        if not torch.isfinite(moments.m2_D).all():
+            raise DataError(f"activations of layer {layer}, site {site}, are not finite")
+    return recorded

@@ -1,0 +1,140 @@
+"""Run: the run directory is the state. Where everything lies, and what makes a file whole.
+
+A file is written under another name and renamed, so that what is there is complete; a folder is complete when its
+manifest, written last, is there.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from seap_ray.config import Config, walk
+from seap_ray.errors import ConfigError, IncompleteError
+
+FIXED = ("run.seed", "model.source", "model.revision", "model.dtype", "calibration.skip_first_token")
+"""Keys that a run keeps for life, besides ``corpus`` and every task: its statistics depend on them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Paths of one run."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, config: Config) -> "Run":
+        return cls(Path(config.run.storage).absolute() / config.run.name)
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    def shards(self, task: str) -> Path:
+        return self.root / "shards" / task
+
+    def records(self, task: str) -> Path:
+        return self.root / "records" / task
+
+    def statistics(self, task: str) -> Path:
+        return self.root / "statistics" / f"{task}.safetensors"
+
+    def plan(self, ratio: float, name: str) -> Path:
+        return self.root / "plans" / ratio_name(ratio) / f"{name}.json"
+
+    def expert(self, ratio: float, name: str) -> Path:
+        return self.root / "experts" / ratio_name(ratio) / name
+
+    @property
+    def qualities(self) -> Path:
+        return self.root / "quality"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results.json"
+
+    def claim(self, config: Config) -> None:
+        """Write the resolved config, first of all files. Raises ConfigError if the run was made with another one."""
+        if self.config.exists():
+            self._refuse_another(config)
+        write_json(self.config, config.model_dump(mode="json"))
+
+    def _refuse_another(self, config: Config) -> None:
+        old, new = _flat(read_json(self.config)), _flat(config.model_dump(mode="json"))
+        for key in sorted(old.keys() & new.keys()):
+            if old[key] != new[key] and _is_fixed(key):
+                raise ConfigError(
+                    f"{self.root}: was made with {key}={old[key]}, not {new[key]}; choose another run.name"
+                )
+
+
+def _is_fixed(key: str) -> bool:
+    return key in FIXED or key.startswith(("corpus.", "tasks."))
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys of a dumped config; tasks by name, so that tasks may be added and left out."""
+    flat = {f"tasks.{task['name']}.{key}": value for task in values["tasks"] for key, value in task.items()}
+    for key, _ in walk(Config):
+        value: Any = values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if key != "tasks":
+            flat[key] = value
+    return flat
+
+
+def ratio_name(ratio: float) -> str:
+    """Folder name of a ratio: 0.5 -> ``0.50``, 0.125 -> ``0.125``."""
+    short = f"{ratio:.2f}"
+    return short if float(short) == ratio else repr(ratio)
+
+
+@contextmanager
+def publishing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` and rename it there if the block ends well; racing writers are harmless.
+
+    Raises IncompleteError, and leaves nothing, when the disk is full or cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise IncompleteError(
+            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); mend that and run the same "
+            "command again"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with publishing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Contents of a JSON file, or None when it is missing or torn."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(*parts: Any) -> str:
+    """Hash of JSON-able values: equal for equal values, whatever the process."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

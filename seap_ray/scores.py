@@ -1,0 +1,78 @@
+"""Scores: moments and weight norms in, importance per column, query head and channel out.
+
+Letters: D columns of a site, H query heads, d head dimension. ``l1_D`` and ``l2_D`` are the L1 and the squared L2 norm
+of each column of the ``o_proj`` or ``down_proj`` weight, float64.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seap_ray.moments import Moments, Site
+
+
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """Column norms of one weight of shape (out, D)."""
+
+    l1_D: Tensor
+    l2_D: Tensor
+    """Squared L2 norm."""
+
+    @classmethod
+    def of(cls, weight_OD: Tensor) -> "Norms":
+        """In float64: float16 norms of 4,096 columns take only some 200 distinct values, and tie."""
+        weight_OD = weight_OD.double()
+        return cls(weight_OD.abs().sum(0), weight_OD.square().sum(0))
+
+
+WeightNorms = Mapping[tuple[int, Site], Norms]
+"""Norms of every (layer, site)."""
+
+
+def wifv(moments: Moments, norms: Norms) -> Tensor:
+    """SEAP's s_F and FLAP's weighted input feature variance: Var[x] ||w||_2^2 (arXiv 2503.07605, eq. 11)."""
+    return moments.var_D * norms.l2_D
+
+
+def wifn(moments: Moments, norms: Norms) -> Tensor:
+    """SEAP's s_W as the paper has it: E[x^2] ||w||_1 (eq. 12)."""
+    return moments.square_D * norms.l1_D
+
+
+def wanda_sp(moments: Moments, norms: Norms) -> Tensor:
+    """Wanda-sp: RMS[x] ||w||_1 (FLAP's structured form of arXiv 2306.11695)."""
+    return moments.square_D.sqrt() * norms.l1_D
+
+
+def energy(moments: Moments, norms: Norms) -> Tensor:
+    """E[x^2] ||w||_2^2: the output error of cutting a column with no bias to repair its mean."""
+    return moments.square_D * norms.l2_D
+
+
+def official_wifn(moments: Moments, norms: Norms) -> Tensor:
+    """What the SEAP authors' code computes under the name WIFN: RMS[x] ||w||_2^2."""
+    return moments.square_D.sqrt() * norms.l2_D
+
+
+def magnitude(moments: Moments, norms: Norms) -> Tensor:
+    """||w||_2, no data."""
+    return norms.l2_D.sqrt()
+
+
+SCORES: dict[str, Callable[[Moments, Norms], Tensor]] = {
+    score.__name__: score for score in (wifv, wifn, wanda_sp, energy, official_wifn, magnitude)
+}
+
+
+def head_scores(score_D: Tensor, head_dim: int) -> Tensor:
+    """Sum each query head's columns (paper, eq. 13): (H * d,) -> (H,)."""
+    return score_D.reshape(-1, head_dim).sum(1)
+
+
+def normalised(score: Tensor) -> Tensor:
+    """Divide by the mean, so that layers and sites can be compared; all zeros stay zeros."""
+    mean = score.mean()
+    return score / mean if mean > 0 else torch.zeros_like(score)

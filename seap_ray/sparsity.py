@@ -1,0 +1,70 @@
+"""Sparsity: how much each layer gives. A target ratio in, one share per layer out; the shares average to the target.
+
+Letters: L layers.
+"""
+
+import math
+
+from seap_ray.errors import ConfigError
+
+
+def uniform(n_layers: int, target: float) -> list[float]:
+    """The same share of every layer (the paper's UL, UL-UM in the code)."""
+    return [target] * n_layers
+
+
+def logistic(n_layers: int, target: float, *, k: float, x0: float, first: int, last: int, cap: float) -> list[float]:
+    """Shares that rise along a logistic curve in depth (the paper's LB, UL-LD in the code); protected layers give 0.
+
+    rho_l = Lambda * sigmoid(k (x_l - x0)), x_l from 0 to 1 over the active layers; Lambda is solved in closed form for
+    the average over all layers, layers at ``cap`` taken out in turn (eqs. 16 and 17, without their numerical search).
+    Raises ConfigError with the largest ratio that protection and cap allow.
+    """
+    active = n_layers - first - last
+    largest = max(active, 0) * cap / n_layers
+    if target > largest + 1e-12:
+        raise ConfigError(
+            f"pruning.ratio: {target:g} is beyond what {first} + {last} protected layers and at most {cap:.1%} of each "
+            f"other layer allow; the largest is {math.floor(largest * 1e4) / 1e4:g}"
+        )
+    if target == 0:
+        return [0.0] * n_layers
+    curve = [_sigmoid(k * (i / max(active - 1, 1) - x0)) for i in range(active)]
+    return [0.0] * first + _scaled(curve, target * n_layers, cap) + [0.0] * last
+
+
+def _scaled(curve: list[float], total: float, cap: float) -> list[float]:
+    """Scale ``curve`` to sum to ``total`` with no value above ``cap``."""
+    capped: set[int] = set()
+    while True:
+        free = [i for i in range(len(curve)) if i not in capped]
+        if not free:
+            return [cap] * len(curve)
+        scale = (total - cap * len(capped)) / sum(curve[i] for i in free)
+        over = {i for i in free if scale * curve[i] > cap}
+        if not over:
+            return [cap if i in capped else scale * value for i, value in enumerate(curve)]
+        capped |= over
+
+
+def official_logistic(n_layers: int, target: float, *, k: float, x0: float, first: int, last: int) -> list[float]:
+    """The authors' released schedule: averages over the active layers only, so it removes less than it says.
+
+    Bisection of Lambda in [0, 2] to 1e-4, then a clip to [0, 1] (generate_masks.py of IAAR-Shanghai/SEAP).
+    """
+    active = n_layers - first - last
+    if active < 1:
+        raise ConfigError(f"pruning.allocation: {first} + {last} protected layers leave none of {n_layers}")
+    curve = [_sigmoid(k * (i / max(active - 1, 1) - x0)) for i in range(active)]
+    low, high = 0.0, 2.0
+    while True:
+        scale = (low + high) / 2
+        average = sum(scale * value for value in curve) / active
+        if abs(average - target) < 1e-4 or high - low < 1e-9:
+            break
+        low, high = (scale, high) if average < target else (low, scale)
+    return [0.0] * first + [min(1.0, scale * value) for value in curve] + [0.0] * last
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))

@@ -1,0 +1,161 @@
+"""Tasks: where a corpus lies and how a row becomes a question and its right answer.
+
+Templates are Jinja, as in lm-eval's task files. The calibration text is the question, a space and the right answer;
+``official`` is the text that the SEAP authors' code feeds for the same task, its lower-casing included.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Metric = Literal["acc", "acc_norm", "exact_match", "perplexity"]
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Task(Section):
+    """One task corpus."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    """Name of the task, of its expert and of its folders."""
+    path: str
+    """Hub data set id, or a local file, folder or glob of parquet, jsonl, csv or txt files."""
+    subset: str | None = None
+    """Configuration of a hub data set, `name` in datasets.load_dataset."""
+    split: str = "train"
+    """Split that calibration samples are drawn from."""
+    evaluation_path: str | None = None
+    """Where evaluation rows lie, when not under `path`."""
+    evaluation_split: str = "validation"
+    """Split that evaluation rows are drawn from; never the calibration split."""
+    question: str = ""
+    """Jinja template of the prompt, without the answer."""
+    answer: str
+    """Jinja template of the right answer."""
+    choices: str | None = None
+    """Jinja expression of the list of possible answers, for a multiple-choice task."""
+    official: str | None = None
+    """Jinja template of the text that the official SEAP code uses."""
+    metric: Metric = "acc"
+    """How evaluation rows are judged: acc, acc_norm (per byte of the answer), exact_match, perplexity."""
+    weight: float = Field(default=2.0, gt=0)
+    """Weight in the general model; the paper gives language-model corpora 3 and tasks 2."""
+
+
+def _arc(name: str, subset: str) -> Task:
+    right = "choices.text[choices.label.index(answerKey)]"
+    return Task(
+        name=name,
+        path="allenai/ai2_arc",
+        subset=subset,
+        question="{{ question }}",
+        answer="{{ " + right + " }}",
+        choices="choices.text",
+        official="{{ question }} {{ " + right + " }}",
+        metric="acc" if subset == "ARC-Easy" else "acc_norm",
+    )
+
+
+def _demo(name: str, weight: float = 2.0) -> Task:
+    return Task(
+        name=name,
+        path=f"demo:{name}",
+        evaluation_split="test",
+        question="{{ question }}",
+        answer="{{ answer }}",
+        metric="exact_match",
+        weight=weight,
+    )
+
+
+_RIGHT_ENDING = "{{ endings[label | int] }}"
+_FILLED = "{{ sentence | replace('_', option1 if answer == '1' else option2) }}"
+_OBQA_RIGHT = "{{ choices.text[choices.label.index(answerKey)] }}"
+
+BUILT_IN: dict[str, Task] = {
+    task.name: task
+    for task in (
+        _arc("arc_easy", "ARC-Easy"),
+        _arc("arc_challenge", "ARC-Challenge"),
+        Task(
+            name="boolq",
+            path="google/boolq",
+            question="{{ passage }} {{ question[:1] | upper }}{{ question[1:] }}?",
+            answer="{{ 'Yes' if answer in (True, 1, 'True') else 'No' }}",
+            choices="['No', 'Yes']",
+            official="{{ passage }} {{ question | capitalize }}? {{ 'Yes' if answer in (True, 1, 'True') else 'No' }}",
+        ),
+        Task(
+            name="gsm8k",
+            path="openai/gsm8k",
+            subset="main",
+            evaluation_split="test",
+            question="{{ question }}",
+            answer="{{ answer }}",
+            metric="perplexity",
+        ),
+        Task(
+            name="hellaswag",
+            path="Rowan/hellaswag",
+            question="{{ ctx | default(query) }}",
+            answer=_RIGHT_ENDING,
+            choices="endings",
+            official="{{ ctx | default(query) }} " + _RIGHT_ENDING,
+            metric="acc_norm",
+        ),
+        Task(
+            name="openbookqa",
+            path="allenai/openbookqa",
+            subset="additional",
+            question="{{ fact1[:1] | upper }}{{ fact1[1:] }}. {{ question_stem }}",
+            answer=_OBQA_RIGHT,
+            choices="choices.text",
+            official="{{ fact1 | capitalize }}. {{ question_stem }} " + _OBQA_RIGHT,
+            metric="acc_norm",
+        ),
+        Task(
+            name="piqa",
+            path="ybisk/piqa",
+            question="{{ goal }}",
+            answer="{{ [sol1, sol2][label | int] }}",
+            choices="[sol1, sol2]",
+            metric="acc_norm",
+        ),
+        Task(
+            name="winogrande",
+            path="allenai/winogrande",
+            subset="winogrande_m",
+            answer=_FILLED,
+            choices="[sentence | replace('_', option1), sentence | replace('_', option2)]",
+            official=_FILLED,
+        ),
+        Task(
+            name="wikitext2",
+            path="Salesforce/wikitext",
+            subset="wikitext-2-raw-v1",
+            answer="{{ text }}",
+            official="{{ text }}",
+            metric="perplexity",
+            weight=3.0,
+        ),
+        _demo("arithmetic"),
+        _demo("reverse"),
+        _demo("sort"),
+        _demo("logic"),
+        _demo("facts"),
+        _demo("prose", weight=3.0),
+    )
+}
+
+
+def complete(task: Any) -> Any:
+    """Turn a built-in task's name, or a mapping that names one, into the whole mapping of its fields."""
+    if isinstance(task, str):
+        task = {"name": task}
+    if isinstance(task, dict) and task.get("name") in BUILT_IN:
+        return {**BUILT_IN[task["name"]].model_dump(), **task}
+    return task
