@@ -31,7 +31,8 @@ class RunSection(Section):
     name: str = Field(default="demo", pattern=r"^[A-Za-z0-9._-]+$")
     """Name of the run; its files lie in <storage>/<name>."""
     storage: str = "runs"
-    """Folder that holds runs. On several nodes: a folder that every node sees under this path."""
+    """Folder that holds runs. On several nodes: one that every node sees under this path. A relative one is below the
+    current folder, or in a job submitted with --working-dir, which Ray runs in a copy, below the home folder."""
     seed: int = 0
     """Seed of everything drawn at random."""
 
@@ -142,7 +143,8 @@ class PruningSection(Section):
     experts: PlanSettings = PlanSettings()
     general: GeneralSettings = GeneralSettings()
     baselines: dict[str, Baseline] = {}
-    """Named plans that are written and evaluated beside, for comparison at equal size."""
+    """Plans to compare with at equal size, by name: {NAME: {tasks, score, allocation, compensation, pooling}}; what is
+    left out is as in pruning."""
 
 
 class ExportSection(Section):

@@ -145,8 +145,6 @@ def check_source(task: Task, *, official: bool) -> None:
     """Fail before any work on a task whose file is missing, empty, or lacks a column that its template names."""
     if task.path.startswith("demo:") or not is_local(task.path):
         return
-    if official and task.official is None and "{{ question }}" not in task.question:
-        raise ConfigError(f"tasks.{task.name}: corpus.prompt_format=official needs a template `official`")
     file = local_files(task, task.path, task.split)[0]
     row = first_row(task, file)
     if row is None:

@@ -254,7 +254,7 @@ def _is_written(job: _Job) -> bool:
     manifest = read_json(job.target / "seap.json")
     return (
         bool(manifest)
-        and manifest["fingerprint"] == job.fingerprint
+        and manifest.get("fingerprint") == job.fingerprint
         and all(
             (job.target / name).is_file() and (job.target / name).stat().st_size == about["bytes"]
             for name, about in manifest["files"].items()

@@ -31,7 +31,7 @@ class Run:
 
     @classmethod
     def of(cls, config: Config) -> "Run":
-        return cls(Path(config.run.storage).absolute() / config.run.name)
+        return cls(_home() / Path(config.run.storage).expanduser() / config.run.name)
 
     @property
     def config(self) -> Path:
@@ -73,6 +73,12 @@ class Run:
                 raise ConfigError(
                     f"{self.root}: was made with {key}={old[key]}, not {new[key]}; choose another run.name"
                 )
+
+
+def _home() -> Path:
+    """What a relative storage is below: the current folder, but never the copy that Ray makes for a job and drops."""
+    here = Path.cwd()
+    return Path.home() if "working_dir_files" in here.parts else here
 
 
 def _is_fixed(key: str) -> bool:

@@ -126,7 +126,9 @@ def _from_hub(task: Task, path: str, split: str) -> ray.data.Dataset:
     import datasets
 
     try:
-        return ray.data.from_huggingface(datasets.load_dataset(path, task.subset, split=split))
+        loaded = datasets.load_dataset(path, task.subset, split=split)
+        # Not ray.data.from_huggingface: it asks the hub again, and fails offline where the data set is cached.
+        return ray.data.from_arrow(loaded.with_format("arrow")[:])
     except Exception as error:  # the hub client raises many kinds: offline, missing, gated, no such split
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(

@@ -39,7 +39,7 @@ class Task(Section):
     choices: str | None = None
     """Jinja expression of the list of possible answers, for a multiple-choice task."""
     official: str | None = None
-    """Jinja template of the text that the official SEAP code uses."""
+    """Jinja template of the text that the authors' code uses, where it is not question, space and answer."""
     metric: Metric = "acc"
     """How evaluation rows are judged: acc, acc_norm (per byte of the answer), exact_match, perplexity."""
     weight: float = Field(default=2.0, gt=0)
@@ -55,7 +55,6 @@ def _arc(name: str, subset: str) -> Task:
         question="{{ question }}",
         answer="{{ " + right + " }}",
         choices="choices.text",
-        official="{{ question }} {{ " + right + " }}",
         metric="acc" if subset == "ARC-Easy" else "acc_norm",
     )
 
@@ -104,7 +103,6 @@ BUILT_IN: dict[str, Task] = {
             question="{{ ctx | default(query) }}",
             answer=_RIGHT_ENDING,
             choices="endings",
-            official="{{ ctx | default(query) }} " + _RIGHT_ENDING,
             metric="acc_norm",
         ),
         Task(
@@ -131,14 +129,12 @@ BUILT_IN: dict[str, Task] = {
             subset="winogrande_m",
             answer=_FILLED,
             choices="[sentence | replace('_', option1), sentence | replace('_', option2)]",
-            official=_FILLED,
         ),
         Task(
             name="wikitext2",
             path="Salesforce/wikitext",
             subset="wikitext-2-raw-v1",
             answer="{{ text }}",
-            official="{{ text }}",
             metric="perplexity",
             weight=3.0,
         ),

@@ -1,0 +1,220 @@
+"""Tiny models on disk, random plans and statistics, and checkpoints compacted without Ray.
+
+Tests import the builders (``from conftest import random_plan``) and ask for the fixtures by name.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+from transformers.utils import logging as transformers_logging
+
+from seap_ray.architecture import Architecture, Shape
+from seap_ray.checkpoint import Compaction, finish, write_tensors
+from seap_ray.moments import SITES, Moments, Statistics
+from seap_ray.plan import Kept, Plan
+
+transformers_logging.disable_progress_bar()
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz 0123456789.,?!+-="
+SIZES: dict[str, Any] = {
+    "vocab_size": 3 + len(CHARACTERS),
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama_mha": lambda: LlamaConfig(**SIZES, num_attention_heads=6),
+    "llama_gqa": lambda: LlamaConfig(**SIZES, num_attention_heads=12, num_key_value_heads=4),
+    "llama_biased": lambda: LlamaConfig(
+        **SIZES,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=10,  # not hidden_size / num_attention_heads
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+    "llama_tied": lambda: LlamaConfig(
+        **SIZES, num_attention_heads=6, num_key_value_heads=3, tie_word_embeddings=True
+    ),
+    "qwen2": lambda: Qwen2Config(**SIZES, num_attention_heads=8, num_key_value_heads=4),
+}
+"""Every kind of model that is told apart somewhere: grouped or not, with and without biases, tied or not."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = {
+        "gpu": None if torch.cuda.is_available() else "needs an NVIDIA GPU",
+        "vllm": None if find_spec("vllm") else "needs vLLM",
+    }
+    for item in items:
+        for marker, reason in missing.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A Ray cluster of two CPUs in this process, for all tests that ask for it."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Sums, and so bits, depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- dense models ----------------------------------------------------------------------------------------------------
+
+
+def save_dense(folder: Path, name: str, dtype: torch.dtype, max_shard_size: str = "5GB") -> None:
+    """Write a random model of ``CONFIGS`` with a tokenizer, a chat template and a generation config.
+
+    No weight is left as it is initialised: biases would be zero and norms one, and hide what a cut does to them.
+    """
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=dtype)
+    generator = torch.Generator().manual_seed(len(name))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if parameter.ndim == 2:
+                noise *= 1.5 if "embed" in key else 1.5 * parameter.shape[1] ** -0.5
+            else:
+                noise = 0.3 * noise + ("norm" in key)
+            parameter.copy_(noise)
+    model.generation_config.max_length = 64
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    make_tokenizer().save_pretrained(folder)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {token: i for i, token in enumerate(["<pad>", "<bos>", "<unk>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        chat_template="{{ messages[-1]['content'] }}",
+    )
+
+
+Dense = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Dense:
+    """``dense(name, dtype, max_shard_size)``: the folder of a model, made once. To change it, copy it."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def folder(name: str, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB") -> Path:
+        key = (name, dtype, max_shard_size)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(name)
+            save_dense(made[key], *key)
+        return made[key]
+
+    return folder
+
+
+def load(folder: Path, **kwargs: Any) -> PreTrainedModel:
+    """The model in the dtype that it was saved in."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **kwargs).eval()
+
+
+def random_ids(n: int = 3, length: int = 17, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, SIZES["vocab_size"], (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor:
+    return model(ids_BT).logits
+
+
+# --- plans and statistics --------------------------------------------------------------------------------------------
+
+
+def random_kept(dense_shape: Shape, shape: Shape, rng: random.Random) -> Kept:
+    groups = tuple(sorted(rng.sample(range(dense_shape.groups), shape.groups)))
+    per_group = dense_shape.heads_per_group
+    heads = tuple(k * per_group + h for k in groups for h in sorted(rng.sample(range(per_group), shape.heads_per_group)))
+    channels = tuple(sorted(rng.sample(range(dense_shape.channels), shape.channels)))
+    return Kept(groups, heads, channels)
+
+
+def random_plan(architecture: Architecture, seed: int, compensation: str = "none") -> Plan:
+    """Other widths in every layer; layer 1 stays dense, layer 0 loses attention alone, the last one channels alone."""
+    rng, whole = random.Random(seed), architecture.dense
+    shapes: list[Shape] = []
+    while len(shapes) < architecture.n_layers:
+        layer = len(shapes)
+        shape = Shape(
+            rng.randint(1, whole.groups), rng.randint(1, whole.heads_per_group), rng.randint(1, whole.channels - 1)
+        )
+        if layer == 0:
+            shape = Shape(rng.randint(1, whole.groups - 1), shape.heads_per_group, whole.channels)
+        elif layer == 1:
+            shape = whole
+        elif layer == architecture.n_layers - 1:
+            shape = Shape(whole.groups, whole.heads_per_group, shape.channels)
+        if shape not in shapes:
+            shapes.append(shape)
+    kept = tuple(random_kept(whole, shape, rng) for shape in shapes)
+    return Plan("expert", 0.5, compensation, kept, {})
+
+
+def uniform_plan(architecture: Architecture, shape: Shape, compensation: str = "none", seed: int = 0) -> Plan:
+    """The same widths, but other units, in every layer."""
+    rng = random.Random(seed)
+    kept = tuple(random_kept(architecture.dense, shape, rng) for _ in range(architecture.n_layers))
+    return Plan("expert", 0.5, compensation, kept, {})
+
+
+def random_statistics(architecture: Architecture, seed: int, n: int = 20) -> Statistics:
+    """Moments of random activations whose means are far from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = {"attn": architecture.dense.heads * architecture.head_dim, "mlp": architecture.dense.channels}
+    statistics = {}
+    for layer in range(architecture.n_layers):
+        for site in SITES:
+            scale, shift = (torch.randn(widths[site], generator=generator, dtype=torch.float64) for _ in range(2))
+            x_ND = torch.randn(n, widths[site], generator=generator, dtype=torch.float64) * scale + shift
+            statistics[layer, site] = Moments(n, x_ND.mean(0), (x_ND - x_ND.mean(0)).square().sum(0))
+    return statistics
+
+
+# --- compacted checkpoints -------------------------------------------------------------------------------------------
+
+
+def write_compacted(compaction: Compaction, folder: Path, max_bytes: int = 10**9) -> Path:
+    """What ``prune`` has Ray tasks do, one after the other."""
+    files = compaction.files(max_bytes)
+    hashes = {name: write_tensors(compaction, outputs, folder / name) for name, outputs in files.items()}
+    finish(compaction, folder, files, {"files": hashes})
+    return folder

@@ -1,0 +1,332 @@
+"""The main job on a real Ray cluster: whole, resumed, killed, re-planned, refused, submitted."""
+
+import contextlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+import seap_ray.hf  # noqa: F401
+from seap_ray.config import Config
+from seap_ray.errors import SeapError
+from seap_ray.run import Run
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "model.dtype=float32",
+    "tasks=[arithmetic, logic]",
+    "corpus.samples=48",
+    "corpus.shard_sequences=8",
+    "evaluation.samples=12",
+    "pruning.ratio=0.5",
+    "pruning.baselines={}",
+]
+main = runpy.run_path(str(ROOT / "jobs" / "prune.py"))["main"]
+
+
+def arguments(storage: Path, *more: str) -> list[str]:
+    return [f"config={ROOT / 'ray_config.yaml'}", f"run.storage={storage}", "run.name=run", *SMALL, *more]
+
+
+def run_of(storage: Path) -> Run:
+    return Run(storage / "run")
+
+
+def records(storage: Path) -> list[Path]:
+    return sorted((storage / "run" / "records").rglob("*.safetensors"))
+
+
+def statistics(storage: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((storage / "run" / "statistics").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def finished(cluster, tmp_path_factory) -> Path:
+    """Storage of a finished run: the reference of this module."""
+    storage = tmp_path_factory.mktemp("finished")
+    assert main(arguments(storage, "calibration.workers=1")) == 0
+    return storage
+
+
+def test_the_job_leaves_results_of_dense_general_and_every_expert(finished):
+    results = json.loads(run_of(finished).results.read_text())
+    models = {model["name"]: model for model in results["models"]}
+    assert list(models) == ["dense", "general", "arithmetic", "logic", "experts, own task"]
+    for name in ("general", "arithmetic", "logic"):
+        assert models[name]["realised_ratio"] == pytest.approx(0.5, abs=0.003)
+        assert set(models[name]["quality"]) == {"arithmetic", "logic"}
+        assert all(quality["n"] == 12 for quality in models[name]["quality"].values())
+
+
+def test_an_expert_of_the_job_loads_and_answers(finished):
+    folder = run_of(finished).expert(0.5, "arithmetic")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = model.generate(**tokenizer("12 + 34 =", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert tokenizer.decode(ids[0]).startswith("<bos>12 + 34 =")
+    assert sum(p.numel() for p in model.parameters()) == json.loads((folder / "seap.json").read_text())["parameters"]
+
+
+def test_the_manifest_of_an_expert_tells_source_plan_ratios_and_hashes(finished):
+    folder = run_of(finished).expert(0.5, "logic")
+    manifest = json.loads((folder / "seap.json").read_text())
+    assert manifest["requested_ratio"] == 0.5
+    assert manifest["planned_ratio"] == pytest.approx(manifest["realised_ratio"], abs=1e-12)
+    assert manifest["plan"]["tasks"] == {"logic": 1.0}
+    assert set(manifest["plan"]["statistics"]) == {"logic"}
+    assert set(manifest["versions"]) >= {"torch", "transformers", "ray", "seap-ray"}
+    assert all(len(about["sha256"]) == 64 for about in manifest["files"].values())
+
+
+def test_two_workers_give_byte_equal_statistics_plans_and_weights(finished, tmp_path):
+    assert main(arguments(tmp_path, "calibration.workers=2")) == 0
+    assert statistics(tmp_path) == statistics(finished)
+    for ratio_and_name in ("0.50/general", "0.50/arithmetic", "0.50/logic"):
+        for file in ("experts/{}/model.safetensors", "plans/{}.safetensors"):
+            one, two = (storage / "run" / file.format(ratio_and_name) for storage in (finished, tmp_path))
+            assert one.read_bytes() == two.read_bytes()
+
+
+def when_records(storage: Path, n: int, act) -> threading.Thread:
+    """Call ``act`` once, as soon as ``n`` records are there."""
+
+    def watch() -> None:
+        while len(records(storage)) < n:
+            time.sleep(0.002)
+        act()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def kill_workers() -> list[int]:
+    """SIGKILL every Ray worker process that runs a calibration actor; return their pids."""
+    killed = []
+    for process in psutil.process_iter(["cmdline"]):
+        title = " ".join(process.info["cmdline"] or [])
+        if title.startswith("ray::") and "Calibrator" in title:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+                killed.append(process.pid)
+    return killed
+
+
+def test_killed_workers_lose_nothing_but_the_shard_in_flight(finished, tmp_path):
+    killed: list[int] = []
+    watcher = when_records(tmp_path, 2, lambda: killed.extend(kill_workers()))
+    assert main(arguments(tmp_path, "calibration.workers=1")) == 0
+    watcher.join(10)
+    assert killed
+    assert statistics(tmp_path) == statistics(finished)
+
+
+def test_a_killed_driver_resumes_with_the_records_that_it_had(finished, tmp_path):
+    command = [sys.executable, str(ROOT / "jobs" / "prune.py"), *arguments(tmp_path)]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        when_records(tmp_path, 3, job.kill).join(240)
+        assert job.wait(60) == -signal.SIGKILL
+    finally:
+        job.kill()
+    had = {path: path.stat().st_mtime_ns for path in records(tmp_path)}
+    assert 3 <= len(had) < len(records(finished))
+    assert main(arguments(tmp_path)) == 0
+    assert {path: path.stat().st_mtime_ns for path in had} == had
+    assert statistics(tmp_path) == statistics(finished)
+
+
+def test_a_stopped_job_ends_with_4_and_says_that_it_can_go_on(tmp_path):
+    command = [sys.executable, str(ROOT / "jobs" / "prune.py"), *arguments(tmp_path)]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        when_records(tmp_path, 1, job.terminate).join(240)
+        _, said = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert job.returncode == 4
+    assert said.splitlines()[-1] == "stopped; the same command goes on from here"
+
+
+def test_a_damaged_record_is_found_by_its_hash_and_made_again(finished, tmp_path):
+    assert main(arguments(tmp_path)) == 0
+    expected, files = statistics(tmp_path), records(tmp_path)
+    damaged = bytearray(files[0].read_bytes())
+    damaged[-3] ^= 1
+    files[0].write_bytes(damaged)
+    (tmp_path / "run" / "statistics" / "arithmetic.safetensors").unlink()
+    times = [path.stat().st_mtime_ns for path in files[1:]]
+    assert main(arguments(tmp_path)) == 0
+    assert bytes(damaged) != files[0].read_bytes()
+    assert [path.stat().st_mtime_ns for path in files[1:]] == times
+    assert statistics(tmp_path) == expected
+
+
+def test_another_ratio_of_a_finished_run_never_touches_the_model(finished, monkeypatch, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*.safetensors")}
+
+    def calibrator(*_args):
+        raise AssertionError("calibrated again")
+
+    monkeypatch.setattr("seap_ray.calibrate.Calibrator", calibrator)
+    assert main(arguments(finished, "pruning.ratio=0.35")) == 0
+    said = capsys.readouterr().out
+    assert "calibrating" not in said and "reading" not in said
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert run_of(finished).expert(0.35, "general").is_dir()
+
+
+def test_the_same_command_on_a_finished_run_does_nothing(finished, capsys):
+    assert main(arguments(finished)) == 0
+    said = capsys.readouterr().out
+    assert not any(word in said for word in ("reading", "calibrating", "writing", "evaluating"))
+
+
+def refused(capsys, arguments: list[str]) -> tuple[int, str]:
+    code = main(arguments)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return code, lines[0]
+
+
+def corpus(path: Path, rows: list[dict]) -> str:
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([("q", pa.string()), ("a", pa.string())])), path)
+    return (
+        f"tasks=[{{name: mine, path: {path}, evaluation_path: {path}, question: '{{{{ q }}}}', answer: '{{{{ a }}}}'}}]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "said"),
+    [
+        ("pruning.ration=0.5", 2, "pruning.ration: unknown key; did you mean pruning.ratio?"),
+        ("corpus.samples=many", 2, "corpus.samples: Input should be a valid integer"),
+        ("pruning.ratio=1.5", 2, "pruning.ratio.0: Input should be less than 1"),
+        ("pruning.ratio=0.99", 2, "pruning.ratio: 0.99 is beyond"),
+        ("model.source=./nowhere", 2, "model.source: ./nowhere is no folder with a model"),
+        ("calibration.num_cpus=4096", 2, "do not fit the cluster's"),
+        ("tasks=[{name: boolq, path: ./nowhere}]", 3, "tasks.boolq: no file of split 'train' under nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_with_its_exit_code_and_nothing_is_written(
+    cluster, tmp_path, capsys, override, code, said
+):
+    got, line = refused(capsys, arguments(tmp_path, override))
+    assert got == code and said in line
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.parquet"))
+
+
+def test_a_model_of_another_family_is_refused_with_those_that_are_supported(tmp_path, capsys):
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    code, line = refused(capsys, arguments(tmp_path, f"model.source={tmp_path / 'gpt2'}"))
+    assert code == 2 and "model family 'gpt2' is not supported; supported are llama, qwen2" in line
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "said"),
+    [
+        ([], "q", "has no rows"),
+        ([{"q": "1", "a": "2"}], "nothing", "'nothing' is undefined; the columns are q, a"),
+        ([{"q": " ", "a": ""}] * 3, "q", "all 3 rows of the corpus are blank"),
+    ],
+)
+def test_a_corpus_that_does_not_fit_is_refused_by_task(cluster, tmp_path, capsys, rows, columns, said):
+    override = corpus(tmp_path / "train.parquet", rows).replace("{ q }", f"{{ {columns} }}")
+    code, line = refused(capsys, arguments(tmp_path, override))
+    assert code == 3 and "tasks.mine: " in line and said in line
+
+
+def test_a_run_of_another_model_or_corpus_is_refused_with_the_field(finished, capsys):
+    code, line = refused(capsys, arguments(finished, "run.seed=7"))
+    assert code == 2 and "was made with run.seed=0, not 7" in line
+    code, line = refused(capsys, arguments(finished, "corpus.samples=9"))
+    assert code == 2 and "was made with corpus.samples=48, not 9" in line
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, which needs root")
+def test_a_full_disk_ends_with_4_and_more_room_lets_the_same_command_finish(finished, tmp_path, capsys):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        code, line = refused(capsys, arguments(tmp_path))
+        assert code == 4 and "No space left on device" in line
+        assert not list(tmp_path.rglob("seap.json"))
+        subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path)], check=True)
+        assert main(arguments(tmp_path)) == 0
+        assert statistics(tmp_path) == statistics(finished)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_errors_out_of_ray_are_found_and_others_are_not_swallowed(monkeypatch, tmp_path):
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("seap_ray.job.make_shards", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(arguments(tmp_path))
+    assert not issubclass(RuntimeError, SeapError)
+
+
+@pytest.mark.slow
+def test_ray_job_submit_runs_the_job_on_a_cluster_with_token_authentication(tmp_path):
+    """The command that users type, with a real head, a token, and the tree carried as working directory."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    token = tmp_path / "token"
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+    }
+    made = subprocess.run([ray, "get-auth-token", "--generate"], env=environment, capture_output=True, text=True)
+    assert token.is_file(), made.stderr
+    port, dashboard = "26379", "28265"
+    start = [ray, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    start += [f"--temp-dir={tmp_path / 'r'}", "--include-dashboard=true", "--block"]
+    head = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        submit = [ray, "job", "submit", f"--address=http://127.0.0.1:{dashboard}", "--working-dir", str(ROOT), "--"]
+        command = [*submit, sys.executable, "jobs/prune.py", *arguments(tmp_path)[1:]]
+        done = _submitted(command, environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "is complete" in done.stdout
+        refused = _submitted(command, {**environment, "RAY_AUTH_TOKEN_PATH": "", "RAY_AUTH_TOKEN": "wrong" * 8})
+        assert refused.returncode != 0
+    finally:
+        head.terminate()
+        head.wait(60)
+    results = json.loads(run_of(tmp_path).results.read_text())
+    assert [model["name"] for model in results["models"]][:2] == ["dense", "general"]
+
+
+def _submitted(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    """Submit, once the head answers."""
+    for _ in range(30):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+        if "onnect" not in done.stderr or done.returncode == 0:
+            return done
+        time.sleep(2)
+    return done
+
+
+def test_the_config_of_a_run_is_written_first_and_whole(finished):
+    written = json.loads(run_of(finished).config.read_text())
+    assert Config.model_validate(written).tasks[0].name == "arithmetic"
