@@ -12,6 +12,7 @@ The path of the data, one line a module (rings: arithmetic, models and files, Ra
     architecture  the dimensions and weight names of a model family
     corpus        rows -> texts -> token ids
     recorder      hooks on a model -> moments of every site
+    records       moments on disk, whole or known to be damaged
     checkpoint    safetensors folders: read, fingerprint, write compacted
     hf            the Hugging Face classes that load a compacted checkpoint
     demo          a small model with six skills

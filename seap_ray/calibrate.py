@@ -5,7 +5,6 @@ is whole is reused, so the same command resumes whatever was cut short. Records 
 on the number of shards alone: the same bytes for any number of workers, with or without faults.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,7 @@ import pyarrow as pa
 import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -24,9 +22,10 @@ from seap_ray.architecture import Architecture
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config, ModelSection
 from seap_ray.errors import ConfigError, DataError, IncompleteError
-from seap_ray.moments import SITES, Moments, Site, Statistics, tree_sum
+from seap_ray.moments import SITES, Moments, Site, tree_sum
 from seap_ray.recorder import record
-from seap_ray.run import Run, fingerprint, publishing
+from seap_ray.records import is_whole, read_moments, save_moments, sites_of
+from seap_ray.run import Run, fingerprint
 from seap_ray.shards import Manifest, Shard
 
 SCHEMA = 1
@@ -84,56 +83,6 @@ def load_model(config: Config, base: Checkpoint, folder: Path) -> PreTrainedMode
         use_safetensors=True,
     )
     return loaded.to("cuda" if config.calibration.num_gpus else "cpu").eval()
-
-
-# --- records ---------------------------------------------------------------------------------------------------------
-
-
-def save_moments(path: Path, statistics: Statistics, **about: Any) -> None:
-    """Write moments, float64, with a hash of their bytes; the same moments give the same file."""
-    tensors = {}
-    for (layer, site), moments in sorted(statistics.items()):
-        tensors[f"layers.{layer}.{site}.mean"] = moments.mean_D.contiguous()
-        tensors[f"layers.{layer}.{site}.m2"] = moments.m2_D.contiguous()
-        tensors[f"layers.{layer}.{site}.count"] = torch.tensor(moments.count)
-    about = {**about, "sha256": _hash(tensors)}
-    with publishing(path) as temporary:
-        save_file(tensors, temporary, metadata={key: str(about[key]) for key in sorted(about)})
-
-
-def _hash(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()
-
-
-def is_whole(path: Path, **expected: Any) -> bool:
-    """Whether a moments file is there, carries ``expected`` in its metadata, and its bytes hash to what it says."""
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            return all(about.get(key) == str(value) for key, value in expected.items()) and about.get(
-                "sha256"
-            ) == _hash({name: file.get_tensor(name) for name in file.keys()})
-    except (OSError, SafetensorError):
-        return False
-
-
-def read_moments(file: Any, key: tuple[int, Site]) -> Moments:
-    layer, site = key
-    mean, m2, count = (file.get_tensor(f"layers.{layer}.{site}.{part}") for part in ("mean", "m2", "count"))
-    return Moments(int(count), mean, m2)
-
-
-def load_statistics(path: Path, architecture: Architecture) -> Statistics:
-    with safe_open(path, "pt") as file:
-        return {key: read_moments(file, key) for key in _keys(architecture)}
-
-
-def _keys(architecture: Architecture) -> Iterator[tuple[int, Site]]:
-    return ((layer, site) for layer in range(architecture.n_layers) for site in SITES)
 
 
 # --- the actors ------------------------------------------------------------------------------------------------------
@@ -253,7 +202,7 @@ def merge_records(calibration: Calibration, run: Run, manifest: Manifest, archit
             f"{manifest.task}: {len(lost)} records are missing ({lost[0]}, ...); run the command again"
         )
     merged = {}
-    for key in _keys(architecture):
+    for key in sites_of(architecture):
         merged[key] = tree_sum(_moments_of(record, key) for record in records)
     tokens = sum(calibration.tokens(shard) for shard in manifest.shards)
     for (layer, site), moments in merged.items():

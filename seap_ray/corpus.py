@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 from jinja2 import StrictUndefined, TemplateError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from seap_ray.checkpoint import Checkpoint
 from seap_ray.errors import ConfigError, DataError
 from seap_ray.run import fingerprint
 from seap_ray.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from seap_ray.checkpoint import Checkpoint
 
 Row = dict[str, Any]
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
@@ -86,7 +89,7 @@ def local_files(task: Task, path: str, split: str) -> list[Path]:
 
     Raises DataError naming the task when there are none, or files of several formats.
     """
-    where = Path(path).expanduser()
+    where = Path(path).expanduser().absolute()  # workers may have another current folder
     if where.is_dir():
         files = _files_of_split(where, split)
     else:
@@ -155,8 +158,10 @@ def check_source(task: Task, *, official: bool) -> None:
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(checkpoint: "Checkpoint", *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """Raises ConfigError when the model comes without a tokenizer."""
+    from transformers import AutoTokenizer  # seconds, which the workers that only render rows do not need
+
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -164,7 +169,7 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
         raise ConfigError(f"model.source: {checkpoint.folder} has no usable tokenizer ({reason})") from None
 
 
-def tokenizer_hash(checkpoint: Checkpoint) -> str:
+def tokenizer_hash(checkpoint: "Checkpoint") -> str:
     """Hash of the tokenizer's files."""
     files = sorted(checkpoint.folder.glob("tokenizer*")) + sorted(checkpoint.folder.glob("*.model"))
     return fingerprint([(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files])

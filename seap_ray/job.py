@@ -31,6 +31,7 @@ def run_job(config: Config) -> None:
     transformers_logging.disable_progress_bar()
     checkpoint = _checked(config)
     run = Run.of(config)
+    config = _absolute(config)
     run.claim(config)
     _connect()
     try:
@@ -44,6 +45,14 @@ def run_job(config: Config) -> None:
             raise
         raise known from None
     say(f"{run.root} is complete, {time.monotonic() - started:.0f} s")
+
+
+def _absolute(config: Config) -> Config:
+    """A local model by its whole path: workers may have another current folder."""
+    folder = Path(config.model.source).expanduser().absolute()
+    if config.model.source == "demo" or not folder.is_dir():
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"source": str(folder)})})
 
 
 def _stop(_signal: int, _frame: Any) -> None:

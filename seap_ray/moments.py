@@ -33,9 +33,10 @@ class Moments:
         (Chan, Golub & LeVeque 1983, the corrected two-pass algorithm).
         """
         n = x_ND.shape[0]
-        mean_D = x_ND.sum(0, dtype=torch.float64) / n
+        divisor = max(n, 1)  # a batch may hold no token that counts: sequences of one token, with the first left out
+        mean_D = x_ND.sum(0, dtype=torch.float64) / divisor
         deviation_ND = x_ND - mean_D
-        m2_D = deviation_ND.square().sum(0) - deviation_ND.sum(0).square() / n
+        m2_D = deviation_ND.square().sum(0) - deviation_ND.sum(0).square() / divisor
         return cls(n, mean_D, m2_D)
 
     def __add__(self, other: "Moments") -> "Moments":

@@ -6,6 +6,7 @@ Under ``uniform`` and ``logistic`` the widths depend on the ratio alone, so all 
 Letters: L layers, K key-value groups, H query heads, C channels.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -87,14 +88,14 @@ class Rules:
         options = [
             (groups, heads)
             for groups, heads in _attention_options(dense, pruning.attention_unit)
-            if (groups % ranks == 0 or ranks % groups == 0)
-            and groups * heads % ranks == 0
-            and not (stock and architecture.hidden_size % (groups * heads))
+            if _splits(groups, heads, ranks) and not (stock and architecture.hidden_size % (groups * heads))
         ]
-        if not options or dense.channels % ranks or tile > dense.channels:
+        # A layer may also stay as it is, so the dense widths must split, too.
+        whole = _splits(dense.groups, dense.heads_per_group, ranks) and not dense.channels % ranks
+        if not options or not whole or tile > dense.channels:
             raise ConfigError(
-                f"pruning.tensor_parallel: {ranks} ranks with tiles of {tile} channels do not fit {dense.groups} "
-                f"key-value heads and {dense.channels} channels"
+                f"pruning.tensor_parallel: {ranks} ranks with tiles of {tile} channels do not fit {dense.heads} heads, "
+                f"{dense.groups} key-value heads and {dense.channels} channels"
             )
         return cls(architecture, tuple(options), tile, architecture.compensation_parameters * compensated)
 
@@ -122,6 +123,11 @@ class Rules:
         full = self.architecture.dense.channels
         tiled = min(max(round(wanted / self.tile), 1) * self.tile, full)
         return full if abs(full - wanted) < abs(tiled - wanted) else tiled
+
+
+def _splits(groups: int, heads_per_group: int, ranks: int) -> bool:
+    """Whether vLLM can share these heads out: key-value heads are split, or where there are fewer, repeated."""
+    return (groups % ranks == 0 or ranks % groups == 0) and groups * heads_per_group % ranks == 0
 
 
 def _attention_options(dense: Shape, unit: str) -> list[tuple[int, int]]:
@@ -162,18 +168,30 @@ def choose_shapes(
         return [architecture.dense] * architecture.n_layers
     cap = min(allocation.max_sparsity, rules.cap)
     if kind == "global":
+        _check_reach(ratio, cap)
         return _greedy(rules, ratio, cap, scores_L)
     shares = layer_sparsity(architecture.n_layers, allocation, ratio, cap)
     if stock and kind == "uniform":
         return [_nearest(rules, ratio)] * architecture.n_layers
-    return _fitted(rules, shares, ratio)
+    return _fitted(rules, shares, ratio, cap)
+
+
+def _check_reach(ratio: float, cap: float) -> None:
+    if ratio > cap:
+        raise ConfigError(
+            f"pruning.ratio: {ratio:g} is beyond what a layer can give; the largest is {_rounded_down(cap)}"
+        )
+
+
+def _rounded_down(ratio: float) -> str:
+    """A ratio to show that is not above the one it stands for, so that it can be asked for."""
+    return f"{math.floor(ratio * 1e4) / 1e4:g}"
 
 
 def layer_sparsity(n_layers: int, allocation: AllocationSection, ratio: float, cap: float) -> list[float]:
     """Share of every layer under ``uniform`` or ``logistic``."""
     if allocation.kind == "uniform":
-        if ratio > cap:
-            raise ConfigError(f"pruning.ratio: {ratio:g} is beyond what a layer can give; the largest is {cap:.4f}")
+        _check_reach(ratio, cap)
         return sparsity.uniform(n_layers, ratio)
     first, last = protected(n_layers, allocation, ratio, cap)
     return sparsity.logistic(n_layers, ratio, k=allocation.k, x0=allocation.x0, first=first, last=last, cap=cap)
@@ -220,7 +238,7 @@ def _official(rules: Rules, allocation: AllocationSection, ratio: float) -> list
     ]
 
 
-def _fitted(rules: Rules, sparsity_L: Sequence[float], ratio: float) -> list[Shape]:
+def _fitted(rules: Rules, sparsity_L: Sequence[float], ratio: float, cap: float) -> list[Shape]:
     """Round every layer's share to allowed widths; what rounding leaves over is carried on, then evened out.
 
     Attention takes the option nearest to the layer's share, channels the rest (method: heads are coarse, tiles fine).
@@ -232,7 +250,7 @@ def _fitted(rules: Rules, sparsity_L: Sequence[float], ratio: float) -> list[Sha
         shape = _nearest(rules, share, carry) if share else rules.architecture.dense
         carry += share * full - rules.removed(shape)
         shapes.append(shape)
-    return _evened(rules, shapes, [share > 0 for share in sparsity_L], ratio)
+    return _evened(rules, shapes, [share > 0 for share in sparsity_L], ratio, cap)
 
 
 def _nearest(rules: Rules, share: float, carry: float = 0.0) -> Shape:
@@ -245,18 +263,21 @@ def _nearest(rules: Rules, share: float, carry: float = 0.0) -> Shape:
     return Shape(*option, rules.channels(dense.channels - cut / architecture.channel_cost))
 
 
-def _evened(rules: Rules, shapes: list[Shape], active_L: list[bool], ratio: float) -> list[Shape]:
-    """Move single tiles, in the deepest layers that have room, until the total is within half a tile of the target.
+def _evened(rules: Rules, shapes: list[Shape], active_L: list[bool], ratio: float, cap: float) -> list[Shape]:
+    """Move tiles, in the deepest layers that have room, until the total is within half a tile of the target.
 
+    The cap holds as a tile does: a layer may give part of one more, or a ratio just under the cap could not be met.
     Raises ConfigError with the ratio reached where no layer has room.
     """
     target = ratio * rules.architecture.decoder_parameters
+    largest = cap * rules.architecture.layer_parameters(rules.architecture.dense)
     for layer in reversed(range(len(shapes))):
         if not active_L[layer]:
             continue
         missing = target - sum(map(rules.removed, shapes))
         shape = shapes[layer]
-        channels = rules.channels(shape.channels - missing / rules.architecture.channel_cost)
+        more = min(missing, largest - rules.removed(shape) + rules.tile_cost / 2)
+        channels = rules.channels(shape.channels - more / rules.architecture.channel_cost)
         moved = Shape(shape.groups, shape.heads_per_group, channels)
         if abs(missing - rules.removed(moved) + rules.removed(shape)) < abs(missing):
             shapes[layer] = moved
@@ -265,7 +286,7 @@ def _evened(rules: Rules, shapes: list[Shape], active_L: list[bool], ratio: floa
         reached = removed / rules.architecture.decoder_parameters
         raise ConfigError(
             f"pruning.ratio: {ratio:g} cannot be met with pruning.attention_unit and pruning.align as they are; "
-            f"{reached:.4f} can"
+            f"{_rounded_down(reached)} can"
         )
     return shapes
 
@@ -301,7 +322,7 @@ def _greedy(rules: Rules, ratio: float, cap: float, scores_L: Sequence[LayerScor
             stopped.add((step.layer, step.site))
             continue
         shapes[step.layer], removed = new, after
-    return _evened(rules, shapes, [shape != dense for shape in shapes], ratio)
+    return _evened(rules, shapes, [shape != dense for shape in shapes], ratio, cap)
 
 
 def _steps(rules: Rules, layer: int, head_H: Tensor, channel_C: Tensor) -> list[_Step]:

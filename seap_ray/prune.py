@@ -11,10 +11,8 @@ from typing import Any
 
 import ray
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-from seap_ray.calibrate import is_whole, load_statistics, save_moments
 from seap_ray.checkpoint import (
     Checkpoint,
     Compaction,
@@ -30,6 +28,7 @@ from seap_ray.compact import COLUMNS
 from seap_ray.config import Config, PlanSettings
 from seap_ray.moments import SITES, Moments, Site, Statistics, pooled
 from seap_ray.plan import Plan, choose_shapes, keep
+from seap_ray.records import about_moments, is_whole, load_statistics, save_moments
 from seap_ray.run import Run, fingerprint, publishing, read_json, sha256_of, write_json
 from seap_ray.scores import SCORES, Norms, WeightNorms, head_scores
 
@@ -131,10 +130,7 @@ class Planner:
 
 def make_planner(config: Config, checkpoint: Checkpoint, run: Run, statistics: dict[str, Path]) -> Planner:
     """Read the statistics and the weight norms; norms are computed once per run, in Ray tasks."""
-    made_of = {}
-    for task, path in statistics.items():
-        with safe_open(path, "pt") as file:
-            made_of[task] = file.metadata()["sha256"]
+    made_of = {task: about_moments(path)["sha256"] for task, path in statistics.items()}
     loaded = {task: load_statistics(path, checkpoint.architecture) for task, path in statistics.items()}
     return Planner(config, checkpoint, loaded, _weight_norms(config, checkpoint, run), made_of)
 

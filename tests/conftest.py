@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.utils import logging as transformers_logging
 
 from seap_ray.architecture import Architecture, Shape
@@ -144,12 +146,41 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Dense:
 
 
 def load(folder: Path, **kwargs: Any) -> PreTrainedModel:
-    """The model in the dtype that it was saved in."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **kwargs).eval()
+    """The model in the dtype that it was saved in.
+
+    Its weights are copied: as loaded they are views of the mapped file, at any address, and the sums of a BLAS product,
+    and so its last bits, depend on how its operands are aligned.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **kwargs).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def random_ids(n: int = 3, length: int = 17, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, SIZES["vocab_size"], (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms without the float32 inside of Hugging Face's own, which hides errors below 1e-8 and magnifies others."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+    for norm in (LlamaRMSNorm, Qwen2RMSNorm):
+        monkeypatch.setattr(norm, "forward", forward)
+
+
+@pytest.fixture
+def ordered_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear layers whose every output is summed in the same order, however many outputs there are (BLAS's are not)."""
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        y = (x.unsqueeze(-2) * weight).sum(-1)
+        return y if bias is None else y + bias
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
 
 
 @torch.no_grad()

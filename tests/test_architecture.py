@@ -1,0 +1,151 @@
+"""Parameter arithmetic and names, against the models that Hugging Face builds (on the meta device, without memory)."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import CONFIGS, random_plan, random_statistics, write_compacted
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+
+from seap_ray.architecture import FAMILIES, Architecture, Shape
+from seap_ray.checkpoint import Checkpoint, Compaction
+from seap_ray.errors import ConfigError
+
+LARGE = {
+    "llama-2-7b": lambda: LlamaConfig(),
+    "llama-3-8b": lambda: LlamaConfig(vocab_size=128256, num_key_value_heads=8, intermediate_size=14336),
+    "qwen2.5-7b": lambda: Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+    ),
+}
+ALL = {**CONFIGS, **LARGE}
+
+
+def meta_model(config: PreTrainedConfig) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def narrowed(config: PreTrainedConfig, **widths: int) -> int:
+    """Parameters of one decoder layer of Hugging Face's with other widths and the same head dimension."""
+    config = copy.deepcopy(config)
+    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for key, value in widths.items():
+        setattr(config, key, value)
+    config.num_hidden_layers = 1
+    return size(meta_model(config).model.layers[0])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_layer_and_decoder_parameters_are_what_the_model_has(name):
+    config = ALL[name]()
+    architecture, model = Architecture.of(config.to_dict()), meta_model(config)
+    assert architecture.n_layers == len(model.model.layers)
+    assert architecture.layer_parameters(architecture.dense) == size(model.model.layers[0])
+    assert architecture.decoder_parameters == size(model.model.layers)
+    assert architecture.head_dim == model.model.layers[0].self_attn.head_dim
+    modules = {name for name, _ in model.named_parameters()}
+    assert {architecture.tensor(0, module) for module in ("self_attn.o_proj", "mlp.down_proj")} <= modules
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("llama-2-7b", 6_476_267_520), ("llama-3-8b", 6_979_584_000), ("qwen2.5-7b", 6_525_618_176)]
+)
+def test_decoder_parameters_of_well_known_models(name, parameters):
+    """Published totals (6,738,415,616; 8,030,261,248; 7,615,616,512) less embeddings, head and last norm."""
+    config = LARGE[name]()
+    published = {"llama-2-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248, "qwen2.5-7b": 7_615_616_512}[name]
+    assert published - (2 * config.vocab_size + 1) * config.hidden_size == parameters
+    assert Architecture.of(config.to_dict()).decoder_parameters == parameters
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_costs_are_what_a_layer_loses_when_it_shrinks(name):
+    config = ALL[name]()
+    architecture = Architecture.of(config.to_dict())
+    heads, groups, channels = config.num_attention_heads, architecture.dense.groups, config.intermediate_size
+    whole = narrowed(config)
+    assert whole - narrowed(config, intermediate_size=channels - 1) == architecture.channel_cost
+    fewer = max(heads // 2, 1)
+    lost = whole - narrowed(config, num_attention_heads=fewer, num_key_value_heads=groups)
+    assert lost == (heads - fewer) * architecture.head_cost
+    lost = whole - narrowed(config, num_attention_heads=heads // 2, num_key_value_heads=groups // 2)
+    assert lost == heads // 2 * architecture.head_cost + (groups - groups // 2) * architecture.kv_cost
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_layer_parameters_of_a_smaller_shape_are_what_such_a_layer_has(name):
+    config = ALL[name]()
+    architecture = Architecture.of(config.to_dict())
+    shape = Shape(architecture.dense.groups // 2, architecture.dense.heads_per_group, 33)
+    assert architecture.layer_parameters(shape) == narrowed(
+        config, num_attention_heads=shape.heads, num_key_value_heads=shape.groups, intermediate_size=33
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_written_layers_have_the_parameters_that_the_plan_counts_on(dense, tmp_path, name):
+    checkpoint = Checkpoint.open(str(dense(name)))
+    architecture = checkpoint.architecture
+    plan = random_plan(architecture, 5, "mean")
+    statistics = random_statistics(architecture, 5)
+    folder = write_compacted(Compaction(checkpoint, plan, statistics), tmp_path)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        sizes = {key: file.get_tensor(key).numel() for key in file.keys()}
+    for layer, shape in enumerate(plan.shapes):
+        real = sum(n for key, n in sizes.items() if key.startswith(f"model.layers.{layer}."))
+        added = architecture.compensation_parameters * (shape != architecture.dense)
+        assert real == architecture.layer_parameters(shape) + added
+    after = sum(n for key, n in sizes.items() if ".layers." in key)
+    assert plan.planned(architecture) == pytest.approx(1 - after / architecture.decoder_parameters, abs=1e-12)
+
+
+def test_compensation_adds_only_the_biases_that_are_missing():
+    hidden = 48
+    expected = {"llama_mha": 2 * hidden, "llama_gqa": 2 * hidden, "llama_biased": 0, "qwen2": 2 * hidden}
+    for name, parameters in expected.items():
+        assert Architecture.of(CONFIGS[name]().to_dict()).compensation_parameters == parameters
+    half = LlamaConfig(attention_bias=True).to_dict()
+    assert Architecture.of(half).compensation_parameters == 4096
+
+
+def test_query_heads_count_as_key_value_heads_where_a_config_names_none():
+    config = {**LlamaConfig(num_attention_heads=8, hidden_size=64).to_dict(), "num_key_value_heads": None}
+    assert Architecture.of(config).dense == Shape(8, 1, 11008)
+    del config["num_key_value_heads"], config["head_dim"]
+    assert Architecture.of(config).dense == Shape(8, 1, 11008)
+    assert Architecture.of(config).head_dim == 8
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "mamba", None])
+def test_an_unknown_family_is_refused_with_the_list_of_known_ones(name):
+    with pytest.raises(ConfigError, match=f"{name!r} is not supported; supported are {', '.join(FAMILIES)}"):
+        Architecture.of({"model_type": name})
+
+
+def test_quantised_and_sliding_window_models_are_refused():
+    config = Qwen2Config(num_hidden_layers=2).to_dict()
+    with pytest.raises(ConfigError, match="quantised"):
+        Architecture.of({**config, "quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(ConfigError, match="use_sliding_window"):
+        Architecture.of({**config, "use_sliding_window": True})
+
+
+def test_a_tile_of_channels_leaves_a_small_model_16_of_them():
+    tiles = {100: 4, 256: 16, 448: 16, 2048: 128, 11008: 128, 8: 1}
+    for channels, tile in tiles.items():
+        architecture = Architecture.of(LlamaConfig(intermediate_size=channels).to_dict())
+        assert architecture.align("auto") == tile
+        assert architecture.align(24) == 24

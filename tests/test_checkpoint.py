@@ -1,0 +1,872 @@
+"""Compacted checkpoints: what they compute, that they load everywhere, what lies in the folder, what is refused."""
+
+import json
+import math
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    CONFIGS,
+    load,
+    logits,
+    random_ids,
+    random_kept,
+    random_plan,
+    random_statistics,
+    uniform_plan,
+    write_compacted,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import seap_ray.hf  # noqa: F401  (registers the classes that load a compacted checkpoint)
+from seap_ray import checkpoint as checkpoint_module
+from seap_ray.architecture import Architecture, Shape
+from seap_ray.checkpoint import Checkpoint, Compaction, check_stock, finish, parse_size, split_name, write_tensors
+from seap_ray.errors import ConfigError
+from seap_ray.moments import Statistics
+from seap_ray.plan import Kept, Plan
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def compaction_of(folder: Path, compensation: str = "none", seed: int = 0) -> Compaction:
+    base = Checkpoint.open(str(folder))
+    plan = random_plan(base.architecture, seed, compensation)
+    return Compaction(base, plan, random_statistics(base.architecture, seed))
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def columns(units: tuple[int, ...], width: int = 1) -> list[int]:
+    return [unit * width + i for unit in units for i in range(width)]
+
+
+# --- oracles: the dense model, changed in place ----------------------------------------------------------------------
+
+
+def sites(model: Any, plan: Plan, head_dim: int) -> Iterator[tuple[int, str, nn.Linear, list[int], list[int]]]:
+    """Layer, site, module, kept columns and cut columns of its input."""
+    for layer, (block, kept) in enumerate(zip(model.model.layers, plan.kept, strict=True)):
+        for site, linear, of in (
+            ("attn", block.self_attn.o_proj, columns(kept.heads, head_dim)),
+            ("mlp", block.mlp.down_proj, columns(kept.channels)),
+        ):
+            yield layer, site, linear, of, sorted(set(range(linear.in_features)) - set(of))
+
+
+def replaced_mean(compaction: Compaction, layer: int, site: str) -> torch.Tensor:
+    assert compaction.statistics is not None
+    mean_D = compaction.statistics[layer, site].mean_D  # type: ignore[index]
+    return mean_D if compaction.plan.compensation == "mean" else torch.zeros_like(mean_D)
+
+
+def with_replaced_activations(model: Any, compaction: Compaction) -> Any:
+    """Every cut activation gives way to its mean, or to zero, right before ``o_proj`` and ``down_proj``."""
+    head_dim = compaction.base.architecture.head_dim
+    for layer, site, linear, _, cut in sites(model, compaction.plan, head_dim):
+
+        def replace(_module: nn.Module, inputs: Any, cut=cut, mean_D=replaced_mean(compaction, layer, site)) -> Any:
+            x_BTD = inputs[0].clone()
+            x_BTD[..., cut] = mean_D[cut].to(x_BTD.dtype)
+            return (x_BTD,)
+
+        linear.register_forward_pre_hook(replace)
+    return model
+
+
+def with_split_products(model: Any, compaction: Compaction) -> Any:
+    """The same, the product taken apart: kept columns times their activations, plus cut columns times their means."""
+    head_dim, dense = compaction.base.architecture.head_dim, compaction.base.architecture.dense
+    for layer, site, linear, kept, cut in sites(model, compaction.plan, head_dim):
+        weight_OD, bias_O = linear.weight, linear.bias
+        if compaction.plan.compensation == "mean" and compaction.plan.kept[layer].shape != dense:
+            bias_O = weight_OD[:, cut] @ replaced_mean(compaction, layer, site)[cut]
+            bias_O = bias_O if linear.bias is None else bias_O + linear.bias
+
+        def forward(x_BTD: torch.Tensor, kept=kept, weight_OD=weight_OD, bias_O=bias_O) -> torch.Tensor:
+            return functional.linear(x_BTD[..., kept], weight_OD[:, kept], bias_O)
+
+        linear.forward = forward  # type: ignore[method-assign]
+    return model
+
+
+def linear_of(weight_OD: torch.Tensor, bias_O: torch.Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight_OD.shape[1], weight_OD.shape[0], bias=bias_O is not None, dtype=weight_OD.dtype)
+    linear.weight = nn.Parameter(weight_OD.clone())
+    if bias_O is not None:
+        linear.bias = nn.Parameter(bias_O.clone())
+    return linear
+
+
+@torch.no_grad()
+def with_smaller_layers(model: Any, compaction: Compaction) -> Any:
+    """Every Linear replaced by one of the kept rows or columns, as a pruning script without files would do it."""
+    plan, architecture = compaction.plan, compaction.base.architecture
+    head_dim = architecture.head_dim
+    for layer, site, linear, kept, cut in list(sites(model, plan, head_dim)):
+        block, of = model.model.layers[layer], plan.kept[layer]
+        bias_O = linear.bias
+        if plan.compensation == "mean" and of.shape != architecture.dense:
+            bias_O = linear.weight[:, cut].double() @ replaced_mean(compaction, layer, site)[cut]
+            bias_O = bias_O if linear.bias is None else bias_O + linear.bias.double()
+            bias_O = bias_O.to(linear.weight.dtype)
+        smaller = linear_of(linear.weight[:, kept], bias_O)
+        if site == "attn":
+            block.self_attn.o_proj = smaller
+            block.self_attn.num_key_value_groups = len(of.heads) // len(of.groups)
+            rows = {"q_proj": columns(of.heads, head_dim)}
+            rows["k_proj"] = rows["v_proj"] = columns(of.groups, head_dim)
+            parent = block.self_attn
+        else:
+            block.mlp.down_proj = smaller
+            rows = {"gate_proj": kept, "up_proj": kept}
+            parent = block.mlp
+        for name, indices in rows.items():
+            old = getattr(parent, name)
+            setattr(parent, name, linear_of(old.weight[indices], None if old.bias is None else old.bias[indices]))
+    return model
+
+
+# --- what a compacted model computes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compensation", ["none", "mean"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_compacted_equals_the_dense_model_with_cut_activations_replaced(
+    dense, tmp_path, float64_norms, name, compensation
+):
+    source, ids_BT = dense(name, torch.float64), random_ids()
+    compaction = compaction_of(source, compensation, seed=1)
+    compacted = logits(load(write_compacted(compaction, tmp_path)), ids_BT)
+    replaced = logits(with_replaced_activations(load(source), compaction), ids_BT)
+    assert compacted.dtype == torch.float64
+    # Not exactly zero: BLAS adds in another order for another width.
+    assert (compacted - replaced).abs().max() < 1e-12
+    assert (compacted - logits(load(source), ids_BT)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("compensation", ["none", "mean"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_compacted_equals_it_exactly_where_sums_keep_their_order(
+    dense, tmp_path, float64_norms, ordered_sums, name, compensation
+):
+    # 16 positions: elementwise functions treat the rest of a SIMD vector in another way, and widths differ.
+    source, ids_BT = dense(name, torch.float64), random_ids(2, 8)
+    compaction = compaction_of(source, compensation, seed=2)
+    compacted = logits(load(write_compacted(compaction, tmp_path)), ids_BT)
+    assert (compacted - logits(with_split_products(load(source), compaction), ids_BT)).abs().max() == 0.0
+
+
+@pytest.mark.parametrize("max_bytes", [10**9, 20_000], ids=["one-file", "files"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_reloaded_equals_pruned_in_memory_bit_for_bit(dense, tmp_path, name, dtype, max_bytes):
+    source, ids_BT = dense(name, dtype), random_ids()
+    compaction = compaction_of(source, "mean", seed=3)
+    reloaded = load(write_compacted(compaction, tmp_path, max_bytes))
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_bytes < 10**9)
+    pruned = with_smaller_layers(load(source), compaction)
+    assert {parameter.dtype for parameter in reloaded.parameters()} == {dtype}
+    expected = dict(pruned.named_parameters())
+    assert dict(reloaded.named_parameters()).keys() == expected.keys()
+    for key, parameter in reloaded.named_parameters():
+        assert torch.equal(parameter, expected[key]), key
+    assert torch.equal(logits(reloaded, ids_BT), logits(pruned, ids_BT))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_base_in_several_files_gives_the_same_checkpoint(dense, tmp_path, name):
+    whole = compaction_of(dense(name), "mean")
+    parts = compaction_of(dense(name, torch.float32, "20KB"), "mean")
+    assert len({info.file for info in parts.base.tensors.values()}) > 2
+    write_compacted(whole, tmp_path / "whole")
+    write_compacted(parts, tmp_path / "parts")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "llama_biased", "qwen2"])
+def test_generate_works_with_both_kinds_of_cache(dense, tmp_path, name):
+    source, ids_BT = dense(name, torch.float64), random_ids(2, 5)
+    compaction = compaction_of(source, "mean", seed=4)
+    model = load(write_compacted(compaction, tmp_path))
+    pruned, greedy_BT = with_smaller_layers(load(source), compaction), ids_BT
+    for _ in range(6):  # no cache at all
+        greedy_BT = torch.cat([greedy_BT, logits(pruned, greedy_BT)[:, -1:].argmax(-1)], 1)
+    settings = {"do_sample": False, "min_new_tokens": 6, "max_new_tokens": 6, "suppress_tokens": None}
+    model.generation_config.eos_token_id = None
+    for cache in ("dynamic", "static"):
+        generated = model.generate(
+            ids_BT, attention_mask=torch.ones_like(ids_BT), cache_implementation=cache, **settings
+        )
+        assert torch.equal(generated, greedy_BT)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_loaded_model_saved_and_loaded_again_is_the_same(dense, tmp_path, name):
+    model = load(write_compacted(compaction_of(dense(name), "mean", seed=5), tmp_path / "first"))
+    model.save_pretrained(tmp_path / "second")
+    again, ids_BT = load(tmp_path / "second"), random_ids()
+    assert type(again) is type(model)
+    first, second = model.state_dict(), again.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert torch.equal(logits(again, ids_BT), logits(model, ids_BT))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_plan_that_cuts_nothing_is_the_identity(dense, tmp_path, name):
+    source = dense(name, torch.bfloat16)
+    base = Checkpoint.open(str(source))
+    plan = uniform_plan(base.architecture, base.architecture.dense, "mean")
+    folder = write_compacted(Compaction(base, plan, random_statistics(base.architecture, 0)), tmp_path)
+    before, after = tensors_of(source), tensors_of(folder)
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert tensor.dtype == after[key].dtype
+        assert torch.equal(tensor.view(torch.uint8), after[key].view(torch.uint8))
+    assert torch.equal(logits(load(folder), random_ids()), logits(load(source), random_ids()))
+
+
+# --- what lies in the folder -----------------------------------------------------------------------------------------
+
+
+def test_config_has_the_dense_widths_and_what_differs_by_layer(dense, tmp_path):
+    base = Checkpoint.open(str(dense("llama_gqa")))
+    whole = base.architecture.dense
+    assert whole == Shape(4, 3, 80)
+    kept = (
+        Kept((0, 2), (0, 1, 2, 6, 7, 8), tuple(range(80))),
+        Kept((0, 1, 2, 3), tuple(range(12)), tuple(range(80))),
+        Kept((0, 1, 2, 3), (0, 5, 7, 9), tuple(range(80))),
+        Kept((0, 1, 2, 3), tuple(range(12)), (3, 5, 8)),
+    )
+    for compensation in ("none", "mean"):
+        plan = Plan("expert", 0.5, compensation, kept, {})
+        folder = write_compacted(Compaction(base, plan, random_statistics(base.architecture, 0)), tmp_path)
+        config = json.loads((folder / "config.json").read_text())
+        biases = {"o_proj_bias": True, "down_proj_bias": True} if compensation == "mean" else {}
+        assert config["per_layer_config"] == {
+            "0": {"num_attention_heads": 6, "num_key_value_heads": 2, **biases},
+            "2": {"num_attention_heads": 4, **biases},
+            "3": {"intermediate_size": 3, **biases},
+        }
+        assert config["model_type"] == "seap_llama"
+        assert config["architectures"] == ["SeapLlamaForCausalLM"]
+        assert config["auto_map"] == {
+            "AutoConfig": "configuration_seap.SeapLlamaConfig",
+            "AutoModelForCausalLM": "modeling_seap.SeapLlamaForCausalLM",
+        }
+        changed = {"model_type", "architectures", "auto_map", "per_layer_config"}
+        assert {k: v for k, v in config.items() if k not in changed} == {
+            k: v for k, v in base.config.items() if k not in changed
+        }
+        loaded = AutoConfig.from_pretrained(folder)
+        assert [own.num_attention_heads for own in loaded.per_layer_config] == [6, 12, 4, 12]
+        assert [own.num_key_value_heads for own in loaded.per_layer_config] == [2, 4, 4, 4]
+        assert [own.intermediate_size for own in loaded.per_layer_config] == [80, 80, 80, 3]
+
+
+def test_config_names_what_the_base_left_to_be_derived(dense, tmp_path):
+    """Head dimension and key-value heads of a dense config may follow from others, which a cut layer's do not."""
+    source = shutil.copytree(dense("llama_mha"), tmp_path / "base")
+    config = json.loads((source / "config.json").read_text())
+    del config["head_dim"], config["num_key_value_heads"]
+    (source / "config.json").write_text(json.dumps(config))
+    compaction = compaction_of(source)
+    written = json.loads((write_compacted(compaction, tmp_path / "out") / "config.json").read_text())
+    assert (written["head_dim"], written["num_key_value_heads"]) == (8, 6)
+    reference = with_smaller_layers(load(source), compaction)
+    assert torch.equal(logits(load(tmp_path / "out"), random_ids()), logits(reference, random_ids()))
+
+
+def test_tokenizer_and_generation_config_and_licence_go_along_and_nothing_else(dense, tmp_path):
+    source = shutil.copytree(dense("llama_gqa"), tmp_path / "base")
+    for name in ("LICENSE.txt", "README.md", "training_args.bin", "special_tokens_map.json", "vocab.json"):
+        (source / name).write_text("{}")
+    (source / "original").mkdir()
+    folder = write_compacted(compaction_of(source), tmp_path / "out")
+    carried = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+    carried |= {"LICENSE.txt", "special_tokens_map.json", "vocab.json"}
+    for name in carried:
+        assert (folder / name).read_bytes() == (source / name).read_bytes()
+    made = {"config.json", "seap.json", "model.safetensors", "configuration_seap.py", "modeling_seap.py"}
+    assert {file.name for file in folder.iterdir()} == carried | made
+
+
+def test_seap_json_is_written_last(dense, tmp_path, monkeypatch):
+    compaction = compaction_of(dense("llama_gqa"))
+    files = compaction.files(20_000)
+    written: list[str] = []
+    copy, write = shutil.copyfile, checkpoint_module.write_json
+    spy = SimpleNamespace(copyfile=lambda source, target: (written.append(Path(target).name), copy(source, target)))
+    monkeypatch.setattr(checkpoint_module, "shutil", spy)
+    monkeypatch.setattr(
+        checkpoint_module, "write_json", lambda path, value: (written.append(path.name), write(path, value))
+    )
+    finish(compaction, tmp_path, files, {"what": "a manifest"})
+    assert written[-1] == "seap.json" and written.count("seap.json") == 1
+    assert set(written) == {file.name for file in tmp_path.iterdir()}
+    assert json.loads((tmp_path / "seap.json").read_text()) == {"what": "a manifest"}
+
+
+@pytest.mark.parametrize("culprit", ["config.json", "modeling_seap.py", "tokenizer.json"])
+def test_no_seap_json_is_left_when_finishing_fails_midway(dense, tmp_path, monkeypatch, culprit):
+    compaction = compaction_of(dense("llama_gqa"))
+    copy, write = shutil.copyfile, checkpoint_module.write_json
+
+    def refuse(path):
+        if Path(path).name == culprit:
+            raise OSError("disk full")
+
+    spy = SimpleNamespace(copyfile=lambda source, target: (refuse(target), copy(source, target)))
+    monkeypatch.setattr(checkpoint_module, "shutil", spy)
+    monkeypatch.setattr(checkpoint_module, "write_json", lambda path, value: (refuse(path), write(path, value)))
+    with pytest.raises(OSError, match="disk full"):
+        finish(compaction, tmp_path, compaction.files(10**9), {})
+    assert not list(tmp_path.glob("*seap.json*"))
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def header_of(path: Path) -> tuple[dict[str, Any], int]:
+    """Header and start of the data of a safetensors file, by the format's definition."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), 8 + length
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_our_writer_writes_what_the_safetensors_library_reads(dense, tmp_path, dtype):
+    compaction = compaction_of(dense("llama_biased", dtype), "mean")
+    outputs = compaction.outputs()
+    path = tmp_path / "deep" / "model.safetensors"
+    digest = write_tensors(compaction, outputs, path)
+    assert digest == checkpoint_module.hashlib.sha256(path.read_bytes()).hexdigest()
+    assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
+    header, start = header_of(path)
+    assert header.pop("__metadata__") == {"format": "pt"}
+    assert list(header) == [output.name for output in outputs]
+    assert start % 8 == 0
+    end = 0
+    for output in outputs:
+        first, last = header[output.name]["data_offsets"]
+        assert first == end and (start + first) % dtype.itemsize == 0
+        assert last - first == output.n_bytes == math.prod(header[output.name]["shape"]) * dtype.itemsize
+        end = last
+    assert path.stat().st_size == start + end
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        for output in outputs:
+            assert torch.equal(file.get_tensor(output.name), compaction.make(output))
+            assert file.get_tensor(output.name).dtype == dtype
+
+
+def test_files_keep_to_their_size_and_hold_every_tensor_once(dense, tmp_path):
+    compaction = compaction_of(dense("llama_biased"), "mean")
+    sizes = {output.name: output.n_bytes for output in compaction.outputs()}
+    for max_bytes in (1, max(sizes.values()), 20_000, sum(sizes.values()) - 1):
+        files = compaction.files(max_bytes)
+        assert [output.name for outputs in files.values() for output in outputs] == list(sizes)
+        assert list(files) == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+        for outputs in files.values():
+            assert len(outputs) == 1 or sum(output.n_bytes for output in outputs) <= max_bytes
+        neighbours = zip(list(files.values())[:-1], list(files.values())[1:], strict=True)
+        assert all(sum(o.n_bytes for o in a) + b[0].n_bytes > max_bytes for a, b in neighbours)
+    assert list(compaction.files(sum(sizes.values()))) == ["model.safetensors"]
+    folder = write_compacted(compaction, tmp_path, 20_000)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    real = {name: file.name for file in folder.glob("*.safetensors") for name in load_file(file)}
+    assert index["weight_map"] == real
+    assert all(file.stat().st_size <= 20_000 + start for file in folder.glob("*.safetensors") for start in [5_000])
+
+
+def test_the_same_plan_gives_the_same_bytes(dense, tmp_path):
+    for name in ("first", "second"):
+        write_compacted(compaction_of(dense("qwen2"), "mean"), tmp_path / name)
+    first, second = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("first", "second"))
+    assert first == second
+
+
+def test_tensors_of_unknown_modules_and_other_dtypes_stay_as_they_are(dense, tmp_path):
+    """Old Llama checkpoints carry rotary frequencies; some keep their norms in float32."""
+    source = shutil.copytree(dense("llama_biased", torch.bfloat16), tmp_path / "base")
+    tensors = tensors_of(source)
+    extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(5) for i in range(4)}
+    norms = {name: tensor.float() for name, tensor in tensors.items() if "norm" in name}
+    save_file({**tensors, **extra, **norms}, source / "model.safetensors", metadata={"format": "pt"})
+    written = tensors_of(write_compacted(compaction_of(source, "mean"), tmp_path / "out"))
+    for name, tensor in {**extra, **norms}.items():
+        assert written[name].dtype == torch.float32 and torch.equal(written[name], tensor)
+    assert written["model.layers.3.mlp.up_proj.weight"].dtype == torch.bfloat16
+
+
+def test_a_write_that_fails_leaves_no_file(dense, tmp_path, monkeypatch):
+    compaction = compaction_of(dense("llama_gqa"))
+    outputs, make = compaction.outputs(), Compaction.make
+
+    def failing(self, output):
+        if output.name == outputs[5].name:
+            raise ZeroDivisionError
+        return make(self, output)
+
+    monkeypatch.setattr(Compaction, "make", failing)
+    with pytest.raises(ZeroDivisionError):
+        write_tensors(compaction, outputs, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from safetensors.torch import load_file
+from seap_ray.checkpoint import Checkpoint, Compaction, write_tensors
+from seap_ray.moments import Moments
+from seap_ray.plan import Kept, Plan
+
+def peak():  # not getrusage: its peak outlives exec, and so begins with that of the parent process
+    status = Path("/proc/self/status").read_text()
+    return {l.split()[0][:-1]: int(l.split()[1]) * 1024 for l in status.splitlines() if l.startswith(("VmHWM", "VmRSS"))}
+
+source, out, compensation = sys.argv[1:]
+base = Checkpoint.open(source)
+whole = base.architecture.dense
+kept = Kept(tuple(range(0, whole.groups, 2)), tuple(h for h in range(whole.heads) if h // whole.heads_per_group % 2 == 0),
+            tuple(range(0, whole.channels, 2)))
+plan = Plan("expert", 0.5, compensation, (kept,) * base.architecture.n_layers, {})
+widths = {"attn": whole.heads * base.architecture.head_dim, "mlp": whole.channels}
+statistics = {(layer, site): Moments(1, torch.rand(n, dtype=torch.float64), torch.rand(n, dtype=torch.float64))
+              for layer in range(base.architecture.n_layers) for site, n in widths.items()}
+compaction = Compaction(base, plan, statistics)
+Path("/proc/self/clear_refs").write_text("5")
+start = peak()["VmRSS"]
+for name, outputs in compaction.files(10**9).items():
+    write_tensors(compaction, outputs, Path(out) / name)
+written = peak()["VmHWM"] - start
+Path("/proc/self/clear_refs").write_text("5")
+start = peak()["VmRSS"]
+held = load_file(Path(source) / "model.safetensors")
+total = sum(float(tensor.view(-1)[::64].float().sum()) for tensor in held.values())
+print(json.dumps({"written": written, "held": peak()["VmHWM"] - start}))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+@pytest.mark.parametrize(("dtype", "compensation"), [(torch.float32, "none"), (torch.bfloat16, "mean")], ids=str)
+def test_memory_of_writing_is_a_few_tensors_whatever_the_size_of_the_model(tmp_path, dtype, compensation):
+    layers, hidden, channels = (3, 1024, 4096) if dtype == torch.float32 else (6, 1024, 4096)
+    config = LlamaConfig(
+        vocab_size=4000,
+        hidden_size=hidden,
+        intermediate_size=channels,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict(), default=str))
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
+    noise = torch.randn(10_007)
+    tensors = {name: noise.to(dtype).repeat(-(-s.numel() // 10_007))[: s.numel()].view(s) for name, s in shapes.items()}
+    total, largest = (f(t.nbytes for t in tensors.values()) for f in (sum, max))
+    assert total > 195e6 and total > 10 * largest
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    del tensors
+    root = Path(__file__).parents[1]
+    measured = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path), str(tmp_path / "out"), compensation],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    peak = json.loads(measured.stdout)
+    print(dtype, compensation, {k: v / 1e6 for k, v in peak.items()}, "largest", largest / 1e6, "total", total / 1e6)
+    assert peak["written"] < 3 * largest + 16e6
+    assert peak["held"] > 0.9 * total  # the measure sees what a whole model would take
+
+
+# --- other processes -------------------------------------------------------------------------------------------------
+
+ELSEWHERE = """
+import json, sys
+
+class NoSeapRay:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "seap_ray":
+            raise ImportError("seap_ray is not installed here")
+
+sys.meta_path.insert(0, NoSeapRay())
+try:
+    import seap_ray
+    raise SystemExit("seap_ray can be imported")
+except ImportError:
+    pass
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+torch.set_num_threads(1)
+jobs, ids, out = sys.argv[1:]
+ids_BT, results, logits = load_file(ids)["ids"], {}, {}
+for key, (folder, trust) in json.loads(jobs).items():
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust).eval()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        with torch.no_grad():
+            logits[key] = model(ids_BT).logits
+        text = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)("abc 12")["input_ids"]
+        results[key] = {"module": type(model).__module__, "class": type(model).__name__, "text": text,
+                        "parameters": {n: list(p.shape) for n, p in model.named_parameters()}}
+    except Exception as error:
+        results[key] = {"error": f"{type(error).__name__}: {error}"}
+assert not [name for name in sys.modules if name.split(".")[0] == "seap_ray"]
+save_file(logits, out + ".safetensors")
+open(out + ".json", "w").write(json.dumps(results))
+"""
+STOCK = {
+    "llama_mha": Shape(4, 1, 50),
+    "llama_gqa": Shape(2, 3, 50),
+    "llama_biased": Shape(2, 2, 50),
+    "llama_tied": Shape(2, 2, 50),
+    "qwen2": Shape(2, 2, 50),
+}
+"""Widths whose heads divide the hidden size of 48."""
+STOCK_DTYPES = (torch.float32, torch.float64)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(dense, tmp_path_factory) -> Any:
+    """All checkpoints that other processes must load, and what one without seap_ray made of them, in one go."""
+    root = tmp_path_factory.mktemp("elsewhere")
+    ids_BT = random_ids()
+    folders: dict[str, Path] = {}
+    for name in CONFIGS:
+        for dtype in (torch.float32, torch.bfloat16):
+            key = f"seap {name} {dtype}"
+            folders[key] = write_compacted(compaction_of(dense(name, dtype), "mean", 6), root / key, 40_000)
+        for dtype in STOCK_DTYPES:
+            for compensation in ("none", "mean"):
+                base = Checkpoint.open(str(dense(name, dtype)))
+                plan = uniform_plan(base.architecture, STOCK[name], compensation)
+                check_stock(plan, base.architecture)
+                statistics = random_statistics(base.architecture, 7)
+                key = f"{name} {dtype} {compensation}"
+                folders[f"stock {key}"] = write_compacted(
+                    Compaction(base, plan, statistics, stock=True), root / f"stock {key}"
+                )
+                folders[f"same {key}"] = write_compacted(Compaction(base, plan, statistics), root / f"same {key}")
+    jobs = {key: (str(folder), not key.startswith("stock")) for key, folder in folders.items()}
+    jobs["refused"] = (str(folders[f"seap llama_gqa {torch.float32}"]), False)
+    save_file({"ids": ids_BT}, root / "ids.safetensors")
+    (root / "elsewhere.py").write_text(ELSEWHERE)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-I", root / "elsewhere.py", json.dumps(jobs), root / "ids.safetensors", root / "out"],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((root / "out.json").read_text())
+    return SimpleNamespace(
+        folders=folders,
+        ids_BT=ids_BT,
+        results=results,
+        logits=load_file(root / "out.safetensors"),
+        errors={key: result["error"] for key, result in results.items() if "error" in result},
+        said=done.stdout + done.stderr,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_process_without_seap_ray_computes_the_same_with_the_code_in_the_folder(elsewhere, name, dtype):
+    key = f"seap {name} {dtype}"
+    assert key not in elsewhere.errors, elsewhere.errors[key]
+    assert elsewhere.results[key]["module"].startswith("transformers_modules.")
+    here = load(elsewhere.folders[key])
+    assert type(here).__module__ == "seap_ray.hf.modeling_seap"
+    assert torch.equal(elsewhere.logits[key], logits(here, elsewhere.ids_BT))
+    tokenizer = AutoTokenizer.from_pretrained(elsewhere.folders[key])
+    assert elsewhere.results[key]["text"] == tokenizer("abc 12")["input_ids"]
+
+
+def test_a_process_without_seap_ray_refuses_code_that_it_was_not_told_to_trust(elsewhere):
+    assert "trust_remote_code" in elsewhere.errors["refused"]
+    assert set(elsewhere.errors) == {"refused"}
+
+
+def test_no_weight_is_missing_or_left_over_elsewhere(elsewhere):
+    for key, folder in elsewhere.folders.items():
+        stored = {name: list(tensor.shape) for name, tensor in tensors_of(folder).items()}
+        assert elsewhere.results[key]["parameters"] == stored
+    for word in ("newly initialized", "MISSING", "UNEXPECTED", "MISMATCH"):
+        assert word not in elsewhere.said
+
+
+@pytest.mark.parametrize("compensation", ["none", "mean"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_stock_export_is_an_ordinary_checkpoint_that_computes_the_same(elsewhere, name, compensation):
+    for dtype in STOCK_DTYPES:
+        key = f"{name} {dtype} {compensation}"
+        of_llama = name != "qwen2" or compensation == "mean"  # Qwen2 has no biases to hold the compensation
+        result = elsewhere.results[f"stock {key}"]
+        assert result["class"] == ("LlamaForCausalLM" if of_llama else "Qwen2ForCausalLM")
+        assert result["module"].startswith("transformers.models.")
+        config = json.loads((elsewhere.folders[f"stock {key}"] / "config.json").read_text())
+        assert not {"per_layer_config", "auto_map", "o_proj_bias"} & config.keys()
+        if of_llama:
+            biased = compensation == "mean" or name == "llama_biased"
+            assert (config["attention_bias"], config["mlp_bias"]) == (biased, biased)
+        assert not list(elsewhere.folders[f"stock {key}"].glob("*.py"))
+        stock, same = elsewhere.logits[f"stock {key}"], elsewhere.logits[f"same {key}"]
+        print(key, float((stock - same).abs().max()))
+        assert torch.equal(stock, same)
+
+
+# --- stock exports that cannot be ------------------------------------------------------------------------------------
+
+
+def test_an_uneven_plan_has_no_stock_export(dense):
+    architecture = Checkpoint.open(str(dense("llama_gqa"))).architecture
+    even = uniform_plan(architecture, Shape(2, 3, 50))
+    check_stock(even, architecture)
+    for layer, shape in [(2, Shape(2, 3, 49)), (3, Shape(1, 3, 50)), (1, Shape(2, 2, 50))]:
+        kept = list(even.kept)
+        kept[layer] = random_kept(architecture.dense, shape, checkpoint_random())
+        with pytest.raises(ConfigError, match=rf"equal widths, but layer {layer} of expert"):
+            check_stock(Plan("expert", 0.5, "none", tuple(kept), {}), architecture)
+
+
+def checkpoint_random() -> Any:
+    import random
+
+    return random.Random(0)
+
+
+def test_heads_that_do_not_divide_the_hidden_size_have_no_stock_export(dense, tmp_path):
+    checkpoint = Checkpoint.open(str(dense("llama_gqa")))
+    plan = uniform_plan(checkpoint.architecture, Shape(3, 3, 50))
+    with pytest.raises(ConfigError, match="divide the hidden size 48, not 9 as in layer 0 of expert"):
+        check_stock(plan, checkpoint.architecture)
+    # What for: the family's own config does not take it, while ours does.
+    stock = Compaction(checkpoint, plan, stock=True).config()
+    with pytest.raises(Exception, match="not a multiple of the number of attention heads"):
+        LlamaConfig(**stock)
+    load(write_compacted(Compaction(checkpoint, plan), tmp_path))
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+def refused(source: Path | str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        Checkpoint.open(str(source))
+    message = str(caught.value)
+    assert message.startswith("model.source: ") or "model " in message or "model." in message
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def base(dense, tmp_path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(dense("llama_gqa"), tmp_path / "base"))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    for source in (tmp_path / "nowhere", "./nowhere", "nowhere"):
+        assert "is no folder with a model" in refused(source)
+    (tmp_path / "file").write_text("")
+    assert "is no folder with a model" in refused(tmp_path / "file")
+
+
+def test_a_folder_without_config_is_refused(base):
+    (base / "config.json").unlink()
+    assert refused(base).endswith("has no config.json")
+
+
+@pytest.mark.parametrize("text", ["{", "", "[]"])
+def test_a_torn_config_is_refused(base, text):
+    (base / "config.json").write_text(text)
+    assert "config.json" in refused(base)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5", "mamba"])
+def test_another_family_is_refused(base, family):
+    edit_config(base, model_type=family)
+    assert f"'{family}' is not supported; supported are llama, qwen2" in refused(base)
+
+
+def test_a_compacted_checkpoint_is_refused(dense, tmp_path):
+    folder = write_compacted(compaction_of(dense("llama_gqa")), tmp_path)
+    assert "'seap_llama' is not supported" in refused(folder)
+
+
+def test_a_quantised_checkpoint_is_refused(base):
+    edit_config(base, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "quantised" in refused(base)
+
+
+def test_weights_in_eight_bits_are_refused(base):
+    tensors = tensors_of(base)
+    name = "model.layers.2.mlp.down_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, base / "model.safetensors")
+    assert f"{name} is F8_E4M3, not one of F64, F32, F16, BF16" in refused(base)
+
+
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(base):
+    (base / "model.safetensors").unlink()
+    torch.save({}, base / "pytorch_model.bin")
+    message = refused(base)
+    assert "pickled" in message
+    assert f"AutoModelForCausalLM.from_pretrained({str(base)!r}).save_pretrained" in message
+
+
+def test_a_missing_weight_file_is_refused_by_name(base, dense, tmp_path):
+    (base / "model.safetensors").unlink()
+    assert refused(base).endswith("model.safetensors is missing")
+    parts = Path(shutil.copytree(dense("llama_gqa", torch.float32, "20KB"), tmp_path / "parts"))
+    lost = sorted(parts.glob("*.safetensors"))[1]
+    lost.unlink()
+    assert refused(parts).endswith(f"{lost.name} is missing")
+    (parts / "model.safetensors.index.json").unlink()
+    assert refused(parts).endswith("model.safetensors is missing")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+def test_a_torn_index_is_refused(base, text):
+    (base / "model.safetensors.index.json").write_text(text)
+    assert "model.safetensors.index.json" in refused(base)
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_truncated_weights_are_refused(base, length):
+    path = base / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    assert "weights cannot be read" in refused(base)
+
+
+@pytest.mark.parametrize("module", ["self_attn.o_proj", "mlp.down_proj"])
+def test_a_missing_tensor_is_refused_by_name(base, module):
+    tensors, name = tensors_of(base), f"model.layers.3.{module}.weight"
+    del tensors[name]
+    save_file(tensors, base / "model.safetensors")
+    assert refused(base).endswith(f"has no tensor {name}")
+
+
+def test_opening_reads_no_weight_and_knows_all_of_them(dense):
+    folder = dense("llama_biased", torch.bfloat16, "20KB")
+    opened = Checkpoint.open(str(folder))
+    tensors = tensors_of(folder)
+    assert {name: info.shape for name, info in opened.tensors.items()} == {n: tuple(t.shape) for n, t in tensors.items()}
+    assert {info.dtype for info in opened.tensors.values()} == {"BF16"}
+    assert opened.parameters == sum(tensor.numel() for tensor in tensors.values())
+    for name, tensor in tensors.items():
+        assert torch.equal(opened.read(name), tensor)
+    bias = "model.layers.1.mlp.down_proj.bias"
+    read = opened.read_bias(1, "mlp.down_proj")
+    assert read is not None and torch.equal(read, tensors[bias])
+    assert Checkpoint.open(str(dense("llama_gqa"))).read_bias(1, "mlp.down_proj") is None
+
+
+# --- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+def test_fingerprint_follows_weights_and_config_but_not_the_place(dense, tmp_path, max_shard_size):
+    folder = dense("llama_gqa", torch.float32, max_shard_size)
+    original = Checkpoint.open(str(folder)).fingerprint
+    copied = Path(shutil.copytree(folder, tmp_path / "elsewhere" / "copy"))
+    assert Checkpoint.open(str(copied)).fingerprint == original
+
+    (copied / "README.md").write_text("hello")
+    assert Checkpoint.open(str(copied)).fingerprint == original
+
+    for file in sorted(copied.glob("*.safetensors")):
+        before, tensors = file.read_bytes(), load_file(file)
+        name = sorted(tensors)[-1]
+        value = tensors[name].view(-1)[-1]
+        tensors[name].view(-1)[-1] = torch.nextafter(value, value + 1)
+        save_file(tensors, file, metadata={"format": "pt"})
+        assert file.stat().st_size == len(before)
+        assert Checkpoint.open(str(copied)).fingerprint != original
+        file.write_bytes(before)
+        assert Checkpoint.open(str(copied)).fingerprint == original
+
+    edit_config(copied, rms_norm_eps=1e-5)
+    assert Checkpoint.open(str(copied)).fingerprint != original
+
+
+def test_fingerprint_of_a_large_file_sees_its_header_and_its_ends(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "SAMPLED", 1)
+    copied = Path(shutil.copytree(dense("llama_gqa"), tmp_path / "copy"))
+    path = copied / "model.safetensors"
+    original = path.read_bytes()
+    seen = {Checkpoint.open(str(copied)).fingerprint}
+    for place in (10_000, len(original) // 2, -1):
+        changed = bytearray(original)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        seen.add(Checkpoint.open(str(copied)).fingerprint)
+    assert len(seen) == 4
+
+
+# --- small things ----------------------------------------------------------------------------------------------------
+
+
+def test_names_are_split_into_layer_module_and_kind():
+    assert split_name("model.layers.31.self_attn.q_proj.bias") == (31, "self_attn.q_proj", "bias")
+    assert split_name("model.layers.0.input_layernorm.weight") == (0, "input_layernorm", "weight")
+    assert split_name("model.norm.weight")[0] is None
+    assert split_name("lm_head.weight")[0] is None
+
+
+def test_tensors_lie_in_the_order_of_the_layers(dense):
+    tensors = dict.fromkeys(Checkpoint.open(str(dense("llama_gqa"))).tensors)
+    architecture = Architecture.of({**LlamaConfig(num_hidden_layers=12).to_dict()})
+    names = sorted([*tensors, *(architecture.tensor(layer, "mlp.up_proj") for layer in (10, 11))], reverse=True)
+    ordered = sorted(names, key=checkpoint_module._natural)
+    assert ordered[0] == "model.embed_tokens.weight"
+    assert set(ordered[-2:]) == {"model.norm.weight", "lm_head.weight"}
+    layers = [split_name(name)[0] for name in ordered[1:-2]]
+    assert layers == sorted(layers) and layers[-1] == 11
+
+
+def test_sizes_are_read_as_hugging_face_counts_them():
+    assert [parse_size(text) for text in ("5GB", "1.5 MB", "20KB")] == [5 * 10**9, 1_500_000, 20_000]
+
+
+def statistics_are_used(compaction: Compaction) -> Statistics:
+    assert compaction.statistics is not None
+    return compaction.statistics

@@ -1,0 +1,448 @@
+"""Plans: widths that meet a budget on real dimensions, counted by the models themselves; and the best units for them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import seap_ray
+from seap_ray.architecture import Architecture, Shape
+from seap_ray.config import AllocationSection, PruningSection
+from seap_ray.errors import ConfigError
+from seap_ray.hf import SeapLlamaConfig, SeapLlamaForCausalLM, SeapQwen2Config, SeapQwen2ForCausalLM
+from seap_ray.plan import Kept, Plan, Rules, choose_shapes, keep, protected, ratio_of
+
+often = settings(max_examples=60, deadline=None)
+
+LLAMA = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+CONFIGS = {
+    "demo": json.loads((Path(seap_ray.__file__).parent / "demo" / "model" / "config.json").read_text()),
+    "llama-2-7b": {**LLAMA, "intermediate_size": 11008, "num_key_value_heads": 32},
+    "llama-3-8b": {**LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8},
+    "qwen2-7b": {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+    "llama-biased": {
+        **LLAMA,
+        "num_hidden_layers": 6,
+        "num_key_value_heads": 4,
+        "head_dim": 96,
+        "intermediate_size": 5000,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+}
+MODELS = {name: Architecture.of(config) for name, config in CONFIGS.items()}
+DEMO = MODELS["demo"]
+WIDTHS_BY_RATIO = ("uniform", "logistic")
+KINDS = (*WIDTHS_BY_RATIO, "global")
+
+
+def scores(architecture, seed=0):
+    """Squared normal scores; each layer has its own spread, so that layers differ under ``global``."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(n, spread):
+        return torch.randn(n, generator=generator, dtype=torch.float64).abs().pow(spread)
+
+    dense = architecture.dense
+    spreads = torch.linspace(1, 3, architecture.n_layers).tolist()
+    return [(some(dense.heads, spread), some(dense.channels, spread)) for spread in spreads]
+
+
+def chosen(architecture, ratio, kind, *, compensated=False, stock=False, scores_L=None, **pruning):
+    scores_L = scores(architecture) if scores_L is None and kind == "global" else scores_L or ()
+    section = PruningSection(**pruning)
+    return choose_shapes(
+        architecture, section, ratio=ratio, kind=kind, compensated=compensated, scores_L=scores_L, stock=stock
+    )
+
+
+def tile_of(architecture, tensor_parallel=1):
+    """Weights of one tile of channels, of 128 but for small models."""
+    channels = 16 if architecture is DEMO else 128
+    biases = 2 if architecture.mlp_bias else 0
+    return channels * tensor_parallel * (3 * architecture.hidden_size + biases)
+
+
+def off_by(shapes, architecture, ratio, compensated):
+    """Weights between the realised and the requested ratio."""
+    return abs(ratio_of(shapes, architecture, compensated=compensated) - ratio) * architecture.decoder_parameters
+
+
+def assert_widths_are_allowed(shapes, architecture, tensor_parallel=1):
+    dense, tile = architecture.dense, (16 if architecture is DEMO else 128) * tensor_parallel
+    assert len(shapes) == architecture.n_layers
+    for shape in shapes:
+        assert 1 <= shape.groups <= dense.groups and 1 <= shape.heads_per_group <= dense.heads_per_group
+        assert shape.groups == dense.groups or shape.heads_per_group == dense.heads_per_group
+        assert shape.channels == dense.channels or (shape.channels % tile == 0 and tile <= shape.channels)
+        # What vLLM's attention and linear layers assert when they split heads and columns over ranks.
+        assert shape.groups % tensor_parallel == 0 or tensor_parallel % shape.groups == 0
+        assert shape.heads % tensor_parallel == 0
+        assert shape.channels % tensor_parallel == 0
+
+
+# --- widths ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", ["group", "head"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model", ["demo", "llama-2-7b", "llama-3-8b"])
+def test_the_ratio_is_met_within_a_tile_and_no_layer_is_emptied(model, kind, unit):
+    architecture = MODELS[model]
+    slow = (model, kind) == ("llama-2-7b", "global")  # 32 groups make a plan of a second
+    for ratio in (0.2, 0.5) if slow else (0.1, 0.2, 0.35, 0.5, 0.7):
+        for compensated in (True,) if slow else (True, False):
+            shapes = chosen(architecture, ratio, kind, compensated=compensated, attention_unit=unit)
+            assert off_by(shapes, architecture, ratio, compensated) <= tile_of(architecture)
+            assert_widths_are_allowed(shapes, architecture)
+            grouped = unit == "group" or architecture.dense.heads_per_group == 1
+            narrowed = [s.heads_per_group if grouped else s.groups for s in shapes]
+            assert set(narrowed) == {architecture.dense.heads_per_group if grouped else architecture.dense.groups}
+
+
+@given(
+    ratio=st.floats(0.001, 0.73),
+    kind=st.sampled_from(KINDS),
+    unit=st.sampled_from(["group", "head"]),
+    compensated=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@often
+def test_any_ratio_within_reach_is_met(ratio, kind, unit, compensated, seed):
+    shapes = chosen(
+        DEMO, ratio, kind, compensated=compensated, attention_unit=unit, scores_L=scores(DEMO, seed)
+    )
+    assert off_by(shapes, DEMO, ratio, compensated) <= tile_of(DEMO)
+    assert_widths_are_allowed(shapes, DEMO)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_stays_whole_when_no_unit_of_it_may_go(kind):
+    for model in ("demo", "llama-3-8b"):
+        architecture = MODELS[model]
+        shapes = chosen(architecture, 0.4, kind, attention_unit="none")
+        assert {(s.groups, s.heads_per_group) for s in shapes} == {
+            (architecture.dense.groups, architecture.dense.heads_per_group)
+        }
+        assert off_by(shapes, architecture, 0.4, False) <= tile_of(architecture)
+
+
+@pytest.mark.parametrize("unit", ["group", "head", "none"])
+@pytest.mark.parametrize("model", ["demo", "llama-2-7b", "llama-3-8b", "qwen2-7b", "llama-biased"])
+def test_widths_split_over_tensor_parallel_ranks(model, unit):
+    architecture = MODELS[model]
+    served = 0
+    for kind in KINDS:
+        for ranks in (1, 2, 4, 8):
+            if (model, kind) == ("llama-2-7b", "global") and ranks < 8:
+                continue
+            try:
+                shapes = chosen(architecture, 0.3, kind, attention_unit=unit, tensor_parallel=ranks)
+            except ConfigError as error:
+                assert "pruning.tensor_parallel" in str(error)
+                continue
+            served += 1
+            assert_widths_are_allowed(shapes, architecture, ranks)
+            assert off_by(shapes, architecture, 0.3, False) <= tile_of(architecture, ranks)
+    assert served >= 9, "all but 8 ranks must do"
+
+
+def test_a_model_whose_own_heads_do_not_split_is_refused():
+    # Protected layers keep the model's 28 heads, which 8 ranks cannot share.
+    for kind in KINDS:
+        with pytest.raises(ConfigError, match=r"pruning\.tensor_parallel: 8 ranks"):
+            chosen(MODELS["qwen2-7b"], 0.3, kind, attention_unit="head", tensor_parallel=8)
+
+
+@pytest.mark.parametrize("compensated", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_ratio_of_zero_is_the_identity(kind, compensated):
+    shapes = chosen(DEMO, 0.0, kind, compensated=compensated)
+    assert shapes == [DEMO.dense] * DEMO.n_layers
+    assert ratio_of(shapes, DEMO, compensated=compensated) == 0
+    kept = keep(shapes[0], DEMO.dense, *scores(DEMO)[0])
+    assert kept == Kept(tuple(range(4)), tuple(range(8)), tuple(range(448)))
+
+
+@pytest.mark.parametrize("kind", WIDTHS_BY_RATIO)
+def test_all_experts_of_a_ratio_have_equal_shapes(kind):
+    for model in ("demo", "llama-3-8b"):
+        architecture = MODELS[model]
+        several = [chosen(architecture, 0.35, kind, scores_L=scores(architecture, seed)) for seed in range(3)]
+        assert several[0] == several[1] == several[2] == chosen(architecture, 0.35, kind, scores_L=())
+
+
+def test_global_gives_layers_with_few_important_units_less_room():
+    spread_evenly = (torch.ones(8, dtype=torch.float64), torch.ones(448, dtype=torch.float64))
+    few_matter = (torch.ones(8, dtype=torch.float64), torch.logspace(0, -6, 448, dtype=torch.float64))
+    shapes = chosen(DEMO, 0.2, "global", scores_L=[spread_evenly, few_matter] * 4)
+    assert max(s.channels for s in shapes[1::2]) < min(s.channels for s in shapes[::2])
+
+
+def test_stock_and_uniform_give_equal_shapes_in_all_layers():
+    for model in ("demo", "llama-2-7b", "llama-3-8b", "qwen2-7b"):
+        architecture = MODELS[model]
+        for ratio in (0.1, 0.2, 0.5, 0.7):
+            for compensated in (True, False):
+                shapes = chosen(architecture, ratio, "uniform", compensated=compensated, stock=True)
+                assert len(shapes) == architecture.n_layers and len(set(shapes)) == 1
+                # A stock Llama refuses heads that do not divide the hidden size.
+                assert architecture.hidden_size % shapes[0].heads == 0
+                assert_widths_are_allowed(shapes, architecture)
+                half_a_tile_each = tile_of(architecture) * architecture.n_layers / 2
+                assert off_by(shapes, architecture, ratio, compensated) <= half_a_tile_each
+
+
+@given(ratio=st.floats(0, 0.9999), kind=st.sampled_from(WIDTHS_BY_RATIO), model=st.sampled_from(sorted(MODELS)))
+@often
+def test_the_official_budget_never_empties_a_layer(ratio, kind, model):
+    for shape in chosen(MODELS[model], ratio, kind, budget="official"):
+        assert shape.groups >= 1 and shape.heads_per_group >= 1 and shape.channels >= 1
+
+
+def test_the_official_budget_knows_no_global_allocation():
+    with pytest.raises(ConfigError, match=r"pruning\.budget"):
+        chosen(DEMO, 0.2, "global", budget="official")
+
+
+# --- what the ratio counts -------------------------------------------------------------------------------------------
+
+
+def n_decoder_parameters(config):
+    model_class = {
+        LlamaConfig: LlamaForCausalLM,
+        Qwen2Config: Qwen2ForCausalLM,
+        SeapLlamaConfig: SeapLlamaForCausalLM,
+        SeapQwen2Config: SeapQwen2ForCausalLM,
+    }[type(config)]
+    with torch.device("meta"):
+        return sum(p.numel() for p in model_class(config).model.layers.parameters())
+
+
+@pytest.mark.parametrize("compensated", [True, False])
+@pytest.mark.parametrize("unit", ["group", "head"])
+@pytest.mark.parametrize("model", CONFIGS)
+def test_the_ratio_is_what_the_models_own_parameters_say(model, unit, compensated):
+    architecture, values = MODELS[model], {**CONFIGS[model], "vocab_size": 8}
+    values.pop("model_type")
+    dense_class, cut_class = {"llama": (LlamaConfig, SeapLlamaConfig), "qwen2": (Qwen2Config, SeapQwen2Config)}[
+        architecture.family
+    ]
+    dense = n_decoder_parameters(dense_class(**values))
+    assert architecture.decoder_parameters == dense
+
+    shapes = chosen(architecture, 0.35, "logistic", compensated=compensated, attention_unit=unit)
+    assert len(set(shapes)) > 2 and shapes[0] == architecture.dense
+    own = {
+        str(layer): {
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.groups,
+            "intermediate_size": shape.channels,
+            "o_proj_bias": compensated and shape != architecture.dense,
+            "down_proj_bias": compensated and shape != architecture.dense,
+        }
+        for layer, shape in enumerate(shapes)
+    }
+    values["head_dim"] = architecture.head_dim
+    cut = n_decoder_parameters(cut_class(**values, per_layer_config=own))
+    assert ratio_of(shapes, architecture, compensated=compensated) == pytest.approx(1 - cut / dense, rel=1e-12)
+
+
+def test_a_plan_reports_the_ratio_of_what_it_keeps():
+    shapes = chosen(DEMO, 0.5, "logistic", compensated=True)
+    kept = tuple(keep(s, DEMO.dense, *layer) for s, layer in zip(shapes, scores(DEMO), strict=True))
+    plan = Plan("x", 0.5, "mean", kept, {})
+    assert list(plan.shapes) == shapes
+    assert plan.planned(DEMO) == ratio_of(shapes, DEMO, compensated=True)
+    assert [plan.cuts(layer, DEMO.dense) for layer in range(8)] == [False, *[True] * 6, False]
+
+
+# --- protection ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model", "n"), [("demo", 1), ("llama-3-8b", 2)])
+def test_logistic_leaves_the_first_and_last_layers_whole(model, n):
+    architecture = MODELS[model]
+    for ratio in (0.1, 0.35, 0.5):
+        shapes = chosen(architecture, ratio, "logistic")
+        assert shapes[:n] == shapes[-n:] == [architecture.dense] * n
+        assert architecture.dense not in shapes[n:-n]
+
+
+def test_explicit_protection_holds():
+    allocation = AllocationSection(protect_first=3, protect_last=0)
+    shapes = chosen(DEMO, 0.3, "logistic", allocation=allocation)
+    assert shapes[:3] == [DEMO.dense] * 3
+    assert DEMO.dense not in shapes[3:]
+
+
+@given(n_layers=st.integers(1, 48), ratio=st.floats(0.01, 0.9), cap=st.floats(0.3, 0.9))
+@often
+def test_auto_protection_yields_only_when_needed_and_the_last_layers_first(n_layers, ratio, cap):
+    assume(ratio <= cap)
+    usual = 2 if n_layers >= 24 else 1
+    room = [n for n in range(2 * usual + 1) if ratio * n_layers <= (n_layers - n) * cap]
+    first, last = protected(n_layers, AllocationSection(), ratio, cap)
+    assert first + last == max(room)
+    assert last <= first <= last + 1
+
+
+@given(n_layers=st.integers(4, 48), ratio=st.floats(0.01, 0.9), mine=st.integers(0, 3))
+@often
+def test_auto_protection_never_touches_an_explicit_one(n_layers, ratio, mine):
+    assert protected(n_layers, AllocationSection(protect_first=mine), ratio, 0.9)[0] == mine
+    assert protected(n_layers, AllocationSection(protect_last=mine), ratio, 0.9)[1] == mine
+
+
+def refused_with(architecture, ratio, kind, **pruning):
+    with pytest.raises(ConfigError, match=r"^pruning\.ratio: ") as error:
+        chosen(architecture, ratio, kind, **pruning)
+    return float(re.search(r"largest is ([0-9.]+)$", str(error.value)).group(1))
+
+
+@pytest.mark.parametrize("unit", ["group", "head", "none"])
+@pytest.mark.parametrize("model", ["demo", "llama-3-8b", "qwen2-7b", "llama-biased"])
+def test_a_refusal_names_the_largest_ratio_and_that_one_works(model, unit):
+    architecture, protect = MODELS[model], AllocationSection(protect_first=2, protect_last=1)
+    for compensated in (True, False):
+        pruning = {"attention_unit": unit, "compensated": compensated}
+        for kind, allocation in (
+            ("logistic", protect),
+            ("logistic", AllocationSection()),
+            ("uniform", protect),
+            ("global", protect),
+        ):
+            largest = refused_with(architecture, 0.95, kind, allocation=allocation, **pruning)
+            shapes = chosen(architecture, largest, kind, allocation=allocation, **pruning)
+            assert off_by(shapes, architecture, largest, compensated) <= tile_of(architecture)
+            assert refused_with(architecture, largest + 2e-4, kind, allocation=allocation, **pruning) == largest
+
+
+def test_explicit_protection_that_cannot_be_met_is_refused():
+    allocation = AllocationSection(protect_first=3, protect_last=3)
+    largest = refused_with(DEMO, 0.5, "logistic", allocation=allocation)
+    assert 0.20 < largest < 2 / 8 * 0.9
+    assert refused_with(DEMO, 0.1, "logistic", allocation=AllocationSection(protect_first=8)) == 0
+    assert refused_with(DEMO, 0.1, "logistic", allocation=AllocationSection(protect_first=5, protect_last=5)) == 0
+
+
+@pytest.mark.parametrize("unit", ["group", "head", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_layer_gives_more_than_the_cap_also_where_the_ratio_is_just_in_reach(kind, unit):
+    full = DEMO.layer_parameters(DEMO.dense)
+    for cap in (0.3, 0.55):
+        pruning = {"allocation": AllocationSection(max_sparsity=cap), "attention_unit": unit}
+        assert refused_with(DEMO, cap + 0.05, kind, **pruning) == pytest.approx(cap)
+        for ratio in (0.7 * cap, cap):
+            shapes = chosen(DEMO, ratio, kind, **pruning)
+            assert off_by(shapes, DEMO, ratio, False) <= tile_of(DEMO)
+            assert max(full - DEMO.layer_parameters(s) for s in shapes) <= cap * full + tile_of(DEMO)
+
+
+# --- units -----------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def layers(draw):
+    """A dense shape, a narrower one, and whole-number scores, whose sums are exact, with ties among them."""
+    dense = Shape(draw(st.integers(1, 6)), draw(st.integers(1, 5)), draw(st.integers(1, 30)))
+    shape = Shape(*(draw(st.integers(1, n)) for n in (dense.groups, dense.heads_per_group, dense.channels)))
+    some = st.integers(0, 12)
+    heads = draw(st.lists(some, min_size=dense.heads, max_size=dense.heads))
+    channels = draw(st.lists(some, min_size=dense.channels, max_size=dense.channels))
+    return dense, shape, torch.tensor(heads, dtype=torch.float64), torch.tensor(channels, dtype=torch.float64)
+
+
+@given(layers())
+@often
+def test_kept_heads_lie_in_kept_groups_equally_many_in_each_and_ascending(layer):
+    dense, shape, head_H, channel_C = layer
+    kept = keep(shape, dense, head_H, channel_C)
+    assert kept.shape == shape
+    for indices, n in ((kept.groups, dense.groups), (kept.heads, dense.heads), (kept.channels, dense.channels)):
+        assert list(indices) == sorted(set(indices))
+        assert all(0 <= index < n for index in indices)
+    of_group = [head // dense.heads_per_group for head in kept.heads]
+    assert of_group == [group for group in kept.groups for _ in range(shape.heads_per_group)]
+
+
+@given(layers())
+@often
+def test_nothing_that_is_cut_scores_higher_than_what_is_kept(layer):
+    dense, shape, head_H, channel_C = layer
+    kept, per_group = keep(shape, dense, head_H, channel_C), dense.heads_per_group
+
+    def best_is_kept(score, indices):
+        cut = [score[i] for i in range(len(score)) if i not in indices]
+        assert not cut or max(cut) <= min(score[i] for i in indices)
+
+    best_is_kept(channel_C.tolist(), kept.channels)
+    of_group = [sorted(head_H.tolist()[k * per_group : (k + 1) * per_group]) for k in range(dense.groups)]
+    best_is_kept([sum(heads[-shape.heads_per_group :]) for heads in of_group], kept.groups)
+    for group in kept.groups:
+        inside = [head - group * per_group for head in kept.heads if head // per_group == group]
+        best_is_kept(head_H.tolist()[group * per_group : (group + 1) * per_group], inside)
+
+
+@given(layers(), st.sampled_from([2.0**-40, 0.5, 3.0, 1e6, 2.0**40]))
+@often
+def test_units_do_not_change_when_all_scores_are_scaled(layer, scale):
+    dense, shape, head_H, channel_C = layer
+    assert keep(shape, dense, scale * head_H, scale * channel_C) == keep(shape, dense, head_H, channel_C)
+
+
+def test_widths_do_not_change_when_scores_are_scaled():
+    scores_L = scores(DEMO)
+    shapes = chosen(DEMO, 0.35, "global", scores_L=scores_L)
+    assert chosen(DEMO, 0.35, "global", scores_L=[(64 * h, 64 * c) for h, c in scores_L]) == shapes
+    # Layers are compared by their scores over their mean, so a layer's own scale says nothing either.
+    apart = [(2.0**i * h, 2.0**-i * c) for i, (h, c) in enumerate(scores_L)]
+    assert chosen(DEMO, 0.35, "global", scores_L=apart) == shapes
+
+
+def test_ties_go_to_the_higher_index():
+    dense, shape = Shape(4, 3, 10), Shape(2, 2, 4)
+    expected = Kept((2, 3), (7, 8, 10, 11), (6, 7, 8, 9))
+    assert keep(shape, dense, torch.ones(12), torch.ones(10)) == expected
+    assert keep(shape, dense, torch.zeros(12), torch.zeros(10)) == expected
+
+
+def test_a_choice_among_ties_is_a_pure_function_of_the_scores():
+    coarse = [(h.round(), c.round()) for h, c in scores(MODELS["llama-3-8b"])][:2]
+    dense, shape = MODELS["llama-3-8b"].dense, Shape(5, 3, 7040)
+    for head_H, channel_C in coarse:
+        assert channel_C.unique().numel() < 100
+        once = keep(shape, dense, head_H, channel_C)
+        strided = torch.stack([channel_C, -channel_C], 1)[:, 0]
+        assert keep(shape, dense, head_H.clone(), strided) == once
+        order = sorted(range(dense.channels), key=lambda i: (channel_C[i].item(), i))
+        assert list(once.channels) == sorted(order[-shape.channels :])
+
+
+def test_equal_scores_everywhere_still_make_a_plan():
+    equal = [(torch.ones(8), torch.ones(448))] * 8
+    nothing = [(torch.zeros(8), torch.zeros(448))] * 8
+    for scores_L in (equal, nothing):
+        shapes = chosen(DEMO, 0.3, "global", scores_L=scores_L)
+        assert off_by(shapes, DEMO, 0.3, False) <= tile_of(DEMO)
+        assert shapes == chosen(DEMO, 0.3, "global", scores_L=scores_L)
+
+
+def test_the_tile_follows_the_model_and_the_ranks():
+    # 128 as a rule; a small MLP still has 16 tiles.
+    assert Rules.of(MODELS["llama-3-8b"], PruningSection(), compensated=False).tile == 128
+    assert Rules.of(DEMO, PruningSection(), compensated=False).tile == 16
+    assert Rules.of(DEMO, PruningSection(align=8), compensated=False).tile == 8
+    assert Rules.of(DEMO, PruningSection(align=8, tensor_parallel=4), compensated=False).tile == 32

@@ -1,0 +1,248 @@
+"""What the hooks measure, against activations collected one prompt at a time and reduced in two passes."""
+
+from collections.abc import Iterable, Sequence
+
+import pytest
+import torch
+from conftest import CONFIGS, load
+from torch import nn
+
+from seap_ray import recorder
+from seap_ray.corpus import batches
+from seap_ray.errors import DataError
+from seap_ray.moments import Moments
+from seap_ray.recorder import record, recording
+
+pytestmark = pytest.mark.usefixtures("float64_norms")
+
+SITE_MODULES = {"attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
+
+
+def prompts(lengths: Iterable[int], seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 40, (n,), generator=generator).tolist() for n in lengths]
+
+
+RAGGED = prompts([7, 1, 30, 3, 12, 12, 2, 25, 5, 18, 1, 9])
+
+
+@torch.no_grad()
+def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: bool = False) -> dict:
+    """(count, mean, m2) of all activations together, float64, from hooks of our own and batches of one."""
+    seen: dict = {}
+    handles = [
+        block.get_submodule(module).register_forward_hook(
+            lambda _module, inputs, _output, key=(layer, site): seen.setdefault(key, []).append(inputs[0][0].double())
+        )
+        for layer, block in enumerate(model.model.layers)
+        for site, module in SITE_MODULES.items()
+    ]
+    for sequence in sequences:
+        model(torch.tensor([sequence]))
+    for handle in handles:
+        handle.remove()
+    reference = {}
+    for key, parts in seen.items():
+        x_ND = torch.cat([part[int(skip_first) :] for part in parts])
+        mean_D = x_ND.mean(0)
+        reference[key] = (x_ND.shape[0], mean_D, (x_ND - mean_D).square().sum(0))
+    return reference
+
+
+def assert_close(moments: dict, reference: dict, tolerance: float = 1e-9) -> None:
+    assert moments.keys() == reference.keys()
+    for key, (count, mean_D, m2_D) in reference.items():
+        assert moments[key].count == count
+        # A mean may be near zero, so its error is relative to the column's root mean square.
+        scale_D = (m2_D / count + mean_D.square()).sqrt()
+        assert ((moments[key].mean_D - mean_D).abs() / scale_D).max() < tolerance
+        if count > 1:
+            assert ((moments[key].m2_D - m2_D).abs() / m2_D).max() < tolerance
+
+
+def as_tuples(moments: dict[tuple, Moments]) -> dict:
+    return {key: (part.count, part.mean_D, part.m2_D) for key, part in moments.items()}
+
+
+@pytest.mark.parametrize("sequences", [RAGGED[:1], RAGGED[1:2], RAGGED[:2], RAGGED], ids=["one", "token", "two", "many"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_moments_are_those_of_all_tokens_in_two_passes(dense, name, sequences):
+    model = load(dense(name, torch.float64))
+    assert_close(record(model, sequences, batch_tokens=100), two_pass(model, sequences))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_moments_of_a_half_precision_model_lose_nothing_after_the_activation(dense, dtype):
+    model = load(dense("llama_gqa", dtype))
+    recorded = record(model, RAGGED[2:3], batch_tokens=100)
+    assert_close(recorded, two_pass(model, RAGGED[2:3]))
+    assert all(moments.mean_D.dtype == moments.m2_D.dtype == torch.float64 for moments in recorded.values())
+
+
+def test_padding_does_not_count_in_a_batch_of_very_different_lengths(dense):
+    model = load(dense("llama_gqa", torch.float64))
+    sequences = prompts([1, 60, 2, 33])
+    assert len(batches([len(s) for s in sequences], 10**6)) == 1
+    together = record(model, sequences, batch_tokens=10**6)
+    assert_close(together, two_pass(model, sequences))
+    assert {moments.count for moments in together.values()} == {96}
+
+
+def test_padding_does_not_count_even_where_it_is_not_a_number(dense):
+    model = load(dense("llama_gqa", torch.float64))
+    sequences = prompts([4, 11])
+    ids_BT = torch.zeros(2, 11, dtype=torch.int64)
+    mask_BT = torch.zeros(2, 11, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        ids_BT[row, : len(sequence)] = torch.tensor(sequence)
+        mask_BT[row, : len(sequence)] = True
+    poisoned = 0
+
+    def poison(_module, inputs):
+        nonlocal poisoned
+        poisoned += 1
+        return (inputs[0].masked_fill(~mask_BT[:, :, None], torch.nan),)
+
+    def heal(_module, _inputs, output):
+        return output.nan_to_num()
+
+    for block in model.model.layers:  # these hooks come first, so the recorder's see the poison
+        for module in SITE_MODULES.values():
+            block.get_submodule(module).register_forward_pre_hook(poison)
+            block.get_submodule(module).register_forward_hook(heal)
+    with torch.no_grad(), recording(model.get_decoder(), mask_BT) as recorded:
+        model.get_decoder()(input_ids=ids_BT, attention_mask=mask_BT)
+    assert poisoned == 8
+    assert_close(recorded, two_pass(load(dense("llama_gqa", torch.float64)), sequences))
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 13, 40, 64, 10**6])
+def test_the_batch_size_changes_nothing(dense, batch_tokens):
+    model = load(dense("qwen2", torch.float64))
+    assert_close(
+        record(model, RAGGED, batch_tokens=batch_tokens), as_tuples(record(model, RAGGED, batch_tokens=31)), 1e-9
+    )
+
+
+def test_the_order_of_the_sequences_changes_nothing(dense):
+    model = load(dense("llama_mha", torch.float64))
+    assert_close(
+        record(model, RAGGED[::-1], batch_tokens=50), as_tuples(record(model, RAGGED, batch_tokens=50)), 1e-9
+    )
+
+
+def test_a_second_run_gives_the_same_bytes(dense):
+    model = load(dense("llama_gqa", torch.float32))
+    first, second = (record(model, RAGGED, batch_tokens=50) for _ in range(2))
+    for key, moments in first.items():
+        assert torch.equal(moments.mean_D, second[key].mean_D)
+        assert torch.equal(moments.m2_D, second[key].m2_D)
+
+
+def test_skip_first_token_leaves_position_0_of_every_sequence_out(dense):
+    model = load(dense("llama_gqa", torch.float64))
+    recorded = record(model, RAGGED, batch_tokens=60, skip_first_token=True)
+    assert_close(recorded, two_pass(model, RAGGED, skip_first=True))
+    assert {m.count for m in recorded.values()} == {sum(map(len, RAGGED)) - len(RAGGED)}
+
+
+def test_skip_first_token_bears_a_batch_of_sequences_of_one_token(dense):
+    model = load(dense("llama_gqa", torch.float64))
+    sequences = prompts([1, 20, 1])
+    assert batches([1, 20, 1], 20) == [[0, 2], [1]]
+    recorded = record(model, sequences, batch_tokens=20, skip_first_token=True)
+    assert_close(recorded, two_pass(model, sequences, skip_first=True))
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+def test_hooks_are_there_inside_and_gone_afterwards(dense):
+    model = load(dense("llama_gqa"))
+    before = hooks_of(model)
+    with recording(model.get_decoder(), torch.ones(1, 3, dtype=torch.bool)):
+        assert hooks_of(model) == before + 8
+    assert hooks_of(model) == before
+    record(model, RAGGED[:2], batch_tokens=100)
+    assert hooks_of(model) == before
+
+
+def test_hooks_are_gone_after_an_exception(dense, monkeypatch):
+    model = load(dense("llama_gqa"))
+    before = hooks_of(model)
+    with pytest.raises(ZeroDivisionError), recording(model.get_decoder(), torch.ones(1, 3, dtype=torch.bool)):
+        raise ZeroDivisionError
+
+    def fail(*_args, **_kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(model.model.layers[2].mlp.act_fn, "forward", fail)
+    with pytest.raises(ZeroDivisionError):
+        record(model, RAGGED[:2], batch_tokens=100)
+    assert hooks_of(model) == before
+
+
+def test_only_the_decoder_runs_without_head_and_cache_and_gradients(dense):
+    model = load(dense("llama_gqa"))
+    outputs = []
+
+    def refuse(*_args):
+        raise AssertionError("the head was called")
+
+    model.lm_head.register_forward_pre_hook(refuse)
+    model.model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    record(model, RAGGED, batch_tokens=60)
+    assert len(outputs) == len(batches([len(s) for s in RAGGED], 60))
+    assert all(output.past_key_values is None for output in outputs)
+    assert not any(output.last_hidden_state.requires_grad for output in outputs)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_batch_is_halved_until_it_fits_in_memory(dense, monkeypatch, error):
+    model = load(dense("llama_gqa", torch.float64))
+    sizes, forward = [], recorder._forward
+
+    def small_memory(model, sequences, skip_first):
+        sizes.append(len(sequences))
+        if len(sequences) > 2:
+            raise error
+        return forward(model, sequences, skip_first)
+
+    monkeypatch.setattr(recorder, "_forward", small_memory)
+    recorded = record(model, RAGGED, batch_tokens=10**6)
+    assert_close(recorded, two_pass(model, RAGGED))
+    assert sizes[0] == len(RAGGED) and max(size for size in sizes if size <= 2) == 2
+    assert sum(size for size in sizes if size <= 2) == len(RAGGED)
+
+
+def test_a_single_sequence_that_does_not_fit_and_other_errors_are_raised(dense, monkeypatch):
+    model = load(dense("llama_gqa"))
+
+    def full(*_args):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(recorder, "_forward", full)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        record(model, RAGGED[:3], batch_tokens=100)
+    calls = []
+
+    def broken(_model, sequences, _skip_first):
+        calls.append(len(sequences))
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(recorder, "_forward", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        record(model, RAGGED[:3], batch_tokens=100)
+    assert calls == [3]
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_activations_that_are_not_finite_are_refused_with_their_layer_and_site(dense, value):
+    model = load(dense("llama_gqa"))
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[5, 7] = value
+    with pytest.raises(DataError, match="layer 2, site mlp"):
+        record(model, RAGGED, batch_tokens=100)
