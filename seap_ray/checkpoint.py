@@ -24,7 +24,7 @@ from seap_ray.compact import COLUMNS, compact, compact_size, kept_indices, mean_
 from seap_ray.errors import ConfigError
 from seap_ray.moments import Site, Statistics
 from seap_ray.plan import Plan
-from seap_ray.run import publishing, write_json
+from seap_ray.run import publishing, read_json, write_json
 
 INDEX = "model.safetensors.index.json"
 CARRIED = (
@@ -66,7 +66,7 @@ class Checkpoint:
             tensors = {name: info for file in _weight_files(folder) for name, info in _infos(file)}
         except SafetensorError as error:
             raise ConfigError(f"model.source: {folder}: weights cannot be read ({error})") from None
-        checkpoint = cls(folder, json.loads(config_path.read_text()), tensors)
+        checkpoint = cls(folder, _json_object(config_path), tensors)
         checkpoint._check()
         return checkpoint
 
@@ -133,10 +133,19 @@ def _download(source: str, revision: str | None) -> Path:
         ) from None
 
 
+def _json_object(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ConfigError(f"model.source: {path} is torn, or no JSON object")
+    return value
+
+
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        files = sorted({folder / name for name in _json_object(index).get("weight_map", {}).values()})
+        if not files:
+            raise ConfigError(f"model.source: {index} names no weight files")
     else:
         files = [folder / "model.safetensors"]
     for file in files:

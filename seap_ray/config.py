@@ -5,10 +5,10 @@ import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from seap_ray.errors import ConfigError
 from seap_ray.tasks import BUILT_IN, Section, Task, complete
@@ -21,6 +21,11 @@ Allocation = Literal["uniform", "logistic", "global"]
 Compensation = Literal["none", "mean"]
 Pooling = Literal["pooled", "score_average"]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
+FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
+AtLeastZero = Annotated[int, Field(ge=0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+RESERVED = ("general", "dense", "weight_norms")
+"""Names of models and files that every run has."""
 
 
 def _as_list(value: Any) -> Any:
@@ -28,7 +33,7 @@ def _as_list(value: Any) -> Any:
 
 
 class RunSection(Section):
-    name: str = Field(default="demo", pattern=r"^[A-Za-z0-9._-]+$")
+    name: FolderName = "demo"
     """Name of the run; its files lie in <storage>/<name>."""
     storage: str = "runs"
     """Folder that holds runs. On several nodes: one that every node sees under this path. A relative one is below the
@@ -64,7 +69,7 @@ class CorpusSection(Section):
 
 
 class CalibrationSection(Section):
-    workers: int | Literal["auto"] = "auto"
+    workers: AtLeastOne | Literal["auto"] = "auto"
     """Model replicas; `auto`: as many as the cluster holds and the shards occupy."""
     num_cpus: int = Field(default=1, ge=1)
     """CPUs, and so threads, per worker."""
@@ -81,13 +86,13 @@ class AllocationSection(Section):
 
     kind: Allocation = "logistic"
     """`uniform`; `logistic` in depth, the paper's; `global`: by score per parameter over all layers."""
-    k: float = 1.0
+    k: float = Field(default=1.0, allow_inf_nan=False)
     """Steepness of the logistic curve."""
-    x0: float = 0.3
+    x0: float = Field(default=0.3, allow_inf_nan=False)
     """Midpoint of the logistic curve, as a share of the depth."""
-    protect_first: int | Literal["auto"] = "auto"
+    protect_first: AtLeastZero | Literal["auto"] = "auto"
     """First layers left whole; `auto`: 2 (1 under 24 layers), fewer where the ratio cannot be met otherwise."""
-    protect_last: int | Literal["auto"] = "auto"
+    protect_last: AtLeastZero | Literal["auto"] = "auto"
     """Last layers left whole; `auto` as above."""
     max_sparsity: float = Field(default=0.9, gt=0, lt=1)
     """Largest share that one layer gives."""
@@ -125,7 +130,7 @@ class Baseline(PlanSettings):
 
 
 class PruningSection(Section):
-    ratio: Annotated[tuple[Ratio, ...], BeforeValidator(_as_list)] = (0.2, 0.5)
+    ratio: Annotated[tuple[Ratio, ...], BeforeValidator(_as_list), Field(min_length=1)] = (0.2, 0.5)
     """Share of the decoder layers' parameters to remove; one number or a list."""
     budget: Literal["exact", "official"] = "exact"
     """`exact` meets the ratio within a tile; `official` repeats the authors' schedule, which removes less."""
@@ -136,15 +141,22 @@ class PruningSection(Section):
     allocation: AllocationSection = AllocationSection()
     attention_unit: Literal["group", "head", "none"] = "group"
     """`group`: key-value heads with their query heads; `head`: equally many query heads of each; `none`: MLP only."""
-    align: int | Literal["auto"] = "auto"
+    align: AtLeastOne | Literal["auto"] = "auto"
     """Kept channels are a multiple of this; `auto`: 128, less for small models."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Tensor-parallel size that the experts must be servable with."""
     experts: PlanSettings = PlanSettings()
     general: GeneralSettings = GeneralSettings()
-    baselines: dict[str, Baseline] = {}
+    baselines: dict[FolderName, Baseline] = {}
     """Plans to compare with at equal size, by name: {NAME: {tasks, score, allocation, compensation, pooling}}; what is
     left out is as in pruning."""
+
+    @field_validator("ratio")
+    @classmethod
+    def _ratios_are_single(cls, ratios: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(ratios)) < len(ratios):
+            raise ValueError(f"{max(ratios, key=ratios.count):g} is named twice")
+        return ratios
 
 
 class ExportSection(Section):
@@ -189,7 +201,9 @@ class Config(Section):
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"tasks: {max(names, key=names.count)} is named twice")
-        taken = {*names, "general", "dense"}
+        for name in {*names} & {*RESERVED}:
+            raise ValueError(f"tasks: {name} is a name that every run uses itself")
+        taken = {*names, *RESERVED}
         for name, baseline in self.pruning.baselines.items():
             if name in taken:
                 raise ValueError(f"pruning.baselines: {name} is the name of another model of this run")
@@ -238,6 +252,8 @@ def _read(path: str) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name one with config=PATH") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'no text'})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(f"{path}: no YAML{f', see line {mark.line + 1}' if mark else ''}") from None
@@ -247,23 +263,44 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        values[key] = dict(values.get(key) or {})
+    for i, key in enumerate(keys[:-1]):
+        inner = values.get(key) or {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{'.'.join(keys)}: {'.'.join(keys[: i + 1])} is {inner!r} and has no keys")
+        values[key] = dict(inner)
         values = values[key]
     values[keys[-1]] = value
 
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = _where(first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key{_nearest(where, [key for key, _ in walk(Config)])}"
+        return f"{where}: unknown key{_nearest(where, _siblings(where))}"
     reason = first["msg"].removeprefix("Value error, ")
     if isinstance(first["input"], str | int | float) and where:
         reason += f", not {first['input']!r}"
     if where == "tasks" or where.endswith(".path") and first["type"] == "missing":
         reason += f"; built-in tasks are {', '.join(BUILT_IN)}"
     return f"{where}: {reason}" if where else reason
+
+
+def _where(loc: tuple[int | str, ...]) -> str:
+    """Dotted key of an error, without the name that pydantic gives the alternative of a union."""
+    where = ".".join(str(part) for part in loc)
+    above = where.rpartition(".")[0]
+    unions = [key for key, field in walk(Config) if get_origin(field.annotation) is Union]
+    return above if above in unions else where
+
+
+def _siblings(where: str) -> list[str]:
+    """Keys that may have been meant by an unknown one: a task's, a baseline's, or any section and key."""
+    above = where.rpartition(".")[0]
+    for listed, section in (("tasks", Task), ("pruning.baselines", Baseline)):
+        if above.rpartition(".")[0] == listed:
+            return [f"{above}.{key}" for key, _ in walk(section)]
+    keys = [key for key, _ in walk(Config)]
+    return [*keys, *sorted({key.rpartition(".")[0] for key in keys} - {""})]
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

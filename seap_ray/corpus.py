@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import pyarrow.parquet as pq
 from jinja2 import StrictUndefined, TemplateError, UndefinedError
@@ -51,7 +51,7 @@ class Renderer:
     @cached_property
     def _templates(self) -> dict[str, Any]:
         task, make = self.task, self._environment.from_string
-        text = (task.official if self.official else None) or f"{task.question} {task.answer}"
+        text = (task.official if self.official else None) or " ".join(filter(None, (task.question, task.answer)))
         return {"text": make(text), "question": make(task.question), "answer": make(task.answer)}
 
     @cached_property
@@ -67,7 +67,9 @@ class Renderer:
             raise DataError(f"tasks.{self.task.name}: {error}; the columns are {', '.join(row)}") from None
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise DataError(f"tasks.{self.task.name}: template does not fit the row {_short(row)} ({error})") from None
-        return Item(parts["text"].strip(), parts["question"].strip(), parts["answer"].strip(), choices)
+        # The authors feed their texts as they are; a space before or after is a token of its own.
+        text = parts["text"] if self.official else parts["text"].strip()
+        return Item(text, parts["question"].strip(), parts["answer"].strip(), choices)
 
 
 def _short(row: Row) -> str:
@@ -81,7 +83,7 @@ def row_key(seed: int, item: Item) -> bytes:
 
 
 def is_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or Path(path).suffix.removesuffix(".gz") in FORMATS or Path(path).exists()
+    return path.startswith((".", "/", "~")) or _suffix(Path(path)) in FORMATS or Path(path).exists()
 
 
 def local_files(task: Task, path: str, split: str) -> list[Path]:
@@ -109,14 +111,17 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     except FileNotFoundError:
         return []
     found = DataFilesDict.from_patterns(patterns, base_path=str(folder)).get(split, [])
-    return sorted(path for path in map(Path, found) if path.suffix in FORMATS)
+    return sorted(path for path in map(Path, found) if _suffix(path) in FORMATS)
 
 
 def file_format(task: Task, file: Path) -> str:
-    suffix = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
-    if suffix not in FORMATS:
+    if _suffix(file) not in FORMATS:
         raise DataError(f"tasks.{task.name}: {file} is none of {', '.join(FORMATS)}")
-    return FORMATS[suffix]
+    return FORMATS[_suffix(file)]
+
+
+def _suffix(file: Path) -> str:
+    return file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
 
 
 def first_row(task: Task, file: Path) -> Row | None:
@@ -130,7 +135,7 @@ def first_row(task: Task, file: Path) -> Row | None:
                 line = _first_line(file)
                 return json.loads(line) if line else None
             case "csv":
-                with file.open(newline="") as opened:
+                with _opened(file) as opened:
                     return next(csv.DictReader(opened), None)
             case _:
                 return {"text": line} if (line := _first_line(file)) else None
@@ -138,9 +143,12 @@ def first_row(task: Task, file: Path) -> Row | None:
         raise DataError(f"tasks.{task.name}: {file} cannot be read ({error})") from None
 
 
+def _opened(file: Path) -> TextIO:
+    return gzip.open(file, "rt", newline="") if file.suffix == ".gz" else file.open(newline="")
+
+
 def _first_line(file: Path) -> str:
-    opener = gzip.open if file.suffix == ".gz" else open
-    with opener(file, "rt") as opened:
+    with _opened(file) as opened:
         return next((line for line in opened if line.strip()), "")
 
 

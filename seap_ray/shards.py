@@ -147,7 +147,7 @@ class Render:
         items = [self.renderer.item(row) for row in rows.to_pylist()]
         return pa.table(
             {
-                "key": pa.array([row_key(self.seed, i) if i.text else b"" for i in items], pa.binary()),
+                "key": pa.array([row_key(self.seed, i) if i.text.strip() else b"" for i in items], pa.binary()),
                 "text": pa.array([i.text for i in items], pa.string()),
                 "question": pa.array([i.question for i in items], pa.string()),
                 "answer": pa.array([i.answer for i in items], pa.string()),

@@ -67,4 +67,5 @@ def official_logistic(n_layers: int, target: float, *, k: float, x0: float, firs
 
 
 def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x))
+    """As 1 / (1 + exp(-x)), which overflows for a steep curve's first layers."""
+    return (1 + math.tanh(x / 2)) / 2

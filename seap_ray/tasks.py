@@ -42,7 +42,7 @@ class Task(Section):
     """Jinja template of the text that the authors' code uses, where it is not question, space and answer."""
     metric: Metric = "acc"
     """How evaluation rows are judged: acc, acc_norm (per byte of the answer), exact_match, perplexity."""
-    weight: float = Field(default=2.0, gt=0)
+    weight: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     """Weight in the general model; the paper gives language-model corpora 3 and tasks 2."""
 
 

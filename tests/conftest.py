@@ -53,9 +53,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         attention_bias=True,
         mlp_bias=True,
     ),
-    "llama_tied": lambda: LlamaConfig(
-        **SIZES, num_attention_heads=6, num_key_value_heads=3, tie_word_embeddings=True
-    ),
+    "llama_tied": lambda: LlamaConfig(**SIZES, num_attention_heads=6, num_key_value_heads=3, tie_word_embeddings=True),
     "qwen2": lambda: Qwen2Config(**SIZES, num_attention_heads=8, num_key_value_heads=4),
 }
 """Every kind of model that is told apart somewhere: grouped or not, with and without biases, tied or not."""
@@ -109,7 +107,7 @@ def save_dense(folder: Path, name: str, dtype: torch.dtype, max_shard_size: str 
             else:
                 noise = 0.3 * noise + ("norm" in key)
             parameter.copy_(noise)
-    model.generation_config.max_length = 64
+    model.generation_config.max_new_tokens = 7
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     make_tokenizer().save_pretrained(folder)
 
@@ -194,7 +192,9 @@ def logits(model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor:
 def random_kept(dense_shape: Shape, shape: Shape, rng: random.Random) -> Kept:
     groups = tuple(sorted(rng.sample(range(dense_shape.groups), shape.groups)))
     per_group = dense_shape.heads_per_group
-    heads = tuple(k * per_group + h for k in groups for h in sorted(rng.sample(range(per_group), shape.heads_per_group)))
+    heads = tuple(
+        k * per_group + h for k in groups for h in sorted(rng.sample(range(per_group), shape.heads_per_group))
+    )
     channels = tuple(sorted(rng.sample(range(dense_shape.channels), shape.channels)))
     return Kept(groups, heads, channels)
 

@@ -61,7 +61,8 @@ def test_layer_and_decoder_parameters_are_what_the_model_has(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("llama-2-7b", 6_476_267_520), ("llama-3-8b", 6_979_584_000), ("qwen2.5-7b", 6_525_618_176)]
+    ("name", "parameters"),
+    [("llama-2-7b", 6_476_267_520), ("llama-3-8b", 6_979_584_000), ("qwen2.5-7b", 6_525_618_176)],
 )
 def test_decoder_parameters_of_well_known_models(name, parameters):
     """Published totals (6,738,415,616; 8,030,261,248; 7,615,616,512) less embeddings, head and last norm."""

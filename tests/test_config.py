@@ -84,16 +84,18 @@ def test_a_folder_or_another_kind_of_file_is_refused_in_one_line(tmp_path):
     ("argument", "nearest"),
     [
         ("pruning.ratoi=0.3", "pruning.ratio"),
-        ("pruning.alocation.k=2", "pruning.allocation.k"),
+        ("pruning.alocation.k=2", "pruning.allocation"),
         ("calibration.wokers=2", "calibration.workers"),
-        ("modle.source=demo", "model.source"),
+        ("modle.source=demo", "model"),
+        ("tasks=[{name: piqa, pathh: /data}]", "tasks.0.path"),
+        ("pruning.baselines.plain.scor=energy", "pruning.baselines.plain.score"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(empty, argument, nearest):
     key = argument.partition("=")[0]
     message = refusal(empty, argument)
     assert "unknown key" in message and f"did you mean {nearest}?" in message
-    assert key in message or key.rpartition(".")[0] in message
+    assert key.split(".")[0] in message
 
 
 def test_an_unknown_key_in_the_file_names_the_file(tmp_path):
@@ -186,7 +188,8 @@ def test_the_last_of_two_overrides_wins(empty):
 
 def test_a_config_is_frozen(empty):
     config = Config.load([empty])
-    for section, key in ((config, "run"), (config.run, "name"), (config.pruning.allocation, "k"), (config.tasks[0], "path")):
+    owners = {"run": config, "name": config.run, "k": config.pruning.allocation, "path": config.tasks[0]}
+    for key, section in owners.items():
         with pytest.raises(ValidationError, match="frozen"):
             setattr(section, key, None)
 
@@ -224,10 +227,6 @@ def test_an_unknown_task_names_the_built_in_ones(empty):
 
 def test_no_tasks_are_too_few(empty):
     assert "tasks" in refusal(empty, "tasks=[]")
-
-
-def test_an_unknown_key_of_a_task_is_refused(empty):
-    assert "unknown key" in refusal(empty, "tasks=[{name: piqa, pathh: /data}]")
 
 
 def test_a_task_named_twice_is_refused(empty):

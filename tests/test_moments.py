@@ -27,8 +27,7 @@ def two_pass(x):
     columns = x.double().T.tolist()
     means = [math.fsum(column) / len(column) for column in columns]
     variances = [
-        math.fsum((value - m) ** 2 for value in column) / len(column)
-        for column, m in zip(columns, means, strict=True)
+        math.fsum((value - m) ** 2 for value in column) / len(column) for column, m in zip(columns, means, strict=True)
     ]
     return np.array(means), np.array(variances)
 

@@ -1,7 +1,8 @@
-"""Plans: widths that meet a budget on real dimensions, counted by the models themselves; and the best units for them."""
+"""Plans: widths that meet a budget, counted by the models themselves, and the best units for these widths."""
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ WIDTHS_BY_RATIO = ("uniform", "logistic")
 KINDS = (*WIDTHS_BY_RATIO, "global")
 
 
+@cache
 def scores(architecture, seed=0):
     """Squared normal scores; each layer has its own spread, so that layers differ under ``global``."""
     generator = torch.Generator().manual_seed(seed)
@@ -101,7 +103,7 @@ def assert_widths_are_allowed(shapes, architecture, tensor_parallel=1):
 @pytest.mark.parametrize("model", ["demo", "llama-2-7b", "llama-3-8b"])
 def test_the_ratio_is_met_within_a_tile_and_no_layer_is_emptied(model, kind, unit):
     architecture = MODELS[model]
-    slow = (model, kind) == ("llama-2-7b", "global")  # 32 groups make a plan of a second
+    slow = kind == "global" and model != "demo"  # up to a second a plan
     for ratio in (0.2, 0.5) if slow else (0.1, 0.2, 0.35, 0.5, 0.7):
         for compensated in (True,) if slow else (True, False):
             shapes = chosen(architecture, ratio, kind, compensated=compensated, attention_unit=unit)
@@ -121,9 +123,7 @@ def test_the_ratio_is_met_within_a_tile_and_no_layer_is_emptied(model, kind, uni
 )
 @often
 def test_any_ratio_within_reach_is_met(ratio, kind, unit, compensated, seed):
-    shapes = chosen(
-        DEMO, ratio, kind, compensated=compensated, attention_unit=unit, scores_L=scores(DEMO, seed)
-    )
+    shapes = chosen(DEMO, ratio, kind, compensated=compensated, attention_unit=unit, scores_L=scores(DEMO, seed))
     assert off_by(shapes, DEMO, ratio, compensated) <= tile_of(DEMO)
     assert_widths_are_allowed(shapes, DEMO)
 

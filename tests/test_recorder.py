@@ -64,7 +64,9 @@ def as_tuples(moments: dict[tuple, Moments]) -> dict:
     return {key: (part.count, part.mean_D, part.m2_D) for key, part in moments.items()}
 
 
-@pytest.mark.parametrize("sequences", [RAGGED[:1], RAGGED[1:2], RAGGED[:2], RAGGED], ids=["one", "token", "two", "many"])
+@pytest.mark.parametrize(
+    "sequences", [RAGGED[:1], RAGGED[1:2], RAGGED[:2], RAGGED], ids=["one", "token", "two", "many"]
+)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_moments_are_those_of_all_tokens_in_two_passes(dense, name, sequences):
     model = load(dense(name, torch.float64))
@@ -126,9 +128,7 @@ def test_the_batch_size_changes_nothing(dense, batch_tokens):
 
 def test_the_order_of_the_sequences_changes_nothing(dense):
     model = load(dense("llama_mha", torch.float64))
-    assert_close(
-        record(model, RAGGED[::-1], batch_tokens=50), as_tuples(record(model, RAGGED, batch_tokens=50)), 1e-9
-    )
+    assert_close(record(model, RAGGED[::-1], batch_tokens=50), as_tuples(record(model, RAGGED, batch_tokens=50)), 1e-9)
 
 
 def test_a_second_run_gives_the_same_bytes(dense):
