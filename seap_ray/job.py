@@ -4,6 +4,8 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,14 +93,28 @@ def _check_ratios(config: Config, checkpoint: Checkpoint) -> None:
 def _connect() -> None:
     """Join the cluster of RAY_ADDRESS, which ``ray job submit`` sets, or start one on this machine."""
     if not ray.is_initialized():
-        # Ray's own C++ lines of the driver (a warning for every actor pool, a stack for SIGTERM) are no news to a user.
+        # Ray's C++ core warns of every actor pool of Ray Data on the driver's terminal, and of this setting itself.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        ray.init(logging_level=logging.ERROR, log_to_driver=bool(os.environ.get("RAY_LOG_TO_DRIVER")))
+        with _silent_stderr():
+            ray.init(logging_level=logging.ERROR, log_to_driver=bool(os.environ.get("RAY_LOG_TO_DRIVER")))
     signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets its own
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Keep what C++ code writes to the terminal away from it; Python's exceptions come through."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _known(error: BaseException | None) -> SeapError | None:

@@ -218,6 +218,20 @@ def test_generate_works_with_both_kinds_of_cache(dense, tmp_path, name):
         assert torch.equal(generated, greedy_BT)
 
 
+def test_the_attention_implementation_can_be_chosen(dense, tmp_path, float64_norms):
+    folder = write_compacted(compaction_of(dense("llama_gqa", torch.float64), "mean", seed=4), tmp_path)
+    model, ids_BT = load(folder), random_ids()
+    expected = logits(model, ids_BT)
+    for eager in (load(folder, attn_implementation="eager"), model):
+        eager.set_attn_implementation("eager")
+        with torch.no_grad():
+            out = eager(ids_BT, output_attentions=True)
+        assert [a.shape[1] for a in out.attentions] == [
+            own.num_attention_heads for own in model.config.per_layer_config
+        ]
+        assert 0 < (out.logits - expected).abs().max() < 1e-5  # eager attention has its softmax in float32
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_loaded_model_saved_and_loaded_again_is_the_same(dense, tmp_path, name):
     model = load(write_compacted(compaction_of(dense(name), "mean", seed=5), tmp_path / "first"))
