@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import CONFIGS, load
+from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 
 from seap_ray.architecture import Architecture
@@ -156,6 +157,16 @@ def test_a_flipped_byte_is_seen_wherever_it_is(tmp_path):
         assert not is_whole(path, fingerprint="f"), place
         flipped(path, place)
         assert is_whole(path, fingerprint="f")
+
+
+def test_moments_under_the_name_of_others_are_seen(tmp_path):
+    path = tmp_path / "m"
+    save_moments(path, statistics_of(activations(9, 4)), fingerprint="f")
+    data = path.read_bytes()
+    for of, to in (("layers.3", "layers.9"), ("layers.0.attn.mean", "layers.0.attn.mode")):
+        path.write_bytes(data.replace(of.encode(), to.encode()))
+        assert load_file(path).keys() != load_bytes(data).keys()
+        assert not is_whole(path, fingerprint="f")
 
 
 def test_a_truncated_file_is_not_whole(tmp_path):

@@ -401,7 +401,7 @@ def test_files_keep_to_their_size_and_hold_every_tensor_once(dense, tmp_path):
         assert [output.name for outputs in files.values() for output in outputs] == list(sizes)
         assert list(files) == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
         for outputs in files.values():
-            assert len(outputs) == 1 or sum(output.n_bytes for output in outputs) <= max_bytes
+            assert len(outputs) == 1 or 0 < sum(output.n_bytes for output in outputs) <= max_bytes
         neighbours = zip(list(files.values())[:-1], list(files.values())[1:], strict=True)
         assert all(sum(o.n_bytes for o in a) + b[0].n_bytes > max_bytes for a, b in neighbours)
     assert list(compaction.files(sum(sizes.values()))) == ["model.safetensors"]
@@ -410,7 +410,7 @@ def test_files_keep_to_their_size_and_hold_every_tensor_once(dense, tmp_path):
     assert index["metadata"]["total_size"] == sum(sizes.values())
     real = {name: file.name for file in folder.glob("*.safetensors") for name in load_file(file)}
     assert index["weight_map"] == real
-    assert all(file.stat().st_size <= 20_000 + start for file in folder.glob("*.safetensors") for start in [5_000])
+    assert all(file.stat().st_size <= 20_000 + header_of(file)[1] for file in folder.glob("*.safetensors"))
 
 
 def test_the_same_plan_gives_the_same_bytes(dense, tmp_path):
@@ -612,6 +612,7 @@ def elsewhere(dense, tmp_path_factory) -> Any:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    print("SAID", done.stdout + done.stderr)
     results = json.loads((root / "out.json").read_text())
     return SimpleNamespace(
         folders=folders,

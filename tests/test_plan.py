@@ -128,13 +128,13 @@ def test_any_ratio_within_reach_is_met(ratio, kind, unit, compensated, seed):
     assert_widths_are_allowed(shapes, DEMO)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_width_is_the_nearest_allowed_one_and_never_less_than_a_tile():
     rules = Rules.of(DEMO, PruningSection(align=100), compensated=False)
     wanted = {-500: 100, 0: 100, 149: 100, 151: 200, 349: 300, 420: 400, 430: 448, 448: 448, 900: 448}
     assert {n: rules.channels(n) for n in wanted} == wanted
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_attention_stays_whole_when_no_unit_of_it_may_go(kind):
     for model in ("demo", "llama-3-8b"):
         architecture = MODELS[model]
