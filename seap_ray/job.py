@@ -95,6 +95,8 @@ def _connect() -> None:
     if not ray.is_initialized():
         # Ray's C++ core warns of every actor pool of Ray Data on the driver's terminal, and of this setting itself.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        # The first error ends the job with one line; those of tasks beside it would add a traceback each.
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         with _silent_stderr():
             ray.init(logging_level=logging.ERROR, log_to_driver=bool(os.environ.get("RAY_LOG_TO_DRIVER")))
     signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets its own

@@ -276,7 +276,7 @@ def test_a_full_disk_ends_with_4_and_more_room_lets_the_same_command_finish(fini
         assert main(arguments(tmp_path)) == 0
         assert statistics(tmp_path) == statistics(finished)
     finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)  # workers still map its files
 
 
 def test_errors_out_of_ray_are_found_and_others_are_not_swallowed(monkeypatch, tmp_path):
@@ -325,7 +325,7 @@ def _submitted(command: list[str], environment: dict[str, str]) -> subprocess.Co
     """Submit, once the head answers."""
     for _ in range(30):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-        if "onnect" not in done.stderr or done.returncode == 0:
+        if not any(word in done.stderr for word in ("Failed to connect", "No available agent")):
             return done
         time.sleep(2)
     return done

@@ -107,7 +107,8 @@ def test_the_ratio_is_met_within_a_tile_and_no_layer_is_emptied(model, kind, uni
     for ratio in (0.2, 0.5) if slow else (0.1, 0.2, 0.35, 0.5, 0.7):
         for compensated in (True,) if slow else (True, False):
             shapes = chosen(architecture, ratio, kind, compensated=compensated, attention_unit=unit)
-            assert off_by(shapes, architecture, ratio, compensated) <= 0.5001 * tile_of(architecture), "the nearest tile"
+            off = off_by(shapes, architecture, ratio, compensated)
+            assert off <= 0.5001 * tile_of(architecture), "the nearest tile"
             assert_widths_are_allowed(shapes, architecture)
             grouped = unit == "group" or architecture.dense.heads_per_group == 1
             narrowed = [s.heads_per_group if grouped else s.groups for s in shapes]
@@ -126,6 +127,15 @@ def test_any_ratio_within_reach_is_met(ratio, kind, unit, compensated, seed):
     shapes = chosen(DEMO, ratio, kind, compensated=compensated, attention_unit=unit, scores_L=scores(DEMO, seed))
     assert off_by(shapes, DEMO, ratio, compensated) <= tile_of(DEMO)
     assert_widths_are_allowed(shapes, DEMO)
+
+
+def test_what_the_last_layers_cannot_round_away_the_others_do():
+    # Attention outweighs the MLP here, and comes in steps too coarse for the last layers' channels to make up.
+    config = {**CONFIGS["demo"], "num_hidden_layers": 20, "num_key_value_heads": 8, "num_attention_heads": 32}
+    architecture = Architecture.of({**config, "head_dim": 64, "intermediate_size": 200})
+    shapes = chosen(architecture, 0.251, "logistic", attention_unit="head")
+    assert Rules.of(architecture, PruningSection(), compensated=False).tile == 8
+    assert off_by(shapes, architecture, 0.251, False) <= 8 * 3 * architecture.hidden_size
 
 
 def test_a_width_is_the_nearest_allowed_one_and_never_less_than_a_tile():
@@ -303,6 +313,14 @@ def test_auto_protection_yields_only_when_needed_and_the_last_layers_first(n_lay
     first, last = protected(n_layers, AllocationSection(), ratio, cap)
     assert first + last == max(room)
     assert last <= first <= last + 1
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"), [(0.78, (2, 2)), (0.8, (2, 1)), (0.83, (1, 1)), (0.86, (1, 0)), (0.89, (0, 0))]
+)
+def test_auto_protection_yields_in_this_order(ratio, expected):
+    # Of 32 layers that give 0.9 at most, n give 0.9 n / 32: 0.7875, 0.8156, 0.8438, 0.8719 and 0.9 for 28 to 32.
+    assert protected(32, AllocationSection(), ratio, 0.9) == expected
 
 
 @given(n_layers=st.integers(4, 48), ratio=st.floats(0.01, 0.9), mine=st.integers(0, 3))
