@@ -39,9 +39,7 @@ def run_job(config: Config) -> None:
     try:
         n_workers(config, 1)
         _run(config, checkpoint, run)
-    except SeapError:
-        raise
-    except Exception as error:
+    except Exception as error:  # Ray's own kind of a SeapError has a traceback for its text
         known = _known(error)
         if known is None:
             raise
@@ -92,11 +90,11 @@ def _check_ratios(config: Config, checkpoint: Checkpoint) -> None:
 
 def _connect() -> None:
     """Join the cluster of RAY_ADDRESS, which ``ray job submit`` sets, or start one on this machine."""
+    # The first error ends the job with one line; those of tasks beside it would add a traceback each.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     if not ray.is_initialized():
         # Ray's C++ core warns of every actor pool of Ray Data on the driver's terminal, and of this setting itself.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        # The first error ends the job with one line; those of tasks beside it would add a traceback each.
-        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         with _silent_stderr():
             ray.init(logging_level=logging.ERROR, log_to_driver=bool(os.environ.get("RAY_LOG_TO_DRIVER")))
     signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets its own
