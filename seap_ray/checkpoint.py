@@ -1,6 +1,6 @@
 """Checkpoint: a folder of safetensors. Open one, fingerprint it, read it tensor by tensor, write a compacted one.
 
-Nothing here holds more than one tensor and its cut copy at a time, whatever the model's size.
+Nothing here holds more than one tensor and what is made of it at a time, whatever the model's size.
 """
 
 import hashlib
@@ -367,7 +367,7 @@ def _chunks(compaction: Compaction, outputs: list[OutputTensor]) -> Iterator[Any
 
 
 def _header(outputs: Iterable[OutputTensor]) -> bytes:
-    """Length and JSON of a safetensors file, padded to 8 bytes (github.com/huggingface/safetensors, Format)."""
+    """Length and JSON of a safetensors file, padded so that the data start at a multiple of 64 bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for output in outputs:
@@ -378,7 +378,7 @@ def _header(outputs: Iterable[OutputTensor]) -> bytes:
         }
         start += output.n_bytes
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % 64)
     return struct.pack("<Q", len(text)) + text
 
 

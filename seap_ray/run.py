@@ -62,12 +62,12 @@ class Run:
 
     def claim(self, config: Config) -> None:
         """Write the resolved config, first of all files. Raises ConfigError if the run was made with another one."""
-        if self.config.exists():
-            self._refuse_another(config)
+        if made_with := read_json(self.config):
+            self._refuse_another(made_with, config)
         write_json(self.config, config.model_dump(mode="json"))
 
-    def _refuse_another(self, config: Config) -> None:
-        old, new = _flat(read_json(self.config)), _flat(config.model_dump(mode="json"))
+    def _refuse_another(self, made_with: dict[str, Any], config: Config) -> None:
+        old, new = _flat(made_with), _flat(config.model_dump(mode="json"))
         for key in sorted(old.keys() & new.keys()):
             if old[key] != new[key] and _is_fixed(key):
                 raise ConfigError(
@@ -82,7 +82,8 @@ def _home() -> Path:
 
 
 def _is_fixed(key: str) -> bool:
-    return key in FIXED or key.startswith(("corpus.", "tasks."))
+    after_statistics = key.endswith((".weight", ".metric", ".choices", ".evaluation_path", ".evaluation_split"))
+    return key in FIXED or (key.startswith(("corpus.", "tasks.")) and not after_statistics)
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
