@@ -323,7 +323,7 @@ def test_ray_job_submit_runs_the_job_on_a_cluster_with_token_authentication(tmp_
 
 def _submitted(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
     """Submit, once the head answers."""
-    for _ in range(30):
+    for _ in range(10):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
         if not any(word in done.stderr for word in ("Failed to connect", "No available agent")):
             return done
