@@ -1,4 +1,4 @@
-"""Train the demo model: ``python -m seap_ray.demo.train OUT`` (one CPU core, about three quarters of an hour).
+"""Train the demo model: ``python -m seap_ray.demo.train OUT`` (one CPU core, about fifty minutes).
 
 One Llama with grouped-query attention learns all skills at once, characters as tokens. The loss counts the answers
 only: the questions are random, and learning them by heart would waste the model. Matrices are trained with Muon

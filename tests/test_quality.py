@@ -1,0 +1,111 @@
+"""Quality: log-likelihoods against a plain forward pass, metrics against hand counts, what the demo can do."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+from transformers import AutoModelForCausalLM
+
+from seap_ray.checkpoint import Checkpoint
+from seap_ray.corpus import Item, Renderer, load_tokenizer
+from seap_ray.demo import skills
+from seap_ray.quality import Scored, _is_right, measure, score
+from seap_ray.report import mean_accuracy, own_tasks, progress, table
+from seap_ray.tasks import BUILT_IN, Task
+
+
+@pytest.fixture(scope="module")
+def demo():
+    checkpoint = Checkpoint.open("demo")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    return model, load_tokenizer(checkpoint)
+
+
+def items(skill: str, n: int) -> list[Item]:
+    renderer = Renderer(BUILT_IN[skill])
+    return [renderer.item(dict(row)) for row in skills.rows(skill, n, split="test", seed=0)]
+
+
+PAIRS = [("12 + 34 =", "46"), ("reverse abcd:", "dcba"), ("", "The capital of France is Paris"), ("sort cab:", "xyz")]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 4096])
+def test_a_continuation_is_scored_as_one_forward_pass_over_it_alone_would(demo, batch_tokens):
+    model, tokenizer = demo
+    for (context, continuation), scored in zip(
+        PAIRS, score(model, tokenizer, PAIRS, batch_tokens=batch_tokens), strict=True
+    ):
+        start = len(context) + 1  # a token is a character, after <bos>
+        ids = tokenizer(f"{context} {continuation}".lstrip(), return_tensors="pt").input_ids
+        with torch.no_grad():
+            logits = log_softmax(model(ids).logits[0].double(), -1)
+        expected = sum(float(logits[i - 1, ids[0, i]]) for i in range(start, ids.shape[1]))
+        assert scored.n_tokens == ids.shape[1] - start
+        assert scored.log_likelihood == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_greedy_means_what_generate_writes(demo):
+    model, tokenizer = demo
+    asked = items("arithmetic", 20) + [Item("", "12 + 34 =", "47", [])]
+    scored = score(model, tokenizer, [(item.question, item.answer) for item in asked], batch_tokens=4096)
+    for item, result in zip(asked, scored, strict=True):
+        ids = tokenizer(item.question, return_tensors="pt").input_ids
+        written = model.generate(ids, max_new_tokens=len(item.answer) + 1, do_sample=False)[0, ids.shape[1] :]
+        assert result.is_greedy == (tokenizer.decode(written, skip_special_tokens=True) == f" {item.answer}")
+
+
+@pytest.mark.parametrize("skill", skills.SKILLS)
+def test_the_demo_model_answers_more_than_nine_of_ten_questions(demo, skill):
+    quality = measure(*demo, BUILT_IN[skill], items(skill, 100), batch_tokens=4096)
+    assert quality.value > 0.9
+    assert quality.stderr == pytest.approx(math.sqrt(quality.value * (1 - quality.value) / (quality.n - 1)))
+
+
+def test_perplexity_is_the_exponential_of_the_mean_loss_of_all_tokens(demo):
+    model, tokenizer = demo
+    task = Task(name="text", path="unused", answer="{{ text }}", metric="perplexity")
+    texts = ["The capital of France is Paris", "12 + 34 = 46"]
+    losses, n = 0.0, 0
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            losses += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        n += ids.shape[1] - 1
+    quality = measure(model, tokenizer, task, [Item(text, "", text, []) for text in texts], batch_tokens=4096)
+    assert (quality.value, quality.n) == (pytest.approx(math.exp(losses / n), rel=1e-4), n)
+
+
+def test_acc_takes_the_likeliest_choice_and_acc_norm_the_likeliest_per_byte():
+    item = Item("", "q", "a long answer", ["short", "a long answer"])
+    scored = [Scored(-5.0, 5, False), Scored(-6.0, 13, False)]
+    assert not _is_right(item, scored, "acc")
+    assert _is_right(item, scored, "acc_norm")
+
+
+def test_held_out_questions_are_never_training_questions():
+    for skill in set(skills.SKILLS) - {"facts"}:
+        train = {row["question"] for seed in range(3) for row in skills.rows(skill, 300, split="train", seed=seed)}
+        test = {row["question"] for seed in range(3) for row in skills.rows(skill, 100, split="test", seed=seed)}
+        assert test and not train & test
+
+
+def model_row(name: str, kind: str, **quality: float) -> dict:
+    values = {task: {"value": value, "stderr": 0.0, "n": 1} for task, value in quality.items()}
+    about = {"ratio": 0.5, "realised_ratio": 0.5, "parameters": 1_380_000}
+    return {"name": name, "kind": kind, **about, "quality": values}
+
+
+def test_the_table_marks_own_tasks_and_leaves_perplexity_out_of_the_mean():
+    tasks = {"a": {"short": "em"}, "b": {"short": "ppl"}}
+    models = [model_row("a", "expert", a=0.75, b=12.34), model_row("b", "expert", a=0.25, b=9.0)]
+    text = table({"tasks": tasks, "models": models})
+    assert "[0.750]" in text and "12.3" in text and "[9.0]" in text and "1.38M" in text
+    assert mean_accuracy(models[0], tasks) == 0.75
+    summary = own_tasks(models, tasks, 0.5)
+    assert {task: quality["value"] for task, quality in summary["quality"].items()} == {"a": 0.75, "b": 9.0}
+
+
+def test_progress_passes_every_step_through_and_ends_with_a_line(capsys):
+    assert list(progress([1, 2, 3], 6, "working", unit=" things")) == [1, 2, 3]
+    assert capsys.readouterr().out.startswith("working 6 things in ")
