@@ -297,7 +297,8 @@ def _manifest(job: _Job, hashes: dict[str, str]) -> dict[str, Any]:
         "fingerprint": job.fingerprint,
         "source": {
             "model": str(base.folder),
-            "config": base.config.get("_name_or_path"),
+            # The hub's cache holds a model under snapshots/<commit>.
+            "revision": base.folder.name if base.folder.parent.name == "snapshots" else None,
             "fingerprint": base.fingerprint,
         },
         "requested_ratio": plan.requested,

@@ -29,6 +29,15 @@ from seap_ray.run import Run
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+WIKITEXT = SHARED / "tasks" / "wikitext2"
+REAL = {
+    "boolq": f"path: {SHARED / 'tasks' / 'boolq'}, evaluation_split: test",
+    "piqa": f"path: {SHARED / 'tasks' / 'piqa'}",
+    "gsm8k": f"path: {SHARED / 'tasks' / 'gsm8k'}",
+    "wikitext2": f"path: {WIKITEXT}/wiki_train_raw_first1MB.txt, evaluation_path: {WIKITEXT}/raw_test_0000.parquet",
+}
+"""Built-in tasks on local files, with what their files ask for."""
 SMALL = [
     "model.dtype=float32",
     "tasks=[arithmetic, logic]",
@@ -290,6 +299,19 @@ def test_errors_out_of_ray_are_found_and_others_are_not_swallowed(monkeypatch, t
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data beside the repository")
+def test_the_whole_job_runs_on_a_real_model_and_real_corpora(cluster, tmp_path):
+    tasks = ", ".join(f"{{name: {name}, {more}}}" for name, more in REAL.items())
+    override = [f"model.source={SHARED / 'models' / 'stories260k'}", f"tasks=[{tasks}]", "corpus.samples=24"]
+    sizes = ["corpus.sequence_length=256", "evaluation.samples=4", "pruning.ratio=0.2"]
+    assert main(arguments(tmp_path, *override, *sizes)) == 0
+    models = json.loads(run_of(tmp_path).results.read_text())["models"]
+    assert [model["name"] for model in models] == ["dense", "general", *REAL, "experts, own task"]
+    for model in models[1:]:
+        assert model["realised_ratio"] == pytest.approx(0.2, abs=0.007)  # a tile of 8 channels is 0.67 %
+
+
+@pytest.mark.slow
 def test_ray_job_submit_runs_the_job_on_a_cluster_with_token_authentication(tmp_path):
     """The command that users type, with a real head, a token, and the tree carried as working directory."""
     ray = str(Path(sys.executable).with_name("ray"))
@@ -302,8 +324,9 @@ def test_ray_job_submit_runs_the_job_on_a_cluster_with_token_authentication(tmp_
     }
     port, dashboard = "26379", "28265"
     start = [ray, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    # The agent takes jobs; on its usual port stands the one of this process's own cluster.
     short = tempfile.mkdtemp(prefix="ray")  # a path of sockets may have 107 characters, fewer than pytest's folders
-    start += [f"--temp-dir={short}", "--include-dashboard=true", "--block"]
+    start += [f"--temp-dir={short}", "--dashboard-agent-listen-port=28266", "--block"]
     head = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         submit = [ray, "job", "submit", f"--address=http://127.0.0.1:{dashboard}", "--working-dir", str(ROOT), "--"]
