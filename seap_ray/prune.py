@@ -1,6 +1,6 @@
 """Prune: statistics in, plans and compacted checkpoints out. The driver plans; Ray tasks write, one a file.
 
-A plan takes milliseconds and a checkpoint a copy: another ratio, score or allocation of a finished run costs seconds.
+A plan takes a second at most and a checkpoint a copy, so another ratio or score of a finished run costs seconds.
 """
 
 import shutil
