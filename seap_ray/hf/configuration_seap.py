@@ -30,6 +30,8 @@ class SeapQwen2Config(Qwen2Config):
 
     model_type = "seap_qwen2"
 
+    qkv_bias = True  # vLLM's Llama layer asks; not a field, since a Qwen2 always has them
+
     head_dim: int | None = None
     o_proj_bias: bool = False
     down_proj_bias: bool = False

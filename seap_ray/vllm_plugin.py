@@ -1,0 +1,44 @@
+"""vLLM plugin: names the compacted families to vLLM. vLLM calls ``register`` in each of its processes, by the entry
+point ``vllm.general_plugins`` of the installed package. Imports no vLLM until it is called.
+"""
+
+import os
+from importlib.metadata import entry_points
+
+from seap_ray.errors import ConfigError
+
+NAME = "seap_ray"
+ARCHITECTURES = ("SeapLlamaForCausalLM", "SeapQwen2ForCausalLM")
+"""Names in a checkpoint's config.json; one class serves them all."""
+
+
+def register() -> None:
+    """Make vLLM load compacted checkpoints. May be called again."""
+    from vllm import ModelRegistry
+
+    import seap_ray.hf  # noqa: F401  names the configurations to transformers
+
+    for architecture in ARCHITECTURES:
+        if architecture not in ModelRegistry.get_supported_archs():
+            # By name: importing the class would start CUDA in processes that only look at configurations.
+            ModelRegistry.register_model(architecture, "seap_ray.vllm_model:SeapForCausalLM")
+
+
+def check_registered() -> None:
+    """Raises ConfigError when vLLM in this environment would not find the plugin.
+
+    vLLM only logs a plugin that it cannot load, and then calls the architecture unknown.
+    """
+    found = [point for point in entry_points(group="vllm.general_plugins") if point.name == NAME]
+    if not found:
+        raise ConfigError(
+            "the vLLM plugin of seap_ray is not installed in this environment, and a working folder alone does not "
+            "carry it: run `python3 -m seap_ray.install`, or `pip install .` in the image of every node"
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and NAME not in [name.strip() for name in allowed.split(",")]:
+        raise ConfigError(f"VLLM_PLUGINS={allowed} keeps vLLM from loading seap_ray; add {NAME} to it")
+    try:
+        found[0].load()()
+    except ImportError as error:
+        raise ConfigError(f"vLLM cannot be imported ({error}); run `python3 -m seap_ray.install`") from None
