@@ -24,8 +24,9 @@ Ratio = Annotated[float, Field(ge=0, lt=1)]
 FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 AtLeastZero = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
-RESERVED = ("general", "dense", "weight_norms")
+RESERVED = ("general", "dense", "auto", "weight_norms")
 """Names of models and files that every run has."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def _as_list(value: Any) -> Any:
@@ -173,6 +174,63 @@ class EvaluationSection(Section):
     """Tokens per forward pass."""
 
 
+class RouterSection(Section):
+    threshold: float | None = Field(default=None, ge=0, le=1)
+    """Least probability at which a task's expert answers; below it the general model does. Left out: as fitted."""
+
+
+class ServeSection(Section):
+    """The service; what a job writes does not depend on it."""
+
+    ratio: Ratio | None = None
+    """Ratio of the models to serve; left out: the smallest of pruning.ratio."""
+    experts: tuple[str, ...] | None = None
+    """Tasks whose experts are served; left out: all. Prompts of other tasks go to the general model."""
+    router: RouterSection = RouterSection()
+    fallback: Literal["all", "auto"] = "all"
+    """While an expert is down the general model answers for it: `all` its requests, or only those with model `auto`."""
+    host: str = "127.0.0.1"
+    """Address that jobs/deploy.py listens on; `serve run` and `serve deploy` have their own setting."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port that jobs/deploy.py listens on."""
+    auth: Literal["keys", "none"] = "keys"
+    """`keys`: a request needs one of the API keys. `none`: only clients on this machine are answered."""
+    api_keys_file: str | None = None
+    """File with an API key on each line; left out: the environment variable SEAP_API_KEYS, separated by commas."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """`auto`: GPUs where the cluster has them."""
+    num_cpus: float = Field(default=1, gt=0)
+    """CPUs that an engine reserves; with device `cpu` also its threads, rounded up."""
+    min_replicas: int = Field(default=1, ge=1)
+    """Engines per model."""
+    max_replicas: int = Field(default=1, ge=1)
+    """Engines per model under load."""
+    max_ongoing_requests: int = Field(default=64, ge=1)
+    """Requests that an engine works on at a time."""
+    max_queued_requests: int = Field(default=64, ge=0)
+    """Requests that wait for a model; those beyond are answered 429."""
+    max_body_bytes: int = Field(default=1 << 20, ge=1)
+    """Largest request body; larger ones are answered 413."""
+    max_sequences: int = Field(default=16, ge=1)
+    """Sequences that one request may ask for: its prompts times `n`."""
+    timeout_s: float = Field(default=600, gt=0)
+    """Seconds until the first token of a stream, or the whole of a reply that is none."""
+    drain_timeout_s: float = Field(default=120, ge=0)
+    """Seconds that a model which is taken down has to finish what it works on."""
+    engine: dict[str, Any] = {}
+    """Engine arguments of vLLM: {max_model_len: 4096, tensor_parallel_size: 2, gpu_memory_utilization: 0.3, ...}."""
+
+    @model_validator(mode="after")
+    def _is_safe(self) -> "ServeSection":
+        if self.auth == "none" and self.host not in LOOPBACK:
+            raise ValueError(f"auth=none is for host {LOOPBACK[0]} only, not {self.host}")
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} is more than max_replicas={self.max_replicas}")
+        if taken := sorted({"model", "tokenizer", "served_model_name", "trust_remote_code"} & {*self.engine}):
+            raise ValueError(f"engine.{taken[0]} is set by the service itself")
+        return self
+
+
 class Config(Section):
     """The whole configuration of a run."""
 
@@ -188,6 +246,7 @@ class Config(Section):
     pruning: PruningSection = PruningSection()
     export: ExportSection = ExportSection()
     evaluation: EvaluationSection = EvaluationSection()
+    serve: ServeSection = ServeSection()
 
     @model_validator(mode="before")
     @classmethod

@@ -3,21 +3,19 @@
 vLLM's own Llama layer takes a configuration of its own, so a layer here is that class with the layer's configuration.
 It serves Qwen2 as well, whose only difference is biases on q, k and v (``qkv_bias``).
 
-vLLM cuts a tensor that is too large to the size it wants, and drops a bias that it does not know, both silently, so
-every tensor is compared with the configuration before it is loaded.
+Every tensor is compared with the configuration before it is loaded (see ``hf.shapes``).
 """
 
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 
-import seap_ray.hf  # noqa: F401  lets from_config know our architectures
+from seap_ray.hf.shapes import compared
 
 
 class SeapDecoderLayer(LlamaDecoderLayer):
@@ -57,46 +55,19 @@ class SeapForCausalLM(LlamaForCausalLM):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Raises ValueError at the first tensor that does not fit the configuration."""
-        return super().load_weights(checked(weights, self.config, is_quantized=self._is_quantized))
+        return super().load_weights(_checked(weights, self.config, is_quantized=self._is_quantized))
 
 
-def shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of this configuration holds."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del expected["lm_head.weight"]
-    return expected
-
-
-def checked(
-    weights: Iterable[tuple[str, Tensor]], config: PreTrainedConfig, *, is_quantized: bool = False
+def _checked(
+    weights: Iterable[tuple[str, Tensor]], config: PreTrainedConfig, *, is_quantized: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """Pass tensors through, each compared with ``config`` first; at the end, none may be missing.
+    """Pass tensors through, each compared with ``config`` before vLLM sees it."""
+    tensor: Tensor
 
-    A quantizer renames and packs weights, so of a quantized checkpoint only the biases are compared.
-    """
-    expected = shapes(config)
-    if is_quantized:
-        expected = {name: shape for name, shape in expected.items() if name.endswith(".bias")}
-    missing = set(expected)
-    for name, tensor in weights:
-        if not (_is_ignored(name, config) or is_quantized and not name.endswith(".bias")):
-            _check(name, tuple(tensor.shape), expected)
-        missing.discard(name)
+    def found() -> Iterator[tuple[str, tuple[int, ...]]]:
+        nonlocal tensor
+        for name, tensor in weights:
+            yield name, tuple(tensor.shape)
+
+    for name in compared(found(), config, is_quantized=is_quantized):
         yield name, tensor
-    if missing:
-        raise ValueError(f"the checkpoint lacks {min(missing)}, which config.json declares")
-
-
-def _is_ignored(name: str, config: PreTrainedConfig) -> bool:
-    """Whether a checkpoint may hold the tensor, though the model makes no use of it."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
-
-
-def _check(name: str, shape: tuple[int, ...], expected: dict[str, tuple[int, ...]]) -> None:
-    if name not in expected:
-        raise ValueError(f"the checkpoint holds {name}, which config.json does not declare")
-    if shape != expected[name]:
-        raise ValueError(f"{name} is {list(shape)} in the checkpoint, and {list(expected[name])} by config.json")

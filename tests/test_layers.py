@@ -11,11 +11,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 RINGS = {
     0: "errors tasks config moments scores sparsity architecture plan compact install demo demo.skills",
-    1: "run corpus recorder records checkpoint hf hf.configuration_seap hf.modeling_seap demo.train",
+    1: "run corpus recorder records checkpoint router hf hf.configuration_seap hf.modeling_seap hf.shapes "
+    "demo.train",
     2: "shards calibrate prune quality report job",
+    3: "vllm_plugin vllm_model",
 }
 RING_OF = {"seap_ray": 0} | {f"seap_ray.{name}": ring for ring, names in RINGS.items() for name in names.split()}
-OUTER = {"transformers": 1, "datasets": 1, "safetensors": 1, "tokenizers": 1, "ray": 2}
+OUTER = {"transformers": 1, "datasets": 1, "safetensors": 1, "tokenizers": 1, "sklearn": 1, "ray": 2, "vllm": 3}
 """Packages and the first ring that may import them."""
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -72,6 +74,7 @@ def test_code_that_travels_with_a_checkpoint_needs_transformers_alone():
         ("import seap_ray", "numpy torch ray transformers vllm datasets pydantic"),
         ("import seap_ray.config, seap_ray.tasks, seap_ray.errors", "numpy torch ray transformers vllm datasets"),
         ("import seap_ray.plan, seap_ray.compact, seap_ray.scores", "ray transformers vllm datasets"),
+        ("import seap_ray.router", "torch ray transformers vllm datasets sklearn scipy"),
         ("import seap_ray.demo.skills", "numpy torch ray transformers vllm datasets"),
     ],
 )

@@ -1,0 +1,76 @@
+"""Shapes: the tensors that a configuration declares, compared with those that a checkpoint holds.
+
+vLLM cuts a tensor that is too large to the size it wants, and drops a bias that it does not know, both silently.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from seap_ray.errors import ConfigError
+
+Shape = tuple[int, ...]
+
+
+def declared(config: PreTrainedConfig) -> dict[str, Shape]:
+    """Name and shape of every tensor that a checkpoint of this configuration holds."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def compared(
+    found: Iterable[tuple[str, Shape]], config: PreTrainedConfig, *, is_quantized: bool = False
+) -> Iterator[str]:
+    """Pass the names of tensors through, each compared with ``config`` first; at the end, none may be missing.
+
+    Raises ValueError at the first difference. A quantizer renames and packs weights, so of a quantized checkpoint only
+    the biases are compared.
+    """
+    expected = declared(config)
+    if is_quantized:
+        expected = {name: shape for name, shape in expected.items() if name.endswith(".bias")}
+    missing = set(expected)
+    for name, shape in found:
+        if not (_is_ignored(name, config) or is_quantized and not name.endswith(".bias")):
+            _compare(name, shape, expected)
+        missing.discard(name)
+        yield name
+    if missing:
+        raise ValueError(f"the checkpoint lacks {min(missing)}, which config.json declares")
+
+
+def _is_ignored(name: str, config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint may hold the tensor, though the model makes no use of it."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
+
+
+def _compare(name: str, shape: Shape, expected: dict[str, Shape]) -> None:
+    if name not in expected:
+        raise ValueError(f"the checkpoint holds {name}, which config.json does not declare")
+    if shape != expected[name]:
+        raise ValueError(f"{name} is {list(shape)} in the checkpoint, and {list(expected[name])} by config.json")
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ConfigError when the checkpoint in ``folder`` is not what its config.json declares. Reads headers only."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        is_quantized = getattr(config, "quantization_config", None) is not None
+        for _ in compared(_headers(folder), config, is_quantized=is_quantized):
+            pass
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{folder}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _headers(folder: Path) -> Iterator[tuple[str, Shape]]:
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  not a dict
+                yield name, tuple(tensors.get_slice(name).get_shape())
