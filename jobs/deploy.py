@@ -1,0 +1,38 @@
+"""python jobs/deploy.py [config=ray_config.yaml] [dotted.key=value ...]
+
+Serves a finished run: every expert, the general model and the router behind one OpenAI-compatible endpoint, on the
+cluster of RAY_ADDRESS, where it stays, or on this machine until Ctrl-C.
+
+A request needs one of the API keys in the environment variable SEAP_API_KEYS or the file serve.api_keys_file.
+
+Exit codes: 0 done, 2 a key, the run or the cluster is wrong.
+"""
+
+import logging
+import sys
+
+from seap_ray.config import Config, help_text
+from seap_ray.errors import SeapError
+
+
+def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(help_text(__doc__ or ""))
+        return 0
+    try:
+        config = Config.load(arguments)
+        logging.disable(logging.WARNING)  # vLLM and Ray speak of the machine while they are imported
+        from serve.deployment import deploy
+
+        logging.disable(logging.NOTSET)
+        deploy(config)
+    except SeapError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,102 @@
+"""Deployment: a config in, a running service out, on the cluster at hand or on this machine."""
+
+import logging
+import os
+import signal
+import time
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+
+from seap_ray.config import Config
+from seap_ray.errors import ConfigError, IncompleteError
+from serve.app import application, prepare
+from serve.experts import is_cpu
+from serve.gate import KEYS_VARIABLE
+
+NAME = "seap_ray"
+POLL_S = 1.0
+
+
+def deploy(config: Config) -> None:
+    """Serve a run: on the cluster of RAY_ADDRESS, where it stays, or on this machine until Ctrl-C or SIGTERM.
+
+    Raises ConfigError for what is wrong with the run, the settings or the room in the cluster.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    service = prepare(config)
+    models = [expert.name for expert in service.experts]
+    address = os.environ.get("RAY_ADDRESS", "local")
+    is_own = address == "local"
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    ray.init(address, logging_level=logging.ERROR, log_to_driver=bool(os.environ.get("RAY_LOG_TO_DRIVER")))
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        _check_room(config, models)
+        serve.start(http_options={"host": config.serve.host, "port": config.serve.port})
+        target = serve.RunTarget(application(config, service), name=NAME, route_prefix="/")
+        serve.run_many([target], wait_for_applications_running=False)
+        _await_ready(models)
+        _tell(config, models)
+        while is_own:
+            time.sleep(POLL_S)
+    finally:
+        if is_own:
+            serve.shutdown()
+            ray.shutdown()
+
+
+def _stop(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _check_room(config: Config, models: list[str]) -> None:
+    """Serve would wait for ever, and say so in its log alone."""
+    need = config.serve.num_cpus * config.serve.min_replicas * len(models)
+    have = ray.cluster_resources().get("CPU", 0)
+    if need > have:
+        raise ConfigError(
+            f"serve.num_cpus: {len(models)} models reserve {need:g} CPUs, and the cluster has {have:g}; lower it to "
+            f"{have / (config.serve.min_replicas * len(models)):.2g}, or serve fewer of serve.experts"
+        )
+    ranks = int(config.serve.engine.get("tensor_parallel_size", 1))
+    need, have = ranks * config.serve.min_replicas * len(models), ray.cluster_resources().get("GPU", 0)
+    if not is_cpu(config) and need > have:
+        raise ConfigError(
+            f"serve.experts: {len(models)} models need {need:g} GPUs, and the cluster has {have:g}; serve fewer"
+        )
+
+
+def _await_ready(models: list[str]) -> None:
+    """Print each model as it comes up. Raises IncompleteError when one cannot."""
+    started, told = time.monotonic(), set[str]()
+    print(f"starting {len(models)} engines", flush=True)
+    while True:
+        status = serve.status().applications[NAME]
+        for name, deployment in status.deployments.items():
+            model = name.partition(":")[2]
+            if model and model not in told and deployment.replica_states.get("RUNNING"):
+                told.add(model)
+                print(f"  {model} is up, {time.monotonic() - started:.0f} s ({len(told)}/{len(models)})", flush=True)
+        if status.status == ApplicationStatus.RUNNING:
+            return
+        if status.status == ApplicationStatus.DEPLOY_FAILED:
+            raise IncompleteError(f"the service did not start: {_last_line(status.message)}")
+        time.sleep(POLL_S)
+
+
+def _last_line(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else "see Serve's log"
+
+
+def _tell(config: Config, models: list[str]) -> None:
+    url = f"http://{config.serve.host}:{config.serve.port}"
+    key = "" if config.serve.auth == "none" else f" -H 'Authorization: Bearer '${KEYS_VARIABLE}"
+    print(
+        f"\n{', '.join(models)} and auto are served at {url}/v1, the playground at {url}/\n\n"
+        f"  curl {url}/v1/models{key}\n",
+        flush=True,
+    )

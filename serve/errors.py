@@ -1,0 +1,85 @@
+"""Errors: whatever goes wrong in, OpenAI's error form out, without a traceback."""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from ray.exceptions import RayTaskError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from vllm.exceptions import VLLMClientError
+
+logger = logging.getLogger("ray.serve")
+
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+UNUSABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NotImplementedError)
+"""What vLLM raises at values that its own validation lets through, or trips over. The engine itself lives on."""
+
+
+class ApiError(Exception):
+    """A refusal that the client gets to read. ``retry_after`` is in seconds."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = dict(headers or {})
+        if retry_after is not None:
+            self.headers["retry-after"] = str(retry_after)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def known(error: Exception, request_id: str, *, is_parsed: bool = True) -> ApiError:
+    """The same error as the client may see it; what nobody expected is logged under the request's id."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return ApiError(400, f"the body is no JSON ({first.get('ctx', {}).get('error', first['msg'])})")
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return ApiError(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    if isinstance(error, RecursionError):
+        return ApiError(400, "the request is nested too deeply")
+    if isinstance(error, VLLMClientError):
+        return ApiError(400, str(error).splitlines()[0], param=getattr(error, "parameter", None))
+    logger.error(f"request {request_id} failed", exc_info=error)
+    cause = error.cause if isinstance(error, RayTaskError) else None if is_parsed else error
+    if isinstance(cause, UNUSABLE):
+        return ApiError(400, f"vLLM cannot use this request ({type(cause).__name__})")
+    return ApiError(500, f"internal error; the log has it under request {request_id}")
+
+
+def add_handlers(app: FastAPI) -> None:
+    async def respond(request: Request, error: Exception) -> JSONResponse:
+        return known(error, request.headers.get("x-request-id", "")).response
+
+    for kind in (ApiError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, respond)

