@@ -16,6 +16,7 @@ The path of the data, one line a module (rings: arithmetic, models and files, Ra
     checkpoint    safetensors folders: read, fingerprint, write compacted
     hf            the Hugging Face classes that load a compacted checkpoint
     demo          a small model with six skills
+    router        a prompt -> its task, or none, with a probability
     run           the run directory: what is where, what is whole
     shards        corpora -> immutable token shards                         (Ray Data)
     calibrate     shards -> records -> statistics                           (Ray Data)

@@ -18,13 +18,14 @@ from seap_ray.calibrate import calibrate, n_workers
 from seap_ray.checkpoint import Checkpoint, versions
 from seap_ray.config import Config
 from seap_ray.corpus import check_source, load_tokenizer
-from seap_ray.errors import IncompleteError, SeapError
+from seap_ray.errors import ConfigError, IncompleteError, SeapError
 from seap_ray.plan import choose_shapes
 from seap_ray.prune import Expert, make_planner, prune, specs
 from seap_ray.quality import SHORT, Quality, check_evaluation, measure_all
 from seap_ray.report import own_tasks, progress, say, table
+from seap_ray.router import fit
 from seap_ray.run import Run, write_json
-from seap_ray.shards import make_shards
+from seap_ray.shards import Manifest, make_shards
 
 
 def run_job(config: Config) -> None:
@@ -141,10 +142,29 @@ def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
     statistics = calibrate(config, checkpoint, run, manifests, partial(progress, unit=" tokens"))
     planner = make_planner(config, checkpoint, run, statistics)
     experts = prune(planner, run, partial(progress, unit="B"))
-    _report(config, checkpoint, run, experts)
+    _report(config, checkpoint, run, experts, router=_route(config, checkpoint, run, manifests))
 
 
-def _report(config: Config, checkpoint: Checkpoint, run: Run, experts: list[Expert]) -> None:
+def _route(config: Config, checkpoint: Checkpoint, run: Run, manifests: list[Manifest]) -> dict[str, Any] | None:
+    """Fit the router; None, which only serving will miss, for a model whose tokenizer it cannot have."""
+    prompts = {manifest.task: manifest.read_prompts(run) for manifest in manifests}
+    trust = config.model.trust_remote_code
+    try:
+        report = fit(checkpoint, prompts, run, seed=config.run.seed, trust_remote_code=trust)
+    except ConfigError as error:
+        say(f"router: none; {error}")
+        return None
+    if report["n"]:
+        say(
+            f"router: {report['accuracy']:.3f} of {report['n']} held-out prompts to their task; threshold "
+            f"{report['threshold']:.2f} leaves {1 - report['routed']:.0%} to the general model"
+        )
+    return report
+
+
+def _report(
+    config: Config, checkpoint: Checkpoint, run: Run, experts: list[Expert], router: dict[str, Any] | None
+) -> None:
     """Evaluate, print the table, write ``results.json``."""
     models = [_dense(checkpoint), *(_described(expert) for expert in experts)]
     if config.evaluation.samples:
@@ -154,7 +174,8 @@ def _report(config: Config, checkpoint: Checkpoint, run: Run, experts: list[Expe
             model["quality"] = {task: _values(q) for task, q in quality.items()}
     tasks = {task.name: {"metric": task.metric, "short": SHORT[task.metric]} for task in config.tasks}
     summaries = [own_tasks(models, tasks, ratio) for ratio in config.pruning.ratio]
-    results = {"tasks": tasks, "models": [*models, *(s for s in summaries if s)], "versions": versions()}
+    models += [summary for summary in summaries if summary]
+    results = {"tasks": tasks, "models": models, "router": router, "versions": versions()}
     write_json(run.results, results)
     say("")
     say(table(results))

@@ -49,8 +49,15 @@ class Run:
     def plan(self, ratio: float, name: str) -> Path:
         return self.root / "plans" / ratio_name(ratio) / f"{name}.json"
 
+    def experts(self, ratio: float) -> Path:
+        return self.root / "experts" / ratio_name(ratio)
+
     def expert(self, ratio: float, name: str) -> Path:
-        return self.root / "experts" / ratio_name(ratio) / name
+        return self.experts(ratio) / name
+
+    @property
+    def router(self) -> Path:
+        return self.root / "router"
 
     @property
     def qualities(self) -> Path:

@@ -1,7 +1,8 @@
 """Shards: corpora in, immutable token shards with a manifest out. Ray Data reads, renders, draws and writes.
 
-``shards/<task>/00017.parquet`` holds one sequence a row: ``ids`` (int32 list) and ``text``. ``manifest.json``, written
-last, holds the token count and sha256 of every shard. Which row goes where depends on content and seed alone.
+``shards/<task>/00017.parquet`` holds one sequence a row: ``ids`` (int32 list) and ``text``. ``prompts.parquet`` holds
+what a user would ask of every drawn row. ``manifest.json``, written last, holds the token count and sha256 of every
+shard. Which row goes where depends on content and seed alone.
 """
 
 from collections.abc import Callable
@@ -52,10 +53,16 @@ class Manifest:
     """Rows without text, left out."""
     n_cut: int
     """Texts cut at the longest sequence."""
+    prompts: str
+    """sha256 of the file of prompts."""
 
     @property
     def n_tokens(self) -> int:
         return sum(shard.n_tokens for shard in self.shards)
+
+    def read_prompts(self, run: Run) -> list[str]:
+        """Questions of the drawn rows, or their texts where the task asks none, in the order of the draw."""
+        return pq.read_table(_prompts(run, self.task)).column("prompt").to_pylist()
 
     @classmethod
     def read(cls, run: Run, task: str) -> "Manifest | None":
@@ -65,8 +72,13 @@ class Manifest:
             manifest = cls(**{**values, "shards": tuple(Shard(**shard) for shard in values["shards"])})
         except (TypeError, KeyError):
             return None
-        whole = (s.path(run).is_file() and sha256_of(s.path(run)) == s.sha256 for s in manifest.shards)
-        return manifest if all(whole) else None
+        hashes = {shard.path(run): shard.sha256 for shard in manifest.shards}
+        hashes[_prompts(run, task)] = manifest.prompts
+        return manifest if all(path.is_file() and sha256_of(path) == sha for path, sha in hashes.items()) else None
+
+
+def _prompts(run: Run, task: str) -> Path:
+    return run.shards(task) / "prompts.parquet"
 
 
 def make_shards(config: Config, checkpoint: Checkpoint, run: Run, said: Callable[[str], None]) -> list[Manifest]:
@@ -208,8 +220,10 @@ def _write_task(
     checkpoint, corpus = Checkpoint.open(config.model.source, config.model.revision), config.corpus
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=config.model.trust_remote_code)
     longest = min(corpus.sequence_length, checkpoint.architecture.max_position_embeddings)
-    texts = drawn.column("text").to_pylist()
-    pairs = [(ids, text) for ids, text in zip(tokenizer(texts)["input_ids"], texts, strict=True) if ids]
+    texts, questions = (drawn.column(name).to_pylist() for name in ("text", "question"))
+    rows = [row for row in zip(tokenizer(texts)["input_ids"], texts, questions, strict=True) if row[0]]
+    prompts = _write_prompts(run, task, [question or text for _, text, question in rows])
+    pairs = [(ids, text) for ids, text, _ in rows]
     n_cut = 0
     if corpus.packing == "bucket":
         n_cut = sum(len(ids) > longest for ids, _ in pairs)
@@ -221,7 +235,7 @@ def _write_task(
         if corpus.packing == "pack":
             part = [(ids, "") for ids in pack([ids for ids, _ in part], longest)]
         shards.append(_write_shard(run, task, f"{len(shards):05d}", part))
-    manifest = Manifest(task, print_, tuple(shards), n_rows, n_blank, n_cut)
+    manifest = Manifest(task, print_, tuple(shards), n_rows, n_blank, n_cut, prompts)
     write_json(run.shards(task) / "manifest.json", asdict(manifest))
     return manifest
 
@@ -231,6 +245,12 @@ def _within_budget(pairs: list[tuple[list[int], str]], max_tokens: int | None) -
         return pairs
     before = np.cumsum([0, *(len(ids) for ids, _ in pairs)])[:-1]
     return [pair for pair, spent in zip(pairs, before, strict=True) if spent < max_tokens]
+
+
+def _write_prompts(run: Run, task: str, prompts: list[str]) -> str:
+    with publishing(_prompts(run, task)) as temporary:
+        pq.write_table(pa.table({"prompt": pa.array(prompts, pa.string())}), temporary)
+        return sha256_of(temporary)
 
 
 def _write_shard(run: Run, task: str, shard: str, pairs: list[tuple[list[int], str]]) -> Shard:

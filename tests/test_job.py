@@ -22,8 +22,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import seap_ray.hf  # noqa: F401
+from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
 from seap_ray.errors import SeapError
+from seap_ray.job import _route
+from seap_ray.router import Router
 from seap_ray.run import Run
 
 pytestmark = pytest.mark.ray
@@ -82,6 +85,21 @@ def test_the_job_leaves_results_of_dense_general_and_every_expert(finished):
         assert models[name]["realised_ratio"] == pytest.approx(0.5, abs=0.003)
         assert set(models[name]["quality"]) == {"arithmetic", "logic"}
         assert all(quality["n"] == 12 for quality in models[name]["quality"].values())
+
+
+def test_the_job_leaves_a_router_of_its_tasks_and_its_figures(finished):
+    router, report = Router.load(run_of(finished).router), json.loads(run_of(finished).results.read_text())["router"]
+    assert router.tasks == ("arithmetic", "logic")
+    assert router.route("12 + 34 =").task == "arithmetic" and router.route("true or not false is").task == "logic"
+    assert router.route("What is the capital of France?").task is None
+    assert report["accuracy"] == 1 and report["threshold"] == router.threshold
+    assert sum(n for row in report["confusion"].values() for n in row.values()) == report["n"] == 18
+
+
+def test_a_model_that_cannot_have_a_router_still_has_its_results(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("seap_ray.corpus.load_tokenizer", lambda *_args, **_kwargs: object())
+    assert _route(Config(), Checkpoint.open("demo"), Run(tmp_path), []) is None
+    assert capsys.readouterr().out.startswith("router: none; model.source: ")
 
 
 def test_an_expert_of_the_job_loads_and_answers(finished):

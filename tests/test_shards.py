@@ -166,3 +166,33 @@ def test_texts_beyond_the_longest_sequence_are_cut_and_counted(tmp_path):
     mine = parquet(tmp_path / "rows.parquet", [{"q": "x" * 400, "a": "y"}, *ROWS[:3]])
     _, manifest, _ = shards_of(tmp_path, mine, sequence_length=64)
     assert manifest.n_cut == 1
+
+
+def test_prompts_are_the_questions_of_all_drawn_rows_or_their_texts_where_there_is_none(tmp_path):
+    run, asked, _ = shards_of(tmp_path / "1", parquet(tmp_path / "rows.parquet"), max_tokens=200)
+    prompts = asked.read_prompts(run)
+    assert len(set(prompts)) == 50 > sum(shard.n_sequences for shard in asked.shards)
+    assert set(prompts) <= {row["q"] for row in ROWS}
+    prose = task(tmp_path / "rows.parquet", question="", answer="{{ q }} {{ a }}")
+    run, told, files = shards_of(tmp_path / "2", prose)
+    texts = [text for file in files for text in pq.read_table(pa.BufferReader(file)).column("text").to_pylist()]
+    assert told.read_prompts(run) == texts
+
+
+@pytest.mark.parametrize("how", ["damaged", "missing", "not in the manifest"])
+def test_prompts_that_are_not_whole_are_made_again_and_the_shards_stay_the_same(tmp_path, how):
+    mine = parquet(tmp_path / "rows.parquet")
+    run, manifest, files = shards_of(tmp_path, mine)
+    path, about = run.shards("mine") / "prompts.parquet", run.shards("mine") / "manifest.json"
+    prompts = path.read_bytes()
+    if how == "damaged":
+        path.write_bytes(prompts[:-1] + b"?")
+    elif how == "missing":
+        path.unlink()
+    else:
+        values = json.loads(about.read_text())
+        del values["prompts"]
+        about.write_text(json.dumps(values))
+    assert Manifest.read(run, "mine") is None
+    _, again, made = shards_of(tmp_path, mine)
+    assert (again, made, path.read_bytes()) == (manifest, files, prompts)

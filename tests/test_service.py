@@ -1,0 +1,487 @@
+"""The whole service: a run made by the job, served by ``jobs/deploy.py``, called by the clients that people use."""
+
+import asyncio
+import concurrent.futures
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import seap_ray.hf  # noqa: F401
+from seap_ray.demo import skills
+
+openai = pytest.importorskip("openai")
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[1]
+KEY = "a-key-of-the-tests"
+TASKS = ("arithmetic", "reverse")
+ROOM = {"serve.max_ongoing_requests": 16, "serve.max_queued_requests": 16}
+START_S = 500
+
+
+def arguments(**values):
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two skills, and a third that no expert is served for."""
+    storage = tmp_path_factory.mktemp("runs")
+    settings = {
+        "run.storage": str(storage),
+        "run.name": "served",
+        "tasks": [*TASKS, "sort"],
+        "corpus.samples": 200,
+        "pruning.ratio": 0.2,
+        "pruning.baselines": {},
+        "evaluation.samples": 0,
+    }
+    job = [sys.executable, "jobs/prune.py", *arguments(**settings)]
+    done = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return storage / "served"
+
+
+def environment(**more):
+    return {**os.environ, "RAY_ADDRESS": "local", "SEAP_API_KEYS": f"another, {KEY}", **more}
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+class Service:
+    """``jobs/deploy.py`` as a process of its own."""
+
+    def __init__(self, run, log, **more):
+        self.port, self.run, self.log = free_port(), run, log
+        settings = {
+            "run.storage": str(run.parent),
+            "run.name": run.name,
+            "serve.port": self.port,
+            "serve.num_cpus": 0.25,
+            "serve.experts": list(TASKS),
+            "serve.engine.kv_cache_memory_bytes": 1 << 26,
+            **ROOM,
+            **more,
+        }
+        with log.open("w") as out:
+            command = [sys.executable, "jobs/deploy.py", *arguments(**settings)]
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=environment())
+        deadline = time.monotonic() + START_S
+        while "are served at" not in log.read_text():
+            assert self.process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def http(self, **kwargs):
+        headers = {"authorization": f"Bearer {KEY}", **kwargs.pop("headers", {})}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=120, **kwargs)
+
+    def processes(self, name):
+        """Processes of this service by what they call themselves."""
+        return [p for p in psutil.Process(self.process.pid).children(recursive=True) if name in " ".join(_command(p))]
+
+    def stop(self):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(120)
+
+
+def _command(process):
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+@pytest.fixture(scope="module")
+def service(run, tmp_path_factory):
+    made = Service(run, tmp_path_factory.mktemp("service") / "log")
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def client(service):
+    return openai.OpenAI(base_url=f"{service.url}/v1", api_key=KEY, max_retries=0)
+
+
+def questions(task, n=12):
+    return [row["question"] for row in skills.rows(task, n, split="test", seed=1)]
+
+
+def chat(text):
+    return [{"role": "user", "content": text}]
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_model_and_auto_are_listed(client):
+    cards = {model.id: model.metadata for model in client.models.list()}
+    assert set(cards) == {"auto", "general", *TASKS}
+    assert cards["reverse"]["task"] == "reverse" and cards["reverse"]["ratio"] == 0.2 and cards["reverse"]["chat"]
+    assert client.models.retrieve("general").id == "general"
+
+
+@pytest.mark.parametrize("model", ["general", *TASKS])
+def test_a_named_model_is_obeyed_and_answers_as_in_transformers(client, run, model):
+    folder = run / "experts" / "0.20" / model
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for text in (questions("arithmetic", 1)[0], questions("reverse", 1)[0]):
+        ids = tokenizer.apply_chat_template(chat(text), return_tensors="pt", return_dict=False)
+        out = reference.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+        expected = tokenizer.decode(out, skip_special_tokens=True)
+        raw = client.chat.completions.with_raw_response.create(
+            model=model, messages=chat(text), max_tokens=24, temperature=0
+        )
+        reply = raw.parse()
+        assert (reply.model, reply.choices[0].message.content) == (model, expected)
+        assert (raw.headers["x-seap-expert"], raw.headers["x-seap-reason"]) == (model, "named")
+        assert raw.headers["x-request-id"] and "x-seap-confidence" not in raw.headers
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_auto_goes_to_the_expert_of_the_prompts_task(client, task):
+    for text in questions(task):
+        raw = client.chat.completions.with_raw_response.create(
+            model="auto", messages=chat(text), max_tokens=2, temperature=0
+        )
+        assert (raw.headers["x-seap-expert"], raw.headers["x-seap-reason"]) == (task, "routed")
+        assert raw.headers["x-seap-task"] == task and 0.5 < float(raw.headers["x-seap-confidence"]) <= 1
+        assert raw.parse().model == task
+
+
+def test_a_text_completion_is_routed_as_a_chat_is(service):
+    with service.http() as http:
+        for prompt in (questions("reverse", 1), questions("reverse", 1)[0]):
+            reply = http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 4, "temperature": 0})
+            assert reply.json()["model"] == reply.headers["x-seap-expert"] == "reverse"
+        mixed = [questions("reverse", 1)[0], questions("arithmetic", 1)[0]]
+        reply = http.post("/v1/completions", json={"model": "auto", "prompt": mixed, "max_tokens": 4})
+        assert (reply.headers["x-seap-expert"], reply.headers["x-seap-reason"]) == ("general", "mixed")
+
+
+def test_token_ids_are_routed_by_their_text(service, run):
+    ids = AutoTokenizer.from_pretrained(run / "experts/0.20/general").encode(questions("arithmetic", 1)[0])
+    with service.http() as http:
+        reply = http.post("/v1/completions", json={"prompt": ids, "max_tokens": 1})
+        assert reply.headers["x-seap-expert"] == "arithmetic"
+
+
+def test_a_task_without_an_expert_and_a_strange_prompt_go_to_the_general_model(service):
+    with service.http() as http:
+        route = http.post("/v1/route", json={"prompt": questions("sort", 1)[0]}).json()
+        assert (route["model"], route["task"], route["reason"]) == ("general", "sort", "not_served")
+        route = http.post("/v1/route", json={"prompt": "Write a letter to my landlord about the heating."}).json()
+        assert (route["model"], route["task"], route["reason"]) == ("general", None, "unlike")
+
+
+def test_a_route_tells_what_a_request_would_do(service):
+    text = questions("arithmetic", 1)[0]
+    with service.http() as http:
+        for asked in ({"prompt": text}, {"messages": chat(text)}, {"messages": chat([{"type": "text", "text": text}])}):
+            route = http.post("/v1/route", json=asked).json()
+            assert route["model"] == route["task"] == "arithmetic"
+            assert set(route["probabilities"]) == {*TASKS, "sort"}
+            assert sum(route["probabilities"].values()) == pytest.approx(1)
+            assert route["confidence"] == max(route["probabilities"].values())
+
+
+def test_a_conversation_stays_with_its_expert(service):
+    later = [
+        *chat(questions("reverse", 1)[0]),
+        {"role": "assistant", "content": "x"},
+        *chat(questions("arithmetic")[0]),
+    ]
+    with service.http() as http:
+        assert http.post("/v1/route", json={"messages": later}).json()["model"] == "reverse"
+
+
+def test_a_stream_gives_the_same_text_piece_by_piece_and_its_usage(client):
+    text = questions("reverse", 1)[0]
+    asked = {"model": "auto", "messages": chat(text), "max_tokens": 24, "temperature": 0}
+    whole = client.chat.completions.create(**asked)
+    pieces = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    joined = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+    assert joined == whole.choices[0].message.content and len(pieces) > 3
+    assert pieces[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert {piece.model for piece in pieces} == {"reverse"}
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_model_is_404_and_the_models_are_named(client):
+    with pytest.raises(openai.NotFoundError, match="there is no model 'nope'; models are auto, general"):
+        client.chat.completions.create(model="nope", messages=chat("a"))
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nope")
+
+
+def test_without_a_valid_key_only_health_is_answered(service):
+    with httpx.Client(base_url=service.url) as http, service.http() as keyed:
+        paths = keyed.get("/openapi.json").json()["paths"]
+        assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/route", "/metrics", "/"} <= set(paths)
+        for path, methods in {**paths, "/openapi.json": {"get": 0}, "/docs": {"get": 0}, "/x": {"get": 0}}.items():
+            for method in methods:
+                for headers in ({}, {"authorization": "Bearer wrong"}):
+                    reply = http.request(method, path, headers=headers, json={} if method == "post" else None)
+                    assert (
+                        (reply.status_code in (200, 503))
+                        if path in ("/healthz", "/readyz")
+                        else (reply.status_code == 401)
+                    ), path
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("chat/completions", {"messages": []}, 400, "empty conversation"),
+        ("chat/completions", {"messages": "x"}, 400, "messages: Input should be a valid list"),
+        ("chat/completions", {"messages": chat("a"), "n": 17}, 400, "at most 16 sequences"),
+        ("completions", {"prompt": ["a"] * 17}, 400, "at most 16 sequences"),
+        ("completions", {"prompt": "a" * 5000}, 400, "maximum context length is 256 tokens"),
+        ("completions", {"prompt": "a", "temperature": -1}, 400, "temperature must be non-negative"),
+        ("completions", {"prompt": [10**6]}, 400, "out of vocabulary"),
+        ("completions", {"prompt": "a", "structured_outputs": {"regex": "("}}, 400, "regex"),
+        ("completions", {"prompt": "a" * (1 << 20)}, 413, "larger than 1,048,576 bytes"),
+        ("route", {}, 400, "one of prompt and messages"),
+    ],
+)
+def test_a_bad_request_is_told_why(service, path, body, status, message):
+    with service.http() as http:
+        reply = http.post(f"/v1/{path}", json=body)
+    assert reply.status_code == status, reply.text
+    assert message in reply.json()["error"]["message"] and "Traceback" not in reply.text
+
+
+HOSTILE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["\ud800", "a" * 5000, "\0"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=20,
+)
+FIELDS = (
+    "model messages prompt max_tokens temperature top_p top_k n stop stream stream_options logprobs top_logprobs seed "
+    "echo suffix logit_bias response_format tools tool_choice user prompt_logprobs min_tokens bad_words best_of "
+    "chat_template chat_template_kwargs structured_outputs priority allowed_token_ids vllm_xargs kv_transfer_params"
+).split()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.sampled_from(["chat/completions", "completions", "route"]),
+    st.dictionaries(st.sampled_from(FIELDS), HOSTILE, max_size=3),
+    st.booleans(),
+)
+def test_no_values_make_it_fail(service, path, fields, is_sound_otherwise):
+    sound = {"max_tokens": 1, **({"messages": chat("a")} if path.startswith("chat") else {"prompt": "a"})}
+    body = json.dumps({**(sound if is_sound_otherwise else {}), **fields})
+    with service.http(headers={"content-type": "application/json"}) as http:
+        reply = http.post(f"/v1/{path}", content=body)
+    assert reply.status_code < 500, f"{body} -> {reply.text}"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"null",
+        b"{",
+        b"[" * 200_000,
+        b'{"messages":' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"messages":[{"role":"user","content":"a"}],"metadata":' + b'{"a":' * 900 + b"1" + b"}" * 900 + b"}",
+        b'{"messages":[{"role":"user","content":"\\ud800"}]}',
+        b'{"messages":[{"role":"user","content":"\xff"}]}',
+        json.dumps({"messages": chat("a")}).encode("utf-16"),
+        b'{"messages":[{"role":"user","content":"a"}],"max_tokens":1e400}',
+        b'{"messages":[{"role":"user","content":"a"}],"max_tokens":' + b"9" * 5000 + b"}",
+    ],
+    ids=range(11),
+)
+def test_no_malformed_body_makes_it_fail(service, body):
+    with service.http(headers={"content-type": "application/json"}) as http:
+        for path in ("chat/completions", "completions", "route"):
+            reply = http.post(f"/v1/{path}", content=body)
+            assert 400 <= reply.status_code < 500 or reply.status_code == 200, reply.text
+
+
+@pytest.mark.skipif(not shutil.which("schemathesis", path=Path(sys.executable).parent), reason="needs schemathesis")
+def test_schemathesis_finds_no_server_error(service, tmp_path):
+    """From the OpenAPI schema that the service itself publishes."""
+    command = ["schemathesis", "run", f"{service.url}/openapi.json", "-H", f"Authorization: Bearer {KEY}"]
+    options = ["--checks", "not_a_server_error", "--phases", "examples,fuzzing", "--max-examples", "25", "--no-color"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [*command, *options],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+# --- pressure --------------------------------------------------------------------------------------------------------
+
+
+async def stream(http, text):
+    """Status of one streamed chat, and whether what began also ended."""
+    body = {"model": "auto", "messages": chat(text), "max_tokens": 40, "temperature": 0, "stream": True}
+    async with http.stream("POST", "/v1/chat/completions", json={**body, "ignore_eos": True}) as reply:
+        text = (await reply.aread()).decode()
+        if reply.status_code == 200:
+            return 200, text.endswith("data: [DONE]\n\n") and "error" not in text
+        return reply.status_code, int(reply.headers["retry-after"]) >= 1
+
+
+async def rush(service, n):
+    limits = httpx.Limits(max_connections=n)
+    headers = {"authorization": f"Bearer {KEY}"}
+    async with httpx.AsyncClient(base_url=service.url, headers=headers, timeout=120, limits=limits) as http:
+        texts = questions("arithmetic", 20)
+        return Counter(await asyncio.gather(*(stream(http, texts[i % 20]) for i in range(n))))
+
+
+def resident(service):
+    return sum(p.memory_info().rss for name in ("ExpertIngress", "ProxyActor") for p in service.processes(name))
+
+
+def test_under_pressure_every_client_gets_a_whole_reply_or_is_told_to_come_back(service):
+    asyncio.run(rush(service, 200))
+    before = resident(service)
+    for _ in range(3):
+        outcomes = asyncio.run(rush(service, 200))
+        assert {status for status, _ in outcomes} <= {200, 429, 503} and all(sound for _, sound in outcomes), outcomes
+        assert outcomes[200, True] >= 32 and outcomes[429, True] >= 1, outcomes
+    assert resident(service) < 1.1 * before
+    with service.http() as http:
+        assert http.post("/v1/completions", json={"prompt": "1", "max_tokens": 1}).status_code == 200
+
+
+def test_metrics_tell_where_prompts_went(service):
+    deadline = time.monotonic() + 60  # Ray's agents collect every few seconds
+    with service.http() as http:
+        while time.monotonic() < deadline:
+            text = http.get("/metrics").text
+            found = re.findall(r'^seap_route_total\{.*expert="(\w+)".*reason="(\w+)"', text, re.M)
+            if ("arithmetic", "routed") in found and "ray_vllm_prompt_tokens_total{" in text:
+                break
+            time.sleep(1)
+    assert {("arithmetic", "routed"), ("reverse", "routed"), ("general", "unlike")} <= set(found) | {
+        ("general", "unlike")
+    }
+    for name in ("seap_route_confidence_bucket", "seap_route_seconds_bucket", "seap_refused_total", "ray_serve_"):
+        assert name in text, name
+    names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(names) == len(set(names)) > 20
+    assert KEY not in text
+
+
+def test_the_playground_works_in_a_browser(service):
+    playground = pytest.importorskip("test_playground", reason="needs playwright")
+    text = questions("reverse", 1)[0]
+    with playground.open_page(service.url, http_credentials={"username": "x", "password": KEY}) as page:
+        playground.send(page, text)
+        page.wait_for_function("document.body.innerText.includes('finished')", timeout=60_000)
+        assert "Routed to reverse" in page.inner_text("body")
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_expert_that_dies_is_stood_in_for_and_comes_back(service):
+    """Its engine is killed under load: nobody sees an error, the other models answer as before."""
+    texts = {task: questions(task, 1)[0] for task in TASKS}
+    stop, seen = time.monotonic() + 240, []
+
+    def ask(task, model):
+        with service.http() as http:
+            while time.monotonic() < stop and not back.is_set():
+                reply = http.post(
+                    "/v1/chat/completions",
+                    json={"model": model, "messages": chat(texts[task]), "max_tokens": 8, "temperature": 0},
+                )
+                told = reply.headers
+                seen.append((task, model, reply.status_code, told.get("x-seap-expert"), told.get("x-seap-reason")))
+                time.sleep(0.05)
+
+    import threading
+
+    back = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        loads = [pool.submit(ask, task, model) for task in TASKS for model in ("auto", task)]
+        loads.append(pool.submit(ask, "reverse", "general"))
+        time.sleep(2)
+        engine = next(
+            child
+            for replica in service.processes("ExpertServer:arithmetic")
+            for child in replica.children(recursive=True)
+            if "EngineCore" in " ".join(_command(child))
+        )
+        engine.send_signal(signal.SIGKILL)
+        try:
+            with service.http() as http:
+                while ("arithmetic", "auto", 200, "general", "expert_down") not in seen:
+                    assert time.monotonic() < stop, Counter(seen)
+                    time.sleep(0.1)
+                time.sleep(3)
+                while not http.get("/readyz").json()["models"]["arithmetic"]:
+                    assert time.monotonic() < stop, "the expert did not come back"
+                    time.sleep(0.5)
+                n = len(seen)
+                while ("arithmetic", "auto", 200, "arithmetic", "routed") not in seen[n:]:
+                    assert time.monotonic() < stop, Counter(seen[n:])
+                    time.sleep(0.1)
+        finally:
+            back.set()
+        for load in loads:
+            load.result()
+    assert {status for _, _, status, _, _ in seen} == {200}, Counter(seen)
+    others = Counter(outcome for outcome in seen if outcome[0] != "arithmetic")
+    assert set(others) == {
+        ("reverse", "auto", 200, "reverse", "routed"),
+        ("reverse", "reverse", 200, "reverse", "named"),
+        ("reverse", "general", 200, "general", "named"),
+    }, others
+    assert ("arithmetic", "arithmetic", 200, "general", "expert_down") in seen
+
+
+def test_a_stop_lets_streams_end_and_leaves_no_process(service):
+    """The last test of this service."""
+    with service.http() as http:
+        body = {"model": "general", "prompt": "1", "max_tokens": 240, "stream": True, "ignore_eos": True}
+        with http.stream("POST", "/v1/completions", json=body) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            engines = service.processes("EngineCore")
+            assert len(engines) == 3
+            service.process.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert service.process.wait(120) == 0
+    _, alive = psutil.wait_procs(engines, timeout=60)
+    assert not alive
