@@ -18,10 +18,13 @@ The path of the data, one line a module (rings: arithmetic, models and files, Ra
     demo          a small model with six skills
     router        a prompt -> its task, or none, with a probability
     run           the run directory: what is where, what is whole
+    cluster       a driver's connection to Ray
     shards        corpora -> immutable token shards                         (Ray Data)
     calibrate     shards -> records -> statistics                           (Ray Data)
     prune         statistics -> plans -> checkpoints                        (Ray tasks)
     quality       accuracy and perplexity of a checkpoint on every task     (Ray tasks)
     report        progress while it runs, the table at its end
     job           the whole path, from a config to a table
+    vllm_plugin   names the compacted families to vLLM
+    vllm_model    layers of unequal widths                                  (vLLM)
 """

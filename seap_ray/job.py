@@ -2,10 +2,7 @@
 
 import logging
 import os
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from seap_ray.calibrate import calibrate, n_workers
 from seap_ray.checkpoint import Checkpoint, versions
+from seap_ray.cluster import connect
 from seap_ray.config import Config
 from seap_ray.corpus import check_source, load_tokenizer
 from seap_ray.errors import ConfigError, IncompleteError, SeapError
@@ -56,10 +54,6 @@ def _absolute(config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"source": str(folder)})})
 
 
-def _stop(_signal: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def _checked(config: Config) -> Checkpoint:
     """Everything that can be refused before any work starts, is."""
     checkpoint = Checkpoint.open(config.model.source, config.model.revision)
@@ -90,32 +84,13 @@ def _check_ratios(config: Config, checkpoint: Checkpoint) -> None:
 
 
 def _connect() -> None:
-    """Join the cluster of RAY_ADDRESS, which ``ray job submit`` sets, or start one on this machine."""
     # The first error ends the job with one line; those of tasks beside it would add a traceback each.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    if not ray.is_initialized():
-        # Ray's C++ core warns of every actor pool of Ray Data on the driver's terminal, and of this setting itself.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        with _silent_stderr():
-            ray.init(logging_level=logging.ERROR, log_to_driver=bool(os.environ.get("RAY_LOG_TO_DRIVER")))
-    signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets its own
+    connect()
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Keep what C++ code writes to the terminal away from it; Python's exceptions come through."""
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _known(error: BaseException | None) -> SeapError | None:

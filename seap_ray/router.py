@@ -239,7 +239,7 @@ def split(prompts: Mapping[str, Sequence[str]], seed: int) -> tuple[Labelled, La
 def _fitted(
     checkpoint: "Checkpoint", tokenizer: Tokenizer, prompts: Mapping[str, Sequence[str]], seed: int
 ) -> tuple[Router, dict[str, Any]]:
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1):  # sums, and so bytes, depend on the number of threads
         fitting, calibration, held_out = split(prompts, seed)
@@ -265,7 +265,7 @@ def _classifier(router: Router, checkpoint: "Checkpoint", fitting: Labelled) -> 
 
 def _table(checkpoint: "Checkpoint", ids: list[np.ndarray], n_tokens: int) -> np.ndarray:
     """Embeddings on the whitened principal components of the prompts' means: [V, R], centred, float32."""
-    from sklearn.decomposition import PCA  # type: ignore[import-untyped]
+    from sklearn.decomposition import PCA
 
     if EMBEDDING not in checkpoint.tensors:
         raise ConfigError(f"model.source: {checkpoint.folder} has no tensor {EMBEDDING}")
@@ -291,7 +291,7 @@ def _rows(embedding_VD: Any, start: int) -> np.ndarray:
 
 def _means(embedding_VD: Any, ids: list[np.ndarray]) -> np.ndarray:
     """Every prompt's mean embedding, as one sparse product a block of rows."""
-    from scipy.sparse import csc_array  # type: ignore[import-untyped]
+    from scipy.sparse import csc_array
 
     prompt = np.repeat(np.arange(len(ids)), [len(i) for i in ids])
     share = np.repeat([1 / max(len(i), 1) for i in ids], [len(i) for i in ids])
@@ -316,7 +316,7 @@ def _regression(x_PR: np.ndarray, labels_P: np.ndarray, n_tasks: int) -> tuple[n
 
 def _strength(x_PR: np.ndarray, labels_P: np.ndarray) -> float:
     """The inverse regularisation of least log loss in cross-validation, the stronger of two equals."""
-    from sklearn.model_selection import StratifiedKFold, cross_val_score  # type: ignore[import-untyped]
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
 
     folds = min(3, int(np.bincount(labels_P).min()))
     if folds < 2:
@@ -327,7 +327,7 @@ def _strength(x_PR: np.ndarray, labels_P: np.ndarray) -> float:
 
 
 def _model(strength: float) -> Any:
-    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+    from sklearn.linear_model import LogisticRegression
 
     return LogisticRegression(C=strength, max_iter=10_000, tol=1e-6)
 
@@ -386,7 +386,7 @@ def _calibrated(router: Router, calibration: Labelled) -> Router:
 
 def _bound(surprise_P: np.ndarray) -> float:
     """What the next prompt of a task stays below with probability ``USUAL``; no bound from fewer than two prompts."""
-    from scipy.stats import t  # type: ignore[import-untyped]
+    from scipy.stats import t
 
     n = len(surprise_P)
     if n < 2:
@@ -400,7 +400,7 @@ def _temperature_and_weight(logits_PT: np.ndarray, pairs_PT: np.ndarray, labels_
 
     As in Platt's scaling, the right task's target is short of 1, for a sample without errors would ask for certainty.
     """
-    from scipy.optimize import minimize  # type: ignore[import-untyped]
+    from scipy.optimize import minimize
 
     n, n_tasks = logits_PT.shape
     if n_tasks == 1:

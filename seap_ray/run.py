@@ -111,6 +111,16 @@ def ratio_name(ratio: float) -> str:
     return short if float(short) == ratio else repr(ratio)
 
 
+def _file_mode() -> int:
+    """Mode of an ordinary new file, by the process's umask, which can be read only by setting it."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+_MODE = _file_mode()
+
+
 @contextmanager
 def publishing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` and rename it there if the block ends well; racing writers are harmless.
@@ -121,6 +131,7 @@ def publishing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        temporary.chmod(_MODE)  # safetensors' own files are for nobody but their owner
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise IncompleteError(

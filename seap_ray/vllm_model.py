@@ -7,11 +7,13 @@ Every tensor is compared with the configuration before it is loaded (see ``hf.sh
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -19,9 +21,9 @@ from seap_ray.hf.shapes import compared
 
 
 class SeapDecoderLayer(LlamaDecoderLayer):
-    def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: PreTrainedConfig | None = None):
-        config = config or vllm_config.model_config.hf_config
-        own = config.per_layer_config[extract_layer_index(prefix)]
+    def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: LlamaConfig | None = None):
+        whole: Any = config or vllm_config.model_config.hf_config
+        own = whole.per_layer_config[extract_layer_index(prefix)]
         _check_divisible(own, vllm_config.parallel_config.tensor_parallel_size, prefix)
         super().__init__(vllm_config, prefix, config=own)
         quantization = self.get_quant_config(vllm_config)
@@ -33,7 +35,7 @@ class SeapDecoderLayer(LlamaDecoderLayer):
             self.mlp.down_proj = _with_bias(width, own.hidden_size, quantization, f"{prefix}.mlp.down_proj")
 
 
-def _with_bias(width: int, hidden_size: int, quantization: object, prefix: str) -> nn.Module:
+def _with_bias(width: int, hidden_size: int, quantization: QuantizationConfig | None, prefix: str) -> RowParallelLinear:
     return RowParallelLinear(width, hidden_size, bias=True, quant_config=quantization, prefix=prefix)
 
 

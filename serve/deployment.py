@@ -2,14 +2,13 @@
 
 import logging
 import os
-import signal
 import time
-from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
+from seap_ray.cluster import connect
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, IncompleteError
 from serve.app import application, prepare
@@ -23,16 +22,14 @@ POLL_S = 1.0
 def deploy(config: Config) -> None:
     """Serve a run: on the cluster of RAY_ADDRESS, where it stays, or on this machine until Ctrl-C or SIGTERM.
 
-    Raises ConfigError for what is wrong with the run, the settings or the room in the cluster.
+    Raises ConfigError for what is wrong with the run, the settings or the room in the cluster, IncompleteError when
+    the engines do not start.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     service = prepare(config)
     models = [expert.name for expert in service.experts]
     address = os.environ.get("RAY_ADDRESS", "local")
-    is_own = address == "local"
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    ray.init(address, logging_level=logging.ERROR, log_to_driver=bool(os.environ.get("RAY_LOG_TO_DRIVER")))
-    signal.signal(signal.SIGTERM, _stop)
+    connect(address)
     try:
         _check_room(config, models)
         serve.start(http_options={"host": config.serve.host, "port": config.serve.port})
@@ -40,16 +37,13 @@ def deploy(config: Config) -> None:
         serve.run_many([target], wait_for_applications_running=False)
         _await_ready(models)
         _tell(config, models)
-        while is_own:
+        while address == "local":
             time.sleep(POLL_S)
     finally:
-        if is_own:
+        if address == "local":
+            serve.delete(NAME)  # lets what is being answered end; `shutdown` alone would cut it off
             serve.shutdown()
             ray.shutdown()
-
-
-def _stop(_signal: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _check_room(config: Config, models: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Errors: whatever goes wrong in, OpenAI's error form out, without a traceback."""
 
 import logging
+from pickle import PicklingError
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -66,7 +67,7 @@ def known(error: Exception, request_id: str, *, is_parsed: bool = True) -> ApiEr
         return ApiError(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
-    if isinstance(error, RecursionError):
+    if isinstance(error, RecursionError | PicklingError):  # the latter is cloudpickle's word for the former
         return ApiError(400, "the request is nested too deeply")
     if isinstance(error, VLLMClientError):
         return ApiError(400, str(error).splitlines()[0], param=getattr(error, "parameter", None))

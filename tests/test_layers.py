@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RINGS = {
     0: "errors tasks config moments scores sparsity architecture plan compact install demo demo.skills",
     1: "run corpus recorder records checkpoint router hf hf.configuration_seap hf.modeling_seap hf.shapes demo.train",
-    2: "shards calibrate prune quality report job",
+    2: "cluster shards calibrate prune quality report job",
     3: "vllm_plugin vllm_model",
 }
 RING_OF = {"seap_ray": 0} | {f"seap_ray.{name}": ring for ring, names in RINGS.items() for name in names.split()}

@@ -235,3 +235,10 @@ def test_another_name_is_another_run(claimed):
     config = claimed("run.name=other", "run.seed=1")
     Run.of(config).claim(config)
     assert Run.of(config).root != Run.of(claimed()).root
+
+
+def test_what_is_published_is_as_readable_as_any_other_file(tmp_path):
+    (tmp_path / "plain").touch()
+    with publishing(tmp_path / "published") as temporary:
+        temporary.touch(mode=0o600)
+    assert (tmp_path / "published").stat().st_mode == (tmp_path / "plain").stat().st_mode
