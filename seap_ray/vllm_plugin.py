@@ -2,7 +2,10 @@
 point ``vllm.general_plugins`` of the installed package. Imports no vLLM until it is called.
 """
 
+import multiprocessing
 import os
+import threading
+from functools import cache
 from importlib.metadata import entry_points
 
 from seap_ray.errors import ConfigError
@@ -10,10 +13,14 @@ from seap_ray.errors import ConfigError
 NAME = "seap_ray"
 ARCHITECTURES = ("SeapLlamaForCausalLM", "SeapQwen2ForCausalLM")
 """Names in a checkpoint's config.json; one class serves them all."""
+END_WITH_PARENT = "SEAP_RAY_END_WITH_PARENT"
+"""Environment variable that the service sets for its engines."""
 
 
 def register() -> None:
     """Make vLLM load compacted checkpoints. May be called again."""
+    if os.environ.get(END_WITH_PARENT):
+        _end_with_parent()
     from vllm import ModelRegistry
 
     import seap_ray.hf  # noqa: F401  names the configurations to transformers
@@ -22,6 +29,21 @@ def register() -> None:
         if architecture not in ModelRegistry.get_supported_archs():
             # By name: importing the class would start CUDA in processes that only look at configurations.
             ModelRegistry.register_model(architecture, "seap_ray.vllm_model:SeapForCausalLM")
+
+
+@cache
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, however it went: an engine that outlives its server keeps
+    its memory and answers nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end_with_parent", daemon=True).start()
 
 
 def check_registered() -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import time
 
 import ray
@@ -41,6 +42,7 @@ def deploy(config: Config) -> None:
             time.sleep(POLL_S)
     finally:
         if address == "local":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough
             serve.delete(NAME)  # lets what is being answered end; `shutdown` alone would cut it off
             serve.shutdown()
             ray.shutdown()

@@ -17,7 +17,7 @@ from seap_ray.demo import skills
 from seap_ray.errors import ConfigError
 from seap_ray.hf.shapes import check_folder
 from seap_ray.run import Run, ratio_name, read_json
-from seap_ray.vllm_plugin import check_registered
+from seap_ray.vllm_plugin import END_WITH_PARENT, check_registered
 
 logger = logging.getLogger("ray.serve")
 
@@ -154,9 +154,9 @@ def is_cpu(config: Config) -> bool:
 def _environment(config: Config) -> dict[str, str]:
     if not is_cpu(config):
         # The older runner shares attention metadata between layers with other numbers of query heads.
-        return {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+        return {END_WITH_PARENT: "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
     threads = str(math.ceil(config.serve.num_cpus))
-    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads}
+    return {END_WITH_PARENT: "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads}
 
 
 class Engine(VLLMEngine):

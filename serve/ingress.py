@@ -33,10 +33,16 @@ RETRY_AFTER_S = 1
 """For a queue that is full."""
 RESTART_S = 10
 """For a model that is being started again."""
+PATIENCE_S = 2.0
+"""After which a request that waits asks whether its model is there at all."""
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+
+
+class ModelDownError(Exception):
+    """No replica of a model is running."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +206,7 @@ class ExpertIngress(OpenAiIngress):
         replies = self._get_response(body=body, call_method=method, raw_request=request)
         try:
             async with asyncio.timeout(self._service.timeout_s):
-                first = await anext(replies)
+                first = await self._unless_down(model, asyncio.ensure_future(anext(replies)))
         except TimeoutError:
             raise ApiError(504, f"{model} gave no token in {self._service.timeout_s:g} s") from None
         except BackPressureError:
@@ -210,6 +216,20 @@ class ExpertIngress(OpenAiIngress):
         if error := getattr(first[0] if isinstance(first, list) else first, "error", None):
             raise _refused(error)
         return first, replies
+
+    async def _unless_down(self, model: str, first: asyncio.Future[Any]) -> Any:
+        """Wait for ``first``, and see now and then that it can come: Serve keeps requests for a model that has no
+        replica until there is one. Raises ModelDownError."""
+        try:
+            while not first.done():
+                await asyncio.wait({first}, timeout=PATIENCE_S)
+                if not first.done():
+                    await asyncio.to_thread(self._watch.look)
+                    if not self._watch.is_up(model):
+                        raise ModelDownError(model)
+            return first.result()
+        finally:
+            first.cancel()
 
     async def _events(self, first: Any, rest: AsyncIterator[Any], model: str, request: Request) -> AsyncIterator[str]:
         """Server-sent events. The status is out already, so an engine that dies now is an event as well."""
@@ -280,6 +300,7 @@ class ExpertIngress(OpenAiIngress):
 
     async def readyz(self) -> JSONResponse:
         """Whether prompts are answered: the general model is up. 503 until then."""
+        await asyncio.to_thread(self._watch.look)
         up = {model: self._watch.is_up(model) for model in self._model_cards}
         return JSONResponse({"ready": up[GENERAL], "models": up}, 200 if up[GENERAL] else 503)
 
@@ -292,7 +313,7 @@ class ExpertIngress(OpenAiIngress):
         return HTMLResponse(self._page, headers={"content-security-policy": PAGE_POLICY})
 
 
-_DEAD = (EngineDeadError, RayActorError, ActorUnavailableError, DeploymentUnavailableError)
+_DEAD = (ModelDownError, EngineDeadError, RayActorError, ActorUnavailableError, DeploymentUnavailableError)
 """What a call to a replica whose engine or process died raises."""
 
 

@@ -482,6 +482,7 @@ def test_a_stop_lets_streams_end_and_leaves_no_process(service):
             assert len(engines) == 3
             service.process.send_signal(signal.SIGTERM)
             assert [line for line in lines if line][-1] == "data: [DONE]"
+            service.process.send_signal(signal.SIGTERM)  # as `timeout` and impatient people do
     assert service.process.wait(120) == 0
     _, alive = psutil.wait_procs(engines, timeout=60)
     assert not alive

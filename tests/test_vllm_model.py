@@ -5,9 +5,12 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import CONFIGS, random_kept, random_plan, random_statistics, save_dense, write_compacted
@@ -19,7 +22,7 @@ from seap_ray.architecture import Shape
 from seap_ray.checkpoint import Checkpoint, Compaction
 from seap_ray.errors import ConfigError
 from seap_ray.hf.shapes import check_folder
-from seap_ray.vllm_plugin import ARCHITECTURES, check_registered
+from seap_ray.vllm_plugin import ARCHITECTURES, END_WITH_PARENT, check_registered
 
 # What vLLM's and torch's own code warns of while vLLM is imported and runs.
 pytestmark = pytest.mark.filterwarnings(
@@ -313,3 +316,31 @@ def test_an_allow_list_that_leaves_the_plugin_out_is_named(monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "other, another")
     with pytest.raises(ConfigError, match="VLLM_PLUGINS=other, another keeps vLLM from loading seap_ray"):
         check_registered()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_an_engine_ends_with_the_server_that_started_it_however_that_went(tmp_path):
+    script = tmp_path / "server.py"
+    script.write_text(
+        "import multiprocessing, os, time\n"
+        "from seap_ray.vllm_plugin import register\n"
+        "def engine():\n"
+        "    register()\n"
+        "    print('engine', os.getpid(), flush=True)\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.get_context('spawn').Process(target=engine).start()\n"
+        "    time.sleep(600)\n"
+    )
+    environment = {**os.environ, END_WITH_PARENT: "1"}
+    server = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        line = next(line for line in server.stdout if line.startswith("engine "))
+        engine = psutil.Process(int(line.split()[1]))
+        server.kill()
+        engine.wait(30)
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
