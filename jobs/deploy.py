@@ -5,7 +5,7 @@ cluster of RAY_ADDRESS, where it stays, or on this machine until Ctrl-C.
 
 A request needs one of the API keys in the environment variable SEAP_API_KEYS or the file serve.api_keys_file.
 
-Exit codes: 0 done, 2 a key, the run or the cluster is wrong.
+Exit codes: 0 done, 2 a key, the run or the cluster is wrong, 4 the engines did not start.
 """
 
 import logging
@@ -21,7 +21,10 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         config = Config.load(arguments)
+        from seap_ray.vllm_plugin import check_registered
+
         logging.disable(logging.WARNING)  # vLLM and Ray speak of the machine while they are imported
+        check_registered()
         from serve.deployment import deploy
 
         logging.disable(logging.NOTSET)

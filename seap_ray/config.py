@@ -26,6 +26,14 @@ AtLeastZero = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
 RESERVED = ("general", "dense", "auto", "weight_norms")
 """Names of models and files that every run has."""
+NOT_FOR_ENGINES = {
+    **dict.fromkeys(("model", "tokenizer", "served_model_name"), "is set by the service itself"),
+    **dict.fromkeys(
+        ("trust_remote_code", "trust_request_chat_template", "enable_prompt_embeds", "tool_parser_plugin"),
+        "would let code in that is not ours, or not safe to read",
+    ),
+}
+"""Engine arguments that are refused, and why."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -191,16 +199,20 @@ class ServeSection(Section):
     """While an expert is down the general model answers for it: `all` its requests, or only those with model `auto`."""
     host: str = "127.0.0.1"
     """Address that jobs/deploy.py listens on; `serve run` and `serve deploy` have their own setting."""
-    port: int = Field(default=8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=1, le=65535)
     """Port that jobs/deploy.py listens on."""
     auth: Literal["keys", "none"] = "keys"
     """`keys`: a request needs one of the API keys. `none`: only clients on this machine are answered."""
     api_keys_file: str | None = None
     """File with an API key on each line; left out: the environment variable SEAP_API_KEYS, separated by commas."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """`auto`: GPUs where the cluster has them."""
+    """`auto`: what the installed build of vLLM is for."""
     num_cpus: float = Field(default=1, gt=0)
-    """CPUs that an engine reserves; with device `cpu` also its threads, rounded up."""
+    """CPUs that each rank of an engine reserves; with device `cpu` also its threads, rounded up."""
+    num_gpus: float = Field(default=1, gt=0, le=1)
+    """GPUs that each rank of an engine reserves; a part, with a small engine.gpu_memory_utilization, lets models share."""
+    ingress_replicas: int = Field(default=1, ge=1)
+    """Processes that take requests and route them."""
     min_replicas: int = Field(default=1, ge=1)
     """Engines per model."""
     max_replicas: int = Field(default=1, ge=1)
@@ -208,7 +220,7 @@ class ServeSection(Section):
     max_ongoing_requests: int = Field(default=64, ge=1)
     """Requests that an engine works on at a time."""
     max_queued_requests: int = Field(default=64, ge=0)
-    """Requests that wait for a model; those beyond are answered 429."""
+    """Requests that wait for a model, in each ingress; those beyond are answered 429."""
     max_body_bytes: int = Field(default=1 << 20, ge=1)
     """Largest request body; larger ones are answered 413."""
     max_sequences: int = Field(default=16, ge=1)
@@ -226,8 +238,8 @@ class ServeSection(Section):
             raise ValueError(f"auth=none is for host {LOOPBACK[0]} only, not {self.host}")
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas={self.min_replicas} is more than max_replicas={self.max_replicas}")
-        if taken := sorted({"model", "tokenizer", "served_model_name", "trust_remote_code"} & {*self.engine}):
-            raise ValueError(f"engine.{taken[0]} is set by the service itself")
+        if refused := sorted({*NOT_FOR_ENGINES} & {*self.engine}):
+            raise ValueError(f"engine.{refused[0]} {NOT_FOR_ENGINES[refused[0]]}")
         return self
 
 

@@ -53,7 +53,8 @@ def _check_divisible(own: PreTrainedConfig, ranks: int, prefix: str) -> None:
 class SeapForCausalLM(LlamaForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layer_type: type[nn.Module] = SeapDecoderLayer):
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
-        self._is_quantized = vllm_config.quant_config is not None
+        # By a quantizer that wrote the checkpoint; one that vLLM applies by itself finds the tensors as they are.
+        self._is_quantized = getattr(self.config, "quantization_config", None) is not None
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Raises ValueError at the first tensor that does not fit the configuration."""

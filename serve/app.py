@@ -13,16 +13,20 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application
-from ray.serve.llm import build_llm_deployment
 
-from seap_ray.config import Config
-from seap_ray.errors import SeapError
-from seap_ray.router import Router
-from seap_ray.run import Run
 from seap_ray.vllm_plugin import check_registered
-from serve.experts import Expert, find, llm_config
-from serve.gate import key_hashes
-from serve.ingress import Service, make_ingress
+
+check_registered()  # before the imports that need vLLM and would end in a traceback without it
+
+from ray.serve.llm import build_llm_deployment  # noqa: E402
+
+from seap_ray.config import Config  # noqa: E402
+from seap_ray.errors import SeapError  # noqa: E402
+from seap_ray.router import Router  # noqa: E402
+from seap_ray.run import Run  # noqa: E402
+from serve.experts import Expert, find, llm_config  # noqa: E402
+from serve.gate import key_hashes  # noqa: E402
+from serve.ingress import Service, make_ingress  # noqa: E402
 
 
 def build(args: Mapping[str, Any]) -> Application:
@@ -40,7 +44,6 @@ def build(args: Mapping[str, Any]) -> Application:
 def prepare(config: Config) -> Service:
     """Everything that can be refused is refused here, before Ray or an engine starts. Raises ConfigError."""
     hashes = key_hashes(config.serve)
-    check_registered()
     run = Run.of(config)
     experts = find(config, run)
     return Service(
@@ -48,6 +51,7 @@ def prepare(config: Config) -> Service:
         router=_router(run, experts),
         threshold=config.serve.router.threshold,
         fallback_named=config.serve.fallback == "all",
+        is_single=config.serve.max_replicas == 1,
         key_hashes=hashes,
         max_body_bytes=config.serve.max_body_bytes,
         max_sequences=config.serve.max_sequences,
@@ -62,10 +66,11 @@ def application(config: Config, service: Service) -> Application:
     ingress = serve.deployment(
         make_ingress(service),
         name="ExpertIngress",
-        num_replicas=1,
+        num_replicas=config.serve.ingress_replicas,
         ray_actor_options={"num_cpus": 0},
-        # More than the models hold: what is beyond is refused by the ingress, and not kept waiting before it.
+        # More than the models hold: the ingress refuses what is beyond in OpenAI's form, before Serve does in its own.
         max_ongoing_requests=per_model * len(deployments) + 1000,
+        max_queued_requests=1000,
         health_check_period_s=5,
         graceful_shutdown_timeout_s=config.serve.drain_timeout_s,
     )

@@ -1,6 +1,7 @@
 """Deployment: a config in, a running service out, on the cluster at hand or on this machine."""
 
 import logging
+import math
 import os
 import signal
 import time
@@ -13,11 +14,13 @@ from seap_ray.cluster import connect
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, IncompleteError
 from serve.app import application, prepare
-from serve.experts import is_cpu
+from serve.experts import is_cpu, ranks
 from serve.gate import KEYS_VARIABLE
 
 NAME = "seap_ray"
 POLL_S = 1.0
+PATIENCE_S = 60.0
+"""Without a new model, after which Serve's own word on the matter is shown."""
 
 
 def deploy(config: Config) -> None:
@@ -30,6 +33,8 @@ def deploy(config: Config) -> None:
     service = prepare(config)
     models = [expert.name for expert in service.experts]
     address = os.environ.get("RAY_ADDRESS", "local")
+    # Serve's proxy answers a path of its own without a key; read by the proxies of a cluster that starts here.
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.gate:proxy_middleware")
     connect(address)
     try:
         _check_room(config, models)
@@ -50,36 +55,38 @@ def deploy(config: Config) -> None:
 
 def _check_room(config: Config, models: list[str]) -> None:
     """Serve would wait for ever, and say so in its log alone."""
-    need = config.serve.num_cpus * config.serve.min_replicas * len(models)
-    have = ray.cluster_resources().get("CPU", 0)
-    if need > have:
-        raise ConfigError(
-            f"serve.num_cpus: {len(models)} models reserve {need:g} CPUs, and the cluster has {have:g}; lower it to "
-            f"{have / (config.serve.min_replicas * len(models)):.2g}, or serve fewer of serve.experts"
-        )
-    ranks = int(config.serve.engine.get("tensor_parallel_size", 1))
-    need, have = ranks * config.serve.min_replicas * len(models), ray.cluster_resources().get("GPU", 0)
-    if not is_cpu(config) and need > have:
-        raise ConfigError(
-            f"serve.experts: {len(models)} models need {need:g} GPUs, and the cluster has {have:g}; serve fewer"
-        )
+    n_ranks = ranks(config) * config.serve.min_replicas * len(models)
+    for kind, share in (("CPU", config.serve.num_cpus), ("GPU", 0 if is_cpu(config) else config.serve.num_gpus)):
+        have = ray.cluster_resources().get(kind, 0)
+        if n_ranks * share > have:
+            fitting = math.floor(have / n_ranks * 100) / 100
+            raise ConfigError(
+                f"serve.num_{kind.lower()}s: {len(models)} models reserve {n_ranks * share:g} {kind}s, and the cluster "
+                f"has {have:g}; lower it to {fitting:g}, or serve fewer of serve.experts"
+            )
 
 
 def _await_ready(models: list[str]) -> None:
     """Print each model as it comes up. Raises IncompleteError when one cannot."""
-    started, told = time.monotonic(), set[str]()
+    started = said = time.monotonic()
+    told = set[str]()
     print(f"starting {len(models)} engines", flush=True)
     while True:
         status = serve.status().applications[NAME]
+        now = time.monotonic()
         for name, deployment in status.deployments.items():
             model = name.partition(":")[2]
             if model and model not in told and deployment.replica_states.get("RUNNING"):
                 told.add(model)
-                print(f"  {model} is up, {time.monotonic() - started:.0f} s ({len(told)}/{len(models)})", flush=True)
+                said = now
+                print(f"  {model} is up, {now - started:.0f} s ({len(told)}/{len(models)})", flush=True)
         if status.status == ApplicationStatus.RUNNING:
             return
         if status.status == ApplicationStatus.DEPLOY_FAILED:
             raise IncompleteError(f"the service did not start: {_last_line(status.message)}")
+        if now - said > PATIENCE_S:
+            said = now
+            print(f"  {len(told)}/{len(models)} after {now - started:.0f} s. {_last_line(status.message)}", flush=True)
         time.sleep(POLL_S)
 
 

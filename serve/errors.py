@@ -6,7 +6,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from ray.exceptions import RayTaskError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from vllm.exceptions import VLLMClientError
@@ -56,7 +55,10 @@ class ApiError(Exception):
 
 
 def known(error: Exception, request_id: str, *, is_parsed: bool = True) -> ApiError:
-    """The same error as the client may see it; what nobody expected is logged under the request's id."""
+    """The same error as the client may see it; what nobody expected is logged under the request's id.
+
+    ``is_parsed`` is False while vLLM's own classes read the request's body.
+    """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestValidationError):
@@ -72,9 +74,8 @@ def known(error: Exception, request_id: str, *, is_parsed: bool = True) -> ApiEr
     if isinstance(error, VLLMClientError):
         return ApiError(400, str(error).splitlines()[0], param=getattr(error, "parameter", None))
     logger.error(f"request {request_id} failed", exc_info=error)
-    cause = error.cause if isinstance(error, RayTaskError) else None if is_parsed else error
-    if isinstance(cause, UNUSABLE):
-        return ApiError(400, f"vLLM cannot use this request ({type(cause).__name__})")
+    if not is_parsed and isinstance(error, UNUSABLE):
+        return ApiError(400, f"vLLM cannot use this request ({type(error).__name__})")
     return ApiError(500, f"internal error; the log has it under request {request_id}")
 
 

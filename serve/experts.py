@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig, LLMServer
 
@@ -22,7 +23,7 @@ from seap_ray.vllm_plugin import END_WITH_PARENT, check_registered
 logger = logging.getLogger("ray.serve")
 
 CPU_KV_CACHE_BYTES = 1 << 30
-"""Of each engine where serve.engine does not say; vLLM would take nearly all memory for one."""
+"""Most that an engine on a CPU takes for its cache where serve.engine does not say; vLLM would take all memory."""
 HEALTH_CHECK_S = 2
 GENERAL = "general"
 
@@ -36,6 +37,7 @@ class Expert:
     folder: Path
     ratio: float
     parameters: int
+    kv_bytes_per_token: int
     has_chat_template: bool
     example: str | None = None
 
@@ -89,6 +91,7 @@ def _expert(config: Config, folder: Path, kind: str, manifest: dict[str, Any]) -
         folder=folder.absolute(),
         ratio=manifest["requested_ratio"],
         parameters=manifest["parameters"],
+        kv_bytes_per_token=manifest["kv_bytes_per_token"],
         has_chat_template=_has_chat_template(folder),
         example=_example(config, folder.name),
     )
@@ -116,11 +119,13 @@ def llm_config(config: Config, expert: Expert) -> LLMConfig:
     on_cpu = is_cpu(config)
     engine: dict[str, Any] = {"dtype": config.model.dtype}
     if on_cpu:
-        engine |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
+        engine |= {"enforce_eager": True, "kv_cache_memory_bytes": _kv_cache_bytes(config, expert)}
     return LLMConfig(
         model_loading_config={"model_id": expert.name, "model_source": str(expert.folder)},
         accelerator_config={"kind": "cpu" if on_cpu else "gpu"},
-        placement_group_config={"bundle_per_worker": {"CPU": serve.num_cpus, **({} if on_cpu else {"GPU": 1})}},
+        placement_group_config={
+            "bundle_per_worker": {"CPU": serve.num_cpus} | ({} if on_cpu else {"GPU": serve.num_gpus})
+        },
         engine_kwargs=engine | serve.engine,
         runtime_env={"env_vars": _environment(config)},
         server_cls=ExpertServer,
@@ -141,6 +146,20 @@ def llm_config(config: Config, expert: Expert) -> LLMConfig:
     )
 
 
+def _kv_cache_bytes(config: Config, expert: Expert) -> int:
+    """Room for every request at its longest, up to the limit; twice, since a cache may be of a wider type."""
+    longest = (
+        config.serve.engine.get("max_model_len") or read_json(expert.folder / "config.json")["max_position_embeddings"]
+    )
+    needed = 2 * config.serve.max_ongoing_requests * longest * expert.kv_bytes_per_token
+    return min(CPU_KV_CACHE_BYTES, needed)
+
+
+def ranks(config: Config) -> int:
+    """Processes that one engine spreads over."""
+    return math.prod(config.serve.engine.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+
+
 def is_cpu(config: Config) -> bool:
     """Whether engines run on the CPU; vLLM's builds are for one kind of device each."""
     if config.serve.device != "auto":
@@ -152,11 +171,13 @@ def is_cpu(config: Config) -> bool:
 
 
 def _environment(config: Config) -> dict[str, str]:
+    """Ray replaces the job's variables by a deployment's, so they are repeated."""
+    job = ray.get_runtime_context().runtime_env.get("env_vars") or {} if ray.is_initialized() else {}
     if not is_cpu(config):
         # The older runner shares attention metadata between layers with other numbers of query heads.
-        return {END_WITH_PARENT: "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+        return {**job, END_WITH_PARENT: "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
     threads = str(math.ceil(config.serve.num_cpus))
-    return {END_WITH_PARENT: "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads}
+    return {**job, END_WITH_PARENT: "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads}
 
 
 class Engine(VLLMEngine):
@@ -176,6 +197,11 @@ class ExpertServer(LLMServer):
 
     async def start(self) -> None:
         check_registered()
+        folder = self._llm_config.model_loading_config.model_source
+        if not Path(folder).is_dir():
+            raise ConfigError(
+                f"{folder} is not there on this node; run.storage should be a folder that every node sees"
+            )
         await super().start()
         self._leaving = asyncio.create_task(self._leave_with_engine())
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from starlette.datastructures import Headers
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from seap_ray.config import LOOPBACK, ServeSection
@@ -17,6 +18,8 @@ from seap_ray.errors import ConfigError
 from serve.errors import ApiError, known
 
 KEYS_VARIABLE = "SEAP_API_KEYS"
+SHORTEST = 16
+"""Characters of a key; what can be guessed is none."""
 OPEN = ("/healthz", "/readyz")
 """Paths that are answered without a key."""
 
@@ -36,12 +39,18 @@ def key_hashes(config: ServeSection) -> tuple[bytes, ...] | None:
             raise ConfigError(f"{where} cannot be read ({getattr(error, 'strerror', None) or 'no text'})") from None
     else:
         where, text = KEYS_VARIABLE, os.environ.get(KEYS_VARIABLE, "").replace(",", "\n")
-    keys = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines()]
+    keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise ConfigError(
             f"{where} holds no API key; set {KEYS_VARIABLE}, or serve.api_keys_file, or, to answer this machine alone, "
             "serve.auth=none"
         )
+    for number, key in enumerate(keys, 1):
+        if len(key) < SHORTEST:
+            raise ConfigError(
+                f"{where}: key {number} has under {SHORTEST} characters; `openssl rand -hex 16` makes a good one"
+            )
     return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
 
 
@@ -67,15 +76,17 @@ class Gate:
         try:
             self._admit(scope)
             body = await self._body(scope, receive)
+            if body is None:
+                return
             await self.app(scope, _replay(body, receive), noted)
         except Exception as error:
             if started:  # the client has a status already; the connection ends
                 raise
-            is_parsed = scope.get("state", {}).get("is_parsed", False)
+            is_parsed = scope.get("state", {}).get("is_parsed", not _path(scope).endswith("completions"))
             await known(error, request_id, is_parsed=is_parsed).response(scope, receive, noted)
 
     def _admit(self, scope: Scope) -> None:
-        if _path(scope) in OPEN:
+        if _path(scope) in OPEN and scope["method"] in ("GET", "HEAD"):
             return
         headers = Headers(scope=scope)
         if self.key_hashes is None:
@@ -102,7 +113,8 @@ class Gate:
         # All are compared, each in constant time: how long it takes says nothing about any key.
         return sum(hmac.compare_digest(offered, known) for known in self.key_hashes or ()) > 0
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body; None when the client left before its end. Raises ApiError 413."""
         too_large = ApiError(413, f"the request body is larger than {self.max_body_bytes:,} bytes")
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > self.max_body_bytes:
@@ -111,7 +123,7 @@ class Gate:
         while True:
             message = await receive()
             if message["type"] != "http.request":
-                break
+                return None
             chunks.append(message.get("body", b""))
             size += len(chunks[-1])
             if size > self.max_body_bytes:
@@ -123,14 +135,19 @@ class Gate:
 
 def _path(scope: Scope) -> str:
     """Without the prefix that the application is served under."""
-    return scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+    path, prefix = scope["path"], scope.get("root_path", "").rstrip("/")
+    return path[len(prefix) :] or "/" if path == prefix or path.startswith(f"{prefix}/") else path
+
+
+FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+"""Headers of a proxy, which speaks for clients elsewhere."""
 
 
 def _admit_local(scope: Scope, headers: Headers) -> None:
     """Without keys only this machine is answered, and no page that another site's script has loaded under a name."""
     client = (scope.get("client") or ("",))[0]
     host = headers.get("host", "").rsplit(":", 1)[0].strip("[]")
-    if client not in LOOPBACK or host not in LOOPBACK:
+    if client not in LOOPBACK or host not in LOOPBACK or any(map(headers.get, FORWARDED)):
         raise ApiError(403, "without API keys (serve.auth=none) only clients on the same machine are answered")
 
 
@@ -151,3 +168,20 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
+
+
+class NoRoutes:
+    """Before Serve's own proxy, whose ``/-/routes`` would tell what it serves without a key."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("/-/") and scope["path"] != "/-/healthz":
+            return await ApiError(404, "Not Found").response(scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+def proxy_middleware() -> list[Middleware]:
+    """What RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names."""
+    return [Middleware(NoRoutes)]

@@ -15,9 +15,10 @@ from starlette.responses import PlainTextResponse
 from seap_ray.config import Config, ServeSection
 from seap_ray.errors import ConfigError
 from serve.errors import add_handlers
-from serve.gate import OPEN, Gate, key_hashes
+from serve.gate import OPEN, Gate, key_hashes, proxy_middleware
 
-KEYS = "alpha-key, beta-key"
+KEYS = "alpha-key-of-team-a, beta-key-of-team-b"
+ONE, TWO = "the-first-key-there-is", "the-second-key-there-is"
 
 
 class Body(BaseModel):
@@ -41,7 +42,7 @@ def app(hashes, max_body_bytes=1000):
         made.state.reached.append(path)
         return PlainTextResponse("read")
 
-    @made.post("/write")
+    @made.post("/write/completions")
     async def write(body: Body, request: Request):
         request.state.is_parsed = True
         made.state.reached.append("write")
@@ -81,7 +82,7 @@ def error_of(response):
 # --- keys ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["alpha-key", "beta-key"])
+@pytest.mark.parametrize("key", ["alpha-key-of-team-a", "beta-key-of-team-b"])
 def test_each_key_opens(keyed, key):
     assert call(keyed, "GET", "/x", headers=bearer(key)).status_code == 200
 
@@ -91,14 +92,14 @@ def test_each_key_opens(keyed, key):
     [
         {},
         bearer(""),
-        bearer("alpha"),
-        bearer("alpha-key "[:-2]),
-        bearer("alpha-key,beta-key"),
-        {"authorization": "alpha-key"},
-        {"authorization": "Basic alpha-key"},
-        {"authorization": "Basic " + base64.b64encode(b"alpha-key").decode()},
-        {"authorization": "Basic " + base64.b64encode(b"alpha-key:").decode()},
-        {"x-api-key": "alpha-key"},
+        bearer("alpha-key"),
+        bearer("alpha-key-of-team-a "[:-2]),
+        bearer("alpha-key-of-team-a,beta-key-of-team-b"),
+        {"authorization": "alpha-key-of-team-a"},
+        {"authorization": "Basic alpha-key-of-team-a"},
+        {"authorization": "Basic " + base64.b64encode(b"alpha-key-of-team-a").decode()},
+        {"authorization": "Basic " + base64.b64encode(b"alpha-key-of-team-a:").decode()},
+        {"x-api-key": "alpha-key-of-team-a"},
         {"authorization": b"Bearer \xff\xfe"},
     ],
 )
@@ -113,10 +114,11 @@ def test_nothing_is_reached_without_a_key(keyed, headers, path):
 
 @given(st.text(st.characters(codec="latin-1", exclude_characters="\r\n\0"), max_size=40))
 def test_no_text_but_the_keys_opens(value):
-    target = app(key_hashes_of("alpha-key", "beta-key"))
+    target = app(key_hashes_of("alpha-key-of-team-a", "beta-key-of-team-b"))
     opened = call(target, "GET", "/x", headers={"authorization": value.encode("latin-1")}).status_code == 200
     assert opened == (
-        value.strip().lower().startswith("bearer ") and value.strip()[7:].strip() in ("alpha-key", "beta-key")
+        value.strip().lower().startswith("bearer ")
+        and value.strip()[7:].strip() in ("alpha-key-of-team-a", "beta-key-of-team-b")
     )
 
 
@@ -131,23 +133,57 @@ def test_health_is_answered_without_a_key(keyed, path):
     assert call(keyed, "GET", path).status_code == 200
 
 
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS"])
+def test_health_is_read_and_nothing_else(keyed, method):
+    assert call(keyed, method, "/healthz").status_code == 401
+
+
+def test_a_prefix_of_the_service_opens_no_other_path(keyed):
+    async def status(path):
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        scope = {"type": "http", "method": "GET", "path": path, "root_path": "/app", "headers": [], "query_string": b""}
+        await Gate(keyed, key_hashes=key_hashes_of("alpha-key-of-team-a"), max_body_bytes=10)(scope, receive, send)
+        return sent[0]["status"]
+
+    assert asyncio.run(status("/apphealthz")) == asyncio.run(status("/app/x/healthz")) == 401
+    assert asyncio.run(status("/app/healthz")) != 401
+
+
+def test_serves_own_routes_are_not_told():
+    [middleware] = proxy_middleware()
+    target = middleware.cls(app(None))
+    assert [call(target, "GET", path).status_code for path in ("/-/routes", "/-/x")] == [404, 404]
+    assert call(target, "GET", "/-/healthz").status_code != 404  # Serve's own answer
+
+
 def test_a_browser_is_asked_for_the_key_and_sends_it_as_a_password(keyed):
     challenge = call(keyed, "GET", "/").headers["www-authenticate"]
     assert challenge.startswith("Basic ")
-    assert call(keyed, "GET", "/", auth=("anybody", "beta-key")).status_code == 200
+    assert call(keyed, "GET", "/", auth=("anybody", "beta-key-of-team-b")).status_code == 200
     assert call(keyed, "GET", "/v1/models").headers["www-authenticate"] == "Bearer"
 
 
 def test_keys_come_from_a_file_one_a_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("SEAP_API_KEYS", "not-this-one")
-    (tmp_path / "keys").write_text("one\n\n  two  \n")
+    monkeypatch.setenv("SEAP_API_KEYS", "not-this-one-of-all")
+    (tmp_path / "keys").write_text(f"# of both teams\n{ONE}\n\n  {TWO}  \n")
     target = app(key_hashes(ServeSection(api_keys_file=str(tmp_path / "keys"))))
-    found = [key for key in ("one", "two", "not-this-one") if call(target, "GET", "/x", headers=bearer(key)).is_success]
-    assert found == ["one", "two"]
+    found = [
+        key
+        for key in (ONE, TWO, "# of both teams", "not-this-one-of-all")
+        if call(target, "GET", "/x", headers=bearer(key)).is_success
+    ]
+    assert found == [ONE, TWO]
 
 
 def test_keys_travel_as_hashes_only():
-    assert b"alpha-key" not in b"".join(key_hashes_of("alpha-key"))
+    assert b"alpha-key-of-team-a" not in b"".join(key_hashes_of("alpha-key-of-team-a"))
 
 
 def test_no_keys_at_all_are_refused(monkeypatch, tmp_path):
@@ -159,6 +195,13 @@ def test_no_keys_at_all_are_refused(monkeypatch, tmp_path):
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(ConfigError, match="empty holds no API key"):
         key_hashes(ServeSection(api_keys_file=str(tmp_path / "empty")))
+
+
+def test_a_key_that_can_be_guessed_is_refused_and_not_repeated(monkeypatch):
+    monkeypatch.setenv("SEAP_API_KEYS", "alpha-key-of-team-a,hunter2")
+    with pytest.raises(ConfigError, match="SEAP_API_KEYS: key 2 has under 16 characters") as refused:
+        key_hashes(ServeSection())
+    assert "hunter2" not in str(refused.value)
 
 
 # --- no keys ---------------------------------------------------------------------------------------------------------
@@ -180,6 +223,12 @@ def test_without_keys_this_machine_alone_is_answered(client, host, status):
     assert call(target, "GET", "/x", client=(client, 1), host=host).status_code == status
 
 
+@pytest.mark.parametrize("header", ["forwarded", "x-forwarded-for", "x-real-ip", "via"])
+def test_without_keys_a_proxy_on_this_machine_is_not_this_machine(header):
+    target = app(key_hashes(ServeSection(auth="none")))
+    assert call(target, "GET", "/x", headers={header: "10.0.0.7"}).status_code == 403
+
+
 def test_without_keys_another_address_is_no_configuration(tmp_path):
     (tmp_path / "c.yaml").write_text("serve: {auth: none, host: 0.0.0.0}")
     with pytest.raises(ConfigError, match="serve: .*auth=none is for host 127.0.0.1 only, not 0.0.0.0"):
@@ -190,8 +239,8 @@ def test_without_keys_another_address_is_no_configuration(tmp_path):
 
 
 def post(target, **kwargs):
-    headers = {**bearer("alpha-key"), "content-type": "application/json", **kwargs.pop("headers", {})}
-    return call(target, "POST", "/write", headers=headers, **kwargs)
+    headers = {**bearer("alpha-key-of-team-a"), "content-type": "application/json", **kwargs.pop("headers", {})}
+    return call(target, "POST", "/write/completions", headers=headers, **kwargs)
 
 
 def test_a_body_arrives_whole(keyed):
@@ -238,11 +287,14 @@ def test_an_error_of_ours_is_500_without_its_words(keyed):
 
 
 def test_unknown_paths_and_methods_have_the_same_form(keyed):
-    assert error_of(call(keyed, "PUT", "/write", headers=bearer("alpha-key")))["type"] == "invalid_request_error"
-    assert call(keyed, "PUT", "/write", headers=bearer("alpha-key")).status_code == 405
+    assert (
+        error_of(call(keyed, "PUT", "/write/completions", headers=bearer("alpha-key-of-team-a")))["type"]
+        == "invalid_request_error"
+    )
+    assert call(keyed, "PUT", "/write/completions", headers=bearer("alpha-key-of-team-a")).status_code == 405
 
 
 @given(st.binary(max_size=200), st.sampled_from(["application/json", "application/json; charset=utf-16", "text/json"]))
 def test_no_bytes_make_it_fail(body, kind):
-    target = app(key_hashes_of("alpha-key"))
+    target = app(key_hashes_of("alpha-key-of-team-a"))
     assert post(target, content=body, headers={"content-type": kind}).status_code in (200, 400, 413, 415)

@@ -185,6 +185,12 @@ def test_a_text_completion_is_routed_as_a_chat_is(service):
         assert (reply.headers["x-seap-expert"], reply.headers["x-seap-reason"]) == ("general", "mixed")
 
 
+def test_serves_own_list_of_routes_is_not_told(service):
+    with httpx.Client(base_url=service.url) as http:
+        assert http.get("/-/routes").status_code == 404
+        assert "seap" not in http.get("/-/healthz").text
+
+
 def test_token_ids_are_routed_by_their_text(service, run):
     ids = AutoTokenizer.from_pretrained(run / "experts/0.20/general").encode(questions("arithmetic", 1)[0])
     with service.http() as http:
@@ -246,7 +252,8 @@ def test_without_a_valid_key_only_health_is_answered(service):
     with httpx.Client(base_url=service.url) as http, service.http() as keyed:
         paths = keyed.get("/openapi.json").json()["paths"]
         assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/route", "/metrics", "/"} <= set(paths)
-        for path, methods in {**paths, "/openapi.json": {"get": 0}, "/docs": {"get": 0}, "/x": {"get": 0}}.items():
+        unlisted = dict.fromkeys(("/openapi.json", "/docs", "/x"), {"get": 0})
+        for path, methods in {**paths, **unlisted}.items():
             for method in methods:
                 for headers in ({}, {"authorization": "Bearer wrong"}):
                     reply = http.request(method, path, headers=headers, json={} if method == "post" else None)
@@ -383,6 +390,28 @@ def test_under_pressure_every_client_gets_a_whole_reply_or_is_told_to_come_back(
         assert http.post("/v1/completions", json={"prompt": "1", "max_tokens": 1}).status_code == 200
 
 
+def test_a_client_that_leaves_ends_its_generation(service):
+    def running():
+        with service.http() as http:
+            found = re.findall(r"^ray_vllm_num_requests_running\{.*\} ([0-9.]+)$", http.get("/metrics").text, re.M)
+        return sum(map(float, found))
+
+    body = {"model": "general", "prompt": "1", "max_tokens": 240, "n": 16, "stream": True, "ignore_eos": True}
+    with service.http() as http, http.stream("POST", "/v1/completions", json={**body, "temperature": 1}) as reply:
+        next(reply.iter_lines())
+    started = time.monotonic()
+    with service.http() as http:  # behind it in the queue of an engine that holds 16 requests at a time
+        for _ in range(16):
+            assert (
+                http.post("/v1/completions", json={"model": "general", "prompt": "1", "max_tokens": 1}).status_code
+                == 200
+            )
+    assert time.monotonic() - started < 20
+    while running():
+        assert time.monotonic() - started < 60
+        time.sleep(1)
+
+
 def test_metrics_tell_where_prompts_went(service):
     deadline = time.monotonic() + 60  # Ray's agents collect every few seconds
     with service.http() as http:
@@ -450,7 +479,7 @@ def test_an_expert_that_dies_is_stood_in_for_and_comes_back(service):
                     assert time.monotonic() < stop, Counter(seen)
                     time.sleep(0.1)
                 time.sleep(3)
-                while not http.get("/readyz").json()["models"]["arithmetic"]:
+                while not http.get("/v1/models/arithmetic").json()["metadata"]["up"]:
                     assert time.monotonic() < stop, "the expert did not come back"
                     time.sleep(0.5)
                 n = len(seen)

@@ -12,6 +12,7 @@ import asyncio
 import json
 import logging
 import os
+import random
 import statistics
 import sys
 import time
@@ -19,6 +20,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
+import psutil
 from ray import serve
 from ray.serve.llm.openai_api_models import ChatCompletionRequest
 
@@ -32,9 +34,10 @@ from serve.deployment import NAME, _await_ready
 KEY = "benchmark"
 PAIRS = 300
 ROUNDS = 5
-CLIENTS = 16
-REQUESTS = 96
-TOKENS = 64
+CLIENTS = 48
+REQUESTS = 144
+TOKENS = (16, 112)
+"""Shortest and longest reply; replies of one length would end together, and the engine wait for the next wave."""
 
 
 def main(arguments: list[str]) -> None:
@@ -50,8 +53,21 @@ def main(arguments: list[str]) -> None:
     serve.start(http_options={"port": config.serve.port})
     serve.run_many([serve.RunTarget(application(config, service), name=NAME)], wait_for_applications_running=False)
     _await_ready([expert.name for expert in service.experts])
+    if os.environ.get("PIN"):
+        pin()
     print(json.dumps(asyncio.run(measured(f"http://127.0.0.1:{config.serve.port}", task, prompts)), indent=2))
     serve.shutdown()
+
+
+def pin() -> None:
+    """Engines on the first core, all else on the others, as where an engine has a device of its own."""
+    first, *others = sorted(psutil.Process().cpu_affinity())
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if "EngineCore" in command or "ray::" in command or "raylet" in command or process.pid == os.getpid():
+            cores = [first] if "EngineCore" in command else others
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, cores)
 
 
 async def measured(url: str, task: str, prompts: list[str]) -> dict[str, Any]:
@@ -101,13 +117,13 @@ async def throughput(http: aiohttp.ClientSession, task: str, prompts: list[str],
     """Tokens per second of chats, by both ways in turns."""
     handle = serve.get_deployment_handle(f"ExpertServer:{task}", NAME).options(stream=True)
 
-    async def by_http(prompt: str) -> None:
-        async with http.post("/v1/chat/completions", json=body("auto", prompt, TOKENS, stream=stream)) as reply:
+    async def by_http(prompt: str, n: int) -> None:
+        async with http.post("/v1/chat/completions", json=body("auto", prompt, n, stream=stream)) as reply:
             text = await reply.read()
             assert reply.status == 200 and b"error" not in text, text[-300:]
 
-    async def by_handle(prompt: str) -> None:
-        asked = ChatCompletionRequest(**body(task, prompt, TOKENS, stream=stream))
+    async def by_handle(prompt: str, n: int) -> None:
+        asked = ChatCompletionRequest(**body(task, prompt, n, stream=stream))
         chunks = [chunk async for chunk in handle.chat.remote(asked, None)]
         assert chunks and not hasattr(chunks[-1], "error"), chunks[-1]
 
@@ -128,16 +144,17 @@ async def throughput(http: aiohttp.ClientSession, task: str, prompts: list[str],
     }
 
 
-async def _rate(ask: Callable[[str], Awaitable[None]], prompts: list[str]) -> float:
-    todo = iter([prompts[i % len(prompts)] for i in range(REQUESTS)])
+async def _rate(ask: Callable[[str, int], Awaitable[None]], prompts: list[str]) -> float:
+    lengths = [random.Random(i).randint(*TOKENS) for i in range(REQUESTS)]
+    todo = iter([(prompts[i % len(prompts)], n) for i, n in enumerate(lengths)])
 
     async def client() -> None:
-        for prompt in todo:
-            await ask(prompt)
+        for prompt, n in todo:
+            await ask(prompt, n)
 
     started = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(CLIENTS)))
-    return REQUESTS * TOKENS / (time.perf_counter() - started)
+    return sum(lengths) / (time.perf_counter() - started)
 
 
 if __name__ == "__main__":
