@@ -210,7 +210,7 @@ class ServeSection(Section):
     num_cpus: float = Field(default=1, gt=0)
     """CPUs that each rank of an engine reserves; with device `cpu` also its threads, rounded up."""
     num_gpus: float = Field(default=1, gt=0, le=1)
-    """GPUs that each rank of an engine reserves; a part, with a small engine.gpu_memory_utilization, lets models share."""
+    """GPUs that each rank of an engine reserves; a part lets models share, engine.gpu_memory_utilization as small."""
     ingress_replicas: int = Field(default=1, ge=1)
     """Processes that take requests and route them."""
     min_replicas: int = Field(default=1, ge=1)

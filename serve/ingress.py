@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,8 @@ class ExpertIngress(OpenAiIngress):
         """A chat completion, OpenAI's and vLLM's parameters; `model` may be `auto`."""
         request.state.is_parsed = True
         for message in body.messages:
+            if not isinstance(message, dict):  # a form of one family's own, which none of ours reads
+                raise ApiError(400, "messages: each should have a role and a content", param="messages")
             for key in ("content", "tool_calls"):
                 if not isinstance(message.get(key), str | None):
                     message[key] = list(message[key])  # pydantic's iterator can be read once, and not be sent
@@ -216,7 +219,7 @@ class ExpertIngress(OpenAiIngress):
                 raise _refused(error)
             return first, replies
         except BaseException as error:
-            replies.cancel()  # or vLLM would go on for nobody
+            _abandon(replies)
             if isinstance(error, BackPressureError):
                 self._refusals.inc(tags={"status": "429"})
                 message = f"{model} has as many requests as it can hold"
@@ -264,7 +267,7 @@ class ExpertIngress(OpenAiIngress):
             refusal = known(error, request.headers.get("x-request-id", ""))
         finally:
             if not is_whole:
-                replies.cancel()  # a client that leaves ends what vLLM does for it
+                _abandon(replies)
         yield f"data: {json.dumps(refusal.body)}\n\ndata: [DONE]\n\n"
 
     def _count(self, decision: Decision) -> None:
@@ -341,6 +344,12 @@ class ExpertIngress(OpenAiIngress):
 
 _DEAD = (ModelDownError, EngineDeadError, RayActorError, ActorUnavailableError, DeploymentUnavailableError)
 """What a call to a replica whose engine or process died raises."""
+
+
+def _abandon(replies: DeploymentResponseGenerator) -> None:
+    """End what vLLM does for a request that nobody waits for any more."""
+    with suppress(Exception):  # of a call that failed by itself, which `cancel` raises once more
+        replies.cancel()
 
 
 def _prompts(prompt: Any) -> list[Prompt]:

@@ -59,7 +59,7 @@ def run(tmp_path_factory):
 
 
 def environment(**more):
-    return {**os.environ, "RAY_ADDRESS": "local", "SEAP_API_KEYS": f"another, {KEY}", **more}
+    return {**os.environ, "RAY_ADDRESS": "local", "SEAP_API_KEYS": f"another-key-entirely, {KEY}", **more}
 
 
 def free_port():
@@ -271,6 +271,8 @@ def test_without_a_valid_key_only_health_is_answered(service):
         ("chat/completions", {"messages": "x"}, 400, "messages: Input should be a valid list"),
         ("chat/completions", {"messages": chat("a"), "n": 17}, 400, "at most 16 sequences"),
         ("completions", {"prompt": ["a"] * 17}, 400, "at most 16 sequences"),
+        ("completions", {"prompt": [[5]] * 17}, 400, "at most 16 sequences"),
+        ("route", {"prompt": ["a"] * 17}, 400, "at most 16 sequences"),
         ("completions", {"prompt": "a" * 5000}, 400, "maximum context length is 256 tokens"),
         ("completions", {"prompt": "a", "temperature": -1}, 400, "temperature must be non-negative"),
         ("completions", {"prompt": [10**6]}, 400, "out of vocabulary"),
@@ -436,8 +438,8 @@ def test_the_playground_works_in_a_browser(service):
     text = questions("reverse", 1)[0]
     with playground.open_page(service.url, http_credentials={"username": "x", "password": KEY}) as page:
         playground.send(page, text)
-        page.wait_for_function("document.body.innerText.includes('finished')", timeout=60_000)
-        assert "Routed to reverse" in page.inner_text("body")
+        playground.expect(page.locator("body")).to_contain_text("Routed to reverse")
+        playground.expect(page.locator("body")).to_contain_text("finished", timeout=60_000)
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from seap_ray.shards import Manifest
 from serve.app import application, prepare
 from serve.deployment import NAME, _await_ready
 
-KEY = "benchmark"
+KEY = "a-key-of-the-benchmark"
 PAIRS = 300
 ROUNDS = 5
 CLIENTS = 48
