@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import signal
+import threading
 import time
 
 import ray
@@ -19,6 +20,8 @@ from serve.gate import KEYS_VARIABLE
 
 NAME = "seap_ray"
 POLL_S = 1.0
+MARGIN_S = 30.0
+"""For taking the service down, beside the time that replies have."""
 PATIENCE_S = 60.0
 """Without a new model, after which Serve's own word on the matter is shown."""
 
@@ -48,9 +51,29 @@ def deploy(config: Config) -> None:
     finally:
         if address == "local":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough
-            serve.delete(NAME)  # lets what is being answered end; `shutdown` alone would cut it off
-            serve.shutdown()
-            ray.shutdown()
+            _take_down(config.serve.drain_timeout_s)
+
+
+def _take_down(drain_timeout_s: float) -> None:
+    """Let what is being answered end, then stop Ray; also where a signal to all of our processes took Ray before."""
+
+    def drain() -> None:
+        serve.delete(NAME)  # `shutdown` alone would cut replies off
+        serve.shutdown()
+
+    draining = threading.Thread(target=drain, daemon=True)
+    draining.start()
+    deadline = time.monotonic() + drain_timeout_s + MARGIN_S
+    while draining.is_alive() and time.monotonic() < deadline and _is_alive():
+        draining.join(POLL_S)
+    ray.shutdown()
+
+
+def _is_alive() -> bool:
+    try:
+        return any(node["Alive"] for node in ray.nodes())
+    except Exception:  # whatever Ray says where nothing of it is left
+        return False
 
 
 def _check_room(config: Config, models: list[str]) -> None:

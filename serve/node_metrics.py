@@ -21,18 +21,16 @@ async def gather(nodes: list[dict[str, Any]]) -> str:
 
 def merged(pages: list[str]) -> str:
     """One page of several: a metric's HELP and TYPE once, then its samples from everywhere."""
-    about: dict[str, list[str]] = {}
+    about: dict[str, dict[str, str]] = defaultdict(dict)
     samples: dict[str, list[str]] = defaultdict(list)
     for page in pages:
         family = ""
         for line in page.splitlines():
             if line.startswith("#"):
-                _, kind, family, *_ = [*line.split(" ", 3), ""]
-                if OURS.match(family) and (kind, family) not in [
-                    (x.split(" ")[1], family) for x in about.get(family, [])
-                ]:
-                    about.setdefault(family, []).append(line)
-            elif OURS.match(family):
+                _, kind, family = line.split(" ", 3)[:3]
+                about[family].setdefault(kind, line)
+            else:
                 samples[family].append(line)
-    text = "\n".join("\n".join([*about[family], *samples[family]]) for family in sorted(about))
-    return re.sub(r"(?m)^((?:# \w+ )?)ray_(seap_)", r"\1\2", text) + "\n"
+    ours = sorted(filter(OURS.match, about))
+    text = "".join(f"{line}\n" for family in ours for line in (*about[family].values(), *samples[family]))
+    return re.sub(r"(?m)^((?:# \w+ )?)ray_(seap_)", r"\1\2", text)

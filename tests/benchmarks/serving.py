@@ -6,6 +6,8 @@ Serves the general model and one expert of a finished run on this machine, then,
 fall on both sides:
   * single requests of one token with the expert named and with `auto`: the difference is the router;
   * many clients at a time through HTTP and by Serve's own handle of the engine's deployment: the ratio is the ingress.
+
+With PIN=1 the engines keep the first core to themselves, as where they have a device of their own.
 """
 
 import asyncio
