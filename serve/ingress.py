@@ -328,6 +328,7 @@ class ExpertIngress(OpenAiIngress):
 
     async def readyz(self) -> JSONResponse:
         """Whether prompts are answered: the general model is up. 503 while it is not."""
+        self._watch.alarm()  # for the next one who asks
         is_ready = self._watch.is_up(GENERAL)
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 

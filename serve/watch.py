@@ -23,14 +23,15 @@ class Watch:
 
     def __init__(self, deployments: Mapping[str, str], app_name: str, *, is_single: bool):
         self._deployments, self._app_name, self._is_single = dict(deployments), app_name, is_single
-        self._down: frozenset[str] = frozenset()
+        self._down = frozenset(deployments)  # until the first look: the ingress may start before its models
         self._gone: frozenset[str] = frozenset()
         self._doubted: dict[str, float] = {}
         self._alarm = threading.Event()
+        self._alarm.set()
         threading.Thread(target=self._follow, name="watch", daemon=True).start()
 
     def is_up(self, model: str) -> bool:
-        """Whether a new request may go there; so until something says otherwise."""
+        """Whether a new request may go there."""
         return model not in self._down and self._doubted.get(model, 0) < time.monotonic()
 
     def is_gone(self, model: str) -> bool:
