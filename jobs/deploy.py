@@ -11,31 +11,20 @@ Exit codes: 0 done, 2 a key, the run or the cluster is wrong, 4 the engines did 
 import logging
 import sys
 
-from seap_ray.config import Config, help_text
-from seap_ray.errors import SeapError
+from seap_ray.command import command
+from seap_ray.config import Config
 
 
-def main(arguments: list[str]) -> int:
-    if {"-h", "--help"} & set(arguments):
-        print(help_text(__doc__ or ""))
-        return 0
-    try:
-        config = Config.load(arguments)
-        from seap_ray.vllm_plugin import check_registered
+def deploy(config: Config) -> None:
+    from seap_ray.vllm_plugin import check_registered
 
-        logging.disable(logging.WARNING)  # vLLM and Ray speak of the machine while they are imported
-        check_registered()
-        from serve.deployment import deploy
+    logging.disable(logging.WARNING)  # vLLM and Ray speak of the machine while they are imported
+    check_registered()
+    from serve import deployment
 
-        logging.disable(logging.NOTSET)
-        deploy(config)
-    except SeapError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-    return 0
+    logging.disable(logging.NOTSET)
+    deployment.deploy(config)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command(__doc__ or "", sys.argv[1:], deploy, stopped=("stopped", 0)))

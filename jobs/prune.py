@@ -11,27 +11,17 @@ Exit codes: 0 done, 2 a key or the model is wrong, 3 a corpus is wrong, 4 cut sh
 
 import sys
 
-from seap_ray.config import Config, help_text
-from seap_ray.errors import IncompleteError, SeapError
+from seap_ray.command import command
+from seap_ray.config import Config
+from seap_ray.errors import IncompleteError
 
 
-def main(arguments: list[str]) -> int:
-    if {"-h", "--help"} & set(arguments):
-        print(help_text(__doc__ or ""))
-        return 0
-    try:
-        config = Config.load(arguments)
-        from seap_ray.job import run_job
+def prune(config: Config) -> None:
+    from seap_ray.job import run_job
 
-        run_job(config)
-    except SeapError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return IncompleteError.exit_code
-    return 0
+    run_job(config)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    stopped = ("stopped; the same command goes on from here", IncompleteError.exit_code)
+    sys.exit(command(__doc__ or "", sys.argv[1:], prune, stopped=stopped))

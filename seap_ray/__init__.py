@@ -3,6 +3,7 @@
 The path of the data, one line a module (rings: arithmetic, models and files, Ray; each imports only what is below it):
 
     config        ray_config.yaml and overrides in, one frozen Config out
+    command       a job's arguments: help, a config, one line for an error
     tasks         what a task is, and the built-in ones
     moments       count, mean and squared deviations of a token stream; they add up
     scores        statistics and weight norms in, importance per column, head and channel out
@@ -16,6 +17,7 @@ The path of the data, one line a module (rings: arithmetic, models and files, Ra
     checkpoint    safetensors folders: read, fingerprint, write compacted
     hf            the Hugging Face classes that load a compacted checkpoint
     demo          a small model with six skills
+    fitting       prompts of every task -> the router
     router        a prompt -> its task, or none, with a probability
     run           the run directory: what is where, what is whole
     cluster       a driver's connection to Ray

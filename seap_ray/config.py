@@ -24,7 +24,9 @@ Ratio = Annotated[float, Field(ge=0, lt=1)]
 FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 AtLeastZero = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
-RESERVED = ("general", "dense", "auto", "weight_norms")
+GENERAL, AUTO = "general", "auto"
+"""Names of the one model for all tasks, and, in a request, of whichever the router chooses."""
+RESERVED = (GENERAL, "dense", AUTO, "weight_norms")
 """Names of models and files that every run has."""
 NOT_FOR_ENGINES = {
     **dict.fromkeys(("model", "tokenizer", "served_model_name"), "is set by the service itself"),

@@ -8,10 +8,11 @@ import threading
 from functools import cache
 from importlib.metadata import entry_points
 
+from seap_ray.architecture import FAMILIES
 from seap_ray.errors import ConfigError
 
 NAME = "seap_ray"
-ARCHITECTURES = ("SeapLlamaForCausalLM", "SeapQwen2ForCausalLM")
+ARCHITECTURES = tuple(family.model_class for family in FAMILIES.values())
 """Names in a checkpoint's config.json; one class serves them all."""
 END_WITH_PARENT = "SEAP_RAY_END_WITH_PARENT"
 """Environment variable that the service sets for its engines."""

@@ -14,9 +14,10 @@ from ray.serve.schema import ApplicationStatus
 from seap_ray.cluster import connect
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, IncompleteError
-from serve.app import application, prepare
+from serve.application import application, prepare
 from serve.experts import is_cpu, ranks
 from serve.gate import KEYS_VARIABLE
+from serve.watch import PERIOD_S
 
 NAME = "seap_ray"
 POLL_S = 1.0
@@ -104,6 +105,7 @@ def _await_ready(models: list[str]) -> None:
                 said = now
                 print(f"  {model} is up, {now - started:.0f} s ({len(told)}/{len(models)})", flush=True)
         if status.status == ApplicationStatus.RUNNING:
+            time.sleep(2 * PERIOD_S)  # by then every ingress has looked, and knows as well
             return
         if status.status == ApplicationStatus.DEPLOY_FAILED:
             raise IncompleteError(f"the service did not start: {_last_line(status.message)}")

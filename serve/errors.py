@@ -16,13 +16,14 @@ TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
-    408: "timeout_error",
     429: "rate_limit_error",
     503: "overloaded_error",
 }
 
-UNUSABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NotImplementedError)
-"""What vLLM raises at values that its own validation lets through, or trips over. The engine itself lives on."""
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
+"""What vLLM's own classes trip over while they read a body: nobody's fault but the body's."""
+UNUSABLE = (ValueError, TypeError)
+"""What vLLM raises at values that its validation lets through. Anything else that it raises is a fault of ours."""
 
 
 class ApiError(Exception):
@@ -74,7 +75,7 @@ def known(error: Exception, request_id: str, *, is_parsed: bool = True) -> ApiEr
     if isinstance(error, VLLMClientError):
         return ApiError(400, str(error).splitlines()[0], param=getattr(error, "parameter", None))
     logger.error(f"request {request_id} failed", exc_info=error)
-    if not is_parsed and isinstance(error, UNUSABLE):
+    if not is_parsed and isinstance(error, UNREADABLE):
         return ApiError(400, f"vLLM cannot use this request ({type(error).__name__})")
     return ApiError(500, f"internal error; the log has it under request {request_id}")
 

@@ -4,6 +4,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import json
 import os
 import uuid
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ SHORTEST = 16
 """Characters of a key; what can be guessed is none."""
 OPEN = ("/healthz", "/readyz")
 """Paths that are answered without a key."""
+FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+"""Headers of a proxy, which speaks for clients elsewhere."""
 
 
 def key_hashes(config: ServeSection) -> tuple[bytes, ...] | None:
@@ -78,6 +81,7 @@ class Gate:
             body = await self._body(scope, receive)
             if body is None:
                 return
+            _check_text(body)
             await self.app(scope, _replay(body, receive), noted)
         except Exception as error:
             if started:  # the client has a status already; the connection ends
@@ -139,10 +143,6 @@ def _path(scope: Scope) -> str:
     return path[len(prefix) :] or "/" if path == prefix or path.startswith(f"{prefix}/") else path
 
 
-FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
-"""Headers of a proxy, which speaks for clients elsewhere."""
-
-
 def _admit_local(scope: Scope, headers: Headers) -> None:
     """Without keys only this machine is answered, and no page that another site's script has loaded under a name."""
     client = (scope.get("client") or ("",))[0]
@@ -154,6 +154,21 @@ def _admit_local(scope: Scope, headers: Headers) -> None:
 def _is_json(content_type: str) -> bool:
     kind = content_type.partition(";")[0].strip().lower()
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+def _check_text(body: bytes) -> None:
+    """JSON can spell halves of characters that no UTF-8 holds; each layer behind fails on them in its own way.
+
+    Raises ApiError 400. What is no JSON is left to the parser.
+    """
+    if b"\\ud" not in body.lower():
+        return
+    try:
+        json.dumps(json.loads(body), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, "the request's text holds a lone surrogate, which is no character") from None
+    except (ValueError, RecursionError):
+        return
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -3,11 +3,9 @@
 import asyncio
 import json
 import logging
-import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +22,21 @@ from ray.util import metrics
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from seap_ray.router import LONGEST, Router
+from seap_ray.config import AUTO, GENERAL
+from seap_ray.router import Router
+from serve.choice import RESTART_S, Chooser, Decision, Prompt
 from serve.errors import UNUSABLE, ApiError, add_handlers, known
-from serve.experts import GENERAL, Expert
+from serve.experts import Expert
 from serve.gate import Gate
 from serve.node_metrics import gather
 from serve.watch import Watch
 
 logger = logging.getLogger("ray.serve")
 
-Prompt = str | list[int]
-AUTO = "auto"
 RETRY_AFTER_S = 1
-"""For a queue that is full."""
-RESTART_S = 10
-"""For a model that is being started again."""
+"""For a queue that is full, in Retry-After."""
 PATIENCE_S = 1.0
 """After which a request that waits asks whether its model is there at all."""
-ROUTING_THREADS = 2
-"""Routing is short; long prompts of some clients are not to hold up the others."""
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -68,26 +62,6 @@ class Service:
     timeout_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """Which model answers, and why. ``task`` is what the router took the prompt for, None where it did not decide."""
-
-    model: str
-    reason: str
-    task: str | None = None
-    confidence: float | None = None
-    probabilities: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def headers(self) -> dict[str, str]:
-        told = {"x-seap-expert": self.model, "x-seap-reason": self.reason}
-        if self.task is not None:
-            told["x-seap-task"] = self.task
-        if self.confidence is not None:
-            told["x-seap-confidence"] = f"{self.confidence:.4f}"
-        return told
-
-
 class RouteRequest(BaseModel):
     """A prompt, or the messages of a chat, to be routed and not answered."""
 
@@ -104,60 +78,21 @@ class ExpertIngress(OpenAiIngress):
     ) -> None:
         super().__init__(llm_deployments, model_cards)
         self._service = service
-        self._router = Router.load(service.router) if service.router else None
-        self._routing = ThreadPoolExecutor(ROUTING_THREADS, "routing")
         self._page = Path(__file__).with_name("playground.html").read_text()
         deployments = {model: handle.deployment_name for model, handle in llm_deployments.items()}
         self._watch = Watch(deployments, serve.get_replica_context().app_name, is_single=service.is_single)
+        self._chooser = Chooser(
+            llm_deployments,
+            Router.load(service.router) if service.router else None,
+            self._watch,
+            threshold=service.threshold,
+            fallback_named=service.fallback_named,
+        )
         self._routes = metrics.Counter("seap_route_total", "Requests by the model that answers", ("expert", "reason"))
         self._confidences = metrics.Histogram(
             "seap_route_confidence", "Probability of the likeliest task", [i / 20 for i in range(1, 21)]
         )
-        self._seconds = metrics.Histogram(
-            "seap_route_seconds", "Time to choose a model", [1e-4 * 2**i for i in range(12)]
-        )
         self._refusals = metrics.Counter("seap_refused_total", "Requests refused for want of room", ("status",))
-
-    # --- choosing a model --------------------------------------------------------------------------------------------
-
-    async def _decide(self, model: str | None, prompts: Sequence[Prompt]) -> Decision:
-        """Raises ApiError 404 for a model that is not served."""
-        if model in (None, AUTO):
-            decision = await asyncio.get_running_loop().run_in_executor(self._routing, self._route, prompts)
-        elif model in self._model_cards:
-            decision = Decision(model, "named")
-        else:
-            names = ", ".join([AUTO, *self._model_cards])
-            raise ApiError(404, f"there is no model {model!r}; models are {names}", code="model_not_found")
-        return decision if self._watch.is_up(decision.model) else self._instead(decision)
-
-    def _route(self, prompts: Sequence[Prompt]) -> Decision:
-        started = time.perf_counter()
-        if self._router is None:
-            return Decision(GENERAL, "no_router")
-        decisions = [self._route_one(prompt) for prompt in prompts or [""]]
-        self._seconds.observe(time.perf_counter() - started)
-        if len({decision.model for decision in decisions}) > 1:
-            return Decision(GENERAL, "mixed")
-        return min(decisions, key=lambda decision: decision.confidence)
-
-    def _route_one(self, prompt: Prompt) -> Decision:
-        text = prompt if isinstance(prompt, str) else self._router.decode(prompt[:LONGEST])
-        route = self._router.route(text, threshold=self._service.threshold)
-        seen = {"confidence": route.confidence, "probabilities": route.probabilities}
-        if route.task is None:
-            return Decision(GENERAL, route.reason, None, **seen)
-        if route.task not in self._model_cards:
-            return Decision(GENERAL, "not_served", route.task, **seen)
-        return Decision(route.task, route.reason, route.task, **seen)
-
-    def _instead(self, decision: Decision) -> Decision:
-        """The general model, while the one that was chosen is down. Raises ApiError 503 when it cannot stand in."""
-        may = decision.model != GENERAL and (self._service.fallback_named or decision.reason != "named")
-        if may and self._watch.is_up(GENERAL):
-            return replace(decision, model=GENERAL, reason="expert_down")
-        self._refusals.inc(tags={"status": "503"})
-        raise ApiError(503, f"{decision.model} is being started again", code="model_down", retry_after=RESTART_S)
 
     # --- answering ---------------------------------------------------------------------------------------------------
 
@@ -181,19 +116,29 @@ class ExpertIngress(OpenAiIngress):
         self, method: str, body: ChatCompletionRequest | CompletionRequest, request: Request, prompts: list[Prompt]
     ) -> Response:
         self._check_number(len(prompts) * max(body.n or 1, getattr(body, "best_of", None) or 1))
-        decision = await self._decide(body.model, prompts)
-        while True:
-            try:
-                first, replies = await self._first(method, body, decision.model)
-                break
-            except _DEAD as error:
-                self._died(decision.model, error)
-                decision = self._instead(decision)
+        try:
+            decision, first, replies = await self._begin(method, body, prompts)
+        except ApiError as error:
+            if "retry-after" in error.headers:
+                self._refusals.inc(tags={"status": str(error.status)})
+            raise
         self._count(decision)
         if not isinstance(first, str):
             return Response(first.model_dump_json(), media_type="application/json", headers=decision.headers)
         events = self._events(first, replies, decision.model, request)
         return StreamingResponse(events, media_type="text/event-stream", headers=decision.headers)
+
+    async def _begin(
+        self, method: str, body: Any, prompts: list[Prompt]
+    ) -> tuple[Decision, Any, DeploymentResponseGenerator]:
+        """Choose a model and have its first reply; where it turns out to be dead, the one that stands in."""
+        decision = await self._chooser.choose(body.model, prompts)
+        while True:
+            try:
+                return decision, *await self._first(method, body, decision.model)
+            except _DEAD as error:
+                self._died(decision.model, error)
+                decision = self._chooser.instead(decision)
 
     def _check_number(self, n: int) -> None:
         if n > self._service.max_sequences:
@@ -221,11 +166,9 @@ class ExpertIngress(OpenAiIngress):
         except BaseException as error:
             _abandon(replies)
             if isinstance(error, BackPressureError):
-                self._refusals.inc(tags={"status": "429"})
                 message = f"{model} has as many requests as it can hold"
                 raise ApiError(429, message, code="model_busy", retry_after=RETRY_AFTER_S) from None
             if isinstance(error, TimeoutError):
-                self._refusals.inc(tags={"status": "503"})
                 message = f"{model} gave no token in {self._service.timeout_s:g} s"
                 raise ApiError(503, message, code="model_busy", retry_after=RESTART_S) from None
             if isinstance(error, RayTaskError) and isinstance(error.cause, UNUSABLE):
@@ -283,22 +226,16 @@ class ExpertIngress(OpenAiIngress):
             raise ApiError(400, "one of prompt and messages is needed", param="prompt")
         prompts = _prompts(body.prompt) if body.messages is None else [_opening(body.messages)]
         self._check_number(len(prompts))
-        decision = await self._decide(body.model, prompts)
+        decision = await self._chooser.choose(body.model, prompts)
         told = {
             "model": decision.model,
             "task": decision.task,
             "reason": decision.reason,
             "confidence": decision.confidence,
-            "threshold": self._threshold,
+            "threshold": self._chooser.threshold,
             "probabilities": decision.probabilities,
         }
         return JSONResponse(told, headers=decision.headers)
-
-    @property
-    def _threshold(self) -> float | None:
-        if self._service.threshold is not None or self._router is None:
-            return self._service.threshold
-        return self._router.threshold
 
     async def models(self) -> JSONResponse:
         """All models, and `auto`, as OpenAI lists them."""
@@ -315,7 +252,9 @@ class ExpertIngress(OpenAiIngress):
     @property
     def _cards(self) -> dict[str, dict[str, Any]]:
         tasks = [expert.name for expert in self._service.experts if expert.kind == "expert"]
-        about: dict[str, dict[str, Any]] = {AUTO: {"kind": "router", "tasks": tasks, "threshold": self._threshold}}
+        about: dict[str, dict[str, Any]] = {
+            AUTO: {"kind": "router", "tasks": tasks, "threshold": self._chooser.threshold}
+        }
         about |= {e.name: {**e.card, "up": self._watch.is_up(e.name)} for e in self._service.experts}
         return {
             name: {"id": name, "object": "model", "owned_by": "seap_ray", "metadata": metadata}

@@ -12,6 +12,7 @@ from conftest import random_plan, write_compacted
 from seap_ray.checkpoint import Checkpoint, Compaction
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError
+from serve.app import _flat
 from serve.node_metrics import merged
 
 pytestmark = [
@@ -25,9 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def app():
-    import serve.app
+    import serve.application
 
-    return serve.app
+    return serve.application
 
 
 @pytest.fixture
@@ -143,9 +144,9 @@ def test_the_job_ends_with_one_line_and_no_traceback(run):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def test_arguments_may_be_nested_as_in_a_file(app):
+def test_arguments_may_be_nested_as_in_a_file():
     args = {"config": "c.yaml", "serve": {"engine": {"max_model_len": 8}, "experts": ["a"]}, "run": {"name": "x"}}
-    assert dict(app._flat(args)) == {
+    assert dict(_flat(args)) == {
         "config": "c.yaml",
         "serve.engine.max_model_len": "8",
         "serve.experts": '["a"]',
@@ -153,14 +154,14 @@ def test_arguments_may_be_nested_as_in_a_file(app):
     }
 
 
-def test_the_file_for_a_cluster_is_what_serve_reads(app):
+def test_the_file_for_a_cluster_is_what_serve_reads():
     from ray.serve.schema import ServeDeploySchema
 
     values = yaml.safe_load((ROOT / "cluster" / "serve.yaml").read_text())
     [application] = ServeDeploySchema.model_validate(values).applications
     assert application.import_path == "serve.app:build"
     arguments = {**application.args, "config": str(ROOT / "ray_config.yaml")}
-    Config.load([f"{key}={value}" for key, value in app._flat(arguments)])
+    Config.load([f"{key}={value}" for key, value in _flat(arguments)])
 
 
 def test_metrics_of_nodes_are_one_page_with_each_metric_once():

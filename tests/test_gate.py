@@ -271,6 +271,9 @@ def test_a_body_that_is_not_said_to_be_json_is_refused(keyed, kind):
         ('{"text": "a", "number": 7}'.encode("utf-16"), "vLLM cannot use this request (IndexError)"),
         (b'{"text": "\xff"}', "parsing the body"),
         (b"[" * 900, "the body is no JSON"),
+        (b'{"text": "a\\ud800"}', "lone surrogate"),
+        (b'{"text": "a", "\\uDC00": 1}', "lone surrogate"),
+        (b'{"text": "\\ud800', "the body is no JSON"),
         (b'{"text": 5}', "text: Input should be a valid string"),
         (b'{"text": "a", "number": 7}', "vLLM cannot use this request (IndexError)"),
     ],
@@ -278,6 +281,10 @@ def test_a_body_that_is_not_said_to_be_json_is_refused(keyed, kind):
 def test_what_cannot_be_read_is_400_and_says_why(keyed, body, message):
     response = post(keyed, content=body)
     assert response.status_code == 400 and message in error_of(response)["message"]
+
+
+def test_a_character_spelt_in_two_halves_arrives_whole(keyed):
+    assert post(keyed, content=b'{"text": "\\ud83d\\ude00"}').json() == {"length": 1}
 
 
 def test_an_error_of_ours_is_500_without_its_words(keyed):

@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RINGS = {
-    0: "errors tasks config moments scores sparsity architecture plan compact install demo demo.skills",
-    1: "run corpus recorder records checkpoint router hf hf.configuration_seap hf.modeling_seap hf.shapes demo.train",
+    0: "errors tasks config command moments scores sparsity architecture plan compact install demo demo.skills",
+    1: "run corpus recorder records checkpoint router fitting "
+    "hf hf.configuration_seap hf.modeling_seap hf.shapes demo.train",
     2: "cluster shards calibrate prune quality report job",
     3: "vllm_plugin vllm_model",
 }

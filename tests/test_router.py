@@ -21,12 +21,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from seap_ray import router as module
+from seap_ray import fitting as module
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.corpus import Renderer
 from seap_ray.demo import skills
 from seap_ray.errors import ConfigError
-from seap_ray.router import LONGEST, Router, fit, split
+from seap_ray.fitting import fit, split
+from seap_ray.router import LONGEST, Router
 from seap_ray.run import Run
 from seap_ray.tasks import BUILT_IN
 

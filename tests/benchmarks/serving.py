@@ -30,7 +30,7 @@ from seap_ray.cluster import connect
 from seap_ray.config import Config
 from seap_ray.run import Run
 from seap_ray.shards import Manifest
-from serve.app import application, prepare
+from serve.application import application, prepare
 from serve.deployment import NAME, _await_ready
 
 KEY = "a-key-of-the-benchmark"

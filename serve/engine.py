@@ -1,0 +1,60 @@
+"""Engine: one expert's vLLM inside a Serve replica, from its start to its end."""
+
+import asyncio
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+from ray.serve.llm import LLMServer
+
+from seap_ray.errors import ConfigError
+from seap_ray.vllm_plugin import check_registered
+
+logger = logging.getLogger("ray.serve")
+
+HEALTH_CHECK_S = 2
+"""Seconds between two looks of Serve at a replica."""
+
+
+class Engine(VLLMEngine):
+    """vLLM; on one CPU rank in two processes, where ``ray.serve.llm`` asks for a third, which gains nothing there."""
+
+    def _start_async_llm_engine(self, engine_args: Any, engine_config: Any, placement_group: Any) -> Any:
+        parallel = engine_config.parallel_config
+        if parallel.world_size == 1 and engine_config.device_config.device_type == "cpu":
+            parallel.distributed_executor_backend = "uni"
+        return super()._start_async_llm_engine(engine_args, engine_config, placement_group)
+
+
+class ExpertServer(LLMServer):
+    """An engine that ends with its vLLM: Serve then starts another at once, not after three failed health checks."""
+
+    _default_engine_cls = Engine
+
+    async def start(self) -> None:
+        check_registered()
+        folder = self._llm_config.model_loading_config.model_source
+        if not Path(folder).is_dir():
+            raise ConfigError(
+                f"{folder} is not there on this node; run.storage should be a folder that every node sees"
+            )
+        await super().start()
+        self._leaving = asyncio.create_task(self._leave_with_engine())
+
+    async def _leave_with_engine(self) -> None:
+        while True:
+            await asyncio.sleep(HEALTH_CHECK_S / 4)
+            try:
+                await self.engine.check_health()
+            except Exception as error:
+                logger.error(f"the vLLM engine is dead ({error}); its replica ends, and Serve starts another")
+                os._exit(1)
+
+    def __del__(self) -> None:
+        """Serve calls this once the last request is done. vLLM's own processes end here, not as orphans."""
+        if leaving := getattr(self, "_leaving", None):
+            leaving.cancel()
+        if engine := getattr(getattr(self, "engine", None), "_engine_client", None):
+            engine.shutdown()
