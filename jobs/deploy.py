@@ -10,6 +10,7 @@ Exit codes: 0 done, 2 a key, the run or the cluster is wrong, 4 the engines did 
 
 import logging
 import sys
+from collections.abc import Sequence
 
 from seap_ray.command import command
 from seap_ray.config import Config
@@ -26,5 +27,9 @@ def deploy(config: Config) -> None:
     deployment.deploy(config)
 
 
+def main(arguments: Sequence[str]) -> int:
+    return command(__doc__ or "", arguments, deploy, stopped=("stopped", 0))
+
+
 if __name__ == "__main__":
-    sys.exit(command(__doc__ or "", sys.argv[1:], deploy, stopped=("stopped", 0)))
+    sys.exit(main(sys.argv[1:]))

@@ -10,6 +10,7 @@ Exit codes: 0 done, 2 a key or the model is wrong, 3 a corpus is wrong, 4 cut sh
 """
 
 import sys
+from collections.abc import Sequence
 
 from seap_ray.command import command
 from seap_ray.config import Config
@@ -22,6 +23,10 @@ def prune(config: Config) -> None:
     run_job(config)
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str]) -> int:
     stopped = ("stopped; the same command goes on from here", IncompleteError.exit_code)
-    sys.exit(command(__doc__ or "", sys.argv[1:], prune, stopped=stopped))
+    return command(__doc__ or "", arguments, prune, stopped=stopped)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
