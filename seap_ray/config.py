@@ -16,8 +16,9 @@ from seap_ray.tasks import BUILT_IN, Section, Task, complete
 DEFAULT_PATH = "ray_config.yaml"
 PATH_VARIABLE = "SEAP_RAY_CONFIG"
 
-Score = Literal["wifv", "wifn", "wanda_sp", "energy", "official_wifn", "magnitude"]
-Allocation = Literal["uniform", "logistic", "global"]
+Score = Literal["wifv", "wifn", "wanda_sp", "energy", "official_wifn", "magnitude", "random"]
+Allocation = Literal["uniform", "logistic", "global", "standardised", "depth"]
+Budget = Literal["exact", "official"]
 Compensation = Literal["none", "mean"]
 Pooling = Literal["pooled", "score_average"]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
@@ -96,7 +97,8 @@ class AllocationSection(Section):
     """How much each layer gives."""
 
     kind: Allocation = "logistic"
-    """`uniform`; `logistic` in depth, the paper's; `global`: by score per parameter over all layers."""
+    """`uniform`; `logistic` in depth, the paper's; `global`: by score per parameter over all layers; `standardised`:
+    by standardised score over all layers, as FLAP has it; `depth`: whole layers go, those that change least."""
     k: float = Field(default=1.0, allow_inf_nan=False)
     """Steepness of the logistic curve."""
     x0: float = Field(default=0.3, allow_inf_nan=False)
@@ -118,6 +120,14 @@ class PlanSettings(Section):
     """Allocation of sparsity to layers."""
     compensation: Compensation | None = None
     """Whether what is cut is replaced by its calibration mean, as a bias."""
+    budget: Budget | None = None
+    """Whether the ratio is met exactly, or as the authors' schedule does."""
+    k: float | None = Field(default=None, allow_inf_nan=False)
+    """Steepness of the logistic curve."""
+    x0: float | None = Field(default=None, allow_inf_nan=False)
+    """Midpoint of the logistic curve, as a share of the depth."""
+    seed: int | None = None
+    """Seed of the score `random`; left out: run.seed."""
 
 
 class GeneralSettings(PlanSettings):
@@ -138,12 +148,14 @@ class Baseline(PlanSettings):
     """Tasks whose statistics it uses; all of them if left out."""
     pooling: Pooling = "pooled"
     """As in general."""
+    per_task: bool = False
+    """One model for each task, from its statistics alone, instead of one for all."""
 
 
 class PruningSection(Section):
     ratio: Annotated[tuple[Ratio, ...], BeforeValidator(_as_list), Field(min_length=1)] = (0.2, 0.5)
     """Share of the decoder layers' parameters to remove; one number or a list."""
-    budget: Literal["exact", "official"] = "exact"
+    budget: Budget = "exact"
     """`exact` meets the ratio within a tile; `official` repeats the authors' schedule, which removes less."""
     score: Score = "wifv"
     """Score of heads and channels."""
@@ -177,11 +189,29 @@ class ExportSection(Section):
     """Largest weight file of a checkpoint."""
 
 
+class SpeedSection(Section):
+    """How speed is measured; every model in turn, on a machine that does nothing else."""
+
+    rounds: int = Field(default=3, ge=0)
+    """Times that every model is measured, in turn; the median counts. 0 leaves speed out."""
+    batch_size: int = Field(default=1, ge=1)
+    """Sequences at a time."""
+    prompt_tokens: int = Field(default=128, ge=1)
+    """Tokens of each prompt."""
+    new_tokens: int = Field(default=32, ge=1)
+    """Tokens that are generated after it."""
+
+
 class EvaluationSection(Section):
-    samples: int = Field(default=200, ge=0)
-    """Evaluation rows per task and model; 0 leaves evaluation out."""
+    samples: AtLeastZero | None = 200
+    """Evaluation rows, or windows of text, per task and model, drawn at random; null: all. 0 leaves evaluation out."""
     batch_tokens: int = Field(default=4096, ge=1)
     """Tokens per forward pass."""
+    window: int | None = Field(default=None, ge=2)
+    """Tokens per window of the metric window_perplexity; left out: corpus.sequence_length."""
+    num_fewshot: int | None = Field(default=0, ge=0)
+    """Examples before each question of a task that lm-eval judges; null: as lm-eval has it for the task."""
+    speed: SpeedSection = SpeedSection()
 
 
 class RouterSection(Section):
@@ -291,6 +321,10 @@ class Config(Section):
             score=of.score or self.pruning.score,
             allocation=of.allocation or self.pruning.allocation.kind,
             compensation=of.compensation or self.pruning.compensation,
+            budget=of.budget or self.pruning.budget,
+            k=self.pruning.allocation.k if of.k is None else of.k,
+            x0=self.pruning.allocation.x0 if of.x0 is None else of.x0,
+            seed=self.run.seed if of.seed is None else of.seed,
         )
 
     @classmethod

@@ -19,11 +19,12 @@ from seap_ray.corpus import check_source, load_tokenizer
 from seap_ray.errors import ConfigError, IncompleteError, SeapError
 from seap_ray.fitting import fit
 from seap_ray.plan import choose_shapes
+from seap_ray.progress import progress, say
 from seap_ray.prune import Expert, make_planner, prune, specs
 from seap_ray.quality import SHORT, Quality, check_evaluation, measure_all
-from seap_ray.report import own_tasks, progress, say, table
 from seap_ray.run import Run, write_json
 from seap_ray.shards import Manifest, make_shards
+from seap_ray.table import own_tasks, table
 
 
 def run_job(config: Config) -> None:

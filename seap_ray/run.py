@@ -89,7 +89,9 @@ def _home() -> Path:
 
 
 def _is_fixed(key: str) -> bool:
-    after_statistics = key.endswith((".weight", ".metric", ".choices", ".evaluation_path", ".evaluation_split"))
+    after_statistics = key.endswith(
+        (".weight", ".metric", ".lm_eval", ".choices", ".evaluation_path", ".evaluation_split")
+    )
     return key in FIXED or (key.startswith(("corpus.", "tasks.")) and not after_statistics)
 
 

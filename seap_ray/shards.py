@@ -105,7 +105,7 @@ def _print(config: Config, checkpoint: Checkpoint, task: Task) -> str:
     if is_local(task.path):
         files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in local_files(task, task.path, task.split)]
     return fingerprint(
-        task.model_dump(exclude={"metric", "weight", "choices", "evaluation_path", "evaluation_split"}),
+        task.model_dump(exclude={"metric", "lm_eval", "weight", "choices", "evaluation_path", "evaluation_split"}),
         config.corpus.model_dump(),
         config.run.seed,
         tokenizer_hash(checkpoint),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Metric = Literal["acc", "acc_norm", "exact_match", "perplexity"]
+Metric = Literal["acc", "acc_norm", "exact_match", "perplexity", "window_perplexity"]
 
 
 class Section(BaseModel):
@@ -41,7 +41,10 @@ class Task(Section):
     official: str | None = None
     """Jinja template of the text that the authors' code uses, where it is not question, space and answer."""
     metric: Metric = "acc"
-    """How evaluation rows are judged: acc, acc_norm (per byte of the answer), exact_match, perplexity."""
+    """How evaluation rows are judged: acc, acc_norm (per byte of the answer), exact_match, perplexity of each row, or
+    window_perplexity of all rows as one text."""
+    lm_eval: str | None = None
+    """Name of the task in lm-eval, which then judges it in jobs/eval.py."""
     weight: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     """Weight in the general model; the paper gives language-model corpora 3 and tasks 2."""
 
@@ -56,6 +59,7 @@ def _arc(name: str, subset: str) -> Task:
         answer="{{ " + right + " }}",
         choices="choices.text",
         metric="acc" if subset == "ARC-Easy" else "acc_norm",
+        lm_eval=name,
     )
 
 
@@ -82,6 +86,7 @@ BUILT_IN: dict[str, Task] = {
         _arc("arc_challenge", "ARC-Challenge"),
         Task(
             name="boolq",
+            lm_eval="boolq",
             path="google/boolq",
             question="{{ passage }} {{ question[:1] | upper }}{{ question[1:] }}?",
             answer="{{ 'Yes' if answer in (True, 1, 'True') else 'No' }}",
@@ -90,6 +95,7 @@ BUILT_IN: dict[str, Task] = {
         ),
         Task(
             name="gsm8k",
+            lm_eval="gsm8k",
             path="openai/gsm8k",
             subset="main",
             evaluation_split="test",
@@ -99,6 +105,7 @@ BUILT_IN: dict[str, Task] = {
         ),
         Task(
             name="hellaswag",
+            lm_eval="hellaswag",
             path="Rowan/hellaswag",
             question="{{ ctx | default(query) }}",
             answer=_RIGHT_ENDING,
@@ -107,6 +114,7 @@ BUILT_IN: dict[str, Task] = {
         ),
         Task(
             name="openbookqa",
+            lm_eval="openbookqa",
             path="allenai/openbookqa",
             subset="additional",
             question="{{ fact1[:1] | upper }}{{ fact1[1:] }}. {{ question_stem }}",
@@ -117,6 +125,7 @@ BUILT_IN: dict[str, Task] = {
         ),
         Task(
             name="piqa",
+            lm_eval="piqa",
             path="ybisk/piqa",
             question="{{ goal }}",
             answer="{{ [sol1, sol2][label | int] }}",
@@ -125,6 +134,7 @@ BUILT_IN: dict[str, Task] = {
         ),
         Task(
             name="winogrande",
+            lm_eval="winogrande",
             path="allenai/winogrande",
             subset="winogrande_m",
             answer=_FILLED,
@@ -135,7 +145,7 @@ BUILT_IN: dict[str, Task] = {
             path="Salesforce/wikitext",
             subset="wikitext-2-raw-v1",
             answer="{{ text }}",
-            metric="perplexity",
+            metric="window_perplexity",
             weight=3.0,
         ),
         _demo("arithmetic"),

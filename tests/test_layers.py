@@ -10,10 +10,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RINGS = {
-    0: "errors tasks config command moments scores sparsity architecture plan compact install demo demo.skills",
-    1: "run corpus recorder records checkpoint router fitting "
+    0: "errors tasks config methods command moments scores sparsity architecture plan compact install progress table "
+    "demo demo.skills",
+    1: "run corpus recorder records checkpoint router fitting harness speed pictures report "
     "hf hf.configuration_seap hf.modeling_seap hf.shapes demo.train",
-    2: "cluster shards calibrate prune quality report job",
+    2: "cluster shards calibrate prune quality job evaluation studies",
     3: "vllm_plugin vllm_model",
 }
 RING_OF = {"seap_ray": 0} | {f"seap_ray.{name}": ring for ring, names in RINGS.items() for name in names.split()}

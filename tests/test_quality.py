@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.corpus import Item, Renderer, load_tokenizer
 from seap_ray.demo import skills
+from seap_ray.progress import progress
 from seap_ray.quality import Scored, _is_right, measure, score
-from seap_ray.report import mean_accuracy, own_tasks, progress, table
+from seap_ray.table import mean_accuracy, own_tasks, table
 from seap_ray.tasks import BUILT_IN, Task
 
 

@@ -1,57 +1,9 @@
-"""Report: progress while a job runs, the table at its end."""
+"""Table: the models of a results file as text, rows and columns."""
 
 import math
-import sys
-import time
-from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tqdm import tqdm
-
-PLAIN_EVERY = 10.0
-"""Seconds between two progress lines where there is no terminal."""
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
-def progress(steps: Iterable[int], total: int, label: str, unit: str = "") -> Iterator[int]:
-    """Pass ``steps`` through, each worth that many of ``total``: a bar on a terminal, plain lines elsewhere."""
-    if sys.stdout.isatty():
-        with tqdm(total=total, desc=label, unit=unit, unit_scale=True, file=sys.stdout) as bar:
-            for step in steps:
-                bar.update(step)
-                yield step
-        return
-    started = said = time.monotonic()
-    first: tuple[float, int] | None = None
-    done = 0
-    for step in steps:
-        done += step
-        now = time.monotonic()
-        first = first or (now, done)
-        yield step
-        if now - said > PLAIN_EVERY and done < total:
-            said = now
-            share = f"{_count(done)}/{_count(total)}{unit} ({done / total:.0%})"
-            say(f"{label} {share}{_rate(first, now, done, total, unit)}")
-    say(f"{label} {_count(done)}{unit} in {time.monotonic() - started:.1f} s")
-
-
-def _rate(first: tuple[float, int], now: float, done: int, total: int, unit: str) -> str:
-    """Rate and remaining time, counted from the first step: before it models were loaded, which says nothing."""
-    if done == first[1]:
-        return ""
-    rate = (done - first[1]) / (now - first[0])
-    return f", {_count(rate)}{unit}/s, {(total - done) / rate:.0f} s left"
-
-
-def _count(n: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if n >= size:
-            return f"{n / size:.3g}{letter}"
-    return f"{n:.3g}"
+from seap_ray.progress import count
 
 
 def table(results: dict[str, Any]) -> str:
@@ -82,7 +34,7 @@ def _row(model: dict[str, Any], tasks: dict[str, Any]) -> list[str]:
         model["name"],
         "" if model["ratio"] is None else f"{model['ratio']:g}",
         "" if model["ratio"] is None else f"{model['realised_ratio']:.4f}",
-        _count(model["parameters"]),
+        count(model["parameters"]),
     ]
     for task in tasks:
         quality = model["quality"].get(task)
