@@ -5,7 +5,7 @@ is whole is reused, so the same command resumes whatever was cut short. Records 
 on the number of shards alone: the same bytes for any number of workers, with or without faults.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from seap_ray.architecture import Architecture
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config, ModelSection
 from seap_ray.errors import ConfigError, DataError, IncompleteError
-from seap_ray.moments import SITES, Moments, Site, tree_sum
+from seap_ray.moments import RECORDED, Moments, Site, Statistics, tree_sum
 from seap_ray.recorder import record
 from seap_ray.records import is_whole, read_moments, save_moments, sites_of
 from seap_ray.run import Run, fingerprint
 from seap_ray.shards import Manifest, Shard
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the record's contents; raise it when the numbers change."""
 
 
@@ -55,7 +55,7 @@ class Calibration:
 
     def fingerprint(self, shard: Shard) -> str:
         parts = (self.model, self.dtype, self.skip_first_token, self.batch_tokens, self.schema)
-        return fingerprint(parts, shard.sha256, SITES)
+        return fingerprint(parts, shard.sha256, RECORDED)
 
     def record(self, run: Run, shard: Shard) -> Path:
         return run.records(shard.task) / f"{shard.shard}-{self.fingerprint(shard)[:12]}.safetensors"
@@ -201,17 +201,21 @@ def merge_records(calibration: Calibration, run: Run, manifest: Manifest, archit
         raise IncompleteError(
             f"{manifest.task}: {len(lost)} records are missing ({lost[0]}, ...); run the command again"
         )
-    merged = {}
-    for key in sites_of(architecture):
-        merged[key] = tree_sum(_moments_of(record, key) for record in records)
-    tokens = sum(calibration.tokens(shard) for shard in manifest.shards)
-    for (layer, site), moments in merged.items():
+    save_moments(path, merged(calibration, run, manifest.shards, architecture), task=manifest.task, made_of=made_of)
+    return path
+
+
+def merged(calibration: Calibration, run: Run, shards: Sequence[Shard], architecture: Architecture) -> Statistics:
+    """Statistics of some shards of a task, from their records. Raises DataError when a token is missing."""
+    records = [calibration.record(run, shard) for shard in shards]
+    statistics = {key: tree_sum(_moments_of(record, key) for record in records) for key in sites_of(architecture)}
+    tokens = sum(calibration.tokens(shard) for shard in shards)
+    for (layer, site), moments in statistics.items():
         if moments.count != tokens:
             raise DataError(
-                f"{manifest.task}: layer {layer}, {site}: {moments.count} tokens, the manifest has {tokens}"
+                f"{shards[0].task}: layer {layer}, {site}: {moments.count} tokens, the manifest has {tokens}"
             )
-    save_moments(path, merged, task=manifest.task, made_of=made_of)
-    return path
+    return statistics
 
 
 def _moments_of(record: Path, key: tuple[int, Site]) -> Moments:

@@ -58,7 +58,13 @@ class Checkpoint:
     @classmethod
     def open(cls, source: str, revision: str | None = None) -> "Checkpoint":
         """Open ``demo``, a local folder or a hub id. Raises ConfigError, one line, for what cannot be pruned."""
-        folder = _folder(source, revision)
+        checkpoint = cls.at(_folder(source, revision))
+        checkpoint._check()
+        return checkpoint
+
+    @classmethod
+    def at(cls, folder: Path) -> "Checkpoint":
+        """What is in a folder, whatever family it is of. Raises ConfigError where it holds no safetensors model."""
         config_path = folder / "config.json"
         if not config_path.is_file():
             raise ConfigError(f"model.source: {folder} has no config.json")
@@ -66,9 +72,7 @@ class Checkpoint:
             tensors = {name: info for file in _weight_files(folder) for name, info in _infos(file)}
         except SafetensorError as error:
             raise ConfigError(f"model.source: {folder}: weights cannot be read ({error})") from None
-        checkpoint = cls(folder, _json_object(config_path), tensors)
-        checkpoint._check()
-        return checkpoint
+        return cls(folder, _json_object(config_path), tensors)
 
     def _check(self) -> None:
         architecture = self.architecture
@@ -207,27 +211,35 @@ class Compaction:
 
     def outputs(self) -> list[OutputTensor]:
         """Every tensor of the checkpoint, in the base's order."""
-        outputs = [self._cut(name, info) for name, info in self.base.tensors.items()]
+        new, outputs = {old: layer for layer, old in enumerate(self.plan.layers)}, []
+        for name, info in self.base.tensors.items():
+            layer, module, kind = split_name(name)
+            if layer is None:
+                outputs.append(OutputTensor(name, info.dtype, info.shape))
+            elif layer in new:
+                outputs.append(self._cut(new[layer], module, kind))
         return sorted(outputs + self._new_biases(), key=lambda output: _natural(output.name))
 
-    def _cut(self, name: str, info: TensorInfo) -> OutputTensor:
-        layer, module, kind = split_name(name)
-        if layer is None:
-            return OutputTensor(name, info.dtype, info.shape)
-        head_dim = self.base.architecture.head_dim
-        return OutputTensor(name, info.dtype, compact_size(module, kind, info.shape, self.plan.kept[layer], head_dim))
+    def _cut(self, layer: int, module: str, kind: str) -> OutputTensor:
+        architecture, info = self.base.architecture, self.base.tensors[self._source(layer, module, kind)]
+        size = compact_size(module, kind, info.shape, self.plan.kept[layer], architecture.head_dim)
+        return OutputTensor(architecture.tensor(layer, module, kind), info.dtype, size)
+
+    def _source(self, layer: int, module: str, kind: str = "weight") -> str:
+        """The base's name of a tensor of the checkpoint: layers behind one that goes as a whole move up."""
+        return self.base.architecture.tensor(self.plan.layers[layer], module, kind)
 
     def _new_biases(self) -> list[OutputTensor]:
         """Biases that the base does not have: of compensated layers, and all zero ones that a stock family asks for."""
         architecture, new = self.base.architecture, []
-        for layer in range(architecture.n_layers):
+        for layer in range(len(self.plan.kept)):
             modules = [module for module in COLUMNS if self.compensates(layer)]
             if self.stock and self.plan.compensation != "none":
                 modules = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
             for module in modules:
-                weight = self._cut(name := architecture.tensor(layer, module), self.base.tensors[name])
-                bias = architecture.tensor(layer, module, "bias")
-                if bias not in self.base.tensors:
+                weight = self._cut(layer, module, "weight")
+                if self._source(layer, module, "bias") not in self.base.tensors:
+                    bias = architecture.tensor(layer, module, "bias")
                     new.append(OutputTensor(bias, weight.dtype, weight.shape[:1]))
         return new
 
@@ -241,20 +253,19 @@ class Compaction:
             return self.base.read(output.name)
         if kind == "bias" and module in COLUMNS and self.compensates(layer):
             return self._compensation(layer, module)
-        if output.name not in self.base.tensors:
+        source = self._source(layer, module, kind)
+        if source not in self.base.tensors:
             return torch.zeros(output.shape, dtype=DTYPES[output.dtype])
-        kept, head_dim = self.plan.kept[layer], self.base.architecture.head_dim
-        return compact(module, kind, self.base.read(output.name), kept, head_dim)
+        return compact(module, kind, self.base.read(source), self.plan.kept[layer], self.base.architecture.head_dim)
 
     def _compensation(self, layer: int, module: str) -> Tensor:
         assert self.statistics is not None
-        architecture = self.base.architecture
-        kept = kept_indices(self.plan.kept[layer], COLUMNS[module], architecture.head_dim)
+        old = self.plan.layers[layer]
         return mean_bias(
-            self.base.read(architecture.tensor(layer, module)),
-            self.statistics[layer, SITE_OF[module]].mean_D,
-            kept,
-            self.base.read_bias(layer, module),
+            self.base.read(self._source(layer, module)),
+            self.statistics[old, SITE_OF[module]].mean_D,
+            kept_indices(self.plan.kept[layer], COLUMNS[module], self.base.architecture.head_dim),
+            self.base.read_bias(old, module),
         )
 
     def files(self, max_bytes: int) -> dict[str, list[OutputTensor]]:
@@ -275,11 +286,21 @@ class Compaction:
         """``config.json`` of the checkpoint."""
         return self._stock_config() if self.stock else self._seap_config()
 
+    def _dense_config(self) -> dict[str, Any]:
+        """The base's, without the layers that go as a whole; Qwen2's ``layer_types``, say, has an entry for each."""
+        config, layers = self.base.config, self.plan.layers
+        by_layer = {
+            key: [value[layer] for layer in layers]
+            for key, value in config.items()
+            if isinstance(value, list) and len(value) == config["num_hidden_layers"] and not key.endswith("_token_id")
+        }
+        return {**config, **by_layer, "num_hidden_layers": len(layers)}
+
     def _seap_config(self) -> dict[str, Any]:
         architecture = self.base.architecture
         family = FAMILIES[architecture.family]
         return {
-            **self.base.config,
+            **self._dense_config(),
             "architectures": [family.model_class],
             "model_type": f"seap_{architecture.family}",
             "auto_map": {
@@ -288,7 +309,7 @@ class Compaction:
             },
             "head_dim": architecture.head_dim,
             "num_key_value_heads": architecture.dense.groups,
-            "per_layer_config": {str(i): own for i in range(architecture.n_layers) if (own := self._own(i))},
+            "per_layer_config": {str(i): own for i in range(len(self.plan.kept)) if (own := self._own(i))},
         }
 
     def _own(self, layer: int) -> dict[str, Any]:
@@ -305,7 +326,7 @@ class Compaction:
     def _stock_config(self) -> dict[str, Any]:
         shape, compensated = self.plan.shapes[0], self.plan.compensation != "none"
         config = {
-            **self.base.config,
+            **self._dense_config(),
             "head_dim": self.base.architecture.head_dim,
             "num_attention_heads": shape.heads,
             "num_key_value_heads": shape.groups,

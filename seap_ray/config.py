@@ -11,6 +11,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from seap_ray.errors import ConfigError
+from seap_ray.methods import METHODS, STUDIES, StudyName
 from seap_ray.tasks import BUILT_IN, Section, Task, complete
 
 DEFAULT_PATH = "ray_config.yaml"
@@ -171,8 +172,18 @@ class PruningSection(Section):
     experts: PlanSettings = PlanSettings()
     general: GeneralSettings = GeneralSettings()
     baselines: dict[FolderName, Baseline] = {}
-    """Plans to compare with at equal size, by name: {NAME: {tasks, score, allocation, compensation, pooling}}; what is
-    left out is as in pruning."""
+    """Plans to compare with at equal size: {NAME: {tasks, score, allocation, compensation, pooling, ...}}; what is left
+    out is as in pruning. A built-in name stands for its authors' settings: {flap: {}}."""
+
+    @field_validator("baselines", mode="before")
+    @classmethod
+    def _complete_baselines(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {
+            name: {**METHODS.get(name, {}), **(own or {})} if isinstance(own, dict | None) else own
+            for name, own in values.items()
+        }
 
     @field_validator("ratio")
     @classmethod
@@ -212,6 +223,8 @@ class EvaluationSection(Section):
     num_fewshot: int | None = Field(default=0, ge=0)
     """Examples before each question of a task that lm-eval judges; null: as lm-eval has it for the task."""
     speed: SpeedSection = SpeedSection()
+    models: dict[FolderName, str] = {}
+    """Other checkpoints to judge in jobs/eval.py: {NAME: FOLDER}, with the tokenizer of model.source."""
 
 
 class RouterSection(Section):
@@ -278,6 +291,8 @@ class ServeSection(Section):
 class Config(Section):
     """The whole configuration of a run."""
 
+    study: StudyName = "table"
+    """What jobs/eval.py measures; on the command line it also sets keys, as docs/evaluation.md says."""
     run: RunSection = RunSection()
     model: ModelSection = ModelSection()
     tasks: tuple[Task, ...] = Field(
@@ -313,6 +328,8 @@ class Config(Section):
             for task in baseline.tasks or ():
                 if task not in names:
                     raise ValueError(f"pruning.baselines.{name}.tasks: {task}{_nearest(task, names)}")
+        for name in {*self.evaluation.models} & {*taken, *self.pruning.baselines}:
+            raise ValueError(f"evaluation.models: {name} is the name of another model of this run")
         return self
 
     def plan_settings(self, of: PlanSettings) -> PlanSettings:
@@ -336,12 +353,33 @@ class Config(Section):
         overrides = dict(_split(argument) for argument in arguments)
         path = overrides.pop("config", None) or os.environ.get(PATH_VARIABLE) or DEFAULT_PATH
         values = _read(str(path))
-        for key, value in overrides.items():
+        for key, value in {**_preset(values, overrides), **overrides}.items():
             _set(values, key.split("."), value)
         try:
-            return cls.model_validate(values)
+            return _in_own_run(cls.model_validate(values), overrides)
         except ValidationError as error:
             raise ConfigError(f"{path}: {_one_line(error)}") from None
+
+
+def _preset(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Keys that the study of the command line sets, unless the command line sets them itself."""
+    name: Any = overrides.get("study")
+    if name not in STUDIES:
+        return {}
+    preset = dict(STUDIES[name].preset)
+    if "tasks" in preset:  # where the file says of one of them where it lies, that holds
+        told = {task["name"]: task for task in values.get("tasks") or () if isinstance(task, dict) and "name" in task}
+        preset["tasks"] = [told.get(task, task) for task in preset["tasks"]]
+    return preset
+
+
+def _in_own_run(config: Config, overrides: dict[str, Any]) -> Config:
+    """A study of other tasks or another corpus has a run of its own, ``<run.name>-<study>``."""
+    if overrides.get("study") not in STUDIES or not STUDIES[config.study].own_run:
+        return config
+    return config.model_copy(
+        update={"run": config.run.model_copy(update={"name": f"{config.run.name}-{config.study}"})}
+    )
 
 
 def _split(argument: str) -> tuple[str, Any]:

@@ -166,15 +166,15 @@ def check_source(task: Task, *, official: bool) -> None:
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(checkpoint: "Checkpoint", *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """Raises ConfigError when the model comes without a tokenizer."""
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """The tokenizer of the model in ``folder``. Raises ConfigError when there is none."""
     from transformers import AutoTokenizer  # seconds, which the workers that only render rows do not need
 
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.source: {checkpoint.folder} has no usable tokenizer ({reason})") from None
+        raise ConfigError(f"model.source: {folder} has no usable tokenizer ({reason})") from None
 
 
 def tokenizer_hash(checkpoint: "Checkpoint") -> str:

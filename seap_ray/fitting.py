@@ -59,7 +59,7 @@ def fit(
     made_of = fingerprint(LAYOUT, checkpoint.fingerprint, tokenizer_hash(checkpoint), list(prompts.items()), seed)
     if report := _stored(run.router, made_of):
         return report
-    backend = getattr(load_tokenizer(checkpoint, trust_remote_code=trust_remote_code), "backend_tokenizer", None)
+    backend = getattr(load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code), "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise ConfigError(f"model.source: {checkpoint.folder} has no tokenizer.json, which the router needs")
     tokenizer = Tokenizer.from_str(backend.to_str())

@@ -3,6 +3,8 @@
 import logging
 import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,23 +14,43 @@ from ray.data import DataContext
 from transformers.utils import logging as transformers_logging
 
 from seap_ray.calibrate import calibrate, n_workers
-from seap_ray.checkpoint import Checkpoint, versions
+from seap_ray.checkpoint import Checkpoint
 from seap_ray.cluster import connect
 from seap_ray.config import Config
 from seap_ray.corpus import check_source, load_tokenizer
 from seap_ray.errors import ConfigError, IncompleteError, SeapError
+from seap_ray.evaluation import Failure, check_exam, evaluate, exam, subject_of
 from seap_ray.fitting import fit
-from seap_ray.plan import choose_shapes
+from seap_ray.plan import check_ratio
 from seap_ray.progress import progress, say
-from seap_ray.prune import Expert, make_planner, prune, specs
-from seap_ray.quality import SHORT, Quality, check_evaluation, measure_all
+from seap_ray.prune import Draft, Planner, make_planner, prune, section_of, specs
+from seap_ray.report import write_report
+from seap_ray.results import cut_model, dense_model, results, with_cells
 from seap_ray.run import Run, write_json
 from seap_ray.shards import Manifest, make_shards
-from seap_ray.table import own_tasks, table
+from seap_ray.table import table
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A run whose statistics are there: what plans are made from, and what they were made of."""
+
+    config: Config
+    checkpoint: Checkpoint
+    run: Run
+    manifests: list[Manifest]
+    planner: Planner
 
 
 def run_job(config: Config) -> None:
-    """Corpora, calibration, plans, checkpoints, evaluation, table. Raises SeapError for what a user can mend."""
+    """Corpora, calibration, plans, checkpoints, evaluation, report. Raises SeapError for what a user can mend."""
+    for task in config.tasks if config.evaluation.samples != 0 else ():
+        check_exam(task)
+    on_cluster(config, _prune)
+
+
+def on_cluster(config: Config, work: Callable[[Config, Checkpoint, Run], None]) -> None:
+    """Check what can be checked, claim the run, connect, and ``work``; errors that a user can mend come out as such."""
     started = time.monotonic()
     transformers_logging.disable_progress_bar()
     checkpoint = _checked(config)
@@ -38,7 +60,7 @@ def run_job(config: Config) -> None:
     _connect()
     try:
         n_workers(config, 1)
-        _run(config, checkpoint, run)
+        work(config, checkpoint, run)
     except Exception as error:  # Ray's own kind of a SeapError has a traceback for its text
         known = _known(error)
         if known is None:
@@ -58,30 +80,20 @@ def _absolute(config: Config) -> Config:
 def _checked(config: Config) -> Checkpoint:
     """Everything that can be refused before any work starts, is."""
     checkpoint = Checkpoint.open(config.model.source, config.model.revision)
-    load_tokenizer(checkpoint, trust_remote_code=config.model.trust_remote_code)
+    load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
     for task in config.tasks:
         check_source(task, official=config.corpus.prompt_format == "official")
-        if config.evaluation.samples:
-            check_evaluation(task)
     _check_ratios(config, checkpoint)
     return checkpoint
 
 
 def _check_ratios(config: Config, checkpoint: Checkpoint) -> None:
-    """Widths do not depend on statistics but under ``global``, so a ratio beyond reach is known at once."""
-    for spec in specs(config):
-        if spec.settings.allocation == "global":
-            continue
+    """What a layer can give does not depend on statistics, so a ratio beyond reach is known at once."""
+    stock = config.export.format == "stock"
+    for pruning in (section_of(config, spec.settings) for spec in specs(config)):
+        compensated = pruning.compensation != "none"
         for ratio in config.pruning.ratio:
-            choose_shapes(
-                checkpoint.architecture,
-                config.pruning,
-                ratio=ratio,
-                kind=spec.settings.allocation or "",
-                compensated=spec.settings.compensation != "none",
-                scores_L=(),
-                stock=config.export.format == "stock",
-            )
+            check_ratio(checkpoint.architecture, pruning, ratio=ratio, compensated=compensated, stock=stock)
 
 
 def _connect() -> None:
@@ -107,7 +119,8 @@ def _known(error: BaseException | None) -> SeapError | None:
     return None
 
 
-def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
+def calibrated(config: Config, checkpoint: Checkpoint, run: Run) -> Calibrated:
+    """Bring shards and statistics up to date; what is whole stays."""
     source = f"{config.model.source} ({checkpoint.parameters:,} parameters)"
     say(f"{source}: {len(config.tasks)} tasks to {run.root}")
     manifests = make_shards(config, checkpoint, run, say)
@@ -116,17 +129,21 @@ def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
         cut = f", {manifest.n_cut} texts cut at the longest sequence" if manifest.n_cut else ""
         say(f"  {manifest.task}: {manifest.n_tokens:,} tokens in {len(manifest.shards)} shards{left_out}{cut}")
     statistics = calibrate(config, checkpoint, run, manifests, partial(progress, unit=" tokens"))
-    planner = make_planner(config, checkpoint, run, statistics)
-    experts = prune(planner, run, partial(progress, unit="B"))
-    _report(config, checkpoint, run, experts, router=_route(config, checkpoint, run, manifests))
+    return Calibrated(config, checkpoint, run, manifests, make_planner(config, checkpoint, run, statistics))
 
 
-def _route(config: Config, checkpoint: Checkpoint, run: Run, manifests: list[Manifest]) -> dict[str, Any] | None:
+def _prune(config: Config, checkpoint: Checkpoint, run: Run) -> None:
+    made = calibrated(config, checkpoint, run)
+    drafts = prune(made.planner, run, partial(progress, unit="B"))
+    _report(made, drafts, router=route(made))
+
+
+def route(made: Calibrated) -> dict[str, Any] | None:
     """Fit the router; None, which only serving will miss, for a model whose tokenizer it cannot have."""
-    prompts = {manifest.task: manifest.read_prompts(run) for manifest in manifests}
-    trust = config.model.trust_remote_code
+    prompts = {manifest.task: manifest.read_prompts(made.run) for manifest in made.manifests}
+    seed, trust = made.config.run.seed, made.config.model.trust_remote_code
     try:
-        report = fit(checkpoint, prompts, run, seed=config.run.seed, trust_remote_code=trust)
+        report = fit(made.checkpoint, prompts, made.run, seed=seed, trust_remote_code=trust)
     except ConfigError as error:
         say(f"router: none; {error}")
         return None
@@ -138,50 +155,22 @@ def _route(config: Config, checkpoint: Checkpoint, run: Run, manifests: list[Man
     return report
 
 
-def _report(
-    config: Config, checkpoint: Checkpoint, run: Run, experts: list[Expert], router: dict[str, Any] | None
-) -> None:
-    """Evaluate, print the table, write ``results.json``."""
-    models = [_dense(checkpoint), *(_described(expert) for expert in experts)]
-    if config.evaluation.samples:
-        folders = [checkpoint.folder, *(expert.folder for expert in experts)]
-        qualities = measure_all(config, checkpoint, run, folders, partial(progress, unit=" models"))
-        for model, quality in zip(models, qualities, strict=True):
-            model["quality"] = {task: _values(q) for task, q in quality.items()}
-    tasks = {task.name: {"metric": task.metric, "short": SHORT[task.metric]} for task in config.tasks}
-    summaries = [own_tasks(models, tasks, ratio) for ratio in config.pruning.ratio]
-    models += [summary for summary in summaries if summary]
-    results = {"tasks": tasks, "models": models, "router": router, "versions": versions()}
-    write_json(run.results, results)
+def _report(made: Calibrated, drafts: list[Draft], router: dict[str, Any] | None) -> None:
+    """Evaluate, print the table, write results and report. Raises IncompleteError when a model could not be judged."""
+    config, run = made.config, made.run
+    models, exams = [dense_model(made.checkpoint), *map(cut_model, drafts)], {}
+    if config.evaluation.samples != 0:
+        exams = {task.name: exam(config, run, task, lm_eval=False) for task in config.tasks}
+        subjects = [subject_of(made.checkpoint, exams), *(subject_of(draft, exams) for draft in drafts)]
+        cells = evaluate(config, run, subjects, exams, progress)
+        for subject, row in zip(subjects, cells, strict=True):
+            for task, cell in row.items():
+                if isinstance(cell, Failure):
+                    raise IncompleteError(f"{subject.name} on {task}: {cell.error}")
+        models = [with_cells(model, row) for model, row in zip(models, cells, strict=True)]
+    found = results(config, exams, models, router)
+    write_json(run.results, found)
     say("")
-    say(table(results))
+    say(table(found))
     say("")
-
-
-def _dense(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
-        "name": "dense",
-        "kind": "dense",
-        "ratio": None,
-        "realised_ratio": 0.0,
-        "parameters": checkpoint.parameters,
-        "folder": str(checkpoint.folder),
-        "quality": {},
-    }
-
-
-def _described(expert: Expert) -> dict[str, Any]:
-    manifest = expert.manifest
-    keys = ("requested_ratio", "planned_ratio", "realised_ratio", "parameters", "bytes", "kv_bytes_per_token")
-    return {
-        "name": expert.name,
-        "kind": expert.kind,
-        "ratio": expert.ratio,
-        **{key: manifest[key] for key in keys},
-        "folder": str(Path(expert.folder)),
-        "quality": {},
-    }
-
-
-def _values(quality: Quality) -> dict[str, Any]:
-    return {"metric": quality.metric, "value": quality.value, "stderr": quality.stderr, "n": quality.n}
+    say(f"{write_report(run)} has the pictures")

@@ -10,9 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Site = Literal["attn", "mlp"]
-"""``attn`` is the input of ``o_proj``, ``mlp`` the input of ``down_proj``."""
+Site = Literal["attn", "mlp", "block"]
+"""``attn`` is the input of ``o_proj``, ``mlp`` the input of ``down_proj``. ``block`` is a decoder layer as a whole; its
+one column is the cosine of what goes in and what comes out."""
 SITES: tuple[Site, ...] = ("attn", "mlp")
+"""Inputs of a weight whose columns can be cut: what has scores, norms and a mean to compensate with."""
+RECORDED: tuple[Site, ...] = (*SITES, "block")
+"""Everything that calibration records."""
 
 
 @dataclass(frozen=True, slots=True)

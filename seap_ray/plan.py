@@ -1,4 +1,4 @@
-"""Plan: which key-value groups, query heads and channels of every layer stay.
+"""Plan: which key-value groups, query heads and channels of every layer stay, or under ``depth`` which layers.
 
 First the widths (``Shape`` per layer) that meet a parameter budget after rounding, then the best units for them.
 Under ``uniform`` and ``logistic`` the widths depend on the ratio alone, so all experts of one ratio have equal shapes.
@@ -7,9 +7,9 @@ Letters: L layers, K key-value groups, H query heads, C channels.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from seap_ray import sparsity
 from seap_ray.architecture import Architecture, Shape
 from seap_ray.config import AllocationSection, PruningSection
 from seap_ray.errors import ConfigError
-from seap_ray.moments import Site
+from seap_ray.moments import SITES, Site
 from seap_ray.scores import normalised
 
 LayerScores = tuple[Tensor, Tensor]
@@ -33,6 +33,10 @@ class Kept:
     groups: tuple[int, ...]
     heads: tuple[int, ...]
     channels: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, dense: Shape) -> "Kept":
+        return cls(tuple(range(dense.groups)), tuple(range(dense.heads)), tuple(range(dense.channels)))
 
     @property
     def shape(self) -> Shape:
@@ -50,6 +54,13 @@ class Plan:
     kept: tuple[Kept, ...]
     provenance: dict[str, Any]
     """Score, allocation, tasks and statistics that it was made from."""
+    dropped: tuple[int, ...] = ()
+    """Layers of the base that go as a whole; ``kept`` has the others, in their order."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The base's layer that each entry of ``kept`` is cut from."""
+        return tuple(layer for layer in range(len(self.kept) + len(self.dropped)) if layer not in self.dropped)
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -151,29 +162,83 @@ def choose_shapes(
     pruning: PruningSection,
     *,
     ratio: float,
-    kind: str,
     compensated: bool,
     scores_L: Sequence[LayerScores],
     stock: bool = False,
 ) -> list[Shape]:
     """Widths of every layer for a ratio; ``stock`` asks for the same ones in all layers.
 
-    Raises ConfigError where floors, caps and protection do not allow the ratio.
+    ``scores_L`` count under ``global`` and ``standardised`` alone. The latter takes standardised ones, which may be
+    negative. Raises ConfigError where floors, caps and protection do not allow the ratio.
     """
-    rules = Rules.of(architecture, pruning, compensated=compensated, stock=stock)
-    allocation = pruning.allocation.model_copy(update={"kind": kind})
+    rules, allocation = Rules.of(architecture, pruning, compensated=compensated, stock=stock), pruning.allocation
+    _check_budget(pruning)
     if pruning.budget == "official":
         return _official(rules, allocation, ratio)
     if ratio == 0:
         return [architecture.dense] * architecture.n_layers
     cap = min(allocation.max_sparsity, rules.cap)
-    if kind == "global":
+    if allocation.kind in VALUES:
         _check_reach(ratio, cap)
-        return _greedy(rules, ratio, cap, scores_L)
+        return _greedy(rules, ratio, cap, _steps(rules, scores_L, allocation.kind))
     shares = layer_sparsity(architecture.n_layers, allocation, ratio, cap)
-    if stock and kind == "uniform":
+    if stock and allocation.kind == "uniform":
         return [_nearest(rules, ratio)] * architecture.n_layers
     return _fitted(rules, shares, ratio, cap)
+
+
+def choose_dropped(
+    architecture: Architecture, pruning: PruningSection, *, ratio: float, influence_L: Sequence[float]
+) -> tuple[int, ...]:
+    """Layers that go under ``depth``, ascending: those of least influence, the deeper one of two equal ones.
+
+    As many as come nearest to the ratio, fewer of two as near. ``protect_first`` and ``protect_last`` hold where they
+    are numbers; ``max_sparsity`` is not for layers that go as a whole. Raises ConfigError where these leave too few.
+    """
+    n_layers, n_dropped = architecture.n_layers, _n_dropped(architecture, pruning, ratio)
+    first, last = _explicit(pruning.allocation)
+    order = sorted(range(first, n_layers - last), key=lambda layer: (influence_L[layer], -layer))
+    return tuple(sorted(order[:n_dropped]))
+
+
+def _n_dropped(architecture: Architecture, pruning: PruningSection, ratio: float) -> int:
+    _check_budget(pruning)
+    Rules.of(architecture, pruning, compensated=False)  # layers that stay must split over the ranks, too
+    n_layers, (first, last) = architecture.n_layers, _explicit(pruning.allocation)
+    nearest = min(range(n_layers), key=lambda n: abs(n - ratio * n_layers))
+    may_go = max(n_layers - first - last, 0)
+    if nearest > may_go:
+        raise ConfigError(
+            f"pruning.ratio: {ratio:g} is beyond what {first} + {last} protected layers allow; the largest is "
+            f"{_rounded_down(may_go / n_layers)}"
+        )
+    return nearest
+
+
+def _explicit(allocation: AllocationSection) -> tuple[int, int]:
+    """First and last layers that must stay by the user's own word."""
+    first, last = (0 if n == "auto" else n for n in (allocation.protect_first, allocation.protect_last))
+    return first, last
+
+
+def check_ratio(
+    architecture: Architecture, pruning: PruningSection, *, ratio: float, compensated: bool, stock: bool = False
+) -> None:
+    """Raises ConfigError, before there is a statistic, for a ratio or a budget that no scores could give a plan."""
+    if pruning.allocation.kind == "depth":
+        _n_dropped(architecture, pruning, ratio)
+    elif pruning.allocation.kind in VALUES:
+        _check_budget(pruning)
+        rules = Rules.of(architecture, pruning, compensated=compensated, stock=stock)
+        _check_reach(ratio, min(pruning.allocation.max_sparsity, rules.cap))
+    else:
+        choose_shapes(architecture, pruning, ratio=ratio, compensated=compensated, scores_L=(), stock=stock)
+
+
+def _check_budget(pruning: PruningSection) -> None:
+    kind = pruning.allocation.kind
+    if pruning.budget == "official" and kind not in ("uniform", "logistic"):
+        raise ConfigError(f"pruning.budget: official goes with allocation uniform or logistic, not {kind}")
 
 
 def _check_reach(ratio: float, cap: float) -> None:
@@ -220,8 +285,6 @@ def protected(n_layers: int, allocation: AllocationSection, ratio: float, cap: f
 def _official(rules: Rules, allocation: AllocationSection, ratio: float) -> list[Shape]:
     """The authors' rounding: whole heads and channels, rounded down, no tiles, no carry; one of each stays."""
     architecture, dense = rules.architecture, rules.architecture.dense
-    if allocation.kind == "global":
-        raise ConfigError("pruning.budget: official goes with allocation uniform or logistic, not global")
     shares = sparsity.uniform(architecture.n_layers, ratio)
     if allocation.kind == "logistic":
         first, last = (2 if n == "auto" else n for n in (allocation.protect_first, allocation.protect_last))
@@ -292,25 +355,47 @@ def _evened(rules: Rules, shapes: list[Shape], active_L: list[bool], ratio: floa
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """One next narrower width of a layer's attention or MLP."""
+class _Way:
+    """One next narrower width of a layer's attention or MLP, and what it costs."""
 
-    value: float
-    """Score lost per weight saved."""
-    layer: int
-    site: Site
+    lost: float
+    """Score that goes."""
+    columns: int
+    """Columns of ``o_proj`` or ``down_proj`` that go."""
+    weights: int
+    """Weights saved."""
     width: dict[str, int]
     """Fields of ``Shape`` that it changes."""
 
 
-def _greedy(rules: Rules, ratio: float, cap: float, scores_L: Sequence[LayerScores]) -> list[Shape]:
-    """Cheapest score per weight first, over all layers (the paper's AL; ranked by score per cost, not by score)."""
+VALUES: Mapping[str, Callable[[_Way], float]] = {
+    "global": lambda way: way.lost / way.weights,
+    "standardised": lambda way: way.lost / way.columns,
+}
+"""Allocations that rank what may go over all layers, and the value that they rank it by, the least first."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A way of one layer, with its place in the ranking."""
+
+    value: float
+    layer: int
+    site: Site
+    width: dict[str, int]
+
+
+def _greedy(rules: Rules, ratio: float, cap: float, steps: Sequence[_Step]) -> list[Shape]:
+    """Take steps by their value over all layers, the least first, while they fit the budget.
+
+    ``global`` ranks by normalised score per weight (the paper's AL, by score per cost and not by score),
+    ``standardised`` by the mean standardised score of the columns, whatever they cost (FLAP's AL-AM).
+    """
     architecture, dense = rules.architecture, rules.architecture.dense
     target = ratio * architecture.decoder_parameters
     largest = cap * architecture.layer_parameters(dense)
     shapes = [dense] * architecture.n_layers
     stopped: set[tuple[int, Site]] = set()
-    steps = [step for layer, scores in enumerate(scores_L) for step in _steps(rules, layer, *scores)]
     removed = 0
     for step in sorted(steps, key=lambda step: (step.value, step.layer, step.site)):
         if (step.layer, step.site) in stopped:
@@ -325,41 +410,42 @@ def _greedy(rules: Rules, ratio: float, cap: float, scores_L: Sequence[LayerScor
     return _evened(rules, shapes, [shape != dense for shape in shapes], ratio, cap)
 
 
-def _steps(rules: Rules, layer: int, head_H: Tensor, channel_C: Tensor) -> list[_Step]:
-    """Ways to narrow one layer, in the order they must be taken; a later step is never valued below an earlier one."""
+def _steps(rules: Rules, scores_L: Sequence[LayerScores], kind: str) -> list[_Step]:
+    """Ways to narrow every layer, in the order they must be taken: a later one never has less value than an earlier."""
+    comparable = normalised if kind == "global" else lambda score: score
     steps: list[_Step] = []
-    kinds: tuple[tuple[Site, list[Way]], ...] = (
-        ("attn", _narrower_attention(rules, head_H)),
-        ("mlp", _narrower_mlp(rules, channel_C)),
-    )
-    for site, ways in kinds:
-        value = 0.0
-        for lost, saved, width in ways:
-            value = max(value, lost / saved)
-            steps.append(_Step(value, layer, site, width))
+    for layer, (head_H, channel_C) in enumerate(scores_L):
+        ways: dict[Site, list[_Way]] = {
+            "attn": _narrower_attention(rules, comparable(head_H)),
+            "mlp": _narrower_mlp(rules, comparable(channel_C)),
+        }
+        for site in SITES:
+            values = accumulate(map(VALUES[kind], ways[site]), max)
+            steps += [_Step(value, layer, site, way.width) for value, way in zip(values, ways[site], strict=True)]
     return steps
 
 
-Way = tuple[float, int, dict[str, int]]
-"""Normalised score lost, weights saved, and the width after it."""
-
-
-def _narrower_attention(rules: Rules, head_H: Tensor) -> list[Way]:
-    score_H = normalised(head_H)
-    kept = [float(score_H[list(_best_heads(score_H, rules.architecture.dense, o)[1])].sum()) for o in rules.options]
-    cost = [rules.attention_cost(option) for option in rules.options]
+def _narrower_attention(rules: Rules, score_H: Tensor) -> list[_Way]:
+    architecture, kept = rules.architecture, {}
+    for option in rules.options:
+        kept[option] = float(score_H[list(_best_heads(score_H, architecture.dense, option)[1])].sum())
     return [
-        (kept[i - 1] - kept[i], cost[i - 1] - cost[i], {"groups": groups, "heads_per_group": heads})
-        for i, (groups, heads) in enumerate(rules.options)
-        if i
+        _Way(
+            lost=kept[wide] - kept[narrow],
+            columns=(wide[0] * wide[1] - narrow[0] * narrow[1]) * architecture.head_dim,
+            weights=rules.attention_cost(wide) - rules.attention_cost(narrow),
+            width={"groups": narrow[0], "heads_per_group": narrow[1]},
+        )
+        for wide, narrow in pairwise(rules.options)
     ]
 
 
-def _narrower_mlp(rules: Rules, channel_C: Tensor) -> list[Way]:
-    ascending_C, n = normalised(channel_C).sort().values, rules.architecture.dense.channels
+def _narrower_mlp(rules: Rules, score_C: Tensor) -> list[_Way]:
+    ascending_C, n = score_C.sort().values, rules.architecture.dense.channels
     widths = [n, *range((n - 1) // rules.tile * rules.tile, 0, -rules.tile)]
+    cost = rules.architecture.channel_cost
     return [
-        (float(ascending_C[n - a : n - b].sum()), (a - b) * rules.architecture.channel_cost, {"channels": b})
+        _Way(float(ascending_C[n - a : n - b].sum()), a - b, (a - b) * cost, {"channels": b})
         for a, b in pairwise(widths)
     ]
 

@@ -4,7 +4,7 @@ A plan takes a second at most and a checkpoint a copy, so another ratio or score
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import ray
 import torch
 from safetensors.torch import save_file
 
+from seap_ray.architecture import Shape
 from seap_ray.checkpoint import (
     Checkpoint,
     Compaction,
@@ -25,41 +26,62 @@ from seap_ray.checkpoint import (
     write_tensors,
 )
 from seap_ray.compact import COLUMNS
-from seap_ray.config import Config, PlanSettings
+from seap_ray.config import Baseline, Config, PlanSettings, PruningSection
 from seap_ray.moments import SITES, Moments, Site, Statistics, pooled
-from seap_ray.plan import Plan, choose_shapes, keep
+from seap_ray.plan import Kept, LayerScores, Plan, choose_dropped, choose_shapes, keep
 from seap_ray.records import about_moments, is_whole, load_statistics, save_moments
 from seap_ray.run import Run, fingerprint, publishing, read_json, sha256_of, write_json
-from seap_ray.scores import SCORES, Norms, WeightNorms, head_scores
+from seap_ray.scores import SCORES, Norms, WeightNorms, head_scores, random_score, standardised
 
 MODULE_OF: dict[Site, str] = dict(zip(SITES, COLUMNS, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One model to be cut: its name, the tasks whose statistics it uses with their weights, and how."""
+    """One model to be cut: its name, the statistics that it uses with their weights, and how."""
 
     name: str
     kind: str
     """``expert``, ``general`` or ``baseline``."""
+    method: str
+    """Name of the settings; those of several tasks are one method."""
     weights: dict[str, float]
+    """By name of the statistics: a task's, or a part of them."""
     settings: PlanSettings
     pooling: str = "pooled"
+    task: str | None = None
+    """The one task that it is made for."""
 
 
 def specs(config: Config) -> list[Spec]:
     """The general model, one expert per task, and the baselines."""
     pruning, weights = config.pruning, {task.name: task.weight for task in config.tasks}
     general, fill = pruning.general, config.plan_settings
-    made = [Spec("general", "general", weights, fill(general), general.pooling)]
-    made += [Spec(task, "expert", {task: 1.0}, fill(pruning.experts)) for task in weights]
+    made = [Spec("general", "general", "general", weights, fill(general), general.pooling)]
+    made += [Spec(task, "expert", "experts", {task: 1.0}, fill(pruning.experts), task=task) for task in weights]
     for name, baseline in pruning.baselines.items():
-        chosen = {task: weights[task] for task in baseline.tasks or weights}
-        made.append(Spec(name, "baseline", chosen, fill(baseline), baseline.pooling))
+        made += baseline_specs(config, name, baseline)
     return made
 
 
+def baseline_specs(config: Config, name: str, baseline: Baseline) -> list[Spec]:
+    """One model of a baseline, or one for each task."""
+    weights, settings = {task.name: task.weight for task in config.tasks}, config.plan_settings(baseline)
+    chosen = baseline.tasks or tuple(weights)
+    if baseline.per_task:
+        return [Spec(f"{name}.{t}", "baseline", name, {t: 1.0}, settings, task=t) for t in chosen]
+    return [Spec(name, "baseline", name, {t: weights[t] for t in chosen}, settings, baseline.pooling)]
+
+
 # --- plans -----------------------------------------------------------------------------------------------------------
+
+
+def section_of(config: Config, settings: PlanSettings) -> PruningSection:
+    """The pruning section as one plan has it. ``settings`` leave nothing out (``Config.plan_settings``)."""
+    own = settings.model_dump(include={"score", "compensation", "budget"})
+    curve = settings.model_dump(include={"k", "x0"})
+    allocation = config.pruning.allocation.model_copy(update={"kind": settings.allocation, **curve})
+    return config.pruning.model_copy(update={**own, "allocation": allocation})
 
 
 @dataclass(frozen=True)
@@ -75,40 +97,60 @@ class Planner:
 
     def plan(self, spec: Spec, ratio: float) -> Plan:
         """Raises ConfigError when floors, caps and protection do not allow the ratio."""
-        architecture, pruning, settings = self.checkpoint.architecture, self.config.pruning, spec.settings
-        scores_L = self._scores(spec)
-        stock = self.config.export.format == "stock"
+        pruning = section_of(self.config, spec.settings)
+        make = self._depth_plan if pruning.allocation.kind == "depth" else self._width_plan
+        plan = make(spec, pruning, ratio)
+        if self.config.export.format == "stock":
+            check_stock(plan, self.checkpoint.architecture)
+        return plan
+
+    def _width_plan(self, spec: Spec, pruning: PruningSection, ratio: float) -> Plan:
+        architecture, scores_L = self.checkpoint.architecture, self._scores(spec)
         shapes = choose_shapes(
             architecture,
             pruning,
             ratio=ratio,
-            kind=settings.allocation or "",
-            compensated=settings.compensation != "none",
+            compensated=pruning.compensation != "none",
             scores_L=scores_L,
-            stock=stock,
+            stock=self.config.export.format == "stock",
         )
         kept = tuple(keep(s, architecture.dense, *scores) for s, scores in zip(shapes, scores_L, strict=True))
-        provenance = {
+        drawn = {"seed": spec.settings.seed} if pruning.score == "random" else {}
+        provenance = self._provenance(spec, pruning, score=pruning.score, **drawn)
+        return Plan(spec.name, ratio, pruning.compensation, kept, provenance)
+
+    def _depth_plan(self, spec: Spec, pruning: PruningSection, ratio: float) -> Plan:
+        """Whole layers go, by ShortGPT's Block Influence (arXiv 2403.03853); there is nothing to compensate."""
+        architecture, mixed = self.checkpoint.architecture, self.mixed(spec)
+        influence_L = [1 - float(mixed[layer, "block"].mean_D) for layer in range(architecture.n_layers)]
+        dropped = choose_dropped(architecture, pruning, ratio=ratio, influence_L=influence_L)
+        kept = (Kept.whole(architecture.dense),) * (architecture.n_layers - len(dropped))
+        return Plan(spec.name, ratio, "none", kept, self._provenance(spec, pruning, score=None), dropped)
+
+    def _provenance(self, spec: Spec, pruning: PruningSection, **scored: Any) -> dict[str, Any]:
+        return {
             "kind": spec.kind,
-            "score": settings.score,
-            "allocation": {**pruning.allocation.model_dump(), "kind": settings.allocation},
+            **scored,
+            "allocation": pruning.allocation.model_dump(),
             "budget": pruning.budget,
             "pooling": spec.pooling,
             "tasks": spec.weights,
             "statistics": {task: self.made_of[task] for task in spec.weights},
         }
-        plan = Plan(spec.name, ratio, settings.compensation or "none", kept, provenance)
-        if stock:
-            check_stock(plan, architecture)
-        return plan
 
-    def _scores(self, spec: Spec) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        architecture = self.checkpoint.architecture
+    def _scores(self, spec: Spec) -> list[LayerScores]:
         attn, mlp = (self._site_scores(spec, site) for site in SITES)
-        return [(head_scores(a, architecture.head_dim), m) for a, m in zip(attn, mlp, strict=True)]
+        if spec.settings.allocation == "standardised":  # column by column; a layer's own ranking stays as it is
+            attn, mlp = ([standardised(score_D) for score_D in score_L] for score_L in (attn, mlp))
+        head_dim = self.checkpoint.architecture.head_dim
+        return [(head_scores(a, head_dim), m) for a, m in zip(attn, mlp, strict=True)]
 
     def _site_scores(self, spec: Spec, site: Site) -> list[torch.Tensor]:
-        score, layers = SCORES[spec.settings.score or ""], range(self.checkpoint.architecture.n_layers)
+        layers, name, seed = range(self.checkpoint.architecture.n_layers), spec.settings.score, spec.settings.seed
+        if name == "random":
+            widths = [self.norms[layer, site].l1_D.numel() for layer in layers]
+            return [random_score(n, seed or 0, layer=layer, site=site) for layer, n in enumerate(widths)]
+        score = SCORES[name or ""]
         if spec.pooling == "pooled":
             mixed = self.mixed(spec)
             return [score(mixed[layer, site], self.norms[layer, site]) for layer in layers]
@@ -148,7 +190,7 @@ def _weight_norms(config: Config, checkpoint: Checkpoint, run: Run) -> WeightNor
             for site, norms in part.items()
         }
         save_moments(path, named, model=checkpoint.fingerprint)
-    stored = load_statistics(path, architecture)
+    stored = load_statistics(path, architecture, sites=SITES)
     return {key: Norms(moments.mean_D, moments.m2_D) for key, moments in stored.items()}
 
 
@@ -162,7 +204,7 @@ def save_plan(plan: Plan, architecture: Any, path: Path) -> None:
     """``<name>.json`` for people, ``<name>.safetensors`` with the kept indices, int32."""
     indices = {
         f"layers.{layer}.{unit}": torch.tensor(getattr(kept, unit), dtype=torch.int32)
-        for layer, kept in enumerate(plan.kept)
+        for layer, kept in _by_layer(plan).items()
         for unit in ("groups", "heads", "channels")
     }
     with publishing(path.with_suffix(".safetensors")) as temporary:
@@ -170,15 +212,24 @@ def save_plan(plan: Plan, architecture: Any, path: Path) -> None:
     write_json(path, describe(plan, architecture))
 
 
+def _by_layer(plan: Plan) -> dict[int, Kept]:
+    """What is kept of every layer of the base: of one that goes as a whole, nothing."""
+    of = dict(zip(plan.layers, plan.kept, strict=True)) | dict.fromkeys(plan.dropped, Kept((), (), ()))
+    return dict(sorted(of.items()))
+
+
 def describe(plan: Plan, architecture: Any) -> dict[str, Any]:
-    """What a plan does, without its indices."""
-    widths = [{"heads": s.heads, "kv_heads": s.groups, "channels": s.channels} for s in plan.shapes]
+    """What a plan does, without its indices; widths are those of every layer of the base."""
+    of = _by_layer(plan).values()
+    widths = [{"heads": len(k.heads), "kv_heads": len(k.groups), "channels": len(k.channels)} for k in of]
+    kept_layers = {"kept_layers": list(plan.layers)} if plan.dropped else {}
     return {
         "name": plan.name,
         "requested_ratio": plan.requested,
         "planned_ratio": plan.planned(architecture),
         "compensation": plan.compensation,
         **plan.provenance,
+        **kept_layers,
         "layers": widths,
     }
 
@@ -186,20 +237,9 @@ def describe(plan: Plan, architecture: Any) -> dict[str, Any]:
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Expert:
-    """A written checkpoint."""
-
-    name: str
-    kind: str
-    ratio: float
-    folder: Path
-    manifest: dict[str, Any]
-
-
 @dataclass(frozen=True)
-class _Job:
-    """A checkpoint on its way: written to a hidden folder, which gets its name when it is whole."""
+class Draft:
+    """A checkpoint to be: written to a hidden folder, which gets its name when it is whole."""
 
     spec: Spec
     compaction: Compaction
@@ -212,7 +252,7 @@ class _Job:
         return self.target.with_name(f".{self.target.name}.{self.fingerprint[:12]}.partial")
 
 
-def prune(planner: Planner, run: Run, progress: Callable[[Iterable[int], int, str], Iterable[int]]) -> list[Expert]:
+def prune(planner: Planner, run: Run, progress: Callable[[Iterable[int], int, str], Iterable[int]]) -> list[Draft]:
     """Plan and write every model at every ratio; a checkpoint that is there and made the same way stays.
 
     All plans are made before anything is written, so a ratio that cannot be met costs nothing.
@@ -221,32 +261,26 @@ def prune(planner: Planner, run: Run, progress: Callable[[Iterable[int], int, st
     plans = [(spec, planner.plan(spec, ratio)) for ratio in config.pruning.ratio for spec in specs(config)]
     for _, plan in plans:
         save_plan(plan, planner.checkpoint.architecture, run.plan(plan.requested, plan.name))
-    jobs = [_job(planner, run, spec, plan) for spec, plan in plans]
+    jobs = [draft(planner, run, spec, plan) for spec, plan in plans]
     todo = [job for job in jobs if not _is_written(job)]
     if todo:
         total = sum(output.n_bytes for job in todo for outputs in job.files.values() for output in outputs)
         for _ in progress(_write_all(todo), total, "writing"):
             pass
-    return [
-        Expert(
-            job.spec.name, job.spec.kind, job.compaction.plan.requested, job.target, read_json(job.target / "seap.json")
-        )
-        for job in jobs
-    ]
+    return jobs
 
 
-def _job(planner: Planner, run: Run, spec: Spec, plan: Plan) -> _Job:
+def draft(planner: Planner, run: Run, spec: Spec, plan: Plan) -> Draft:
     export = planner.config.export
     statistics = planner.mixed(spec) if plan.compensation != "none" else None
     compaction = Compaction(planner.checkpoint, plan, statistics, stock=export.format == "stock")
-    made_of = fingerprint(
-        planner.checkpoint.fingerprint, plan.provenance, plan.compensation, plan.kept, export.model_dump(), versions()
-    )
+    cut = (plan.compensation, plan.kept, plan.dropped)
+    made_of = fingerprint(planner.checkpoint.fingerprint, plan.provenance, cut, export.model_dump(), versions())
     files = compaction.files(parse_size(export.max_shard_size))
-    return _Job(spec, compaction, run.expert(plan.requested, plan.name), made_of, files)
+    return Draft(spec, compaction, run.expert(plan.requested, plan.name), made_of, files)
 
 
-def _is_written(job: _Job) -> bool:
+def _is_written(job: Draft) -> bool:
     manifest = read_json(job.target / "seap.json")
     return (
         bool(manifest)
@@ -258,10 +292,10 @@ def _is_written(job: _Job) -> bool:
     )
 
 
-def _write_all(jobs: list[_Job]) -> Iterator[int]:
+def _write_all(jobs: list[Draft]) -> Iterator[int]:
     """Yield the bytes of each file as it is written; finish each folder when its last file is there."""
     write = ray.remote(_write_file)
-    pending: dict[Any, tuple[_Job, str]] = {}
+    pending: dict[Any, tuple[Draft, str]] = {}
     hashes: dict[Path, dict[str, str]] = {job.target: {} for job in jobs}
     for job in jobs:
         compaction = ray.put(job.compaction)
@@ -276,12 +310,23 @@ def _write_all(jobs: list[_Job]) -> Iterator[int]:
         yield sum(output.n_bytes for output in job.files[name])
 
 
+def write_draft(draft: Draft) -> Path:
+    """Write a checkpoint for a while, unless it is there for good; its folder. A hidden one is the caller's to drop."""
+    if _is_written(draft):
+        return draft.target
+    hashes = {
+        name: _write_file(draft.compaction, outputs, draft.hidden / name) for name, outputs in draft.files.items()
+    }
+    finish(draft.compaction, draft.hidden, draft.files, _manifest(draft, hashes))
+    return draft.hidden
+
+
 def _write_file(compaction: Compaction, outputs: list[OutputTensor], path: Path) -> str:
     """Write one file, or keep it when an earlier attempt at the same plan finished it; return its sha256."""
     return sha256_of(path) if path.is_file() else write_tensors(compaction, outputs, path)
 
 
-def _finish(job: _Job, hashes: dict[str, str]) -> None:
+def _finish(job: Draft, hashes: dict[str, str]) -> None:
     finish(job.compaction, job.hidden, job.files, _manifest(job, hashes))
     shutil.rmtree(job.target, ignore_errors=True)
     job.hidden.rename(job.target)
@@ -289,10 +334,8 @@ def _finish(job: _Job, hashes: dict[str, str]) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _manifest(job: _Job, hashes: dict[str, str]) -> dict[str, Any]:
+def _manifest(job: Draft, hashes: dict[str, str]) -> dict[str, Any]:
     base, plan = job.compaction.base, job.compaction.plan
-    tensors = [output for outputs in job.files.values() for output in outputs]
-    after = sum(_numel(output) for output in tensors if split_name(output.name)[0] is not None)
     return {
         "fingerprint": job.fingerprint,
         "source": {
@@ -301,15 +344,25 @@ def _manifest(job: _Job, hashes: dict[str, str]) -> dict[str, Any]:
             "revision": base.folder.name if base.folder.parent.name == "snapshots" else None,
             "fingerprint": base.fingerprint,
         },
+        **sizes(job),
+        "plan": describe(plan, base.architecture),
+        "files": {name: {"sha256": hashes[name], "bytes": (job.hidden / name).stat().st_size} for name in job.files},
+        "versions": versions(),
+    }
+
+
+def sizes(draft: Draft) -> dict[str, Any]:
+    """Ratios, parameters and bytes of a checkpoint, as its manifest has them."""
+    base, plan = draft.compaction.base, draft.compaction.plan
+    tensors = [output for outputs in draft.files.values() for output in outputs]
+    after = sum(_numel(output) for output in tensors if split_name(output.name)[0] is not None)
+    return {
         "requested_ratio": plan.requested,
         "planned_ratio": plan.planned(base.architecture),
         "realised_ratio": 1 - after / base.architecture.decoder_parameters,
         "parameters": sum(_numel(output) for output in tensors),
         "bytes": sum(output.n_bytes for output in tensors),
-        "kv_bytes_per_token": _kv_bytes(plan, base),
-        "plan": describe(plan, base.architecture),
-        "files": {name: {"sha256": hashes[name], "bytes": (job.hidden / name).stat().st_size} for name in job.files},
-        "versions": versions(),
+        "kv_bytes_per_token": kv_bytes(plan.shapes, base),
     }
 
 
@@ -317,9 +370,9 @@ def _numel(output: OutputTensor) -> int:
     return torch.Size(output.shape).numel()
 
 
-def _kv_bytes(plan: Plan, base: Checkpoint) -> int:
+def kv_bytes(shapes: Sequence[Shape], base: Checkpoint) -> int:
     """Bytes of key-value cache per token, in the checkpoint's dtype."""
     architecture = base.architecture
     name = architecture.tensor(0, "self_attn.o_proj")
     item = OutputTensor(name, base.tensors[name].dtype, ()).n_bytes
-    return sum(2 * shape.groups * architecture.head_dim * item for shape in plan.shapes)
+    return sum(2 * shape.groups * architecture.head_dim * item for shape in shapes)

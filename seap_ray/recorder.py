@@ -1,14 +1,15 @@
-"""Recorder: hooks on a model's ``o_proj`` and ``down_proj`` inputs; token batches in, moments of every site out.
+"""Recorder: hooks on a model's decoder layers and their ``o_proj`` and ``down_proj``; token batches in, moments out.
 
 Letters: B sequences, T positions, N real tokens, D columns of a site.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from seap_ray.architecture import DOWN_PROJ, O_PROJ
@@ -32,20 +33,40 @@ def recording(decoder: Any, counted_BT: Tensor) -> Iterator[Recorded]:
     with ExitStack() as hooks:
         for layer, block in enumerate(decoder.layers):
             for site, module in MODULE_OF.items():
-                handle = block.get_submodule(module).register_forward_pre_hook(_hook(recorded, (layer, site), rows_N))
-                hooks.callback(handle.remove)
+                hook = _input_hook(recorded, (layer, site), rows_N)
+                hooks.callback(block.get_submodule(module).register_forward_pre_hook(hook).remove)
+            hook = _block_hook(recorded, (layer, "block"), rows_N)
+            hooks.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
         yield recorded
 
 
-def _hook(recorded: Recorded, key: tuple[int, Site], rows_N: Tensor):
+def _input_hook(recorded: Recorded, key: tuple[int, Site], rows_N: Tensor) -> Callable[..., None]:
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x_ND = inputs[0].detach().flatten(0, -2)
-        if rows_N.numel() < x_ND.shape[0]:
-            x_ND = x_ND.index_select(0, rows_N)
-        moments = Moments.of(x_ND)
-        recorded[key] = recorded[key] + moments if key in recorded else moments
+        _add(recorded, key, _counted(inputs[0], rows_N))
 
     return hook
+
+
+def _block_hook(recorded: Recorded, key: tuple[int, Site], rows_N: Tensor) -> Callable[..., None]:
+    """Cosine of a layer's input and output, each token's own: 1 less its mean is ShortGPT's Block Influence."""
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Any) -> None:
+        before = inputs[0] if inputs else named["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        x_ND, y_ND = (_counted(x, rows_N).double() for x in (before, after))
+        _add(recorded, key, cosine_similarity(x_ND, y_ND, dim=1)[:, None])
+
+    return hook
+
+
+def _counted(x: Tensor, rows_N: Tensor) -> Tensor:
+    x_ND = x.detach().flatten(0, -2)
+    return x_ND.index_select(0, rows_N) if rows_N.numel() < x_ND.shape[0] else x_ND
+
+
+def _add(recorded: Recorded, key: tuple[int, Site], x_ND: Tensor) -> None:
+    moments = Moments.of(x_ND)
+    recorded[key] = recorded[key] + moments if key in recorded else moments
 
 
 def record(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from seap_ray.architecture import Architecture
-from seap_ray.moments import SITES, Moments, Site, Statistics
+from seap_ray.moments import RECORDED, Moments, Site, Statistics
 from seap_ray.run import publishing
 
 
@@ -61,12 +61,12 @@ def read_moments(file: Any, key: tuple[int, Site]) -> Moments:
     return Moments(int(count), mean, m2)
 
 
-def load_statistics(path: Path, architecture: Architecture) -> Statistics:
-    """All moments of a file, float64."""
+def load_statistics(path: Path, architecture: Architecture, *, sites: Sequence[Site] = RECORDED) -> Statistics:
+    """Moments of a file, float64; those of ``weight_norms`` have the sites of scores alone."""
     with safe_open(path, "pt") as file:
-        return {key: read_moments(file, key) for key in sites_of(architecture)}
+        return {key: read_moments(file, key) for key in sites_of(architecture, sites)}
 
 
-def sites_of(architecture: Architecture) -> Iterator[tuple[int, Site]]:
+def sites_of(architecture: Architecture, sites: Sequence[Site] = RECORDED) -> Iterator[tuple[int, Site]]:
     """Every (layer, site) of a model."""
-    return ((layer, site) for layer in range(architecture.n_layers) for site in SITES)
+    return ((layer, site) for layer in range(architecture.n_layers) for site in sites)

@@ -60,12 +60,19 @@ class Run:
         return self.root / "router"
 
     @property
-    def qualities(self) -> Path:
-        return self.root / "quality"
+    def cells(self) -> Path:
+        return self.root / "cells"
 
     @property
     def results(self) -> Path:
         return self.root / "results.json"
+
+    def study(self, name: str) -> Path:
+        return self.root / "results" / f"{name}.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
 
     def claim(self, config: Config) -> None:
         """Write the resolved config, first of all files. Raises ConfigError if the run was made with another one."""
@@ -74,7 +81,7 @@ class Run:
         write_json(self.config, config.model_dump(mode="json"))
 
     def _refuse_another(self, made_with: dict[str, Any], config: Config) -> None:
-        old, new = _flat(made_with), _flat(config.model_dump(mode="json"))
+        old, new = flat(made_with), flat(config.model_dump(mode="json"))
         for key in sorted(old.keys() & new.keys()):
             if old[key] != new[key] and _is_fixed(key):
                 raise ConfigError(
@@ -95,7 +102,7 @@ def _is_fixed(key: str) -> bool:
     return key in FIXED or (key.startswith(("corpus.", "tasks.")) and not after_statistics)
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
+def flat(values: dict[str, Any]) -> dict[str, Any]:
     """Dotted keys of a dumped config; tasks by name, so that tasks may be added and left out."""
     flat = {f"tasks.{task['name']}.{key}": value for task in values["tasks"] for key, value in task.items()}
     for key, _ in walk(Config):

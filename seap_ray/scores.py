@@ -6,6 +6,7 @@ of each column of the ``o_proj`` or ``down_proj`` weight, float64.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from random import Random
 
 import torch
 from torch import Tensor
@@ -67,6 +68,12 @@ SCORES: dict[str, Callable[[Moments, Norms], Tensor]] = {
 }
 
 
+def random_score(n: int, seed: int, *, layer: int, site: Site) -> Tensor:
+    """Uniform in (0, 1), a site's own, the same in every process: the score ``random``, a floor for all others."""
+    generator = Random(f"{seed} {layer} {site}")
+    return torch.tensor([generator.random() for _ in range(n)], dtype=torch.float64)
+
+
 def head_scores(score_D: Tensor, head_dim: int) -> Tensor:
     """Sum each query head's columns (paper, eq. 13): (H * d,) -> (H,)."""
     return score_D.reshape(-1, head_dim).sum(1)
@@ -76,3 +83,12 @@ def normalised(score: Tensor) -> Tensor:
     """Divide by the mean, so that layers and sites can be compared; all zeros stay zeros."""
     mean = score.mean()
     return score / mean if mean > 0 else torch.zeros_like(score)
+
+
+def standardised(score_D: Tensor) -> Tensor:
+    """FLAP's way to compare layers and sites: less the mean, over the standard deviation; all equal become zeros.
+
+    FLAP's code squares the scores of ``o_proj`` once more before this, which its paper does not say; we do not.
+    """
+    spread = score_D.std()
+    return (score_D - score_D.mean()) / spread if spread > 0 else torch.zeros_like(score_D)

@@ -13,10 +13,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from ray.data import DataContext
 
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
-from seap_ray.corpus import Renderer, file_format, is_local, load_tokenizer, local_files, pack, row_key, tokenizer_hash
+from seap_ray.corpus import (
+    Renderer,
+    Row,
+    file_format,
+    is_local,
+    load_tokenizer,
+    local_files,
+    pack,
+    row_key,
+    tokenizer_hash,
+)
 from seap_ray.errors import DataError
 from seap_ray.run import Run, fingerprint, publishing, read_json, sha256_of, write_json
 from seap_ray.tasks import Task
@@ -113,15 +124,15 @@ def _print(config: Config, checkpoint: Checkpoint, task: Task) -> str:
     )
 
 
-def read_rows(task: Task, *, evaluation: bool = False, seed: int = 0) -> ray.data.Dataset:
-    """Rows of a task's corpus as a Ray Dataset, from the demo's generators, local files or the hub."""
+def read_rows(task: Task, *, evaluation: bool = False, seed: int = 0, n: int | None = None) -> ray.data.Dataset:
+    """Rows of a task's corpus as a Ray Dataset, from the demo's generators (``n`` at least), local files or the hub."""
     path = (task.evaluation_path or task.path) if evaluation else task.path
     split = task.evaluation_split if evaluation else task.split
     if path.startswith("demo:"):
         from seap_ray.demo import skills
 
         part: skills.Split = "test" if evaluation else "train"
-        return ray.data.from_items(skills.rows(path.removeprefix("demo:"), 1000, split=part, seed=seed))
+        return ray.data.from_items(skills.rows(path.removeprefix("demo:"), max(n or 0, 1000), split=part, seed=seed))
     if is_local(path):
         files = local_files(task, path, split)
         readers: dict[str, Callable[..., ray.data.Dataset]] = {
@@ -149,6 +160,16 @@ def _from_hub(task: Task, path: str, split: str) -> ray.data.Dataset:
         ) from None
 
 
+def read_in_order(rows: ray.data.Dataset) -> list[Row]:
+    """All rows as they lie in their files, which Ray Data promises only where it is asked to."""
+    options = DataContext.get_current().execution_options
+    before, options.preserve_order = options.preserve_order, True
+    try:
+        return rows.take_all()
+    finally:
+        options.preserve_order = before
+
+
 class Render:
     """Rows -> key, text, question, answer, choices; blank texts marked by an empty key."""
 
@@ -168,8 +189,9 @@ class Render:
         )
 
 
-def draw(task: Task, rows: ray.data.Dataset, *, n: int, seed: int, official: bool) -> tuple[pa.Table, int, int]:
-    """``n`` rows drawn at random over the whole corpus, in the order of their keys; counts of all and of blank rows.
+def draw(task: Task, rows: ray.data.Dataset, *, n: int | None, seed: int, official: bool) -> tuple[pa.Table, int, int]:
+    """``n`` rows (None: all) drawn at random over the whole corpus, in the order of their keys; counts of all and of
+    blank rows.
 
     Every block keeps its own ``n`` smallest keys, so only candidates travel.
     """
@@ -186,7 +208,7 @@ def draw(task: Task, rows: ray.data.Dataset, *, n: int, seed: int, official: boo
     return drawn.drop_columns(["n_rows", "n_blank"]), n_rows, n_blank
 
 
-def _candidates(rendered: pa.Table, n: int) -> pa.Table:
+def _candidates(rendered: pa.Table, n: int | None) -> pa.Table:
     """The block's smallest keys; its first row carries the block's counts, an otherwise blank one where it must."""
     is_text = pa.compute.not_equal(rendered.column("key"), b"")
     n_text = pa.compute.sum(is_text).as_py() or 0
@@ -197,7 +219,7 @@ def _candidates(rendered: pa.Table, n: int) -> pa.Table:
     return kept.append_column("n_rows", pa.array(counts[0])).append_column("n_blank", pa.array(counts[1]))
 
 
-def _smallest(table: pa.Table, n: int) -> pa.Table:
+def _smallest(table: pa.Table, n: int | None) -> pa.Table:
     return table.take(pa.compute.sort_indices(table, [("key", "ascending")])).slice(0, n)
 
 
@@ -207,7 +229,7 @@ def _write(config: Config, checkpoint: Checkpoint, run: Run, stale: list[tuple[T
     write = ray.remote(_write_task)
     pending = []
     for task, print_ in stale:
-        rows = read_rows(task, seed=seed)
+        rows = read_rows(task, seed=seed, n=corpus.samples)
         drawn = draw(task, rows, n=corpus.samples, seed=seed, official=corpus.prompt_format == "official")
         pending.append(write.remote(config, run, task.name, print_, *drawn))
     return ray.get(pending)
@@ -218,7 +240,7 @@ def _write_task(
 ) -> Manifest:
     """Tokenise the drawn rows, cut them into shards, write these and, last, the manifest."""
     checkpoint, corpus = Checkpoint.open(config.model.source, config.model.revision), config.corpus
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code=config.model.trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
     longest = min(corpus.sequence_length, checkpoint.architecture.max_position_embeddings)
     texts, questions = (drawn.column(name).to_pylist() for name in ("text", "question"))
     rows = [row for row in zip(tokenizer(texts)["input_ids"], texts, questions, strict=True) if row[0]]

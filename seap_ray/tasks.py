@@ -9,6 +9,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Metric = Literal["acc", "acc_norm", "exact_match", "perplexity", "window_perplexity"]
+SHORT = {"acc": "acc", "acc_norm": "acc_n", "exact_match": "em", "perplexity": "ppl", "window_perplexity": "ppl"}
+"""Column heads of the metrics."""
+
+
+def is_perplexity(metric: str) -> bool:
+    """Whether lower is better, and a mean of accuracies leaves it out."""
+    return metric.endswith("perplexity")
 
 
 class Section(BaseModel):

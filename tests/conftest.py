@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from seap_ray.architecture import Architecture, Shape
 from seap_ray.checkpoint import Compaction, finish, write_tensors
-from seap_ray.moments import SITES, Moments, Statistics
+from seap_ray.moments import RECORDED, Moments, Statistics
 from seap_ray.plan import Kept, Plan
 
 transformers_logging.disable_progress_bar()
@@ -230,10 +230,10 @@ def uniform_plan(architecture: Architecture, shape: Shape, compensation: str = "
 def random_statistics(architecture: Architecture, seed: int, n: int = 20) -> Statistics:
     """Moments of random activations whose means are far from zero."""
     generator = torch.Generator().manual_seed(seed)
-    widths = {"attn": architecture.dense.heads * architecture.head_dim, "mlp": architecture.dense.channels}
+    widths = {"attn": architecture.dense.heads * architecture.head_dim, "mlp": architecture.dense.channels, "block": 1}
     statistics = {}
     for layer in range(architecture.n_layers):
-        for site in SITES:
+        for site in RECORDED:
             scale, shift = (torch.randn(widths[site], generator=generator, dtype=torch.float64) for _ in range(2))
             x_ND = torch.randn(n, widths[site], generator=generator, dtype=torch.float64) * scale + shift
             statistics[layer, site] = Moments(n, x_ND.mean(0), (x_ND - x_ND.mean(0)).square().sum(0))

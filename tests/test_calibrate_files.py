@@ -21,13 +21,13 @@ from seap_ray.calibrate import Calibration, Calibrator, merge_records
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, DataError, IncompleteError
-from seap_ray.moments import SITES, Moments, Statistics, tree_sum
+from seap_ray.moments import RECORDED, Moments, Statistics, tree_sum
 from seap_ray.records import about_moments, is_whole, load_statistics, save_moments
 from seap_ray.run import Run, sha256_of
 from seap_ray.shards import Manifest, Shard
 
 ARCHITECTURE = Architecture.of(CONFIGS["llama_gqa"]().to_dict())
-WIDTHS = {"attn": 48, "mlp": 80}
+WIDTHS = {"attn": 48, "mlp": 80, "block": 1}
 CALIBRATION = Calibration("model", "torch.float32", skip_first_token=False, batch_tokens=100)
 LENGTHS = [5, 1, 17, 8, 2, 30, 4]
 """Tokens of seven shards: a tree of 4 + 2 + 1."""
@@ -38,7 +38,7 @@ def activations(n: int, seed: int) -> dict[tuple[int, str], torch.Tensor]:
     return {
         (layer, site): 3 + torch.randn(n, WIDTHS[site], generator=generator, dtype=torch.float64) * (layer + 1)
         for layer in range(ARCHITECTURE.n_layers)
-        for site in SITES
+        for site in RECORDED
     }
 
 

@@ -37,6 +37,7 @@ from seap_ray import checkpoint as checkpoint_module
 from seap_ray.architecture import Architecture, Shape
 from seap_ray.checkpoint import Checkpoint, Compaction, check_stock, finish, parse_size, split_name, write_tensors
 from seap_ray.errors import ConfigError
+from seap_ray.hf.shapes import check_folder
 from seap_ray.plan import Kept, Plan
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -256,6 +257,63 @@ def test_a_plan_that_cuts_nothing_is_the_identity(dense, tmp_path, name):
         assert tensor.dtype == after[key].dtype
         assert torch.equal(tensor.view(torch.uint8), after[key].view(torch.uint8))
     assert torch.equal(logits(load(folder), random_ids()), logits(load(source), random_ids()))
+
+
+def without_layers(base: Checkpoint, dropped: tuple[int, ...]) -> Plan:
+    kept = (Kept.whole(base.architecture.dense),) * (base.architecture.n_layers - len(dropped))
+    return Plan("expert", 0.5, "none", kept, {}, dropped)
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["seap", "stock"])
+@pytest.mark.parametrize("dropped", [(0,), (1, 2), (0, 1, 3), ()], ids=str)
+@pytest.mark.parametrize("name", ["llama_gqa", "llama_biased", "llama_tied", "qwen2"])
+def test_without_some_layers_it_equals_the_dense_model_that_skips_them(dense, tmp_path, name, dropped, stock):
+    source, ids_BT = dense(name, torch.bfloat16), random_ids()
+    base = Checkpoint.open(str(source))
+    folder = write_compacted(Compaction(base, without_layers(base, dropped), stock=stock), tmp_path, 20_000)
+    check_folder(folder)
+    model, skipping = load(folder), load(source)
+    for layer in reversed(dropped):
+        del skipping.model.layers[layer]
+    expected = skipping.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
+    assert torch.equal(logits(model, ids_BT), logits(skipping, ids_BT))
+    assert torch.equal(logits(model, ids_BT), logits(load(source), ids_BT)) == (not dropped)
+    model.generation_config.eos_token_id = None
+    generated = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=3, do_sample=False)
+    assert generated.shape == (3, 20)
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["seap", "stock"])
+def test_config_without_some_layers_counts_the_others_and_shortens_what_is_listed_by_layer(dense, tmp_path, stock):
+    source = Path(shutil.copytree(dense("qwen2"), tmp_path / "base"))
+    edit_config(source, eos_token_id=[2, 3, 4, 5], listed_by_layer=["a", "b", "c", "d"], another_list=[1, 2, 3])
+    base = Checkpoint.open(str(source))
+    folder = write_compacted(Compaction(base, without_layers(base, (0, 2)), stock=stock), tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == ("qwen2" if stock else "seap_qwen2")
+    assert config["num_hidden_layers"] == 2
+    assert config["layer_types"] == ["full_attention"] * 2
+    assert config["listed_by_layer"] == ["b", "d"]
+    assert (config["eos_token_id"], config["another_list"]) == ([2, 3, 4, 5], [1, 2, 3])
+    assert not config.get("per_layer_config")
+    widths = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    assert [config[key] for key in widths] == [base.config[key] for key in widths]
+    loaded = AutoConfig.from_pretrained(folder)
+    assert loaded.num_hidden_layers == len(loaded.layer_types) == 2
+
+
+def test_layers_may_go_and_others_be_cut_and_compensated(dense, tmp_path, float64_norms):
+    """No allocation does both; the moments and biases are those of the layer's old number all the same."""
+    source, ids_BT = dense("llama_biased", torch.float64), random_ids()
+    cut = compaction_of(source, "mean", seed=8)
+    kept, gone = cut.plan.kept, 2
+    plan = Plan("expert", 0.5, "mean", kept[:gone] + kept[gone + 1 :], {}, (gone,))
+    without = load(write_compacted(Compaction(cut.base, plan, cut.statistics), tmp_path))
+    skipping = with_smaller_layers(load(source), cut)
+    del skipping.model.layers[gone]
+    assert torch.equal(logits(without, ids_BT), logits(skipping, ids_BT))
 
 
 # --- what lies in the folder -----------------------------------------------------------------------------------------

@@ -260,10 +260,59 @@ def test_a_baseline_of_an_unknown_task_names_the_nearest(empty):
 
 
 def test_what_a_plan_leaves_out_comes_from_the_pruning_section(empty):
-    config = Config.load([empty, "pruning.score=wifn", "pruning.allocation.kind=uniform"])
-    assert config.plan_settings(PlanSettings()) == PlanSettings(score="wifn", allocation="uniform", compensation="mean")
-    own = PlanSettings(score="energy", compensation="none")
-    assert config.plan_settings(own) == PlanSettings(score="energy", allocation="uniform", compensation="none")
+    config = Config.load([empty, "pruning.score=wifn", "pruning.allocation={kind: uniform, k: 2}", "run.seed=7"])
+    whole = config.plan_settings(PlanSettings())
+    assert whole.model_dump() == {
+        "score": "wifn",
+        "allocation": "uniform",
+        "compensation": "mean",
+        "budget": "exact",
+        "k": 2,
+        "x0": 0.3,
+        "seed": 7,
+    }
+    own = PlanSettings(score="energy", compensation="none", x0=0.0, seed=0)
+    assert config.plan_settings(own) == whole.model_copy(update=own.model_dump(exclude_none=True))
+
+
+# --- methods and studies ---------------------------------------------------------------------------------------------
+
+
+def test_a_baseline_by_name_has_its_authors_settings_and_ones_own_go_before_them(empty):
+    config = Config.load([empty, "pruning.baselines={flap: {}, depth: null, wanda_sp: {allocation: logistic}}"])
+    assert {name: own.allocation for name, own in config.pruning.baselines.items()} == {
+        "flap": "standardised",
+        "depth": "depth",
+        "wanda_sp": "logistic",
+    }
+    assert config.pruning.baselines["wanda_sp"].score == "wanda_sp"
+
+
+def test_a_study_sets_keys_that_neither_the_file_nor_the_default_but_the_command_line_may_change(tmp_path):
+    file = tmp_path / "file.yaml"
+    file.write_text("pruning: {ratio: 0.4}\n")
+    assert len(Config.load([f"config={file}", "study=ratio"]).pruning.ratio) == 7
+    assert Config.load([f"config={file}", "study=ratio", "pruning.ratio=0.3"]).pruning.ratio == (0.3,)
+    assert Config.load([f"config={file}", "study=transfer"]).pruning.ratio == (0.4,)
+
+
+def test_a_study_of_another_corpus_has_a_run_of_its_own(empty):
+    names = {
+        study: Config.load([empty, f"study={study}", "run.name=a"]).run.name for study in ("ratio", "corpus", "paper")
+    }
+    assert names == {"ratio": "a", "corpus": "a-corpus", "paper": "a-paper"}
+
+
+def test_the_papers_tasks_lie_where_the_file_says(tmp_path):
+    file = tmp_path / "file.yaml"
+    file.write_text("tasks: [{name: piqa, path: /data/piqa}, sort]\n")
+    tasks = {task.name: task.path for task in Config.load([f"config={file}", "study=paper"]).tasks}
+    assert len(tasks) == 9 and tasks["piqa"] == "/data/piqa" and tasks["boolq"] == "google/boolq"
+
+
+def test_an_unknown_study_is_refused_with_those_there_are(empty):
+    with pytest.raises(ConfigError, match="study: .*'ood'.*not 'odd'"):
+        Config.load([empty, "study=odd"])
 
 
 # --- help ------------------------------------------------------------------------------------------------------------

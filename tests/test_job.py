@@ -25,7 +25,7 @@ import seap_ray.hf  # noqa: F401
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
 from seap_ray.errors import SeapError
-from seap_ray.job import _route
+from seap_ray.job import Calibrated, route
 from seap_ray.router import Router
 from seap_ray.run import Run
 
@@ -98,7 +98,8 @@ def test_the_job_leaves_a_router_of_its_tasks_and_its_figures(finished):
 
 def test_a_model_that_cannot_have_a_router_still_has_its_results(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("seap_ray.corpus.load_tokenizer", lambda *_args, **_kwargs: object())
-    assert _route(Config(), Checkpoint.open("demo"), Run(tmp_path), []) is None
+    made = Calibrated(Config(), Checkpoint.open("demo"), Run(tmp_path), [], planner=None)
+    assert route(made) is None
     assert capsys.readouterr().out.startswith("router: none; model.source: ")
 
 

@@ -10,11 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RINGS = {
-    0: "errors tasks config methods command moments scores sparsity architecture plan compact install progress table "
-    "demo demo.skills",
-    1: "run corpus recorder records checkpoint router fitting harness speed pictures report "
+    0: "config methods command errors tasks architecture moments scores sparsity plan compact progress table paper "
+    "install demo demo.skills",
+    1: "run corpus recorder records checkpoint fitting router quality harness speed "
+    "summary evidence pictures anatomy findings report "
     "hf hf.configuration_seap hf.modeling_seap hf.shapes demo.train",
-    2: "cluster shards calibrate prune quality job evaluation studies",
+    2: "cluster shards calibrate prune evaluation results job bench studies",
     3: "vllm_plugin vllm_model",
 }
 RING_OF = {"seap_ray": 0} | {f"seap_ray.{name}": ring for ring, names in RINGS.items() for name in names.split()}

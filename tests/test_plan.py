@@ -16,7 +16,7 @@ from seap_ray.architecture import Architecture, Shape
 from seap_ray.config import AllocationSection, PruningSection
 from seap_ray.errors import ConfigError
 from seap_ray.hf import SeapLlamaConfig, SeapLlamaForCausalLM, SeapQwen2Config, SeapQwen2ForCausalLM
-from seap_ray.plan import Kept, Plan, Rules, choose_shapes, keep, protected, ratio_of
+from seap_ray.plan import Kept, Plan, Rules, check_ratio, choose_dropped, choose_shapes, keep, protected, ratio_of
 
 often = settings(max_examples=60, deadline=None)
 
@@ -46,7 +46,8 @@ CONFIGS = {
 MODELS = {name: Architecture.of(config) for name, config in CONFIGS.items()}
 DEMO = MODELS["demo"]
 WIDTHS_BY_RATIO = ("uniform", "logistic")
-KINDS = (*WIDTHS_BY_RATIO, "global")
+WIDTHS_BY_SCORE = ("global", "standardised")
+KINDS = (*WIDTHS_BY_RATIO, *WIDTHS_BY_SCORE)
 
 
 @cache
@@ -62,11 +63,33 @@ def scores(architecture, seed=0):
     return [(some(dense.heads, spread), some(dense.channels, spread)) for spread in spreads]
 
 
+@cache
+def standardised_scores(architecture, seed=0):
+    """The same, each column's score less its mean over its standard deviation, and heads of equal columns."""
+
+    def of(score):
+        return (score - score.mean()) / score.std()
+
+    return [(of(head_H) * architecture.head_dim, of(channel_C)) for head_H, channel_C in scores(architecture, seed)]
+
+
+def scores_for(kind, architecture, seed=0):
+    return {"global": scores, "standardised": standardised_scores}.get(kind, lambda *_: ())(architecture, seed)
+
+
+def section(kind, **pruning):
+    allocation = pruning.pop("allocation", AllocationSection()).model_copy(update={"kind": kind})
+    return PruningSection(allocation=allocation, **pruning)
+
+
 def chosen(architecture, ratio, kind, *, compensated=False, stock=False, scores_L=None, **pruning):
-    scores_L = scores(architecture) if scores_L is None and kind == "global" else scores_L or ()
-    section = PruningSection(**pruning)
     return choose_shapes(
-        architecture, section, ratio=ratio, kind=kind, compensated=compensated, scores_L=scores_L, stock=stock
+        architecture,
+        section(kind, **pruning),
+        ratio=ratio,
+        compensated=compensated,
+        scores_L=scores_for(kind, architecture) if scores_L is None else scores_L,
+        stock=stock,
     )
 
 
@@ -103,7 +126,7 @@ def assert_widths_are_allowed(shapes, architecture, tensor_parallel=1):
 @pytest.mark.parametrize("model", ["demo", "llama-2-7b", "llama-3-8b"])
 def test_the_ratio_is_met_within_a_tile_and_no_layer_is_emptied(model, kind, unit):
     architecture = MODELS[model]
-    slow = kind == "global" and model != "demo"  # up to a second a plan
+    slow = kind in WIDTHS_BY_SCORE and model != "demo"  # up to a second a plan
     for ratio in (0.2, 0.5) if slow else (0.1, 0.2, 0.35, 0.5, 0.7):
         for compensated in (True,) if slow else (True, False):
             shapes = chosen(architecture, ratio, kind, compensated=compensated, attention_unit=unit)
@@ -124,7 +147,8 @@ def test_the_ratio_is_met_within_a_tile_and_no_layer_is_emptied(model, kind, uni
 )
 @often
 def test_any_ratio_within_reach_is_met(ratio, kind, unit, compensated, seed):
-    shapes = chosen(DEMO, ratio, kind, compensated=compensated, attention_unit=unit, scores_L=scores(DEMO, seed))
+    scores_L = scores_for(kind, DEMO, seed)
+    shapes = chosen(DEMO, ratio, kind, compensated=compensated, attention_unit=unit, scores_L=scores_L)
     assert off_by(shapes, DEMO, ratio, compensated) <= tile_of(DEMO)
     assert_widths_are_allowed(shapes, DEMO)
 
@@ -162,7 +186,7 @@ def test_widths_split_over_tensor_parallel_ranks(model, unit):
     served = 0
     for kind in KINDS:
         for ranks in (1, 2, 4, 8):
-            if (model, kind) == ("llama-2-7b", "global") and ranks < 8:
+            if model == "llama-2-7b" and kind in WIDTHS_BY_SCORE and ranks < 8:
                 continue
             try:
                 shapes = chosen(architecture, 0.3, kind, attention_unit=unit, tensor_parallel=ranks)
@@ -180,6 +204,9 @@ def test_a_model_whose_own_heads_do_not_split_is_refused():
     for kind in KINDS:
         with pytest.raises(ConfigError, match=r"pruning\.tensor_parallel: 8 ranks"):
             chosen(MODELS["qwen2-7b"], 0.3, kind, attention_unit="head", tensor_parallel=8)
+    for kind in (*KINDS, "depth"):
+        with pytest.raises(ConfigError, match=r"pruning\.tensor_parallel: 8 ranks"):
+            check_ratio(MODELS["qwen2-7b"], section(kind, tensor_parallel=8), ratio=0.3, compensated=False)
 
 
 @pytest.mark.parametrize("compensated", [True, False])
@@ -228,9 +255,17 @@ def test_the_official_budget_never_empties_a_layer(ratio, kind, model):
         assert shape.groups >= 1 and shape.heads_per_group >= 1 and shape.channels >= 1
 
 
-def test_the_official_budget_knows_no_global_allocation():
-    with pytest.raises(ConfigError, match=r"pruning\.budget"):
-        chosen(DEMO, 0.2, "global", budget="official")
+@pytest.mark.parametrize("kind", [*WIDTHS_BY_SCORE, "depth"])
+def test_the_official_budget_knows_only_allocations_by_ratio(kind):
+    official = section(kind, budget="official")
+    refusals = [lambda: check_ratio(DEMO, official, ratio=0.2, compensated=False)]
+    if kind == "depth":
+        refusals.append(lambda: choose_dropped(DEMO, official, ratio=0.2, influence_L=[0.5] * 8))
+    else:
+        refusals.append(lambda: chosen(DEMO, 0.2, kind, budget="official"))
+    for refused in refusals:
+        with pytest.raises(ConfigError, match=rf"^pruning\.budget: official .* not {kind}$"):
+            refused()
 
 
 # --- what the ratio counts -------------------------------------------------------------------------------------------
@@ -347,11 +382,16 @@ def test_a_refusal_names_the_largest_ratio_and_that_one_works(model, unit):
             ("logistic", AllocationSection()),
             ("uniform", protect),
             ("global", protect),
+            ("standardised", protect),
         ):
             largest = refused_with(architecture, 0.95, kind, allocation=allocation, **pruning)
             shapes = chosen(architecture, largest, kind, allocation=allocation, **pruning)
             assert off_by(shapes, architecture, largest, compensated) <= tile_of(architecture)
             assert refused_with(architecture, largest + 2e-4, kind, allocation=allocation, **pruning) == largest
+            own = section(kind, allocation=allocation, attention_unit=unit)
+            check_ratio(architecture, own, ratio=largest, compensated=compensated)
+            with pytest.raises(ConfigError, match=f"largest is {largest:g}$"):  # no score is needed to know
+                check_ratio(architecture, own, ratio=0.95, compensated=compensated)
 
 
 def test_explicit_protection_that_cannot_be_met_is_refused():
@@ -373,6 +413,75 @@ def test_no_layer_gives_more_than_the_cap_also_where_the_ratio_is_just_in_reach(
             shapes = chosen(DEMO, ratio, kind, **pruning)
             assert off_by(shapes, DEMO, ratio, False) <= tile_of(DEMO)
             assert max(full - DEMO.layer_parameters(s) for s in shapes) <= cap * full + tile_of(DEMO)
+
+
+# --- whole layers ----------------------------------------------------------------------------------------------------
+
+
+def dropped(architecture, ratio, influence_L, **allocation):
+    pruning = section("depth", allocation=AllocationSection(**allocation))
+    return choose_dropped(architecture, pruning, ratio=ratio, influence_L=influence_L)
+
+
+def deep(n_layers):
+    return Architecture.of({**CONFIGS["demo"], "num_hidden_layers": n_layers})
+
+
+@given(
+    influence_L=st.lists(st.integers(0, 6), min_size=1, max_size=12),
+    percent=st.integers(0, 99),
+    first=st.integers(0, 2),
+    last=st.integers(0, 2),
+)
+@often
+def test_the_layers_that_change_least_go_and_the_deeper_of_two_equal_ones(influence_L, percent, first, last):
+    n_layers = len(influence_L)
+    ratio, may_go = percent / 100, list(range(n_layers))[first : n_layers - last]
+    # All counts that leave a layer, by how far off they are in whole numbers, so that a tie is one.
+    n = min(range(n_layers), key=lambda n: (abs(100 * n - percent * n_layers), n))
+    if n > len(may_go):
+        with pytest.raises(ConfigError, match=r"^pruning\.ratio: .* protected layers allow; the largest is"):
+            dropped(deep(n_layers), ratio, influence_L, protect_first=first, protect_last=last)
+        return
+    expected = []
+    for _ in range(n):
+        least = min(influence_L[layer] for layer in may_go)
+        expected.append(max(layer for layer in may_go if influence_L[layer] == least))
+        may_go.remove(expected[-1])
+    assert dropped(deep(n_layers), ratio, influence_L, protect_first=first, protect_last=last) == tuple(
+        sorted(expected)
+    )
+
+
+def test_only_explicit_protection_keeps_a_layer_that_could_go_as_a_whole():
+    influence_L = [0.1, 0.5, 0.4, 0.3, 0.2, 0.6, 0.7, 0.15]
+    assert dropped(DEMO, 0.25, influence_L) == (0, 7)
+    assert dropped(DEMO, 0.25, influence_L, protect_first=1) == (4, 7)
+    assert dropped(DEMO, 0.25, influence_L, protect_last=2, max_sparsity=0.1) == (0, 4)
+
+
+def test_a_refusal_of_whole_layers_names_the_largest_ratio_and_that_one_works():
+    allocation = {"protect_first": 3, "protect_last": 2}
+    with pytest.raises(ConfigError, match=r"beyond what 3 \+ 2 protected layers allow; the largest is 0\.375$"):
+        dropped(DEMO, 0.9, [0.5] * 8, **allocation)
+    with pytest.raises(ConfigError, match=r"the largest is 0\.375$"):
+        own = section("depth", allocation=AllocationSection(**allocation))
+        check_ratio(DEMO, own, ratio=0.9, compensated=False)
+    assert dropped(DEMO, 0.375, [0.5] * 8, **allocation) == (3, 4, 5)
+
+
+def test_at_least_one_layer_stays():
+    assert dropped(DEMO, 0.99, [0.5] * 8) == (1, 2, 3, 4, 5, 6, 7)
+    assert dropped(deep(1), 0.99, [0.5]) == ()
+
+
+def test_a_plan_without_some_layers_knows_the_ones_that_stay_and_its_ratio():
+    plan = Plan("x", 0.25, "none", (Kept.whole(DEMO.dense),) * 6, {}, dropped=(2, 5))
+    assert plan.layers == (0, 1, 3, 4, 6, 7)
+    assert plan.shapes == (DEMO.dense,) * 6
+    assert plan.planned(DEMO) == 0.25
+    assert not any(plan.cuts(layer, DEMO.dense) for layer in range(6))
+    assert Plan("x", 0.25, "none", (Kept.whole(DEMO.dense),) * 8, {}).layers == tuple(range(8))
 
 
 # --- units -----------------------------------------------------------------------------------------------------------
@@ -458,10 +567,11 @@ def test_a_choice_among_ties_is_a_pure_function_of_the_scores():
 def test_equal_scores_everywhere_still_make_a_plan():
     equal = [(torch.ones(8), torch.ones(448))] * 8
     nothing = [(torch.zeros(8), torch.zeros(448))] * 8
-    for scores_L in (equal, nothing):
-        shapes = chosen(DEMO, 0.3, "global", scores_L=scores_L)
-        assert off_by(shapes, DEMO, 0.3, False) <= tile_of(DEMO)
-        assert shapes == chosen(DEMO, 0.3, "global", scores_L=scores_L)
+    for kind in WIDTHS_BY_SCORE:
+        for scores_L in (equal, nothing):
+            shapes = chosen(DEMO, 0.3, kind, scores_L=scores_L)
+            assert off_by(shapes, DEMO, 0.3, False) <= tile_of(DEMO)
+            assert shapes == chosen(DEMO, 0.3, kind, scores_L=scores_L)
 
 
 def test_the_tile_follows_the_model_and_the_ranks():

@@ -12,7 +12,8 @@ from seap_ray.corpus import Item, Renderer, load_tokenizer
 from seap_ray.demo import skills
 from seap_ray.progress import progress
 from seap_ray.quality import Scored, _is_right, measure, score
-from seap_ray.table import mean_accuracy, own_tasks, table
+from seap_ray.results import own_tasks
+from seap_ray.table import mean_quality, table
 from seap_ray.tasks import BUILT_IN, Task
 
 
@@ -20,7 +21,7 @@ from seap_ray.tasks import BUILT_IN, Task
 def demo():
     checkpoint = Checkpoint.open("demo")
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
-    return model, load_tokenizer(checkpoint)
+    return model, load_tokenizer(checkpoint.folder)
 
 
 def items(skill: str, n: int) -> list[Item]:
@@ -91,20 +92,52 @@ def test_held_out_questions_are_never_training_questions():
         assert test and not train & test
 
 
-def model_row(name: str, kind: str, **quality: float) -> dict:
-    values = {task: {"value": value, "stderr": 0.0, "n": 1} for task, value in quality.items()}
-    about = {"ratio": 0.5, "realised_ratio": 0.5, "parameters": 1_380_000}
-    return {"name": name, "kind": kind, **about, "quality": values}
+def model_row(name: str, **quality: float) -> dict:
+    values = {
+        task: {"metric": "perplexity" if task == "b" else "acc", "value": value, "stderr": 0.03, "n": 1}
+        for task, value in quality.items()
+    }
+    sizes = {
+        "ratio": 0.5,
+        "realised_ratio": 0.5,
+        "parameters": 1_380_000,
+        "bytes": 2_760_000,
+        "kv_bytes_per_token": 256,
+    }
+    return {"name": name, "method": "experts", "kind": "expert", "task": name, **sizes, "quality": values}
+
+
+TASKS = {"a": {"metric": "acc", "short": "em"}, "b": {"metric": "perplexity", "short": "ppl"}}
 
 
 def test_the_table_marks_own_tasks_and_leaves_perplexity_out_of_the_mean():
-    tasks = {"a": {"short": "em"}, "b": {"short": "ppl"}}
-    models = [model_row("a", "expert", a=0.75, b=12.34), model_row("b", "expert", a=0.25, b=9.0)]
-    text = table({"tasks": tasks, "models": models})
-    assert "[0.750]" in text and "12.3" in text and "[9.0]" in text and "1.38M" in text
-    assert mean_accuracy(models[0], tasks) == 0.75
-    summary = own_tasks(models, tasks, 0.5)
+    models = [model_row("a", a=0.75, b=12.34), model_row("b", a=0.25, b=9.0)]
+    text = table({"tasks": TASKS, "models": models})
+    assert "[0.750]" in text and "12.3" in text and "[9.0]" in text and "1.38M" in text and "0.750 ±0.030" in text
+    (summary,) = own_tasks(models)
+    assert summary["name"] == "experts, own task"
     assert {task: quality["value"] for task, quality in summary["quality"].items()} == {"a": 0.75, "b": 9.0}
+
+
+def test_a_failed_cell_shows_in_the_table_with_its_reason_once():
+    models = [model_row("a", b=9.0), model_row("b", b=9.0)]
+    for model in models:
+        model["quality"]["a"] = {"error": "no file of split 'test'"}
+    text = table({"tasks": TASKS, "models": models})
+    assert text.count("failed  ") + text.count("[failed]") == 2
+    assert text.endswith("failed: a on a and 1 others: no file of split 'test'")
+
+
+def test_the_mean_is_of_accuracies_or_else_geometric_of_perplexities():
+    accuracies = [{"metric": "acc", "value": 0.5, "stderr": 0.03}, {"metric": "acc_norm", "value": 1.0, "stderr": 0.04}]
+    texts = [
+        {"metric": "perplexity", "value": 4.0, "stderr": 0.1},
+        {"metric": "perplexity", "value": 9.0, "stderr": 0.1},
+    ]
+    assert mean_quality(accuracies) == (0.75, pytest.approx(0.025))
+    assert mean_quality(accuracies + texts) == mean_quality(accuracies)
+    assert mean_quality(texts) == (pytest.approx(6.0), pytest.approx(0.1 / math.sqrt(2)))
+    assert mean_quality([]) is None and mean_quality([*texts, {"error": "lost"}]) is None
 
 
 def test_progress_passes_every_step_through_and_ends_with_a_line(capsys):

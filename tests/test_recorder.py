@@ -1,6 +1,8 @@
 """What the hooks measure, against activations collected one prompt at a time and reduced in two passes."""
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,8 +30,12 @@ RAGGED = prompts([7, 1, 30, 3, 12, 12, 2, 25, 5, 18, 1, 9])
 
 @torch.no_grad()
 def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: bool = False) -> dict:
-    """(count, mean, m2) of all activations together, float64, from hooks of our own and batches of one."""
+    """(count, mean, m2) of all activations together, float64, from hooks of our own and batches of one.
+
+    What goes into a layer and comes out is what transformers itself shows; the last output before the final norm.
+    """
     seen: dict = {}
+    last: list = []
     handles = [
         block.get_submodule(module).register_forward_hook(
             lambda _module, inputs, _output, key=(layer, site): seen.setdefault(key, []).append(inputs[0][0].double())
@@ -37,8 +43,14 @@ def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: b
         for layer, block in enumerate(model.model.layers)
         for site, module in SITE_MODULES.items()
     ]
+    handles.append(model.model.norm.register_forward_pre_hook(lambda _module, inputs: last.append(inputs[0])))
     for sequence in sequences:
-        model(torch.tensor([sequence]))
+        shown = model(torch.tensor([sequence]), output_hidden_states=True).hidden_states
+        states = [state[0].double() for state in (*shown[:-1], last.pop())]
+        assert len(states) == len(model.model.layers) + 1
+        for layer, (x_TD, y_TD) in enumerate(pairwise(states)):
+            cosine_T = (x_TD * y_TD).sum(1) / (x_TD.square().sum(1) * y_TD.square().sum(1)).sqrt()
+            seen.setdefault((layer, "block"), []).append(cosine_T[:, None])
     for handle in handles:
         handle.remove()
     reference = {}
@@ -154,6 +166,54 @@ def test_skip_first_token_bears_a_batch_of_sequences_of_one_token(dense):
     assert_close(recorded, two_pass(model, sequences, skip_first=True))
 
 
+@pytest.mark.parametrize("as_tuple", [False, True], ids=["tensor", "tuple"])
+@pytest.mark.parametrize("by_name", [False, True], ids=["position", "name"])
+@torch.no_grad()
+def test_a_layer_may_take_its_input_by_name_and_give_a_tuple(dense, monkeypatch, by_name, as_tuple):
+    model = load(dense("llama_gqa", torch.float64)).model
+    block, x_BTD = model.layers[1], torch.randn(2, 5, 48, dtype=torch.float64)
+    rotary = model.rotary_emb(x_BTD, torch.arange(5)[None])
+    y_BTD = block(x_BTD, position_embeddings=rotary)
+    forward = block.forward
+    monkeypatch.setattr(block, "forward", lambda *a, **k: (forward(*a, **k),) if as_tuple else forward(*a, **k))
+    counted_BT = torch.tensor([[True] * 5, [True, False, False, True, False]])
+    with recording(SimpleNamespace(layers=[block]), counted_BT) as recorded:
+        if by_name:
+            block(hidden_states=x_BTD, position_embeddings=rotary)
+        else:
+            block(x_BTD, position_embeddings=rotary)
+    cosine_N = torch.stack(
+        [x @ y / (x.norm() * y.norm()) for x, y in zip(x_BTD[counted_BT], y_BTD[counted_BT], strict=True)]
+    )
+    assert recorded[0, "block"].count == 7
+    torch.testing.assert_close(recorded[0, "block"].mean_D, cosine_N.mean()[None], rtol=1e-12, atol=0)
+
+
+def test_a_layer_that_changes_nothing_has_cosine_one_and_one_that_turns_its_input_round_less_one(dense, monkeypatch):
+    model = load(dense("qwen2", torch.float64))
+    monkeypatch.setattr(model.model.layers[1], "forward", lambda x_BTD, **_: 3 * x_BTD)
+    monkeypatch.setattr(model.model.layers[2], "forward", lambda x_BTD, **_: -x_BTD)
+    recorded = record(model, RAGGED, batch_tokens=50)
+    for layer, cosine in ((1, 1.0), (2, -1.0)):
+        assert recorded[layer, "block"].mean_D.tolist() == pytest.approx([cosine], rel=1e-12)
+        assert recorded[layer, "block"].m2_D.tolist() == pytest.approx([0.0], abs=1e-20)
+
+
+def test_moments_of_two_parts_of_a_corpus_add_up_to_those_of_the_whole(dense):
+    model = load(dense("llama_gqa", torch.float64))
+    parts = [record(model, part, batch_tokens=40) for part in (RAGGED[:5], RAGGED[5:])]
+    merged = {key: parts[0][key] + parts[1][key] for key in parts[0]}
+    assert_close(merged, as_tuples(record(model, RAGGED, batch_tokens=100)))
+
+
+def test_a_layer_whose_output_overflows_is_refused(dense):
+    model = load(dense("llama_gqa"))
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight[5] = torch.inf
+    with pytest.raises(DataError, match="layer 3, site block"):
+        record(model, RAGGED, batch_tokens=100)
+
+
 def hooks_of(model: nn.Module) -> int:
     return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
 
@@ -162,7 +222,7 @@ def test_hooks_are_there_inside_and_gone_afterwards(dense):
     model = load(dense("llama_gqa"))
     before = hooks_of(model)
     with recording(model.get_decoder(), torch.ones(1, 3, dtype=torch.bool)):
-        assert hooks_of(model) == before + 8
+        assert hooks_of(model) == before + 12, "three a layer"
     assert hooks_of(model) == before
     record(model, RAGGED[:2], batch_tokens=100)
     assert hooks_of(model) == before

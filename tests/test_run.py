@@ -157,7 +157,7 @@ def test_a_ratios_folder_name_is_its_own(ratio):
 
 def test_every_file_of_a_run_has_its_own_place(tmp_path):
     run = Run(tmp_path)
-    paths = [run.config, run.qualities, run.results]
+    paths = [run.config, run.cells, run.results]
     for task in ("sort", "logic"):
         paths += [run.shards(task), run.records(task), run.statistics(task)]
         paths += [path(ratio, task) for path in (run.plan, run.expert) for ratio in (0.2, 0.5)]

@@ -1,5 +1,9 @@
 """Scores against hand-written numpy, and the output errors that two of them stand for."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -10,8 +14,8 @@ from hypothesis import strategies as st
 
 from seap_ray.compact import mean_bias
 from seap_ray.config import Score
-from seap_ray.moments import Moments
-from seap_ray.scores import SCORES, Norms, energy, head_scores, normalised, wifv
+from seap_ray.moments import SITES, Moments
+from seap_ray.scores import SCORES, Norms, energy, head_scores, normalised, random_score, standardised, wifv
 
 EXPECTED = {
     "wifv": lambda x, w: x.var(0) * np.linalg.norm(w, axis=0) ** 2,
@@ -33,7 +37,38 @@ def test_score_equals_numpy(name):
 
 
 def test_scores_of_the_config_are_the_scores_there_are():
-    assert set(SCORES) == set(get_args(Score)) == set(EXPECTED)
+    assert set(SCORES) == set(EXPECTED)
+    assert {*SCORES, "random"} == set(get_args(Score))
+
+
+def test_random_scores_are_uniform_and_each_sites_own():
+    scores = {
+        (seed, layer, site): random_score(4000, seed, layer=layer, site=site)
+        for seed in (0, 1, 11)
+        for layer in (0, 1, 10)
+        for site in SITES
+    }
+    rank = np.arange(1, 4001) / 4000
+    for score_D in scores.values():
+        assert score_D.dtype == torch.float64 and 0 < score_D.min() and score_D.max() < 1
+        # Kolmogorov and Smirnov: beyond 0.031 in one of a thousand draws of 4,000 uniform numbers.
+        assert np.abs(np.sort(score_D.numpy()) - rank).max() < 0.031
+    correlation = np.corrcoef(torch.stack(list(scores.values())).numpy()) - np.eye(len(scores))
+    assert np.abs(correlation).max() < 0.07, "no two alike"
+
+
+def test_random_scores_are_the_same_in_every_process():
+    code = "from seap_ray.scores import random_score; print(random_score(5, 7, layer=3, site='mlp').tolist())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONHASHSEED": "12"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == str(random_score(5, 7, layer=3, site="mlp").tolist())
 
 
 def test_heads_sum_their_columns():
@@ -108,3 +143,16 @@ def test_normalised_scores_average_to_one_or_are_all_zero(values):
     result = normalised(torch.tensor(values, dtype=torch.float64))
     assert float(result.mean()) == pytest.approx(1.0 if sum(values) > 0 else 0.0)
     assert torch.isfinite(result).all()
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20))
+@settings(max_examples=50, deadline=None)
+def test_standardised_scores_have_mean_zero_and_deviation_one_or_are_all_zero(values):
+    result = standardised(torch.tensor(values, dtype=torch.float64)).numpy()
+    if np.ptp(values) == 0:
+        assert np.abs(result).max() <= 1
+    elif np.ptp(values) > max(1e-6 * np.abs(values).max(), 1e-100):  # squares of less are zero in float64
+        assert result.mean() == pytest.approx(0, abs=1e-6)
+        assert result.std(ddof=1) == pytest.approx(1, abs=1e-6)
+    assert np.isfinite(result).all()
+    assert not standardised(torch.ones(5)).any()

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from seap_ray.architecture import Architecture
-from seap_ray.config import PruningSection
+from seap_ray.config import AllocationSection, PruningSection
 from seap_ray.errors import ConfigError
 from seap_ray.plan import choose_shapes, ratio_of
 from seap_ray.sparsity import logistic, official_logistic, uniform
@@ -143,8 +143,8 @@ LLAMA_2 = {"7B": llama_2(4096, 11008, 32, 32), "13B": llama_2(5120, 13824, 40, 4
 
 
 def official_shapes(architecture, kind, ratio):
-    pruning = PruningSection(budget="official")
-    return choose_shapes(architecture, pruning, ratio=ratio, kind=kind, compensated=False, scores_L=())
+    pruning = PruningSection(budget="official", allocation=AllocationSection(kind=kind))
+    return choose_shapes(architecture, pruning, ratio=ratio, compensated=False, scores_L=())
 
 
 @pytest.mark.parametrize(

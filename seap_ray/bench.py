@@ -1,0 +1,223 @@
+"""Bench: specs at ratios in, judged models out. What every study is made of.
+
+A model of a study is written only for as long as its judging takes; its statistics are the run's, or merged anew from
+some of the run's records.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from seap_ray.calibrate import Calibration, merged, model_dtype
+from seap_ray.checkpoint import Checkpoint
+from seap_ray.config import Config, SpeedSection
+from seap_ray.errors import ConfigError, SeapError
+from seap_ray.evaluation import Cell, Exam, Failure, Subject, evaluate, exam, subject_of
+from seap_ray.job import Calibrated
+from seap_ray.progress import progress, say
+from seap_ray.prune import Draft, Planner, Spec, draft
+from seap_ray.results import Model, cut_model, dense_model, with_cells
+from seap_ray.run import fingerprint, read_json, write_json
+from seap_ray.shards import Manifest, Shard
+from seap_ray.speed import Speed, measure_speeds
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One model of a study: a spec at a ratio, or the dense one, and the tasks that it is judged on."""
+
+    spec: Spec | None = None
+    ratio: float = 0.0
+    tasks: tuple[str, ...] | None = None
+    """None: all."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model of a study with its row of the results file."""
+
+    asked: Asked
+    model: Model
+    cells: dict[str, Cell]
+    config: dict[str, Any] | None
+    """Contents of its config.json; None where there is no such model."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A calibrated run and the judges of its tasks."""
+
+    made: Calibrated
+    lm_eval: bool = True
+    """Whether lm-eval judges the tasks that it has."""
+
+    @property
+    def config(self) -> Config:
+        return self.made.config
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.config.tasks)
+
+    @cached_property
+    def exams(self) -> dict[str, Exam | Failure]:
+        """By task; one that cannot be judged says why in all of its cells."""
+        return {task.name: self._exam(task) for task in self.config.tasks}
+
+    def _exam(self, task: Any) -> Exam | Failure:
+        try:
+            return exam(self.config, self.made.run, task, lm_eval=self.lm_eval)
+        except SeapError as error:
+            say(f"cannot judge: {error}")
+            return Failure.of(error)
+
+    # --- statistics --------------------------------------------------------------------------------------------------
+
+    def manifest(self, task: str) -> Manifest:
+        return next(manifest for manifest in self.made.manifests if manifest.task == task)
+
+    def with_parts(self, parts: dict[str, Sequence[Shard]]) -> Planner:
+        """A planner that also knows statistics by new names, each merged from the records of some shards."""
+        planner, run = self.made.planner, self.made.run
+        calibration = Calibration.of(self.config, self.made.checkpoint)
+        merge = ray.remote(merged)
+        found = ray.get(
+            [merge.remote(calibration, run, shards, self.made.checkpoint.architecture) for shards in parts.values()]
+        )
+        prints = {name: fingerprint([calibration.fingerprint(s) for s in shards]) for name, shards in parts.items()}
+        return replace(
+            planner,
+            statistics={**planner.statistics, **dict(zip(parts, found, strict=True))},
+            made_of={**planner.made_of, **prints},
+        )
+
+    # --- models ------------------------------------------------------------------------------------------------------
+
+    def judge(self, asked: Iterable[Asked], planner: Planner | None = None) -> list[Judged]:
+        """Plan, cut and judge every model; one that cannot be planned or judged says why in its cells."""
+        asked = list(asked)
+        drafts = [self._draft(one, planner or self.made.planner) for one in asked]
+        subjects = [self._subject(one, source) for one, source in zip(asked, drafts, strict=True)]
+        known = [subject for subject in subjects if subject]
+        rows = iter(evaluate(self.config, self.made.run, known, self.exams, progress))
+        return [
+            self._judged(one, source, next(rows) if subject else {})
+            for one, source, subject in zip(asked, drafts, subjects, strict=True)
+        ]
+
+    def _draft(self, asked: Asked, planner: Planner) -> Checkpoint | Draft | Failure:
+        if asked.spec is None:
+            return self.made.checkpoint
+        try:
+            return draft(planner, self.made.run, asked.spec, planner.plan(asked.spec, asked.ratio))
+        except ConfigError as error:
+            return Failure.of(error)
+
+    def _subject(self, asked: Asked, source: Checkpoint | Draft | Failure) -> Subject | None:
+        return None if isinstance(source, Failure) else subject_of(source, asked.tasks or self.tasks)
+
+    def _judged(self, asked: Asked, source: Checkpoint | Draft | Failure, cells: dict[str, Cell]) -> Judged:
+        if isinstance(source, Checkpoint):
+            return Judged(asked, with_cells(dense_model(source), cells), cells, source.config)
+        if isinstance(source, Draft):
+            return Judged(asked, with_cells(cut_model(source), cells), cells, source.compaction.config())
+        assert asked.spec is not None
+        cells = dict.fromkeys(asked.tasks or self.tasks, source)
+        return Judged(asked, with_cells(_unplanned(asked.spec, asked.ratio), cells), cells, None)
+
+    def others(self) -> list[Judged]:
+        """The checkpoints of ``evaluation.models``; what cannot be read says so in its cells."""
+        known = {name: Path(folder).expanduser().absolute() for name, folder in self.config.evaluation.models.items()}
+        found = {name: _opened(folder) for name, folder in known.items()}
+        subjects = [
+            Subject(name, _print(known[name], opened), self.tasks, known[name])
+            for name, opened in found.items()
+            if isinstance(opened, Checkpoint)
+        ]
+        rows = dict(zip(subjects, evaluate(self.config, self.made.run, subjects, self.exams, progress), strict=True))
+        by_name = {subject.name: cells for subject, cells in rows.items()}
+        judged = []
+        for name, opened in found.items():
+            cells = by_name.get(name, {})
+            if isinstance(opened, Failure):
+                cells = dict.fromkeys(self.tasks, opened)
+            judged.append(Judged(Asked(), with_cells(_other(name, known[name], opened), cells), cells, None))
+        return judged
+
+    # --- speed -------------------------------------------------------------------------------------------------------
+
+    def with_speed(self, judged: Sequence[Judged]) -> list[Judged]:
+        """Add the speed of every model whose config is known; models of equal shapes share a measurement."""
+        settings = self.config.evaluation.speed
+        if not settings.rounds:
+            return list(judged)
+        configs = {_shape(one.config): one.config for one in judged if one.config is not None}
+        speeds = self._speeds(configs, settings)
+        return [
+            one if one.config is None else replace(one, model={**one.model, "speed": speeds[_shape(one.config)]})
+            for one in judged
+        ]
+
+    def _speeds(self, configs: dict[str, dict[str, Any]], settings: SpeedSection) -> dict[str, Any]:
+        calibration, checkpoint = self.config.calibration, self.made.checkpoint
+        dense, dtype = _shape(checkpoint.config), model_dtype(self.config.model, checkpoint)
+        made_of = fingerprint(sorted(configs), settings.model_dump(), str(dtype), calibration.num_gpus)
+        path = self.made.run.cells / f"speed-{made_of[:20]}.json"
+        stored = read_json(path)
+        if not stored:
+            say(f"measuring the speed of {len(configs)} shapes in {settings.rounds} rounds")
+            measure = ray.remote(num_cpus=calibration.num_cpus, num_gpus=calibration.num_gpus)(_measure_speeds)
+            configs = {dense: checkpoint.config, **configs}
+            device = "cuda" if calibration.num_gpus else "cpu"
+            speeds = ray.get(measure.remote(configs, settings, dense, dtype, device, calibration.num_cpus))
+            stored = {name: asdict(speed) for name, speed in speeds.items()}
+            write_json(path, stored)
+        return stored
+
+
+def _measure_speeds(
+    configs: Any, settings: SpeedSection, dense: str, dtype: torch.dtype, device: str, num_cpus: int
+) -> dict[str, Speed]:
+    torch.set_num_threads(num_cpus)
+    return measure_speeds(configs, settings, dense=dense, dtype=dtype, device=device)
+
+
+def _shape(config: dict[str, Any]) -> str:
+    """What a model's speed depends on."""
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    return fingerprint([config.get(key) for key in keys], config.get("head_dim"), config.get("per_layer_config") or {})
+
+
+def _unplanned(spec: Spec, ratio: float) -> Model:
+    """The row of a model that cannot be planned: sizes unknown."""
+    sizes = dict.fromkeys(("planned_ratio", "realised_ratio", "parameters", "bytes", "kv_bytes_per_token"))
+    about = {"name": spec.name, "method": spec.method, "kind": spec.kind, "task": spec.task, "ratio": ratio}
+    return {**about, **sizes, "folder": None}
+
+
+def _opened(folder: Path) -> Checkpoint | Failure:
+    try:
+        return Checkpoint.at(folder)
+    except ConfigError as error:
+        return Failure(str(error).removeprefix("model.source: "))
+
+
+def _print(folder: Path, checkpoint: Checkpoint) -> str:
+    manifest = read_json(folder / "seap.json")
+    return manifest["fingerprint"] if manifest else checkpoint.fingerprint
+
+
+def _other(name: str, folder: Path, opened: Checkpoint | Failure) -> Model:
+    """The row of a checkpoint that was made elsewhere."""
+    manifest = read_json(folder / "seap.json") or {}
+    keys = ("planned_ratio", "realised_ratio", "parameters", "bytes", "kv_bytes_per_token")
+    sizes = {key: manifest.get(key) for key in keys}
+    if isinstance(opened, Checkpoint):
+        sizes["parameters"] = opened.parameters
+    about = {"name": name, "method": name, "kind": "baseline", "task": None, "ratio": manifest.get("requested_ratio")}
+    return {**about, **sizes, "folder": str(folder)}

@@ -1,0 +1,77 @@
+"""Methods: pruning methods of others as settings of this machinery, and the studies with what each asks of a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+StudyName = Literal["table", "ratio", "corpus", "allocation", "ood", "transfer", "routing", "pooling", "paper"]
+
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    # Each as its authors have it: Wanda (arXiv 2306.11695) in FLAP's structured form, FLAP (2312.11983).
+    "wanda_sp": {"score": "wanda_sp", "allocation": "uniform", "compensation": "none"},
+    "flap": {"score": "wifv", "allocation": "standardised", "compensation": "mean"},
+    "magnitude": {"score": "magnitude", "allocation": "uniform", "compensation": "none"},
+    "random": {"score": "random", "allocation": "uniform", "compensation": "none"},
+    # ShortGPT (arXiv 2403.03853).
+    "depth": {"allocation": "depth", "compensation": "none"},
+    # SEAP's released code: an expert per task, its WIFN, no bias, a schedule that removes less than it says.
+    "seap_official": {
+        "score": "official_wifn",
+        "allocation": "logistic",
+        "compensation": "none",
+        "budget": "official",
+        "per_task": True,
+    },
+}
+"""Baselines by name, as the mappings of ``config.Baseline``; ``pruning.baselines: {flap: {}}`` takes one as it is."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study is about, and the keys that it sets where the command line does not."""
+
+    title: str
+    question: str
+    preset: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def own_run(self) -> bool:
+        """Whether it needs another corpus or other tasks, and so a run of its own, ``<run.name>-<study>``."""
+        return any(key.startswith(("corpus.", "tasks")) for key in self.preset)
+
+
+STUDIES: Mapping[StudyName, Study] = {
+    "table": Study("All methods", "Which method keeps most at equal size?"),
+    "ratio": Study(
+        "Ratio sweep",
+        "How does quality fall with size?",
+        {"pruning.ratio": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]},
+    ),
+    "corpus": Study(
+        "Corpus size",
+        "How many samples does a calibration need?",
+        {"corpus.samples": 3000, "corpus.shard_sequences": 50, "pruning.baselines": {}},
+    ),
+    "allocation": Study("Allocation", "Is the logistic curve better than equal shares, and which curve?"),
+    "ood": Study("Out of distribution", "What happens on a task that the calibration did not see?"),
+    "transfer": Study("Cross-task transfer", "What does an expert still do on the other tasks?"),
+    "routing": Study("Routing", "What do the router's errors cost?"),
+    "pooling": Study("Expert against general", "Is it the task's data, or only more data?"),
+    "paper": Study(
+        "The paper's tables",
+        "Do the paper's numbers come out again?",
+        {
+            "tasks": [
+                *("winogrande", "openbookqa", "hellaswag", "piqa", "arc_challenge", "arc_easy", "boolq"),
+                *("gsm8k", "wikitext2"),
+            ],
+            "model.dtype": "auto",
+            "corpus.samples": 200,
+            "pruning.ratio": [0.2, 0.5],
+            "pruning.baselines": {},
+            "evaluation.samples": None,
+            "evaluation.speed.prompt_tokens": 32,
+            "evaluation.speed.new_tokens": 200,
+        },
+    ),
+}

@@ -1,0 +1,440 @@
+"""Studies: a calibrated run in; models, a table and files out, one question each. ``methods.STUDIES`` lists them."""
+
+import csv
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import product
+from statistics import mean, median, stdev
+from typing import Any
+
+from seap_ray import harness, paper
+from seap_ray.bench import Asked, Bench, Judged
+from seap_ray.checkpoint import Checkpoint
+from seap_ray.config import GENERAL, Baseline, Config, PlanSettings
+from seap_ray.errors import ConfigError, DataError, IncompleteError
+from seap_ray.evaluation import Exam, Failure
+from seap_ray.job import calibrated, on_cluster, route
+from seap_ray.methods import METHODS, STUDIES
+from seap_ray.progress import say
+from seap_ray.prune import Spec, baseline_specs, specs
+from seap_ray.quality import Quality
+from seap_ray.report import write_report
+from seap_ray.results import own_tasks, results
+from seap_ray.router import Router
+from seap_ray.run import Run, publishing, write_json
+from seap_ray.shards import Shard
+from seap_ray.table import mean_head, mean_quality, table, text_table
+
+SEEDS = range(3)
+"""Seeds of what a study draws at random."""
+SIZES = (50, 100, 200, 500, 1000)
+"""Samples per task of the corpus study."""
+CURVES = tuple(product((0.5, 1.0, 2.0, 4.0, 8.0), (0.1, 0.3, 0.5, 0.7)))
+"""k and x0 of the allocation study."""
+ALLOCATIONS = ("uniform", "logistic", "global")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a study has found: its models, and its own flat table."""
+
+    judged: list[Judged]
+    columns: list[str]
+    rows: list[list[Any]] = field(default_factory=list)
+
+
+def run_study(config: Config) -> None:
+    """Calibrate where that is not done, run ``config.study``, print its table; write JSON, CSV and the report.
+
+    Raises ConfigError for what a study cannot do without, and IncompleteError, at the very end, when cells have failed.
+    """
+    if config.evaluation.samples == 0:
+        raise ConfigError("evaluation.samples: 0 leaves a study nothing to judge; null takes all rows")
+    for task in config.tasks:
+        if task.lm_eval and _asks_lm_eval(config):
+            with suppress(DataError):  # rows that are missing cost their own cells only
+                harness.check(task)
+    on_cluster(config, _run)
+
+
+def _asks_lm_eval(config: Config) -> bool:
+    """Routing needs each prompt, which lm-eval does not show."""
+    return config.study != "routing"
+
+
+def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
+    study = STUDIES[config.study]
+    bench = Bench(calibrated(config, checkpoint, run), lm_eval=_asks_lm_eval(config))
+    router = route(bench.made)
+    say(f"{study.title}: {study.question}")
+    found = RUNS[config.study](bench)
+    written = results(config, bench.exams, [one.model for one in found.judged], router)
+    about = {"study": config.study, "title": study.title, "question": study.question, "columns": found.columns}
+    write_json(run.study(config.study), {**about, "rows": found.rows, **written})
+    with publishing(run.study(config.study).with_suffix(".csv")) as path, path.open("w", newline="") as file:
+        csv.writer(file).writerows([found.columns, *found.rows])
+    say("")
+    say(table(written) if config.study in ("table", "ratio") else text_table(found.columns, found.rows))
+    say("")
+    say(f"{write_report(run)} has the pictures")
+    failed = {str(cell.error) for one in found.judged for cell in one.cells.values() if isinstance(cell, Failure)}
+    if failed:
+        raise IncompleteError(f"{len(failed)} reasons for failed cells, first: {min(failed)}; mend, run it again")
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def _asked(bench: Bench, made: Iterable[Spec]) -> list[Asked]:
+    """Each spec at each ratio; a baseline for one task is judged on that task only."""
+    made = list(made)
+    return [
+        Asked(spec, ratio, (spec.task,) if spec.task and spec.kind == "baseline" else None)
+        for ratio in bench.config.pruning.ratio
+        for spec in made
+    ]
+
+
+def _named(bench: Bench, name: str, *, like: str | None = None, **settings: Any) -> list[Spec]:
+    """Specs of a built-in method, or of settings alone, under a name."""
+    base = METHODS[like] if like else {}
+    return baseline_specs(bench.config, name, Baseline(**{**base, **settings}))
+
+
+def _row_of(model: Mapping[str, Any]) -> list[Any]:
+    """Method, ratio, realised ratio, mean and its standard error."""
+    value, error = mean_quality(model["quality"].values()) or (None, None)
+    return [model["name"], model["ratio"], model["realised_ratio"], value, error]
+
+
+def _head(bench: Bench) -> str:
+    judged = [exam for exam in bench.exams.values() if isinstance(exam, Exam)]
+    return mean_head({exam.task.name: {"metric": exam.metric} for exam in judged})
+
+
+def _means(bench: Bench, judged: Sequence[Judged]) -> Found:
+    """The table of studies whose rows are models, each model for one task as a part of its method's row."""
+    models = [one.model for one in judged]
+    whole = [m for m in models if not (m["task"] and m["kind"] == "baseline")]
+    rows = [_row_of(m) for m in [*whole, *own_tasks(models)]]
+    return Found(list(judged), ["model", "ratio", "realised", _head(bench), "stderr"], rows)
+
+
+# --- all methods -----------------------------------------------------------------------------------------------------
+
+
+def _table(bench: Bench) -> Found:
+    judged = bench.judge([Asked(), *_asked(bench, [*specs(bench.config), *_all_methods(bench)])])
+    return _means(bench, bench.with_speed([*judged, *bench.others()]))
+
+
+def _all_methods(bench: Bench) -> list[Spec]:
+    """Every built-in method with every allocation, and where a corpus is plain text, calibrated on that alone."""
+    made = [
+        spec
+        for name, score, bias in (
+            ("wanda_sp", "wanda_sp", "none"),
+            ("flap", "wifv", "mean"),
+            ("magnitude", "magnitude", "none"),
+            ("random", "random", "none"),
+        )
+        for allocation in ALLOCATIONS
+        for spec in _named(bench, f"{name}.{allocation}", score=score, allocation=allocation, compensation=bias)
+    ]
+    for seed in SEEDS[1:]:
+        made += _named(bench, f"random.uniform.{seed}", like="random", seed=seed)
+    made += _named(bench, "flap.standardised", like="flap")
+    for corpus in _plain_corpora(bench.config):
+        made += _named(bench, f"wanda_sp.on_{corpus}", like="wanda_sp", tasks=(corpus,))
+        made += _named(bench, f"flap.on_{corpus}", like="flap", tasks=(corpus,))
+    for budget, score in product(("official", "exact"), ("official_wifn", "wifv")):
+        settings = {"score": score, "budget": budget, "compensation": "none", "allocation": "logistic"}
+        name = f"seap_{budget}.{'wifn' if score == 'official_wifn' else score}"
+        made += _named(bench, name, **settings, per_task=True)
+        made += _named(bench, f"{name}.gen", **settings, pooling="score_average")
+    return made + _named(bench, "depth", like="depth")
+
+
+def _plain_corpora(config: Config) -> list[str]:
+    """Language-model corpora, which the paper weighs 3, tasks 2; others calibrate on such a corpus alone."""
+    return [task.name for task in config.tasks if task.weight > 2]
+
+
+def _ratio(bench: Bench) -> Found:
+    methods = [spec for name in METHODS for spec in _named(bench, name, like=name) if name != "seap_official"]
+    made = [spec for spec in specs(bench.config) if spec.kind != "baseline"]
+    made += _named(bench, "uniform", allocation="uniform", score="energy", compensation="none")
+    judged = bench.judge([Asked(), *_own(_asked(bench, [*made, *methods]))])
+    return _means(bench, bench.with_speed(judged))
+
+
+def _own(asked: Iterable[Asked]) -> list[Asked]:
+    """The same models, experts on their own task only."""
+    return [Asked(a.spec, a.ratio, (a.spec.task,)) if a.spec and a.spec.task else a for a in asked]
+
+
+# --- how much data ---------------------------------------------------------------------------------------------------
+
+
+def _corpus(bench: Bench) -> Found:
+    """Nested within a seed, disjoint between seeds: size n is the first n samples of the seed's own share of shards."""
+    parts = {
+        (task, size, seed): shards
+        for task, size, seed in product(bench.tasks, SIZES, SEEDS)
+        if (shards := _first(bench.manifest(task).shards, size, seed))
+    }
+    if not parts:
+        raise ConfigError(
+            f"corpus.samples: {bench.config.corpus.samples} in shards of {bench.config.corpus.shard_sequences} leave "
+            f"none of the {len(SEEDS)} seeds {SIZES[0]} samples"
+        )
+    planner = bench.with_parts({_part(*key): shards for key, shards in parts.items()})
+    asked = _own(Asked(_expert(bench, *key), ratio) for ratio in bench.config.pruning.ratio for key in parts)
+    judged = bench.judge(asked, planner)
+    keys = [(ratio, *key) for ratio in bench.config.pruning.ratio for key in parts]
+    by_key = dict(zip(keys, judged, strict=True))
+    return Found(judged, ["ratio", "samples", "tasks", _head(bench), "sd over seeds", "stderr"], _sizes(by_key))
+
+
+def _first(shards: Sequence[Shard], size: int, seed: int) -> Sequence[Shard] | None:
+    """The first ``size`` sequences of a seed's share of the shards, or None where it has fewer."""
+    share = shards[len(shards) // len(SEEDS) * seed : len(shards) // len(SEEDS) * (seed + 1)]
+    for n in range(1, len(share) + 1):
+        if sum(shard.n_sequences for shard in share[:n]) == size:
+            return share[:n]
+    return None
+
+
+def _part(task: str, size: int, seed: int) -> str:
+    return f"{task}.{size}.{seed}"
+
+
+def _expert(bench: Bench, task: str, size: int, seed: int) -> Spec:
+    name = _part(task, size, seed)
+    settings = bench.config.plan_settings(bench.config.pruning.experts)
+    return Spec(name, "baseline", f"{size}.{seed}", {name: 1.0}, settings, task=task)
+
+
+def _sizes(judged: Mapping[tuple[float, str, int, int], Judged]) -> list[list[Any]]:
+    """Mean over those tasks that have the largest size, per ratio and size; its spread over the seeds."""
+    rows: list[list[Any]] = []
+    for ratio in dict.fromkeys(key[0] for key in judged):
+        sizes = sorted({key[2] for key in judged})
+        tasks = [t for t in dict.fromkeys(key[1] for key in judged) if (ratio, t, sizes[-1], 0) in judged]
+        for size in sizes:
+            per_seed = [
+                mean_quality([judged[ratio, task, size, seed].model["quality"][task] for task in tasks])
+                for seed in SEEDS
+            ]
+            found = [pair for pair in per_seed if pair]
+            values = [value for value, _ in found]
+            if found:
+                spread = stdev(values) if len(values) > 1 else None
+                rows.append([ratio, size, len(tasks), mean(values), spread, mean(error for _, error in found)])
+    return rows
+
+
+def _pooling(bench: Bench) -> Found:
+    """General models from as many tokens as one expert has, and from all of them."""
+    share = {
+        (task, seed): _share(bench.manifest(task).shards, 1 / len(bench.tasks), seed)
+        for task, seed in product(bench.tasks, SEEDS)
+    }
+    planner = bench.with_parts({f"{task}.{seed}": shards for (task, seed), shards in share.items()})
+    weights = {task.name: task.weight for task in bench.config.tasks}
+    expert = bench.config.plan_settings(bench.config.pruning.experts)
+    general = bench.config.plan_settings(bench.config.pruning.general)
+    made = [spec for spec in specs(bench.config) if spec.kind == "expert"]
+    for name, settings in (("general", general), ("general_like_experts", expert)):
+        for pooling in ("pooled", "score_average"):
+            method = f"{name}.{pooling}"
+            made.append(Spec(f"{method}.all_tokens", "baseline", method, weights, settings, pooling))
+            for seed in SEEDS:
+                parts = {f"{task}.{seed}": weight for task, weight in weights.items()}
+                made.append(Spec(f"{method}.experts_tokens.{seed}", "baseline", method, parts, settings, pooling))
+    judged = bench.judge(_own(_asked(bench, made)), planner)
+    found = _means(bench, judged)
+    return Found(judged, found.columns, [row for row in found.rows if row[0] not in bench.tasks])
+
+
+def _share(shards: Sequence[Shard], share: float, seed: int) -> list[Shard]:
+    """Shards, drawn by ``seed``, whose tokens come nearest to that share of all."""
+    order = random.Random(seed).sample(list(shards), len(shards))
+    wanted = share * sum(shard.n_tokens for shard in shards)
+    sizes = [sum(shard.n_tokens for shard in order[:n]) for n in range(1, len(order) + 1)]
+    return order[: 1 + min(range(len(sizes)), key=lambda i: abs(sizes[i] - wanted))]
+
+
+# --- how it is cut ---------------------------------------------------------------------------------------------------
+
+
+def _allocation(bench: Bench) -> Found:
+    general = bench.config.pruning.general
+    rows: list[tuple[str, float | None, float | None]] = [("uniform", None, None), ("global", None, None)]
+    rows += [("logistic", k, x0) for k, x0 in CURVES]
+    made, names = [], {}
+    for kind, k, x0 in rows:
+        name = kind if k is None else f"logistic.k{k:g}.x{x0:g}"
+        names[name] = [kind, k, x0]
+        own: dict[str, Any] = {"allocation": kind, "k": k, "x0": x0}
+        made += _named(bench, name, **own, per_task=True)
+        settings = PlanSettings(**{**general.model_dump(exclude={"pooling"}), **own})
+        made += _named(bench, f"{name}.general", **settings.model_dump(), pooling=general.pooling)
+    judged = bench.judge(_asked(bench, made))
+    models = [one.model for one in judged]
+    by_row = {(m["method"], m["ratio"]): m for m in [*(m for m in models if not m["task"]), *own_tasks(models)]}
+    table_rows = []
+    for ratio, name in product(bench.config.pruning.ratio, names):
+        experts, one = by_row.get((name, ratio)), by_row[f"{name}.general", ratio]
+        table_rows.append(
+            [ratio, *names[name], *(_row_of(experts)[3:] if experts else (None, None)), *_row_of(one)[3:]]
+        )
+    head = _head(bench)
+    columns = ["ratio", "allocation", "k", "x0", f"experts {head}", "stderr", f"general {head}", "stderr"]
+    return Found(judged, columns, table_rows)
+
+
+# --- other tasks -----------------------------------------------------------------------------------------------------
+
+
+def _ood(bench: Bench) -> Found:
+    """Each task left out of the general model's calibration in turn, and judged."""
+    if len(bench.tasks) < 2:
+        raise ConfigError("tasks: study=ood leaves out one task at a time, so it needs two or more")
+    general = bench.config.pruning.general
+    without = {task: tuple(other for other in bench.tasks if other != task) for task in bench.tasks}
+    settings = general.model_dump(exclude={"pooling"})
+    made = [
+        spec
+        for task, others in without.items()
+        for spec in _named(bench, f"without_{task}", **settings, tasks=others, pooling=general.pooling)
+    ]
+    usual = [spec for spec in specs(bench.config) if spec.kind != "baseline"]
+    left_out = [Asked(s, r, (s.name.removeprefix("without_"),)) for r in bench.config.pruning.ratio for s in made]
+    judged = bench.judge([Asked(), *_asked(bench, usual), *left_out])
+    by = {(one.model["name"], one.model["ratio"]): one.model["quality"] for one in judged}
+    rows = []
+    for ratio, task in product(bench.config.pruning.ratio, bench.tasks):
+        strangers = [by[other, ratio][task] for other in without[task]]
+        cells = [by["dense", None], by[task, ratio], by[GENERAL, ratio], by[f"without_{task}", ratio]]
+        found = [mean_quality([cell[task]]) for cell in cells]
+        rows.append([ratio, task, *(v for pair in found for v in pair or (None, None)), *_mean_only(strangers)])
+    names = ("dense", "its expert", "general", "general without it")
+    columns = ["ratio", "task", *(c for name in names for c in (name, "stderr")), "other experts, mean"]
+    return Found(judged, columns, rows)
+
+
+def _mean_only(cells: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    found = mean_quality(cells)
+    return [found[0] if found else None]
+
+
+def _transfer(bench: Bench) -> Found:
+    usual = [spec for spec in specs(bench.config) if spec.kind != "baseline"]
+    judged = bench.judge([Asked(), *_asked(bench, usual)])
+    rows = []
+    for one in judged:
+        cells = [one.model["quality"][task] for task in bench.tasks]
+        found = [mean_quality([cell]) for cell in cells]
+        rows.append([one.model["name"], one.model["ratio"], *(v for pair in found for v in pair or (None, None))])
+    columns = ["model", "ratio", *(column for task in bench.tasks for column in (task, "stderr"))]
+    return Found(judged, columns, rows)
+
+
+def _routing(bench: Bench) -> Found:
+    """Every evaluation prompt by the run's router, by its true task, at random, and all to the general model."""
+    if not bench.made.run.router.is_dir():
+        raise ConfigError("model.source: study=routing needs a router, which this model's tokenizer cannot have")
+    usual = [spec for spec in specs(bench.config) if spec.kind != "baseline"]
+    judged = bench.judge(_asked(bench, usual))
+    cells = {(one.model["ratio"], one.model["name"]): one.cells for one in judged}
+    asked = [e for e in bench.exams.values() if isinstance(e, Exam) and e.task.metric != "window_perplexity"]
+    router = Router.load(bench.made.run.router)
+    routed, seconds = _routed(router, asked)
+    random_ = [_at_random(bench.tasks, asked, seed) for seed in SEEDS]
+    ways = {
+        "classifier": [routed],
+        "oracle": [{e.task.name: [e.task.name] * len(e.items) for e in asked}],
+        "random": random_,
+        "general": [{e.task.name: [GENERAL] * len(e.items) for e in asked}],
+    }
+    latency = {"classifier": median(seconds) * 1e3}
+    rows = []
+    for ratio, (way, choices) in product(bench.config.pruning.ratio, ways.items()):
+        rows.append([way, ratio, *_routed_quality(cells, ratio, asked, choices), latency.get(way, 0.0)])
+    names = [e.task.name for e in asked]
+    columns = ["routing", "ratio", _head(bench), "stderr", "to general", *names, "p50 ms"]
+    return Found(judged, columns, rows)
+
+
+def _routed(router: Router, asked: Sequence[Exam]) -> tuple[dict[str, list[str]], list[float]]:
+    """The model of every prompt as the service chooses it, and the seconds of each choice."""
+    chosen: dict[str, list[str]] = {}
+    seconds = []
+    for one in asked:
+        for item in one.items:
+            started = time.perf_counter()
+            task = router.route(item.question or item.text).task
+            seconds.append(time.perf_counter() - started)
+            chosen.setdefault(one.task.name, []).append(task or GENERAL)
+    return chosen, seconds
+
+
+def _at_random(tasks: Sequence[str], asked: Sequence[Exam], seed: int) -> dict[str, list[str]]:
+    rng = random.Random(seed)
+    return {one.task.name: [rng.choice(tasks) for _ in one.items] for one in asked}
+
+
+def _routed_quality(
+    cells: Mapping[tuple[float, str], Mapping[str, Any]],
+    ratio: float,
+    asked: Sequence[Exam],
+    choices: Sequence[Mapping[str, Sequence[str]]],
+) -> list[Any]:
+    """Mean, standard error, share that the general model answered, and every task's value; over several choices."""
+    found = [{e.task.name: _picked(cells, ratio, e, choice[e.task.name]) for e in asked} for choice in choices]
+    per_task = {e.task.name: mean_quality([one[e.task.name] for one in found]) for e in asked}
+    means = [pair for one in found if (pair := mean_quality(one.values()))]
+    to_general = mean(name == GENERAL for choice in choices for names in choice.values() for name in names)
+    value, error = (mean(v for v, _ in means), mean(e for _, e in means)) if means else (None, None)
+    return [value, error, to_general, *(pair[0] if pair else None for pair in per_task.values())]
+
+
+def _picked(
+    cells: Mapping[tuple[float, str], Mapping[str, Any]], ratio: float, exam: Exam, names: Sequence[str]
+) -> dict[str, Any]:
+    """A task's quality when each item is answered by the model of ``names``."""
+    own = {name: cells[ratio, name][exam.task.name] for name in set(names)}
+    if failed := [cell for cell in own.values() if isinstance(cell, Failure)]:
+        return failed[0].brief()
+    values = [own[name].values[i] for i, name in enumerate(names)]
+    weights = [own[name].weights[i] for i, name in enumerate(names)]
+    return Quality.of(exam.task.metric, values, weights).brief()
+
+
+# --- the paper -------------------------------------------------------------------------------------------------------
+
+
+def _paper(bench: Bench) -> Found:
+    """Tables 1 (or 4), 2 and 3, ours beside the paper's."""
+    made = [spec for name, own in paper.methods(bench.config) for spec in _named(bench, name, **own)]
+    judged = bench.with_speed(bench.judge([Asked(), *_asked(bench, made)]))
+    models = [one.model for one in judged]
+    whole = [m for m in models if not m["task"]] + own_tasks(models)
+    return Found(judged, paper.columns(), paper.compare(bench.config, whole))
+
+
+RUNS: dict[str, Callable[[Bench], Found]] = {
+    "table": _table,
+    "ratio": _ratio,
+    "corpus": _corpus,
+    "allocation": _allocation,
+    "ood": _ood,
+    "transfer": _transfer,
+    "routing": _routing,
+    "pooling": _pooling,
+    "paper": _paper,
+}
