@@ -4,7 +4,7 @@ A model of a study is written only for as long as its judging takes; its statist
 some of the run's records.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from seap_ray.calibrate import Calibration, merged, model_dtype
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config, SpeedSection
+from seap_ray.corpus import tokenizer_hash
 from seap_ray.errors import ConfigError, SeapError
 from seap_ray.evaluation import Cell, Exam, Failure, Subject, evaluate, exam, subject_of
 from seap_ray.job import Calibrated
@@ -81,7 +82,7 @@ class Bench:
     def manifest(self, task: str) -> Manifest:
         return next(manifest for manifest in self.made.manifests if manifest.task == task)
 
-    def with_parts(self, parts: dict[str, Sequence[Shard]]) -> Planner:
+    def with_parts(self, parts: Mapping[str, Sequence[Shard]]) -> Planner:
         """A planner that also knows statistics by new names, each merged from the records of some shards."""
         planner, run = self.made.planner, self.made.run
         calibration = Calibration.of(self.config, self.made.checkpoint)
@@ -135,7 +136,7 @@ class Bench:
         known = {name: Path(folder).expanduser().absolute() for name, folder in self.config.evaluation.models.items()}
         found = {name: _opened(folder) for name, folder in known.items()}
         subjects = [
-            Subject(name, _print(known[name], opened), self.tasks, known[name])
+            Subject(name, _print(opened), self.tasks, known[name])
             for name, opened in found.items()
             if isinstance(opened, Checkpoint)
         ]
@@ -207,9 +208,9 @@ def _opened(folder: Path) -> Checkpoint | Failure:
         return Failure(str(error).removeprefix("model.source: "))
 
 
-def _print(folder: Path, checkpoint: Checkpoint) -> str:
-    manifest = read_json(folder / "seap.json")
-    return manifest["fingerprint"] if manifest else checkpoint.fingerprint
+def _print(checkpoint: Checkpoint) -> str:
+    """Of weights and tokenizer: that of a run's own models is the base's, that of others may be any."""
+    return fingerprint(checkpoint.fingerprint, tokenizer_hash(checkpoint))
 
 
 def _other(name: str, folder: Path, opened: Checkpoint | Failure) -> Model:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from jinja2 import StrictUndefined, TemplateError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from seap_ray.demo.skills import SKILLS
 from seap_ray.errors import ConfigError, DataError
 from seap_ray.run import fingerprint
 from seap_ray.tasks import Task
@@ -154,6 +155,9 @@ def _first_line(file: Path) -> str:
 
 def check_source(task: Task, *, official: bool) -> None:
     """Fail before any work on a task whose file is missing, empty, or lacks a column that its template names."""
+    for path in filter(None, (task.path, task.evaluation_path)):
+        if path.startswith("demo:") and path.removeprefix("demo:") not in SKILLS:
+            raise DataError(f"tasks.{task.name}: no {path}; there are demo:{', demo:'.join(SKILLS)}")
     if task.path.startswith("demo:") or not is_local(task.path):
         return
     file = local_files(task, task.path, task.split)[0]

@@ -323,7 +323,7 @@ def ood(evidence: Evidence) -> Part | None:
     largest = max(row["ratio"] for row in rows)
     accuracies = [task for task, about in study["tasks"].items() if not is_perplexity(about["metric"])]
     rows = [row for row in rows if row["ratio"] == largest and row["task"] in accuracies]
-    names = [column for column in dict.fromkeys(study["columns"]) if column not in ("ratio", "task", "stderr")]
+    names = [column for column in study["columns"][2:] if not column.endswith("stderr")]
     means = {name: [row[name] for row in rows if row[name] is not None] for name in names}
     told = [f"{name} {sum(values) / len(values):.3f}" for name, values in means.items() if len(values) == len(rows) > 0]
     if not told:

@@ -61,20 +61,27 @@ def own_tasks(models: Sequence[Model]) -> list[Model]:
 
 def _own_tasks(models: Sequence[Model], method: str, ratio: float) -> Model:
     own = [m for m in models if m["task"] and (m["method"], m["ratio"]) == (method, ratio)]
-
-    def mean(key: str) -> float:
-        return sum(m[key] for m in own) / len(own)
-
-    return {
+    summary: Model = {
         "name": f"{method}, own task",
         "method": method,
         "kind": "summary",
         "task": None,
         "ratio": ratio,
-        "realised_ratio": mean("realised_ratio"),
-        **{key: round(mean(key)) for key in ("parameters", "bytes", "kv_bytes_per_token")},
+        "realised_ratio": _mean([m["realised_ratio"] for m in own]),
+        **{key: _mean([m[key] for m in own]) for key in ("parameters", "bytes", "kv_bytes_per_token")},
         "quality": {m["task"]: m["quality"][m["task"]] for m in own if m["task"] in m["quality"]},
     }
+    if all(m.get("speed") for m in own):
+        summary["speed"] = {key: _mean([m["speed"][key] for m in own]) for key in own[0]["speed"]}
+    return summary
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """Of whole numbers a whole one; of models that could not be planned none."""
+    if None in values:
+        return None
+    mean = sum(values) / len(values)
+    return round(mean) if all(isinstance(value, int) for value in values) else mean
 
 
 def results(

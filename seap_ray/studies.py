@@ -5,15 +5,15 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import product
 from statistics import mean, median, stdev
-from typing import Any
+from typing import Any, get_args
 
 from seap_ray import harness, paper
 from seap_ray.bench import Asked, Bench, Judged
 from seap_ray.checkpoint import Checkpoint
-from seap_ray.config import GENERAL, Baseline, Config, PlanSettings
+from seap_ray.config import GENERAL, Baseline, Config, PlanSettings, Pooling
 from seap_ray.errors import ConfigError, DataError, IncompleteError
 from seap_ray.evaluation import Exam, Failure
 from seap_ray.job import calibrated, on_cluster, route
@@ -26,6 +26,7 @@ from seap_ray.results import own_tasks, results
 from seap_ray.router import Router
 from seap_ray.run import Run, publishing, write_json
 from seap_ray.shards import Shard
+from seap_ray.speed import Speed
 from seap_ray.table import mean_head, mean_quality, table, text_table
 
 SEEDS = range(3)
@@ -35,6 +36,9 @@ SIZES = (50, 100, 200, 500, 1000)
 CURVES = tuple(product((0.5, 1.0, 2.0, 4.0, 8.0), (0.1, 0.3, 0.5, 0.7)))
 """k and x0 of the allocation study."""
 ALLOCATIONS = ("uniform", "logistic", "global")
+SIZES_OF = ("parameters", "bytes", "kv_bytes_per_token")
+RATES = tuple(rate.name for rate in fields(Speed))
+"""Columns of a model's size and speed, as a results file names them."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +108,9 @@ def _named(bench: Bench, name: str, *, like: str | None = None, **settings: Any)
     return baseline_specs(bench.config, name, Baseline(**{**base, **settings}))
 
 
-def _row_of(model: Mapping[str, Any]) -> list[Any]:
-    """Method, ratio, realised ratio, mean and its standard error."""
-    value, error = mean_quality(model["quality"].values()) or (None, None)
-    return [model["name"], model["ratio"], model["realised_ratio"], value, error]
+def _mean_of(model: Mapping[str, Any]) -> list[float | None]:
+    """Mean quality and its standard error."""
+    return list(mean_quality(model["quality"].values()) or (None, None))
 
 
 def _head(bench: Bench) -> str:
@@ -115,12 +118,27 @@ def _head(bench: Bench) -> str:
     return mean_head({exam.task.name: {"metric": exam.metric} for exam in judged})
 
 
-def _means(bench: Bench, judged: Sequence[Judged]) -> Found:
-    """The table of studies whose rows are models, each model for one task as a part of its method's row."""
+def _with_error(names: Iterable[str]) -> list[str]:
+    return [column for name in names for column in (name, f"{name} stderr")]
+
+
+def _compared(bench: Bench, judged: Sequence[Judged]) -> Found:
+    """The table of studies whose rows are models; below, for every method with a model a task, these as one row."""
     models = [one.model for one in judged]
-    whole = [m for m in models if not (m["task"] and m["kind"] == "baseline")]
-    rows = [_row_of(m) for m in [*whole, *own_tasks(models)]]
-    return Found(list(judged), ["model", "ratio", "realised", _head(bench), "stderr"], rows)
+    columns = ["model", "ratio", "realised", *SIZES_OF, *_with_error(bench.tasks), _head(bench), "stderr", *RATES]
+    rows = [_row_of(model, bench.tasks) for model in [*models, *own_tasks(models)]]
+    return Found(list(judged), columns, rows)
+
+
+def _row_of(model: Mapping[str, Any], tasks: Iterable[str]) -> list[Any]:
+    cells = [model["quality"].get(task, {}) for task in tasks]
+    speed = model.get("speed") or {}
+    return [
+        *(model[key] for key in ("name", "ratio", "realised_ratio", *SIZES_OF)),
+        *(cell.get(key) for cell in cells for key in ("value", "stderr")),
+        *_mean_of(model),
+        *(speed.get(key) for key in RATES),
+    ]
 
 
 # --- all methods -----------------------------------------------------------------------------------------------------
@@ -128,7 +146,7 @@ def _means(bench: Bench, judged: Sequence[Judged]) -> Found:
 
 def _table(bench: Bench) -> Found:
     judged = bench.judge([Asked(), *_asked(bench, [*specs(bench.config), *_all_methods(bench)])])
-    return _means(bench, bench.with_speed([*judged, *bench.others()]))
+    return _compared(bench, bench.with_speed([*judged, *bench.others()]))
 
 
 def _all_methods(bench: Bench) -> list[Spec]:
@@ -168,7 +186,7 @@ def _ratio(bench: Bench) -> Found:
     made = [spec for spec in specs(bench.config) if spec.kind != "baseline"]
     made += _named(bench, "uniform", allocation="uniform", score="energy", compensation="none")
     judged = bench.judge([Asked(), *_own(_asked(bench, [*made, *methods]))])
-    return _means(bench, bench.with_speed(judged))
+    return _compared(bench, bench.with_speed(judged))
 
 
 def _own(asked: Iterable[Asked]) -> list[Asked]:
@@ -238,26 +256,34 @@ def _sizes(judged: Mapping[tuple[float, str, int, int], Judged]) -> list[list[An
 
 
 def _pooling(bench: Bench) -> Found:
-    """General models from as many tokens as one expert has, and from all of them."""
+    """General models from as many tokens as an expert has on average, and from all of them."""
     share = {
-        (task, seed): _share(bench.manifest(task).shards, 1 / len(bench.tasks), seed)
+        f"{task}.{seed}": _share(bench.manifest(task).shards, 1 / len(bench.tasks), seed)
         for task, seed in product(bench.tasks, SEEDS)
     }
-    planner = bench.with_parts({f"{task}.{seed}": shards for (task, seed), shards in share.items()})
-    weights = {task.name: task.weight for task in bench.config.tasks}
-    expert = bench.config.plan_settings(bench.config.pruning.experts)
-    general = bench.config.plan_settings(bench.config.pruning.general)
     made = [spec for spec in specs(bench.config) if spec.kind == "expert"]
-    for name, settings in (("general", general), ("general_like_experts", expert)):
-        for pooling in ("pooled", "score_average"):
-            method = f"{name}.{pooling}"
-            made.append(Spec(f"{method}.all_tokens", "baseline", method, weights, settings, pooling))
-            for seed in SEEDS:
-                parts = {f"{task}.{seed}": weight for task, weight in weights.items()}
-                made.append(Spec(f"{method}.experts_tokens.{seed}", "baseline", method, parts, settings, pooling))
-    judged = bench.judge(_own(_asked(bench, made)), planner)
-    found = _means(bench, judged)
-    return Found(judged, found.columns, [row for row in found.rows if row[0] not in bench.tasks])
+    made += [spec for like in ("general", "experts") for spec in _pooled(bench, like)]
+    judged = bench.judge(_own(_asked(bench, made)), bench.with_parts(share))
+    shards = {**share, **{task: bench.manifest(task).shards for task in bench.tasks}}
+    tokens = {spec.name: sum(shard.n_tokens for part in spec.weights for shard in shards[part]) for spec in made}
+    own = round(mean(tokens[task] for task in bench.tasks))
+    found = _compared(bench, judged)
+    rows = [[row[0], tokens.get(row[0], own), *row[1:]] for row in found.rows if row[0] not in bench.tasks]
+    return Found(judged, ["model", "tokens", *found.columns[1:]], rows)
+
+
+def _pooled(bench: Bench, like: str) -> list[Spec]:
+    """General models with the settings of the general one or of the experts, by pooling and tokens."""
+    of = bench.config.pruning.general if like == "general" else bench.config.pruning.experts
+    settings, weights = bench.config.plan_settings(of), {task.name: task.weight for task in bench.config.tasks}
+    made = []
+    for pooling in get_args(Pooling):
+        method = f"general_like_{like}.{pooling}"
+        made.append(Spec(f"{method}.all_tokens", "baseline", method, weights, settings, pooling))
+        for seed in SEEDS:
+            parts = {f"{task}.{seed}": weight for task, weight in weights.items()}
+            made.append(Spec(f"{method}.experts_tokens.{seed}", "baseline", method, parts, settings, pooling))
+    return made
 
 
 def _share(shards: Sequence[Shard], share: float, seed: int) -> list[Shard]:
@@ -289,11 +315,18 @@ def _allocation(bench: Bench) -> Found:
     table_rows = []
     for ratio, name in product(bench.config.pruning.ratio, names):
         experts, one = by_row.get((name, ratio)), by_row[f"{name}.general", ratio]
-        table_rows.append(
-            [ratio, *names[name], *(_row_of(experts)[3:] if experts else (None, None)), *_row_of(one)[3:]]
-        )
+        table_rows.append([ratio, *names[name], *(_mean_of(experts) if experts else (None, None)), *_mean_of(one)])
     head = _head(bench)
-    columns = ["ratio", "allocation", "k", "x0", f"experts {head}", "stderr", f"general {head}", "stderr"]
+    columns = [
+        "ratio",
+        "allocation",
+        "k",
+        "x0",
+        f"experts {head}",
+        "experts stderr",
+        f"general {head}",
+        "general stderr",
+    ]
     return Found(judged, columns, table_rows)
 
 
@@ -323,7 +356,7 @@ def _ood(bench: Bench) -> Found:
         found = [mean_quality([cell[task]]) for cell in cells]
         rows.append([ratio, task, *(v for pair in found for v in pair or (None, None)), *_mean_only(strangers)])
     names = ("dense", "its expert", "general", "general without it")
-    columns = ["ratio", "task", *(c for name in names for c in (name, "stderr")), "other experts, mean"]
+    columns = ["ratio", "task", *_with_error(names), "other experts, mean"]
     return Found(judged, columns, rows)
 
 
@@ -340,7 +373,7 @@ def _transfer(bench: Bench) -> Found:
         cells = [one.model["quality"][task] for task in bench.tasks]
         found = [mean_quality([cell]) for cell in cells]
         rows.append([one.model["name"], one.model["ratio"], *(v for pair in found for v in pair or (None, None))])
-    columns = ["model", "ratio", *(column for task in bench.tasks for column in (task, "stderr"))]
+    columns = ["model", "ratio", *_with_error(bench.tasks)]
     return Found(judged, columns, rows)
 
 

@@ -11,9 +11,10 @@ Model = Mapping[str, Any]
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns side by side, the first to the left, the others to the right."""
-    shown = [list(columns), *([show(value) for value in row] for row in rows)]
-    widths = [max(len(row[column]) for row in shown) for column in range(len(columns))]
+    """Columns side by side, the first to the left, the others to the right; those without any value are left out."""
+    told = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
+    shown = [[columns[i] for i in told], *([show(row[i]) for i in told] for row in rows)]
+    widths = [max(len(row[column]) for row in shown) for column in range(len(told))]
     lines = [
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
@@ -40,7 +41,7 @@ def table(results: Mapping[str, Any]) -> str:
     columns = ["model", "ratio", "realised", "params"]
     columns += [f"{name} {about['short']}" for name, about in tasks.items()]
     columns.append(mean_head(tasks))
-    columns += ["KV B/token", "prefill x", "decode x"] if with_speed else []
+    columns += ["weights", "KV B/token", "prefill tok/s", "decode tok/s"] if with_speed else []
     text = text_table(columns, [_row(model, tasks, with_speed) for model in models])
     return "\n".join([text, *_failures(models)])
 
@@ -63,10 +64,15 @@ def _row(model: Model, tasks: Iterable[str], with_speed: bool) -> list[str]:
     mean = mean_quality(model["quality"].values())
     cells.append("" if mean is None else f"{show(mean[0])} ±{mean[1]:.3f}")
     if with_speed:
-        speed = model.get("speed") or {}
-        ratios = [speed.get("prefill_speedup"), speed.get("decode_speedup")]
-        cells += [show(model["kv_bytes_per_token"]), *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)]
+        cells += ["" if model["bytes"] is None else f"{count(model['bytes'])}B", show(model["kv_bytes_per_token"])]
+        cells += [_speed(model, stage) for stage in ("prefill", "decode")]
     return cells
+
+
+def _speed(model: Model, stage: str) -> str:
+    """Tokens per second, and times the dense model's."""
+    speed = model.get("speed")
+    return f"{count(speed[f'{stage}_tokens_per_s'])} x{speed[f'{stage}_speedup']:.2f}" if speed else ""
 
 
 def _cell(quality: Mapping[str, Any] | None) -> str:

@@ -168,7 +168,8 @@ def _table(name: str, config: Config, found: dict[str, Any]) -> tuple[list[str],
         columns = ["ratio", "samples", "tasks", "mean acc", "sd over seeds", "stderr"]
         return columns, [[r, n, 3, 0.9 - r - 3 / n, 0.5 / n, 0.01] for r in ratios for n in (50, 100, 200, 500, 1000)]
     if name == "allocation":
-        columns = ["ratio", "allocation", "k", "x0", "experts mean acc", "stderr", "general mean acc", "stderr"]
+        columns = ["ratio", "allocation", "k", "x0", "experts mean acc", "experts stderr"]
+        columns += ["general mean acc", "general stderr"]
         kinds: list[tuple[str, float | None, float | None]] = [("uniform", None, None), ("global", None, None)]
         kinds += [("logistic", k, x0) for k in (0.5, 1.0, 2.0, 4.0, 8.0) for x0 in (0.1, 0.3, 0.5, 0.7)]
         return columns, [
@@ -176,7 +177,7 @@ def _table(name: str, config: Config, found: dict[str, Any]) -> tuple[list[str],
         ]
     if name == "ood":
         names = ("dense", "its expert", "general", "general without it")
-        columns = ["ratio", "task", *(c for n in names for c in (n, "stderr")), "other experts, mean"]
+        columns = ["ratio", "task", *(c for n in names for c in (n, f"{n} stderr")), "other experts, mean"]
         return columns, [[r, t, 1.0, 0.0, 0.9, 0.02, 0.8, 0.02, 0.6, 0.03, 0.4] for r in ratios for t in TASKS]
     if name == "routing":
         columns = ["routing", "ratio", "mean acc", "stderr", "to general", *TASKS, "p50 ms"]
@@ -188,7 +189,7 @@ def _table(name: str, config: Config, found: dict[str, Any]) -> tuple[list[str],
         rows.append(["difference", 0.5, -0.5, None, 0.5, None])
         return columns, [["accuracy, Llama-2-7B", "SEAP (s_F)", 0.2, *row] for row in rows]
     if name == "transfer":
-        columns = ["model", "ratio", *(c for task in TASKS for c in (task, "stderr"))]
+        columns = ["model", "ratio", *(c for task in TASKS for c in (task, f"{task} stderr"))]
         cells = [(m, m["quality"]) for m in found["models"] if m["kind"] != "summary"]
         return columns, [
             [m["name"], m["ratio"], *(v for t in TASKS for v in (q[t]["value"], q[t]["stderr"]))] for m, q in cells

@@ -183,7 +183,7 @@ def test_out_of_distribution_is_averaged_over_tasks_judged_by_accuracy(run):
         "question": "What?",
         "tasks": {"a": quality, "b": quality, "c": {"metric": "perplexity"}},
         "models": [],
-        "columns": ["ratio", "task", "general", "stderr", "general without it", "stderr"],
+        "columns": ["ratio", "task", "general", "general stderr", "general without it", "general without it stderr"],
         "rows": [[0.4, "a", 0.9, 0.1, 0.5, 0.1], [0.4, "b", 0.7, 0.1, None, None], [0.4, "c", 30.0, 0.1, 99.0, 0.1]],
     }
     write_json(run.study("ood"), study)
