@@ -3,12 +3,13 @@
 The path of the data, one line a module (rings: arithmetic, models and files, Ray; each imports only what is below it):
 
     config        ray_config.yaml and overrides in, one frozen Config out
+    methods       baselines by name, and the studies
     command       a job's arguments: help, a config, one line for an error
     tasks         what a task is, and the built-in ones
     moments       count, mean and squared deviations of a token stream; they add up
     scores        statistics and weight norms in, importance per column, head and channel out
     sparsity      how much each layer gives
-    plan          which key-value groups, heads and channels stay
+    plan          which key-value groups, heads and channels stay, or which layers
     compact       a tensor and a plan in, the smaller tensor out
     architecture  the dimensions and weight names of a model family
     corpus        rows -> texts -> token ids
@@ -20,13 +21,27 @@ The path of the data, one line a module (rings: arithmetic, models and files, Ra
     fitting       prompts of every task -> the router
     router        a prompt -> its task, or none, with a probability
     run           the run directory: what is where, what is whole
+    progress      what a job says while it runs
     cluster       a driver's connection to Ray
     shards        corpora -> immutable token shards                         (Ray Data)
     calibrate     shards -> records -> statistics                           (Ray Data)
     prune         statistics -> plans -> checkpoints                        (Ray tasks)
-    quality       accuracy and perplexity of a checkpoint on every task     (Ray tasks)
-    report        progress while it runs, the table at its end
-    job           the whole path, from a config to a table
+    quality       a model and a task's rows -> accuracy or perplexity
+    harness       the same by lm-eval, on local files or from the hub
+    speed         shapes -> tokens per second
+    evaluation    models x tasks -> cells, cached and resumable             (Ray tasks)
+    results       models and cells -> a results file
+    table         a results file as text
+    job           the main job: from a config to a table
+    bench         specs at ratios -> judged models; what studies are made of
+    studies       one question each: a calibrated run -> a table
+    paper         the paper's tables, and ours beside them
+    evidence      a run's files, read for its report
+    pictures      numbers -> SVG
+    anatomy       plans, scores and activations -> pictures
+    findings      results and studies -> pictures and tables
+    report        a run -> one page
+    summary       runs -> text for a terminal
     vllm_plugin   names the compacted families to vLLM
     vllm_model    layers of unequal widths                                  (vLLM)
 """

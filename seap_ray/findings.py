@@ -279,7 +279,22 @@ def corpus(evidence: Evidence) -> Part | None:
         "Points are means over seeds, bands one standard deviation between them. Where a line is flat, more samples "
         "do not help."
     )
-    return replace(part, how=how, picture=Picture(f"{mean} against the number of samples.", (chart,)))
+    picture = Picture(f"{mean} against the number of samples.", (chart,))
+    return replace(part, shows=_stable(rows, mean), how=how, picture=picture)
+
+
+def _stable(rows: Sequence[Mapping[str, Any]], mean: str) -> str:
+    """For every ratio the least samples from which on no mean is further from the last than one standard error."""
+    found = []
+    for ratio in dict.fromkeys(row["ratio"] for row in rows):
+        own = [row for row in rows if row["ratio"] == ratio and row[mean] is not None]
+        stable = own[-1:]
+        for row in reversed(own):
+            if abs(row[mean] - own[-1][mean]) > row["stderr"] * (row[mean] if mean.endswith("ppl") else 1):
+                break
+            stable = [row]
+        found += [f"{row['samples']} with {percent(ratio)} removed" for row in stable]
+    return f"Within one standard error of the largest from so many samples on: {', '.join(found)}." if found else ""
 
 
 def allocation(evidence: Evidence) -> Part | None:

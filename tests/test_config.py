@@ -310,6 +310,14 @@ def test_the_papers_tasks_lie_where_the_file_says(tmp_path):
     assert len(tasks) == 9 and tasks["piqa"] == "/data/piqa" and tasks["boolq"] == "google/boolq"
 
 
+@pytest.mark.parametrize("name", ["stories", "paper"])
+def test_the_configs_of_the_docs_are_whole_and_ask_nothing_of_a_hub(name):
+    file = Path(__file__).parent.parent / "docs" / "results" / f"{name}.yaml"
+    config = Config.load([f"config={file}", *(["study=paper"] if name == "paper" else [])])
+    assert all(task.path.startswith("data/") for task in config.tasks)
+    assert len(config.tasks) == (9 if name == "paper" else 4)
+
+
 def test_an_unknown_study_is_refused_with_those_there_are(empty):
     with pytest.raises(ConfigError, match="study: .*'ood'.*not 'odd'"):
         Config.load([empty, "study=odd"])

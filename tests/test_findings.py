@@ -145,6 +145,11 @@ def test_the_corpus_picture_has_a_line_for_each_ratio_and_the_spread_over_seeds(
     assert [(b - a) / 2 for a, b in zip(low, high, strict=True)] == pytest.approx([row[4] for row in rows])
 
 
+def test_the_smallest_stable_corpus_is_within_a_standard_error_of_the_largest(studied):
+    shows = findings.corpus(studied).shows  # the made-up means are 3 / samples below their limit, the error 0.01
+    assert shows.endswith("so many samples on: 500 with 20 % removed, 500 with 40 % removed.")
+
+
 def test_the_allocation_map_holds_every_value_where_it_belongs(studied):
     maps = findings.allocation(studied).picture.panels
     assert [panel.title for panel in maps] == [
