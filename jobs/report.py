@@ -1,8 +1,8 @@
 """python jobs/report.py RUN [config=ray_config.yaml] [dotted.key=value ...]
 python jobs/report.py compare RUN_A RUN_B
 
-Prints the tables of a run and writes its report.html, with all pictures and nothing to fetch; or says what differs
-between two runs. A run is a folder, or a name below run.storage; left out: run.name.
+Prints the tables of a run and writes its report.html, with all pictures and nothing to fetch, and these as files in
+pictures/; or says what differs between two runs. A run is a folder, or a name below run.storage; left out: run.name.
 
 Exit codes: 0 done, 2 there is no such run, or a key is wrong.
 """
@@ -17,7 +17,7 @@ from seap_ray.errors import ConfigError
 
 
 def report(config: Config, words: Sequence[str]) -> None:
-    from seap_ray.report import write_report
+    from seap_ray.report import save_pictures, write_report
     from seap_ray.summary import compare, find, summary
 
     if words[:1] == ["compare"]:
@@ -28,6 +28,7 @@ def report(config: Config, words: Sequence[str]) -> None:
     for name in words or [config.run.name]:
         run = find(config, name)
         print(summary(run))
+        save_pictures(run, run.pictures)
         print(f"\n{write_report(run)}")
 
 

@@ -74,6 +74,10 @@ class Run:
     def report(self) -> Path:
         return self.root / "report.html"
 
+    @property
+    def pictures(self) -> Path:
+        return self.root / "pictures"
+
     def claim(self, config: Config) -> None:
         """Write the resolved config, first of all files. Raises ConfigError if the run was made with another one."""
         if made_with := read_json(self.config):
