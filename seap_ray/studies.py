@@ -13,7 +13,7 @@ from typing import Any, get_args
 from seap_ray import harness, paper
 from seap_ray.bench import Asked, Bench, Judged
 from seap_ray.checkpoint import Checkpoint
-from seap_ray.config import GENERAL, Baseline, Config, PlanSettings, Pooling
+from seap_ray.config import GENERAL, Baseline, Budget, Config, PlanSettings, Pooling
 from seap_ray.errors import ConfigError, DataError, IncompleteError
 from seap_ray.evaluation import Exam, Failure
 from seap_ray.job import calibrated, on_cluster, route
@@ -168,9 +168,11 @@ def _all_methods(bench: Bench) -> list[Spec]:
     for corpus in _plain_corpora(bench.config):
         made += _named(bench, f"wanda_sp.on_{corpus}", like="wanda_sp", tasks=(corpus,))
         made += _named(bench, f"flap.on_{corpus}", like="flap", tasks=(corpus,))
-    for budget, score in product(("official", "exact"), ("official_wifn", "wifv")):
-        settings = {"score": score, "budget": budget, "compensation": "none", "allocation": "logistic"}
-        name = f"seap_{budget}.{'wifn' if score == 'official_wifn' else score}"
+    for budget, score, allocation in product(get_args(Budget), ("official_wifn", "wifv"), ALLOCATIONS):
+        if budget == "official" and allocation == "global":
+            continue  # its authors' schedule is one of shares by layer
+        settings = {"score": score, "budget": budget, "compensation": "none", "allocation": allocation}
+        name = f"seap_{budget}.{score.removeprefix('official_')}.{allocation}"
         made += _named(bench, name, **settings, per_task=True)
         made += _named(bench, f"{name}.gen", **settings, pooling="score_average")
     return made + _named(bench, "depth", like="depth")
