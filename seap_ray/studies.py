@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from statistics import mean, median, stdev
 from typing import Any, get_args
@@ -454,9 +454,11 @@ def _picked(
 
 
 def _paper(bench: Bench) -> Found:
-    """Tables 1 (or 4), 2 and 3, ours beside the paper's."""
+    """Tables 1 (or 4), 2 and 3, ours beside the paper's, and the perplexity that it has a picture of."""
     made = [spec for name, own in paper.methods(bench.config) for spec in _named(bench, name, **own)]
-    judged = bench.with_speed(bench.judge([Asked(), *_asked(bench, made)]))
+    tasks = tuple(task for task in (*paper.tables()["tasks"], paper.CORPUS) if task in bench.tasks)
+    asked = [replace(one, tasks=one.tasks or tasks) for one in [Asked(), *_asked(bench, made)]]
+    judged = bench.with_speed(bench.judge(asked))
     models = [one.model for one in judged]
     whole = [m for m in models if not m["task"]] + own_tasks(models)
     return Found(judged, paper.columns(), paper.compare(bench.config, whole))
