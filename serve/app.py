@@ -24,12 +24,15 @@ def build(args: Mapping[str, Any]) -> Application:
         config = Config.load([f"{key}={value}" for key, value in _flat(args)])
         check_registered()
         from serve.application import application, prepare  # these need vLLM, and would not say so in one line
+        from serve.gate import close_environment
 
         service = prepare(config)
     except SeapError as error:
         if ray.is_initialized():  # inside the cluster, for `serve deploy`: `serve status` shows the error
             raise
         raise SystemExit(f"error: {error}") from None
+    if not ray.is_initialized():  # `serve run` starts a cluster, or joins one, after this
+        close_environment()
     return application(config, service)
 
 

@@ -16,7 +16,7 @@ from seap_ray.config import Config
 from seap_ray.errors import ConfigError, IncompleteError
 from serve.application import application, prepare
 from serve.experts import is_cpu, ranks
-from serve.gate import KEYS_VARIABLE
+from serve.gate import KEYS_VARIABLE, close_environment
 from serve.watch import PERIOD_S
 
 NAME = "seap_ray"
@@ -37,8 +37,7 @@ def deploy(config: Config) -> None:
     service = prepare(config)
     models = [expert.name for expert in service.experts]
     address = os.environ.get("RAY_ADDRESS", "local")
-    # Serve's proxy answers a path of its own without a key; read by the proxies of a cluster that starts here.
-    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.gate:proxy_middleware")
+    close_environment()
     connect(address)
     try:
         _check_room(config, models)
@@ -122,9 +121,10 @@ def _last_line(message: str) -> str:
 
 def _tell(config: Config, models: list[str]) -> None:
     url = f"http://{config.serve.host}:{config.serve.port}"
-    key = "" if config.serve.auth == "none" else f" -H 'Authorization: Bearer '${KEYS_VARIABLE}"
+    key = "KEY" if config.serve.api_keys_file else f"${KEYS_VARIABLE}"
+    header = "" if config.serve.auth == "none" else f' -H "Authorization: Bearer {key}"'
     print(
         f"\n{', '.join(models)} and auto are served at {url}/v1, the playground at {url}/\n\n"
-        f"  curl {url}/v1/models{key}\n",
+        f"  curl {url}/v1/models{header}\n",
         flush=True,
     )

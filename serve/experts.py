@@ -32,6 +32,8 @@ class Expert:
     parameters: int
     kv_bytes_per_token: int
     has_chat_template: bool
+    created: int
+    """Unix time."""
     example: str | None = None
 
     @property
@@ -86,6 +88,7 @@ def _expert(config: Config, folder: Path, kind: str, manifest: dict[str, Any]) -
         parameters=manifest["parameters"],
         kv_bytes_per_token=manifest["kv_bytes_per_token"],
         has_chat_template=_has_chat_template(folder),
+        created=int((folder / "seap.json").stat().st_mtime),  # written last
         example=_example(config, folder.name),
     )
 

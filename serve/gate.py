@@ -19,12 +19,16 @@ from seap_ray.errors import ConfigError
 from serve.errors import ApiError, known
 
 KEYS_VARIABLE = "SEAP_API_KEYS"
+PROXY_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+"""Serve's own: what its proxies put before themselves. They read it as they start."""
 SHORTEST = 16
 """Characters of a key; what can be guessed is none."""
 OPEN = ("/healthz", "/readyz")
 """Paths that are answered without a key."""
 FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 """Headers of a proxy, which speaks for clients elsewhere."""
+UNROUTED = b"Ping http://.../-/routes for available routes."
+"""In Serve's own 404."""
 
 
 def key_hashes(config: ServeSection) -> tuple[bytes, ...] | None:
@@ -55,6 +59,12 @@ def key_hashes(config: ServeSection) -> tuple[bytes, ...] | None:
                 f"{where}: key {number} has under {SHORTEST} characters; `openssl rand -hex 16` makes a good one"
             )
     return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
+
+
+def close_environment() -> None:
+    """For a cluster that starts here: its proxies get their gate, and none of its processes inherits the keys."""
+    os.environ.setdefault(PROXY_VARIABLE, "serve.gate:proxy_middleware")
+    os.environ.pop(KEYS_VARIABLE, None)
 
 
 class Gate:
@@ -161,6 +171,8 @@ def _check_text(body: bytes) -> None:
 
     Raises ApiError 400. What is no JSON is left to the parser.
     """
+    if not _is_utf8(body):
+        raise ApiError(400, "the request body should be JSON in UTF-8")
     if b"\\ud" not in body.lower():
         return
     try:
@@ -169,6 +181,17 @@ def _check_text(body: bytes) -> None:
         raise ApiError(400, "the request's text holds a lone surrogate, which is no character") from None
     except (ValueError, RecursionError):
         return
+
+
+def _is_utf8(body: bytes) -> bool:
+    """The parser would guess at UTF-16 and 32, and let the bytes of halves pass."""
+    if not json.detect_encoding(body).startswith("utf-8"):
+        return False
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -185,18 +208,39 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-class NoRoutes:
-    """Before Serve's own proxy, whose ``/-/routes`` would tell what it serves without a key."""
+class ProxyGate:
+    """Before Serve's own proxy, whose ``/-/routes`` would tell what it serves without a key, and whose 404 would tell
+    clients to give up on a service that is being started or taken down."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/-/") and scope["path"] != "/-/healthz":
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        if scope["path"].startswith("/-/") and scope["path"] != "/-/healthz":
             return await ApiError(404, "Not Found").response(scope, receive, send)
-        await self.app(scope, receive, send)
+        held: Message | None = None
+
+        async def mended(message: Message) -> None:
+            nonlocal held
+            if message["type"] == "http.response.start" and message["status"] == 404:
+                held = message  # the body will say whose it is
+                return
+            start, held = held, None
+            if start and UNROUTED in message.get("body", b""):
+                return await _away().response(scope, receive, send)
+            if start:
+                await send(start)
+            await send(message)
+
+        await self.app(scope, receive, mended)
+
+
+def _away() -> ApiError:
+    return ApiError(503, "the service is being started or taken down", code="service_down", retry_after=10)
 
 
 def proxy_middleware() -> list[Middleware]:
-    """What RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names."""
-    return [Middleware(NoRoutes)]
+    """What PROXY_VARIABLE names."""
+    return [Middleware(ProxyGate)]

@@ -44,7 +44,7 @@ PAGE_POLICY = (
 
 
 class ModelDownError(Exception):
-    """No replica of a model is running, or its engine just failed."""
+    """No replica of a model is running."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +133,16 @@ class ExpertIngress(OpenAiIngress):
     ) -> tuple[Decision, Any, DeploymentResponseGenerator]:
         """Choose a model and have its first reply; where it turns out to be dead, the one that stands in."""
         decision = await self._chooser.choose(body.model, prompts)
+        is_first = True
         while True:
             try:
                 return decision, *await self._first(method, body, decision.model)
             except _DEAD as error:
                 self._died(decision.model, error)
-                decision = self._chooser.instead(decision)
+                # A model that is still up has lost one replica of several, and another may answer.
+                if not (is_first and self._watch.is_up(decision.model)):
+                    decision = self._chooser.instead(decision)
+                is_first = False
 
     def _check_number(self, n: int) -> None:
         if n > self._service.max_sequences:
@@ -199,7 +203,7 @@ class ExpertIngress(OpenAiIngress):
             async for chunk in replies:
                 text = _joined(chunk)
                 if (error := _error_in(text)) and error["code"] >= 500:
-                    raise ModelDownError(model)
+                    raise _refused(error)
                 yield text
             is_whole = True
             return
@@ -251,15 +255,12 @@ class ExpertIngress(OpenAiIngress):
 
     @property
     def _cards(self) -> dict[str, dict[str, Any]]:
-        tasks = [expert.name for expert in self._service.experts if expert.kind == "expert"]
-        about: dict[str, dict[str, Any]] = {
-            AUTO: {"kind": "router", "tasks": tasks, "threshold": self._chooser.threshold}
-        }
-        about |= {e.name: {**e.card, "up": self._watch.is_up(e.name)} for e in self._service.experts}
-        return {
-            name: {"id": name, "object": "model", "owned_by": "seap_ray", "metadata": metadata}
-            for name, metadata in about.items()
-        }
+        experts = self._service.experts
+        tasks = [expert.name for expert in experts if expert.kind == "expert"]
+        auto = {"kind": "router", "tasks": tasks, "threshold": self._chooser.threshold}
+        cards = [_card(AUTO, max(expert.created for expert in experts), auto)]
+        cards += [_card(e.name, e.created, {**e.card, "up": self._watch.is_up(e.name)}) for e in experts]
+        return {card["id"]: card for card in cards}
 
     async def healthz(self) -> PlainTextResponse:
         """Whether this process answers."""
@@ -290,6 +291,10 @@ def _abandon(replies: DeploymentResponseGenerator) -> None:
     """End what vLLM does for a request that nobody waits for any more."""
     with suppress(Exception):  # of a call that failed by itself, which `cancel` raises once more
         replies.cancel()
+
+
+def _card(name: str, created: int, metadata: dict[str, Any]) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "seap_ray", "metadata": metadata}
 
 
 def _prompts(prompt: Any) -> list[Prompt]:
@@ -329,9 +334,13 @@ def _error_in(reply: Any) -> dict[str, Any] | None:
 
 def _refused(error: dict[str, Any]) -> Exception:
     """What vLLM refuses, in its own words; where it fails, its words are for the log."""
-    if error["code"] >= 500:
-        return ModelDownError(error["message"])
-    return ApiError(error["code"], error["message"], param=error.get("param"))
+    code, message = error["code"], error["message"]
+    if code < 500:
+        return ApiError(code, message, param=error.get("param"))
+    if str(EngineDeadError()) in message:
+        return EngineDeadError()
+    logger.error(f"vLLM failed at a request, and lives: {message}")
+    return ApiError(code, "vLLM failed at this request", retry_after=RETRY_AFTER_S if code == 503 else None)
 
 
 ENDPOINTS = {

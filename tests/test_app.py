@@ -144,6 +144,21 @@ def test_the_job_ends_with_one_line_and_no_traceback(run):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("setting", "header"),
+    [
+        ("serve.auth=keys", ' -H "Authorization: Bearer $SEAP_API_KEYS"'),
+        ("serve.api_keys_file=keys", ' -H "Authorization: Bearer KEY"'),
+        ("serve.auth=none", ""),
+    ],
+)
+def test_the_command_that_is_told_has_the_key_from_where_it_is(run, capsys, setting, header):
+    from serve.deployment import _tell
+
+    _tell(config(run, setting), ["general"])
+    assert f"  curl http://127.0.0.1:8000/v1/models{header}\n" in capsys.readouterr().out
+
+
 def test_arguments_may_be_nested_as_in_a_file():
     args = {"config": "c.yaml", "serve": {"engine": {"max_model_len": 8}, "experts": ["a"]}, "run": {"name": "x"}}
     assert dict(_flat(args)) == {

@@ -1,4 +1,4 @@
-"""Which model answers, with a router and a watch played by the test."""
+"""Which model answers, and which when one fails, with a router, a watch and vLLM played by the test."""
 
 import asyncio
 from types import SimpleNamespace
@@ -9,7 +9,8 @@ from seap_ray.router import LONGEST, Route
 from serve.choice import Chooser
 from serve.errors import ApiError
 
-pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning")
+# What vLLM, torch and Ray warn of while they are imported.
+pytestmark = pytest.mark.filterwarnings(r"ignore::FutureWarning:vllm\.", r"ignore::DeprecationWarning")
 
 MODELS = ("general", "sums", "verse")
 
@@ -123,3 +124,85 @@ def test_what_nobody_stands_in_for_is_503_and_says_when_to_come_back(made, model
 
 def test_a_routed_prompt_is_stood_in_for_even_where_a_name_is_not():
     assert choose(chooser("sums", fallback_named=False), "auto", "sums 0.9") == ("general", "expert_down")
+
+
+# --- what fails ------------------------------------------------------------------------------------------------------
+
+DEAD = "its engine is dead"
+
+
+@pytest.fixture
+def module():
+    import serve.ingress  # vLLM warns while it is imported
+
+    return serve.ingress
+
+
+def ingress(module, *outcomes, is_single):
+    """An ingress whose models give ``outcomes`` one after the other, and that notes whom it asks."""
+    down, left, made = set(), iter(outcomes), object.__new__(module.ExpertIngress)
+    doubt = down.add if is_single else lambda model: None
+    made._watch = SimpleNamespace(is_up=lambda model: model not in down, doubt=doubt, alarm=lambda: None)
+    made._chooser = Chooser(MODELS, None, made._watch, threshold=None, fallback_named=True)
+    made.asked = []
+
+    async def first(method, body, model):
+        made.asked.append(model)
+        outcome = next(left)
+        if outcome is DEAD:
+            raise module.EngineDeadError()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome, None
+
+    made._first = first
+    return made
+
+
+def begin(made):
+    decision, reply, _ = asyncio.run(made._begin("chat", SimpleNamespace(model="verse"), ["a"]))
+    return decision.model, decision.reason, reply
+
+
+@pytest.mark.parametrize(
+    ("is_single", "outcomes", "answer", "asked"),
+    [
+        (True, [DEAD, "hello"], ("general", "expert_down", "hello"), ["verse", "general"]),
+        (False, [DEAD, "hello"], ("verse", "named", "hello"), ["verse", "verse"]),
+        (False, [DEAD, DEAD, "hello"], ("general", "expert_down", "hello"), ["verse", "verse", "general"]),
+    ],
+)
+@pytest.mark.vllm
+def test_a_dead_replica_of_several_is_no_dead_model(module, is_single, outcomes, answer, asked):
+    made = ingress(module, *outcomes, is_single=is_single)
+    assert begin(made) == answer and made.asked == asked
+
+
+@pytest.mark.parametrize("is_single", [True, False])
+@pytest.mark.vllm
+def test_who_asks_dead_engines_alone_is_told_to_come_back(module, is_single):
+    with pytest.raises(ApiError, match="is being started again"):
+        begin(ingress(module, *[DEAD] * 9, is_single=is_single))
+
+
+def as_vllm_says(error):
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+    return create_error_response(error).error.model_dump()
+
+
+@pytest.mark.vllm
+def test_a_failure_of_a_healthy_engine_takes_no_model_down(module):
+    from vllm.exceptions import GenerationError
+
+    for error, status in ((GenerationError("secret detail"), 500), (NotImplementedError("secret detail"), 501)):
+        failure = module._refused(as_vllm_says(error))
+        made = ingress(module, failure, is_single=True)
+        with pytest.raises(ApiError, match="^vLLM failed at this request$") as told:
+            begin(made)
+        assert told.value.status == status and made.asked == ["verse"] and made._watch.is_up("verse")
+
+
+@pytest.mark.vllm
+def test_a_dead_engine_is_known_by_vllms_words_in_a_stream(module):
+    assert isinstance(module._refused(as_vllm_says(module.EngineDeadError())), module._DEAD)

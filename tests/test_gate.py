@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+import codecs
 import json
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -163,6 +165,26 @@ def test_serves_own_routes_are_not_told():
     assert call(target, "GET", "/-/healthz").status_code != 404  # Serve's own answer
 
 
+def test_a_service_that_starts_or_stops_is_503_and_not_serves_404():
+    from ray.serve._private.proxy import HTTPProxy
+
+    async def unrouted(scope, receive, send):
+        async for message in HTTPProxy.not_found_response(None, SimpleNamespace(path=scope["path"])):
+            if isinstance(message, dict):
+                await send(message)
+
+    [middleware] = proxy_middleware()
+    response = call(middleware.cls(unrouted), "POST", "/v1/completions")
+    assert (response.status_code, error_of(response)["type"]) == (503, "overloaded_error")
+    assert int(response.headers["retry-after"]) > 0
+
+
+def test_what_an_application_does_not_find_stays_404(keyed):
+    [middleware] = proxy_middleware()
+    response = call(middleware.cls(keyed), "POST", "/v1/nowhere", json={}, headers=bearer("alpha-key-of-team-a"))
+    assert response.status_code == 405 and error_of(response)["message"] == "Method Not Allowed"
+
+
 def test_a_browser_is_asked_for_the_key_and_sends_it_as_a_password(keyed):
     challenge = call(keyed, "GET", "/").headers["www-authenticate"]
     assert challenge.startswith("Basic ")
@@ -268,8 +290,12 @@ def test_a_body_that_is_not_said_to_be_json_is_refused(keyed, kind):
     [
         (b"{", "the body is no JSON"),
         (b"", "Field required"),
-        ('{"text": "a", "number": 7}'.encode("utf-16"), "vLLM cannot use this request (IndexError)"),
-        (b'{"text": "\xff"}', "parsing the body"),
+        (b'{"text": "\xff"}', "should be JSON in UTF-8"),
+        (b'{"text": "a\xed\xa0\x80"}', "should be JSON in UTF-8"),
+        *(
+            ('{"text": "a\\ud800"}'.encode(kind), "should be JSON in UTF-8")
+            for kind in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")
+        ),
         (b"[" * 900, "the body is no JSON"),
         (b'{"text": "a\\ud800"}', "lone surrogate"),
         (b'{"text": "a", "\\uDC00": 1}', "lone surrogate"),
@@ -281,6 +307,11 @@ def test_a_body_that_is_not_said_to_be_json_is_refused(keyed, kind):
 def test_what_cannot_be_read_is_400_and_says_why(keyed, body, message):
     response = post(keyed, content=body)
     assert response.status_code == 400 and message in error_of(response)["message"]
+
+
+def test_a_byte_order_mark_is_no_text(keyed):
+    assert post(keyed, content=codecs.BOM_UTF8 + b'{"text": "a"}').json() == {"length": 1}
+    assert post(keyed, content=codecs.BOM_UTF8 + b'{"text": "a\\ud800"}').status_code == 400
 
 
 def test_a_character_spelt_in_two_halves_arrives_whole(keyed):

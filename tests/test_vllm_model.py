@@ -45,6 +45,9 @@ MODELS = {
     "llama_tied": lambda: LlamaConfig(
         **SERVABLE, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True
     ),
+    "llama_biased": lambda: LlamaConfig(
+        **SERVABLE, num_attention_heads=8, num_key_value_heads=4, attention_bias=True, mlp_bias=True
+    ),
     "qwen2": lambda: Qwen2Config(**SERVABLE, num_attention_heads=8, num_key_value_heads=4),
 }
 

@@ -32,6 +32,7 @@ from seap_ray.run import Run
 from seap_ray.shards import Manifest
 from serve.application import application, prepare
 from serve.deployment import NAME, _await_ready
+from serve.gate import close_environment
 
 KEY = "a-key-of-the-benchmark"
 PAIRS = 300
@@ -51,6 +52,7 @@ def main(arguments: list[str]) -> None:
     run = Run.of(config)
     prompts = Manifest.read(run, task).read_prompts(run)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    close_environment()
     connect("local")
     serve.start(http_options={"port": config.serve.port})
     serve.run_many([serve.RunTarget(application(config, service), name=NAME)], wait_for_applications_running=False)
