@@ -4,6 +4,7 @@ A model of a study is written only for as long as its judging takes; its statist
 some of the run's records.
 """
 
+import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -12,14 +13,15 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayError
 
 from seap_ray.calibrate import Calibration, merged, model_dtype
-from seap_ray.checkpoint import Checkpoint
+from seap_ray.checkpoint import Checkpoint, versions
 from seap_ray.config import Config, SpeedSection
 from seap_ray.corpus import tokenizer_hash
-from seap_ray.errors import ConfigError, SeapError
+from seap_ray.errors import ConfigError
 from seap_ray.evaluation import Cell, Exam, Failure, Subject, evaluate, exam, subject_of
-from seap_ray.job import Calibrated
+from seap_ray.job import Calibrated, known_error
 from seap_ray.progress import progress, say
 from seap_ray.prune import Draft, Planner, Spec, draft
 from seap_ray.results import Model, cut_model, dense_model, with_cells
@@ -73,9 +75,10 @@ class Bench:
     def _exam(self, task: Any) -> Exam | Failure:
         try:
             return exam(self.config, self.made.run, task, lm_eval=self.lm_eval)
-        except SeapError as error:
-            say(f"cannot judge: {error}")
-            return Failure.of(error)
+        except Exception as error:  # whatever rows do that are not as the task has it
+            failure = Failure.of(known_error(error) or error)
+            say(f"cannot judge {task.name}: {failure.error}")
+            return failure
 
     # --- statistics --------------------------------------------------------------------------------------------------
 
@@ -147,7 +150,8 @@ class Bench:
             cells = by_name.get(name, {})
             if isinstance(opened, Failure):
                 cells = dict.fromkeys(self.tasks, opened)
-            judged.append(Judged(Asked(), with_cells(_other(name, known[name], opened), cells), cells, None))
+            config = opened.config if isinstance(opened, Checkpoint) else None
+            judged.append(Judged(Asked(), with_cells(_other(name, known[name], opened), cells), cells, config))
         return judged
 
     # --- speed -------------------------------------------------------------------------------------------------------
@@ -160,14 +164,15 @@ class Bench:
         configs = {_shape(one.config): one.config for one in judged if one.config is not None}
         speeds = self._speeds(configs, settings)
         return [
-            one if one.config is None else replace(one, model={**one.model, "speed": speeds[_shape(one.config)]})
+            replace(one, model={**one.model, "speed": speeds.get(_shape(one.config))}) if one.config else one
             for one in judged
         ]
 
     def _speeds(self, configs: dict[str, dict[str, Any]], settings: SpeedSection) -> dict[str, Any]:
         calibration, checkpoint = self.config.calibration, self.made.checkpoint
         dense, dtype = _shape(checkpoint.config), model_dtype(self.config.model, checkpoint)
-        made_of = fingerprint(sorted(configs), settings.model_dump(), str(dtype), calibration.num_gpus)
+        place = platform.node(), calibration.num_cpus, calibration.num_gpus, versions()
+        made_of = fingerprint(sorted(configs), settings.model_dump(), str(dtype), place)
         path = self.made.run.cells / f"speed-{made_of[:20]}.json"
         stored = read_json(path)
         if not stored:
@@ -175,7 +180,11 @@ class Bench:
             measure = ray.remote(num_cpus=calibration.num_cpus, num_gpus=calibration.num_gpus)(_measure_speeds)
             configs = {dense: checkpoint.config, **configs}
             device = "cuda" if calibration.num_gpus else "cpu"
-            speeds = ray.get(measure.remote(configs, settings, dense, dtype, device, calibration.num_cpus))
+            try:
+                speeds = ray.get(measure.remote(configs, settings, dense, dtype, device, calibration.num_cpus))
+            except RayError as error:  # too large for the device at this batch, say: what was judged stays
+                say(f"speed: not measured; {Failure.of(getattr(error, 'cause', None) or error).error}")
+                return {}
             stored = {name: asdict(speed) for name, speed in speeds.items()}
             write_json(path, stored)
         return stored
@@ -190,8 +199,11 @@ def _measure_speeds(
 
 def _shape(config: dict[str, Any]) -> str:
     """What a model's speed depends on."""
-    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    return fingerprint([config.get(key) for key in keys], config.get("head_dim"), config.get("per_layer_config") or {})
+    keys = (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
+        *("head_dim", "attention_bias", "mlp_bias", "vocab_size"),
+    )
+    return fingerprint([config.get(key) for key in keys], config.get("per_layer_config") or {})
 
 
 def _unplanned(spec: Spec, ratio: float) -> Model:
@@ -219,6 +231,6 @@ def _other(name: str, folder: Path, opened: Checkpoint | Failure) -> Model:
     keys = ("planned_ratio", "realised_ratio", "parameters", "bytes", "kv_bytes_per_token")
     sizes = {key: manifest.get(key) for key in keys}
     if isinstance(opened, Checkpoint):
-        sizes["parameters"] = opened.parameters
+        sizes |= {"parameters": opened.parameters, "bytes": opened.n_bytes}
     about = {"name": name, "method": name, "kind": "baseline", "task": None, "ratio": manifest.get("requested_ratio")}
     return {**about, **sizes, "folder": str(folder)}

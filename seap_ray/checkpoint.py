@@ -94,6 +94,11 @@ class Checkpoint:
     def parameters(self) -> int:
         return sum(prod(info.shape) for info in self.tensors.values())
 
+    @property
+    def n_bytes(self) -> int:
+        """Of the weights."""
+        return sum(prod(info.shape) * DTYPES[info.dtype].itemsize for info in self.tensors.values())
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the configuration and the weight files (a sample of each large one)."""

@@ -5,7 +5,7 @@ import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
@@ -327,7 +327,8 @@ class Config(Section):
                 raise ValueError(f"pruning.baselines: {name} is the name of another model of this run")
             for task in baseline.tasks or ():
                 if task not in names:
-                    raise ValueError(f"pruning.baselines.{name}.tasks: {task}{_nearest(task, names)}")
+                    known = _nearest(task, names)
+                    raise ValueError(f"pruning.baselines.{name}.tasks: {task}{known} (pruning.baselines={{}}: none)")
         for name in {*self.evaluation.models} & {*taken, *self.pruning.baselines}:
             raise ValueError(f"evaluation.models: {name} is the name of another model of this run")
         return self
@@ -364,9 +365,9 @@ class Config(Section):
 def _preset(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """Keys that the study of the command line sets, unless the command line sets them itself."""
     name: Any = overrides.get("study")
-    if name not in STUDIES:
+    if not isinstance(name, str) or name not in STUDIES:
         return {}
-    preset = dict(STUDIES[name].preset)
+    preset: dict[str, Any] = dict(STUDIES[cast(StudyName, name)].preset)
     if "tasks" in preset:  # where the file says of one of them where it lies, that holds
         told = {task["name"]: task for task in values.get("tasks") or () if isinstance(task, dict) and "name" in task}
         preset["tasks"] = [told.get(task, task) for task in preset["tasks"]]
@@ -375,7 +376,7 @@ def _preset(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]
 
 def _in_own_run(config: Config, overrides: dict[str, Any]) -> Config:
     """A study of other tasks or another corpus has a run of its own, ``<run.name>-<study>``."""
-    if overrides.get("study") not in STUDIES or not STUDIES[config.study].own_run:
+    if "study" not in overrides or not STUDIES[config.study].own_run:
         return config
     return config.model_copy(
         update={"run": config.run.model_copy(update={"name": f"{config.run.name}-{config.study}"})}

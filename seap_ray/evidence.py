@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from seap_ray.architecture import Architecture
 from seap_ray.errors import ConfigError
-from seap_ray.methods import STUDIES
+from seap_ray.methods import STUDIES, StudyName
 from seap_ray.run import Run, read_json
 from seap_ray.table import Model, mean_quality
 from seap_ray.tasks import is_perplexity
@@ -59,11 +59,11 @@ class Evidence:
     @classmethod
     def of(cls, run: Run) -> "Evidence":
         """Raises ConfigError for a run that nothing was measured with."""
-        studies: dict[str, Results] = {name: study for name in STUDIES if (study := _study(run, name))}
+        studies: dict[str, Results] = {name: read_json(path) for name in STUDIES if (path := study_path(run, name))}
         main = read_json(run.results) or next(iter(studies.values()), None)
         if main is None:
             raise ConfigError(f"{run.root}: has no results; run jobs/prune.py or jobs/eval.py first")
-        found = cls(run, read_json(run.config) or {}, main, studies, _architecture(main), {})
+        found = cls(run, main.get("config") or read_json(run.config) or {}, main, studies, _architecture(main), {})
         return replace(found, cuts={ratio: cuts for ratio in found.ratios if (cuts := _cuts(run, main, ratio))})
 
     @property
@@ -86,10 +86,10 @@ class Evidence:
         return ratios if len(ratios) <= 3 else [ratios[0], ratios[len(ratios) // 2], ratios[-1]]
 
 
-def _study(run: Run, name: str) -> Results | None:
-    """A study's results, from this run or from the one that it has for itself, ``<name>-<study>``."""
-    own = Run(run.root.with_name(f"{run.root.name}-{name}"))
-    return read_json(run.study(name)) or read_json(own.study(name))
+def study_path(run: Run, name: StudyName) -> Path | None:
+    """A study's results file, in this run or in the one that it has for itself, ``<name>-<study>``."""
+    own = [Run(run.root.with_name(f"{run.root.name}-{name}"))] if STUDIES[name].own_run else []
+    return next((path for each in (run, *own) if read_json(path := each.study(name))), None)
 
 
 def _architecture(results: Results) -> Architecture | None:
@@ -116,7 +116,7 @@ def dense_of(results: Results) -> Model | None:
 
 
 def method_of(model: Model) -> str:
-    return "experts" if model["kind"] == "expert" else model.get("method") or model["name"].removesuffix(", own task")
+    return "experts" if model["kind"] == "expert" else model["method"]
 
 
 def compared(models: Iterable[Model]) -> list[Model]:

@@ -351,7 +351,8 @@ def paper(evidence: Evidence) -> Part | None:
     part, rows = _study(evidence, "paper")
     if part is None:
         return None
-    gaps = [row["average"] for row in rows if row["whose"] == "difference" and row["average"] is not None]
+    differences = [row for row in rows if row["whose"] == "difference" and row["table"].startswith("accuracy")]
+    gaps = [row["average"] for row in differences if row["average"] is not None]
     if not gaps:
         return part
     told = f"Ours less the paper's average: {min(gaps):+.1f} to {max(gaps):+.1f} points over {len(gaps)} rows."

@@ -19,7 +19,7 @@ from seap_ray.cluster import connect
 from seap_ray.config import Config
 from seap_ray.corpus import check_source, load_tokenizer
 from seap_ray.errors import ConfigError, IncompleteError, SeapError
-from seap_ray.evaluation import Failure, check_exam, evaluate, exam, subject_of
+from seap_ray.evaluation import check_exam, evaluate, exam, subject_of
 from seap_ray.fitting import fit
 from seap_ray.plan import check_ratio
 from seap_ray.progress import progress, say
@@ -62,7 +62,7 @@ def on_cluster(config: Config, work: Callable[[Config, Checkpoint, Run], None]) 
         n_workers(config, 1)
         work(config, checkpoint, run)
     except Exception as error:  # Ray's own kind of a SeapError has a traceback for its text
-        known = _known(error)
+        known = known_error(error)
         if known is None:
             raise
         raise known from None
@@ -106,7 +106,7 @@ def _connect() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def _known(error: BaseException | None) -> SeapError | None:
+def known_error(error: BaseException | None) -> SeapError | None:
     """What a Ray task, actor or Ray Data function met, out of Ray's wrappers, if a user can mend it."""
     while error is not None:
         if isinstance(cause := getattr(error, "cause", None), SeapError):
@@ -163,10 +163,6 @@ def _report(made: Calibrated, drafts: list[Draft], router: dict[str, Any] | None
         exams = {task.name: exam(config, run, task, lm_eval=False) for task in config.tasks}
         subjects = [subject_of(made.checkpoint, exams), *(subject_of(draft, exams) for draft in drafts)]
         cells = evaluate(config, run, subjects, exams, progress)
-        for subject, row in zip(subjects, cells, strict=True):
-            for task, cell in row.items():
-                if isinstance(cell, Failure):
-                    raise IncompleteError(f"{subject.name} on {task}: {cell.error}")
         models = [with_cells(model, row) for model, row in zip(models, cells, strict=True)]
     found = results(config, exams, models, router)
     write_json(run.results, found)
@@ -174,3 +170,7 @@ def _report(made: Calibrated, drafts: list[Draft], router: dict[str, Any] | None
     say(table(found))
     say("")
     say(f"{write_report(run)} has the pictures")
+    for model in models:
+        for task, cell in model["quality"].items():
+            if "error" in cell:
+                raise IncompleteError(f"{model['name']} on {task}: {cell['error']}")

@@ -70,6 +70,7 @@ STUDIES: Mapping[StudyName, Study] = {
             "pruning.ratio": [0.2, 0.5],
             "pruning.baselines": {},
             "evaluation.samples": None,
+            "evaluation.window": 512,
             "evaluation.speed.prompt_tokens": 32,
             "evaluation.speed.new_tokens": 200,
         },

@@ -13,6 +13,8 @@ from seap_ray.table import mean_quality
 
 CORPUS = "wikitext2"
 """Task that the paper's baselines are calibrated on."""
+PERPLEXITY = f"{CORPUS} perplexity"
+"""Column of what the paper has as a picture only, without numbers."""
 BY_NAME: dict[str, dict[str, Any]] = {
     "WandA-sp (s_W)": {"score": "wifn", "allocation": "logistic", "tasks": (CORPUS,)},
     "SEAP (s_W)": {"score": "wifn", "allocation": "logistic", "per_task": True},
@@ -41,7 +43,8 @@ def tables() -> dict[str, Any]:
 
 
 def columns() -> list[str]:
-    return ["table", "method", "ratio", "whose", *tables()["tasks"], "average", "stderr", "tokens/s", "speed-up"]
+    accuracies = [*tables()["tasks"], "average", "stderr"]
+    return ["table", "method", "ratio", "whose", *accuracies, PERPLEXITY, "tokens/s", "speed-up"]
 
 
 def methods(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -61,46 +64,56 @@ def slug(name: str) -> str:
 
 
 def compare(config: Config, models: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """Rows ``ours``, ``paper`` and ``difference`` of every row of the paper that has one of ours at its ratio."""
+    """Rows ``ours``, ``paper`` and ``difference`` of every row of the paper that has one of ours at its ratio.
+
+    Table 3 is of a 13B, so beside a 7B it has no difference.
+    """
     size = "Llama-2-13B" if "13b" in config.model.source.lower() else "Llama-2-7B"
     by_method = {(model["method"], model["ratio"] or 0.0): model for model in models}
+
+    def ours(name: str, ratio: float) -> Mapping[str, Any] | None:
+        return by_method.get(("dense" if name == "Dense" else slug(ALIAS.get(name, name)), ratio))
+
     rows: list[list[Any]] = []
     for name, ratio, *numbers in tables()["accuracy"][size]:
-        if model := by_method.get(("dense" if name == "Dense" else slug(name), ratio)):
-            average = sum(numbers) / len(numbers)
-            rows += _three(f"accuracy, {size}", name, ratio, _accuracies(model), [*numbers, average], speed=False)
+        if model := ours(name, ratio):
+            theirs = {**dict(zip(tables()["tasks"], numbers, strict=True)), "average": sum(numbers) / len(numbers)}
+            rows += _three(f"accuracy, {size}", name, ratio, _accuracies(model), theirs)
     for name, ratio, average in tables()["allocation"]:
-        if model := by_method.get((slug(ALIAS.get(name, name)), ratio)):
-            blank = [None] * len(tables()["tasks"])
-            rows += _three("allocation, Llama-2-13B", name, ratio, _accuracies(model), [*blank, average], speed=False)
+        if model := ours(name, ratio):
+            own = {key: _accuracies(model)[key] for key in ("average", "stderr")}
+            is_same = size == "Llama-2-13B"
+            rows += _three("allocation, Llama-2-13B", name, ratio, own, {"average": average}, is_same=is_same)
     dense = tables()["speed"][size][0][2]
     for name, ratio, tokens in tables()["speed"][size]:
-        model = by_method.get(("dense" if name == "Dense" else slug(ALIAS[name]), ratio))
-        if model and (speed := model.get("speed")):
-            ours = [speed["decode_tokens_per_s"], speed["decode_speedup"]]
-            rows += _three(f"speed, {size}", name, ratio, ours, [tokens, tokens / dense], speed=True)
+        if (model := ours(name, ratio)) and (speed := model.get("speed")):
+            own = {"tokens/s": speed["decode_tokens_per_s"], "speed-up": speed["decode_speedup"]}
+            rows += _three(f"speed, {size}", name, ratio, own, {"tokens/s": tokens, "speed-up": tokens / dense})
     return rows
 
 
-def _accuracies(model: Mapping[str, Any]) -> list[float | None]:
-    """Percent by task, their average where all are there, and its standard error."""
-    cells = [model["quality"].get(task, {}) for task in tables()["tasks"]]
-    found = [100 * cell["value"] if "value" in cell else None for cell in cells]
-    whole = mean_quality(cells) if None not in found else None
-    return [*found, *((100 * whole[0], 100 * whole[1]) if whole else (None, None))]
+def _accuracies(model: Mapping[str, Any]) -> dict[str, float | None]:
+    """Percent by task, their average where all are there, and its standard error; and the perplexity."""
+    quality = model["quality"]
+    cells = {task: quality.get(task, {"error": "not judged"}) for task in tables()["tasks"]}
+    average = mean_quality(cells.values())
+    return {
+        **{task: 100 * cell["value"] for task, cell in cells.items() if "value" in cell},
+        "average": 100 * average[0] if average else None,
+        "stderr": 100 * average[1] if average else None,
+        PERPLEXITY: quality.get(CORPUS, {}).get("value"),
+    }
 
 
 def _three(
-    table: str, name: str, ratio: float, ours: Sequence[Any], theirs: Sequence[Any], *, speed: bool
+    table: str,
+    name: str,
+    ratio: float,
+    ours: Mapping[str, float | None],
+    theirs: Mapping[str, float],
+    *,
+    is_same: bool = True,
 ) -> list[list[Any]]:
-    n_accuracy = len(tables()["tasks"]) + 2
-    width = 2 if speed else n_accuracy
-    theirs = [*theirs, *[None] * (width - len(theirs))]
-    own = [None if theirs[i] is None and i < n_accuracy - 1 and not speed else value for i, value in enumerate(ours)]
-    difference = [None if a is None or b is None else a - b for a, b in zip(own, theirs, strict=True)]
-
-    def row(whose: str, values: Sequence[Any]) -> list[Any]:
-        blank = [None] * (n_accuracy if speed else 2)
-        return [table, name, ratio, whose, *([*blank, *values] if speed else [*values, *blank])]
-
-    return [row("ours", own), row("paper", theirs), row("difference", difference)]
+    gap = {key: own - theirs[key] for key in theirs if is_same and (own := ours.get(key)) is not None}
+    three: tuple[tuple[str, Mapping[str, Any]], ...] = (("ours", ours), ("paper", theirs), ("difference", gap))
+    return [[table, name, ratio, whose, *(values.get(key) for key in columns()[4:])] for whose, values in three]

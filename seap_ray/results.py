@@ -1,12 +1,11 @@
 """Results: models and their cells in, what a results file says of them out."""
 
-import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from seap_ray.checkpoint import DTYPES, Checkpoint, versions
+from seap_ray.checkpoint import Checkpoint, versions
 from seap_ray.config import Config
 from seap_ray.evaluation import OURS, Cell, Exam, Failure
 from seap_ray.prune import Draft, kv_bytes, sizes
@@ -18,7 +17,6 @@ Model = dict[str, Any]
 
 def dense_model(checkpoint: Checkpoint) -> Model:
     """The model that all others are cut from."""
-    infos = checkpoint.tensors.values()
     return {
         "name": "dense",
         "method": "dense",
@@ -27,7 +25,7 @@ def dense_model(checkpoint: Checkpoint) -> Model:
         "ratio": None,
         "realised_ratio": 0.0,
         "parameters": checkpoint.parameters,
-        "bytes": sum(math.prod(info.shape) * DTYPES[info.dtype].itemsize for info in infos),
+        "bytes": checkpoint.n_bytes,
         "kv_bytes_per_token": kv_bytes([checkpoint.architecture.dense] * checkpoint.architecture.n_layers, checkpoint),
         "folder": str(checkpoint.folder),
         "quality": {},
@@ -90,6 +88,7 @@ def results(
     """What a results file holds, whatever made it."""
     return {
         "command": shlex.join(("python", *sys.argv)),
+        "config": config.model_dump(mode="json"),
         "seed": config.run.seed,
         "tasks": {task.name: _about(task, exams.get(task.name)) for task in config.tasks},
         "models": [*models, *own_tasks(models)],

@@ -27,17 +27,17 @@ from seap_ray.router import Router
 from seap_ray.run import Run, publishing, write_json
 from seap_ray.shards import Shard
 from seap_ray.speed import Speed
-from seap_ray.table import mean_head, mean_quality, table, text_table
+from seap_ray.table import mean_head, mean_over, mean_quality, table, text_table
 
 SEEDS = range(3)
 """Seeds of what a study draws at random."""
-SIZES = (50, 100, 200, 500, 1000)
+SAMPLES = (50, 100, 200, 500, 1000)
 """Samples per task of the corpus study."""
 CURVES = tuple(product((0.5, 1.0, 2.0, 4.0, 8.0), (0.1, 0.3, 0.5, 0.7)))
 """k and x0 of the allocation study."""
 ALLOCATIONS = ("uniform", "logistic", "global")
-SIZES_OF = ("parameters", "bytes", "kv_bytes_per_token")
-RATES = tuple(rate.name for rate in fields(Speed))
+SIZE_COLUMNS = ("parameters", "bytes", "kv_bytes_per_token")
+RATE_COLUMNS = tuple(rate.name for rate in fields(Speed))
 """Columns of a model's size and speed, as a results file names them."""
 
 
@@ -55,13 +55,22 @@ def run_study(config: Config) -> None:
 
     Raises ConfigError for what a study cannot do without, and IncompleteError, at the very end, when cells have failed.
     """
+    _check(config)
+    on_cluster(config, _run)
+
+
+def _check(config: Config) -> None:
+    """Raises ConfigError, before any work, for what would leave a study without an answer."""
     if config.evaluation.samples == 0:
         raise ConfigError("evaluation.samples: 0 leaves a study nothing to judge; null takes all rows")
+    if config.study == "ood" and len(config.tasks) < 2:
+        raise ConfigError("tasks: study=ood leaves out one task at a time, so it needs two or more")
+    if config.study == "corpus" and config.corpus.packing == "pack":
+        raise ConfigError("corpus.packing: study=corpus counts samples, and packing joins them; leave it at bucket")
     for task in config.tasks:
         if task.lm_eval and _asks_lm_eval(config):
             with suppress(DataError):  # rows that are missing cost their own cells only
                 harness.check(task)
-    on_cluster(config, _run)
 
 
 def _asks_lm_eval(config: Config) -> bool:
@@ -84,7 +93,8 @@ def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
     say(table(written) if config.study in ("table", "ratio") else text_table(found.columns, found.rows))
     say("")
     say(f"{write_report(run)} has the pictures")
-    failed = {str(cell.error) for one in found.judged for cell in one.cells.values() if isinstance(cell, Failure)}
+    tried = [one for one in found.judged if one.model["folder"]]  # what no plan can be made for stays so
+    failed = {cell.error for one in tried for cell in one.cells.values() if isinstance(cell, Failure)}
     if failed:
         raise IncompleteError(f"{len(failed)} reasons for failed cells, first: {min(failed)}; mend, run it again")
 
@@ -125,19 +135,20 @@ def _with_error(names: Iterable[str]) -> list[str]:
 def _compared(bench: Bench, judged: Sequence[Judged]) -> Found:
     """The table of studies whose rows are models; below, for every method with a model a task, these as one row."""
     models = [one.model for one in judged]
-    columns = ["model", "ratio", "realised", *SIZES_OF, *_with_error(bench.tasks), _head(bench), "stderr", *RATES]
+    of_tasks = [*_with_error(bench.tasks), _head(bench), "stderr"]
+    columns = ["model", "ratio", "realised", *SIZE_COLUMNS, *of_tasks, *RATE_COLUMNS]
     rows = [_row_of(model, bench.tasks) for model in [*models, *own_tasks(models)]]
     return Found(list(judged), columns, rows)
 
 
-def _row_of(model: Mapping[str, Any], tasks: Iterable[str]) -> list[Any]:
+def _row_of(model: Mapping[str, Any], tasks: Sequence[str]) -> list[Any]:
     cells = [model["quality"].get(task, {}) for task in tasks]
     speed = model.get("speed") or {}
     return [
-        *(model[key] for key in ("name", "ratio", "realised_ratio", *SIZES_OF)),
+        *(model[key] for key in ("name", "ratio", "realised_ratio", *SIZE_COLUMNS)),
         *(cell.get(key) for cell in cells for key in ("value", "stderr")),
-        *_mean_of(model),
-        *(speed.get(key) for key in RATES),
+        *(mean_over(model, tasks) or (None, None)),
+        *(speed.get(key) for key in RATE_COLUMNS),
     ]
 
 
@@ -145,7 +156,9 @@ def _row_of(model: Mapping[str, Any], tasks: Iterable[str]) -> list[Any]:
 
 
 def _table(bench: Bench) -> Found:
-    judged = bench.judge([Asked(), *_asked(bench, [*specs(bench.config), *_all_methods(bench)])])
+    own = specs(bench.config)
+    names = {spec.name for spec in own}
+    judged = bench.judge([Asked(), *_asked(bench, [*own, *(s for s in _all_methods(bench) if s.name not in names)])])
     return _compared(bench, bench.with_speed([*judged, *bench.others()]))
 
 
@@ -156,6 +169,7 @@ def _all_methods(bench: Bench) -> list[Spec]:
         for name, score, bias in (
             ("wanda_sp", "wanda_sp", "none"),
             ("flap", "wifv", "mean"),
+            ("flap_without_bias", "wifv", "none"),
             ("magnitude", "magnitude", "none"),
             ("random", "random", "none"),
         )
@@ -163,16 +177,16 @@ def _all_methods(bench: Bench) -> list[Spec]:
         for spec in _named(bench, f"{name}.{allocation}", score=score, allocation=allocation, compensation=bias)
     ]
     for seed in SEEDS[1:]:
-        made += _named(bench, f"random.uniform.{seed}", like="random", seed=seed)
+        made += _named(bench, f"random.uniform.{seed}", like="random", seed=bench.config.run.seed + seed)
     made += _named(bench, "flap.standardised", like="flap")
     for corpus in _plain_corpora(bench.config):
         made += _named(bench, f"wanda_sp.on_{corpus}", like="wanda_sp", tasks=(corpus,))
         made += _named(bench, f"flap.on_{corpus}", like="flap", tasks=(corpus,))
-    for budget, score, allocation in product(get_args(Budget), ("official_wifn", "wifv"), ALLOCATIONS):
-        if budget == "official" and allocation == "global":
-            continue  # its authors' schedule is one of shares by layer
+    for budget, score, allocation in product(get_args(Budget), ("wifv", "wifn", "official_wifn"), ALLOCATIONS):
+        if budget == "official" and (allocation == "global" or score == "wifn"):
+            continue  # its authors' schedule is one of shares by layer, and their code has no L1 norm
         settings = {"score": score, "budget": budget, "compensation": "none", "allocation": allocation}
-        name = f"seap_{budget}.{score.removeprefix('official_')}.{allocation}"
+        name = f"seap_{budget}.{score}.{allocation}"
         made += _named(bench, name, **settings, per_task=True)
         made += _named(bench, f"{name}.gen", **settings, pooling="score_average")
     return made + _named(bench, "depth", like="depth")
@@ -201,15 +215,15 @@ def _own(asked: Iterable[Asked]) -> list[Asked]:
 
 def _corpus(bench: Bench) -> Found:
     """Nested within a seed, disjoint between seeds: size n is the first n samples of the seed's own share of shards."""
-    parts = {
-        (task, size, seed): shards
-        for task, size, seed in product(bench.tasks, SIZES, SEEDS)
-        if (shards := _first(bench.manifest(task).shards, size, seed))
-    }
+    parts: dict[tuple[str, int, int], Sequence[Shard]] = {}
+    for task, size in product(bench.tasks, SAMPLES):
+        found = {(task, size, seed): _first(bench.manifest(task).shards, size, seed) for seed in SEEDS}
+        if all(found.values()):
+            parts |= {key: shards for key, shards in found.items() if shards}
     if not parts:
         raise ConfigError(
             f"corpus.samples: {bench.config.corpus.samples} in shards of {bench.config.corpus.shard_sequences} leave "
-            f"none of the {len(SEEDS)} seeds {SIZES[0]} samples"
+            f"none of the {len(SEEDS)} seeds {SAMPLES[0]} samples"
         )
     planner = bench.with_parts({_part(*key): shards for key, shards in parts.items()})
     asked = _own(Asked(_expert(bench, *key), ratio) for ratio in bench.config.pruning.ratio for key in parts)
@@ -308,7 +322,7 @@ def _allocation(bench: Bench) -> Found:
         name = kind if k is None else f"logistic.k{k:g}.x{x0:g}"
         names[name] = [kind, k, x0]
         own: dict[str, Any] = {"allocation": kind, "k": k, "x0": x0}
-        made += _named(bench, name, **own, per_task=True)
+        made += _named(bench, name, **{**bench.config.pruning.experts.model_dump(), **own}, per_task=True)
         settings = PlanSettings(**{**general.model_dump(exclude={"pooling"}), **own})
         made += _named(bench, f"{name}.general", **settings.model_dump(), pooling=general.pooling)
     judged = bench.judge(_asked(bench, made))
@@ -337,8 +351,6 @@ def _allocation(bench: Bench) -> Found:
 
 def _ood(bench: Bench) -> Found:
     """Each task left out of the general model's calibration in turn, and judged."""
-    if len(bench.tasks) < 2:
-        raise ConfigError("tasks: study=ood leaves out one task at a time, so it needs two or more")
     general = bench.config.pruning.general
     without = {task: tuple(other for other in bench.tasks if other != task) for task in bench.tasks}
     settings = general.model_dump(exclude={"pooling"})
@@ -355,16 +367,11 @@ def _ood(bench: Bench) -> Found:
     for ratio, task in product(bench.config.pruning.ratio, bench.tasks):
         strangers = [by[other, ratio][task] for other in without[task]]
         cells = [by["dense", None], by[task, ratio], by[GENERAL, ratio], by[f"without_{task}", ratio]]
-        found = [mean_quality([cell[task]]) for cell in cells]
-        rows.append([ratio, task, *(v for pair in found for v in pair or (None, None)), *_mean_only(strangers)])
+        found = [*(mean_quality([cell[task]]) for cell in cells), mean_quality(strangers)]
+        rows.append([ratio, task, *(v for pair in found for v in pair or (None, None))])
     names = ("dense", "its expert", "general", "general without it")
-    columns = ["ratio", "task", *_with_error(names), "other experts, mean"]
+    columns = ["ratio", "task", *_with_error([*names, "other experts"])]
     return Found(judged, columns, rows)
-
-
-def _mean_only(cells: Sequence[Mapping[str, Any]]) -> list[float | None]:
-    found = mean_quality(cells)
-    return [found[0] if found else None]
 
 
 def _transfer(bench: Bench) -> Found:
@@ -383,10 +390,12 @@ def _routing(bench: Bench) -> Found:
     """Every evaluation prompt by the run's router, by its true task, at random, and all to the general model."""
     if not bench.made.run.router.is_dir():
         raise ConfigError("model.source: study=routing needs a router, which this model's tokenizer cannot have")
+    asked = [e for e in bench.exams.values() if isinstance(e, Exam) and e.task.metric != "window_perplexity"]
+    if not asked:
+        raise ConfigError("tasks: study=routing needs one with prompts; windows of a text are none")
     usual = [spec for spec in specs(bench.config) if spec.kind != "baseline"]
     judged = bench.judge(_asked(bench, usual))
     cells = {(one.model["ratio"], one.model["name"]): one.cells for one in judged}
-    asked = [e for e in bench.exams.values() if isinstance(e, Exam) and e.task.metric != "window_perplexity"]
     router = Router.load(bench.made.run.router)
     routed, seconds = _routed(router, asked)
     random_ = [_at_random(bench.tasks, asked, seed) for seed in SEEDS]
@@ -401,7 +410,7 @@ def _routing(bench: Bench) -> Found:
     for ratio, (way, choices) in product(bench.config.pruning.ratio, ways.items()):
         rows.append([way, ratio, *_routed_quality(cells, ratio, asked, choices), latency.get(way, 0.0)])
     names = [e.task.name for e in asked]
-    columns = ["routing", "ratio", _head(bench), "stderr", "to general", *names, "p50 ms"]
+    columns = ["routing", "ratio", _head(bench), "stderr", "to general", *_with_error(names), "p50 ms"]
     return Found(judged, columns, rows)
 
 
@@ -435,7 +444,7 @@ def _routed_quality(
     means = [pair for one in found if (pair := mean_quality(one.values()))]
     to_general = mean(name == GENERAL for choice in choices for names in choice.values() for name in names)
     value, error = (mean(v for v, _ in means), mean(e for _, e in means)) if means else (None, None)
-    return [value, error, to_general, *(pair[0] if pair else None for pair in per_task.values())]
+    return [value, error, to_general, *(v for pair in per_task.values() for v in pair or (None, None))]
 
 
 def _picked(

@@ -1,35 +1,35 @@
 """Summary: the results files of runs in, text for a terminal out."""
 
 import math
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError
+from seap_ray.evidence import Results, study_path
+from seap_ray.methods import STUDIES
 from seap_ray.run import Run, flat, read_json
 from seap_ray.table import mean_head, mean_quality, show, table, text_table
-
-Results = Mapping[str, Any]
 
 
 def find(config: Config, name: str) -> Run:
     """A run by its folder, or by its name below ``run.storage``. Raises ConfigError when there is none with results."""
     named = Run.of(config.model_copy(update={"run": config.run.model_copy(update={"name": name})}))
     run = Run(Path(name).absolute()) if Path(name).is_dir() else named
-    if not any(_files(run)):
+    if not _files(run):
         raise ConfigError(f"{name}: no run with results at {run.root}; make it with jobs/prune.py or jobs/eval.py")
     return run
 
 
 def summary(run: Run) -> str:
     """The table of the main job, and those of every study."""
-    return "\n\n".join(_text(path.stem, read_json(path)) for path in _files(run))
+    return "\n\n".join(_text(name, results) for name, results in _files(run).items())
 
 
-def _files(run: Run) -> Iterator[Path]:
-    studies = sorted(run.study("").parent.glob("*.json"))
-    return (path for path in [run.results, *studies] if read_json(path))
+def _files(run: Run) -> dict[str, Results]:
+    """What was found, by study; the main job's first."""
+    paths: dict[str, Path] = {name: path for name in STUDIES if (path := study_path(run, name))}
+    paths = {"main job": run.results, **paths}
+    return {name: results for name, path in paths.items() if (results := read_json(path))}
 
 
 def _text(name: str, results: Results) -> str:
@@ -41,16 +41,15 @@ def _text(name: str, results: Results) -> str:
 
 def compare(a: Run, b: Run) -> str:
     """What differs between two runs: keys of their configs, then every model that both have, its mean in each."""
-    texts = [f"a: {a.root}", f"b: {b.root}", *_changed_keys(a, b)]
-    for path in _files(a):
-        other = read_json(b.root / path.relative_to(a.root))
-        if other:
-            texts += ["", path.stem, _changed_models(read_json(path), other)]
+    texts, others = [f"a: {a.root}", f"b: {b.root}"], _files(b)
+    for name, results in _files(a).items():
+        if other := others.get(name):
+            texts += ["", f"{name}:", *_changed_keys(results, other), "", _changed_models(results, other)]
     return "\n".join(texts)
 
 
-def _changed_keys(a: Run, b: Run) -> list[str]:
-    old, new = (flat(read_json(run.config) or {"tasks": []}) for run in (a, b))
+def _changed_keys(a: Results, b: Results) -> list[str]:
+    old, new = (flat(results.get("config") or {"tasks": []}) for results in (a, b))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return [f"  {key}: {old.get(key)} -> {new.get(key)}" for key in changed]
 

@@ -61,7 +61,7 @@ def _row(model: Model, tasks: Iterable[str], with_speed: bool) -> list[str]:
     for task in tasks:
         cell = _cell(model["quality"].get(task))
         cells.append(f"[{cell}]" if task == model.get("task") and cell else cell)
-    mean = mean_quality(model["quality"].values())
+    mean = mean_over(model, tasks)
     cells.append("" if mean is None else f"{show(mean[0])} ±{mean[1]:.3f}")
     if with_speed:
         cells += ["" if model["bytes"] is None else f"{count(model['bytes'])}B", show(model["kv_bytes_per_token"])]
@@ -94,6 +94,11 @@ def _failures(models: Iterable[Model]) -> list[str]:
         f"failed: {cells[0]}{f' and {len(cells) - 1} others' if len(cells) > 1 else ''}: {error}"
         for error, cells in where.items()
     ]
+
+
+def mean_over(model: Model, tasks: Iterable[str]) -> tuple[float, float] | None:
+    """``mean_quality`` of a model; None where it was not judged on all ``tasks``: other means do not compare."""
+    return mean_quality(model["quality"].values()) if {*tasks} <= model["quality"].keys() else None
 
 
 def mean_quality(cells: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:

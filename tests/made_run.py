@@ -100,6 +100,7 @@ def results(config: Config, folder: Path, *, speed: bool = False, perplexity: bo
         "coverage": coverage,
     }
     return {
+        "config": config.model_dump(mode="json"),
         "seed": 0,
         "tasks": tasks,
         "models": [*models, *own_tasks(models)],
@@ -177,12 +178,21 @@ def _table(name: str, config: Config, found: dict[str, Any]) -> tuple[list[str],
         ]
     if name == "ood":
         names = ("dense", "its expert", "general", "general without it")
-        columns = ["ratio", "task", *(c for n in names for c in (n, f"{n} stderr")), "other experts, mean"]
-        return columns, [[r, t, 1.0, 0.0, 0.9, 0.02, 0.8, 0.02, 0.6, 0.03, 0.4] for r in ratios for t in TASKS]
+        columns = [
+            "ratio",
+            "task",
+            *(c for n in names for c in (n, f"{n} stderr")),
+            "other experts",
+            "other experts stderr",
+        ]
+        return columns, [[r, t, 1.0, 0.0, 0.9, 0.02, 0.8, 0.02, 0.6, 0.03, 0.4, 0.01] for r in ratios for t in TASKS]
     if name == "routing":
-        columns = ["routing", "ratio", "mean acc", "stderr", "to general", *TASKS, "p50 ms"]
+        columns = ["routing", "ratio", "mean acc", "stderr", "to general"]
+        columns += [*(c for task in TASKS for c in (task, f"{task} stderr")), "p50 ms"]
         ways = {"classifier": 0.88, "oracle": 0.9, "random": 0.4, "general": 0.7}
-        return columns, [[w, r, v - r / 2, 0.01, 0.02, v, v, None, 0.3] for r in ratios for w, v in ways.items()]
+        return columns, [
+            [w, r, v - r / 2, 0.01, 0.02, v, 0.01, v, 0.01, None, None, 0.3] for r in ratios for w, v in ways.items()
+        ]
     if name == "paper":
         columns = ["table", "method", "ratio", "whose", *TASKS, "average", "stderr"]
         rows = [["ours", 61.0, 62.0, 63.0, 62.0, 0.5], ["paper", 60.5, 62.5, None, 61.5, None]]

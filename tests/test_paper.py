@@ -70,12 +70,26 @@ def test_ours_stand_beside_the_papers_with_the_difference():
     ours, theirs, gap = (by["accuracy, Llama-2-7B", "SEAP (s_F)", whose] for whose in ("ours", "paper", "difference"))
     assert ours["piqa"] == pytest.approx(60) and theirs["piqa"] == 78.07 and gap["piqa"] == pytest.approx(60 - 78.07)
     assert ours["stderr"] == pytest.approx(100 * 0.01 / 7**0.5) and theirs["average"] == pytest.approx(65.46, abs=0.005)
-    assert by["allocation, Llama-2-13B", "SEAP-gen LB", "difference"]["average"] == pytest.approx(50 - 60.89)
+    assert by["allocation, Llama-2-13B", "SEAP-gen LB", "paper"]["average"] == 60.89
+    assert by["allocation, Llama-2-13B", "SEAP-gen LB", "ours"]["average"] == pytest.approx(50)
+    assert by["allocation, Llama-2-13B", "SEAP-gen LB", "difference"]["average"] is None  # ours is no 13B here
     assert by["speed, Llama-2-7B", "SEAP-gen", "difference"]["speed-up"] == pytest.approx(2 - 47.10 / 31.88)
     assert len(rows) == 3 * 5  # dense and two methods of Table 1, one row each of Tables 2 and 3
 
 
 def test_a_model_of_13_billion_is_held_against_the_papers_own():
     config = Config.load(["config=ray_config.yaml", "model.source=meta-llama/Llama-2-13b-hf"])
-    (ours, theirs, _) = paper.compare(config, [model("dense", None, 0.7)])
-    assert theirs[0] == "accuracy, Llama-2-13B" and theirs[4] == 72.14
+    rows = paper.compare(config, [model("dense", None, 0.7), model("SEAP-gen_s_F", 0.5, 0.5)])
+    assert rows[1][0] == "accuracy, Llama-2-13B" and rows[1][4] == 72.14
+    assert rows[-1][:4] == ["allocation, Llama-2-13B", "SEAP-gen LB", 0.5, "difference"]
+    assert rows[-1][paper.columns().index("average")] == pytest.approx(50 - 60.89)
+
+
+def test_an_average_needs_every_task_and_the_perplexity_stands_beside_it():
+    whole = model("dense", None, 0.7)
+    whole["quality"]["wikitext2"] = {"metric": "window_perplexity", "value": 12.5, "stderr": 0.1, "n": 9}
+    row = dict(zip(paper.columns(), paper.compare(Config(), [whole])[0], strict=True))
+    assert row["average"] == pytest.approx(70) and row["wikitext2 perplexity"] == 12.5
+    del whole["quality"]["piqa"]
+    row = dict(zip(paper.columns(), paper.compare(Config(), [whole])[0], strict=True))
+    assert row["average"] is None and row["piqa"] is None and row["boolq"] == pytest.approx(70)

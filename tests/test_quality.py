@@ -119,6 +119,12 @@ def test_the_table_marks_own_tasks_and_leaves_perplexity_out_of_the_mean():
     assert {task: quality["value"] for task, quality in summary["quality"].items()} == {"a": 0.75, "b": 9.0}
 
 
+def test_a_model_that_was_not_judged_on_all_tasks_has_no_mean_beside_those_that_were():
+    whole, part = model_row("a", a=0.75, b=12.0), model_row("c", b=12.0)
+    text = table({"tasks": TASKS, "models": [whole, part]})
+    assert text.count("±") == 1 and "0.750 ±0.030" in text
+
+
 def test_a_failed_cell_shows_in_the_table_with_its_reason_once():
     models = [model_row("a", b=9.0), model_row("b", b=9.0)]
     for model in models:

@@ -44,6 +44,11 @@ def judged(value, stderr=0.01):
     return Judged(Asked(), {"quality": {"sort": cell, "logic": cell}}, {}, None)
 
 
+def test_a_size_is_offered_only_where_every_seed_has_it():
+    shards = shards_of([50, 50, 2])  # as the demo's 102 facts: the third seed has two
+    assert [bool(_first(shards, 50, seed)) for seed in range(3)] == [True, True, False]
+
+
 def test_the_spread_is_over_seeds_and_the_mean_over_tasks_that_have_the_largest_size():
     values = {0: 0.5, 1: 0.7, 2: 0.6}
     by_key = {(0.5, "sort", size, seed): judged(value) for size in (50, 100) for seed, value in values.items()}
