@@ -44,16 +44,17 @@ class Calibrated:
 
 def run_job(config: Config) -> None:
     """Corpora, calibration, plans, checkpoints, evaluation, report. Raises SeapError for what a user can mend."""
-    for task in config.tasks if config.evaluation.samples != 0 else ():
-        check_exam(task)
-    on_cluster(config, _prune)
+    on_cluster(config, _prune, exams=config.evaluation.samples != 0)
 
 
-def on_cluster(config: Config, work: Callable[[Config, Checkpoint, Run], None]) -> None:
-    """Check what can be checked, claim the run, connect, and ``work``; errors that a user can mend come out as such."""
+def on_cluster(config: Config, work: Callable[[Config, Checkpoint, Run], None], *, exams: bool) -> None:
+    """Check what can be checked, claim the run, connect, and ``work``; errors that a user can mend come out as such.
+
+    ``exams``: whether a missing evaluation file is one of them, or left to ``work``.
+    """
     started = time.monotonic()
     transformers_logging.disable_progress_bar()
-    checkpoint = _checked(config)
+    checkpoint = _checked(config, exams=exams)
     run = Run.of(config)
     config = _absolute(config)
     run.claim(config)
@@ -77,12 +78,14 @@ def _absolute(config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"source": str(folder)})})
 
 
-def _checked(config: Config) -> Checkpoint:
+def _checked(config: Config, *, exams: bool) -> Checkpoint:
     """Everything that can be refused before any work starts, is."""
     checkpoint = Checkpoint.open(config.model.source, config.model.revision)
     load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
     for task in config.tasks:
         check_source(task, official=config.corpus.prompt_format == "official")
+        if exams:
+            check_exam(task)
     _check_ratios(config, checkpoint)
     return checkpoint
 

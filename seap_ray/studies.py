@@ -56,7 +56,7 @@ def run_study(config: Config) -> None:
     Raises ConfigError for what a study cannot do without, and IncompleteError, at the very end, when cells have failed.
     """
     _check(config)
-    on_cluster(config, _run)
+    on_cluster(config, _run, exams=False)  # a task that cannot be judged costs its own cells only
 
 
 def _check(config: Config) -> None:

@@ -285,7 +285,7 @@ def test_cells_that_cannot_be_judged_say_why_and_cost_no_others(finished, tmp_pa
         ("tasks=[{name: piqa, lm_eval: piqua}]", "tasks.piqa.lm_eval: lm-eval has no task 'piqua'; near it are piqa"),
         (
             "tasks=[sort, {name: logic, path: 'demo:logik'}]",
-            "the demo has no demo:logik, but demo:arithmetic, ",
+            "tasks.logic: no demo:logik; there are demo:arithmetic, ",
         ),
         ("model.source=/no/such/folder", "model.source: "),
         ("pruning.baselines={sort: {}}", "pruning.baselines: sort is the name of another model of this run"),
