@@ -284,15 +284,22 @@ def whole_svg(picture: Picture) -> str:
     n_columns = 2 if len(panels) == 4 else min(len(panels), 3)
     n_rows = math.ceil(len(panels) / n_columns)
     width, height = (max(sizes) for sizes in zip(*(panel.size for panel in panels), strict=True))
+    across = _across(list(legend), n_columns * width)
     with style.context(["default", RC]):
-        figure = _figure(n_columns * width, n_rows * height + 24 * math.ceil(len(legend) / 5))
+        figure = _figure(n_columns * width, n_rows * height + 24 * math.ceil(len(legend) / across))
         for i, panel in enumerate(panels):
             panel.draw(figure.add_subplot(n_rows, n_columns, i + 1))
         if legend:
             handles = [of.sample([], []) for of in legend.values()]
-            figure.legend(handles, list(legend), loc="outside lower center", ncols=min(len(legend), 5), frameon=False)
+            figure.legend(handles, list(legend), loc="outside lower center", ncols=across, frameon=False)
         svg = _svg(figure, picture.label)
     return svg.replace("<svg ", f'<svg style="{PAPER}" font-family="{FONT}" ', 1)
+
+
+def _across(labels: Sequence[str], width: float) -> int:
+    """Entries of a legend that fit beside each other, each a line of 60 pixels and its label."""
+    longest = max(map(len, labels), default=0)
+    return max(1, min(len(labels), 5, int(width // (60 + 8 * longest))))
 
 
 def _figure(width: float, height: float) -> Figure:

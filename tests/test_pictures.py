@@ -18,6 +18,7 @@ from seap_ray.pictures import (
     HeatMap,
     Picture,
     Series,
+    _across,
     look,
     panel_svg,
     swatch_svg,
@@ -151,3 +152,10 @@ def test_a_picture_stands_alone_with_its_legend_on_a_ground_of_its_own():
     svg = whole_svg(Picture("Both.", (chart(), heat_map())))
     assert {"one", "two", "Chart", "Map"} <= set(texts(svg))
     assert "background:#fff;color:#1f2328" in ElementTree.fromstring(svg).get("style")
+
+
+def test_a_legend_is_no_wider_than_its_picture():
+    assert _across(["experts", "wanda_sp", "magnitude", "random"], 440) == 3  # 60 + 8 * 9 pixels each
+    assert (
+        _across(["a"] * 9, 2000) == 5 and _across(["a label as long as this one"], 100) == 1 and _across([], 440) == 1
+    )
