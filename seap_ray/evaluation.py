@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from seap_ray import harness
@@ -41,6 +41,8 @@ class Failure:
     @classmethod
     def of(cls, error: BaseException) -> "Failure":
         lines = str(error).strip().splitlines() or [""]
+        if isinstance(error, RayTaskError):  # a traceback, what was raised at its end
+            return cls(lines[-1])
         return cls(lines[0] if isinstance(error, SeapError) else f"{type(error).__name__}: {lines[0]}")
 
     def brief(self) -> dict[str, Any]:
