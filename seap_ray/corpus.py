@@ -158,9 +158,18 @@ def check_source(task: Task, *, official: bool) -> None:
     for path in filter(None, (task.path, task.evaluation_path)):
         if path.startswith("demo:") and path.removeprefix("demo:") not in SKILLS:
             raise DataError(f"tasks.{task.name}: no {path}; there are demo:{', demo:'.join(SKILLS)}")
-    if task.path.startswith("demo:") or not is_local(task.path):
+    _check_first_row(task, task.path, task.split, official=official)
+
+
+def check_evaluation(task: Task) -> None:
+    """The same of the rows that a task is judged on."""
+    _check_first_row(task, task.evaluation_path or task.path, task.evaluation_split, official=False)
+
+
+def _check_first_row(task: Task, path: str, split: str, *, official: bool) -> None:
+    if path.startswith("demo:") or not is_local(path):
         return
-    file = local_files(task, task.path, task.split)[0]
+    file = local_files(task, path, split)[0]
     row = first_row(task, file)
     if row is None:
         raise DataError(f"tasks.{task.name}: {file} has no rows")

@@ -19,7 +19,7 @@ from seap_ray import harness
 from seap_ray.calibrate import load_model
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
-from seap_ray.corpus import Item, Renderer, is_local, load_tokenizer, local_files
+from seap_ray.corpus import Item, Renderer, check_evaluation, is_local, load_tokenizer, local_files
 from seap_ray.errors import ConfigError, SeapError
 from seap_ray.prune import Draft, write_draft
 from seap_ray.quality import Quality, measure, measure_windows, windows
@@ -40,9 +40,9 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> "Failure":
+        if isinstance(error, RayTaskError):  # its own text is a traceback
+            error = error.cause
         lines = str(error).strip().splitlines() or [""]
-        if isinstance(error, RayTaskError):  # a traceback, what was raised at its end
-            return cls(lines[-1])
         return cls(lines[0] if isinstance(error, SeapError) else f"{type(error).__name__}: {lines[0]}")
 
     def brief(self) -> dict[str, Any]:
@@ -96,6 +96,7 @@ def exam(config: Config, run: Run, task: Task, *, lm_eval: bool) -> Exam:
         harness.check(task)
         made_of = [harness.fingerprint_of(task), settings.samples, settings.num_fewshot, config.run.seed]
         return Exam(task, harness.version(), fingerprint(made_of))
+    check_evaluation(task)
     path = run.cells / f"{task.name}.items.json"
     drawn_from = fingerprint([task.model_dump(), settings.samples, config.run.seed, _files(task)])
     stored = read_json(path)
@@ -105,11 +106,6 @@ def exam(config: Config, run: Run, task: Task, *, lm_eval: bool) -> Exam:
     items = tuple(Item(**item) for item in stored["items"])
     window = _window(config) if task.metric == "window_perplexity" else None
     return Exam(task, OURS, fingerprint(stored, window), items)
-
-
-def check_exam(task: Task) -> None:
-    """Raises DataError, before any work, when a task's evaluation file is missing."""
-    _files(task)
 
 
 def _files(task: Task) -> list[tuple[str, int, int]]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,15 +12,17 @@ from typing import Any
 
 import ray
 from ray.data import DataContext
+from ray.exceptions import RayTaskError
 from transformers.utils import logging as transformers_logging
 
+from seap_ray import errors
 from seap_ray.calibrate import calibrate, n_workers
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.cluster import connect
 from seap_ray.config import Config
-from seap_ray.corpus import check_source, load_tokenizer
+from seap_ray.corpus import check_evaluation, check_source, load_tokenizer
 from seap_ray.errors import ConfigError, IncompleteError, SeapError
-from seap_ray.evaluation import check_exam, evaluate, exam, subject_of
+from seap_ray.evaluation import evaluate, exam, subject_of
 from seap_ray.fitting import fit
 from seap_ray.plan import check_ratio
 from seap_ray.progress import progress, say
@@ -29,6 +32,9 @@ from seap_ray.results import cut_model, dense_model, results, with_cells
 from seap_ray.run import Run, write_json
 from seap_ray.shards import Manifest, make_shards
 from seap_ray.table import table
+
+TOLD = re.compile(r"^seap_ray\.errors\.(\w+): (.+)$", re.MULTILINE)
+"""What Ray Data hands on of an error that a function of rows raised: a line in a text."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ def _checked(config: Config, *, exams: bool) -> Checkpoint:
     for task in config.tasks:
         check_source(task, official=config.corpus.prompt_format == "official")
         if exams:
-            check_exam(task)
+            check_evaluation(task)
     _check_ratios(config, checkpoint)
     return checkpoint
 
@@ -116,6 +122,8 @@ def known_error(error: BaseException | None) -> SeapError | None:
             return cause
         if isinstance(error, SeapError):
             return error
+        if isinstance(error, RayTaskError) and (told := TOLD.search(str(error))):
+            return getattr(errors, told[1])(told[2])
         if isinstance(error, ray.exceptions.OutOfDiskError):
             return IncompleteError("the disk of a node is full; make room and run the same command again")
         error = cause or error.__cause__

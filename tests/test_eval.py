@@ -269,7 +269,7 @@ def test_cells_that_cannot_be_judged_say_why_and_cost_no_others(finished, tmp_pa
     assert "another tokenizer" in errors["stranger"]
     assert "model_type" in errors["torn"] and "no config.json" in errors["gone"]
     assert table["general"]["quality"]["lost"]["error"].startswith("tasks.lost: no file of split 'validation' under ")
-    assert "error" in table["general"]["quality"]["odd"]
+    assert table["general"]["quality"]["odd"]["error"] == "tasks.odd: 'q' is undefined; the columns are other"
     before = models_of(read(finished, "table"))
     assert table["dense"]["quality"]["sort"] == before["dense"]["quality"]["sort"]
     assert table["sort"]["quality"]["logic"] == before["sort"]["quality"]["logic"]

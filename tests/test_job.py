@@ -18,14 +18,16 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
+from ray.exceptions import RayError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import seap_ray.hf  # noqa: F401
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
-from seap_ray.errors import SeapError
-from seap_ray.job import Calibrated, route
+from seap_ray.errors import DataError, SeapError
+from seap_ray.job import Calibrated, known_error, route
 from seap_ray.router import Router
 from seap_ray.run import Run
 
@@ -315,6 +317,16 @@ def test_errors_out_of_ray_are_found_and_others_are_not_swallowed(monkeypatch, t
     with pytest.raises(RuntimeError, match="a bug"):
         main(arguments(tmp_path))
     assert not issubclass(RuntimeError, SeapError)
+
+
+def test_what_a_function_of_rows_raised_is_known_by_its_words(cluster):
+    def raised(_row):
+        raise DataError("tasks.mine: a row that does not fit")
+
+    with pytest.raises(RayError) as caught:
+        ray.data.range(1).map(raised).materialize()
+    found = known_error(caught.value)
+    assert type(found) is DataError and str(found) == "tasks.mine: a row that does not fit"
 
 
 @pytest.mark.slow
