@@ -8,6 +8,7 @@ The path of the data, one line a module (rings: arithmetic, models and files, Ra
     tasks         what a task is, and the built-in ones
     moments       count, mean and squared deviations of a token stream; they add up
     scores        statistics and weight norms in, importance per column, head and channel out
+    reconstruction  covariances and weights in, what the kept columns say of the cut ones out
     sparsity      how much each layer gives
     plan          which key-value groups, heads and channels stay, or which layers
     compact       a tensor and a plan in, the smaller tensor out

@@ -103,6 +103,11 @@ class Architecture:
         )
 
     @property
+    def widths(self) -> tuple[int, int]:
+        """Columns of ``o_proj`` and ``down_proj``."""
+        return self.dense.heads * self.head_dim, self.dense.channels
+
+    @property
     def head_cost(self) -> int:
         """Weights of one query head: its rows of q_proj and columns of o_proj."""
         return self.head_dim * (2 * self.hidden_size + self.qkv_bias)

@@ -15,7 +15,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from seap_ray.calibrate import Calibration, merged, model_dtype
+from seap_ray.calibrate import Calibration, made_of, merge_all, model_dtype
 from seap_ray.checkpoint import Checkpoint, versions
 from seap_ray.config import Config, SpeedSection
 from seap_ray.corpus import tokenizer_hash
@@ -24,6 +24,7 @@ from seap_ray.evaluation import Cell, Exam, Failure, Subject, evaluate, exam, su
 from seap_ray.job import Calibrated, known_error
 from seap_ray.progress import progress, say
 from seap_ray.prune import Draft, Planner, Spec, draft
+from seap_ray.records import load_statistics
 from seap_ray.results import Model, cut_model, dense_model, with_cells
 from seap_ray.run import fingerprint, read_json, write_json
 from seap_ray.shards import Manifest, Shard
@@ -87,17 +88,17 @@ class Bench:
 
     def with_parts(self, parts: Mapping[str, Sequence[Shard]]) -> Planner:
         """A planner that also knows statistics by new names, each merged from the records of some shards."""
-        planner, run = self.made.planner, self.made.run
-        calibration = Calibration.of(self.config, self.made.checkpoint)
-        merge = ray.remote(merged)
-        found = ray.get(
-            [merge.remote(calibration, run, shards, self.made.checkpoint.architecture) for shards in parts.values()]
-        )
-        prints = {name: fingerprint([calibration.fingerprint(s) for s in shards]) for name, shards in parts.items()}
+        planner, run, checkpoint = self.made.planner, self.made.run, self.made.checkpoint
+        calibration = Calibration.of(self.config, checkpoint)
+        prints = {name: made_of(calibration, shards) for name, shards in parts.items()}
+        files = {name: run.part(made[:20]) for name, made in prints.items()}
+        merge_all(calibration, run, checkpoint, [(files[name], shards) for name, shards in parts.items()])
+        found = {name: load_statistics(file, checkpoint.architecture) for name, file in files.items()}
         return replace(
             planner,
-            statistics={**planner.statistics, **dict(zip(parts, found, strict=True))},
+            statistics={**planner.statistics, **found},
             made_of={**planner.made_of, **prints},
+            files={**planner.files, **files},
         )
 
     # --- models ------------------------------------------------------------------------------------------------------

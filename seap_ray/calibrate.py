@@ -1,15 +1,19 @@
-"""Calibrate: shards in, one record of moments per (task, shard), merged statistics out. Ray Data runs the model.
+"""Calibrate: shards in, one record per (task, shard), merged statistics out. Ray Data runs the model.
 
 A record is replaced, never added to: an actor that is killed, or a row that Ray delivers twice, changes nothing. What
 is whole is reused, so the same command resumes whatever was cut short. Records are merged in a tree whose shape depends
-on the number of shards alone: the same bytes for any number of workers, with or without faults.
+on the number of shards alone: the same bytes for any number of workers, with or without faults. Covariances go the
+same way, layer by layer.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import ray
 import torch
@@ -22,9 +26,19 @@ from seap_ray.architecture import Architecture
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config, ModelSection
 from seap_ray.errors import ConfigError, DataError, IncompleteError
-from seap_ray.moments import RECORDED, Moments, Site, Statistics, tree_sum
-from seap_ray.recorder import record
-from seap_ray.records import is_whole, read_moments, save_moments, sites_of
+from seap_ray.moments import RECORDED, SITES, Moments, Site, tree_sum
+from seap_ray.reconstruction import USUAL_RIDGE, choose_ridge
+from seap_ray.recorder import MODULE_OF, Recorded, record
+from seap_ray.records import (
+    covariance_bytes,
+    covariance_file,
+    is_whole,
+    load_covariance,
+    read_moments,
+    save_covariances,
+    save_moments,
+    sites_of,
+)
 from seap_ray.run import Run, fingerprint
 from seap_ray.shards import Manifest, Shard
 
@@ -41,6 +55,8 @@ class Calibration:
     dtype: str
     skip_first_token: bool
     batch_tokens: int
+    covariance: bool = False
+    """Whether covariances are recorded, too; the moments are the same bytes either way."""
     schema: int = SCHEMA
 
     @classmethod
@@ -51,6 +67,7 @@ class Calibration:
             str(model_dtype(config.model, checkpoint)),
             calibration.skip_first_token,
             calibration.batch_tokens,
+            calibration.statistics == "covariance",
         )
 
     def fingerprint(self, shard: Shard) -> str:
@@ -59,6 +76,12 @@ class Calibration:
 
     def record(self, run: Run, shard: Shard) -> Path:
         return run.records(shard.task) / f"{shard.shard}-{self.fingerprint(shard)[:12]}.safetensors"
+
+    def is_whole(self, moments: Path, architecture: Architecture, **expected: Any) -> bool:
+        """Whether a record or a task's statistics are there, with their covariances where those are asked for."""
+        layers = range(architecture.n_layers * self.covariance)
+        files = [moments, *(covariance_file(moments, layer) for layer in layers)]
+        return all(file.is_file() for file in files) and all(is_whole(file, **expected) for file in files)
 
     def tokens(self, shard: Shard) -> int:
         return shard.n_tokens - self.skip_first_token * shard.n_sequences
@@ -96,6 +119,7 @@ class Calibrator:
         checkpoint = Checkpoint.open(config.model.source, config.model.revision)
         if checkpoint.fingerprint != calibration.model:
             raise ConfigError(f"model.source: {checkpoint.folder} differs between the nodes of this cluster")
+        self.architecture = checkpoint.architecture
         self.model = load_model(config, checkpoint, checkpoint.folder)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -104,24 +128,46 @@ class Calibrator:
         return rows.select(["task", "shard", "n_tokens"])
 
     def _measure(self, shard: Shard) -> None:
+        record, made_of = self.calibration.record(self.run, shard), self.calibration.fingerprint(shard)
+        for layers in self._passes():
+            recorded = self._recorded(shard, layers)
+            for layer in layers:
+                of: dict[Site, Any] = {site: recorded[layer, site] for site in SITES}
+                save_covariances(record, layer, of, fingerprint=made_of)
+        save_moments(record, recorded, task=shard.task, shard=shard.shard, fingerprint=made_of)
+
+    def _passes(self) -> list[range]:
+        """Layers whose covariances are recorded in each pass of the model over a shard; without any: one pass."""
+        if not self.calibration.covariance:
+            return [range(0)]
+        n_layers, asked = self.architecture.n_layers, self.config.calibration.covariance_layers
+        # Of every layer the sum so far, a batch's part and their sum are there at once.
+        fitting = int(free_memory(self.model.device) * 0.8 // (3 * covariance_bytes(self.architecture)))
+        at_a_time = max(1, fitting) if asked == "auto" else asked
+        return [range(n_layers)[first : first + at_a_time] for first in range(0, n_layers, at_a_time)]
+
+    def _recorded(self, shard: Shard, covariances: range) -> Recorded:
         settings = self.config.calibration
-        sequences = shard.sequences(self.run)
         try:
-            moments = record(
+            return record(
                 self.model,
-                sequences,
+                shard.sequences(self.run),
                 batch_tokens=settings.batch_tokens,
                 skip_first_token=settings.skip_first_token,
+                covariances=covariances,
             )
         except DataError as error:
             raise DataError(f"shard {shard.task}/{shard.shard}: {error}") from None
-        save_moments(
-            self.calibration.record(self.run, shard),
-            moments,
-            task=shard.task,
-            shard=shard.shard,
-            fingerprint=self.calibration.fingerprint(shard),
-        )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a worker may take on its device, now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // (os.cpu_count() or 1)
+
+
+# --- the job ---------------------------------------------------------------------------------------------------------
 
 
 def calibrate(
@@ -135,19 +181,40 @@ def calibrate(
 
     Raises IncompleteError when records are missing afterwards, DataError for activations that are not finite.
     """
-    calibration = Calibration.of(config, checkpoint)
-    missing = [shard for manifest in manifests for shard in manifest.shards if not _has(calibration, run, shard)]
+    calibration, architecture = Calibration.of(config, checkpoint), checkpoint.architecture
+    stale = _stale(calibration, run, manifests, architecture)
+    missing = _missing(calibration, run, [shard for manifest in stale for shard in manifest.shards], architecture)
     if missing:
         total = sum(shard.n_tokens for shard in missing)
         for _ in progress(_measure_all(config, calibration, run, missing), total, "calibrating"):
             pass
-    merge = ray.remote(merge_records)
-    paths = ray.get([merge.remote(calibration, run, m, checkpoint.architecture) for m in manifests])
-    return {manifest.task: path for manifest, path in zip(manifests, paths, strict=True)}
+    targets = [(run.statistics(manifest.task), manifest.shards) for manifest in stale]
+    merge_all(calibration, run, checkpoint, targets)
+    return {manifest.task: run.statistics(manifest.task) for manifest in manifests}
 
 
-def _has(calibration: Calibration, run: Run, shard: Shard) -> bool:
-    return is_whole(calibration.record(run, shard), fingerprint=calibration.fingerprint(shard))
+def _stale(calibration: Calibration, run: Run, manifests: list[Manifest], architecture: Architecture) -> list[Manifest]:
+    """Tasks whose statistics are not there, or not of these shards, or damaged."""
+    check = ray.remote(_is_merged)
+    found = ray.get([check.remote(calibration, run, manifest, architecture) for manifest in manifests])
+    return [manifest for manifest, whole in zip(manifests, found, strict=True) if not whole]
+
+
+def _is_merged(calibration: Calibration, run: Run, manifest: Manifest, architecture: Architecture) -> bool:
+    made = made_of(calibration, manifest.shards)
+    return calibration.is_whole(run.statistics(manifest.task), architecture, made_of=made)
+
+
+def _missing(calibration: Calibration, run: Run, shards: list[Shard], architecture: Architecture) -> list[Shard]:
+    """Shards without a whole record."""
+    check = ray.remote(_has)
+    found = ray.get([check.remote(calibration, run, shard, architecture) for shard in shards])
+    return [shard for shard, whole in zip(shards, found, strict=True) if not whole]
+
+
+def _has(calibration: Calibration, run: Run, shard: Shard, architecture: Architecture) -> bool:
+    record = calibration.record(run, shard)
+    return calibration.is_whole(record, architecture, fingerprint=calibration.fingerprint(shard))
 
 
 def _measure_all(config: Config, calibration: Calibration, run: Run, missing: list[Shard]) -> Iterator[int]:
@@ -189,25 +256,47 @@ def n_workers(config: Config, n_shards: int) -> int:
     return min(room, n_shards) if settings.workers == "auto" else wanted
 
 
-def merge_records(calibration: Calibration, run: Run, manifest: Manifest, architecture: Architecture) -> Path:
-    """Merge a task's records, site by site, and write its statistics unless they are there already."""
-    path = run.statistics(manifest.task)
-    made_of = fingerprint([calibration.fingerprint(shard) for shard in manifest.shards])
-    if is_whole(path, made_of=made_of):
-        return path
-    records = [calibration.record(run, shard) for shard in manifest.shards]
+# --- merging ---------------------------------------------------------------------------------------------------------
+
+
+def merge_all(
+    calibration: Calibration, run: Run, checkpoint: Checkpoint, targets: Sequence[tuple[Path, Sequence[Shard]]]
+) -> None:
+    """Merge the records of the shards of every target; what is there already stays. A Ray task a file.
+
+    Raises IncompleteError when records are missing, DataError when a token is.
+    """
+    architecture, moments = checkpoint.architecture, ray.remote(merge_records)
+    ray.get([moments.remote(calibration, run, shards, architecture, path) for path, shards in targets])
+    if calibration.covariance:
+        # A sum, a part and what they are read from, in float64.
+        layers = ray.remote(memory=8 * covariance_bytes(architecture))(merge_layer)
+        ray.get(
+            [
+                layers.remote(calibration, run, shards, checkpoint, path, layer)
+                for path, shards in targets
+                for layer in range(architecture.n_layers)
+            ]
+        )
+
+
+def made_of(calibration: Calibration, shards: Sequence[Shard]) -> str:
+    """Fingerprint of the statistics of some shards."""
+    return fingerprint([calibration.fingerprint(shard) for shard in shards])
+
+
+def merge_records(
+    calibration: Calibration, run: Run, shards: Sequence[Shard], architecture: Architecture, path: Path
+) -> None:
+    """Merge the moments of some shards of a task, site by site, and write them unless they are there already."""
+    if is_whole(path, made_of=made_of(calibration, shards)):
+        return
+    records = [calibration.record(run, shard) for shard in shards]
     lost = [record.name for record in records if not record.is_file()]
     if lost:
         raise IncompleteError(
-            f"{manifest.task}: {len(lost)} records are missing ({lost[0]}, ...); run the command again"
+            f"{shards[0].task}: {len(lost)} records are missing ({lost[0]}, ...); run the command again"
         )
-    save_moments(path, merged(calibration, run, manifest.shards, architecture), task=manifest.task, made_of=made_of)
-    return path
-
-
-def merged(calibration: Calibration, run: Run, shards: Sequence[Shard], architecture: Architecture) -> Statistics:
-    """Statistics of some shards of a task, from their records. Raises DataError when a token is missing."""
-    records = [calibration.record(run, shard) for shard in shards]
     statistics = {key: tree_sum(_moments_of(record, key) for record in records) for key in sites_of(architecture)}
     tokens = sum(calibration.tokens(shard) for shard in shards)
     for (layer, site), moments in statistics.items():
@@ -215,9 +304,28 @@ def merged(calibration: Calibration, run: Run, shards: Sequence[Shard], architec
             raise DataError(
                 f"{shards[0].task}: layer {layer}, {site}: {moments.count} tokens, the manifest has {tokens}"
             )
-    return statistics
+    save_moments(path, statistics, task=shards[0].task, made_of=made_of(calibration, shards))
 
 
 def _moments_of(record: Path, key: tuple[int, Site]) -> Moments:
     with safe_open(record, "pt") as file:
         return read_moments(file, key)
+
+
+def merge_layer(
+    calibration: Calibration, run: Run, shards: Sequence[Shard], checkpoint: Checkpoint, path: Path, layer: int
+) -> None:
+    """Merge the covariances of one layer, two at a time, and choose its ridges: the last shard is held out for that."""
+    if is_whole(covariance_file(path, layer), made_of=made_of(calibration, shards)):
+        return
+    records, merged, ridges = [calibration.record(run, shard) for shard in shards], {}, {}
+    for site, module in MODULE_OF.items():
+        *rest, last = (partial(load_covariance, record, (layer, site)) for record in records)
+        merged[site], ridges[site] = last(), USUAL_RIDGE
+        if rest:
+            fitted, held_out = reduce(lambda total, load: total + load(), rest[1:], rest[0]()), merged[site]
+            weight_OD = checkpoint.read(checkpoint.architecture.tensor(layer, module))
+            merged[site] = fitted + held_out
+            if fitted.count > 1 and held_out.count:
+                ridges[site] = choose_ridge(fitted, held_out, weight_OD)
+    save_covariances(path, layer, merged, made_of=made_of(calibration, shards), ridges=ridges)

@@ -24,6 +24,8 @@ from seap_ray.compact import COLUMNS, compact, compact_size, kept_indices, mean_
 from seap_ray.errors import ConfigError
 from seap_ray.moments import Site, Statistics
 from seap_ray.plan import Plan
+from seap_ray.reconstruction import least_squares
+from seap_ray.records import Mixture
 from seap_ray.run import publishing, read_json, write_json
 
 INDEX = "model.safetensors.index.json"
@@ -206,11 +208,12 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class Compaction:
-    """One expert's checkpoint to be: the base, the plan, and the moments whose mean compensates the cut."""
+    """One expert's checkpoint to be: the base, the plan, and the statistics that compensate the cut."""
 
     base: Checkpoint
     plan: Plan
-    statistics: Statistics | None = None
+    statistics: Statistics | Mixture | None = None
+    """For ``mean`` moments, for ``least_squares`` covariances."""
     stock: bool = False
     """Write a checkpoint of an ordinary family, which has biases in all layers or in none."""
 
@@ -256,14 +259,17 @@ class Compaction:
         layer, module, kind = split_name(output.name)
         if layer is None:
             return self.base.read(output.name)
-        if kind == "bias" and module in COLUMNS and self.compensates(layer):
-            return self._compensation(layer, module)
+        if module in COLUMNS and self.compensates(layer):
+            if self.plan.compensation == "least_squares":
+                return self._repaired(layer, module)[kind]
+            if kind == "bias":
+                return self._mean_bias(layer, module)
         source = self._source(layer, module, kind)
         if source not in self.base.tensors:
             return torch.zeros(output.shape, dtype=DTYPES[output.dtype])
         return compact(module, kind, self.base.read(source), self.plan.kept[layer], self.base.architecture.head_dim)
 
-    def _compensation(self, layer: int, module: str) -> Tensor:
+    def _mean_bias(self, layer: int, module: str) -> Tensor:
         assert self.statistics is not None
         old = self.plan.layers[layer]
         return mean_bias(
@@ -272,6 +278,25 @@ class Compaction:
             kept_indices(self.plan.kept[layer], COLUMNS[module], self.base.architecture.head_dim),
             self.base.read_bias(old, module),
         )
+
+    def _repaired(self, layer: int, module: str) -> dict[str, Tensor]:
+        """Weight and bias by least squares. A bias is asked for right before its weight, so the last pair is kept."""
+        assert isinstance(self.statistics, Mixture)
+        if (layer, module) not in self._last:
+            old = self.plan.layers[layer]
+            covariance = self.statistics[old, SITE_OF[module]]
+            kept_S = kept_indices(self.plan.kept[layer], COLUMNS[module], self.base.architecture.head_dim)
+            dense_OD, bias_O = self.base.read(self._source(layer, module)), self.base.read_bias(old, module)
+            ridge = self.statistics.ridge_of((old, SITE_OF[module]))
+            weight_OS, added_O = least_squares(covariance, dense_OD, kept_S, ridge=ridge)
+            bias_O = added_O if bias_O is None else added_O + bias_O.double()
+            self._last.clear()
+            self._last[layer, module] = {"weight": weight_OS.to(dense_OD.dtype), "bias": bias_O.to(dense_OD.dtype)}
+        return self._last[layer, module]
+
+    @cached_property
+    def _last(self) -> dict[tuple[int, str], dict[str, Tensor]]:
+        return {}
 
     def files(self, max_bytes: int) -> dict[str, list[OutputTensor]]:
         """Distribute the tensors, in order, over files of at most ``max_bytes`` (a larger tensor has its own)."""

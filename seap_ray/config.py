@@ -17,10 +17,12 @@ from seap_ray.tasks import BUILT_IN, Section, Task, complete
 DEFAULT_PATH = "ray_config.yaml"
 PATH_VARIABLE = "SEAP_RAY_CONFIG"
 
-Score = Literal["wifv", "wifn", "wanda_sp", "energy", "official_wifn", "magnitude", "random"]
+Score = Literal["wifv", "wifn", "wanda_sp", "energy", "official_wifn", "magnitude", "random", "block_wifv", "obs"]
+FROM_COVARIANCES = ("block_wifv", "obs", "least_squares")
+"""Scores and compensations that need ``calibration.statistics=covariance``."""
 Allocation = Literal["uniform", "logistic", "global", "standardised", "depth"]
 Budget = Literal["exact", "official"]
-Compensation = Literal["none", "mean"]
+Compensation = Literal["none", "mean", "least_squares"]
 Pooling = Literal["pooled", "score_average"]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
@@ -88,6 +90,12 @@ class CalibrationSection(Section):
     """CPUs, and so threads, per worker."""
     num_gpus: float = Field(default=0, ge=0, le=1)
     """GPUs per worker."""
+    statistics: Literal["moments", "covariance"] = "moments"
+    """`covariance`: all pairs of columns, too, for compensation least_squares and the scores block_wifv and obs. Each
+    shard and each task takes disk, 8.8 GB of a Llama-2-7B, so let shards be large; docs/method.md."""
+    covariance_layers: AtLeastOne | Literal["auto"] = "auto"
+    """Layers whose covariances a worker holds; so many at a time, the model runs over a shard again. `auto`: as many as
+    its memory has room for."""
     batch_tokens: int = Field(default=4096, ge=1)
     """Tokens per forward pass, padding included; halved where memory runs out."""
     skip_first_token: bool = False
@@ -120,7 +128,7 @@ class PlanSettings(Section):
     allocation: Allocation | None = None
     """Allocation of sparsity to layers."""
     compensation: Compensation | None = None
-    """Whether what is cut is replaced by its calibration mean, as a bias."""
+    """What stands for the columns that are cut."""
     budget: Budget | None = None
     """Whether the ratio is met exactly, or as the authors' schedule does."""
     k: float | None = Field(default=None, allow_inf_nan=False)
@@ -131,13 +139,20 @@ class PlanSettings(Section):
     """Seed of the score `random`; left out: run.seed."""
 
 
+class ExpertSettings(PlanSettings):
+    """The model of each task."""
+
+    mix: float = Field(default=0, ge=0, le=1)
+    """Share of the statistics of all tasks in an expert's own: it forgets less of the others, and does less well."""
+
+
 class GeneralSettings(PlanSettings):
     """The one model for all tasks."""
 
-    score: Score | None = "energy"
-    """Score of heads and channels; with no bias to repair the mean, the energy is the error (see docs/method.md)."""
-    compensation: Compensation | None = "none"
-    """Whether what is cut is replaced by its calibration mean, as a bias."""
+    score: Score | None = None
+    """Score of heads and channels; left out: energy where nothing is compensated, or else as in pruning."""
+    compensation: Compensation | None = None
+    """What stands for the columns that are cut; left out: none where pruning has `mean`, or else as in pruning."""
     pooling: Pooling = "pooled"
     """`pooled`: statistics of all tasks, with what lies between them; `score_average`: the paper's sum of scores."""
 
@@ -161,7 +176,11 @@ class PruningSection(Section):
     score: Score = "wifv"
     """Score of heads and channels."""
     compensation: Compensation = "mean"
-    """`mean`: what is cut is replaced by its calibration mean, as a bias on o_proj and down_proj."""
+    """What stands for the columns that are cut: `mean`: their calibration mean, as a bias on o_proj and down_proj;
+    `least_squares`: what the kept columns say of them, in the weight and the bias, from covariances."""
+    ridge: Annotated[float, Field(ge=1e-5, le=100)] | Literal["auto"] = "auto"
+    """Regularisation of least_squares and obs, relative to each column's variance; `auto`: chosen for every task, layer
+    and site on the tokens of the task's last shard, which is held out for that."""
     allocation: AllocationSection = AllocationSection()
     attention_unit: Literal["group", "head", "none"] = "group"
     """`group`: key-value heads with their query heads; `head`: equally many query heads of each; `none`: MLP only."""
@@ -169,7 +188,7 @@ class PruningSection(Section):
     """Kept channels are a multiple of this; `auto`: 128, less for small models."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Tensor-parallel size that the experts must be servable with."""
-    experts: PlanSettings = PlanSettings()
+    experts: ExpertSettings = ExpertSettings()
     general: GeneralSettings = GeneralSettings()
     baselines: dict[FolderName, Baseline] = {}
     """Plans to compare with at equal size: {NAME: {tasks, score, allocation, compensation, pooling, ...}}; what is left
@@ -333,12 +352,35 @@ class Config(Section):
             raise ValueError(f"evaluation.models: {name} is the name of another model of this run")
         return self
 
+    @model_validator(mode="after")
+    def _covariances_are_there(self) -> "Config":
+        """Plans that need covariances ask for them, and those that rank columns one by one have scores of columns."""
+        plans: dict[str, PlanSettings] = {"experts": self.pruning.experts, "general": self.pruning.general}
+        for name, of in {**plans, **{f"baselines.{name}": of for name, of in self.pruning.baselines.items()}}.items():
+            settings = self.plan_settings(of)
+            needs = [value for value in (settings.score, settings.compensation) if value in FROM_COVARIANCES]
+            if needs and self.calibration.statistics != "covariance":
+                raise ValueError(f"pruning.{name}: {needs[0]} needs calibration.statistics=covariance")
+            if settings.allocation == "standardised" and settings.score in FROM_COVARIANCES:
+                raise ValueError(
+                    f"pruning.{name}: allocation standardised ranks single columns, and {settings.score} scores whole "
+                    "units; choose global"
+                )
+        return self
+
     def plan_settings(self, of: PlanSettings) -> PlanSettings:
-        """Fill what ``of`` leaves out from the pruning section."""
+        """Fill what ``of`` leaves out from the pruning section.
+
+        The mean of many tasks is no task's mean, so the general model has none unless it is told to.
+        """
+        score, compensation = self.pruning.score, self.pruning.compensation
+        if isinstance(of, GeneralSettings):
+            compensation = of.compensation or ("none" if compensation == "mean" else compensation)
+            score = "energy" if compensation == "none" else score
         return PlanSettings(
-            score=of.score or self.pruning.score,
+            score=of.score or score,
             allocation=of.allocation or self.pruning.allocation.kind,
-            compensation=of.compensation or self.pruning.compensation,
+            compensation=of.compensation or compensation,
             budget=of.budget or self.pruning.budget,
             k=self.pruning.allocation.k if of.k is None else of.k,
             x0=self.pruning.allocation.x0 if of.x0 is None else of.x0,

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-StudyName = Literal["table", "ratio", "corpus", "allocation", "ood", "transfer", "routing", "pooling", "paper"]
+StudyName = Literal[
+    "table", "ratio", "corpus", "allocation", "reconstruction", "ood", "transfer", "routing", "pooling", "paper"
+]
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     # Each as its authors have it: Wanda (arXiv 2306.11695) in FLAP's structured form, FLAP (2312.11983).
@@ -14,7 +16,9 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "random": {"score": "random", "allocation": "uniform", "compensation": "none"},
     # ShortGPT (arXiv 2403.03853).
     "depth": {"allocation": "depth", "compensation": "none"},
-    # SEAP's released code: an expert per task, its WIFN, no bias, a schedule that removes less than it says.
+    # SEAP as its paper has it, without a bias (arXiv 2503.07605), and as its
+    "seap": {"score": "wifv", "allocation": "logistic", "compensation": "none", "per_task": True},
+    # released code does: an expert per task, its WIFN, no bias, a schedule that removes less than it says.
     "seap_official": {
         "score": "official_wifn",
         "allocation": "logistic",
@@ -53,6 +57,15 @@ STUDIES: Mapping[StudyName, Study] = {
         {"corpus.samples": 3000, "corpus.shard_sequences": 50, "pruning.baselines": {}},
     ),
     "allocation": Study("Allocation", "Is the logistic curve better than equal shares, and which curve?"),
+    "reconstruction": Study(
+        "Reconstruction",
+        "What should stand for what is cut?",
+        {
+            "pruning.ratio": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7],
+            "calibration.statistics": "covariance",
+            "pruning.baselines": {},
+        },
+    ),
     "ood": Study("Out of distribution", "What happens on a task that the calibration did not see?"),
     "transfer": Study("Cross-task transfer", "What does an expert still do on the other tasks?"),
     "routing": Study("Routing", "What do the router's errors cost?"),

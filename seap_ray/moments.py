@@ -3,9 +3,9 @@
 Letters: N tokens, D columns of a site.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Moments:
         m2_D = deviation_ND.square().sum(0) - deviation_ND.sum(0).square() / divisor
         return cls(n, mean_D, m2_D)
 
-    def __add__(self, other: "Moments") -> "Moments":
+    def __add__(self, other: Self) -> Self:
         """Moments of both streams together (Chan, Golub & LeVeque, the parallel variance)."""
         if not self.count or not other.count:
             return self if self.count else other
@@ -51,10 +51,10 @@ class Moments:
         delta_D = other.mean_D - self.mean_D
         mean_D = self.mean_D + delta_D * (other.count / n)
         m2_D = self.m2_D + other.m2_D + delta_D.square() * (self.count * other.count / n)
-        return Moments(n, mean_D, m2_D)
+        return replace(self, count=n, mean_D=mean_D, m2_D=m2_D)
 
-    def cpu(self) -> "Moments":
-        return Moments(self.count, self.mean_D.cpu(), self.m2_D.cpu())
+    def cpu(self) -> Self:
+        return replace(self, mean_D=self.mean_D.cpu(), m2_D=self.m2_D.cpu())
 
     @property
     def var_D(self) -> Tensor:
@@ -67,16 +67,51 @@ class Moments:
         return self.var_D + self.mean_D.square()
 
 
+@dataclass(frozen=True, slots=True)
+class Covariance(Moments):
+    """Moments with all pairs of columns: what least squares and the optimal brain surgeon need."""
+
+    comoment_DD: Tensor
+    """Sum over tokens of (x - mean) (x - mean)^T, float64 when merged; its diagonal is ``m2_D`` but for rounding."""
+
+    @classmethod
+    def of(cls, x_ND: Tensor) -> "Covariance":
+        """Of one batch: its moments, as ever, and the product of the deviations in float32 (float64 for float64)."""
+        moments = Moments.of(x_ND)
+        deviation_ND = (x_ND - moments.mean_D).to(torch.promote_types(x_ND.dtype, torch.float32))
+        return cls(moments.count, moments.mean_D, moments.m2_D, deviation_ND.T @ deviation_ND)
+
+    def __add__(self, other: Self) -> Self:
+        """Covariance of both streams together: Chan's update, with an outer product for the square."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        moments = Moments.__add__(self, other)
+        delta_D = (other.mean_D - self.mean_D).to(self.comoment_DD.dtype)
+        comoment_DD = (self.comoment_DD + other.comoment_DD).addr_(
+            delta_D, delta_D, alpha=self.count * other.count / moments.count
+        )
+        return replace(moments, comoment_DD=comoment_DD)
+
+    def cpu(self) -> Self:
+        return replace(Moments.cpu(self), comoment_DD=self.comoment_DD.cpu())
+
+    @property
+    def covariance_DD(self) -> Tensor:
+        """Population covariance, in the dtype of the co-moment."""
+        return self.comoment_DD / self.count
+
+
 Statistics = Mapping[tuple[int, Site], Moments]
 """Moments of every (layer, site)."""
+AnyMoments = TypeVar("AnyMoments", bound=Moments)
 
 
-def tree_sum(parts: Iterable[Moments]) -> Moments:
+def tree_sum(parts: Iterable[AnyMoments]) -> AnyMoments:
     """Add up in a tree whose shape depends on the number of parts alone, holding log2(parts) of them at a time.
 
     A fixed shape gives the same bytes whatever finished first. Raises ValueError for no parts.
     """
-    stack: list[tuple[int, Moments]] = []
+    stack: list[tuple[int, AnyMoments]] = []
     for part in parts:
         height = 0
         while stack and stack[-1][0] == height:
@@ -103,3 +138,16 @@ def pooled(parts: list[Moments], weights: list[float]) -> Moments:
     var_D = shares @ (variances_PD + (means_PD - mean_D).square())
     count = sum(part.count for part in parts)
     return Moments(count, mean_D, var_D * count)
+
+
+def pooled_covariance(parts: Iterable[Covariance], weights: Sequence[float]) -> Covariance:
+    """As ``pooled``, of covariances: C = sum w (C_i + (mean_i - mean) (mean_i - mean)^T); two matrices at a time."""
+    pairs = zip(parts, weights, strict=True)
+    first, so_far = next(pairs)
+    count, mean_D, covariance_DD = first.count, first.mean_D, first.covariance_DD
+    for part, weight in pairs:
+        share, delta_D = weight / (so_far + weight), part.mean_D - mean_D
+        covariance_DD.lerp_(part.covariance_DD, share).addr_(delta_D, delta_D, alpha=share * (1 - share))
+        count, mean_D, so_far = count + part.count, mean_D + share * delta_D, so_far + weight
+    comoment_DD = covariance_DD * count
+    return Covariance(count, mean_D, comoment_DD.diagonal().clone(), comoment_DD)

@@ -164,12 +164,14 @@ def choose_shapes(
     ratio: float,
     compensated: bool,
     scores_L: Sequence[LayerScores],
+    comparable: bool = False,
     stock: bool = False,
 ) -> list[Shape]:
     """Widths of every layer for a ratio; ``stock`` asks for the same ones in all layers.
 
     ``scores_L`` count under ``global`` and ``standardised`` alone. The latter takes standardised ones, which may be
-    negative. Raises ConfigError where floors, caps and protection do not allow the ratio.
+    negative; the former divides those of a layer by their mean, unless they are ``comparable`` as they are. Raises
+    ConfigError where floors, caps and protection do not allow the ratio.
     """
     rules, allocation = Rules.of(architecture, pruning, compensated=compensated, stock=stock), pruning.allocation
     _check_budget(pruning)
@@ -180,7 +182,7 @@ def choose_shapes(
     cap = min(allocation.max_sparsity, rules.cap)
     if allocation.kind in VALUES:
         _check_reach(ratio, cap)
-        return _greedy(rules, ratio, cap, _steps(rules, scores_L, allocation.kind))
+        return _greedy(rules, ratio, cap, _steps(rules, scores_L, allocation.kind, comparable))
     shares = layer_sparsity(architecture.n_layers, allocation, ratio, cap)
     if stock and allocation.kind == "uniform":
         return [_nearest(rules, ratio)] * architecture.n_layers
@@ -410,14 +412,14 @@ def _greedy(rules: Rules, ratio: float, cap: float, steps: Sequence[_Step]) -> l
     return _evened(rules, shapes, [shape != dense for shape in shapes], ratio, cap)
 
 
-def _steps(rules: Rules, scores_L: Sequence[LayerScores], kind: str) -> list[_Step]:
+def _steps(rules: Rules, scores_L: Sequence[LayerScores], kind: str, comparable: bool) -> list[_Step]:
     """Ways to narrow every layer, in the order they must be taken: a later one never has less value than an earlier."""
-    comparable = normalised if kind == "global" else lambda score: score
+    made_comparable = normalised if kind == "global" and not comparable else lambda score: score
     steps: list[_Step] = []
     for layer, (head_H, channel_C) in enumerate(scores_L):
         ways: dict[Site, list[_Way]] = {
-            "attn": _narrower_attention(rules, comparable(head_H)),
-            "mlp": _narrower_mlp(rules, comparable(channel_C)),
+            "attn": _narrower_attention(rules, made_comparable(head_H)),
+            "mlp": _narrower_mlp(rules, made_comparable(channel_C)),
         }
         for site in SITES:
             values = accumulate(map(VALUES[kind], ways[site]), max)

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from seap_ray.architecture import Shape
@@ -29,7 +30,16 @@ from seap_ray.compact import COLUMNS
 from seap_ray.config import Baseline, Config, PlanSettings, PruningSection
 from seap_ray.moments import SITES, Moments, Site, Statistics, pooled
 from seap_ray.plan import Kept, LayerScores, Plan, choose_dropped, choose_shapes, keep
-from seap_ray.records import about_moments, is_whole, load_statistics, save_moments
+from seap_ray.reconstruction import UNIT_SCORES
+from seap_ray.records import (
+    Mixture,
+    about_moments,
+    covariance_bytes,
+    is_whole,
+    load_statistics,
+    save_moments,
+    save_tensors,
+)
 from seap_ray.run import Run, fingerprint, publishing, read_json, sha256_of, write_json
 from seap_ray.scores import SCORES, Norms, WeightNorms, head_scores, random_score, standardised
 
@@ -58,10 +68,17 @@ def specs(config: Config) -> list[Spec]:
     pruning, weights = config.pruning, {task.name: task.weight for task in config.tasks}
     general, fill = pruning.general, config.plan_settings
     made = [Spec("general", "general", "general", weights, fill(general), general.pooling)]
-    made += [Spec(task, "expert", "experts", {task: 1.0}, fill(pruning.experts), task=task) for task in weights]
+    made += [Spec(task, "expert", "experts", _own(config, task), fill(pruning.experts), task=task) for task in weights]
     for name, baseline in pruning.baselines.items():
         made += baseline_specs(config, name, baseline)
     return made
+
+
+def _own(config: Config, task: str) -> dict[str, float]:
+    """Weights of an expert's statistics: its task alone, or with a share of all tasks."""
+    mix, total = config.pruning.experts.mix, sum(task.weight for task in config.tasks)
+    shares = {other.name: mix * other.weight / total + (1 - mix) * (other.name == task) for other in config.tasks}
+    return {name: share for name, share in shares.items() if share}
 
 
 def baseline_specs(config: Config, name: str, baseline: Baseline) -> list[Spec]:
@@ -94,6 +111,9 @@ class Planner:
     norms: WeightNorms
     made_of: dict[str, str]
     """Fingerprint of each task's statistics."""
+    files: dict[str, Path]
+    """The statistics' files, with covariances beside them where the run has them."""
+    run: Run
 
     def plan(self, spec: Spec, ratio: float) -> Plan:
         """Raises ConfigError when floors, caps and protection do not allow the ratio."""
@@ -105,18 +125,24 @@ class Planner:
         return plan
 
     def _width_plan(self, spec: Spec, pruning: PruningSection, ratio: float) -> Plan:
-        architecture, scores_L = self.checkpoint.architecture, self._scores(spec)
+        architecture, of_units = self.checkpoint.architecture, pruning.score in UNIT_SCORES
+        scores_L = self._unit_scores(spec, pruning) if of_units else self._scores(spec)
         shapes = choose_shapes(
             architecture,
             pruning,
             ratio=ratio,
             compensated=pruning.compensation != "none",
             scores_L=scores_L,
+            comparable=of_units,
             stock=self.config.export.format == "stock",
         )
         kept = tuple(keep(s, architecture.dense, *scores) for s, scores in zip(shapes, scores_L, strict=True))
-        drawn = {"seed": spec.settings.seed} if pruning.score == "random" else {}
-        provenance = self._provenance(spec, pruning, score=pruning.score, **drawn)
+        about: dict[str, Any] = {"seed": spec.settings.seed} if pruning.score == "random" else {}
+        if of_units:
+            about = {"unit_scores": self._unit_scores_print(spec, pruning)}
+        if of_units or pruning.compensation == "least_squares":
+            about["ridge"] = pruning.ridge
+        provenance = self._provenance(spec, pruning, score=pruning.score, **about)
         return Plan(spec.name, ratio, pruning.compensation, kept, provenance)
 
     def _depth_plan(self, spec: Spec, pruning: PruningSection, ratio: float) -> Plan:
@@ -162,6 +188,35 @@ class Planner:
             for layer in layers
         ]
 
+    def _unit_scores(self, spec: Spec, pruning: PruningSection) -> list[LayerScores]:
+        """Scores from covariances, made in Ray tasks, a layer each, and kept for the next plan."""
+        architecture, name = self.checkpoint.architecture, self._unit_scores_print(spec, pruning)
+        path = self.run.unit_scores(name)
+        if not is_whole(path):
+            mixtures = [self.mixture(spec)]
+            if spec.pooling == "score_average":
+                mixtures = [Mixture((self.files[t],), (w,), self.mixture(spec).ridge) for t, w in spec.weights.items()]
+            score = ray.remote(memory=10 * covariance_bytes(architecture))(_layer_scores)
+            parts = [
+                score.remote(self.checkpoint, mixtures, pruning.score, pruning.attention_unit, layer)
+                for layer in range(architecture.n_layers)
+            ]
+            found = enumerate(ray.get(parts))
+            save_tensors(path, {f"{layer}.{unit}": tensor for layer, part in found for unit, tensor in part.items()})
+        with safe_open(path, "pt") as file:
+            layers = range(architecture.n_layers)
+            return [(file.get_tensor(f"{layer}.heads"), file.get_tensor(f"{layer}.channels")) for layer in layers]
+
+    def _unit_scores_print(self, spec: Spec, pruning: PruningSection) -> str:
+        made_of = {task: (weight, self.made_of[task]) for task, weight in spec.weights.items()}
+        return fingerprint(made_of, spec.pooling, pruning.score, pruning.ridge, pruning.attention_unit)[:20]
+
+    def mixture(self, spec: Spec) -> Mixture:
+        """Covariances of the spec's tasks as one stream, read when they are asked for."""
+        ridge = self.config.pruning.ridge
+        files = tuple(self.files[task] for task in spec.weights)
+        return Mixture(files, tuple(spec.weights.values()), None if ridge == "auto" else ridge)
+
     def mixed(self, spec: Spec) -> Statistics:
         """Moments of the spec's tasks as one stream, each task counting by its weight."""
         parts, weights = [self.statistics[task] for task in spec.weights], list(spec.weights.values())
@@ -174,7 +229,26 @@ def make_planner(config: Config, checkpoint: Checkpoint, run: Run, statistics: d
     """Read the statistics and the weight norms; norms are computed once per run, in Ray tasks."""
     made_of = {task: about_moments(path)["sha256"] for task, path in statistics.items()}
     loaded = {task: load_statistics(path, checkpoint.architecture) for task, path in statistics.items()}
-    return Planner(config, checkpoint, loaded, _weight_norms(config, checkpoint, run), made_of)
+    return Planner(config, checkpoint, loaded, _weight_norms(config, checkpoint, run), made_of, statistics, run)
+
+
+def _layer_scores(
+    checkpoint: Checkpoint, mixtures: Sequence[Mixture], score: str, attention_unit: str, layer: int
+) -> dict[str, torch.Tensor]:
+    """Scores of one layer's heads and channels, summed over the mixtures by their weights, float64.
+
+    Where whole groups go, a group is a block, and its score is spread evenly over its heads.
+    """
+    architecture = checkpoint.architecture
+    heads = 1 if attention_unit == "head" else architecture.dense.heads_per_group
+    blocks: dict[Site, int] = {"attn": heads * architecture.head_dim, "mlp": 1}
+
+    def of(site: Site) -> torch.Tensor:
+        weight, key = checkpoint.read(architecture.tensor(layer, MODULE_OF[site])), (layer, site)
+        found = [UNIT_SCORES[score](m[key], weight, block=blocks[site], ridge=m.ridge_of(key)) for m in mixtures]
+        return torch.stack([sum(m.weights) * scores for m, scores in zip(mixtures, found, strict=True)]).sum(0)
+
+    return {"heads": of("attn").repeat_interleave(heads) / heads, "channels": of("mlp")}
 
 
 def _weight_norms(config: Config, checkpoint: Checkpoint, run: Run) -> WeightNorms:
@@ -272,7 +346,9 @@ def prune(planner: Planner, run: Run, progress: Callable[[Iterable[int], int, st
 
 def draft(planner: Planner, run: Run, spec: Spec, plan: Plan) -> Draft:
     export = planner.config.export
-    statistics = planner.mixed(spec) if plan.compensation != "none" else None
+    statistics: Statistics | Mixture | None = None
+    if plan.compensation != "none":
+        statistics = planner.mixture(spec) if plan.compensation == "least_squares" else planner.mixed(spec)
     compaction = Compaction(planner.checkpoint, plan, statistics, stock=export.format == "stock")
     cut = (plan.compensation, plan.kept, plan.dropped)
     made_of = fingerprint(planner.checkpoint.fingerprint, plan.provenance, cut, export.model_dump(), versions())
@@ -295,12 +371,15 @@ def _is_written(job: Draft) -> bool:
 def _write_all(jobs: list[Draft]) -> Iterator[int]:
     """Yield the bytes of each file as it is written; finish each folder when its last file is there."""
     write = ray.remote(_write_file)
+    architecture = jobs[0].compaction.base.architecture
+    memory = {"none": 0, "mean": 0, "least_squares": 10 * covariance_bytes(architecture)}
     pending: dict[Any, tuple[Draft, str]] = {}
     hashes: dict[Path, dict[str, str]] = {job.target: {} for job in jobs}
     for job in jobs:
         compaction = ray.put(job.compaction)
         for name, outputs in job.files.items():
-            pending[write.remote(compaction, outputs, job.hidden / name)] = job, name
+            task = write.options(memory=memory[job.compaction.plan.compensation])
+            pending[task.remote(compaction, outputs, job.hidden / name)] = job, name
     while pending:
         (done,), _ = ray.wait(list(pending), num_returns=1)
         job, name = pending.pop(done)

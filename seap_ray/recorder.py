@@ -3,7 +3,7 @@
 Letters: B sequences, T positions, N real tokens, D columns of a site.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,15 +15,17 @@ from transformers import PreTrainedModel
 from seap_ray.architecture import DOWN_PROJ, O_PROJ
 from seap_ray.corpus import batches
 from seap_ray.errors import DataError
-from seap_ray.moments import Moments, Site
+from seap_ray.moments import Covariance, Moments, Site
 
 MODULE_OF: dict[Site, str] = {"attn": O_PROJ, "mlp": DOWN_PROJ}
 Recorded = dict[tuple[int, Site], Moments]
 
 
 @contextmanager
-def recording(decoder: Any, counted_BT: Tensor) -> Iterator[Recorded]:
+def recording(decoder: Any, counted_BT: Tensor, *, covariances: Container[int] = ()) -> Iterator[Recorded]:
     """While inside, every forward pass of ``decoder`` (the model without its head) adds to the yielded moments.
+
+    Layers in ``covariances`` have a ``Covariance`` of each of their sites.
 
     Only positions where ``counted_BT`` is True are read at all, so whatever stands at padding, NaN included, is left
     out. The hooks are gone afterwards, also after an error. Raises DataError for activations that are not finite.
@@ -32,17 +34,20 @@ def recording(decoder: Any, counted_BT: Tensor) -> Iterator[Recorded]:
     recorded: Recorded = {}
     with ExitStack() as hooks:
         for layer, block in enumerate(decoder.layers):
+            statistic = Covariance if layer in covariances else Moments
             for site, module in MODULE_OF.items():
-                hook = _input_hook(recorded, (layer, site), rows_N)
+                hook = _input_hook(recorded, (layer, site), rows_N, statistic)
                 hooks.callback(block.get_submodule(module).register_forward_pre_hook(hook).remove)
             hook = _block_hook(recorded, (layer, "block"), rows_N)
             hooks.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
         yield recorded
 
 
-def _input_hook(recorded: Recorded, key: tuple[int, Site], rows_N: Tensor) -> Callable[..., None]:
+def _input_hook(
+    recorded: Recorded, key: tuple[int, Site], rows_N: Tensor, statistic: type[Moments]
+) -> Callable[..., None]:
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        _add(recorded, key, _counted(inputs[0], rows_N))
+        _add(recorded, key, statistic.of(_counted(inputs[0], rows_N)))
 
     return hook
 
@@ -54,7 +59,7 @@ def _block_hook(recorded: Recorded, key: tuple[int, Site], rows_N: Tensor) -> Ca
         before = inputs[0] if inputs else named["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
         x_ND, y_ND = (_counted(x, rows_N).double() for x in (before, after))
-        _add(recorded, key, cosine_similarity(x_ND, y_ND, dim=1)[:, None])
+        _add(recorded, key, Moments.of(cosine_similarity(x_ND, y_ND, dim=1)[:, None]))
 
     return hook
 
@@ -64,8 +69,7 @@ def _counted(x: Tensor, rows_N: Tensor) -> Tensor:
     return x_ND.index_select(0, rows_N) if rows_N.numel() < x_ND.shape[0] else x_ND
 
 
-def _add(recorded: Recorded, key: tuple[int, Site], x_ND: Tensor) -> None:
-    moments = Moments.of(x_ND)
+def _add(recorded: Recorded, key: tuple[int, Site], moments: Moments) -> None:
     recorded[key] = recorded[key] + moments if key in recorded else moments
 
 
@@ -75,29 +79,32 @@ def record(
     *,
     batch_tokens: int,
     skip_first_token: bool = False,
+    covariances: Container[int] = (),
 ) -> Recorded:
-    """Moments of every site over all tokens of ``sequences``, on the CPU.
+    """Moments of every site over all tokens of ``sequences``, and covariances of some layers, on the CPU.
 
     Runs the decoder alone: no head, no cache, no gradients. Where memory runs out, the batch is halved and run again.
     Raises DataError for activations that are not finite.
     """
     total: Recorded = {}
     for group in batches([len(sequence) for sequence in sequences], batch_tokens):
-        part = _run(model, [sequences[i] for i in group], skip_first_token)
+        part = _run(model, [sequences[i] for i in group], skip_first_token, covariances)
         total = {key: total[key] + part[key] for key in part} if total else part
     return {key: moments.cpu() for key, moments in total.items()}
 
 
-def _run(model: PreTrainedModel, sequences: list[Sequence[int]], skip_first: bool) -> Recorded:
+def _run(
+    model: PreTrainedModel, sequences: list[Sequence[int]], skip_first: bool, covariances: Container[int]
+) -> Recorded:
     try:
-        return _forward(model, sequences, skip_first)
+        return _forward(model, sequences, skip_first, covariances)
     except RuntimeError as error:
         if len(sequences) == 1 or not _out_of_memory(error):
             raise
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(sequences) // 2
-    first, second = _run(model, sequences[:half], skip_first), _run(model, sequences[half:], skip_first)
+    first, second = (_run(model, part, skip_first, covariances) for part in (sequences[:half], sequences[half:]))
     return {key: first[key] + second[key] for key in first}
 
 
@@ -106,7 +113,9 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 @torch.inference_mode()
-def _forward(model: PreTrainedModel, sequences: list[Sequence[int]], skip_first: bool) -> Recorded:
+def _forward(
+    model: PreTrainedModel, sequences: list[Sequence[int]], skip_first: bool, covariances: Container[int]
+) -> Recorded:
     longest = max(len(sequence) for sequence in sequences)
     ids_BT = torch.zeros(len(sequences), longest, dtype=torch.int64)
     mask_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
@@ -117,7 +126,7 @@ def _forward(model: PreTrainedModel, sequences: list[Sequence[int]], skip_first:
     counted_BT[:, 0] &= not skip_first
     device = model.device
     padded = not bool(mask_BT.all())
-    with recording(model.get_decoder(), counted_BT.to(device)) as recorded:
+    with recording(model.get_decoder(), counted_BT.to(device), covariances=covariances) as recorded:
         model.get_decoder()(
             input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device) if padded else None, use_cache=False
         )

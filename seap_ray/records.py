@@ -1,17 +1,24 @@
-"""Records: moments on disk. Written whole, the same bytes for the same moments, damage known by a hash."""
+"""Records: moments and covariances on disk. Written whole, the same bytes for the same numbers, damage shown by a hash.
+
+The covariances of ``<name>.safetensors`` lie in the folder ``<name>.covariances``, a file a layer: those of a large
+model are never in memory together.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from seap_ray.architecture import Architecture
-from seap_ray.moments import RECORDED, Moments, Site, Statistics
+from seap_ray.moments import RECORDED, Covariance, Moments, Site, Statistics, pooled_covariance
 from seap_ray.run import publishing
 
 
@@ -22,6 +29,11 @@ def save_moments(path: Path, statistics: Statistics, **about: Any) -> None:
         tensors[f"layers.{layer}.{site}.mean"] = moments.mean_D.contiguous()
         tensors[f"layers.{layer}.{site}.m2"] = moments.m2_D.contiguous()
         tensors[f"layers.{layer}.{site}.count"] = torch.tensor(moments.count)
+    save_tensors(path, tensors, **about)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], **about: Any) -> None:
+    """Write tensors with a hash of their bytes and what is said about them."""
     # One metadata key: the library writes several in an order that differs from process to process.
     text = json.dumps({**about, "sha256": _hash(tensors)}, sort_keys=True)
     with publishing(path) as temporary:
@@ -29,21 +41,21 @@ def save_moments(path: Path, statistics: Statistics, **about: Any) -> None:
 
 
 def about_moments(path: Path) -> dict[str, Any]:
-    """What ``save_moments`` was told, and the sha256 of the tensors' bytes."""
+    """What ``save_tensors`` was told, and the sha256 of the tensors' bytes."""
     with safe_open(path, "pt") as file:
         return json.loads((file.metadata() or {}).get("about", "{}"))
 
 
-def _hash(tensors: dict[str, torch.Tensor]) -> str:
+def _hash(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].numpy().tobytes())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def is_whole(path: Path, **expected: Any) -> bool:
-    """Whether a moments file is there, carries ``expected`` in its metadata, and its bytes hash to what it says."""
+    """Whether a file of tensors is there, carries ``expected`` in its metadata, and its bytes hash to what it says."""
     try:
         about = about_moments(path)
         if any(about.get(key) != value for key, value in expected.items()):
@@ -70,3 +82,69 @@ def load_statistics(path: Path, architecture: Architecture, *, sites: Sequence[S
 def sites_of(architecture: Architecture, sites: Sequence[Site] = RECORDED) -> Iterator[tuple[int, Site]]:
     """Every (layer, site) of a model."""
     return ((layer, site) for layer in range(architecture.n_layers) for site in sites)
+
+
+# --- covariances -----------------------------------------------------------------------------------------------------
+
+
+def covariance_bytes(architecture: Architecture) -> int:
+    """Of the co-moments of one layer's sites, float32."""
+    return 4 * sum(width**2 for width in architecture.widths)
+
+
+def covariance_file(moments: Path, layer: int) -> Path:
+    """Where the covariances of a layer lie whose moments are in the file ``moments``."""
+    return moments.with_suffix(".covariances") / f"{layer:03d}.safetensors"
+
+
+def save_covariances(moments: Path, layer: int, of: Mapping[Site, Covariance], **about: Any) -> None:
+    """Write the co-moments of one layer: the lower triangle of each, row by row, float32."""
+    tensors: dict[str, Tensor] = {site: packed(covariance.comoment_DD) for site, covariance in of.items()}
+    save_tensors(covariance_file(moments, layer), tensors, **about)
+
+
+def packed(symmetric_DD: Tensor) -> Tensor:
+    """Lower triangle, row by row, float32: (D, D) -> (D (D + 1) / 2,)."""
+    return torch.cat([row_D[: i + 1] for i, row_D in enumerate(symmetric_DD.to(torch.float32))])
+
+
+def unpacked(triangle: Tensor) -> Tensor:
+    """The symmetric float64 matrix of a lower triangle: (D (D + 1) / 2,) -> (D, D)."""
+    width = math.isqrt(2 * triangle.numel())
+    matrix_DD = torch.zeros(width, width, dtype=torch.float64)
+    for i, row in enumerate(triangle.split([*range(1, width + 1)])):
+        matrix_DD[i, : i + 1] = row
+    matrix_DD += matrix_DD.tril(-1).T
+    return matrix_DD
+
+
+def load_covariance(moments: Path, key: tuple[int, Site]) -> Covariance:
+    """Covariance of one (layer, site), float64; nothing else is read."""
+    layer, site = key
+    with safe_open(moments, "pt") as file:
+        of = read_moments(file, key)
+    with safe_open(covariance_file(moments, layer), "pt") as file:
+        return Covariance(of.count, of.mean_D, of.m2_D, unpacked(file.get_tensor(site)))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Covariances of several streams as one, each by its weight; read when they are asked for."""
+
+    sources: tuple[Path, ...]
+    """Statistics files with their covariances beside them."""
+    weights: tuple[float, ...]
+    ridge: float | None = None
+    """Relative ridge; None: the one that each source was found to need, averaged over them."""
+
+    def __getitem__(self, key: tuple[int, Site]) -> Covariance:
+        return pooled_covariance((load_covariance(source, key) for source in self.sources), self.weights)
+
+    def ridge_of(self, key: tuple[int, Site]) -> float:
+        """Geometric mean of the sources' ridges, by weight."""
+        if self.ridge is not None:
+            return self.ridge
+        layer, site = key
+        own = [about_moments(covariance_file(source, layer))["ridges"][site] for source in self.sources]
+        total = sum(self.weights)
+        return math.exp(sum(w * math.log(ridge) for w, ridge in zip(self.weights, own, strict=True)) / total)

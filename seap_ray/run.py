@@ -46,6 +46,14 @@ class Run:
     def statistics(self, task: str) -> Path:
         return self.root / "statistics" / f"{task}.safetensors"
 
+    def part(self, name: str) -> Path:
+        """Statistics of some of a task's shards, which a study compares."""
+        return self.root / "statistics" / "parts" / f"{name}.safetensors"
+
+    def unit_scores(self, name: str) -> Path:
+        """Scores of units that were made from covariances, for a second plan and for the report."""
+        return self.root / "statistics" / "scores" / f"{name}.safetensors"
+
     def plan(self, ratio: float, name: str) -> Path:
         return self.root / "plans" / ratio_name(ratio) / f"{name}.json"
 

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from seap_ray import harness, paper
 from seap_ray.bench import Asked, Bench, Judged
 from seap_ray.checkpoint import Checkpoint
-from seap_ray.config import GENERAL, Baseline, Budget, Config, PlanSettings, Pooling
+from seap_ray.config import GENERAL, Baseline, Budget, Compensation, Config, Pooling
 from seap_ray.errors import ConfigError, DataError, IncompleteError
 from seap_ray.evaluation import Exam, Failure
 from seap_ray.job import calibrated, on_cluster, route
@@ -21,6 +21,7 @@ from seap_ray.methods import METHODS, STUDIES
 from seap_ray.progress import say
 from seap_ray.prune import Spec, baseline_specs, specs
 from seap_ray.quality import Quality
+from seap_ray.reconstruction import UNIT_SCORES
 from seap_ray.report import write_report
 from seap_ray.results import own_tasks, results
 from seap_ray.router import Router
@@ -36,6 +37,9 @@ SAMPLES = (50, 100, 200, 500, 1000)
 CURVES = tuple(product((0.5, 1.0, 2.0, 4.0, 8.0), (0.1, 0.3, 0.5, 0.7)))
 """k and x0 of the allocation study."""
 ALLOCATIONS = ("uniform", "logistic", "global")
+KINDS = ("experts", "general")
+RANKED_BY = ("wifv", "energy", "obs")
+"""Scores of the reconstruction study."""
 SIZE_COLUMNS = ("parameters", "bytes", "kv_bytes_per_token")
 RATE_COLUMNS = tuple(rate.name for rate in fields(Speed))
 """Columns of a model's size and speed, as a results file names them."""
@@ -118,6 +122,13 @@ def _named(bench: Bench, name: str, *, like: str | None = None, **settings: Any)
     return baseline_specs(bench.config, name, Baseline(**{**base, **settings}))
 
 
+def _variant(spec: Spec, method: str, **settings: Any) -> Spec:
+    """The same model with some settings of its own, as a baseline named by them."""
+    name = f"{method}.{spec.task}" if spec.task else method
+    own = spec.settings.model_copy(update=settings)
+    return replace(spec, name=name, kind="baseline", method=method, settings=own)
+
+
 def _mean_of(model: Mapping[str, Any]) -> list[float | None]:
     """Mean quality and its standard error."""
     return list(mean_quality(model["quality"].values()) or (None, None))
@@ -189,6 +200,11 @@ def _all_methods(bench: Bench) -> list[Spec]:
         name = f"seap_{budget}.{score}.{allocation}"
         made += _named(bench, name, **settings, per_task=True)
         made += _named(bench, f"{name}.gen", **settings, pooling="score_average")
+    if bench.config.calibration.statistics == "covariance":
+        for score, allocation in product(("wifv", *UNIT_SCORES), ALLOCATIONS):
+            settings = {"score": score, "compensation": "least_squares", "allocation": allocation}
+            name = f"least_squares.{score}.{allocation}"
+            made += [*_named(bench, name, **settings, per_task=True), *_named(bench, f"{name}.gen", **settings)]
     return made + _named(bench, "depth", like="depth")
 
 
@@ -314,17 +330,15 @@ def _share(shards: Sequence[Shard], share: float, seed: int) -> list[Shard]:
 
 
 def _allocation(bench: Bench) -> Found:
-    general = bench.config.pruning.general
+    usual = [spec for spec in specs(bench.config) if spec.kind != "baseline"]
     rows: list[tuple[str, float | None, float | None]] = [("uniform", None, None), ("global", None, None)]
     rows += [("logistic", k, x0) for k, x0 in CURVES]
     made, names = [], {}
     for kind, k, x0 in rows:
         name = kind if k is None else f"logistic.k{k:g}.x{x0:g}"
         names[name] = [kind, k, x0]
-        own: dict[str, Any] = {"allocation": kind, "k": k, "x0": x0}
-        made += _named(bench, name, **{**bench.config.pruning.experts.model_dump(), **own}, per_task=True)
-        settings = PlanSettings(**{**general.model_dump(exclude={"pooling"}), **own})
-        made += _named(bench, f"{name}.general", **settings.model_dump(), pooling=general.pooling)
+        own = {"allocation": kind} if k is None else {"allocation": kind, "k": k, "x0": x0}
+        made += [_variant(spec, name if spec.task else f"{name}.general", **own) for spec in usual]
     judged = bench.judge(_asked(bench, made))
     models = [one.model for one in judged]
     by_row = {(m["method"], m["ratio"]): m for m in [*(m for m in models if not m["task"]), *own_tasks(models)]}
@@ -346,6 +360,50 @@ def _allocation(bench: Bench) -> Found:
     return Found(judged, columns, table_rows)
 
 
+def _reconstruction(bench: Bench) -> Found:
+    """What stands for the cut columns, and by which score they were chosen; every seed draws all data anew."""
+    judged: dict[tuple[float, str, str, str, int], list[Judged]] = {}
+    for seed in SEEDS:
+        of = bench if seed == 0 else _reseeded(bench, seed)
+        keys, asked = zip(*_ways(of, seed), strict=True)
+        for key, one in zip(keys, of.judge(asked), strict=True):
+            judged.setdefault((*key, seed), []).append(one)
+    rows = []
+    for key in dict.fromkeys(key[:-1] for key in judged):
+        models = [[one.model for one in judged[*key, seed]] for seed in SEEDS]
+        per_seed = [mean_quality([c for model in of_seed for c in model["quality"].values()]) for of_seed in models]
+        found = [pair for pair in per_seed if pair]
+        if found:
+            realised = mean(model["realised_ratio"] or 0.0 for of_seed in models for model in of_seed)
+            values, errors = zip(*found, strict=True)
+            spread = stdev(values) if len(values) > 1 else None
+            rows.append([*key, realised, mean(values), spread, mean(errors)])
+    columns = ["ratio", "models", "compensation", "score", "realised", _head(bench), "sd over seeds", "stderr"]
+    return Found([one for of_key in judged.values() for one in of_key], columns, rows)
+
+
+def _ways(bench: Bench, seed: int) -> list[tuple[tuple[float, str, str, str], Asked]]:
+    """The dense model, and experts and general by every compensation and score."""
+    usual = [spec for spec in specs(bench.config) if spec.kind != "baseline"]
+    ways: list[tuple[tuple[float, str, str, str], Asked]] = [((0.0, kind, "", ""), Asked()) for kind in KINDS]
+    for ratio, compensation, score in product(bench.config.pruning.ratio, get_args(Compensation), RANKED_BY):
+        for spec in usual:
+            own = _variant(spec, f"{compensation}.{score}.{seed}", compensation=compensation, score=score)
+            key = (ratio, KINDS[not spec.task], compensation, score)
+            ways.append((key, Asked(own, ratio, (spec.task,) if spec.task else None)))
+    return ways
+
+
+def _reseeded(bench: Bench, seed: int) -> Bench:
+    """The same run with another seed, in a folder of its own: other rows to calibrate on and to judge by."""
+    run = bench.config.run
+    own = run.model_copy(update={"name": f"{run.name}-seed{seed}", "seed": run.seed + seed})
+    config = bench.config.model_copy(update={"run": own})
+    Run.of(config).claim(config)
+    made = calibrated(config, bench.made.checkpoint, Run.of(config))
+    return Bench(made, lm_eval=bench.lm_eval)
+
+
 # --- other tasks -----------------------------------------------------------------------------------------------------
 
 
@@ -353,7 +411,7 @@ def _ood(bench: Bench) -> Found:
     """Each task left out of the general model's calibration in turn, and judged."""
     general = bench.config.pruning.general
     without = {task: tuple(other for other in bench.tasks if other != task) for task in bench.tasks}
-    settings = general.model_dump(exclude={"pooling"})
+    settings = bench.config.plan_settings(general).model_dump()
     made = [
         spec
         for task, others in without.items()
@@ -478,6 +536,7 @@ RUNS: dict[str, Callable[[Bench], Found]] = {
     "ratio": _ratio,
     "corpus": _corpus,
     "allocation": _allocation,
+    "reconstruction": _reconstruction,
     "ood": _ood,
     "transfer": _transfer,
     "routing": _routing,

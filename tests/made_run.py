@@ -62,7 +62,8 @@ def make_planner(config: Config, run: Run) -> Planner:
     save_moments(run.statistics("weight_norms"), {k: Moments(1, m.mean_D.abs(), m.m2_D) for k, m in norms.items()})
     weights = {key: Norms(moments.mean_D.abs(), moments.m2_D) for key, moments in norms.items()}
     checkpoint: Any = SimpleNamespace(architecture=ARCHITECTURE)
-    return Planner(config, checkpoint, statistics, weights, dict.fromkeys(TASKS, "hash"))
+    files = {task: run.statistics(task) for task in TASKS}
+    return Planner(config, checkpoint, statistics, weights, dict.fromkeys(TASKS, "hash"), files, run)
 
 
 def _near(statistics: Statistics, seed: int) -> Statistics:

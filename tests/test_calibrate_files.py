@@ -72,7 +72,9 @@ def make_records(run: Run, manifest: Manifest, calibration: Calibration = CALIBR
 
 
 def merge(run: Run, manifest: Manifest, calibration: Calibration = CALIBRATION) -> Path:
-    return merge_records(calibration, run, manifest, ARCHITECTURE)
+    path = run.statistics(manifest.task)
+    merge_records(calibration, run, manifest.shards, ARCHITECTURE, path)
+    return path
 
 
 def flipped(path: Path, place: int) -> None:
@@ -368,7 +370,7 @@ def test_records_of_an_actor_merge_to_the_moments_of_every_token(dense, tmp_path
     ]
     for shard in manifest.shards:
         assert is_whole(calibration.record(run, shard), fingerprint=calibration.fingerprint(shard))
-    merged = load_statistics(merge_records(calibration, run, manifest, checkpoint.architecture), ARCHITECTURE)
+    merged = load_statistics(merge(run, manifest, calibration), ARCHITECTURE)
 
     model, seen = load(source), []
     model.model.layers[2].mlp.down_proj.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0][0]))

@@ -1,5 +1,6 @@
 """The planner: each plan's own settings, from statistics to units, against rankings of our own."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,7 +58,8 @@ def planner_of(architecture: Architecture, checkpoint: Any = None, **config: Any
     }
     statistics = {task: random_statistics(architecture, seed, n=6) for seed, task in enumerate(TASKS)}
     hashes = dict.fromkeys(TASKS, "hash")
-    return Planner(whole, checkpoint or SimpleNamespace(architecture=architecture), statistics, norms, hashes)  # type: ignore[arg-type]
+    checkpoint = checkpoint or SimpleNamespace(architecture=architecture)
+    return Planner(whole, checkpoint, statistics, norms, hashes, {}, Run(Path("nowhere")))  # type: ignore[arg-type]
 
 
 def plan_of(planner: Planner, name: str, ratio: float) -> Plan:

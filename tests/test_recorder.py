@@ -265,11 +265,11 @@ def test_a_batch_is_halved_until_it_fits_in_memory(dense, monkeypatch, error):
     model = load(dense("llama_gqa", torch.float64))
     sizes, forward = [], recorder._forward
 
-    def small_memory(model, sequences, skip_first):
+    def small_memory(model, sequences, *rest):
         sizes.append(len(sequences))
         if len(sequences) > 2:
             raise error
-        return forward(model, sequences, skip_first)
+        return forward(model, sequences, *rest)
 
     monkeypatch.setattr(recorder, "_forward", small_memory)
     recorded = record(model, RAGGED, batch_tokens=10**6)
@@ -289,7 +289,7 @@ def test_a_single_sequence_that_does_not_fit_and_other_errors_are_raised(dense, 
         record(model, RAGGED[:3], batch_tokens=100)
     calls = []
 
-    def broken(_model, sequences, _skip_first):
+    def broken(_model, sequences, *_rest):
         calls.append(len(sequences))
         raise RuntimeError("shapes do not match")
 

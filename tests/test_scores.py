@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from seap_ray.compact import mean_bias
 from seap_ray.config import Score
 from seap_ray.moments import SITES, Moments
+from seap_ray.reconstruction import UNIT_SCORES
 from seap_ray.scores import SCORES, Norms, energy, head_scores, normalised, random_score, standardised, wifv
 
 EXPECTED = {
@@ -38,7 +39,7 @@ def test_score_equals_numpy(name):
 
 def test_scores_of_the_config_are_the_scores_there_are():
     assert set(SCORES) == set(EXPECTED)
-    assert {*SCORES, "random"} == set(get_args(Score))
+    assert {*SCORES, *UNIT_SCORES, "random"} == set(get_args(Score))
 
 
 def test_random_scores_are_uniform_and_each_sites_own():
