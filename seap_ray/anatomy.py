@@ -19,7 +19,7 @@ from seap_ray.evidence import UNITS, Cut, Evidence, percent
 from seap_ray.moments import SITES, Site, Statistics, pooled
 from seap_ray.pictures import LOWER_BOUND, REFERENCE, SECOND_REFERENCE, Chart, HeatMap, Part, Picture, Series, look
 from seap_ray.plan import Rules, layer_sparsity
-from seap_ray.records import load_statistics, read_moments
+from seap_ray.records import is_whole, load_statistics, load_unit_scores, read_moments
 from seap_ray.scores import SCORES, Norms, head_scores
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -293,6 +293,10 @@ def scores(evidence: Evidence) -> Part | None:
 def unit_scores(evidence: Evidence, architecture: Architecture, cut: Cut) -> dict[str, list[np.ndarray]] | None:
     """Scores of every layer's heads and channels that a plan was made from; None where they cannot be had again."""
     about = cut.about
+    if "unit_scores" in about:
+        path, layers = evidence.run.unit_scores(about["unit_scores"]), range(architecture.n_layers)
+        made = load_unit_scores(path, layers) if is_whole(path) else []
+        return {unit: [of[unit].numpy() for of in made] for unit in ("heads", "channels")} if made else None
     paths = [evidence.run.statistics(name) for name in (*about["tasks"], "weight_norms")]
     if about["score"] not in SCORES or not all(path.is_file() for path in paths):
         return None

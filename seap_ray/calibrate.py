@@ -7,6 +7,7 @@ same way, layer by layer.
 """
 
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -184,6 +185,8 @@ def calibrate(
     calibration, architecture = Calibration.of(config, checkpoint), checkpoint.architecture
     stale = _stale(calibration, run, manifests, architecture)
     missing = _missing(calibration, run, [shard for manifest in stale for shard in manifest.shards], architecture)
+    if calibration.covariance:
+        _check_room(run, architecture, n_files=len(missing) + len(stale))
     if missing:
         total = sum(shard.n_tokens for shard in missing)
         for _ in progress(_measure_all(config, calibration, run, missing), total, "calibrating"):
@@ -191,6 +194,19 @@ def calibrate(
     targets = [(run.statistics(manifest.task), manifest.shards) for manifest in stale]
     merge_all(calibration, run, checkpoint, targets)
     return {manifest.task: run.statistics(manifest.task) for manifest in manifests}
+
+
+def _check_room(run: Run, architecture: Architecture, *, n_files: int) -> None:
+    """Raises ConfigError when the covariances will not fit the disk: a triangle for every shard and task to be made."""
+    needed = n_files * architecture.n_layers * covariance_bytes(architecture) // 2
+    run.root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(run.root).free
+    if needed > free:
+        raise ConfigError(
+            f"calibration.statistics: covariance takes {needed / 1e9:.0f} GB under {run.root}, which has "
+            f"{free / 1e9:.0f} ({n_files} shards and tasks); raise corpus.shard_sequences, or use moments, with pruning.score=wifv "
+            "pruning.compensation=mean"
+        )
 
 
 def _stale(calibration: Calibration, run: Run, manifests: list[Manifest], architecture: Architecture) -> list[Manifest]:

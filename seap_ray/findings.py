@@ -19,6 +19,14 @@ MEANS = ("mean acc", "mean ppl")
 """How the heads of those columns end that a study is judged by."""
 SETTINGS = ("ratio", "samples", "k", "x0")
 """Columns of what a study has set."""
+RECONSTRUCTIONS = (
+    ("none", "wifv"),
+    ("none", "energy"),
+    ("mean", "wifv"),
+    ("least_squares", "wifv"),
+    ("least_squares", "obs"),
+)
+"""Compensations, and the scores that they are shown with."""
 KINDS = {False: "mean accuracy", True: "mean perplexity"}
 
 
@@ -327,6 +335,50 @@ def _allocation_map(rows: Sequence[Mapping[str, Any]], column: str, ratio: float
     heads = ["" if x0 is None else f"x0 {x0:g}" for x0 in x0s]
     title = f"{column}, {percent(ratio)} removed"
     return HeatMap(title, "", "", heads, list(lines), list(lines.values()), scale, digits=3)
+
+
+def reconstruction(evidence: Evidence) -> Part | None:
+    """Quality against size by what stands for the columns that are cut: experts, and the general model."""
+    part, rows = _study(evidence, "reconstruction")
+    mean = _mean_column(evidence, "reconstruction")
+    if part is None or mean is None:
+        return part
+    charts = [
+        _reconstruction_chart([row for row in rows if row["models"] == models], mean, models)
+        for models in dict.fromkeys(row["models"] for row in rows)
+    ]
+    how = "Each line is a compensation and the score by which what is cut was chosen; bars are one standard deviation "
+    how += "over draws of all data, the calibration's and the evaluation's."
+    picture = Picture(f"{mean} against the share of the weights that is removed, by what stands for it.", tuple(charts))
+    return replace(part, shows=_reconstructed(rows, mean), how=how, picture=picture)
+
+
+def _reconstruction_chart(rows: Sequence[Mapping[str, Any]], mean: str, models: str) -> Chart:
+    perplexity = mean.endswith("ppl")
+    dense = [row for row in rows if row["ratio"] == 0]
+    series = []
+    for i, (compensation, score) in enumerate(RECONSTRUCTIONS):
+        own = [row for row in rows if (row["compensation"], row["score"]) == (compensation, score)]
+        points = sorted(dense + own, key=lambda row: row["realised"])
+        spread = [row["sd over seeds"] or 0.0 for row in points]
+        ends = [(row[mean] - s, row[mean] + s) for row, s in zip(points, spread, strict=True)]
+        low, high = zip(*ends, strict=True)
+        x, y = [100 * row["realised"] for row in points], [row[mean] for row in points]
+        name = f"{compensation.replace('_', ' ')}, {score}"
+        series.append(Series(name, x, y, look(i), errors=(low, high)))
+    return Chart(models, REMOVED, mean, tuple(series), y_log=perplexity)
+
+
+def _reconstructed(rows: Sequence[Mapping[str, Any]], mean: str) -> str:
+    """Each compensation's best in words, where half is removed or as near as was measured."""
+    ratio = min({row["ratio"] for row in rows if row["ratio"]}, key=lambda ratio: abs(ratio - 0.5))
+    pick = min if mean.endswith("ppl") else max
+    found = []
+    for models, compensation in dict.fromkeys((row["models"], row["compensation"]) for row in rows if row["ratio"]):
+        own = [r for r in rows if (r["ratio"], r["models"], r["compensation"]) == (ratio, models, compensation)]
+        best = pick(own, key=lambda row: row[mean])
+        found.append(f"{models} with {compensation.replace('_', ' ')} {best[mean]:.3f} ({best['score']})")
+    return f"The best {mean} with {percent(ratio)} removed: {', '.join(found)}."
 
 
 def ood(evidence: Evidence) -> Part | None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import ray
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from seap_ray.architecture import Shape
@@ -37,6 +36,7 @@ from seap_ray.records import (
     covariance_bytes,
     is_whole,
     load_statistics,
+    load_unit_scores,
     save_moments,
     save_tensors,
 )
@@ -203,9 +203,7 @@ class Planner:
             ]
             found = enumerate(ray.get(parts))
             save_tensors(path, {f"{layer}.{unit}": tensor for layer, part in found for unit, tensor in part.items()})
-        with safe_open(path, "pt") as file:
-            layers = range(architecture.n_layers)
-            return [(file.get_tensor(f"{layer}.heads"), file.get_tensor(f"{layer}.channels")) for layer in layers]
+        return [(of["heads"], of["channels"]) for of in load_unit_scores(path, range(architecture.n_layers))]
 
     def _unit_scores_print(self, spec: Spec, pruning: PruningSection) -> str:
         made_of = {task: (weight, self.made_of[task]) for task, weight in spec.weights.items()}

@@ -7,7 +7,7 @@ model are never in memory together.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,12 @@ def load_statistics(path: Path, architecture: Architecture, *, sites: Sequence[S
 def sites_of(architecture: Architecture, sites: Sequence[Site] = RECORDED) -> Iterator[tuple[int, Site]]:
     """Every (layer, site) of a model."""
     return ((layer, site) for layer in range(architecture.n_layers) for site in sites)
+
+
+def load_unit_scores(path: Path, layers: Iterable[int]) -> list[dict[str, Tensor]]:
+    """Scores of each layer's ``heads`` and ``channels``, as ``prune`` saves them."""
+    with safe_open(path, "pt") as file:
+        return [{unit: file.get_tensor(f"{layer}.{unit}") for unit in ("heads", "channels")} for layer in layers]
 
 
 # --- covariances -----------------------------------------------------------------------------------------------------

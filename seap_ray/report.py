@@ -26,6 +26,7 @@ PARTS = (
     findings.speed,
     findings.corpus,
     findings.allocation,
+    findings.reconstruction,
     findings.ood,
     findings.routing,
     findings.pooling,

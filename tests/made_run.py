@@ -2,15 +2,16 @@
 
 import json
 import random
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from conftest import CONFIGS, random_statistics
 
 from seap_ray.architecture import Architecture
-from seap_ray.config import Config
+from seap_ray.config import Compensation, Config
 from seap_ray.methods import STUDIES
 from seap_ray.moments import Moments, Statistics
 from seap_ray.prune import Planner, save_plan, specs
@@ -18,6 +19,7 @@ from seap_ray.records import save_moments
 from seap_ray.results import own_tasks
 from seap_ray.run import Run, write_json
 from seap_ray.scores import Norms
+from seap_ray.studies import KINDS, RANKED_BY
 from seap_ray.table import mean_quality
 
 TASKS = ("arithmetic", "sort", "prose")
@@ -177,6 +179,12 @@ def _table(name: str, config: Config, found: dict[str, Any]) -> tuple[list[str],
         return columns, [
             [r, *kind, rng.uniform(0.5, 1 - r), 0.01, rng.random() / 2, 0.01] for r in ratios for kind in kinds
         ]
+    if name == "reconstruction":
+        columns = ["ratio", "models", "compensation", "score", "realised", "mean acc", "sd over seeds", "stderr"]
+        rows = [[0.0, kind, "", "", 0.0, 0.98, 0.0, 0.01] for kind in KINDS]
+        for r, kind, way, score in product(ratios, KINDS, get_args(Compensation), RANKED_BY):
+            rows.append([r, kind, way, score, r, 0.98 - r * rng.uniform(0.1, 1), 0.02, 0.01])
+        return columns, rows
     if name == "ood":
         names = ("dense", "its expert", "general", "general without it")
         columns = [

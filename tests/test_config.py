@@ -275,6 +275,42 @@ def test_what_a_plan_leaves_out_comes_from_the_pruning_section(empty):
     assert config.plan_settings(own) == whole.model_copy(update=own.model_dump(exclude_none=True))
 
 
+def test_what_needs_covariances_asks_for_them(empty):
+    for key in ("pruning.compensation=least_squares", "pruning.score=obs", "pruning.score=block_wifv"):
+        assert refusal(empty, key).endswith(
+            f"pruning.experts: {key.partition('=')[2]} needs calibration.statistics=covariance"
+        )
+    assert "pruning.general: least_squares" in refusal(empty, "pruning.general.compensation=least_squares")
+    assert "pruning.baselines.mine: obs" in refusal(empty, "pruning.baselines={mine: {score: obs}}")
+    Config.load([empty, "pruning.compensation=least_squares", "calibration.statistics=covariance"])
+
+
+def test_scores_of_units_do_not_go_with_a_ranking_of_columns(empty):
+    message = refusal(
+        empty, "calibration.statistics=covariance", "pruning.score=obs", "pruning.allocation.kind=standardised"
+    )
+    assert "standardised ranks single columns" in message and "obs" in message
+
+
+@pytest.mark.parametrize(
+    ("compensation", "own", "expected"),
+    [
+        ("mean", {}, ("energy", "none")),
+        ("none", {}, ("energy", "none")),
+        ("mean", {"compensation": "mean"}, ("wifv", "mean")),
+        ("mean", {"score": "wifn"}, ("wifn", "none")),
+        ("least_squares", {}, ("wifv", "least_squares")),
+        ("least_squares", {"compensation": "none"}, ("energy", "none")),
+    ],
+)
+def test_the_general_model_has_no_mean_unless_it_is_told_to(empty, compensation, own, expected):
+    whole = Config.load(
+        [empty, "calibration.statistics=covariance", f"pruning.compensation={compensation}", f"pruning.general={own}"]
+    )
+    settings = whole.plan_settings(whole.pruning.general)
+    assert (settings.score, settings.compensation) == expected
+
+
 # --- methods and studies ---------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import seap_ray.hf  # noqa: F401  (registers the classes that load a compacted checkpoint)
+from seap_ray import calibrate
+from seap_ray.architecture import Architecture
 from seap_ray.calibrate import Calibration, Calibrator, merge_layer, merge_records
 from seap_ray.checkpoint import Checkpoint, Compaction
 from seap_ray.config import Config
-from seap_ray.errors import IncompleteError
+from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.moments import SITES, Covariance, Moments, pooled, pooled_covariance
 from seap_ray.plan import Kept, Plan
 from seap_ray.reconstruction import USUAL_RIDGE
@@ -255,6 +258,23 @@ def test_a_damaged_or_missing_covariance_is_known_and_a_missing_record_is_named(
     run.statistics("sort").unlink()
     with pytest.raises(IncompleteError, match="sort: 1 records are missing"):
         merge_records(calibration, run, shards, architecture, path)
+
+
+def test_covariances_that_do_not_fit_the_disk_are_refused_with_what_would(tmp_path, monkeypatch):
+    llama = Architecture.of(
+        {
+            "model_type": "llama",
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "intermediate_size": 11008,
+        }
+    )
+    disk = SimpleNamespace(free=90 * 10**9)
+    monkeypatch.setattr(calibrate.shutil, "disk_usage", lambda _path: disk)
+    calibrate._check_room(Run(tmp_path), llama, n_files=10)  # 88 GB
+    with pytest.raises(ConfigError, match=r"97 GB.*has 90 \(11 shards and tasks\); raise corpus.shard_sequences"):
+        calibrate._check_room(Run(tmp_path), llama, n_files=11)
 
 
 # --- in a compacted model --------------------------------------------------------------------------------------------

@@ -264,3 +264,39 @@ def test_a_checkpoint_without_some_layers_says_what_it_is(dense, tmp_path, form)
     assert [of["heads"] for of in manifest["plan"]["layers"]] == [8, 0, 8, 0]
     other = Plan(plan.name, 0.5, "none", plan.kept, plan.provenance, dropped=(1, 2))
     assert draft(planner, run, spec, other).fingerprint != made.fingerprint
+
+
+# --- experts with a share of all tasks, scores of units --------------------------------------------------------------
+
+
+def test_an_expert_with_a_share_of_all_tasks_has_their_statistics_in_its_own():
+    planner = planner_of(SMALL, pruning={"experts": {"mix": 0.4}})
+    weights = {task.name: task.weight for task in planner.config.tasks}
+    total = sum(weights.values())
+    spec = spec_of(planner, "facts")
+    assert spec.weights == {
+        "sort": pytest.approx(0.4 * weights["sort"] / total),
+        "facts": pytest.approx(0.6 + 0.4 * weights["facts"] / total),
+    }
+    mixed = planner.mixed(spec)[1, "mlp"]
+    parts = [planner.statistics[task][1, "mlp"] for task in TASKS]
+    shares = [spec.weights[task] for task in TASKS]
+    torch.testing.assert_close(mixed.mean_D, sum(w * p.mean_D for w, p in zip(shares, parts, strict=True)))
+    assert spec_of(planner_of(SMALL), "facts").weights == {"facts": 1.0}
+    everything = spec_of(planner_of(SMALL, pruning={"experts": {"mix": 1}}), "facts").weights
+    assert everything == {task: pytest.approx(weight / total) for task, weight in weights.items()}
+
+
+def test_scores_that_compare_as_they_are_are_not_divided_by_their_mean():
+    """Two layers alike but for a factor: by their own values the lighter one gives all, by shares of a mean both."""
+    pruning = Config.model_validate(
+        {"pruning": {"allocation": {"kind": "global"}, "attention_unit": "none", "align": 1}}
+    )
+    generator = torch.Generator().manual_seed(3)
+    scores = [torch.rand(n, generator=generator, dtype=torch.float64) + 0.5 for n in (12, 40)]
+    scores_L = [(scores[0] * 10.0**layer, scores[1] * 10.0**layer) for layer in range(SMALL.n_layers)]
+    options = {"ratio": 0.05, "compensated": False, "scores_L": scores_L}
+    shared = choose_shapes(SMALL, pruning.pruning, **options)
+    own = choose_shapes(SMALL, pruning.pruning, **options, comparable=True)
+    assert len({shape.channels for shape in shared}) <= 2
+    assert own[0].channels < own[1].channels == own[4].channels == 40
