@@ -204,8 +204,8 @@ def _check_room(run: Run, architecture: Architecture, *, n_files: int) -> None:
     if needed > free:
         raise ConfigError(
             f"calibration.statistics: covariance takes {needed / 1e9:.0f} GB under {run.root}, which has "
-            f"{free / 1e9:.0f} ({n_files} shards and tasks); raise corpus.shard_sequences, or use moments, with pruning.score=wifv "
-            "pruning.compensation=mean"
+            f"{free / 1e9:.0f} ({n_files} shards and tasks); raise corpus.shard_sequences, or use moments, with "
+            "pruning.score=wifv pruning.compensation=mean"
         )
 
 

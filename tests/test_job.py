@@ -64,11 +64,14 @@ def run_of(storage: Path) -> Run:
 
 
 def records(storage: Path) -> list[Path]:
-    return sorted((storage / "run" / "records").rglob("*.safetensors"))
+    return sorted((storage / "run" / "records").glob("*/*.safetensors"))
 
 
 def statistics(storage: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((storage / "run" / "statistics").iterdir())}
+    """Moments, weight norms, and covariances."""
+    folder = storage / "run" / "statistics"
+    files = [path for path in sorted(folder.rglob("*.safetensors")) if path.parent.name != "scores"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
