@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from seap_ray import studies
 from seap_ray.config import Baseline, Config
 from seap_ray.evaluation import Failure
 from seap_ray.methods import METHODS, STUDIES
@@ -64,7 +65,11 @@ def finished(cluster, tmp_path_factory) -> Path:
     assert prune(arguments(storage)) == 0
     for study in SAME_RUN:
         ratios = ["pruning.ratio=[0.3, 0.5]"] if study == "ratio" else []
-        assert main(arguments(storage, f"study={study}", *ratios)) == 0, study
+        with pytest.MonkeyPatch.context() as fewer:
+            if study == "reconstruction":  # all of it is twenty-seven models for each of three seeds
+                fewer.setattr(studies, "SEEDS", range(2))
+                fewer.setattr(studies, "RANKED_BY", ("obs",))
+            assert main(arguments(storage, f"study={study}", *ratios)) == 0, study
     return storage
 
 
@@ -86,6 +91,24 @@ def test_a_study_leaves_one_table_as_json_and_csv_with_its_command(finished, stu
         head, *rows = csv.reader(file)
     assert head == results["columns"]
     assert rows == [["" if value is None else str(value) for value in row] for row in results["rows"]]
+
+
+def test_reconstruction_has_every_compensation_over_seeds_that_draw_anew(finished):
+    rows = rows_of(read(finished, "reconstruction"))
+    dense = {row["models"]: row for row in rows if row["ratio"] == 0}
+    assert set(dense) == {"experts", "general"} and dense["experts"]["realised"] == 0
+    cut = {(row["models"], row["compensation"]): row for row in rows if row["ratio"]}
+    ways = {(models, way) for models in dense for way in ("none", "mean", "least_squares")}
+    assert cut.keys() == ways
+    for row in cut.values():
+        assert row["realised"] == pytest.approx(0.5, abs=0.01) and row["score"] == "obs"
+        assert row["sd over seeds"] is not None and 0 <= row["mean acc"] <= 1
+    one, other = (json.loads((finished / name / "config.json").read_text()) for name in ("run", "run-seed1"))
+    assert (one["run"]["seed"], other["run"]["seed"]) == (0, 1)
+    shards = [
+        sorted(p.read_bytes() for p in (finished / n / "shards" / "logic").glob("0*")) for n in ("run", "run-seed1")
+    ]
+    assert shards[0] != shards[1]
 
 
 def test_all_studies_read_one_set_of_statistics(finished):
