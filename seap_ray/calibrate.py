@@ -129,13 +129,13 @@ class Calibrator:
         return rows.select(["task", "shard", "n_tokens"])
 
     def _measure(self, shard: Shard) -> None:
-        record, made_of = self.calibration.record(self.run, shard), self.calibration.fingerprint(shard)
+        path, made_of_shard = self.calibration.record(self.run, shard), self.calibration.fingerprint(shard)
         for layers in self._passes():
             recorded = self._recorded(shard, layers)
             for layer in layers:
                 of: dict[Site, Any] = {site: recorded[layer, site] for site in SITES}
-                save_covariances(record, layer, of, fingerprint=made_of)
-        save_moments(record, recorded, task=shard.task, shard=shard.shard, fingerprint=made_of)
+                save_covariances(path, layer, of, fingerprint=made_of_shard)
+        save_moments(path, recorded, task=shard.task, shard=shard.shard, fingerprint=made_of_shard)
 
     def _passes(self) -> list[range]:
         """Layers whose covariances are recorded in each pass of the model over a shard; without any: one pass."""

@@ -16,9 +16,9 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "random": {"score": "random", "allocation": "uniform", "compensation": "none"},
     # ShortGPT (arXiv 2403.03853).
     "depth": {"allocation": "depth", "compensation": "none"},
-    # SEAP as its paper has it, without a bias (arXiv 2503.07605), and as its
+    # SEAP as its paper has it (arXiv 2503.07605): an expert per task, no bias.
     "seap": {"score": "wifv", "allocation": "logistic", "compensation": "none", "per_task": True},
-    # released code does: an expert per task, its WIFN, no bias, a schedule that removes less than it says.
+    # SEAP's released code: its WIFN, and a schedule that removes less than it says.
     "seap_official": {
         "score": "official_wifn",
         "allocation": "logistic",
