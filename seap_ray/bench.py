@@ -7,7 +7,7 @@ some of the run's records.
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from seap_ray.calibrate import Calibration, made_of, merge_all, model_dtype
+from seap_ray.calibrate import Calibration, made_of, make_records, merge_all, model_dtype
 from seap_ray.checkpoint import Checkpoint, versions
 from seap_ray.config import Config, SpeedSection
 from seap_ray.corpus import tokenizer_hash
@@ -92,6 +92,8 @@ class Bench:
         calibration = Calibration.of(self.config, checkpoint)
         prints = {name: made_of(calibration, shards) for name, shards in parts.items()}
         files = {name: run.part(made[:20]) for name, made in prints.items()}
+        shards = list({shard: None for part in parts.values() for shard in part})
+        make_records(self.config, checkpoint, run, shards, partial(progress, unit=" tokens"), n_merged=len(parts))
         merge_all(calibration, run, checkpoint, [(files[name], shards) for name, shards in parts.items()])
         found = {name: load_statistics(file, checkpoint.architecture) for name, file in files.items()}
         return replace(

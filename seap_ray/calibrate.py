@@ -39,6 +39,7 @@ from seap_ray.records import (
     save_covariances,
     save_moments,
     sites_of,
+    task_memory,
 )
 from seap_ray.run import Run, fingerprint
 from seap_ray.shards import Manifest, Shard
@@ -182,18 +183,43 @@ def calibrate(
 
     Raises IncompleteError when records are missing afterwards, DataError for activations that are not finite.
     """
+    calibration = Calibration.of(config, checkpoint)
+    stale = _stale(calibration, run, manifests, checkpoint.architecture)
+    shards = [shard for manifest in stale for shard in manifest.shards]
+    make_records(config, checkpoint, run, shards, progress, n_merged=len(stale))
+    merge_all(calibration, run, checkpoint, [(run.statistics(m.task), m.shards) for m in stale])
+    return {manifest.task: run.statistics(manifest.task) for manifest in manifests}
+
+
+def make_records(
+    config: Config,
+    checkpoint: Checkpoint,
+    run: Run,
+    shards: list[Shard],
+    progress: Callable[[Iterable[int], int, str], Iterable[int]],
+    *,
+    n_merged: int,
+) -> None:
+    """Make what records of these shards are missing; ``n_merged`` statistics will be made from them."""
     calibration, architecture = Calibration.of(config, checkpoint), checkpoint.architecture
-    stale = _stale(calibration, run, manifests, architecture)
-    missing = _missing(calibration, run, [shard for manifest in stale for shard in manifest.shards], architecture)
+    missing = _missing(calibration, run, shards, architecture)
     if calibration.covariance:
-        _check_room(run, architecture, n_files=len(missing) + len(stale))
+        _check_memory(architecture)
+        _check_room(run, architecture, n_files=len(missing) + n_merged)
     if missing:
         total = sum(shard.n_tokens for shard in missing)
         for _ in progress(_measure_all(config, calibration, run, missing), total, "calibrating"):
             pass
-    targets = [(run.statistics(manifest.task), manifest.shards) for manifest in stale]
-    merge_all(calibration, run, checkpoint, targets)
-    return {manifest.task: run.statistics(manifest.task) for manifest in manifests}
+
+
+def _check_memory(architecture: Architecture) -> None:
+    """Raises ConfigError when no node could ever run a task on one layer's covariances: Ray would wait for one."""
+    largest = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    if (needed := task_memory(architecture)) > largest:
+        raise ConfigError(
+            f"calibration.statistics: covariance needs a node with {needed / 1e9:.1f} GB of memory for tasks, and the "
+            f"largest has {largest / 1e9:.1f}; use moments, with pruning.score=wifv pruning.compensation=mean"
+        )
 
 
 def _check_room(run: Run, architecture: Architecture, *, n_files: int) -> None:
@@ -285,8 +311,7 @@ def merge_all(
     architecture, moments = checkpoint.architecture, ray.remote(merge_records)
     ray.get([moments.remote(calibration, run, shards, architecture, path) for path, shards in targets])
     if calibration.covariance:
-        # A sum, a part and what they are read from, in float64.
-        layers = ray.remote(memory=8 * covariance_bytes(architecture))(merge_layer)
+        layers = ray.remote(memory=task_memory(architecture))(merge_layer)
         ray.get(
             [
                 layers.remote(calibration, run, shards, checkpoint, path, layer)

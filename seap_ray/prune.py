@@ -33,12 +33,12 @@ from seap_ray.reconstruction import UNIT_SCORES
 from seap_ray.records import (
     Mixture,
     about_moments,
-    covariance_bytes,
     is_whole,
     load_statistics,
     load_unit_scores,
     save_moments,
     save_tensors,
+    task_memory,
 )
 from seap_ray.run import Run, fingerprint, publishing, read_json, sha256_of, write_json
 from seap_ray.scores import SCORES, Norms, WeightNorms, head_scores, random_score, standardised
@@ -68,13 +68,16 @@ def specs(config: Config) -> list[Spec]:
     pruning, weights = config.pruning, {task.name: task.weight for task in config.tasks}
     general, fill = pruning.general, config.plan_settings
     made = [Spec("general", "general", "general", weights, fill(general), general.pooling)]
-    made += [Spec(task, "expert", "experts", _own(config, task), fill(pruning.experts), task=task) for task in weights]
+    made += [
+        Spec(task, "expert", "experts", _expert_weights(config, task), fill(pruning.experts), task=task)
+        for task in weights
+    ]
     for name, baseline in pruning.baselines.items():
         made += baseline_specs(config, name, baseline)
     return made
 
 
-def _own(config: Config, task: str) -> dict[str, float]:
+def _expert_weights(config: Config, task: str) -> dict[str, float]:
     """Weights of an expert's statistics: its task alone, or with a share of all tasks."""
     mix, total = config.pruning.experts.mix, sum(task.weight for task in config.tasks)
     shares = {other.name: mix * other.weight / total + (1 - mix) * (other.name == task) for other in config.tasks}
@@ -196,7 +199,7 @@ class Planner:
             mixtures = [self.mixture(spec)]
             if spec.pooling == "score_average":
                 mixtures = [Mixture((self.files[t],), (w,), self.mixture(spec).ridge) for t, w in spec.weights.items()]
-            score = ray.remote(memory=10 * covariance_bytes(architecture))(_layer_scores)
+            score = ray.remote(memory=task_memory(architecture))(_layer_scores)
             parts = [
                 score.remote(self.checkpoint, mixtures, pruning.score, pruning.attention_unit, layer)
                 for layer in range(architecture.n_layers)
@@ -370,7 +373,7 @@ def _write_all(jobs: list[Draft]) -> Iterator[int]:
     """Yield the bytes of each file as it is written; finish each folder when its last file is there."""
     write = ray.remote(_write_file)
     architecture = jobs[0].compaction.base.architecture
-    memory = {"none": 0, "mean": 0, "least_squares": 10 * covariance_bytes(architecture)}
+    memory = {"none": 0, "mean": 0, "least_squares": task_memory(architecture)}
     pending: dict[Any, tuple[Draft, str]] = {}
     hashes: dict[Path, dict[str, str]] = {job.target: {} for job in jobs}
     for job in jobs:

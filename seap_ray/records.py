@@ -98,6 +98,11 @@ def covariance_bytes(architecture: Architecture) -> int:
     return 4 * sum(width**2 for width in architecture.widths)
 
 
+def task_memory(architecture: Architecture) -> int:
+    """Bytes that a task on one layer's covariances needs: some of its matrices in float64 at a time."""
+    return 10 * covariance_bytes(architecture)
+
+
 def covariance_file(moments: Path, layer: int) -> Path:
     """Where the covariances of a layer lie whose moments are in the file ``moments``."""
     return moments.with_suffix(".covariances") / f"{layer:03d}.safetensors"

@@ -277,6 +277,17 @@ def test_covariances_that_do_not_fit_the_disk_are_refused_with_what_would(tmp_pa
         calibrate._check_room(Run(tmp_path), llama, n_files=11)
 
 
+def test_covariances_that_no_node_has_memory_for_are_refused_not_waited_for(monkeypatch):
+    shape = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
+    llama = Architecture.of({"model_type": "llama", **shape, "intermediate_size": 28672})
+    nodes = [{"Alive": True, "Resources": {"memory": 24e9}}, {"Alive": False, "Resources": {"memory": 900e9}}]
+    monkeypatch.setattr(calibrate.ray, "nodes", lambda: nodes)
+    with pytest.raises(ConfigError, match=r"a node with 35.6 GB of memory for tasks, and the largest has 24.0"):
+        calibrate._check_memory(llama)
+    nodes[1]["Alive"] = True
+    calibrate._check_memory(llama)
+
+
 # --- in a compacted model --------------------------------------------------------------------------------------------
 
 
