@@ -223,15 +223,15 @@ def _check_memory(architecture: Architecture) -> None:
 
 
 def _check_room(run: Run, architecture: Architecture, *, n_files: int) -> None:
-    """Raises ConfigError when the covariances will not fit the disk: a triangle for every shard and task to be made."""
+    """Raises IncompleteError when the covariances will not fit the disk: a triangle for every shard and task to come."""
     needed = n_files * architecture.n_layers * covariance_bytes(architecture) // 2
     run.root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(run.root).free
     if needed > free:
-        raise ConfigError(
-            f"calibration.statistics: covariance takes {needed / 1e9:.0f} GB under {run.root}, which has "
-            f"{free / 1e9:.0f} ({n_files} shards and tasks); raise corpus.shard_sequences, or use moments, with "
-            "pruning.score=wifv pruning.compensation=mean"
+        raise IncompleteError(
+            f"calibration.statistics: covariance takes {needed / 1e9:.1f} GB under {run.root}, which has "
+            f"{free / 1e9:.1f} ({n_files} shards and tasks); make room and run the same command again, raise "
+            "corpus.shard_sequences, or use moments, with pruning.score=wifv pruning.compensation=mean"
         )
 
 

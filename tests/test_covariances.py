@@ -273,7 +273,9 @@ def test_covariances_that_do_not_fit_the_disk_are_refused_with_what_would(tmp_pa
     disk = SimpleNamespace(free=90 * 10**9)
     monkeypatch.setattr(calibrate.shutil, "disk_usage", lambda _path: disk)
     calibrate._check_room(Run(tmp_path), llama, n_files=10)  # 88 GB
-    with pytest.raises(ConfigError, match=r"97 GB.*has 90 \(11 shards and tasks\); raise corpus.shard_sequences"):
+    with pytest.raises(
+        IncompleteError, match=r"97\.1 GB.*has 90\.0 \(11 shards and tasks\); make room .*, raise corpus"
+    ):
         calibrate._check_room(Run(tmp_path), llama, n_files=11)
 
 
