@@ -223,7 +223,7 @@ def _check_memory(architecture: Architecture) -> None:
 
 
 def _check_room(run: Run, architecture: Architecture, *, n_files: int) -> None:
-    """Raises IncompleteError when the covariances will not fit the disk: a triangle for every shard and task to come."""
+    """Raises IncompleteError when the covariances will not fit the disk: a triangle for each shard and task to come."""
     needed = n_files * architecture.n_layers * covariance_bytes(architecture) // 2
     run.root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(run.root).free
