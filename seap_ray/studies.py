@@ -71,6 +71,12 @@ def _check(config: Config) -> None:
         raise ConfigError("tasks: study=ood leaves out one task at a time, so it needs two or more")
     if config.study == "corpus" and config.corpus.packing == "pack":
         raise ConfigError("corpus.packing: study=corpus counts samples, and packing joins them; leave it at bucket")
+    if config.study == "reconstruction":
+        for allocation in {spec.settings.allocation for spec in _usual(config)} & {"standardised", "depth"}:
+            raise ConfigError(
+                "pruning.allocation.kind: study=reconstruction compares scores of whole heads and channels, and "
+                f"{allocation} does not rank by them; choose {', '.join(ALLOCATIONS)}"
+            )
     for task in config.tasks:
         if task.lm_eval and _asks_lm_eval(config):
             with suppress(DataError):  # rows that are missing cost their own cells only
@@ -120,6 +126,11 @@ def _named(bench: Bench, name: str, *, like: str | None = None, **settings: Any)
     """Specs of a built-in method, or of settings alone, under a name."""
     base = METHODS[like] if like else {}
     return baseline_specs(bench.config, name, Baseline(**{**base, **settings}))
+
+
+def _usual(config: Config) -> list[Spec]:
+    """The experts and the general model."""
+    return [spec for spec in specs(config) if spec.kind != "baseline"]
 
 
 def _variant(spec: Spec, method: str, **settings: Any) -> Spec:
@@ -215,7 +226,7 @@ def _plain_corpora(config: Config) -> list[str]:
 
 def _ratio(bench: Bench) -> Found:
     methods = [spec for name in METHODS for spec in _named(bench, name, like=name) if name != "seap_official"]
-    made = [spec for spec in specs(bench.config) if spec.kind != "baseline"]
+    made = _usual(bench.config)
     made += _named(bench, "uniform", allocation="uniform", score="energy", compensation="none")
     judged = bench.judge([Asked(), *_own(_asked(bench, [*made, *methods]))])
     return _compared(bench, bench.with_speed(judged))
@@ -330,7 +341,7 @@ def _share(shards: Sequence[Shard], share: float, seed: int) -> list[Shard]:
 
 
 def _allocation(bench: Bench) -> Found:
-    usual = [spec for spec in specs(bench.config) if spec.kind != "baseline"]
+    usual = _usual(bench.config)
     rows: list[tuple[str, float | None, float | None]] = [("uniform", None, None), ("global", None, None)]
     rows += [("logistic", k, x0) for k, x0 in CURVES]
     made, names = [], {}
@@ -384,7 +395,7 @@ def _reconstruction(bench: Bench) -> Found:
 
 def _ways(bench: Bench, seed: int) -> list[tuple[tuple[float, str, str, str], Asked]]:
     """The dense model, and experts and general by every compensation and score."""
-    usual = [spec for spec in specs(bench.config) if spec.kind != "baseline"]
+    usual = _usual(bench.config)
     ways: list[tuple[tuple[float, str, str, str], Asked]] = [((0.0, kind, "", ""), Asked()) for kind in KINDS]
     for ratio, compensation, score in product(bench.config.pruning.ratio, get_args(Compensation), RANKED_BY):
         for spec in usual:
@@ -417,7 +428,7 @@ def _ood(bench: Bench) -> Found:
         for task, others in without.items()
         for spec in _named(bench, f"without_{task}", **settings, tasks=others, pooling=general.pooling)
     ]
-    usual = [spec for spec in specs(bench.config) if spec.kind != "baseline"]
+    usual = _usual(bench.config)
     left_out = [Asked(s, r, (s.name.removeprefix("without_"),)) for r in bench.config.pruning.ratio for s in made]
     judged = bench.judge([Asked(), *_asked(bench, usual), *left_out])
     by = {(one.model["name"], one.model["ratio"]): one.model["quality"] for one in judged}
@@ -433,7 +444,7 @@ def _ood(bench: Bench) -> Found:
 
 
 def _transfer(bench: Bench) -> Found:
-    usual = [spec for spec in specs(bench.config) if spec.kind != "baseline"]
+    usual = _usual(bench.config)
     judged = bench.judge([Asked(), *_asked(bench, usual)])
     rows = []
     for one in judged:
@@ -451,7 +462,7 @@ def _routing(bench: Bench) -> Found:
     asked = [e for e in bench.exams.values() if isinstance(e, Exam) and e.task.metric != "window_perplexity"]
     if not asked:
         raise ConfigError("tasks: study=routing needs one with prompts; windows of a text are none")
-    usual = [spec for spec in specs(bench.config) if spec.kind != "baseline"]
+    usual = _usual(bench.config)
     judged = bench.judge(_asked(bench, usual))
     cells = {(one.model["ratio"], one.model["name"]): one.cells for one in judged}
     router = Router.load(bench.made.run.router)

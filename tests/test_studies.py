@@ -7,12 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seap_ray.bench import Asked, Judged
+from seap_ray.config import Config
+from seap_ray.errors import ConfigError
 from seap_ray.evaluation import Exam, Failure
 from seap_ray.quality import Quality
 from seap_ray.results import own_tasks
 from seap_ray.shards import Shard
-from seap_ray.studies import _at_random, _first, _picked, _share, _sizes
+from seap_ray.studies import _at_random, _check, _first, _picked, _share, _sizes
 from seap_ray.tasks import BUILT_IN
+
+MOMENTS = ("pruning.score=wifv", "pruning.compensation=mean")
 
 
 def shards_of(sizes, tokens=None):
@@ -20,6 +24,18 @@ def shards_of(sizes, tokens=None):
         Shard("sort", f"{i:05}", n, t, "")
         for i, (n, t) in enumerate(zip(sizes, tokens or [10 * n for n in sizes], strict=True))
     ]
+
+
+@pytest.mark.parametrize("allocation", ["standardised", "depth"])
+def test_reconstruction_is_not_studied_where_its_scores_would_not_count(allocation):
+    own = Config.load(
+        [f"pruning.allocation.kind={allocation}", "pruning.baselines={}", "study=reconstruction", *MOMENTS]
+    )
+    with pytest.raises(
+        ConfigError, match=f"pruning.allocation.kind: .*{allocation} does not .* uniform, logistic, global"
+    ):
+        _check(own)
+    _check(Config.load(["pruning.allocation.kind=global", "study=reconstruction"]))
 
 
 # --- corpus size -----------------------------------------------------------------------------------------------------
