@@ -1,7 +1,8 @@
 """python jobs/eval.py [study=table] [config=ray_config.yaml] [dotted.key=value ...]
 
 Compares methods and answers questions, one study a command, from one set of statistics, which it makes where they are
-missing. Studies: table, ratio, corpus, allocation, ood, transfer, routing, pooling, paper (docs/evaluation.md).
+missing. Studies: table, ratio, corpus, allocation, reconstruction, ood, transfer, routing, pooling, paper
+(docs/evaluation.md).
 
 Writes <run>/results/<study>.json and .csv and <run>/report.html. What was judged once is not judged again; the same
 command resumes what was cut short.

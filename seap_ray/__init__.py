@@ -15,6 +15,7 @@ The path of the data, one line a module (rings: arithmetic, models and files, Ra
     architecture  the dimensions and weight names of a model family
     corpus        rows -> texts -> token ids
     recorder      hooks on a model -> moments of every site
+    layerwise     the same of a model that is read one layer at a time
     records       moments on disk, whole or known to be damaged
     checkpoint    safetensors folders: read, fingerprint, write compacted
     hf            the Hugging Face classes that load a compacted checkpoint
@@ -25,6 +26,7 @@ The path of the data, one line a module (rings: arithmetic, models and files, Ra
     progress      what a job says while it runs
     cluster       a driver's connection to Ray
     shards        corpora -> immutable token shards                         (Ray Data)
+    placement     where a worker has the model, by what the nodes have
     calibrate     shards -> records -> statistics                           (Ray Data)
     prune         statistics -> plans -> checkpoints                        (Ray tasks)
     quality       a model and a task's rows -> accuracy or perplexity

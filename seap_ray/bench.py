@@ -15,13 +15,14 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from seap_ray.calibrate import Calibration, made_of, make_records, merge_all, model_dtype
+from seap_ray.calibrate import Calibration, made_of, make_records, merge_all
 from seap_ray.checkpoint import Checkpoint, versions
 from seap_ray.config import Config, SpeedSection
 from seap_ray.corpus import tokenizer_hash
 from seap_ray.errors import ConfigError
 from seap_ray.evaluation import Cell, Exam, Failure, Subject, evaluate, exam, subject_of
 from seap_ray.job import Calibrated, known_error
+from seap_ray.placement import model_dtype
 from seap_ray.progress import progress, say
 from seap_ray.prune import Draft, Planner, Spec, draft
 from seap_ray.records import load_statistics

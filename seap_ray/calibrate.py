@@ -6,30 +6,26 @@ on the number of shards alone: the same bytes for any number of workers, with or
 same way, layer by layer.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import ray
-import torch
 from ray.data import ActorPoolStrategy, DataContext
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from seap_ray.architecture import Architecture
 from seap_ray.checkpoint import Checkpoint
-from seap_ray.config import Config, ModelSection
+from seap_ray.config import Config
 from seap_ray.errors import ConfigError, DataError, IncompleteError
-from seap_ray.moments import RECORDED, SITES, Moments, Site, tree_sum
+from seap_ray.moments import RECORDED, SITES, Covariance, Moments, Site, tree_sum
+from seap_ray.placement import model_dtype, recording_parts
 from seap_ray.reconstruction import USUAL_RIDGE, choose_ridge
-from seap_ray.recorder import MODULE_OF, Recorded, record
+from seap_ray.recorder import MODULE_OF, Recorded
 from seap_ray.records import (
     covariance_bytes,
     covariance_file,
@@ -89,84 +85,40 @@ class Calibration:
         return shard.n_tokens - self.skip_first_token * shard.n_sequences
 
 
-def model_dtype(model: ModelSection, checkpoint: Checkpoint) -> torch.dtype:
-    """The type to compute in; ``auto`` is the one in the model's config."""
-    name = model.dtype
-    if name == "auto":
-        name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
-    return getattr(torch, name)
-
-
-def load_model(config: Config, base: Checkpoint, folder: Path) -> PreTrainedModel:
-    """The model in ``folder``, the base or one cut from it, in evaluation mode on this worker's device."""
-    torch.set_num_threads(config.calibration.num_cpus)  # sums, and so bytes, depend on the number of threads
-    transformers_logging.disable_progress_bar()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=model_dtype(config.model, base),
-        trust_remote_code=config.model.trust_remote_code,
-        use_safetensors=True,
-    )
-    return loaded.to("cuda" if config.calibration.num_gpus else "cpu").eval()
-
-
 # --- the actors ------------------------------------------------------------------------------------------------------
 
 
 class Calibrator:
-    """A Ray Data actor that holds the model: a shard's descriptor in, its record on storage, one small row out."""
+    """A Ray Data actor that has the model: shards' descriptors in, their records on storage, a number of tokens out."""
 
     def __init__(self, config: Config, calibration: Calibration, run: Run):
-        self.config, self.calibration, self.run = config, calibration, run
+        self.calibration, self.run = calibration, run
         checkpoint = Checkpoint.open(config.model.source, config.model.revision)
         if checkpoint.fingerprint != calibration.model:
             raise ConfigError(f"model.source: {checkpoint.folder} differs between the nodes of this cluster")
-        self.architecture = checkpoint.architecture
-        self.model = load_model(config, checkpoint, checkpoint.folder)
+        self.parts = recording_parts(config, checkpoint)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        for shard in (Shard(**row) for row in rows.to_pylist()):
-            self._measure(shard)
-        return rows.select(["task", "shard", "n_tokens"])
+        shards = [[Shard(**shard) for shard in row["shards"]] for row in rows.to_pylist()]
+        for together in shards:
+            self._measure(together)
+        return pa.table({"n_tokens": [sum(shard.n_tokens for shard in together) for together in shards]})
 
-    def _measure(self, shard: Shard) -> None:
+    def _measure(self, together: list[Shard]) -> None:
+        shards = {f"{shard.task}/{shard.shard}": shard for shard in together}
+        moments: dict[str, Recorded] = {name: {} for name in shards}
+        for name, recorded in self.parts({name: shard.sequences(self.run) for name, shard in shards.items()}):
+            self._save_covariances(shards[name], recorded)
+            moments[name] |= {key: Moments(of.count, of.mean_D, of.m2_D) for key, of in recorded.items()}
+        for name, shard in shards.items():
+            path, made_of_shard = self.calibration.record(self.run, shard), self.calibration.fingerprint(shard)
+            save_moments(path, moments[name], task=shard.task, shard=shard.shard, fingerprint=made_of_shard)
+
+    def _save_covariances(self, shard: Shard, recorded: Recorded) -> None:
         path, made_of_shard = self.calibration.record(self.run, shard), self.calibration.fingerprint(shard)
-        for layers in self._passes():
-            recorded = self._recorded(shard, layers)
-            for layer in layers:
-                of: dict[Site, Any] = {site: recorded[layer, site] for site in SITES}
-                save_covariances(path, layer, of, fingerprint=made_of_shard)
-        save_moments(path, recorded, task=shard.task, shard=shard.shard, fingerprint=made_of_shard)
-
-    def _passes(self) -> list[range]:
-        """Layers whose covariances are recorded in each pass of the model over a shard; without any: one pass."""
-        if not self.calibration.covariance:
-            return [range(0)]
-        n_layers, asked = self.architecture.n_layers, self.config.calibration.covariance_layers
-        # Of every layer the sum so far, a batch's part and their sum are there at once.
-        fitting = int(free_memory(self.model.device) * 0.8 // (3 * covariance_bytes(self.architecture)))
-        at_a_time = max(1, fitting) if asked == "auto" else asked
-        return [range(n_layers)[first : first + at_a_time] for first in range(0, n_layers, at_a_time)]
-
-    def _recorded(self, shard: Shard, covariances: range) -> Recorded:
-        settings = self.config.calibration
-        try:
-            return record(
-                self.model,
-                shard.sequences(self.run),
-                batch_tokens=settings.batch_tokens,
-                skip_first_token=settings.skip_first_token,
-                covariances=covariances,
-            )
-        except DataError as error:
-            raise DataError(f"shard {shard.task}/{shard.shard}: {error}") from None
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a worker may take on its device, now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // (os.cpu_count() or 1)
+        of = {key: found for key, found in recorded.items() if isinstance(found, Covariance)}
+        for layer in sorted({layer for layer, _ in of}):
+            save_covariances(path, layer, {site: of[layer, site] for site in SITES}, fingerprint=made_of_shard)
 
 
 # --- the job ---------------------------------------------------------------------------------------------------------
@@ -260,15 +212,16 @@ def _has(calibration: Calibration, run: Run, shard: Shard, architecture: Archite
 
 
 def _measure_all(config: Config, calibration: Calibration, run: Run, missing: list[Shard]) -> Iterator[int]:
-    """Yield the tokens of each shard as its record is done."""
+    """Yield the tokens of each group of shards as their records are done."""
     settings = config.calibration
     workers = n_workers(config, len(missing))
     context = DataContext.get_current()
     context.execution_no_progress_timeout_s = -1  # a large model's first shard may take longer than the default 30 min
     context.max_consecutive_actor_init_deaths = 2 * workers
+    together = settings.stream_tokens if settings.placement == "stream" else 0
+    groups = grouped(missing, together, workers)
     rows = ray.data.from_items(
-        [{name: getattr(shard, name) for name in Shard.__slots__} for shard in missing],
-        override_num_blocks=len(missing),
+        [{"shards": [asdict(shard) for shard in group]} for group in groups], override_num_blocks=len(groups)
     )
     measured = rows.map_batches(
         Calibrator,
@@ -281,6 +234,19 @@ def _measure_all(config: Config, calibration: Calibration, run: Run, missing: li
     )
     for row in measured.iter_rows():
         yield row["n_tokens"]
+
+
+def grouped(shards: list[Shard], max_tokens: int, workers: int) -> list[list[Shard]]:
+    """Neighbours together, up to ``max_tokens``, but no fewer groups than workers if the shards allow it."""
+    most = -(-len(shards) // workers)
+    groups: list[list[Shard]] = []
+    for shard in shards:
+        fits = groups and len(groups[-1]) < most
+        if fits and sum(one.n_tokens for one in groups[-1]) + shard.n_tokens <= max_tokens:
+            groups[-1].append(shard)
+        else:
+            groups.append([shard])
+    return groups
 
 
 def n_workers(config: Config, n_shards: int) -> int:

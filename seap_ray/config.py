@@ -20,6 +20,7 @@ PATH_VARIABLE = "SEAP_RAY_CONFIG"
 Score = Literal["wifv", "wifn", "wanda_sp", "energy", "official_wifn", "magnitude", "random", "block_wifv", "obs"]
 FROM_COVARIANCES = ("block_wifv", "obs", "least_squares")
 """Scores and compensations that need ``calibration.statistics=covariance``."""
+Placement = Literal["auto", "single", "device_map", "stream"]
 Allocation = Literal["uniform", "logistic", "global", "standardised", "depth"]
 Budget = Literal["exact", "official"]
 Compensation = Literal["none", "mean", "least_squares"]
@@ -88,8 +89,13 @@ class CalibrationSection(Section):
     """Model replicas; `auto`: as many as the cluster holds and the shards occupy."""
     num_cpus: int = Field(default=1, ge=1)
     """CPUs, and so threads, per worker."""
-    num_gpus: float = Field(default=0, ge=0, le=1)
-    """GPUs per worker."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs per worker; several are for placement `device_map`."""
+    placement: Placement = "auto"
+    """`single`: the model whole on a worker's device. `device_map`: whole, over a worker's GPUs. `stream`: one decoder
+    layer at a time, read from disk, so any model fits. `auto`: the first of them that the workers have memory for."""
+    stream_tokens: AtLeastOne = 262144
+    """Tokens whose hidden states a worker keeps under `stream`: it reads the model once for so many."""
     statistics: Literal["moments", "covariance"] = "moments"
     """`covariance`: all pairs of columns, too, for compensation least_squares and the scores block_wifv and obs. Each
     shard and each task takes disk, 8.8 GB of a Llama-2-7B, so let shards be large; docs/method.md."""
@@ -100,6 +106,14 @@ class CalibrationSection(Section):
     """Tokens per forward pass, padding included; halved where memory runs out."""
     skip_first_token: bool = False
     """Leave position 0, where many models put outsized activations, out of the statistics."""
+
+    @model_validator(mode="after")
+    def _gpus_are_used(self) -> "CalibrationSection":
+        if self.num_gpus > 1 and self.num_gpus % 1:
+            raise ValueError(f"num_gpus={self.num_gpus:g}: more than one are a whole number")
+        if self.num_gpus > 1 and self.placement in ("single", "stream"):
+            raise ValueError(f"num_gpus={self.num_gpus:g}: placement {self.placement} works on one; choose device_map")
+        return self
 
 
 class AllocationSection(Section):

@@ -16,11 +16,11 @@ from ray.exceptions import RayError, RayTaskError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from seap_ray import harness
-from seap_ray.calibrate import load_model
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
 from seap_ray.corpus import Item, Renderer, check_evaluation, is_local, load_tokenizer, local_files
 from seap_ray.errors import ConfigError, SeapError
+from seap_ray.placement import load_model
 from seap_ray.prune import Draft, write_draft
 from seap_ray.quality import Quality, measure, measure_windows, windows
 from seap_ray.run import Run, fingerprint, read_json, write_json

@@ -24,6 +24,7 @@ from seap_ray.corpus import check_evaluation, check_source, load_tokenizer
 from seap_ray.errors import ConfigError, IncompleteError, SeapError
 from seap_ray.evaluation import evaluate, exam, subject_of
 from seap_ray.fitting import fit
+from seap_ray.placement import placed
 from seap_ray.plan import check_ratio
 from seap_ray.progress import progress, say
 from seap_ray.prune import Draft, Planner, make_planner, prune, section_of, specs
@@ -67,7 +68,7 @@ def on_cluster(config: Config, work: Callable[[Config, Checkpoint, Run], None], 
     _connect()
     try:
         n_workers(config, 1)
-        work(config, checkpoint, run)
+        work(placed(config, checkpoint), checkpoint, run)
     except Exception as error:  # Ray's own kind of a SeapError has a traceback for its text
         known = known_error(error)
         if known is None:

@@ -5,6 +5,7 @@ Letters: B sequences, T positions, N real tokens, D columns of a site.
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from seap_ray.moments import Covariance, Moments, Site
 
 MODULE_OF: dict[Site, str] = {"attn": O_PROJ, "mlp": DOWN_PROJ}
 Recorded = dict[tuple[int, Site], Moments]
+Sequences = Sequence[Sequence[int]]
+"""Token ids of several texts."""
 
 
 @contextmanager
@@ -30,17 +33,27 @@ def recording(decoder: Any, counted_BT: Tensor, *, covariances: Container[int] =
     Only positions where ``counted_BT`` is True are read at all, so whatever stands at padding, NaN included, is left
     out. The hooks are gone afterwards, also after an error. Raises DataError for activations that are not finite.
     """
-    rows_N = counted_BT.flatten().nonzero().squeeze(1)
     recorded: Recorded = {}
     with ExitStack() as hooks:
         for layer, block in enumerate(decoder.layers):
-            statistic = Covariance if layer in covariances else Moments
-            for site, module in MODULE_OF.items():
-                hook = _input_hook(recorded, (layer, site), rows_N, statistic)
-                hooks.callback(block.get_submodule(module).register_forward_pre_hook(hook).remove)
-            hook = _block_hook(recorded, (layer, "block"), rows_N)
-            hooks.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
+            hooks.enter_context(recording_layer(block, layer, counted_BT, recorded, covariance=layer in covariances))
         yield recorded
+
+
+@contextmanager
+def recording_layer(
+    block: nn.Module, layer: int, counted_BT: Tensor, recorded: Recorded, *, covariance: bool
+) -> Iterator[None]:
+    """As ``recording``, of one decoder layer, adding to ``recorded``."""
+    rows_N = counted_BT.flatten().nonzero().squeeze(1)
+    statistic = Covariance if covariance else Moments
+    with ExitStack() as hooks:
+        for site, module in MODULE_OF.items():
+            hook = _input_hook(recorded, (layer, site), rows_N, statistic)
+            hooks.callback(block.get_submodule(module).register_forward_pre_hook(hook).remove)
+        hook = _block_hook(recorded, (layer, "block"), rows_N)
+        hooks.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
+        yield
 
 
 def _input_hook(
@@ -66,7 +79,7 @@ def _block_hook(recorded: Recorded, key: tuple[int, Site], rows_N: Tensor) -> Ca
 
 def _counted(x: Tensor, rows_N: Tensor) -> Tensor:
     x_ND = x.detach().flatten(0, -2)
-    return x_ND.index_select(0, rows_N) if rows_N.numel() < x_ND.shape[0] else x_ND
+    return x_ND.index_select(0, rows_N.to(x_ND.device)) if rows_N.numel() < x_ND.shape[0] else x_ND
 
 
 def _add(recorded: Recorded, key: tuple[int, Site], moments: Moments) -> None:
@@ -75,7 +88,7 @@ def _add(recorded: Recorded, key: tuple[int, Site], moments: Moments) -> None:
 
 def record(
     model: PreTrainedModel,
-    sequences: Sequence[Sequence[int]],
+    sequences: Sequences,
     *,
     batch_tokens: int,
     skip_first_token: bool = False,
@@ -116,21 +129,48 @@ def _out_of_memory(error: RuntimeError) -> bool:
 def _forward(
     model: PreTrainedModel, sequences: list[Sequence[int]], skip_first: bool, covariances: Container[int]
 ) -> Recorded:
-    longest = max(len(sequence) for sequence in sequences)
-    ids_BT = torch.zeros(len(sequences), longest, dtype=torch.int64)
-    mask_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        ids_BT[row, : len(sequence)] = torch.as_tensor(sequence)
-        mask_BT[row, : len(sequence)] = True
-    counted_BT = mask_BT.clone()
-    counted_BT[:, 0] &= not skip_first
-    device = model.device
-    padded = not bool(mask_BT.all())
-    with recording(model.get_decoder(), counted_BT.to(device), covariances=covariances) as recorded:
-        model.get_decoder()(
-            input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device) if padded else None, use_cache=False
-        )
+    batch = Batch.of(sequences, skip_first, model.device)
+    with recording(model.get_decoder(), batch.counted_BT, covariances=covariances) as recorded:
+        model.get_decoder()(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)
+    check_finite(recorded)
+    return recorded
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Sequences of tokens, padded at their end to the longest."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor | None
+    """Where tokens are real; None where all are."""
+    counted_BT: Tensor
+    """Where tokens count."""
+
+    @classmethod
+    def of(cls, sequences: Sequences, skip_first: bool, device: torch.device) -> "Batch":
+        longest = max(len(sequence) for sequence in sequences)
+        ids_BT = torch.zeros(len(sequences), longest, dtype=torch.int64)
+        mask_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+        for row, sequence in enumerate(sequences):
+            ids_BT[row, : len(sequence)] = torch.as_tensor(sequence)
+            mask_BT[row, : len(sequence)] = True
+        counted_BT = mask_BT.clone()
+        counted_BT[:, 0] &= not skip_first
+        is_padded = not bool(mask_BT.all())
+        return cls(ids_BT.to(device), mask_BT.to(device) if is_padded else None, counted_BT.to(device))
+
+
+def check_finite(recorded: Recorded) -> None:
+    """Raises DataError that names the first layer and site whose activations are not."""
     for (layer, site), moments in recorded.items():
         if not torch.isfinite(moments.m2_D).all():
             raise DataError(f"activations of layer {layer}, site {site}, are not finite")
-    return recorded
+
+
+@contextmanager
+def telling(what: str) -> Iterator[None]:
+    """Put a name before the message of a DataError."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from None

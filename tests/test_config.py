@@ -121,7 +121,8 @@ def test_an_unknown_key_in_the_file_names_the_file(tmp_path):
         ("pruning.allocation.protect_first=-1", "pruning.allocation.protect_first"),
         ("pruning.allocation.k=.inf", "pruning.allocation.k"),
         ("export.max_shard_size=5", "export.max_shard_size"),
-        ("calibration.num_gpus=2", "calibration.num_gpus"),
+        ("calibration.num_gpus=-1", "calibration.num_gpus"),
+        ("calibration.num_gpus=1.5", "calibration: num_gpus=1.5: more than one are a whole number"),
     ],
 )
 def test_a_wrong_value_names_its_key_and_what_was_given(empty, argument, named):
@@ -129,6 +130,12 @@ def test_a_wrong_value_names_its_key_and_what_was_given(empty, argument, named):
     value = argument.partition("=")[2]
     assert f": {named}" in message
     assert value.removeprefix(".") in message
+
+
+def test_several_gpus_are_for_the_placement_that_uses_them(empty):
+    message = refusal(empty, "calibration={num_gpus: 2, placement: stream}")
+    assert "calibration: num_gpus=2: placement stream works on one; choose device_map" in message
+    assert Config.load([empty, "calibration.num_gpus=2"]).calibration.placement == "auto"
 
 
 @pytest.mark.parametrize("ratio", ["1", "1.5", "-0.1", "[0.2, 1.0]", ".nan", "half", "null", "[]"])

@@ -1,6 +1,6 @@
 """Covariances from tokens to a repaired checkpoint: merged, on disk, from an actor's passes, in a compacted model."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -177,8 +177,8 @@ def measure(config: Config, checkpoint: Checkpoint) -> tuple[Calibration, Run, l
     """What the job's actors do to every shard."""
     run, calibration = Run.of(config), Calibration.of(config, checkpoint)
     shards = save_shards(run)
-    rows = [{name: getattr(shard, name) for name in Shard.__slots__} for shard in shards]
-    Calibrator(config, calibration, run)(pa.Table.from_pylist(rows))
+    groups = [[asdict(shard) for shard in shards[:2]], [asdict(shard) for shard in shards[2:]]]
+    Calibrator(config, calibration, run)(pa.Table.from_pylist([{"shards": group} for group in groups]))
     return calibration, run, shards
 
 
@@ -194,6 +194,7 @@ def test_passes_over_the_layers_give_the_same_bytes_and_the_moments_of_a_run_wit
         "auto": {},
         "one": {"covariance_layers": 1},
         "three": {"covariance_layers": 3},
+        "stream": {"placement": "stream"},
         "moments": {"statistics": "moments"},
     }.items():
         calibration, run, shards = measure(config_of(source, tmp_path / name, **settings_), checkpoint)
@@ -203,7 +204,7 @@ def test_passes_over_the_layers_give_the_same_bytes_and_the_moments_of_a_run_wit
         moments = [sha256_of(calibration.record(run, shard)) for shard in shards]
         found_moments = [files[calibration.record(run, s).name] for files, s in zip(found[0], shards, strict=True)]
         assert moments == found_moments
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1] == found[2] == found[3]
 
 
 def merged(calibration: Calibration, run: Run, shards: list[Shard], checkpoint: Checkpoint) -> Path:

@@ -214,6 +214,13 @@ def test_a_damaged_record_is_found_by_its_hash_and_made_again(finished, tmp_path
     assert statistics(tmp_path) == expected
 
 
+def test_a_model_that_is_read_layer_by_layer_leaves_the_same_statistics(finished, tmp_path, capsys):
+    streamed = ["calibration.placement=stream", "calibration.stream_tokens=1500", "evaluation.samples=0"]
+    assert main(arguments(tmp_path, *streamed)) == 0
+    assert statistics(tmp_path) == statistics(finished)
+    assert [path.name for path in records(tmp_path)] == [path.name for path in records(finished)]
+
+
 def test_another_ratio_of_a_finished_run_never_touches_the_model(finished, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*.safetensors")}
 

@@ -12,10 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RINGS = {
     0: "config methods command errors tasks architecture moments scores reconstruction sparsity plan compact progress "
     "table paper install demo demo.skills",
-    1: "run corpus recorder records checkpoint fitting router quality harness speed "
+    1: "run corpus recorder layerwise records checkpoint fitting router quality harness speed "
     "summary evidence pictures anatomy findings report "
     "hf hf.configuration_seap hf.modeling_seap hf.shapes demo.train",
-    2: "cluster shards calibrate prune evaluation results job bench studies",
+    2: "cluster shards placement calibrate prune evaluation results job bench studies",
     3: "vllm_plugin vllm_model",
 }
 RING_OF = {"seap_ray": 0} | {f"seap_ray.{name}": ring for ring, names in RINGS.items() for name in names.split()}

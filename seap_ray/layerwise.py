@@ -1,0 +1,146 @@
+"""Layerwise: a model of any depth, read one decoder layer at a time; token sequences in, moments of each layer out.
+
+All sequences pass a layer before the next one is needed, so memory holds two layers (one works, one is being read) and
+the hidden states, whatever the depth. The moments are the same bytes as those of the whole model in memory.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from seap_ray.architecture import LAYER_PREFIX
+from seap_ray.checkpoint import Checkpoint
+from seap_ray.corpus import batches
+from seap_ray.recorder import Batch, Recorded, Sequences, check_finite, recording_layer, telling
+
+LAYERS = "layers."
+"""What the names of decoder layers begin with in the decoder, and ``LAYER_PREFIX`` ends with in the checkpoint."""
+
+
+@dataclass
+class _Passing:
+    """A batch on its way through the layers."""
+
+    batch: Batch
+    hidden_BTD: Tensor
+    """On the device, or on the host where all batches together leave too little room."""
+    named_L: list[dict[str, Any]]
+    """What the decoder gives each layer besides: masks and rotary embeddings, made once and shared by the layers."""
+
+
+@dataclass(frozen=True)
+class LayerwiseModel:
+    """A checkpoint to be run layer by layer on one device."""
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    device: torch.device
+    hidden_room: int
+    """Bytes of hidden states that may stay on the device."""
+    trust_remote_code: bool = False
+
+    def record(
+        self,
+        shards: Mapping[str, Sequences],
+        *,
+        batch_tokens: int,
+        skip_first_token: bool = False,
+        covariance: bool = False,
+    ) -> Iterator[tuple[str, Recorded]]:
+        """For each layer in turn, each shard's name and what ``recorder.record`` finds of the layer in its sequences.
+
+        Raises DataError, with the shard's name, for activations that are not finite.
+        """
+        skeleton = self._skeleton()
+        passing = self._enter(skeleton, shards, batch_tokens, skip_first_token)
+        for layer, block in enumerate(self._blocks(skeleton.layers)):
+            for shard in shards:
+                yield shard, self._through(block, layer, passing[shard], covariance, shard)
+            del block  # before the next but one is read
+
+    def _skeleton(self) -> Any:
+        """The decoder without weights, but for what must be computed."""
+        config = AutoConfig.from_pretrained(self.checkpoint.folder, trust_remote_code=self.trust_remote_code)
+        with torch.device("meta"):
+            decoder = AutoModel.from_config(config, dtype=self.dtype, trust_remote_code=self.trust_remote_code).eval()
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=config)  # on the CPU, as from_pretrained has it
+        return decoder
+
+    @torch.inference_mode()
+    def _enter(
+        self, skeleton: Any, shards: Mapping[str, Sequences], batch_tokens: int, skip_first: bool
+    ) -> dict[str, list[_Passing]]:
+        """Embed the sequences, and catch what the decoder would give to its layers."""
+        decoder, home = deepcopy(skeleton), self._home(shards)
+        decoder.layers, decoder.norm = nn.ModuleList(_Catcher() for _ in skeleton.layers), nn.Identity()
+        self._load(decoder, LAYER_PREFIX.removesuffix(LAYERS))
+        decoder.to(self.device)
+        entered: dict[str, list[_Passing]] = {shard: [] for shard in shards}
+        for shard, sequences in shards.items():
+            for group in batches([len(sequence) for sequence in sequences], batch_tokens):
+                batch = Batch.of([sequences[i] for i in group], skip_first, self.device)
+                decoder(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)
+                caught = [catcher.caught for catcher in decoder.layers]
+                entered[shard].append(_Passing(batch, caught[0][0].to(home), [named for _, named in caught]))
+        return entered
+
+    def _home(self, shards: Mapping[str, Sequences]) -> torch.device:
+        """Where hidden states wait for the next layer."""
+        n_tokens = sum(len(sequence) for sequences in shards.values() for sequence in sequences)
+        needed = n_tokens * self.checkpoint.architecture.hidden_size * self.dtype.itemsize
+        return self.device if needed <= self.hidden_room else torch.device("cpu")
+
+    @torch.inference_mode()
+    def _through(self, block: nn.Module, layer: int, passing: list[_Passing], covariance: bool, shard: str) -> Recorded:
+        """Take a shard's batches through one layer; its moments, on the CPU."""
+        total: Recorded = {}
+        for one in passing:
+            part: Recorded = {}
+            with recording_layer(block, layer, one.batch.counted_BT, part, covariance=covariance):
+                output = block(one.hidden_BTD.to(self.device), **one.named_L[layer])
+            after_BTD = output[0] if isinstance(output, tuple) else output
+            one.hidden_BTD = after_BTD.to(one.hidden_BTD.device)
+            with telling(f"shard {shard}"):
+                check_finite(part)
+            total = {key: total[key] + part[key] for key in part} if total else part
+        return {key: moments.cpu() for key, moments in total.items()}
+
+    def _blocks(self, empty: Sequence[nn.Module]) -> Iterator[nn.Module]:
+        """Each decoder layer with its weights, while the next one is read."""
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(self._block, empty, 0)
+            for layer in range(1, len(empty) + 1):
+                block = coming.result()
+                if layer < len(empty):
+                    coming = reader.submit(self._block, empty, layer)
+                yield block
+                del block
+
+    def _block(self, empty: Sequence[nn.Module], layer: int) -> nn.Module:
+        block = deepcopy(empty[layer])
+        self._load(block, f"{LAYER_PREFIX}{layer}.")
+        return block
+
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        """Give a module its weights, copied: what safetensors returns is read only when it is used."""
+        weights = {
+            name: self.checkpoint.read(prefix + name).to(self.device, self.dtype, copy=True)
+            for name in module.state_dict()
+        }
+        module.load_state_dict(weights, assign=True)
+
+
+class _Catcher(nn.Module):
+    """Stands for a decoder layer: keeps what it is given, and hands it on."""
+
+    caught: tuple[Tensor, dict[str, Any]]
+
+    def forward(self, hidden_states: Tensor, **named: Any) -> Tensor:
+        self.caught = hidden_states, named
+        return hidden_states

@@ -1,0 +1,180 @@
+"""Placement: where a worker has the model it calibrates. Whole on its device, over several, or one layer at a time."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import psutil
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from seap_ray.checkpoint import Checkpoint
+from seap_ray.config import CalibrationSection, Config, ModelSection
+from seap_ray.errors import ConfigError
+from seap_ray.layerwise import LayerwiseModel
+from seap_ray.progress import say
+from seap_ray.recorder import Recorded, Sequences, record, telling
+from seap_ray.records import covariance_bytes
+
+ROOM = 1.2
+"""A model in memory and a batch on its way through it, as a multiple of its weights."""
+Parts = Callable[[Mapping[str, Sequences]], Iterator[tuple[str, Recorded]]]
+"""Shards' names and sequences in; a shard's name and what was recorded in it of some layers out, until all is."""
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------
+
+
+def placed(config: Config, checkpoint: Checkpoint) -> Config:
+    """The config with ``calibration.placement`` chosen by what the model needs and the cluster's workers have.
+
+    Raises ConfigError for a model that is to be judged and does not fit a worker.
+    """
+    settings = config.calibration
+    needs = int(ROOM * checkpoint.parameters * model_dtype(config.model, checkpoint).itemsize)
+    one, all_ = _worker_memory(settings)
+    kind = settings.placement
+    if kind == "auto":
+        kind = "single" if needs <= one else "device_map" if needs <= all_ else "stream"
+        say(f"placement {kind}: the model takes {_gb(needs)} with a batch, a worker has {_gb(all_)}")
+    if kind == "stream" and needs > all_ and config.evaluation.samples != 0:
+        raise ConfigError(
+            f"evaluation.samples: the model takes {_gb(needs)} and a worker has {_gb(all_)}, which calibrates it layer "
+            "by layer, but cannot judge it; choose evaluation.samples=0, or more calibration.num_gpus or num_cpus"
+        )
+    return config.model_copy(update={"calibration": settings.model_copy(update={"placement": kind})})
+
+
+def _gb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2g} GB" if n_bytes < 1e10 else f"{n_bytes / 1e9:.0f} GB"
+
+
+def _worker_memory(settings: CalibrationSection) -> tuple[int, int]:
+    """Bytes of a worker's first device, and of all its devices, on the node that has the least."""
+    nodes = [node for node in ray.nodes() if node["Alive"] and _workers(node["Resources"], settings)]
+    if not nodes:
+        return 0, 0  # n_workers says what is missing
+    if not settings.num_gpus:
+        least = min(int(node["Resources"].get("memory", 0)) // _workers(node["Resources"], settings) for node in nodes)
+        return least, least
+    found = _gpus_of([node["NodeID"] for node in nodes], settings.num_gpus)
+    if [] in found:
+        name = nodes[found.index([])]["NodeManagerHostname"]
+        raise ConfigError(f"calibration.num_gpus: torch sees no GPU on {name}; install its CUDA build, or set 0")
+    share = min(settings.num_gpus, 1)
+    return int(share * min(of[0] for of in found)), int(share * min(sum(of) for of in found))
+
+
+def _workers(resources: Mapping[str, float], settings: CalibrationSection) -> int:
+    """Workers that a node holds."""
+    holds = int(resources.get("CPU", 0) // settings.num_cpus)
+    if settings.num_gpus:
+        holds = min(holds, int(resources.get("GPU", 0) // settings.num_gpus))
+    return holds if settings.workers == "auto" else min(holds, settings.workers)
+
+
+def _gpus_of(nodes: list[str], num_gpus: float) -> list[list[int]]:
+    """Bytes of each GPU that a worker would get, node by node."""
+    probe = ray.remote(num_cpus=0, num_gpus=num_gpus)(_gpu_memory)
+    at = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    return ray.get([probe.options(scheduling_strategy=where).remote() for where in at])
+
+
+def _gpu_memory() -> list[int]:
+    return [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def model_dtype(model: ModelSection, checkpoint: Checkpoint) -> torch.dtype:
+    """The type to compute in; ``auto`` is the one in the model's config."""
+    name = model.dtype
+    if name == "auto":
+        name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+    return getattr(torch, name)
+
+
+def load_model(config: Config, base: Checkpoint, folder: Any) -> PreTrainedModel:
+    """The model in ``folder``, the base or one cut from it, in evaluation mode on this worker's device or devices."""
+    _prepare(config)
+    spread = config.calibration.placement == "device_map"
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=model_dtype(config.model, base),
+        trust_remote_code=config.model.trust_remote_code,
+        use_safetensors=True,
+        device_map="auto" if spread else None,
+    )
+    return (loaded if spread else loaded.to(_device(config))).eval()
+
+
+def _prepare(config: Config) -> None:
+    torch.set_num_threads(config.calibration.num_cpus)  # sums, and so bytes, depend on the number of threads
+    transformers_logging.disable_progress_bar()
+
+
+def _device(config: Config) -> torch.device:
+    return torch.device("cuda" if config.calibration.num_gpus else "cpu")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a worker may take on its device, now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // (os.cpu_count() or 1)
+
+
+def recording_parts(config: Config, checkpoint: Checkpoint) -> Parts:
+    """Load what the placement keeps in memory; the function that runs the model over shards."""
+    return _layerwise(config, checkpoint) if config.calibration.placement == "stream" else _whole(config, checkpoint)
+
+
+def _layerwise(config: Config, checkpoint: Checkpoint) -> Parts:
+    _prepare(config)
+    settings, device = config.calibration, _device(config)
+    dtype, trust = model_dtype(config.model, checkpoint), config.model.trust_remote_code
+    model = LayerwiseModel(checkpoint, dtype, device, free_memory(device) // 2, trust)
+
+    def parts(shards: Mapping[str, Sequences]) -> Iterator[tuple[str, Recorded]]:
+        return model.record(
+            shards,
+            batch_tokens=settings.batch_tokens,
+            skip_first_token=settings.skip_first_token,
+            covariance=settings.statistics == "covariance",
+        )
+
+    return parts
+
+
+def _whole(config: Config, checkpoint: Checkpoint) -> Parts:
+    settings, model = config.calibration, load_model(config, checkpoint, checkpoint.folder)
+
+    def parts(shards: Mapping[str, Sequences]) -> Iterator[tuple[str, Recorded]]:
+        for shard, sequences in shards.items():
+            for layers in _passes(settings, checkpoint, model.device):
+                with telling(f"shard {shard}"):
+                    recorded = record(
+                        model,
+                        sequences,
+                        batch_tokens=settings.batch_tokens,
+                        skip_first_token=settings.skip_first_token,
+                        covariances=layers,
+                    )
+                yield shard, recorded
+
+    return parts
+
+
+def _passes(settings: CalibrationSection, checkpoint: Checkpoint, device: torch.device) -> list[range]:
+    """Layers whose covariances are recorded in each pass of the model over a shard; without any: one pass."""
+    if settings.statistics != "covariance":
+        return [range(0)]
+    n_layers, asked = checkpoint.architecture.n_layers, settings.covariance_layers
+    # Of every layer the sum so far, a batch's part and their sum are there at once.
+    fitting = int(free_memory(device) * 0.8 // (3 * covariance_bytes(checkpoint.architecture)))
+    at_a_time = max(1, fitting) if asked == "auto" else asked
+    return [range(n_layers)[first : first + at_a_time] for first in range(0, n_layers, at_a_time)]
