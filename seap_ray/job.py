@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ from seap_ray.checkpoint import Checkpoint
 from seap_ray.cluster import connect
 from seap_ray.config import Config
 from seap_ray.corpus import check_evaluation, check_source, load_tokenizer
+from seap_ray.doctor import Finding, examine, heed, here
 from seap_ray.errors import ConfigError, IncompleteError, SeapError
 from seap_ray.evaluation import evaluate, exam, subject_of
 from seap_ray.fitting import fit
-from seap_ray.placement import placed
+from seap_ray.placement import choose, placed
 from seap_ray.plan import check_ratio
 from seap_ray.progress import progress, say
 from seap_ray.prune import Draft, Planner, make_planner, prune, section_of, specs
@@ -64,17 +66,39 @@ def on_cluster(config: Config, work: Callable[[Config, Checkpoint, Run], None], 
     checkpoint = _checked(config, exams=exams)
     run = Run.of(config)
     config = _absolute(config)
-    run.claim(config)
-    _connect()
-    try:
-        n_workers(config, 1)
-        work(placed(config, checkpoint), checkpoint, run)
-    except Exception as error:  # Ray's own kind of a SeapError has a traceback for its text
-        known = known_error(error)
-        if known is None:
-            raise
-        raise known from None
+    with run.held():
+        run.claim(config)
+        _connect()
+        try:
+            n_workers(config, 1)
+            heed(examine(config, checkpoint, run))
+            work(placed(config, checkpoint), checkpoint, run)
+        except Exception as error:  # Ray's own kind of a SeapError has a traceback for its text
+            known = known_error(error)
+            if known is None:
+                raise
+            raise known from None
     say(f"{run.root} is complete, {time.monotonic() - started:.0f} s")
+
+
+def diagnose(config: Config) -> None:
+    """Say, line by line, what there is against what the config needs. Raises SeapError for what is wrong."""
+    _show(here(config))
+    checkpoint, config = _checked(config, exams=config.evaluation.samples != 0), _absolute(config)
+    _connect()
+    findings = examine(config, checkpoint, Run.of(config))
+    _show(findings)
+    n, settings = n_workers(config, sys.maxsize), config.calibration
+    said = f"{n} of {settings.num_cpus} CPUs and {settings.num_gpus:g} GPUs; placement {choose(config, checkpoint)}"
+    _show([Finding("ok", "workers", said)])
+    wrong = sum(finding.level == "wrong" for finding in findings)
+    if wrong:
+        raise ConfigError(f"{wrong} of these lines must be mended before a job can run")
+
+
+def _show(findings: list[Finding]) -> None:
+    for finding in findings:
+        say(f"{finding.level:7}  {finding.subject:8}  {finding.said}")
 
 
 def _absolute(config: Config) -> Config:

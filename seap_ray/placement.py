@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -12,10 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from seap_ray.checkpoint import Checkpoint
-from seap_ray.config import CalibrationSection, Config, ModelSection
+from seap_ray.config import CalibrationSection, Config, ModelSection, Placement
 from seap_ray.errors import ConfigError
 from seap_ray.layerwise import LayerwiseModel
-from seap_ray.progress import say
+from seap_ray.progress import say, size
 from seap_ray.recorder import Recorded, Sequences, record, telling
 from seap_ray.records import covariance_bytes
 
@@ -28,8 +29,22 @@ Parts = Callable[[Mapping[str, Sequences]], Iterator[tuple[str, Recorded]]]
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
-def placed(config: Config, checkpoint: Checkpoint) -> Config:
-    """The config with ``calibration.placement`` chosen by what the model needs and the cluster's workers have.
+@dataclass(frozen=True)
+class Choice:
+    """A placement, and what speaks for it, in bytes."""
+
+    kind: Placement
+    needs: int
+    """Of the model with a batch."""
+    has: int
+    """Of a worker."""
+
+    def __str__(self) -> str:
+        return f"{self.kind}: the model takes {size(self.needs)} with a batch, a worker has {size(self.has)}"
+
+
+def choose(config: Config, checkpoint: Checkpoint) -> Choice:
+    """``calibration.placement``, or by what the model needs and the cluster's workers have.
 
     Raises ConfigError for a model that is to be judged and does not fit a worker.
     """
@@ -39,17 +54,20 @@ def placed(config: Config, checkpoint: Checkpoint) -> Config:
     kind = settings.placement
     if kind == "auto":
         kind = "single" if needs <= one else "device_map" if needs <= all_ else "stream"
-        say(f"placement {kind}: the model takes {_gb(needs)} with a batch, a worker has {_gb(all_)}")
     if kind == "stream" and needs > all_ and config.evaluation.samples != 0:
         raise ConfigError(
-            f"evaluation.samples: the model takes {_gb(needs)} and a worker has {_gb(all_)}, which calibrates it layer "
-            "by layer, but cannot judge it; choose evaluation.samples=0, or more calibration.num_gpus or num_cpus"
+            f"evaluation.samples: the model takes {size(needs)} and a worker has {size(all_)}, which calibrates "
+            "it layer by layer, but cannot judge it; choose evaluation.samples=0, or more num_gpus or num_cpus"
         )
-    return config.model_copy(update={"calibration": settings.model_copy(update={"placement": kind})})
+    return Choice(kind, needs, one if kind == "single" else all_)
 
 
-def _gb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.2g} GB" if n_bytes < 1e10 else f"{n_bytes / 1e9:.0f} GB"
+def placed(config: Config, checkpoint: Checkpoint) -> Config:
+    """The config with its placement chosen; what ``auto`` chose, and why, is said. Raises as ``choose`` does."""
+    choice, settings = choose(config, checkpoint), config.calibration
+    if settings.placement == "auto":
+        say(f"placement {choice}")
+    return config.model_copy(update={"calibration": settings.model_copy(update={"placement": choice.kind})})
 
 
 def _worker_memory(settings: CalibrationSection) -> tuple[int, int]:

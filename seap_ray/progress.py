@@ -51,3 +51,11 @@ def count(n: float) -> str:
         if n >= size:
             return f"{n / size:.3g}{letter}"
     return f"{n:.3g}"
+
+
+def size(n_bytes: float) -> str:
+    """Three digits: 168 GB, 13.1 MB."""
+    for unit, of in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if n_bytes >= 0.9995 * of:
+            return f"{n_bytes / of:.3g} {unit}"
+    return f"{n_bytes / 1e3:.3g} kB"

@@ -4,9 +4,11 @@ A file is written under another name and renamed, so that what is there is compl
 manifest, written last, is there.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -86,6 +88,30 @@ class Run:
     def pictures(self) -> Path:
         return self.root / "pictures"
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While inside, no other job works on this run; the system lets go of it when a process ends, however it ends.
+
+        Raises ConfigError while another one does. A file system without locks has none.
+        """
+        with _writable(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = (self.root / ".lock").open("a+")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                other = file.read().strip() or "another one"
+                raise ConfigError(
+                    f"{self.root}: a job works on this run ({other}); wait for its end, or choose another run.name"
+                ) from None
+            except OSError:
+                pass
+            file.truncate(0)
+            print(f"{platform.node()}, process {os.getpid()}", file=file, flush=True)
+            yield
+
     def claim(self, config: Config) -> None:
         """Write the resolved config, first of all files. Raises ConfigError if the run was made with another one."""
         if made_with := read_json(self.config):
@@ -150,18 +176,25 @@ def publishing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.chmod(_MODE)  # safetensors' own files are for nobody but their owner
-        os.replace(temporary, path)
+        with _writable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            temporary.chmod(_MODE)  # safetensors' own files are for nobody but their owner
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):  # a folder that could not be made holds nothing to remove
+            temporary.unlink()
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise IncompleteError(
             f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); mend that and run the same "
             "command again"
         ) from error
-    finally:
-        with suppress(OSError):  # a folder that could not be made holds nothing to remove
-            temporary.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

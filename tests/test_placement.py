@@ -62,7 +62,7 @@ def test_the_first_placement_that_the_gpus_have_memory_for(cluster_of, capsys, p
     cluster_of(*(node(str(i), CPU=8, GPU=4) for i in range(len(gpus))), gpus=gpus)
     assert placed(config_of(**settings), checkpoint_of(parameters)).calibration.placement == kind
     said = capsys.readouterr().out
-    assert f"placement {kind}: the model takes {parameters * 2.4 / GB:.0f} GB" in said
+    assert f"placement {kind}: the model takes {parameters * 2.4 / GB:.3g} GB" in said
 
 
 def test_on_cpus_a_worker_has_its_share_of_the_node_with_the_least(cluster_of):

@@ -4,6 +4,7 @@ import errno
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,8 @@ from safetensors import SafetensorError
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.run import Run, fingerprint, publishing, ratio_name, read_json, sha256_of, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def listed(folder):
@@ -242,3 +245,32 @@ def test_what_is_published_is_as_readable_as_any_other_file(tmp_path):
     with publishing(tmp_path / "published") as temporary:
         temporary.touch(mode=0o600)
     assert (tmp_path / "published").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# --- one job at a time -----------------------------------------------------------------------------------------------
+
+HOLD = "import sys, time; from pathlib import Path; from seap_ray.run import Run\n"
+HOLD += "with Run(Path(sys.argv[1])).held(): print('held', flush=True); time.sleep(60)"
+
+
+def test_a_run_that_a_job_works_on_is_refused_to_another_until_that_ends_however_it_ends(tmp_path):
+    run = Run(tmp_path / "run")
+    other = subprocess.Popen([sys.executable, "-c", HOLD, run.root], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=rf"a job works on this run \(.*process {other.pid}\); wait"), run.held():
+            raise AssertionError("two at once")
+        other.kill()
+        other.wait(30)
+        with run.held():
+            pass
+    finally:
+        other.kill()
+    with run.held(), Run(tmp_path / "another").held():
+        pass
+
+
+def test_a_run_where_nothing_can_be_written_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(IncompleteError, match="cannot be written"), Run(tmp_path / "file" / "run").held():
+        pass
