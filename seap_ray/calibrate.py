@@ -42,6 +42,8 @@ from seap_ray.shards import Manifest, Shard
 
 SCHEMA = 2
 """Version of the record's contents; raise it when the numbers change."""
+ATTEMPTS = 3
+"""Times that a shard may end its worker's process before it is left out: Ray itself would try for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,15 @@ class Calibration:
     def record(self, run: Run, shard: Shard) -> Path:
         return run.records(shard.task) / f"{shard.shard}-{self.fingerprint(shard)[:12]}.safetensors"
 
+    def tried(self, run: Run, shard: Shard) -> Path:
+        """A file with a byte for each attempt at a record: it outlives the process, and goes when the attempt is over."""
+        record = self.record(run, shard)
+        return record.with_name(f".{record.stem}.tried")
+
+    def attempts(self, run: Run, shard: Shard) -> int:
+        path = self.tried(run, shard)
+        return path.stat().st_size if path.exists() else 0
+
     def is_whole(self, moments: Path, architecture: Architecture, **expected: Any) -> bool:
         """Whether a record or a task's statistics are there, with their covariances where those are asked for."""
         layers = range(architecture.n_layers * self.covariance)
@@ -96,13 +107,33 @@ class Calibrator:
         checkpoint = Checkpoint.open(config.model.source, config.model.revision)
         if checkpoint.fingerprint != calibration.model:
             raise ConfigError(f"model.source: {checkpoint.folder} differs between the nodes of this cluster")
+        self.architecture = checkpoint.architecture
         self.parts = recording_parts(config, checkpoint)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         shards = [[Shard(**shard) for shard in row["shards"]] for row in rows.to_pylist()]
         for together in shards:
-            self._measure(together)
+            self._attempt(together)
         return pa.table({"n_tokens": [sum(shard.n_tokens for shard in together) for together in shards]})
+
+    def _attempt(self, together: list[Shard]) -> None:
+        """Measure shards together; after they ended a process, each alone, and none more than ``ATTEMPTS`` times."""
+        if any(self.calibration.attempts(self.run, shard) for shard in together):
+            missing = [shard for shard in together if not _has(self.calibration, self.run, shard, self.architecture)]
+            parts = [[shard] for shard in missing if self.calibration.attempts(self.run, shard) < ATTEMPTS]
+        else:
+            parts = [together]
+        for part in parts:
+            tried = [self.calibration.tried(self.run, shard) for shard in part]
+            for path in tried:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("ab") as file:
+                    file.write(b".")
+            try:
+                self._measure(part)
+            finally:
+                for path in tried:
+                    path.unlink(missing_ok=True)
 
     def _measure(self, together: list[Shard]) -> None:
         shards = {f"{shard.task}/{shard.shard}": shard for shard in together}
@@ -159,6 +190,8 @@ def make_records(
         _check_memory(architecture)
         _check_room(run, architecture, n_files=len(missing) + n_merged)
     if missing:
+        for shard in missing:
+            calibration.tried(run, shard).unlink(missing_ok=True)
         total = sum(shard.n_tokens for shard in missing)
         for _ in progress(_measure_all(config, calibration, run, missing), total, "calibrating"):
             pass
@@ -299,6 +332,13 @@ def merge_records(
     if is_whole(path, made_of=made_of(calibration, shards)):
         return
     records = [calibration.record(run, shard) for shard in shards]
+    poison = [shard for shard in shards if calibration.attempts(run, shard) >= ATTEMPTS]
+    if poison:
+        names = ", ".join(shard.shard for shard in poison)
+        raise IncompleteError(
+            f"{shards[0].task}: shard {names} ended its worker's process {ATTEMPTS} times and is left out; look at its "
+            f"texts, {poison[0].path(run)}, and at the workers' memory; the rest is kept, the same command tries again"
+        )
     lost = [record.name for record in records if not record.is_file()]
     if lost:
         raise IncompleteError(

@@ -24,6 +24,7 @@ from ray.exceptions import RayError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import seap_ray.hf  # noqa: F401
+from seap_ray.calibrate import Calibrator
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
 from seap_ray.errors import DataError, SeapError
@@ -169,6 +170,27 @@ def test_killed_workers_lose_nothing_but_the_shard_in_flight(finished, tmp_path)
     watcher.join(10)
     assert killed
     assert statistics(tmp_path) == statistics(finished)
+
+
+def test_a_shard_that_kills_every_worker_is_left_out_named_and_costs_no_other(finished, tmp_path, capsys, monkeypatch):
+    class Poisoned(Calibrator):
+        def _measure(self, together):
+            if any((shard.task, shard.shard) == ("logic", "00002") for shard in together):
+                os.kill(os.getpid(), signal.SIGKILL)
+            super()._measure(together)
+
+    with monkeypatch.context() as poisoned:
+        poisoned.setattr("seap_ray.calibrate.Calibrator", Poisoned)
+        streamed = ["calibration.placement=stream", "calibration.stream_tokens=1000000", "calibration.workers=1"]
+        code, line = refused(capsys, arguments(tmp_path, *streamed, "evaluation.samples=0"))
+    assert code == 4 and "logic: shard 00002 ended its worker's process 3 times and is left out" in line
+    assert str(tmp_path / "run" / "shards" / "logic" / "00002.parquet") in line
+    assert {path.name for path in records(finished)} - {path.name for path in records(tmp_path)} == {
+        path.name for path in records(finished) if path.name.startswith("00002") and path.parent.name == "logic"
+    }
+    assert main(arguments(tmp_path)) == 0
+    assert statistics(tmp_path) == statistics(finished)
+    assert not list((tmp_path / "run" / "records").rglob("*.tried"))
 
 
 def test_a_killed_driver_resumes_with_the_records_that_it_had(finished, tmp_path):
