@@ -78,7 +78,7 @@ class Calibration:
         return run.records(shard.task) / f"{shard.shard}-{self.fingerprint(shard)[:12]}.safetensors"
 
     def tried(self, run: Run, shard: Shard) -> Path:
-        """A file with a byte for each attempt at a record: it outlives the process, and goes when the attempt is over."""
+        """A file with a byte for each attempt at a record: it outlives the process, and goes when an attempt ends."""
         record = self.record(run, shard)
         return record.with_name(f".{record.stem}.tried")
 
