@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import random_plan, write_compacted
 
 from seap_ray.checkpoint import Checkpoint, Compaction
@@ -167,16 +166,6 @@ def test_arguments_may_be_nested_as_in_a_file():
         "serve.experts": '["a"]',
         "run.name": "x",
     }
-
-
-def test_the_file_for_a_cluster_is_what_serve_reads():
-    from ray.serve.schema import ServeDeploySchema
-
-    values = yaml.safe_load((ROOT / "cluster" / "serve.yaml").read_text())
-    [application] = ServeDeploySchema.model_validate(values).applications
-    assert application.import_path == "serve.app:build"
-    arguments = {**application.args, "config": str(ROOT / "ray_config.yaml")}
-    Config.load([f"{key}={value}" for key, value in _flat(arguments)])
 
 
 def test_metrics_of_nodes_are_one_page_with_each_metric_once():
