@@ -42,6 +42,8 @@ from seap_ray.shards import Manifest, Shard
 
 SCHEMA = 2
 """Version of the record's contents; raise it when the numbers change."""
+RECORDS_HELD = 3
+"""Records in memory while many are merged; opening a file costs more than what is read of it if that is little."""
 ATTEMPTS = 3
 """Times that a shard may end its worker's process before it is left out: Ray itself would try for ever."""
 
@@ -344,7 +346,10 @@ def merge_records(
         raise IncompleteError(
             f"{shards[0].task}: {len(lost)} records are missing ({lost[0]}, ...); run the command again"
         )
-    statistics = {key: tree_sum(_moments_of(record, key) for record in records) for key in sites_of(architecture)}
+    statistics: Recorded = {}
+    for keys in _key_groups([*sites_of(architecture)], len(records)):
+        merged: Recorded = tree_sum((_moments_of(record, keys) for record in records), _added)
+        statistics |= merged
     tokens = sum(calibration.tokens(shard) for shard in shards)
     for (layer, site), moments in statistics.items():
         if moments.count != tokens:
@@ -354,9 +359,20 @@ def merge_records(
     save_moments(path, statistics, task=shards[0].task, made_of=made_of(calibration, shards))
 
 
-def _moments_of(record: Path, key: tuple[int, Site]) -> Moments:
+def _key_groups(keys: list[tuple[int, Site]], n_records: int) -> Iterator[list[tuple[int, Site]]]:
+    """So many keys at a time that the tree's open branches and what is being read are ``RECORDS_HELD`` records."""
+    n_groups = -(-(n_records.bit_length() + 2) // RECORDS_HELD)
+    size = -(-len(keys) // n_groups)
+    return (keys[first : first + size] for first in range(0, len(keys), size))
+
+
+def _moments_of(record: Path, keys: Sequence[tuple[int, Site]]) -> Recorded:
     with safe_open(record, "pt") as file:
-        return read_moments(file, key)
+        return {key: read_moments(file, key) for key in keys}
+
+
+def _added(one: Recorded, other: Recorded) -> Recorded:
+    return {key: one[key] + other[key] for key in one}
 
 
 def merge_layer(

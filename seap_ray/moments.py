@@ -3,8 +3,9 @@
 Letters: N tokens, D columns of a site.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import add
 from typing import Literal, Self, TypeVar
 
 import torch
@@ -103,26 +104,26 @@ class Covariance(Moments):
 
 Statistics = Mapping[tuple[int, Site], Moments]
 """Moments of every (layer, site)."""
-AnyMoments = TypeVar("AnyMoments", bound=Moments)
+Part = TypeVar("Part")
 
 
-def tree_sum(parts: Iterable[AnyMoments]) -> AnyMoments:
+def tree_sum(parts: Iterable[Part], add: Callable[[Part, Part], Part] = add) -> Part:
     """Add up in a tree whose shape depends on the number of parts alone, holding log2(parts) of them at a time.
 
     A fixed shape gives the same bytes whatever finished first. Raises ValueError for no parts.
     """
-    stack: list[tuple[int, AnyMoments]] = []
+    stack: list[tuple[int, Part]] = []
     for part in parts:
         height = 0
         while stack and stack[-1][0] == height:
-            part = stack.pop()[1] + part
+            part = add(stack.pop()[1], part)
             height += 1
         stack.append((height, part))
     if not stack:
         raise ValueError("no moments to add")
     total = stack.pop()[1]
     while stack:
-        total = stack.pop()[1] + total
+        total = add(stack.pop()[1], total)
     return total
 
 

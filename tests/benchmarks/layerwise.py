@@ -31,15 +31,15 @@ def main(shape: str, tokens: int) -> None:
         checkpoint = Checkpoint.open(str(sparse_checkpoint(Path(folder), config)))
         model = LayerwiseModel(checkpoint, torch.bfloat16, torch.device("cpu"), 1 << 40)
         sequences = torch.randint(config.vocab_size, (-(-tokens // SEQUENCE), SEQUENCE)).tolist()
-        before, peak, done = _private(), [0], threading.Event()
-        watch = threading.Thread(target=_watch, args=(peak, done))
-        watch.start()
+        before, peak, done = private(), [0], threading.Event()
+        thread = threading.Thread(target=watch, args=(peak, done))
+        thread.start()
         ends = [time.perf_counter()]
         for _ in model.record({"shard": sequences}, batch_tokens=4 * SEQUENCE):
             ends.append(time.perf_counter())
             print(f"layer {len(ends) - 2}: {ends[-1] - ends[-2]:.1f} s", file=sys.stderr)
         done.set()
-        watch.join()
+        thread.join()
     print(json.dumps({**_sizes(config, len(sequences) * SEQUENCE), **_times(ends), "peak": peak[0] - before}, indent=2))
 
 
@@ -65,15 +65,16 @@ def _times(ends: list[float]) -> dict[str, Any]:
     return {"seconds": ends[-1] - ends[0], "seconds per layer": of_layers[len(of_layers) // 2]}
 
 
-def _private() -> int:
+def private() -> int:
     """Bytes of this process that are no file's: pages of mapped files are the kernel's to drop."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
-def _watch(peak: list[int], done: threading.Event) -> None:
+def watch(peak: list[int], done: threading.Event) -> None:
+    """Keep the most of them in ``peak`` until ``done``."""
     while not done.wait(0.02):
-        peak[0] = max(peak[0], _private())
+        peak[0] = max(peak[0], private())
 
 
 if __name__ == "__main__":
