@@ -59,7 +59,9 @@ class LayerwiseModel:
         """
         skeleton = self._skeleton()
         passing = self._enter(skeleton, shards, batch_tokens, skip_first_token)
-        for layer, block in enumerate(self._blocks(skeleton.layers)):
+        blocks = self._blocks(skeleton.layers)
+        for layer in range(len(skeleton.layers)):
+            block = next(blocks)  # not by enumerate, which would hold on to the last one
             for shard in shards:
                 yield shard, self._through(block, layer, passing[shard], covariance, shard)
             del block  # before the next but one is read
