@@ -23,7 +23,7 @@ from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, DataError, IncompleteError
 from seap_ray.moments import RECORDED, SITES, Covariance, Moments, Site, tree_sum
-from seap_ray.placement import model_dtype, recording_parts
+from seap_ray.placement import model_dtype, recording_parts, worker_room
 from seap_ray.reconstruction import USUAL_RIDGE, choose_ridge
 from seap_ray.recorder import MODULE_OF, Recorded
 from seap_ray.records import (
@@ -37,13 +37,15 @@ from seap_ray.records import (
     sites_of,
     task_memory,
 )
-from seap_ray.run import Run, fingerprint
+from seap_ray.run import Run, fingerprint, writable
 from seap_ray.shards import Manifest, Shard
 
 SCHEMA = 2
 """Version of the record's contents; raise it when the numbers change."""
-RECORDS_HELD = 3
+RECORDS_HELD = 2
 """Records in memory while many are merged; opening a file costs more than what is read of it if that is little."""
+SHARDS_TOGETHER = 32
+"""Shards that pass through a streamed model together, at most."""
 ATTEMPTS = 3
 """Times that a shard may end its worker's process before it is left out: Ray itself would try for ever."""
 
@@ -119,19 +121,19 @@ class Calibrator:
         return pa.table({"n_tokens": [sum(shard.n_tokens for shard in together) for together in shards]})
 
     def _attempt(self, together: list[Shard]) -> None:
-        """Measure shards together; after they ended a process, each alone, and none more than ``ATTEMPTS`` times."""
-        if any(self.calibration.attempts(self.run, shard) for shard in together):
+        """Measure shards together; the last time each alone, so that one that ends processes costs no other."""
+        parts = [together]
+        if max(self.calibration.attempts(self.run, shard) for shard in together) >= ATTEMPTS - 1:
             missing = [shard for shard in together if not _has(self.calibration, self.run, shard, self.architecture)]
             parts = [[shard] for shard in missing if self.calibration.attempts(self.run, shard) < ATTEMPTS]
-        else:
-            parts = [together]
         for part in parts:
             tried = [self.calibration.tried(self.run, shard) for shard in part]
-            for path in tried:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("ab") as file:
-                    file.write(b".")
             try:
+                for path in tried:
+                    with writable(path):
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        with path.open("ab") as file:
+                            file.write(b".")
                 self._measure(part)
             finally:
                 for path in tried:
@@ -189,7 +191,7 @@ def make_records(
     calibration, architecture = Calibration.of(config, checkpoint), checkpoint.architecture
     missing = _missing(calibration, run, shards, architecture)
     if calibration.covariance:
-        _check_memory(architecture)
+        check_memory(architecture)
         _check_room(run, architecture, n_files=len(missing) + n_merged)
     if missing:
         for shard in missing:
@@ -199,7 +201,7 @@ def make_records(
             pass
 
 
-def _check_memory(architecture: Architecture) -> None:
+def check_memory(architecture: Architecture) -> None:
     """Raises ConfigError when no node could ever run a task on one layer's covariances: Ray would wait for one."""
     largest = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
     if (needed := task_memory(architecture)) > largest:
@@ -272,8 +274,11 @@ def _measure_all(config: Config, calibration: Calibration, run: Run, missing: li
 
 
 def grouped(shards: list[Shard], max_tokens: int, workers: int) -> list[list[Shard]]:
-    """Neighbours together, up to ``max_tokens``, but no fewer groups than workers if the shards allow it."""
-    most = -(-len(shards) // workers)
+    """Neighbours together, up to ``max_tokens``, but no fewer groups than workers if the shards allow it.
+
+    A worker keeps the moments of a whole group, so it has ``SHARDS_TOGETHER`` at most.
+    """
+    most = min(SHARDS_TOGETHER, -(-len(shards) // workers))
     groups: list[list[Shard]] = []
     for shard in shards:
         fits = groups and len(groups[-1]) < most
@@ -287,14 +292,12 @@ def grouped(shards: list[Shard], max_tokens: int, workers: int) -> list[list[Sha
 def n_workers(config: Config, n_shards: int) -> int:
     """Replicas that the cluster holds. Raises ConfigError when it holds none, or fewer than the config asks for."""
     settings, has = config.calibration, ray.cluster_resources()
-    room = int(has.get("CPU", 0) // settings.num_cpus)
-    if settings.num_gpus:
-        room = min(room, int(has.get("GPU", 0) // settings.num_gpus))
+    room = sum(worker_room(node["Resources"], settings) for node in ray.nodes() if node["Alive"])
     wanted = 1 if settings.workers == "auto" else settings.workers
     if room < wanted:
         raise ConfigError(
             f"calibration.workers: {wanted} of {settings.num_cpus} CPUs and {settings.num_gpus:g} GPUs do not fit the "
-            f"cluster's {has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs"
+            f"nodes of the cluster, {has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs in all"
         )
     return min(room, n_shards) if settings.workers == "auto" else wanted
 
@@ -333,19 +336,7 @@ def merge_records(
     """Merge the moments of some shards of a task, site by site, and write them unless they are there already."""
     if is_whole(path, made_of=made_of(calibration, shards)):
         return
-    records = [calibration.record(run, shard) for shard in shards]
-    poison = [shard for shard in shards if calibration.attempts(run, shard) >= ATTEMPTS]
-    if poison:
-        names = ", ".join(shard.shard for shard in poison)
-        raise IncompleteError(
-            f"{shards[0].task}: shard {names} ended its worker's process {ATTEMPTS} times and is left out; look at its "
-            f"texts, {poison[0].path(run)}, and at the workers' memory; the rest is kept, the same command tries again"
-        )
-    lost = [record.name for record in records if not record.is_file()]
-    if lost:
-        raise IncompleteError(
-            f"{shards[0].task}: {len(lost)} records are missing ({lost[0]}, ...); run the command again"
-        )
+    records = _records(calibration, run, shards)
     statistics: Recorded = {}
     for keys in _key_groups([*sites_of(architecture)], len(records)):
         merged: Recorded = tree_sum((_moments_of(record, keys) for record in records), _added)
@@ -357,6 +348,21 @@ def merge_records(
                 f"{shards[0].task}: layer {layer}, {site}: {moments.count} tokens, the manifest has {tokens}"
             )
     save_moments(path, statistics, task=shards[0].task, made_of=made_of(calibration, shards))
+
+
+def _records(calibration: Calibration, run: Run, shards: Sequence[Shard]) -> list[Path]:
+    """Raises IncompleteError when one is missing, and says so of a shard that was given up."""
+    task, without = shards[0].task, [shard for shard in shards if not calibration.record(run, shard).is_file()]
+    if poison := [shard for shard in without if calibration.attempts(run, shard) >= ATTEMPTS]:
+        names = ", ".join(shard.shard for shard in poison)
+        raise IncompleteError(
+            f"{task}: shard {names} ended its worker's process {ATTEMPTS} times and was given up; look at its texts, "
+            f"{poison[0].path(run)}, and at the workers' memory; all records are kept, the same command goes on"
+        )
+    if without:
+        lost = calibration.record(run, without[0]).name
+        raise IncompleteError(f"{task}: {len(without)} records are missing ({lost}, ...); run the command again")
+    return [calibration.record(run, shard) for shard in shards]
 
 
 def _key_groups(keys: list[tuple[int, Site]], n_records: int) -> Iterator[list[tuple[int, Site]]]:

@@ -6,16 +6,19 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
+from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import ray
 from packaging.requirements import Requirement
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from seap_ray.calibrate import check_memory
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
 from seap_ray.corpus import is_local
@@ -139,6 +142,7 @@ def examine(config: Config, checkpoint: Checkpoint, run: Run) -> list[Finding]:
     nodes = _nodes(config, checkpoint, run)
     return [
         *_resources(config),
+        *_covariances(config, checkpoint),
         *_alike(nodes),
         *_storage(config, checkpoint, run, nodes),
         *_model(checkpoint, nodes),
@@ -156,7 +160,7 @@ def heed(findings: Sequence[Finding]) -> None:
             say(f"warning: {finding.subject}: {finding.said}")
 
 
-def _alive() -> list[dict]:
+def _alive() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
@@ -168,11 +172,24 @@ def _nodes(config: Config, checkpoint: Checkpoint, run: Run) -> list[Node]:
         asked = (str(checkpoint.folder), paths, probe)
         if len(alive) == 1:
             return [_look(*asked)]
-        look, before = ray.remote(num_cpus=0)(_look), time.time()
+        look, before = ray.remote(num_cpus=0, max_retries=0)(_look), time.time()
         at = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in alive]
-        found = ray.get([look.options(scheduling_strategy=where).remote(*asked) for where in at])
+        looking = [look.options(scheduling_strategy=where).remote(*asked) for where in at]
+        found = [_looked(node, ref) for node, ref in zip(alive, looking, strict=True)]
         after = time.time()
     return [replace(node, skew=max(before - node.clock, node.clock - after, 0.0)) for node in found]
+
+
+def _looked(node: dict[str, Any], ref: Any) -> Node:
+    """Raises ConfigError for a node where our code does not run."""
+    try:
+        return ray.get(ref)
+    except RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(
+            f"{node['NodeManagerHostname']} cannot run a task of seap_ray ({reason}); install the same packages there: "
+            "python3 -m seap_ray.install"
+        ) from None
 
 
 @contextmanager
@@ -220,19 +237,31 @@ def _resources(config: Config) -> Iterator[Finding]:
         yield Finding("warning", "cluster", f"{has['GPU']:g} GPUs stay idle: calibration.num_gpus=1")
 
 
+def _covariances(config: Config, checkpoint: Checkpoint) -> Iterator[Finding]:
+    if config.calibration.statistics == "covariance":
+        try:
+            check_memory(checkpoint.architecture)
+        except ConfigError as error:
+            yield Finding("wrong", "memory", str(error))
+
+
 def _alike(nodes: Sequence[Node]) -> Iterator[Finding]:
     """Other releases give other bits, and a record does not say which node made it."""
     first = nodes[0]
-    for node in nodes[1:]:
-        for name in NUMERIC:
-            here, there = first.versions.get(name), node.versions.get(name)
-            if here != there:
-                said = f"{name} is {here} on {first.name}, and {there} on {node.name}: install the same on every node"
-                yield Finding("wrong", "nodes", said)
+    for node, name in product(nodes[1:], NUMERIC):
+        here, there = first.versions[name], node.versions[name]
+        if _release(here) != _release(there):
+            said = f"{name} is {here} on {first.name}, and {there} on {node.name}: install the same on every node"
+            yield Finding("wrong", "nodes", said)
     without = [node.name for node in nodes if not node.has_plugin]
     if without and len(nodes) > 1:
         said = f"no vLLM plugin on {', '.join(without)}; jobs/deploy.py needs it there: python3 -m seap_ray.install"
         yield Finding("warning", "nodes", said)
+
+
+def _release(version: str) -> str:
+    """Without the build: a head without a GPU has torch's for CPUs, and does no work."""
+    return version.partition("+")[0]
 
 
 def _storage(config: Config, checkpoint: Checkpoint, run: Run, nodes: Sequence[Node]) -> Iterator[Finding]:
@@ -241,8 +270,7 @@ def _storage(config: Config, checkpoint: Checkpoint, run: Run, nodes: Sequence[N
         said = f"run.storage: {run.root} is not seen by {', '.join(blind)}; choose a folder that every node sees there"
         yield Finding("wrong", "storage", said)
         return
-    free, there = shutil.disk_usage(run.root).free, sum(p.stat().st_size for p in run.root.rglob("*") if p.is_file())
-    needed = max(0.0, run_bytes(config, checkpoint) - there)
+    free, needed = shutil.disk_usage(run.root).free, max(0.0, run_bytes(config, checkpoint) - _bytes_in(run.root))
     said = f"{run.root} has {size(free)} free; the run takes about {size(needed)} more"
     if needed > free:
         yield Finding("warning", "storage", f"{said}: make room, or choose another run.storage")
@@ -250,10 +278,20 @@ def _storage(config: Config, checkpoint: Checkpoint, run: Run, nodes: Sequence[N
         yield Finding("ok", "storage", said)
 
 
+def _bytes_in(folder: Path) -> int:
+    """Files may come and go meanwhile."""
+    n_bytes = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                n_bytes += os.stat(os.path.join(where, name)).st_size
+    return n_bytes
+
+
 def run_bytes(config: Config, checkpoint: Checkpoint) -> float:
     """Bytes that a run leaves: records, statistics, checkpoints; shards and results are small beside them."""
     architecture, corpus = checkpoint.architecture, config.corpus
-    per_task = -(-(corpus.samples or 0) // corpus.shard_sequences) + 1  # records, and their merged statistics
+    per_task = -(-corpus.samples // corpus.shard_sequences) + 1  # records, and their merged statistics
     moments = 16 * architecture.n_layers * sum(architecture.widths)
     if config.calibration.statistics == "covariance":
         moments += architecture.n_layers * covariance_bytes(architecture) // 2

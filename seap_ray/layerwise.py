@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel
 from seap_ray.architecture import LAYER_PREFIX
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.corpus import batches
+from seap_ray.errors import ConfigError
 from seap_ray.recorder import Batch, Recorded, Sequences, check_finite, recording_layer, telling
 
 LAYERS = "layers."
@@ -29,9 +30,19 @@ class _Passing:
 
     batch: Batch
     hidden_BTD: Tensor
-    """On the device, or on the host where all batches together leave too little room."""
     named_L: list[dict[str, Any]]
     """What the decoder gives each layer besides: masks and rotary embeddings, made once and shared by the layers."""
+
+    def to(self, device: torch.device) -> "_Passing":
+        moved: dict[int, Tensor] = {}  # what layers share stays shared
+        named_L = [{key: _moved(value, device, moved) for key, value in named.items()} for named in self.named_L]
+        return _Passing(self.batch, self.hidden_BTD.to(device), named_L)
+
+
+def _moved(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return moved.setdefault(id(value), value.to(device))
+    return type(value)(_moved(item, device, moved) for item in value) if isinstance(value, tuple | list) else value
 
 
 @dataclass(frozen=True)
@@ -41,8 +52,8 @@ class LayerwiseModel:
     checkpoint: Checkpoint
     dtype: torch.dtype
     device: torch.device
-    hidden_room: int
-    """Bytes of hidden states that may stay on the device."""
+    room: int
+    """Bytes that hidden states and masks may take on the device; where they are more, they wait on the host."""
     trust_remote_code: bool = False
 
     def record(
@@ -89,14 +100,14 @@ class LayerwiseModel:
                 batch = Batch.of([sequences[i] for i in group], skip_first, self.device)
                 decoder(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)
                 caught = [catcher.caught for catcher in decoder.layers]
-                entered[shard].append(_Passing(batch, caught[0][0].to(home), [named for _, named in caught]))
+                entered[shard].append(_Passing(batch, caught[0][0], [named for _, named in caught]).to(home))
         return entered
 
     def _home(self, shards: Mapping[str, Sequences]) -> torch.device:
         """Where hidden states wait for the next layer."""
-        n_tokens = sum(len(sequence) for sequences in shards.values() for sequence in sequences)
-        needed = n_tokens * self.checkpoint.architecture.hidden_size * self.dtype.itemsize
-        return self.device if needed <= self.hidden_room else torch.device("cpu")
+        lengths = [len(sequence) for sequences in shards.values() for sequence in sequences]
+        of_token = self.checkpoint.architecture.hidden_size * self.dtype.itemsize + max(lengths)  # and a row of a mask
+        return self.device if sum(lengths) * of_token <= self.room else torch.device("cpu")
 
     @torch.inference_mode()
     def _through(self, block: nn.Module, layer: int, passing: list[_Passing], covariance: bool, shard: str) -> Recorded:
@@ -105,13 +116,24 @@ class LayerwiseModel:
         for one in passing:
             part: Recorded = {}
             with recording_layer(block, layer, one.batch.counted_BT, part, covariance=covariance):
-                output = block(one.hidden_BTD.to(self.device), **one.named_L[layer])
+                moved: dict[int, Tensor] = {}
+                named = {key: _moved(value, self.device, moved) for key, value in one.named_L[layer].items()}
+                output = self._run(block, one.hidden_BTD.to(self.device), named)
             after_BTD = output[0] if isinstance(output, tuple) else output
             one.hidden_BTD = after_BTD.to(one.hidden_BTD.device)
             with telling(f"shard {shard}"):
                 check_finite(part)
             total = {key: total[key] + part[key] for key in part} if total else part
         return {key: moments.cpu() for key, moments in total.items()}
+
+    def _run(self, block: nn.Module, hidden_BTD: Tensor, named: dict[str, Any]) -> Any:
+        try:
+            return block(hidden_BTD, **named)
+        except torch.OutOfMemoryError:
+            tokens = hidden_BTD.shape[0] * hidden_BTD.shape[1]
+            raise ConfigError(
+                f"calibration.batch_tokens: {self.device} has no room for a batch of {tokens} tokens; halve it"
+            ) from None
 
     def _blocks(self, empty: Sequence[nn.Module]) -> Iterator[nn.Module]:
         """Each decoder layer with its weights, while the next one is read."""

@@ -1,6 +1,7 @@
 """Placement: where a worker has the model it calibrates. Whole on its device, over several, or one layer at a time."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,14 @@ from transformers.utils import logging as transformers_logging
 
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import CalibrationSection, Config, ModelSection, Placement
-from seap_ray.errors import ConfigError
+from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.layerwise import LayerwiseModel
 from seap_ray.progress import say, size
 from seap_ray.recorder import Recorded, Sequences, record, telling
 from seap_ray.records import covariance_bytes
 
+PATIENCE_S = 120.0
+"""Seconds that a GPU may take to answer."""
 ROOM = 1.2
 """A model in memory and a batch on its way through it, as a multiple of its weights."""
 Parts = Callable[[Mapping[str, Sequences]], Iterator[tuple[str, Recorded]]]
@@ -50,7 +53,7 @@ def choose(config: Config, checkpoint: Checkpoint) -> Choice:
     """
     settings = config.calibration
     needs = int(ROOM * checkpoint.parameters * model_dtype(config.model, checkpoint).itemsize)
-    one, all_ = _worker_memory(settings)
+    one, all_ = _worker_memory(config)
     kind = settings.placement
     if kind == "auto":
         kind = "single" if needs <= one else "device_map" if needs <= all_ else "stream"
@@ -67,18 +70,26 @@ def placed(config: Config, checkpoint: Checkpoint) -> Config:
     choice, settings = choose(config, checkpoint), config.calibration
     if settings.placement == "auto":
         say(f"placement {choice}")
-    return config.model_copy(update={"calibration": settings.model_copy(update={"placement": choice.kind})})
+    num_gpus = settings.num_gpus if choice.kind == "device_map" else min(settings.num_gpus, 1)
+    own = settings.model_copy(update={"placement": choice.kind, "num_gpus": num_gpus})
+    return config.model_copy(update={"calibration": own})
 
 
-def _worker_memory(settings: CalibrationSection) -> tuple[int, int]:
-    """Bytes of a worker's first device, and of all its devices, on the node that has the least."""
-    nodes = [node for node in ray.nodes() if node["Alive"] and _workers(node["Resources"], settings)]
+def _worker_memory(config: Config) -> tuple[int, int]:
+    """Bytes of a worker's first device, and of all its devices, on the node that has the least.
+
+    Models are judged by as many processes as a node holds, whatever ``calibration.workers`` says.
+    """
+    settings = config.calibration
+    nodes = [node for node in ray.nodes() if node["Alive"] and worker_room(node["Resources"], settings)]
     if not nodes:
-        return 0, 0  # n_workers says what is missing
+        return 0, 0  # n_workers, which comes first, says what is missing
     if not settings.num_gpus:
-        least = min(int(node["Resources"].get("memory", 0)) // _workers(node["Resources"], settings) for node in nodes)
+        most = settings.workers if settings.workers != "auto" and config.evaluation.samples == 0 else sys.maxsize
+        resources = [node["Resources"] for node in nodes]
+        least = min(int(has.get("memory", 0)) // min(most, worker_room(has, settings)) for has in resources)
         return least, least
-    found = _gpus_of([node["NodeID"] for node in nodes], settings.num_gpus)
+    found = _gpus_of(nodes, settings.num_gpus)
     if [] in found:
         name = nodes[found.index([])]["NodeManagerHostname"]
         raise ConfigError(f"calibration.num_gpus: torch sees no GPU on {name}; install its CUDA build, or set 0")
@@ -86,19 +97,26 @@ def _worker_memory(settings: CalibrationSection) -> tuple[int, int]:
     return int(share * min(of[0] for of in found)), int(share * min(sum(of) for of in found))
 
 
-def _workers(resources: Mapping[str, float], settings: CalibrationSection) -> int:
-    """Workers that a node holds."""
+def worker_room(resources: Mapping[str, float], settings: CalibrationSection) -> int:
+    """Workers that a node with these resources holds."""
     holds = int(resources.get("CPU", 0) // settings.num_cpus)
     if settings.num_gpus:
         holds = min(holds, int(resources.get("GPU", 0) // settings.num_gpus))
-    return holds if settings.workers == "auto" else min(holds, settings.workers)
+    return holds
 
 
-def _gpus_of(nodes: list[str], num_gpus: float) -> list[list[int]]:
-    """Bytes of each GPU that a worker would get, node by node."""
+def _gpus_of(nodes: list[dict[str, Any]], num_gpus: float) -> list[list[int]]:
+    """Bytes of each GPU that a worker would get, node by node. Raises IncompleteError where GPUs are taken."""
     probe = ray.remote(num_cpus=0, num_gpus=num_gpus)(_gpu_memory)
-    at = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-    return ray.get([probe.options(scheduling_strategy=where).remote() for where in at])
+    at = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    asked = [probe.options(scheduling_strategy=where).remote() for where in at]
+    _, silent = ray.wait(asked, num_returns=len(asked), timeout=PATIENCE_S)
+    if silent:
+        name = nodes[asked.index(silent[0])]["NodeManagerHostname"]
+        raise IncompleteError(
+            f"calibration.num_gpus: {num_gpus:g} GPUs of {name} are not free; wait for what works there, or stop it"
+        )
+    return ray.get(asked)
 
 
 def _gpu_memory() -> list[int]:
@@ -125,7 +143,7 @@ def load_model(config: Config, base: Checkpoint, folder: Any) -> PreTrainedModel
         dtype=model_dtype(config.model, base),
         trust_remote_code=config.model.trust_remote_code,
         use_safetensors=True,
-        device_map="auto" if spread else None,
+        device_map=("auto" if config.calibration.num_gpus else {"": "cpu"}) if spread else None,
     )
     return (loaded if spread else loaded.to(_device(config))).eval()
 
@@ -139,10 +157,10 @@ def _device(config: Config) -> torch.device:
     return torch.device("cuda" if config.calibration.num_gpus else "cpu")
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that a worker may take on its device, now."""
+def free_memory(device: torch.device, num_gpus: float) -> int:
+    """Bytes that a worker may take on its device, now; of a GPU that it has a part of, that part."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return int(torch.cuda.mem_get_info(device)[0] * min(num_gpus, 1))
     return psutil.virtual_memory().available // (os.cpu_count() or 1)
 
 
@@ -155,14 +173,16 @@ def _layerwise(config: Config, checkpoint: Checkpoint) -> Parts:
     _prepare(config)
     settings, device = config.calibration, _device(config)
     dtype, trust = model_dtype(config.model, checkpoint), config.model.trust_remote_code
-    model = LayerwiseModel(checkpoint, dtype, device, free_memory(device) // 2, trust)
+    free, is_covariance = free_memory(device, settings.num_gpus), settings.statistics == "covariance"
+    room = free // 2 - 3 * covariance_bytes(checkpoint.architecture) * is_covariance  # as in _passes
+    model = LayerwiseModel(checkpoint, dtype, device, room, trust)
 
     def parts(shards: Mapping[str, Sequences]) -> Iterator[tuple[str, Recorded]]:
         return model.record(
             shards,
             batch_tokens=settings.batch_tokens,
             skip_first_token=settings.skip_first_token,
-            covariance=settings.statistics == "covariance",
+            covariance=is_covariance,
         )
 
     return parts
@@ -193,6 +213,6 @@ def _passes(settings: CalibrationSection, checkpoint: Checkpoint, device: torch.
         return [range(0)]
     n_layers, asked = checkpoint.architecture.n_layers, settings.covariance_layers
     # Of every layer the sum so far, a batch's part and their sum are there at once.
-    fitting = int(free_memory(device) * 0.8 // (3 * covariance_bytes(checkpoint.architecture)))
+    fitting = int(free_memory(device, settings.num_gpus) * 0.8 // (3 * covariance_bytes(checkpoint.architecture)))
     at_a_time = max(1, fitting) if asked == "auto" else asked
     return [range(n_layers)[first : first + at_a_time] for first in range(0, n_layers, at_a_time)]

@@ -71,7 +71,7 @@ def _block_hook(recorded: Recorded, key: tuple[int, Site], rows_N: Tensor) -> Ca
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Any) -> None:
         before = inputs[0] if inputs else named["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
-        x_ND, y_ND = (_counted(x, rows_N).double() for x in (before, after))
+        x_ND, y_ND = (_counted(x, rows_N).double().to(after.device) for x in (before, after))
         _add(recorded, key, Moments.of(cosine_similarity(x_ND, y_ND, dim=1)[:, None]))
 
     return hook

@@ -94,7 +94,7 @@ class Run:
 
         Raises ConfigError while another one does. A file system without locks has none.
         """
-        with _writable(self.root):
+        with writable(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             file = (self.root / ".lock").open("a+")
         with file:
@@ -108,8 +108,9 @@ class Run:
                 ) from None
             except OSError:
                 pass
-            file.truncate(0)
-            print(f"{platform.node()}, process {os.getpid()}", file=file, flush=True)
+            with writable(self.root):
+                file.truncate(0)
+                print(f"{platform.node()}, process {os.getpid()}", file=file, flush=True)
             yield
 
     def claim(self, config: Config) -> None:
@@ -176,7 +177,7 @@ def publishing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with _writable(path):
+        with writable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             temporary.chmod(_MODE)  # safetensors' own files are for nobody but their owner
@@ -187,7 +188,8 @@ def publishing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _writable(path: Path) -> Iterator[None]:
+def writable(path: Path) -> Iterator[None]:
+    """Raises IncompleteError where the disk is full or cannot be written to."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -60,6 +60,8 @@ def test_a_launched_head_does_no_work_and_shows_its_dashboard_to_nobody_else(pat
     types = config.get("available_node_types")
     assert types[config["head_node_type"]]["resources"]["CPU"] == 0 if types else "--num-cpus=0" in start
     assert "--dashboard-host=127.0.0.1" in start
+    assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in start, "without it no worker is launched"
+    assert "RAY_AUTH_MODE=token" in path.read_text()
     if types:
         assert types["gpu"]["max_workers"] <= config["max_workers"]
 
@@ -157,8 +159,8 @@ def steps(keyword: str) -> list[str]:
 
 
 def test_the_image_holds_the_tree_where_manifests_look_for_it():
-    assert steps("WORKDIR") == ["/app"] and steps("COPY") == [". /app"] and steps("USER") == ["ray"]
-    (environment,) = steps("ENV")
+    assert steps("WORKDIR") == ["/app"] and steps("COPY") == ["--chown=ray . /app"] and steps("USER") == ["ray"]
+    environment = " ".join(steps("ENV"))
     assert "PYTHONPATH=/app" in environment and "PATH=/opt/seap_ray/bin" in environment
 
 

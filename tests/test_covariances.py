@@ -286,9 +286,9 @@ def test_covariances_that_no_node_has_memory_for_are_refused_not_waited_for(monk
     nodes = [{"Alive": True, "Resources": {"memory": 24e9}}, {"Alive": False, "Resources": {"memory": 900e9}}]
     monkeypatch.setattr(calibrate.ray, "nodes", lambda: nodes)
     with pytest.raises(ConfigError, match=r"a node with 46.2 GB of memory for tasks, and the largest has 24.0"):
-        calibrate._check_memory(llama)
+        calibrate.check_memory(llama)
     nodes[1]["Alive"] = True
-    calibrate._check_memory(llama)
+    calibrate.check_memory(llama)
 
 
 # --- in a compacted model --------------------------------------------------------------------------------------------

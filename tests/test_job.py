@@ -172,7 +172,7 @@ def test_killed_workers_lose_nothing_but_the_shard_in_flight(finished, tmp_path)
     assert statistics(tmp_path) == statistics(finished)
 
 
-def test_a_shard_that_kills_every_worker_is_left_out_named_and_costs_no_other(finished, tmp_path, capsys, monkeypatch):
+def test_a_shard_that_kills_every_worker_is_given_up_named_and_costs_no_other(finished, tmp_path, capsys, monkeypatch):
     class Poisoned(Calibrator):
         def _measure(self, together):
             if any((shard.task, shard.shard) == ("logic", "00002") for shard in together):
@@ -183,7 +183,7 @@ def test_a_shard_that_kills_every_worker_is_left_out_named_and_costs_no_other(fi
         poisoned.setattr("seap_ray.calibrate.Calibrator", Poisoned)
         streamed = ["calibration.placement=stream", "calibration.stream_tokens=1000000", "calibration.workers=1"]
         code, line = refused(capsys, arguments(tmp_path, *streamed, "evaluation.samples=0"))
-    assert code == 4 and "logic: shard 00002 ended its worker's process 3 times and is left out" in line
+    assert code == 4 and "logic: shard 00002 ended its worker's process 3 times and was given up" in line
     assert str(tmp_path / "run" / "shards" / "logic" / "00002.parquet") in line
     assert {path.name for path in records(finished)} - {path.name for path in records(tmp_path)} == {
         path.name for path in records(finished) if path.name.startswith("00002") and path.parent.name == "logic"

@@ -12,15 +12,15 @@ from test_recorder import RAGGED, prompts
 from transformers import AutoModelForCausalLM
 
 from seap_ray.checkpoint import Checkpoint
-from seap_ray.errors import DataError
-from seap_ray.layerwise import LayerwiseModel
-from seap_ray.recorder import record
+from seap_ray.errors import ConfigError, DataError
+from seap_ray.layerwise import LayerwiseModel, _Passing
+from seap_ray.recorder import Batch, record
 
 SHARDS = {"sort/00000": RAGGED, "sort/00001": RAGGED[:1], "logic/00000": prompts([4, 4, 4], seed=1)}
 
 
-def layerwise(folder: Path, dtype: torch.dtype = torch.float32, hidden_room: int = 1 << 30) -> LayerwiseModel:
-    return LayerwiseModel(Checkpoint.open(str(folder)), dtype, torch.device("cpu"), hidden_room)
+def layerwise(folder: Path, dtype: torch.dtype = torch.float32, room: int = 1 << 30) -> LayerwiseModel:
+    return LayerwiseModel(Checkpoint.open(str(folder)), dtype, torch.device("cpu"), room)
 
 
 def found_by(model: LayerwiseModel, shards: dict = SHARDS, **settings) -> dict:
@@ -55,13 +55,43 @@ def test_moments_and_covariances_are_the_bytes_of_the_whole_model(dense, name, s
             assert_equal(found[shard], expected)
 
 
-def test_files_of_any_number_and_hidden_states_on_the_host_change_nothing(dense):
+def test_a_model_in_many_files_is_the_same_model(dense):
     one, many = dense("llama_gqa"), dense("llama_gqa", max_shard_size="20KB")
     assert len(list(many.glob("*.safetensors"))) > 3
     expected = found_by(layerwise(one))
-    for model in (layerwise(many), layerwise(one, hidden_room=0)):
-        for shard, recorded in found_by(model).items():
-            assert_equal(recorded, expected[shard])
+    for shard, recorded in found_by(layerwise(many)).items():
+        assert_equal(recorded, expected[shard])
+
+
+def test_hidden_states_wait_on_the_host_where_the_device_has_no_room_for_all_of_them(dense):
+    checkpoint, device = Checkpoint.open(str(dense("llama_gqa"))), torch.device("meta")
+    tokens, longest = sum(len(s) for sequences in SHARDS.values() for s in sequences), 30
+    needed = tokens * (48 * 4 + longest)
+    for room, home in ((needed, device), (needed - 1, torch.device("cpu"))):
+        assert LayerwiseModel(checkpoint, torch.float32, device, room)._home(SHARDS) == home
+
+
+def test_what_layers_share_is_moved_once():
+    mask, rotary = torch.ones(2), (torch.ones(3), torch.zeros(3))
+    named = {"attention_mask": mask, "position_embeddings": rotary, "use_cache": False, "past_key_values": None}
+    one = _Passing(Batch.of([[1, 2]], False, torch.device("cpu")), torch.ones(1), [named, dict(named)])
+    there = one.to(torch.device("meta"))
+    assert there.hidden_BTD.device.type == "meta" and there.named_L[0]["use_cache"] is False
+    for key in ("attention_mask", "position_embeddings"):
+        first, second = (of[key] for of in there.named_L)
+        tensors = zip(first, second, strict=True) if isinstance(first, tuple) else [(first, second)]
+        assert all(a is b and a.device.type == "meta" for a, b in tensors)
+
+
+def test_a_batch_that_does_not_fit_names_the_key_to_halve(dense, monkeypatch):
+    def full(*_args, **_named):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", full)
+    with pytest.raises(
+        ConfigError, match=r"calibration.batch_tokens: cpu has no room for a batch of \d+ tokens; halve it"
+    ):
+        found_by(layerwise(dense("llama_gqa")))
 
 
 def test_two_layers_are_in_memory_at_most_whatever_the_depth(dense, monkeypatch):

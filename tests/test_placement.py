@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seap_ray import placement
-from seap_ray.calibrate import grouped
+from seap_ray.calibrate import SHARDS_TOGETHER, grouped, n_workers
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError
@@ -60,7 +60,11 @@ def cluster_of(monkeypatch):
 )
 def test_the_first_placement_that_the_gpus_have_memory_for(cluster_of, capsys, parameters, settings, gpus, kind):
     cluster_of(*(node(str(i), CPU=8, GPU=4) for i in range(len(gpus))), gpus=gpus)
-    assert placed(config_of(**settings), checkpoint_of(parameters)).calibration.placement == kind
+    own = placed(config_of(**settings), checkpoint_of(parameters)).calibration
+    assert (own.placement, own.num_gpus) == (
+        kind,
+        settings["num_gpus"] if kind == "device_map" else min(1, settings["num_gpus"]),
+    )
     said = capsys.readouterr().out
     assert f"placement {kind}: the model takes {parameters * 2.4 / GB:.3g} GB" in said
 
@@ -74,6 +78,23 @@ def test_on_cpus_a_worker_has_its_share_of_the_node_with_the_least(cluster_of):
         (6e9, {"workers": 2}, "single"),
     ]:
         assert placed(config_of(**settings), checkpoint_of(parameters)).calibration.placement == kind
+
+
+def test_models_that_are_to_be_judged_have_the_share_of_every_process_that_a_node_holds(cluster_of):
+    cluster_of(node(CPU=8, memory=100 * GB))
+    config, judged = config_of(workers=2), Config().evaluation
+    assert placed(config, checkpoint_of(6e9)).calibration.placement == "single"
+    with pytest.raises(ConfigError, match="the model takes 14.4 GB and a worker has 12.5 GB"):
+        placed(config.model_copy(update={"evaluation": judged}), checkpoint_of(6e9))
+
+
+def test_workers_are_counted_node_by_node(cluster_of, monkeypatch):
+    """Four GPUs of four nodes are no four GPUs of a worker."""
+    cluster_of(*(node(str(i), CPU=8, GPU=1) for i in range(4)), node(alive=False, CPU=8, GPU=8))
+    monkeypatch.setattr(placement.ray, "cluster_resources", lambda: {"CPU": 32, "GPU": 4})
+    assert n_workers(config_of(num_gpus=1), 99) == 4 and n_workers(config_of(num_gpus=0.5), 3) == 3
+    with pytest.raises(ConfigError, match="1 of 1 CPUs and 4 GPUs do not fit the nodes of the cluster"):
+        n_workers(config_of(num_gpus=4), 99)
 
 
 def test_what_is_asked_for_is_obeyed_in_silence(cluster_of, capsys):
@@ -118,6 +139,7 @@ def test_a_model_over_several_devices_gives_what_it_gives_on_one(dense, name):
 def test_neighbours_go_together_within_their_tokens_and_every_worker_has_some(tokens, max_tokens, workers):
     shards = [Shard("sort", f"{i:05d}", 1, n, "") for i, n in enumerate(tokens)]
     groups = grouped(shards, max_tokens, workers)
+    assert len(grouped(shards * 9, 10**9, 1)[0]) == min(SHARDS_TOGETHER, 9 * len(shards))
     assert [shard for group in groups for shard in group] == shards
     assert all(len(group) == 1 or sum(shard.n_tokens for shard in group) <= max_tokens for group in groups)
     assert max_tokens or len(groups) == len(shards)

@@ -306,3 +306,11 @@ def test_activations_that_are_not_finite_are_refused_with_their_layer_and_site(d
         model.model.layers[2].mlp.up_proj.weight[5, 7] = value
     with pytest.raises(DataError, match="layer 2, site mlp"):
         record(model, RAGGED, batch_tokens=100)
+
+
+def test_what_enters_a_layer_on_one_device_is_compared_where_it_leaves_on_another():
+    """As under device_map: accelerate moves inputs after the hooks have seen them."""
+    recorded: dict = {}
+    x_BTD = torch.ones(1, 3, 4)
+    recorder._block_hook(recorded, (0, "block"), torch.arange(2))(nn.Identity(), (x_BTD,), {}, x_BTD.to("meta"))
+    assert recorded[0, "block"].mean_D.device.type == "meta" and recorded[0, "block"].count == 2
