@@ -15,14 +15,14 @@ from typing import Any, Literal
 
 import ray
 from packaging.requirements import Requirement
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from seap_ray.calibrate import check_memory
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
 from seap_ray.corpus import is_local
-from seap_ray.errors import ConfigError, SeapError
+from seap_ray.errors import ConfigError, IncompleteError, SeapError
 from seap_ray.progress import say, size
 from seap_ray.prune import specs
 from seap_ray.records import covariance_bytes
@@ -172,24 +172,28 @@ def _nodes(config: Config, checkpoint: Checkpoint, run: Run) -> list[Node]:
         asked = (str(checkpoint.folder), paths, probe)
         if len(alive) == 1:
             return [_look(*asked)]
-        look, before = ray.remote(num_cpus=0, max_retries=0)(_look), time.time()
+        look, before = ray.remote(num_cpus=0)(_look), time.time()
         at = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in alive]
         looking = [look.options(scheduling_strategy=where).remote(*asked) for where in at]
-        found = [_looked(node, ref) for node, ref in zip(alive, looking, strict=True)]
+        found = [seen for node, ref in zip(alive, looking, strict=True) if (seen := _looked(node, ref))]
         after = time.time()
+    if not found:
+        raise IncompleteError("the cluster is gone; run the same command again, on a new one")
     return [replace(node, skew=max(before - node.clock, node.clock - after, 0.0)) for node in found]
 
 
-def _looked(node: dict[str, Any], ref: Any) -> Node:
-    """Raises ConfigError for a node where our code does not run."""
+def _looked(node: dict[str, Any], ref: Any) -> Node | None:
+    """None for a node that is lost meanwhile. Raises ConfigError for one where our code does not run."""
     try:
         return ray.get(ref)
-    except RayError as error:
+    except (RayTaskError, RuntimeEnvSetupError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ConfigError(
             f"{node['NodeManagerHostname']} cannot run a task of seap_ray ({reason}); install the same packages there: "
             "python3 -m seap_ray.install"
         ) from None
+    except RayError:
+        return None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 from ray.data import DataContext
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 from transformers.utils import logging as transformers_logging
 
 from seap_ray import errors
@@ -151,6 +151,9 @@ def known_error(error: BaseException | None) -> SeapError | None:
             return getattr(errors, told[1])(told[2])
         if isinstance(error, ray.exceptions.OutOfDiskError):
             return IncompleteError("the disk of a node is full; make room and run the same command again")
+        if isinstance(error, RayError) and not isinstance(error, (RayTaskError, RuntimeEnvSetupError)):
+            lost = str(error).strip().partition("\n")[0] or type(error).__name__
+            return IncompleteError(f"the cluster lost a part of the job ({lost}); run the same command again")
         error = cause or error.__cause__
     return None
 

@@ -46,24 +46,21 @@ class Machines:
     environment: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        os.environ.update(self.environment)
+        os.environ.update(USUAL | self.environment)
         try:
             self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
             self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(2)]
             self.cluster.wait_for_nodes()
         finally:
-            for key in self.environment:
+            for key in USUAL | self.environment:
                 del os.environ[key]
 
     def start(self, storage: Path) -> subprocess.Popen:
         job = [sys.executable, "jobs/prune.py", f"run.storage={storage}", "run.name=run", *JOB]
-        environment = {
-            **os.environ,
-            **self.environment,
-            "RAY_ADDRESS": self.cluster.address,
-            "RAY_worker_niceness": "0",
-        }
-        return subprocess.Popen(job, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        environment = {**os.environ, **USUAL, **self.environment, "RAY_ADDRESS": self.cluster.address}
+        storage.mkdir(exist_ok=True)
+        with (storage / "stderr").open("w") as said:
+            return subprocess.Popen(job, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=said)
 
     def processes(self, node: Any) -> list[psutil.Process]:
         """A node's raylet and everything that it started."""
@@ -143,6 +140,8 @@ def _kill(process: psutil.Process) -> str:
 FAULTS: dict[str, Callable[[Machines, subprocess.Popen, random.Random], str]] = {
     of.__name__: of for of in (actor, worker, node, driver, head, pause, rpc)
 }
+USUAL = {"RAY_worker_niceness": "0"}
+"""Ray's workers have niceness 15, and starve beside anything else that this machine does."""
 ENVIRONMENT = {
     "rpc": {
         "RAY_testing_rpc_failure": json.dumps(
@@ -176,6 +175,7 @@ def main(runs: int, seed: int) -> None:
             "runs": len(of),
             "went on by itself": sum(one["commands"] == 1 for one in of),
             "equal": sum(one["equal"] for one in of),
+            "tracebacks": sum(one["traceback"] for one in of),
         }
         for kind, of in kinds.items()
     }
@@ -192,6 +192,7 @@ def _run(storage: Path, number: int, usual: float, reference: dict[str, str]) ->
         time.sleep(moment)
         what = FAULTS[kind](machines, job, draw)
         exits.append(_ends(job))
+        said = (storage / "stderr").read_text()
         while exits[-1] != 0 and len(exits) < 4:
             if kind == "head":
                 machines.stop()
@@ -208,6 +209,8 @@ def _run(storage: Path, number: int, usual: float, reference: dict[str, str]) ->
         "after": round(moment, 1),
         "exits": exits,
         "commands": len(exits),
+        "said": said.strip().splitlines()[-1:],
+        "traceback": "Traceback" in said,
         "equal": hashes == reference,
         "different": dict(different),
     }
