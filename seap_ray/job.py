@@ -5,7 +5,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,16 +70,23 @@ def on_cluster(config: Config, work: Callable[[Config, Checkpoint, Run], None], 
     with run.held():
         run.claim(config)
         _connect()
-        try:
+        with _told():
             n_workers(config, 1)
             heed(examine(config, checkpoint, run))
             work(placed(config, checkpoint), checkpoint, run)
-        except Exception as error:  # Ray's own kind of a SeapError has a traceback for its text
-            known = known_error(error)
-            if known is None:
-                raise
-            raise known from None
     say(f"{run.root} is complete, {time.monotonic() - started:.0f} s")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Errors that a user can mend come out as such; Ray's own kind of one has a traceback for its text."""
+    try:
+        yield
+    except Exception as error:
+        known = known_error(error)
+        if known is None:
+            raise
+        raise known from None
 
 
 def diagnose(config: Config) -> None:
@@ -86,11 +94,12 @@ def diagnose(config: Config) -> None:
     _show(here(config))
     checkpoint, config = _checked(config, exams=config.evaluation.samples != 0), _absolute(config)
     _connect()
-    findings = examine(config, checkpoint, Run.of(config))
-    _show(findings)
-    n, settings = n_workers(config, sys.maxsize), config.calibration
-    said = f"{n} of {settings.num_cpus} CPUs and {settings.num_gpus:g} GPUs; placement {choose(config, checkpoint)}"
-    _show([Finding("ok", "workers", said)])
+    with _told():
+        findings = examine(config, checkpoint, Run.of(config))
+        _show(findings)
+        n, settings = n_workers(config, sys.maxsize), config.calibration
+        said = f"{n} of {settings.num_cpus} CPUs and {settings.num_gpus:g} GPUs; placement {choose(config, checkpoint)}"
+        _show([Finding("ok", "workers", said)])
     wrong = sum(finding.level == "wrong" for finding in findings)
     if wrong:
         raise ConfigError(f"{wrong} of these lines must be mended before a job can run")

@@ -20,14 +20,14 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import seap_ray.hf  # noqa: F401
 from seap_ray.calibrate import Calibrator
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
-from seap_ray.errors import DataError, SeapError
+from seap_ray.errors import DataError, IncompleteError, SeapError
 from seap_ray.job import Calibrated, known_error, route
 from seap_ray.router import Router
 from seap_ray.run import Run
@@ -364,6 +364,12 @@ def test_what_a_function_of_rows_raised_is_known_by_its_words(cluster):
         ray.data.range(1).map(raised).materialize()
     found = known_error(caught.value)
     assert type(found) is DataError and str(found) == "tasks.mine: a row that does not fit"
+
+
+def test_what_the_cluster_lost_is_one_line_that_says_to_go_on():
+    found = known_error(WorkerCrashedError())
+    assert type(found) is IncompleteError and "run the same command again" in str(found) and "\n" not in str(found)
+    assert known_error(RayTaskError("f", "a traceback", ValueError())) is None, "a fault of ours is not hidden"
 
 
 @pytest.mark.slow

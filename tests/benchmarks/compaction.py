@@ -55,7 +55,6 @@ def main(shape: str, ratio: float, folder: Path) -> None:
         planner.plan(next(spec for spec in specs(config) if spec.task), ratio)
 
     found = {"first plan": _seconds(plan), "plan again": _seconds(plan)}
-    one = planner.config.model_copy(update={"tasks": config.tasks})
     drafts: list[Any] = []
     found["writing"] = _seconds(lambda: drafts.extend(prune(planner, run, lambda *a: progress(*a, unit="B"))))
     done.set()
@@ -69,7 +68,7 @@ def main(shape: str, ratio: float, folder: Path) -> None:
         json.dumps(
             {
                 "models": len(drafts),
-                "realised": planner.plan(specs(one)[0], ratio).planned(architecture),
+                "removed": drafts[0].compaction.plan.planned(architecture),
                 **found,
                 "bytes": n_bytes,
                 "bytes per second": n_bytes / found["writing"],
