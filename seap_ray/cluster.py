@@ -3,11 +3,17 @@
 import logging
 import os
 import signal
+import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+
+WATCH_EVERY_S = 5.0
 
 
 def connect(address: str | None = None) -> None:
@@ -20,7 +26,24 @@ def connect(address: str | None = None) -> None:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         with _silent_stderr():
             ray.init(address, logging_level=logging.ERROR, log_to_driver=bool(os.environ.get("RAY_LOG_TO_DRIVER")))
+        threading.Thread(target=_watch_head, args=(ray.get_runtime_context().gcs_address,), daemon=True).start()
     signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets its own
+
+
+def _watch_head(address: str) -> None:
+    """Say it when the head is gone: Ray's core then ends this process after a minute, in silence."""
+    host, _, port = address.rpartition(":")
+    missed = 0
+    while missed < 3:
+        time.sleep(WATCH_EVERY_S)
+        try:
+            socket.create_connection((host, int(port)), timeout=WATCH_EVERY_S).close()
+            missed = 0
+        except OSError:
+            missed += 1
+    if ray.is_initialized():
+        said = "the head of the cluster does not answer; if this ends, run the same command again, on a new cluster"
+        print(said, file=sys.stderr, flush=True)
 
 
 def _stop(_signal: int, _frame: Any) -> None:

@@ -285,7 +285,7 @@ def corpus(path: Path, rows: list[dict]) -> str:
         ("pruning.ratio=1.5", 2, "pruning.ratio.0: Input should be less than 1"),
         ("pruning.ratio=0.99", 2, "pruning.ratio: 0.99 is beyond"),
         ("model.source=./nowhere", 2, "model.source: ./nowhere is no folder with a model"),
-        ("calibration.num_cpus=4096", 2, "do not fit the cluster's"),
+        ("calibration.num_cpus=4096", 2, "do not fit the nodes"),
         ("tasks=[{name: boolq, path: ./nowhere}]", 3, "tasks.boolq: no file of split 'train' under"),
     ],
 )
