@@ -53,6 +53,7 @@ SMALL = [
     "pruning.ratio=0.5",
     "pruning.baselines={}",
 ]
+UNJUDGED = "evaluation.samples=0"
 main = runpy.run_path(str(ROOT / "jobs" / "prune.py"))["main"]
 
 
@@ -130,7 +131,7 @@ def test_the_manifest_of_an_expert_tells_source_plan_ratios_and_hashes(finished)
 
 
 def test_two_workers_give_byte_equal_statistics_plans_and_weights(finished, tmp_path):
-    assert main(arguments(tmp_path, "calibration.workers=2")) == 0
+    assert main(arguments(tmp_path, "calibration.workers=2", UNJUDGED)) == 0
     assert statistics(tmp_path) == statistics(finished)
     for ratio_and_name in ("0.50/general", "0.50/arithmetic", "0.50/logic"):
         for file in ("experts/{}/model.safetensors", "plans/{}.safetensors"):
@@ -152,12 +153,12 @@ def when_records(storage: Path, n: int, act) -> threading.Thread:
 
 
 def kill_workers() -> list[int]:
-    """SIGKILL every Ray worker process that runs a calibration actor; return their pids."""
+    """SIGKILL every process of this cluster that runs a calibration actor; return their pids."""
     killed = []
-    for process in psutil.process_iter(["cmdline"]):
-        title = " ".join(process.info["cmdline"] or [])
-        if title.startswith("ray::") and "Calibrator" in title:
-            with contextlib.suppress(psutil.NoSuchProcess):
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::") and "Calibrator" in title:
                 process.kill()
                 killed.append(process.pid)
     return killed
@@ -166,7 +167,7 @@ def kill_workers() -> list[int]:
 def test_killed_workers_lose_nothing_but_the_shard_in_flight(finished, tmp_path):
     killed: list[int] = []
     watcher = when_records(tmp_path, 2, lambda: killed.extend(kill_workers()))
-    assert main(arguments(tmp_path, "calibration.workers=1")) == 0
+    assert main(arguments(tmp_path, "calibration.workers=1", UNJUDGED)) == 0
     watcher.join(10)
     assert killed
     assert statistics(tmp_path) == statistics(finished)
@@ -182,13 +183,13 @@ def test_a_shard_that_kills_every_worker_is_given_up_named_and_costs_no_other(fi
     with monkeypatch.context() as poisoned:
         poisoned.setattr("seap_ray.calibrate.Calibrator", Poisoned)
         streamed = ["calibration.placement=stream", "calibration.stream_tokens=1000000", "calibration.workers=1"]
-        code, line = refused(capsys, arguments(tmp_path, *streamed, "evaluation.samples=0"))
+        code, line = refused(capsys, arguments(tmp_path, *streamed, UNJUDGED))
     assert code == 4 and "logic: shard 00002 ended its worker's process 3 times and was given up" in line
     assert str(tmp_path / "run" / "shards" / "logic" / "00002.parquet") in line
     assert {path.name for path in records(finished)} - {path.name for path in records(tmp_path)} == {
         path.name for path in records(finished) if path.name.startswith("00002") and path.parent.name == "logic"
     }
-    assert main(arguments(tmp_path)) == 0
+    assert main(arguments(tmp_path, UNJUDGED)) == 0
     assert statistics(tmp_path) == statistics(finished)
     assert not list((tmp_path / "run" / "records").rglob("*.tried"))
 
@@ -204,7 +205,7 @@ def test_a_killed_driver_resumes_with_the_records_that_it_had(finished, tmp_path
         job.kill()
     had = {path: path.stat().st_mtime_ns for path in records(tmp_path)}
     assert 3 <= len(had) < len(records(finished))
-    assert main(arguments(tmp_path)) == 0
+    assert main(arguments(tmp_path, UNJUDGED)) == 0
     assert {path: path.stat().st_mtime_ns for path in had} == had
     assert statistics(tmp_path) == statistics(finished)
 
@@ -223,7 +224,7 @@ def test_a_stopped_job_ends_with_4_and_says_that_it_can_go_on(tmp_path):
 
 
 def test_a_damaged_record_is_found_by_its_hash_and_made_again(finished, tmp_path):
-    assert main(arguments(tmp_path)) == 0
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     expected, files = statistics(tmp_path), records(tmp_path)
     damaged = bytearray(files[0].read_bytes())
     damaged[-3] ^= 1
@@ -237,7 +238,7 @@ def test_a_damaged_record_is_found_by_its_hash_and_made_again(finished, tmp_path
 
 
 def test_a_model_that_is_read_layer_by_layer_leaves_the_same_statistics(finished, tmp_path, capsys):
-    streamed = ["calibration.placement=stream", "calibration.stream_tokens=1500", "evaluation.samples=0"]
+    streamed = ["calibration.placement=stream", "calibration.stream_tokens=1500", UNJUDGED]
     assert main(arguments(tmp_path, *streamed)) == 0
     assert statistics(tmp_path) == statistics(finished)
     assert [path.name for path in records(tmp_path)] == [path.name for path in records(finished)]
@@ -340,7 +341,7 @@ def test_a_full_disk_ends_with_4_and_more_room_lets_the_same_command_finish(fini
         assert code == 4 and "No space left on device" in line
         assert not list(tmp_path.rglob("seap.json"))
         subprocess.run(["mount", "-o", "remount,size=256m", str(tmp_path)], check=True)
-        assert main(arguments(tmp_path)) == 0
+        assert main(arguments(tmp_path, UNJUDGED)) == 0
         assert statistics(tmp_path) == statistics(finished)
     finally:
         subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)  # workers still map its files
