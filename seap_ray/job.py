@@ -98,7 +98,8 @@ def diagnose(config: Config) -> None:
         findings = examine(config, checkpoint, Run.of(config))
         _show(findings)
         n, settings = n_workers(config, sys.maxsize), config.calibration
-        said = f"{n} of {settings.num_cpus} CPUs and {settings.num_gpus:g} GPUs; placement {choose(config, checkpoint)}"
+        each = f"{settings.num_cpus} CPUs and {settings.num_gpus:g} GPUs"
+        said = f"{n}, each of {each}; placement {choose(config, checkpoint)}"
         _show([Finding("ok", "workers", said)])
     wrong = sum(finding.level == "wrong" for finding in findings)
     if wrong:

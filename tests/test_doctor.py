@@ -172,7 +172,7 @@ def test_the_doctor_says_what_one_machine_has(cluster, tmp_path, capsys):
         "model",
         "workers",
     ]
-    assert any("2 of 1 CPUs and 0 GPUs; placement single" in line for line in lines)
+    assert any("2, each of 1 CPUs and 0 GPUs; placement single" in line for line in lines)
     assert not list((tmp_path / "demo").glob(".probe*"))
 
 
