@@ -4,7 +4,7 @@ What the machines have against what a job with this config needs, a line each: o
 looks at versions, the model, corpora, tokens, and at every node of the cluster of RAY_ADDRESS: GPUs, memory, disk, and
 whether it sees the run's folder, the model and the corpora. Every job looks at the cluster itself before it starts.
 
-Exit codes: 0 a job can run, 2 something is wrong, 3 a corpus is wrong.
+Exit codes: 0 a job can run, 2 something is wrong, 3 a corpus is wrong, 4 storage or GPUs cannot be had now.
 """
 
 import sys

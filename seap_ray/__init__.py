@@ -35,6 +35,7 @@ The path of the data, one line a module (rings: arithmetic, models and files, Ra
     evaluation    models x tasks -> cells, cached and resumable             (Ray tasks)
     results       models and cells -> a results file
     table         a results file as text
+    doctor        what the machines have against what a config needs        (Ray tasks)
     job           the main job: from a config to a table
     bench         specs at ratios -> judged models; what studies are made of
     studies       one question each: a calibrated run -> a table

@@ -47,7 +47,7 @@ RECORDS_HELD = 2
 SHARDS_TOGETHER = 32
 """Shards that pass through a streamed model together, at most."""
 ATTEMPTS = 3
-"""Times that a shard may end its worker's process before it is left out: Ray itself would try for ever."""
+"""Times that a shard may end its worker's process before it is given up: Ray itself would try for ever."""
 
 
 @dataclass(frozen=True, slots=True)

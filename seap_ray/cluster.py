@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 WATCH_EVERY_S = 5.0
+"""Seconds between two looks at the head, and that one may take."""
 
 
 def connect(address: str | None = None) -> None:

@@ -103,7 +103,7 @@ class CalibrationSection(Section):
     """Layers whose covariances a worker holds; so many at a time, the model runs over a shard again. `auto`: as many as
     its memory has room for."""
     batch_tokens: int = Field(default=4096, ge=1)
-    """Tokens per forward pass, padding included; halved where memory runs out."""
+    """Tokens per forward pass, padding included; halved where memory runs out, but not under `stream`."""
     skip_first_token: bool = False
     """Leave position 0, where many models put outsized activations, out of the statistics."""
 

@@ -50,7 +50,6 @@ class Node:
     """What a node of the cluster sees and has."""
 
     name: str
-    python: str
     versions: dict[str, str]
     has_plugin: bool
     sees_storage: bool
@@ -214,7 +213,6 @@ def _probe(run: Run) -> Iterator[Path]:
 def _look(model: str, corpora: tuple[str, ...], probe: Path) -> Node:
     return Node(
         name=platform.node(),
-        python=platform.python_version(),
         versions={name: found for name in (*NUMERIC, *VLLM) if (found := _version(name))},
         has_plugin=_has_plugin(),
         sees_storage=probe.exists(),

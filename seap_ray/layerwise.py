@@ -41,7 +41,9 @@ class _Passing:
 
 def _moved(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return moved.setdefault(id(value), value.to(device))
+        if id(value) not in moved:
+            moved[id(value)] = value.to(device)
+        return moved[id(value)]
     return type(value)(_moved(item, device, moved) for item in value) if isinstance(value, tuple | list) else value
 
 

@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = Checkpoint.open("demo")
 NODE = Node(
     name="a",
-    python="3.12",
     versions={"torch": "2.13.0", "transformers": "5.19.0"},
     has_plugin=True,
     sees_storage=True,
