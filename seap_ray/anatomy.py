@@ -6,21 +6,21 @@ Letters: M models, U units (query heads or channels of a layer), P shards, D cha
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from seap_ray.architecture import Architecture
+from seap_ray.bucket import AnyPath
 from seap_ray.config import AllocationSection, PruningSection
 from seap_ray.evidence import UNITS, Cut, Evidence, percent
 from seap_ray.moments import SITES, Site, Statistics, pooled
 from seap_ray.pictures import LOWER_BOUND, REFERENCE, SECOND_REFERENCE, Chart, HeatMap, Part, Picture, Series, look
 from seap_ray.plan import Rules, layer_sparsity
-from seap_ray.records import is_whole, load_statistics, load_unit_scores, read_moments
+from seap_ray.records import is_whole, load_statistics, load_unit_scores, opened, read_moments
 from seap_ray.scores import SCORES, Norms, head_scores
+from seap_ray.storage import matching
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SITE_NAMES = {"heads": "attention", "channels": "MLP"}
@@ -201,7 +201,7 @@ def clusters(evidence: Evidence) -> Part | None:
     records = [
         (task, path)
         for task in evidence.main["tasks"]
-        for path in sorted(evidence.run.records(task).glob("*.safetensors"))
+        for path in matching(evidence.run.records(task), "*.safetensors")
     ]
     tasks = [task for task, _ in records]
     if evidence.architecture is None or len(set(tasks)) < 2 or len(tasks) < 3:
@@ -223,8 +223,8 @@ def clusters(evidence: Evidence) -> Part | None:
     )
 
 
-def _mlp_mean(path: Path, layer: int) -> np.ndarray:
-    with safe_open(path, "pt") as file:
+def _mlp_mean(path: AnyPath, layer: int) -> np.ndarray:
+    with opened(path) as file:
         return read_moments(file, (layer, "mlp")).mean_D.numpy()
 
 

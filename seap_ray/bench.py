@@ -27,9 +27,10 @@ from seap_ray.progress import progress, say
 from seap_ray.prune import Draft, Planner, Spec, draft
 from seap_ray.records import load_statistics
 from seap_ray.results import Model, cut_model, dense_model, with_cells
-from seap_ray.run import fingerprint, read_json, write_json
+from seap_ray.run import fingerprint
 from seap_ray.shards import Manifest, Shard
 from seap_ray.speed import Speed, measure_speeds
+from seap_ray.storage import read_json, write_json
 
 
 @dataclass(frozen=True)

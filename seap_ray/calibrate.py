@@ -6,19 +6,17 @@ on the number of shards alone: the same bytes for any number of workers, with or
 same way, layer by layer.
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial, reduce
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
-from safetensors import safe_open
 
 from seap_ray.architecture import Architecture
+from seap_ray.bucket import AnyPath
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, DataError, IncompleteError
@@ -31,14 +29,16 @@ from seap_ray.records import (
     covariance_file,
     is_whole,
     load_covariance,
+    opened,
     read_moments,
     save_covariances,
     save_moments,
     sites_of,
     task_memory,
 )
-from seap_ray.run import Run, fingerprint, writable
+from seap_ray.run import Run, fingerprint
 from seap_ray.shards import Manifest, Shard
+from seap_ray.storage import free_bytes, publishing
 
 SCHEMA = 2
 """Version of the record's contents; raise it when the numbers change."""
@@ -78,10 +78,10 @@ class Calibration:
         parts = (self.model, self.dtype, self.skip_first_token, self.batch_tokens, self.schema)
         return fingerprint(parts, shard.sha256, RECORDED)
 
-    def record(self, run: Run, shard: Shard) -> Path:
+    def record(self, run: Run, shard: Shard) -> AnyPath:
         return run.records(shard.task) / f"{shard.shard}-{self.fingerprint(shard)[:12]}.safetensors"
 
-    def tried(self, run: Run, shard: Shard) -> Path:
+    def tried(self, run: Run, shard: Shard) -> AnyPath:
         """A file with a byte for each attempt at a record: it outlives the process, and goes when an attempt ends."""
         record = self.record(run, shard)
         return record.with_name(f".{record.stem}.tried")
@@ -90,7 +90,7 @@ class Calibration:
         path = self.tried(run, shard)
         return path.stat().st_size if path.exists() else 0
 
-    def is_whole(self, moments: Path, architecture: Architecture, **expected: Any) -> bool:
+    def is_whole(self, moments: AnyPath, architecture: Architecture, **expected: Any) -> bool:
         """Whether a record or a task's statistics are there, with their covariances where those are asked for."""
         layers = range(architecture.n_layers * self.covariance)
         files = [moments, *(covariance_file(moments, layer) for layer in layers)]
@@ -129,11 +129,9 @@ class Calibrator:
         for part in parts:
             tried = [self.calibration.tried(self.run, shard) for shard in part]
             try:
-                for path in tried:
-                    with writable(path):
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        with path.open("ab") as file:
-                            file.write(b".")
+                for shard, path in zip(part, tried, strict=True):
+                    with publishing(path) as temporary:
+                        temporary.write_bytes(b"." * (self.calibration.attempts(self.run, shard) + 1))
                 self._measure(part)
             finally:
                 for path in tried:
@@ -165,7 +163,7 @@ def calibrate(
     run: Run,
     manifests: list[Manifest],
     progress: Callable[[Iterable[int], int, str], Iterable[int]],
-) -> dict[str, Path]:
+) -> dict[str, AnyPath]:
     """Make what records are missing, merge every task's, and return the statistics' files by task.
 
     Raises IncompleteError when records are missing afterwards, DataError for activations that are not finite.
@@ -215,7 +213,7 @@ def _check_room(run: Run, architecture: Architecture, *, n_files: int) -> None:
     """Raises IncompleteError when the covariances will not fit the disk: a triangle for each shard and task to come."""
     needed = n_files * architecture.n_layers * covariance_bytes(architecture) // 2
     run.root.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(run.root).free
+    free = free_bytes(run.root)
     if needed > free:
         raise IncompleteError(
             f"calibration.statistics: covariance takes {needed / 1e9:.1f} GB under {run.root}, which has "
@@ -306,7 +304,7 @@ def n_workers(config: Config, n_shards: int) -> int:
 
 
 def merge_all(
-    calibration: Calibration, run: Run, checkpoint: Checkpoint, targets: Sequence[tuple[Path, Sequence[Shard]]]
+    calibration: Calibration, run: Run, checkpoint: Checkpoint, targets: Sequence[tuple[AnyPath, Sequence[Shard]]]
 ) -> None:
     """Merge the records of the shards of every target; what is there already stays. A Ray task a file.
 
@@ -331,7 +329,7 @@ def made_of(calibration: Calibration, shards: Sequence[Shard]) -> str:
 
 
 def merge_records(
-    calibration: Calibration, run: Run, shards: Sequence[Shard], architecture: Architecture, path: Path
+    calibration: Calibration, run: Run, shards: Sequence[Shard], architecture: Architecture, path: AnyPath
 ) -> None:
     """Merge the moments of some shards of a task, site by site, and write them unless they are there already."""
     if is_whole(path, made_of=made_of(calibration, shards)):
@@ -350,7 +348,7 @@ def merge_records(
     save_moments(path, statistics, task=shards[0].task, made_of=made_of(calibration, shards))
 
 
-def _records(calibration: Calibration, run: Run, shards: Sequence[Shard]) -> list[Path]:
+def _records(calibration: Calibration, run: Run, shards: Sequence[Shard]) -> list[AnyPath]:
     """Raises IncompleteError when one is missing, and says so of a shard that was given up."""
     task, without = shards[0].task, [shard for shard in shards if not calibration.record(run, shard).is_file()]
     if poison := [shard for shard in without if calibration.attempts(run, shard) >= ATTEMPTS]:
@@ -372,8 +370,8 @@ def _key_groups(keys: list[tuple[int, Site]], n_records: int) -> Iterator[list[t
     return (keys[first : first + size] for first in range(0, len(keys), size))
 
 
-def _moments_of(record: Path, keys: Sequence[tuple[int, Site]]) -> Recorded:
-    with safe_open(record, "pt") as file:
+def _moments_of(record: AnyPath, keys: Sequence[tuple[int, Site]]) -> Recorded:
+    with opened(record) as file:
         return {key: read_moments(file, key) for key in keys}
 
 
@@ -382,7 +380,7 @@ def _added(one: Recorded, other: Recorded) -> Recorded:
 
 
 def merge_layer(
-    calibration: Calibration, run: Run, shards: Sequence[Shard], checkpoint: Checkpoint, path: Path, layer: int
+    calibration: Calibration, run: Run, shards: Sequence[Shard], checkpoint: Checkpoint, path: AnyPath, layer: int
 ) -> None:
     """Merge the covariances of one layer, two at a time, and choose its ridges: the last shard is held out for that."""
     if is_whole(covariance_file(path, layer), made_of=made_of(calibration, shards)):

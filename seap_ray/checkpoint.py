@@ -8,8 +8,8 @@ import json
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -20,13 +20,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from seap_ray.architecture import DOWN_PROJ, FAMILIES, LAYER_PREFIX, O_PROJ, Architecture
+from seap_ray.bucket import AnyPath, BucketPath, place
 from seap_ray.compact import COLUMNS, compact, compact_size, kept_indices, mean_bias
 from seap_ray.errors import ConfigError
 from seap_ray.moments import Site, Statistics
 from seap_ray.plan import Plan
 from seap_ray.reconstruction import least_squares
 from seap_ray.records import Mixture
-from seap_ray.run import publishing, read_json, write_json
+from seap_ray.storage import publishing, read_json, staged, write_json
 
 INDEX = "model.safetensors.index.json"
 CARRIED = (
@@ -34,6 +35,8 @@ CARRIED = (
     "generation_config.json", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 """Files of the base model that go with every expert."""
+MODEL_FILES = ("*.safetensors", "*.json", *CARRIED)
+"""Files of a model that are copied from the hub or a bucket."""
 SITE_OF: dict[str, Site] = {O_PROJ: "attn", DOWN_PROJ: "mlp"}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SAMPLED = 1 << 26
@@ -56,13 +59,24 @@ class Checkpoint:
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    source: str
+    """As a config names it: ``demo``, a folder, a URI, or a hub id."""
+    revision: str | None = None
 
     @classmethod
     def open(cls, source: str, revision: str | None = None) -> "Checkpoint":
         """Open ``demo``, a local folder or a hub id. Raises ConfigError, one line, for what cannot be pruned."""
-        checkpoint = cls.at(_folder(source, revision))
+        checkpoint = cls._named(source, revision)
         checkpoint._check()
         return checkpoint
+
+    @classmethod
+    def _named(cls, source: str, revision: str | None) -> "Checkpoint":
+        return replace(cls.at(_folder(source, revision)), source=source, revision=revision)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It travels as its name, and the node that it comes to reads its own copy."""
+        return Checkpoint._named, (self.source, self.revision)
 
     @classmethod
     def at(cls, folder: Path) -> "Checkpoint":
@@ -74,7 +88,7 @@ class Checkpoint:
             tensors = {name: info for file in _weight_files(folder) for name, info in _infos(file)}
         except SafetensorError as error:
             raise ConfigError(f"model.source: {folder}: weights cannot be read ({error})") from None
-        return cls(folder, _json_object(config_path), tensors)
+        return cls(folder, _json_object(config_path), tensors, str(folder.absolute()))
 
     def _check(self) -> None:
         architecture = self.architecture
@@ -87,6 +101,11 @@ class Checkpoint:
                     raise ConfigError(
                         f"model.source: {name} is {self.tensors[name].dtype}, not one of {', '.join(DTYPES)}"
                     )
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether every node has a copy of its own, from the hub or a bucket."""
+        return self.source != "demo" and place(self.source).absolute() != self.folder
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -121,7 +140,9 @@ class Checkpoint:
 def _folder(source: str, revision: str | None) -> Path:
     if source == "demo":
         return Path(__file__).with_name("demo") / "model"
-    path = Path(source).expanduser()
+    path = place(source)
+    if isinstance(path, BucketPath):
+        return _copied(path)
     if path.is_dir():
         return path.absolute()
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
@@ -129,12 +150,22 @@ def _folder(source: str, revision: str | None) -> Path:
     return _download(source, revision)
 
 
+def _copied(source: BucketPath) -> Path:
+    try:
+        return staged(source, MODEL_FILES)
+    except FileNotFoundError:
+        raise ConfigError(f"model.source: {source} holds no model") from None
+    except OSError as error:
+        raise ConfigError(f"model.source: {source} cannot be copied to this node ({error})") from None
+
+
+@cache  # the hub is asked once by each process
 def _download(source: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", "*.json", *CARRIED]))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(MODEL_FILES)))
     except RepositoryNotFoundError:
         raise ConfigError(f"model.source: the hub has no model {source} that your token may read") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -398,7 +429,7 @@ def _natural(name: str) -> tuple[int, int, str]:
     return (0, layer, name) if layer is not None else (-1 if "embed" in name else 1, 0, name)
 
 
-def write_tensors(compaction: Compaction, outputs: list[OutputTensor], path: Path) -> str:
+def write_tensors(compaction: Compaction, outputs: list[OutputTensor], path: AnyPath) -> str:
     """Write one safetensors file tensor by tensor and return its sha256. (The library writes whole dicts only.)"""
     digest = hashlib.sha256()
     with publishing(path) as temporary, temporary.open("wb") as file:
@@ -434,7 +465,7 @@ def _header(outputs: Iterable[OutputTensor]) -> bytes:
 
 
 def finish(
-    compaction: Compaction, folder: Path, files: dict[str, list[OutputTensor]], manifest: dict[str, Any]
+    compaction: Compaction, folder: AnyPath, files: dict[str, list[OutputTensor]], manifest: dict[str, Any]
 ) -> None:
     """Write all that is not a weight: index, config, code, the base's tokenizer; ``seap.json`` last."""
     from seap_ray import hf
@@ -446,7 +477,8 @@ def finish(
     write_json(folder / "config.json", compaction.config())
     carried = {file for pattern in CARRIED for file in compaction.base.folder.glob(pattern) if file.is_file()}
     for file in sorted(carried) + ([] if compaction.stock else list(hf.FILES)):
-        shutil.copyfile(file, folder / file.name)
+        with publishing(folder / file.name) as temporary:
+            shutil.copyfile(file, temporary)
     write_json(folder / "seap.json", manifest)
 
 

@@ -7,17 +7,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from glob import has_magic as is_pattern
+from io import TextIOWrapper
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TextIO
 
 import pyarrow.parquet as pq
 from jinja2 import StrictUndefined, TemplateError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from seap_ray.bucket import AnyPath, is_uri, place
 from seap_ray.demo.skills import SKILLS
 from seap_ray.errors import ConfigError, DataError
 from seap_ray.run import fingerprint
-from seap_ray.tasks import Task
+from seap_ray.tasks import CHOSEN, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,25 +87,42 @@ def row_key(seed: int, item: Item) -> bytes:
     return hashlib.sha256(f"{seed}\0{item.question}\0{item.text}".encode()).digest()[:16]
 
 
-def is_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or _suffix(Path(path)) in FORMATS or Path(path).exists()
+def is_files(path: str) -> bool:
+    """Whether a task's path names files, on a disk or in a bucket, and no data set of the hub."""
+    named = is_uri(path) or path.startswith((".", "/", "~"))
+    return named or _suffix(Path(path)) in FORMATS or Path(path).exists()
 
 
-def local_files(task: Task, path: str, split: str) -> list[Path]:
+def corpus_files(task: Task, path: str, split: str) -> list[AnyPath]:
     """Files of a split: one file, a glob, or what the names in a folder say, as ``datasets`` reads them.
 
     Raises DataError naming the task when there are none, or files of several formats.
     """
-    where = Path(path).expanduser().absolute()  # workers may have another current folder
-    if where.is_dir():
-        files = _files_of_split(where, split)
-    else:
-        files = sorted(where.parent.glob(where.name)) if where.parent.is_dir() else []
+    where = place(path).absolute()  # workers may have another current folder
+    try:
+        files = _found(where, split)
+    except OSError as error:
+        raise DataError(f"tasks.{task.name}: {where} cannot be read ({error.strerror or error})") from None
     if not files:
         raise DataError(f"tasks.{task.name}: no file of split {split!r} under {where}")
     if len({file_format(task, file) for file in files}) > 1:
         raise DataError(f"tasks.{task.name}: {where} holds files of several formats; name one, for example *.parquet")
     return files
+
+
+def _found(where: AnyPath, split: str) -> list[AnyPath]:
+    if where.is_file():
+        return [where]
+    if isinstance(where, Path):
+        return [*(_files_of_split(where, split) if where.is_dir() else sorted(where.parent.glob(where.name)))]
+    if is_pattern(where.name):
+        return [*where.parent.glob(where.name)]
+    with TemporaryDirectory() as names:  # ``datasets`` reads the names of local files
+        for file, _ in where.below():
+            named = Path(names) / file.relative_to(where)
+            named.parent.mkdir(parents=True, exist_ok=True)
+            named.touch()
+        return [where / file.relative_to(names) for file in _files_of_split(Path(names), split)]
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
@@ -115,22 +136,22 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     return sorted(path for path in map(Path, found) if _suffix(path) in FORMATS)
 
 
-def file_format(task: Task, file: Path) -> str:
+def file_format(task: Task, file: AnyPath) -> str:
     if _suffix(file) not in FORMATS:
         raise DataError(f"tasks.{task.name}: {file} is none of {', '.join(FORMATS)}")
     return FORMATS[_suffix(file)]
 
 
-def _suffix(file: Path) -> str:
+def _suffix(file: AnyPath) -> str:
     return file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
 
 
-def first_row(task: Task, file: Path) -> Row | None:
+def first_row(task: Task, file: AnyPath) -> Row | None:
     """First row of a local file, None if it has none. Raises DataError when it cannot be read."""
     try:
         match file_format(task, file):
             case "parquet":
-                batch = next(pq.ParquetFile(file).iter_batches(batch_size=1), None)
+                batch = next(pq.ParquetFile(file.open("rb")).iter_batches(batch_size=1), None)
                 return batch.to_pylist()[0] if batch is not None and batch.num_rows else None
             case "json":
                 line = _first_line(file)
@@ -144,11 +165,12 @@ def first_row(task: Task, file: Path) -> Row | None:
         raise DataError(f"tasks.{task.name}: {file} cannot be read ({error})") from None
 
 
-def _opened(file: Path) -> TextIO:
-    return gzip.open(file, "rt", newline="") if file.suffix == ".gz" else file.open(newline="")
+def _opened(file: AnyPath) -> TextIO:
+    raw = file.open("rb")
+    return TextIOWrapper(gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw, "utf-8", newline="")
 
 
-def _first_line(file: Path) -> str:
+def _first_line(file: AnyPath) -> str:
     with _opened(file) as opened:
         return next((line for line in opened if line.strip()), "")
 
@@ -162,18 +184,26 @@ def check_source(task: Task, *, official: bool) -> None:
 
 
 def check_evaluation(task: Task) -> None:
-    """The same of the rows that a task is judged on."""
-    _check_first_row(task, task.evaluation_path or task.path, task.evaluation_split, official=False)
+    """The same of the rows that a task is judged on, and of their choices where the metric needs some."""
+    chosen = task.metric in CHOSEN
+    if chosen and not task.choices:
+        raise DataError(f"tasks.{task.name}: metric {task.metric} needs choices; without any, set metric: exact_match")
+    item = _check_first_row(task, task.evaluation_path or task.path, task.evaluation_split, official=False)
+    if chosen and item and item.answer not in item.choices:
+        told = ", ".join(map(repr, item.choices))
+        raise DataError(
+            f"tasks.{task.name}: the answer {item.answer!r} of the first row is none of its choices, {told}"
+        )
 
 
-def _check_first_row(task: Task, path: str, split: str, *, official: bool) -> None:
-    if path.startswith("demo:") or not is_local(path):
-        return
-    file = local_files(task, path, split)[0]
+def _check_first_row(task: Task, path: str, split: str, *, official: bool) -> Item | None:
+    if path.startswith("demo:") or not is_files(path):
+        return None
+    file = corpus_files(task, path, split)[0]
     row = first_row(task, file)
     if row is None:
         raise DataError(f"tasks.{task.name}: {file} has no rows")
-    Renderer(task, official).item(row)
+    return Renderer(task, official).item(row)
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

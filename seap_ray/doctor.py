@@ -1,12 +1,12 @@
 """Doctor: what the machines have against what a config needs; each finding ok, a warning, or wrong with its remedy."""
 
+import math
 import os
 import platform
-import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
 from itertools import product
@@ -18,15 +18,17 @@ from packaging.requirements import Requirement
 from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from seap_ray.bucket import AnyPath, place
 from seap_ray.calibrate import check_memory
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
-from seap_ray.corpus import is_local
+from seap_ray.corpus import corpus_files, is_files
 from seap_ray.errors import ConfigError, IncompleteError, SeapError
 from seap_ray.progress import say, size
 from seap_ray.prune import specs
 from seap_ray.records import covariance_bytes
 from seap_ray.run import Run
+from seap_ray.storage import bytes_in, free_bytes
 
 Level = Literal["ok", "warning", "wrong"]
 NUMERIC = ("torch", "transformers")
@@ -118,8 +120,8 @@ def _hub(config: Config) -> Iterator[Finding]:
     from huggingface_hub import get_token
 
     source = config.model.source
-    wanted = [] if source == "demo" or Path(source).expanduser().exists() else [source]
-    wanted += [task.path for task in config.tasks if not is_local(task.path) and not task.path.startswith("demo:")]
+    wanted = [] if source == "demo" or place(source).exists() else [source]
+    wanted += [task.path for task in config.tasks if not is_files(task.path) and not task.path.startswith("demo:")]
     if wanted and not get_token():
         said = f"no token, so what is gated will not come ({wanted[0]}?): hf auth login, or HF_TOKEN"
         yield Finding("warning", "hub", said)
@@ -167,8 +169,8 @@ def _nodes(config: Config, checkpoint: Checkpoint, run: Run) -> list[Node]:
     """Every node of the cluster; of one node alone, this process tells."""
     alive = _alive()
     with _probe(run) as probe:
-        paths = tuple(str(Path(t.path).expanduser().absolute()) for t in config.tasks if is_local(t.path))
-        asked = (str(checkpoint.folder), paths, probe)
+        files = tuple(corpus_files(task, task.path, task.split)[0] for task in config.tasks if is_files(task.path))
+        asked = (checkpoint.folder, files, probe)
         if len(alive) == 1:
             return [_look(*asked)]
         look, before = ray.remote(num_cpus=0)(_look), time.time()
@@ -196,35 +198,42 @@ def _looked(node: dict[str, Any], ref: Any) -> Node | None:
 
 
 @contextmanager
-def _probe(run: Run) -> Iterator[Path]:
+def _probe(run: Run) -> Iterator[AnyPath]:
     """A file in the run's folder that other nodes are to see. Raises ConfigError when none can be made."""
     path = run.root / f".probe-{uuid.uuid4().hex}"
     try:
         run.root.mkdir(parents=True, exist_ok=True)
         path.touch()
     except OSError as error:
-        raise ConfigError(f"run.storage: {run.root} cannot be written ({error.strerror})") from None
+        raise ConfigError(f"run.storage: {run.root} cannot be written ({error.strerror or error})") from None
     try:
         yield path
     finally:
         path.unlink(missing_ok=True)
 
 
-def _look(model: str, corpora: tuple[str, ...], probe: Path) -> Node:
+def _look(model: Path, corpora: tuple[AnyPath, ...], probe: AnyPath) -> Node:
     return Node(
         name=platform.node(),
         versions={name: found for name in (*NUMERIC, *VLLM) if (found := _version(name))},
         has_plugin=_has_plugin(),
-        sees_storage=probe.exists(),
+        sees_storage=_is_seen(probe),
         model=_fingerprint(model),
-        unseen=tuple(path for path in corpora if not Path(path).exists()),
+        unseen=tuple(str(file) for file in corpora if not _is_seen(file)),
         clock=time.time(),
     )
 
 
-def _fingerprint(model: str) -> str | None:
+def _is_seen(file: AnyPath) -> bool:
     try:
-        return Checkpoint.at(Path(model)).fingerprint
+        return file.exists()
+    except OSError:  # a bucket that this node may not read
+        return False
+
+
+def _fingerprint(model: Path) -> str | None:
+    try:
+        return Checkpoint.at(model).fingerprint
     except (SeapError, OSError):
         return None
 
@@ -272,22 +281,13 @@ def _storage(config: Config, checkpoint: Checkpoint, run: Run, nodes: Sequence[N
         said = f"run.storage: {run.root} is not seen by {', '.join(blind)}; choose a folder that every node sees there"
         yield Finding("wrong", "storage", said)
         return
-    free, needed = shutil.disk_usage(run.root).free, max(0.0, run_bytes(config, checkpoint) - _bytes_in(run.root))
-    said = f"{run.root} has {size(free)} free; the run takes about {size(needed)} more"
+    free, needed = free_bytes(run.root), max(0.0, run_bytes(config, checkpoint) - bytes_in(run.root))
+    room = "is a bucket" if math.isinf(free) else f"has {size(free)} free"
+    said = f"{run.root} {room}; the run takes about {size(needed)} more"
     if needed > free:
         yield Finding("warning", "storage", f"{said}: make room, or choose another run.storage")
     else:
         yield Finding("ok", "storage", said)
-
-
-def _bytes_in(folder: Path) -> int:
-    """Files may come and go meanwhile."""
-    n_bytes = 0
-    for where, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):
-                n_bytes += os.stat(os.path.join(where, name)).st_size
-    return n_bytes
 
 
 def run_bytes(config: Config, checkpoint: Checkpoint) -> float:
@@ -308,8 +308,8 @@ def _model(checkpoint: Checkpoint, nodes: Sequence[Node]) -> Iterator[Finding]:
     if others:
         said = f"model.source: {folder} differs on {', '.join(others)}; put the same files on every node"
         yield Finding("wrong", "model", said)
-    elif without and folder.parent.name == "snapshots":
-        said = f"{', '.join(without)} will download {size(checkpoint.n_bytes)} from the hub"
+    elif without and checkpoint.is_copy:
+        said = f"{', '.join(without)} will first copy {size(checkpoint.n_bytes)} of {checkpoint.source}"
         yield Finding("warning", "model", said)
     elif without:
         said = f"model.source: {folder} is not on {', '.join(without)}; put it there, or on a disk that every node sees"

@@ -4,7 +4,6 @@ A model is a Ray task on its own slice of the cluster; what was judged once, wit
 back from ``cells/``, so whatever was cut short goes on. A cell that fails leaves the others alone.
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,15 +15,17 @@ from ray.exceptions import RayError, RayTaskError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from seap_ray import harness
+from seap_ray.bucket import AnyPath
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
-from seap_ray.corpus import Item, Renderer, check_evaluation, is_local, load_tokenizer, local_files
+from seap_ray.corpus import Item, Renderer, check_evaluation, corpus_files, is_files, load_tokenizer
 from seap_ray.errors import ConfigError, SeapError
 from seap_ray.placement import load_model
 from seap_ray.prune import Draft, write_draft
 from seap_ray.quality import Quality, measure, measure_windows, windows
-from seap_ray.run import Run, fingerprint, read_json, write_json
+from seap_ray.run import Run, fingerprint
 from seap_ray.shards import draw, read_in_order, read_rows
+from seap_ray.storage import read_json, remove, staged, write_json
 from seap_ray.tasks import Task, is_perplexity
 
 OURS = "seap_ray"
@@ -110,7 +111,7 @@ def exam(config: Config, run: Run, task: Task, *, lm_eval: bool) -> Exam:
 
 def _files(task: Task) -> list[tuple[str, int, int]]:
     path = task.evaluation_path or task.path
-    files = local_files(task, path, task.evaluation_split) if is_local(path) else []
+    files = corpus_files(task, path, task.evaluation_split) if is_files(path) else []
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
@@ -154,12 +155,12 @@ def evaluate(
     ]
 
 
-def _path(config: Config, run: Run, subject: Subject, exam: Exam) -> Path:
+def _path(config: Config, run: Run, subject: Subject, exam: Exam) -> AnyPath:
     made_of = fingerprint(subject.fingerprint, exam.made_of, config.model.dtype)
     return run.cells / f"{exam.task.name}-{made_of[:20]}.json"
 
 
-def _missing(config: Config, run: Run, subject: Subject, exams: Mapping[str, Exam | Failure]) -> dict[str, Path]:
+def _missing(config: Config, run: Run, subject: Subject, exams: Mapping[str, Exam | Failure]) -> dict[str, AnyPath]:
     paths = {task: _path(config, run, subject, exam) for task in subject.tasks if isinstance(exam := exams[task], Exam)}
     return {task: path for task, path in paths.items() if read_json(path) is None}
 
@@ -175,7 +176,7 @@ def _cell(config: Config, run: Run, subject: Subject, exam: Exam | Failure, fail
 def _judge_all(
     config: Config,
     exams: Mapping[str, Exam | Failure],
-    todo: list[tuple[Subject, dict[str, Path]]],
+    todo: list[tuple[Subject, dict[str, AnyPath]]],
     failed: dict[tuple[str, str], Failure],
 ) -> Iterator[int]:
     """Yield the number of cells of each model as it is done; what failed is added to ``failed``."""
@@ -198,7 +199,7 @@ def _judge_all(
 
 
 def _judge(
-    config: Config, source: Path | Draft, cells: dict[str, Path], exams: dict[str, "ray.ObjectRef[Exam]"]
+    config: Config, source: AnyPath | Draft, cells: dict[str, AnyPath], exams: dict[str, "ray.ObjectRef[Exam]"]
 ) -> dict[str, Failure]:
     """Judge one model on the tasks of ``cells``; whatever goes wrong with it is the answer, and nobody else's fault."""
     failures = {}
@@ -217,14 +218,14 @@ def _judge(
 
 
 @contextmanager
-def _opened(source: Path | Draft) -> Iterator[Path]:
-    if isinstance(source, Path):
-        yield source
+def _opened(source: AnyPath | Draft) -> Iterator[Path]:
+    if not isinstance(source, Draft):
+        yield staged(source)
         return
     try:
-        yield write_draft(source)
+        yield staged(write_draft(source))
     finally:
-        shutil.rmtree(source.hidden, ignore_errors=True)
+        remove(source.hidden)
 
 
 def _load(config: Config, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -2,16 +2,17 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from seap_ray.architecture import Architecture
+from seap_ray.bucket import AnyPath, place
 from seap_ray.errors import ConfigError
 from seap_ray.methods import STUDIES, StudyName
-from seap_ray.run import Run, read_json
+from seap_ray.run import Run
+from seap_ray.storage import read_json, staged
 from seap_ray.table import Model, mean_quality
 from seap_ray.tasks import is_perplexity
 
@@ -86,7 +87,7 @@ class Evidence:
         return ratios if len(ratios) <= 3 else [ratios[0], ratios[len(ratios) // 2], ratios[-1]]
 
 
-def study_path(run: Run, name: StudyName) -> Path | None:
+def study_path(run: Run, name: StudyName) -> AnyPath | None:
     """A study's results file, in this run or in the one that it has for itself, ``<name>-<study>``."""
     own = [Run(run.root.with_name(f"{run.root.name}-{name}"))] if STUDIES[name].own_run else []
     return next((path for each in (run, *own) if read_json(path := each.study(name))), None)
@@ -95,7 +96,7 @@ def study_path(run: Run, name: StudyName) -> Path | None:
 def _architecture(results: Results) -> Architecture | None:
     """From the dense model's folder, or where that is gone, from a compacted one, whose config has both."""
     for model in results["models"]:
-        config = read_json(Path(model["folder"]) / "config.json") if model.get("folder") else None
+        config = read_json(place(model["folder"]) / "config.json") if model.get("folder") else None
         if config and (model["kind"] == "dense" or config["model_type"].startswith("seap_")):
             return Architecture.of({**config, "model_type": config["model_type"].removeprefix("seap_")})
     return None
@@ -105,7 +106,7 @@ def _cuts(run: Run, results: Results, ratio: float) -> list[Cut]:
     models = (m for m in results["models"] if m["ratio"] == ratio and m["kind"] in ("general", "expert"))
     paths = [run.plan(ratio, model["name"]) for model in models]
     whole = [path for path in paths if path.is_file() and path.with_suffix(".safetensors").is_file()]
-    return [Cut(read_json(path), load_file(path.with_suffix(".safetensors"))) for path in whole]
+    return [Cut(read_json(path), load_file(staged(path.with_suffix(".safetensors")))) for path in whole]
 
 
 # --- models of a results file ----------------------------------------------------------------------------------------

@@ -7,15 +7,16 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from seap_ray.bucket import AnyPath
 from seap_ray.errors import ConfigError
 from seap_ray.router import Arrays, Route, Router, log_softmax
-from seap_ray.run import Run, fingerprint, read_json
+from seap_ray.run import Run, fingerprint
+from seap_ray.storage import read_json
 
 if TYPE_CHECKING:
     from seap_ray.checkpoint import Checkpoint
@@ -70,7 +71,7 @@ def fit(
     return report
 
 
-def _stored(folder: Path, made_of: str) -> dict[str, Any] | None:
+def _stored(folder: AnyPath, made_of: str) -> dict[str, Any] | None:
     about = read_json(folder / "router.json")
     if not isinstance(about, dict) or about.get("fingerprint") != made_of:
         return None

@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, UndefinedError, meta
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from seap_ray.corpus import Row, batches, file_format, first_row, is_local, local_files
+from seap_ray.bucket import AnyPath
+from seap_ray.corpus import Row, batches, corpus_files, file_format, first_row, is_files
 from seap_ray.errors import ConfigError, DataError
+from seap_ray.storage import staged
 from seap_ray.tasks import Task, is_perplexity
 
 
@@ -233,27 +234,29 @@ def _layout(task: Task, columns: Sequence[str]) -> Layout | None:
     return layout if layout and layout.lacks not in columns and layout.has in columns else None
 
 
-def _evaluation_files(task: Task) -> list[Path]:
+def _evaluation_files(task: Task) -> list[AnyPath]:
     """Local files of the rows to judge on; none where they are lm-eval's own, from the hub."""
     path = task.evaluation_path or task.path
-    return local_files(task, path, task.evaluation_split) if is_local(path) else []
+    return corpus_files(task, path, task.evaluation_split) if is_files(path) else []
 
 
-def _example_files(task: Task) -> list[Path]:
+def _example_files(task: Task) -> list[AnyPath]:
     """Local files of the calibration split; none where there are no others than those to judge on."""
     try:
-        files = local_files(task, task.path, task.split) if is_local(task.path) else []
+        files = corpus_files(task, task.path, task.split) if is_files(task.path) else []
     except DataError:
         return []
     return files if files != _evaluation_files(task) else []
 
 
-def _rows(task: Task, files: list[Path]) -> Any:
+def _rows(task: Task, files: list[AnyPath]) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        rows = load_dataset(file_format(task, files[0]), data_files=[str(file) for file in files], split="train")
+        rows = load_dataset(
+            file_format(task, files[0]), data_files=[str(staged(file)) for file in files], split="train"
+        )
     except (DatasetsError, OSError, ValueError) as error:
         raise DataError(f"tasks.{task.name}: {files[0]} cannot be read ({_line(error)})") from None
     layout = _layout(task, rows.column_names)
@@ -261,7 +264,7 @@ def _rows(task: Task, files: list[Path]) -> Any:
     return rows.map(layout.adapt, keep_in_memory=True, load_from_cache_file=False) if layout else rows
 
 
-def _check_first_row(task: Task, file: Path) -> None:
+def _check_first_row(task: Task, file: AnyPath) -> None:
     """Raises DataError when the row lacks a column or the answer that lm-eval's task needs."""
     row = first_row(task, file)
     if row is None:
@@ -286,7 +289,7 @@ def _check_first_row(task: Task, file: Path) -> None:
         raise DataError(f"tasks.{task.name}: {file} has no right answer in its first row")
 
 
-def _lacking(task: Task, file: Path, columns: set[str]) -> DataError:
+def _lacking(task: Task, file: AnyPath, columns: set[str]) -> DataError:
     names = ", ".join(sorted(columns))
     return DataError(f"tasks.{task.name}: {file} has no column(s) {names}, which lm-eval's task {task.lm_eval} needs")
 

@@ -33,8 +33,9 @@ from seap_ray.progress import progress, say
 from seap_ray.prune import Draft, Planner, make_planner, prune, section_of, specs
 from seap_ray.report import write_report
 from seap_ray.results import cut_model, dense_model, results, with_cells
-from seap_ray.run import Run, write_json
+from seap_ray.run import Run
 from seap_ray.shards import Manifest, make_shards
+from seap_ray.storage import write_json
 from seap_ray.table import table
 
 TOLD = re.compile(r"^seap_ray\.errors\.(\w+): (.+)$", re.MULTILINE)

@@ -3,10 +3,8 @@
 A plan takes a second at most and a checkpoint a copy, so another ratio or score of a finished run costs seconds.
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from seap_ray.architecture import Shape
+from seap_ray.bucket import AnyPath
 from seap_ray.checkpoint import (
     Checkpoint,
     Compaction,
@@ -40,8 +39,9 @@ from seap_ray.records import (
     save_tensors,
     task_memory,
 )
-from seap_ray.run import Run, fingerprint, publishing, read_json, sha256_of, write_json
+from seap_ray.run import Run, fingerprint
 from seap_ray.scores import SCORES, Norms, WeightNorms, head_scores, random_score, standardised
+from seap_ray.storage import move_folder, publishing, read_json, remove, sha256_of, write_json
 
 MODULE_OF: dict[Site, str] = dict(zip(SITES, COLUMNS, strict=True))
 
@@ -114,7 +114,7 @@ class Planner:
     norms: WeightNorms
     made_of: dict[str, str]
     """Fingerprint of each task's statistics."""
-    files: dict[str, Path]
+    files: dict[str, AnyPath]
     """The statistics' files, with covariances beside them where the run has them."""
     run: Run
 
@@ -226,11 +226,11 @@ class Planner:
         return {key: pooled([part[key] for part in parts], weights) for key in parts[0]}
 
 
-def make_planner(config: Config, checkpoint: Checkpoint, run: Run, statistics: dict[str, Path]) -> Planner:
+def make_planner(config: Config, checkpoint: Checkpoint, run: Run, statistics: dict[str, AnyPath]) -> Planner:
     """Read the statistics and the weight norms; norms are computed once per run, in Ray tasks."""
     made_of = {task: about_moments(path)["sha256"] for task, path in statistics.items()}
     loaded = {task: load_statistics(path, checkpoint.architecture) for task, path in statistics.items()}
-    return Planner(config, checkpoint, loaded, _weight_norms(config, checkpoint, run), made_of, statistics, run)
+    return Planner(config, checkpoint, loaded, _weight_norms(checkpoint, run), made_of, statistics, run)
 
 
 def _layer_scores(
@@ -252,12 +252,11 @@ def _layer_scores(
     return {"heads": of("attn").repeat_interleave(heads) / heads, "channels": of("mlp")}
 
 
-def _weight_norms(config: Config, checkpoint: Checkpoint, run: Run) -> WeightNorms:
+def _weight_norms(checkpoint: Checkpoint, run: Run) -> WeightNorms:
     path, architecture = run.statistics("weight_norms"), checkpoint.architecture
     if not is_whole(path, model=checkpoint.fingerprint):
         layers = ray.remote(_layer_norms)
-        model = config.model
-        parts = ray.get([layers.remote(model.source, model.revision, layer) for layer in range(architecture.n_layers)])
+        parts = ray.get([layers.remote(checkpoint, layer) for layer in range(architecture.n_layers)])
         # Stored as moments: mean holds the L1 norm, m2 the squared L2 norm, count the output width.
         named = {
             (layer, site): Moments(architecture.hidden_size, norms.l1_D, norms.l2_D)
@@ -269,13 +268,12 @@ def _weight_norms(config: Config, checkpoint: Checkpoint, run: Run) -> WeightNor
     return {key: Norms(moments.mean_D, moments.m2_D) for key, moments in stored.items()}
 
 
-def _layer_norms(source: str, revision: str | None, layer: int) -> dict[Site, Norms]:
-    checkpoint = Checkpoint.open(source, revision)
+def _layer_norms(checkpoint: Checkpoint, layer: int) -> dict[Site, Norms]:
     names = {site: checkpoint.architecture.tensor(layer, module) for site, module in MODULE_OF.items()}
     return {site: Norms.of(checkpoint.read(name)) for site, name in names.items()}
 
 
-def save_plan(plan: Plan, architecture: Any, path: Path) -> None:
+def save_plan(plan: Plan, architecture: Any, path: AnyPath) -> None:
     """``<name>.json`` for people, ``<name>.safetensors`` with the kept indices, int32."""
     indices = {
         f"layers.{layer}.{unit}": torch.tensor(getattr(kept, unit), dtype=torch.int32)
@@ -318,12 +316,12 @@ class Draft:
 
     spec: Spec
     compaction: Compaction
-    target: Path
+    target: AnyPath
     fingerprint: str
     files: dict[str, list[OutputTensor]]
 
     @property
-    def hidden(self) -> Path:
+    def hidden(self) -> AnyPath:
         return self.target.with_name(f".{self.target.name}.{self.fingerprint[:12]}.partial")
 
 
@@ -375,7 +373,7 @@ def _write_all(jobs: list[Draft]) -> Iterator[int]:
     architecture = jobs[0].compaction.base.architecture
     memory = {"none": 0, "mean": 0, "least_squares": task_memory(architecture)}
     pending: dict[Any, tuple[Draft, str]] = {}
-    hashes: dict[Path, dict[str, str]] = {job.target: {} for job in jobs}
+    hashes: dict[AnyPath, dict[str, str]] = {job.target: {} for job in jobs}
     for job in jobs:
         compaction = ray.put(job.compaction)
         for name, outputs in job.files.items():
@@ -390,7 +388,7 @@ def _write_all(jobs: list[Draft]) -> Iterator[int]:
         yield sum(output.n_bytes for output in job.files[name])
 
 
-def write_draft(draft: Draft) -> Path:
+def write_draft(draft: Draft) -> AnyPath:
     """Write a checkpoint for a while, unless it is there for good; its folder. A hidden one is the caller's to drop."""
     if _is_written(draft):
         return draft.target
@@ -401,17 +399,16 @@ def write_draft(draft: Draft) -> Path:
     return draft.hidden
 
 
-def _write_file(compaction: Compaction, outputs: list[OutputTensor], path: Path) -> str:
+def _write_file(compaction: Compaction, outputs: list[OutputTensor], path: AnyPath) -> str:
     """Write one file, or keep it when an earlier attempt at the same plan finished it; return its sha256."""
     return sha256_of(path) if path.is_file() else write_tensors(compaction, outputs, path)
 
 
 def _finish(job: Draft, hashes: dict[str, str]) -> None:
     finish(job.compaction, job.hidden, job.files, _manifest(job, hashes))
-    shutil.rmtree(job.target, ignore_errors=True)
-    job.hidden.rename(job.target)
+    move_folder(job.hidden, job.target, last="seap.json")
     for leftover in job.target.parent.glob(f".{job.target.name}.*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove(leftover)
 
 
 def _manifest(job: Draft, hashes: dict[str, str]) -> dict[str, Any]:
@@ -419,7 +416,7 @@ def _manifest(job: Draft, hashes: dict[str, str]) -> dict[str, Any]:
     return {
         "fingerprint": job.fingerprint,
         "source": {
-            "model": str(base.folder),
+            "model": base.source,
             # The hub's cache holds a model under snapshots/<commit>.
             "revision": base.folder.name if base.folder.parent.name == "snapshots" else None,
             "fingerprint": base.fingerprint,

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from seap_ray.architecture import Architecture
+from seap_ray.bucket import AnyPath
 from seap_ray.moments import RECORDED, Covariance, Moments, Site, Statistics, pooled_covariance
-from seap_ray.run import publishing
+from seap_ray.storage import publishing, staged
 
 
-def save_moments(path: Path, statistics: Statistics, **about: Any) -> None:
+def save_moments(path: AnyPath, statistics: Statistics, **about: Any) -> None:
     """Write moments, float64, with a hash of their bytes; the same moments give the same file."""
     tensors = {}
     for (layer, site), moments in sorted(statistics.items()):
@@ -32,7 +32,7 @@ def save_moments(path: Path, statistics: Statistics, **about: Any) -> None:
     save_tensors(path, tensors, **about)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], **about: Any) -> None:
+def save_tensors(path: AnyPath, tensors: dict[str, Tensor], **about: Any) -> None:
     """Write tensors with a hash of their bytes and what is said about them."""
     # One metadata key: the library writes several in an order that differs from process to process.
     text = json.dumps({**about, "sha256": _hash(tensors)}, sort_keys=True)
@@ -40,9 +40,14 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **about: Any) -> None:
         save_file(tensors, temporary, metadata={"about": text})
 
 
-def about_moments(path: Path) -> dict[str, Any]:
+def opened(path: AnyPath) -> Any:
+    """A file of tensors, to be read one by one."""
+    return safe_open(staged(path), "pt")
+
+
+def about_moments(path: AnyPath) -> dict[str, Any]:
     """What ``save_tensors`` was told, and the sha256 of the tensors' bytes."""
-    with safe_open(path, "pt") as file:
+    with opened(path) as file:
         return json.loads((file.metadata() or {}).get("about", "{}"))
 
 
@@ -54,13 +59,13 @@ def _hash(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def is_whole(path: Path, **expected: Any) -> bool:
+def is_whole(path: AnyPath, **expected: Any) -> bool:
     """Whether a file of tensors is there, carries ``expected`` in its metadata, and its bytes hash to what it says."""
     try:
         about = about_moments(path)
         if any(about.get(key) != value for key, value in expected.items()):
             return False
-        with safe_open(path, "pt") as file:
+        with opened(path) as file:
             return about["sha256"] == _hash({name: file.get_tensor(name) for name in file.keys()})
     except (OSError, SafetensorError, KeyError, ValueError):
         return False
@@ -73,9 +78,9 @@ def read_moments(file: Any, key: tuple[int, Site]) -> Moments:
     return Moments(int(count), mean, m2)
 
 
-def load_statistics(path: Path, architecture: Architecture, *, sites: Sequence[Site] = RECORDED) -> Statistics:
+def load_statistics(path: AnyPath, architecture: Architecture, *, sites: Sequence[Site] = RECORDED) -> Statistics:
     """Moments of a file, float64; those of ``weight_norms`` have the sites of scores alone."""
-    with safe_open(path, "pt") as file:
+    with opened(path) as file:
         return {key: read_moments(file, key) for key in sites_of(architecture, sites)}
 
 
@@ -84,9 +89,9 @@ def sites_of(architecture: Architecture, sites: Sequence[Site] = RECORDED) -> It
     return ((layer, site) for layer in range(architecture.n_layers) for site in sites)
 
 
-def load_unit_scores(path: Path, layers: Iterable[int]) -> list[dict[str, Tensor]]:
+def load_unit_scores(path: AnyPath, layers: Iterable[int]) -> list[dict[str, Tensor]]:
     """Scores of each layer's ``heads`` and ``channels``, as ``prune`` saves them."""
-    with safe_open(path, "pt") as file:
+    with opened(path) as file:
         return [{unit: file.get_tensor(f"{layer}.{unit}") for unit in ("heads", "channels")} for layer in layers]
 
 
@@ -103,12 +108,12 @@ def task_memory(architecture: Architecture) -> int:
     return 13 * covariance_bytes(architecture)
 
 
-def covariance_file(moments: Path, layer: int) -> Path:
+def covariance_file(moments: AnyPath, layer: int) -> AnyPath:
     """Where the covariances of a layer lie whose moments are in the file ``moments``."""
     return moments.with_suffix(".covariances") / f"{layer:03d}.safetensors"
 
 
-def save_covariances(moments: Path, layer: int, of: Mapping[Site, Covariance], **about: Any) -> None:
+def save_covariances(moments: AnyPath, layer: int, of: Mapping[Site, Covariance], **about: Any) -> None:
     """Write the co-moments of one layer: the lower triangle of each, row by row, float32."""
     tensors: dict[str, Tensor] = {site: packed(covariance.comoment_DD) for site, covariance in of.items()}
     save_tensors(covariance_file(moments, layer), tensors, **about)
@@ -129,12 +134,12 @@ def unpacked(triangle: Tensor) -> Tensor:
     return matrix_DD
 
 
-def load_covariance(moments: Path, key: tuple[int, Site]) -> Covariance:
+def load_covariance(moments: AnyPath, key: tuple[int, Site]) -> Covariance:
     """Covariance of one (layer, site), float64; nothing else is read."""
     layer, site = key
-    with safe_open(moments, "pt") as file:
+    with opened(moments) as file:
         of = read_moments(file, key)
-    with safe_open(covariance_file(moments, layer), "pt") as file:
+    with opened(covariance_file(moments, layer)) as file:
         return Covariance(of.count, of.mean_D, of.m2_D, unpacked(file.get_tensor(site)))
 
 
@@ -142,7 +147,7 @@ def load_covariance(moments: Path, key: tuple[int, Site]) -> Covariance:
 class Mixture:
     """Covariances of several streams as one, each by its weight; read when they are asked for."""
 
-    sources: tuple[Path, ...]
+    sources: tuple[AnyPath, ...]
     """Statistics files with their covariances beside them."""
     weights: tuple[float, ...]
     ridge: float | None = None

@@ -8,10 +8,12 @@ import jinja2
 from markupsafe import Markup
 
 from seap_ray import anatomy, findings
+from seap_ray.bucket import AnyPath
 from seap_ray.evidence import Evidence, compared, mean_of, percent
 from seap_ray.pictures import Look, Panel, Part, Table, panel_svg, swatch_svg, whole_svg
 from seap_ray.progress import count
-from seap_ray.run import Run, publishing, read_json
+from seap_ray.run import Run
+from seap_ray.storage import publishing, read_json
 from seap_ray.table import Model
 from seap_ray.tasks import is_perplexity
 
@@ -35,7 +37,7 @@ PARTS = (
 """In the order of the page."""
 
 
-def write_report(run: Run) -> Path:
+def write_report(run: Run) -> AnyPath:
     """Write ``report.html``. Raises ConfigError for a run that nothing was measured with."""
     page = render(Evidence.of(run))
     with publishing(run.report) as temporary:
@@ -43,7 +45,7 @@ def write_report(run: Run) -> Path:
     return run.report
 
 
-def save_pictures(run: Run, folder: Path) -> list[Path]:
+def save_pictures(run: Run, folder: AnyPath) -> list[AnyPath]:
     """Write the pictures of the report as SVG files that stand alone."""
     pictures = {part.key: part.picture for part in parts(Evidence.of(run)) if part.picture}
     for key, picture in pictures.items():

@@ -7,7 +7,6 @@ shard. Which row goes where depends on content and seed alone.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,21 +14,23 @@ import pyarrow.parquet as pq
 import ray
 from ray.data import DataContext
 
+from seap_ray.bucket import AnyPath
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
 from seap_ray.corpus import (
     Renderer,
     Row,
+    corpus_files,
     file_format,
-    is_local,
+    is_files,
     load_tokenizer,
-    local_files,
     pack,
     row_key,
     tokenizer_hash,
 )
 from seap_ray.errors import DataError
-from seap_ray.run import Run, fingerprint, publishing, read_json, sha256_of, write_json
+from seap_ray.run import Run, fingerprint
+from seap_ray.storage import publishing, read_json, sha256_of, staged, write_json
 from seap_ray.tasks import Task
 
 
@@ -43,11 +44,11 @@ class Shard:
     n_tokens: int
     sha256: str
 
-    def path(self, run: Run) -> Path:
+    def path(self, run: Run) -> AnyPath:
         return run.shards(self.task) / f"{self.shard}.parquet"
 
     def sequences(self, run: Run) -> list[list[int]]:
-        return pq.read_table(self.path(run), columns=["ids"]).column("ids").to_pylist()
+        return pq.read_table(staged(self.path(run)), columns=["ids"]).column("ids").to_pylist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class Manifest:
 
     def read_prompts(self, run: Run) -> list[str]:
         """Questions of the drawn rows, or their texts where the task asks none, in the order of the draw."""
-        return pq.read_table(_prompts(run, self.task)).column("prompt").to_pylist()
+        return pq.read_table(staged(_prompts(run, self.task))).column("prompt").to_pylist()
 
     @classmethod
     def read(cls, run: Run, task: str) -> "Manifest | None":
@@ -88,7 +89,7 @@ class Manifest:
         return manifest if all(path.is_file() and sha256_of(path) == sha for path, sha in hashes.items()) else None
 
 
-def _prompts(run: Run, task: str) -> Path:
+def _prompts(run: Run, task: str) -> AnyPath:
     return run.shards(task) / "prompts.parquet"
 
 
@@ -113,8 +114,8 @@ def make_shards(config: Config, checkpoint: Checkpoint, run: Run, said: Callable
 def _print(config: Config, checkpoint: Checkpoint, task: Task) -> str:
     """Fingerprint of what a task's shards depend on: settings, tokenizer, and the source's files (name, size, time)."""
     files = []
-    if is_local(task.path):
-        files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in local_files(task, task.path, task.split)]
+    if is_files(task.path):
+        files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in corpus_files(task, task.path, task.split)]
     return fingerprint(
         task.model_dump(exclude={"metric", "lm_eval", "weight", "choices", "evaluation_path", "evaluation_split"}),
         config.corpus.model_dump(),
@@ -133,8 +134,8 @@ def read_rows(task: Task, *, evaluation: bool = False, seed: int = 0, n: int | N
 
         part: skills.Split = "test" if evaluation else "train"
         return ray.data.from_items(skills.rows(path.removeprefix("demo:"), max(n or 0, 1000), split=part, seed=seed))
-    if is_local(path):
-        files = local_files(task, path, split)
+    if is_files(path):
+        files = corpus_files(task, path, split)
         readers: dict[str, Callable[..., ray.data.Dataset]] = {
             "parquet": ray.data.read_parquet,
             "json": ray.data.read_json,

@@ -25,9 +25,10 @@ from seap_ray.reconstruction import UNIT_SCORES
 from seap_ray.report import write_report
 from seap_ray.results import own_tasks, results
 from seap_ray.router import Router
-from seap_ray.run import Run, publishing, write_json
+from seap_ray.run import Run
 from seap_ray.shards import Shard
 from seap_ray.speed import Speed
+from seap_ray.storage import publishing, write_json
 from seap_ray.table import mean_head, mean_over, mean_quality, table, text_table
 
 SEEDS = range(3)

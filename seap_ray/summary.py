@@ -1,20 +1,22 @@
 """Summary: the results files of runs in, text for a terminal out."""
 
 import math
-from pathlib import Path
 
+from seap_ray.bucket import AnyPath, place
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError
 from seap_ray.evidence import Results, study_path
 from seap_ray.methods import STUDIES
-from seap_ray.run import Run, flat, read_json
+from seap_ray.run import Run, flat
+from seap_ray.storage import read_json
 from seap_ray.table import mean_head, mean_quality, show, table, text_table
 
 
 def find(config: Config, name: str) -> Run:
     """A run by its folder, or by its name below ``run.storage``. Raises ConfigError when there is none with results."""
     named = Run.of(config.model_copy(update={"run": config.run.model_copy(update={"name": name})}))
-    run = Run(Path(name).absolute()) if Path(name).is_dir() else named
+    at = place(name)
+    run = Run(at.absolute()) if at.is_dir() else named
     if not _files(run):
         raise ConfigError(f"{name}: no run with results at {run.root}; make it with jobs/prune.py or jobs/eval.py")
     return run
@@ -27,7 +29,7 @@ def summary(run: Run) -> str:
 
 def _files(run: Run) -> dict[str, Results]:
     """What was found, by study; the main job's first."""
-    paths: dict[str, Path] = {name: path for name in STUDIES if (path := study_path(run, name))}
+    paths: dict[str, AnyPath] = {name: path for name in STUDIES if (path := study_path(run, name))}
     paths = {"main job": run.results, **paths}
     return {name: results for name, path in paths.items() if (results := read_json(path))}
 

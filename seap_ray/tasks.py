@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 Metric = Literal["acc", "acc_norm", "exact_match", "perplexity", "window_perplexity"]
 SHORT = {"acc": "acc", "acc_norm": "acc_n", "exact_match": "em", "perplexity": "ppl", "window_perplexity": "ppl"}
 """Column heads of the metrics."""
+CHOSEN = ("acc", "acc_norm")
+"""Metrics of tasks whose answer is one of several."""
 
 
 def is_perplexity(metric: str) -> bool:

@@ -1,11 +1,10 @@
 """Application: a config in, all that can be refused refused, a Ray Serve application out."""
 
-from pathlib import Path
-
 from ray import serve
 from ray.serve import Application
 from ray.serve.llm import build_llm_deployment
 
+from seap_ray.bucket import AnyPath
 from seap_ray.config import Config
 from seap_ray.router import Router
 from seap_ray.run import Run
@@ -50,7 +49,7 @@ def application(config: Config, service: Service) -> Application:
     return ingress.bind(llm_deployments=deployments, model_cards=dict.fromkeys(deployments), service=service)
 
 
-def _router(run: Run, experts: list[Expert]) -> Path | None:
+def _router(run: Run, experts: list[Expert]) -> AnyPath | None:
     if all(expert.kind == "general" for expert in experts):
         return None
     Router.load(run.router)

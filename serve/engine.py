@@ -3,17 +3,20 @@
 import asyncio
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMServer
 
+from seap_ray.bucket import place
 from seap_ray.errors import ConfigError
+from seap_ray.storage import staged
 from seap_ray.vllm_plugin import check_registered
 
 logger = logging.getLogger("ray.serve")
 
+FOLDER = "folder"
+"""Key of the configuration that says where an expert lies; an engine reads its node's copy of a bucket."""
 HEALTH_CHECK_S = 2
 """Seconds between two looks of Serve at a replica."""
 
@@ -35,11 +38,12 @@ class ExpertServer(LLMServer):
 
     async def start(self) -> None:
         check_registered()
-        folder = self._llm_config.model_loading_config.model_source
-        if not Path(folder).is_dir():
+        folder = place(self._llm_config.experimental_configs[FOLDER])
+        if not folder.is_dir():
             raise ConfigError(
-                f"{folder} is not there on this node; run.storage should be a folder that every node sees"
+                f"{folder} is not there on this node; run.storage should be a folder that every node sees, or a bucket"
             )
+        self._llm_config.model_loading_config.model_source = str(staged(folder))
         await super().start()
         self._leaving = asyncio.create_task(self._leave_with_engine())
 

@@ -3,19 +3,20 @@
 import math
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.serve.llm import LLMConfig
 
+from seap_ray.bucket import AnyPath
 from seap_ray.config import GENERAL, Config
 from seap_ray.demo import skills
 from seap_ray.errors import ConfigError
 from seap_ray.hf.shapes import check_folder
-from seap_ray.run import Run, ratio_name, read_json
+from seap_ray.run import Run, ratio_name
+from seap_ray.storage import read_json, staged
 from seap_ray.vllm_plugin import END_WITH_PARENT
-from serve.engine import HEALTH_CHECK_S, ExpertServer
+from serve.engine import FOLDER, HEALTH_CHECK_S, ExpertServer
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """Most that an engine on a CPU takes for its cache where serve.engine does not say; vLLM would take all memory."""
@@ -27,7 +28,7 @@ class Expert:
 
     name: str
     kind: str
-    folder: Path
+    folder: AnyPath
     ratio: float
     parameters: int
     kv_bytes_per_token: int
@@ -78,8 +79,8 @@ def _ratio(config: Config, run: Run) -> float:
     return config.serve.ratio
 
 
-def _expert(config: Config, folder: Path, kind: str, manifest: dict[str, Any]) -> Expert:
-    check_folder(folder)
+def _expert(config: Config, folder: AnyPath, kind: str, manifest: dict[str, Any]) -> Expert:
+    check_folder(staged(folder))
     return Expert(
         name=folder.name,
         kind=kind,
@@ -101,7 +102,7 @@ def _example(config: Config, name: str) -> str | None:
     return None
 
 
-def _has_chat_template(folder: Path) -> bool:
+def _has_chat_template(folder: AnyPath) -> bool:
     settings = read_json(folder / "tokenizer_config.json") or {}
     return (folder / "chat_template.jinja").is_file() or bool(settings.get("chat_template"))
 
@@ -117,7 +118,8 @@ def llm_config(config: Config, expert: Expert) -> LLMConfig:
     if on_cpu:
         engine |= {"enforce_eager": True, "kv_cache_memory_bytes": _kv_cache_bytes(config, expert)}
     return LLMConfig(
-        model_loading_config={"model_id": expert.name, "model_source": str(expert.folder)},
+        model_loading_config={"model_id": expert.name, "model_source": str(staged(expert.folder))},
+        experimental_configs={FOLDER: str(expert.folder)},
         accelerator_config={"kind": "cpu" if on_cpu else "gpu"},
         placement_group_config={
             "bundle_per_worker": {"CPU": serve.num_cpus} | ({} if on_cpu else {"GPU": serve.num_gpus})

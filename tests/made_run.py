@@ -17,8 +17,9 @@ from seap_ray.moments import Moments, Statistics
 from seap_ray.prune import Planner, save_plan, specs
 from seap_ray.records import save_moments
 from seap_ray.results import own_tasks
-from seap_ray.run import Run, write_json
+from seap_ray.run import Run
 from seap_ray.scores import Norms
+from seap_ray.storage import write_json
 from seap_ray.studies import KINDS, RANKED_BY
 from seap_ray.table import mean_quality
 

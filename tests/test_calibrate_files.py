@@ -23,8 +23,9 @@ from seap_ray.config import Config
 from seap_ray.errors import ConfigError, DataError, IncompleteError
 from seap_ray.moments import RECORDED, Moments, Statistics, tree_sum
 from seap_ray.records import about_moments, is_whole, load_statistics, save_moments
-from seap_ray.run import Run, sha256_of
+from seap_ray.run import Run
 from seap_ray.shards import Manifest, Shard
+from seap_ray.storage import sha256_of
 
 ARCHITECTURE = Architecture.of(CONFIGS["llama_gqa"]().to_dict())
 WIDTHS = {"attn": 48, "mlp": 80, "block": 1}

@@ -36,7 +36,7 @@ import seap_ray.hf  # noqa: F401  (registers the classes that load a compacted c
 from seap_ray import checkpoint as checkpoint_module
 from seap_ray.architecture import Architecture, Shape
 from seap_ray.checkpoint import Checkpoint, Compaction, check_stock, finish, parse_size, split_name, write_tensors
-from seap_ray.errors import ConfigError
+from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.hf.shapes import check_folder
 from seap_ray.plan import Kept, Plan
 
@@ -387,7 +387,7 @@ def test_seap_json_is_written_last(dense, tmp_path, monkeypatch):
     files = compaction.files(20_000)
     written: list[str] = []
     copy, write = shutil.copyfile, checkpoint_module.write_json
-    spy = SimpleNamespace(copyfile=lambda source, target: (written.append(Path(target).name), copy(source, target)))
+    spy = SimpleNamespace(copyfile=lambda source, target: (written.append(Path(source).name), copy(source, target)))
     monkeypatch.setattr(checkpoint_module, "shutil", spy)
     monkeypatch.setattr(
         checkpoint_module, "write_json", lambda path, value: (written.append(path.name), write(path, value))
@@ -407,10 +407,10 @@ def test_no_seap_json_is_left_when_finishing_fails_midway(dense, tmp_path, monke
         if Path(path).name == culprit:
             raise OSError("disk full")
 
-    spy = SimpleNamespace(copyfile=lambda source, target: (refuse(target), copy(source, target)))
+    spy = SimpleNamespace(copyfile=lambda source, target: (refuse(source), copy(source, target)))
     monkeypatch.setattr(checkpoint_module, "shutil", spy)
     monkeypatch.setattr(checkpoint_module, "write_json", lambda path, value: (refuse(path), write(path, value)))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises((OSError, IncompleteError), match="disk full"):
         finish(compaction, tmp_path, compaction.files(10**9), {})
     assert not list(tmp_path.glob("*seap.json*"))
 

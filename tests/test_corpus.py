@@ -11,7 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seap_ray.corpus import Item, Renderer, batches, check_source, first_row, is_local, local_files, pack, row_key
+from seap_ray.corpus import (
+    Item,
+    Renderer,
+    batches,
+    check_evaluation,
+    check_source,
+    corpus_files,
+    first_row,
+    is_files,
+    pack,
+    row_key,
+)
 from seap_ray.errors import DataError
 from seap_ray.tasks import BUILT_IN, Task
 
@@ -217,41 +228,41 @@ def test_a_folder_is_read_by_split(tmp_path):
     for name in ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "validation-00000-of-00001.parquet"):
         write_rows(tmp_path / name)
     (tmp_path / "README.md").write_text("no data")
-    found = local_files(task(tmp_path), str(tmp_path), "train")
+    found = corpus_files(task(tmp_path), str(tmp_path), "train")
     assert [file.name for file in found] == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
-    (held_out,) = local_files(task(tmp_path), str(tmp_path), "validation")
+    (held_out,) = corpus_files(task(tmp_path), str(tmp_path), "validation")
     assert held_out.name == "validation-00000-of-00001.parquet"
 
 
 def test_a_folder_of_one_unnamed_file_is_its_training_split(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl")
-    assert local_files(task(tmp_path), str(tmp_path), "train") == [file]
+    assert corpus_files(task(tmp_path), str(tmp_path), "train") == [file]
     with pytest.raises(DataError, match=r"tasks\.mine: no file of split 'validation'"):
-        local_files(task(tmp_path), str(tmp_path), "validation")
+        corpus_files(task(tmp_path), str(tmp_path), "validation")
 
 
 def test_a_folder_may_hold_compressed_files(tmp_path):
     file = write_rows(tmp_path / "train.jsonl.gz")
-    assert local_files(task(tmp_path), str(tmp_path), "train") == [file]
+    assert corpus_files(task(tmp_path), str(tmp_path), "train") == [file]
 
 
 def test_a_glob_and_a_single_file_are_taken_as_they_are(tmp_path):
     b, a = write_rows(tmp_path / "b.jsonl"), write_rows(tmp_path / "a.jsonl")
     write_rows(tmp_path / "c.csv")
-    assert local_files(task(tmp_path), f"{tmp_path}/*.jsonl", "train") == [a, b]
-    assert local_files(task(tmp_path), f"{tmp_path}/b.jsonl", "whatever") == [b]
+    assert corpus_files(task(tmp_path), f"{tmp_path}/*.jsonl", "train") == [a, b]
+    assert corpus_files(task(tmp_path), f"{tmp_path}/b.jsonl", "whatever") == [b]
 
 
 def test_the_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     file = write_rows(tmp_path / "data" / "train.jsonl")
-    assert local_files(task("~/data"), "~/data", "train") == [file]
+    assert corpus_files(task("~/data"), "~/data", "train") == [file]
 
 
 @pytest.mark.parametrize("path", ["nowhere.jsonl", "nowhere/", "no/where.parquet", "*.parquet"])
 def test_a_missing_file_names_the_task(tmp_path, path):
     with pytest.raises(DataError, match=r"tasks\.mine: no file"):
-        local_files(task(tmp_path), f"{tmp_path}/{path}", "train")
+        corpus_files(task(tmp_path), f"{tmp_path}/{path}", "train")
 
 
 def test_files_of_several_formats_name_the_task(tmp_path):
@@ -259,13 +270,13 @@ def test_files_of_several_formats_name_the_task(tmp_path):
     write_rows(tmp_path / "train" / "b.csv")
     for path in (tmp_path, tmp_path / "train" / "*"):
         with pytest.raises(DataError, match=r"tasks\.mine: .* several formats"):
-            local_files(task(path), str(path), "train")
+            corpus_files(task(path), str(path), "train")
 
 
 def test_a_file_of_an_unknown_format_names_the_task(tmp_path):
     (tmp_path / "rows.xlsx").write_bytes(b"PK")
     with pytest.raises(DataError, match=r"tasks\.mine: .*rows\.xlsx is none of \.parquet"):
-        local_files(task(tmp_path), f"{tmp_path}/rows.xlsx", "train")
+        corpus_files(task(tmp_path), f"{tmp_path}/rows.xlsx", "train")
 
 
 @pytest.mark.parametrize(
@@ -276,6 +287,25 @@ def test_the_first_row_of_every_format_is_read(tmp_path, name):
     row = first_row(task(file), file)
     assert row is not None and row["text"].strip() == "first"
     check_source(task(file), official=False)
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        ({}, "metric acc needs choices; without any, set metric: exact_match"),
+        ({"choices": "['a', 'b']"}, "the answer 'some words' of the first row is none of its choices, 'a', 'b'"),
+        ({"choices": "['a', text]"}, None),
+        ({"metric": "exact_match"}, None),
+    ],
+)
+def test_a_task_whose_answer_cannot_be_chosen_is_refused_before_any_work(tmp_path, keys, said):
+    write_rows(tmp_path / "rows.jsonl")
+    judged = task(tmp_path / "rows.jsonl", **keys)
+    if said is None:
+        check_evaluation(judged)
+        return
+    with pytest.raises(DataError, match=f"tasks.mine: {said}"):
+        check_evaluation(judged)
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl", "rows.csv", "rows.txt"])
@@ -319,9 +349,9 @@ def test_paths_and_hub_ids_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "mine").mkdir(parents=True)
     for path in ("/x/y", "./x", "../x", "~/x", "x.jsonl", "x/y.parquet", "x.jsonl.gz", "data/mine"):
-        assert is_local(path), path
+        assert is_files(path), path
     for path in ("allenai/ai2_arc", "piqa"):
-        assert not is_local(path), path
+        assert not is_files(path), path
 
 
 # --- sequences and batches -------------------------------------------------------------------------------------------

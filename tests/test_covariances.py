@@ -35,8 +35,9 @@ from seap_ray.records import (
     save_moments,
     unpacked,
 )
-from seap_ray.run import Run, sha256_of
+from seap_ray.run import Run
 from seap_ray.shards import Shard
+from seap_ray.storage import sha256_of
 
 often = settings(max_examples=40, deadline=None)
 LENGTHS = ([4, 19, 2], [7, 11], [1, 30, 6, 6])
@@ -272,7 +273,7 @@ def test_covariances_that_do_not_fit_the_disk_are_refused_with_what_would(tmp_pa
         }
     )
     disk = SimpleNamespace(free=90 * 10**9)
-    monkeypatch.setattr(calibrate.shutil, "disk_usage", lambda _path: disk)
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: disk)
     calibrate._check_room(Run(tmp_path), llama, n_files=10)  # 88 GB
     with pytest.raises(
         IncompleteError, match=r"97\.1 GB.*has 90\.0 \(11 shards and tasks\); make room .*, raise corpus"

@@ -81,9 +81,9 @@ def test_the_model_is_to_be_the_same_on_every_node(model, level, said):
 
 
 def test_a_model_of_the_hub_comes_to_the_nodes_that_do_not_have_it():
-    cached = replace(DEMO, folder=Path("/cache/models--a--b/snapshots/0123"))
+    cached = replace(DEMO, folder=Path("/cache/models--a--b/snapshots/0123"), source="a/b")
     found = only(_model(cached, [NODE, replace(OTHER, model=None)]))
-    assert (found.level, found.said) == ("warning", "b will download 5.47 MB from the hub")
+    assert (found.level, found.said) == ("warning", "b will first copy 5.47 MB of a/b")
 
 
 def test_a_corpus_that_a_node_does_not_have_is_wrong():
@@ -101,7 +101,7 @@ def test_a_clock_that_is_off_is_worth_a_word():
 def test_a_disk_that_the_run_may_fill_is_a_warning_less_what_is_there(tmp_path, monkeypatch):
     config = Config()
     needed = run_bytes(config, DEMO)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _path: type("Usage", (), {"free": int(needed) - 1000}))
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: type("Usage", (), {"free": int(needed) - 1000}))
     assert only(_storage(config, DEMO, Run(tmp_path), [NODE])).level == "warning"
     (tmp_path / "records").write_bytes(bytes(1000))
     assert only(_storage(config, DEMO, Run(tmp_path), [NODE])).level == "ok"

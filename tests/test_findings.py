@@ -5,7 +5,7 @@ from made_run import RATIOS, TASKS, edit, make_run
 
 from seap_ray import findings
 from seap_ray.evidence import Evidence, mean_of
-from seap_ray.run import write_json
+from seap_ray.storage import write_json
 
 STUDIES = ("table", "ratio", "corpus", "allocation", "ood", "transfer", "routing", "pooling", "paper")
 

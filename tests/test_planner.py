@@ -18,8 +18,9 @@ from seap_ray.config import Config
 from seap_ray.moments import Moments
 from seap_ray.plan import Plan, choose_shapes, ratio_of
 from seap_ray.prune import Planner, Spec, draft, save_plan, section_of, sizes, specs, write_draft
-from seap_ray.run import Run, read_json
+from seap_ray.run import Run
 from seap_ray.scores import Norms
+from seap_ray.storage import read_json
 
 often = settings(max_examples=40, deadline=None)
 TASKS = ("sort", "facts")

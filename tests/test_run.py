@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, IncompleteError
-from seap_ray.run import Run, fingerprint, publishing, ratio_name, read_json, sha256_of, write_json
+from seap_ray.run import Run, fingerprint, ratio_name
+from seap_ray.storage import publishing, read_json, sha256_of, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -95,7 +96,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from seap_ray.errors import IncompleteError
-from seap_ray.run import write_json
+from seap_ray.storage import write_json
 
 folder = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

@@ -29,8 +29,9 @@ from seap_ray.job import _connect
 from seap_ray.moments import RECORDED, Moments
 from seap_ray.recorder import Recorded
 from seap_ray.records import sites_of
-from seap_ray.run import Run, sha256_of
+from seap_ray.run import Run
 from seap_ray.shards import Shard
+from seap_ray.storage import sha256_of
 
 WORKERS = (1, 2, 4, 8)
 TOKENS = 1000
