@@ -22,7 +22,10 @@ The path of the data, one line a module (rings: arithmetic, models and files, Ra
     demo          a small model with six skills
     fitting       prompts of every task -> the router
     router        a prompt -> its task, or none, with a probability
-    run           the run directory: what is where, what is whole
+    bucket        paths in S3 and Google Cloud Storage under pathlib's names
+    storage       files that end whole, on a disk or in a bucket; a node's copies
+    lock          one job at a time on a run
+    run           the run directory: what is where
     progress      what a job says while it runs
     cluster       a driver's connection to Ray
     shards        corpora -> immutable token shards                         (Ray Data)

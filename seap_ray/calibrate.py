@@ -18,6 +18,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from seap_ray.architecture import Architecture
 from seap_ray.bucket import AnyPath
 from seap_ray.checkpoint import Checkpoint
+from seap_ray.cluster import work_task
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, DataError, IncompleteError
 from seap_ray.moments import RECORDED, SITES, Covariance, Moments, Site, tree_sum
@@ -224,7 +225,7 @@ def _check_room(run: Run, architecture: Architecture, *, n_files: int) -> None:
 
 def _stale(calibration: Calibration, run: Run, manifests: list[Manifest], architecture: Architecture) -> list[Manifest]:
     """Tasks whose statistics are not there, or not of these shards, or damaged."""
-    check = ray.remote(_is_merged)
+    check = work_task(_is_merged)
     found = ray.get([check.remote(calibration, run, manifest, architecture) for manifest in manifests])
     return [manifest for manifest, whole in zip(manifests, found, strict=True) if not whole]
 
@@ -236,7 +237,7 @@ def _is_merged(calibration: Calibration, run: Run, manifest: Manifest, architect
 
 def _missing(calibration: Calibration, run: Run, shards: list[Shard], architecture: Architecture) -> list[Shard]:
     """Shards without a whole record."""
-    check = ray.remote(_has)
+    check = work_task(_has)
     found = ray.get([check.remote(calibration, run, shard, architecture) for shard in shards])
     return [shard for shard, whole in zip(shards, found, strict=True) if not whole]
 
@@ -310,10 +311,10 @@ def merge_all(
 
     Raises IncompleteError when records are missing, DataError when a token is.
     """
-    architecture, moments = checkpoint.architecture, ray.remote(merge_records)
+    architecture, moments = checkpoint.architecture, work_task(merge_records)
     ray.get([moments.remote(calibration, run, shards, architecture, path) for path, shards in targets])
     if calibration.covariance:
-        layers = ray.remote(memory=task_memory(architecture))(merge_layer)
+        layers = work_task(merge_layer, memory=task_memory(architecture))
         ray.get(
             [
                 layers.remote(calibration, run, shards, checkpoint, path, layer)

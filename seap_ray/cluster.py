@@ -7,12 +7,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 
+HEAD = "node:__internal_head__"
+"""Resource that Ray gives to the head alone."""
 WATCH_EVERY_S = 5.0
 """Seconds between two looks at the head, and that one may take."""
 
@@ -29,6 +31,18 @@ def connect(address: str | None = None) -> None:
             ray.init(address, logging_level=logging.ERROR, log_to_driver=bool(os.environ.get("RAY_LOG_TO_DRIVER")))
         threading.Thread(target=_watch_head, args=(ray.get_runtime_context().gcs_address,), daemon=True).start()
     signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets its own
+
+
+def work_task(function: Callable[..., Any], **options: Any) -> Any:
+    """A Ray task on weights or records: not on the head, which holds the cluster together, where others have CPUs."""
+    return ray.remote(num_cpus=1, label_selector=_not_on_head(ray.nodes()), **options)(function)
+
+
+def _not_on_head(nodes: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """What a task asks of the labels of its node."""
+    able = [node for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    heads = [node["NodeID"] for node in able if HEAD in node["Resources"]]
+    return {"ray.io/node-id": f"!{heads[0]}"} if heads and len(able) > 1 else {}
 
 
 def _watch_head(address: str) -> None:

@@ -52,15 +52,17 @@ class RunSection(Section):
     name: FolderName = "demo"
     """Name of the run; its files lie in <storage>/<name>."""
     storage: str = "runs"
-    """Folder that holds runs. On several nodes: one that every node sees under this path. A relative one is below the
-    current folder, or in a job submitted with --working-dir, which Ray runs in a copy, below the home folder."""
+    """Folder that holds runs, or s3://BUCKET/FOLDER or gs://BUCKET/FOLDER. On several nodes: one that every node sees
+    under this path. A relative one is below the current folder, or in a job submitted with --working-dir, which Ray
+    runs in a copy, below the home folder."""
     seed: int = 0
     """Seed of everything drawn at random."""
 
 
 class ModelSection(Section):
     source: str = "demo"
-    """`demo`, a folder with safetensors, or a hub id such as meta-llama/Llama-3.1-8B."""
+    """`demo`, a folder with safetensors, one in a bucket (s3://..., gs://...), or a hub id such as
+    meta-llama/Llama-3.1-8B. Of a bucket and of the hub every node makes a copy of its own, once."""
     revision: str | None = None
     """Revision of a hub model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -24,6 +24,7 @@ from seap_ray.checkpoint import (
     versions,
     write_tensors,
 )
+from seap_ray.cluster import work_task
 from seap_ray.compact import COLUMNS
 from seap_ray.config import Baseline, Config, PlanSettings, PruningSection
 from seap_ray.moments import SITES, Moments, Site, Statistics, pooled
@@ -199,7 +200,7 @@ class Planner:
             mixtures = [self.mixture(spec)]
             if spec.pooling == "score_average":
                 mixtures = [Mixture((self.files[t],), (w,), self.mixture(spec).ridge) for t, w in spec.weights.items()]
-            score = ray.remote(memory=task_memory(architecture))(_layer_scores)
+            score = work_task(_layer_scores, memory=task_memory(architecture))
             parts = [
                 score.remote(self.checkpoint, mixtures, pruning.score, pruning.attention_unit, layer)
                 for layer in range(architecture.n_layers)
@@ -255,7 +256,7 @@ def _layer_scores(
 def _weight_norms(checkpoint: Checkpoint, run: Run) -> WeightNorms:
     path, architecture = run.statistics("weight_norms"), checkpoint.architecture
     if not is_whole(path, model=checkpoint.fingerprint):
-        layers = ray.remote(_layer_norms)
+        layers = work_task(_layer_norms)
         parts = ray.get([layers.remote(checkpoint, layer) for layer in range(architecture.n_layers)])
         # Stored as moments: mean holds the L1 norm, m2 the squared L2 norm, count the output width.
         named = {
@@ -368,17 +369,20 @@ def _is_written(job: Draft) -> bool:
 
 
 def _write_all(jobs: list[Draft]) -> Iterator[int]:
-    """Yield the bytes of each file as it is written; finish each folder when its last file is there."""
-    write = ray.remote(_write_file)
+    """Yield the bytes of each file as it is written; finish each folder when its last file is there.
+
+    Files of the same part of the base come one after another, whichever model they are of: what was read for one is
+    in the page cache for the next, so the base is read about once, not once a model.
+    """
+    write = work_task(_write_file)
     architecture = jobs[0].compaction.base.architecture
     memory = {"none": 0, "mean": 0, "least_squares": task_memory(architecture)}
     pending: dict[Any, tuple[Draft, str]] = {}
     hashes: dict[AnyPath, dict[str, str]] = {job.target: {} for job in jobs}
-    for job in jobs:
-        compaction = ray.put(job.compaction)
-        for name, outputs in job.files.items():
-            task = write.options(memory=memory[job.compaction.plan.compensation])
-            pending[task.remote(compaction, outputs, job.hidden / name)] = job, name
+    shared = {job.target: ray.put(job.compaction) for job in jobs}
+    for job, name in in_order_of_base(jobs):
+        task = write.options(memory=memory[job.compaction.plan.compensation])
+        pending[task.remote(shared[job.target], job.files[name], job.hidden / name)] = job, name
     while pending:
         (done,), _ = ray.wait(list(pending), num_returns=1)
         job, name = pending.pop(done)
@@ -386,6 +390,17 @@ def _write_all(jobs: list[Draft]) -> Iterator[int]:
         if len(hashes[job.target]) == len(job.files):
             _finish(job, hashes[job.target])
         yield sum(output.n_bytes for output in job.files[name])
+
+
+def in_order_of_base(jobs: Iterable[Draft]) -> list[tuple[Draft, str]]:
+    """Every file of every model, by where the middle of what it is cut from lies in the base."""
+
+    def middle(draft: Draft, name: str) -> int:
+        old = draft.compaction.plan.layers
+        layers = [layer for output in draft.files[name] if (layer := split_name(output.name)[0]) is not None]
+        return old[layers[0]] + old[layers[-1]] if layers else -1
+
+    return sorted(((job, name) for job in jobs for name in job.files), key=lambda file: middle(*file))
 
 
 def write_draft(draft: Draft) -> AnyPath:

@@ -32,7 +32,7 @@ class Task(Section):
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     """Name of the task, of its expert and of its folders."""
     path: str
-    """Hub data set id, or a local file, folder or glob of parquet, jsonl, csv or txt files."""
+    """Hub data set id, or a file, folder or glob of parquet, jsonl, csv or txt files, on a disk or in a bucket."""
     subset: str | None = None
     """Configuration of a hub data set, `name` in datasets.load_dataset."""
     split: str = "train"
