@@ -2,43 +2,157 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from seap_ray.errors import ConfigError
+from seap_ray.moments import Site
+
+Unit = Literal["heads", "groups", "channels"]
+"""What is cut: query heads, key-value heads, MLP channels."""
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
-    """What sets a family apart. Each bias is always there (True), never (False), or as a config key says."""
+class Rows:
+    """What the rows of a module are, in order: all of each unit, one block after another."""
 
-    qkv_bias: bool | str
-    o_bias: bool | str
-    mlp_bias: bool | str
+    units: tuple[Unit, ...]
+    times: int = 1
+    """Rows of a unit, in head sizes or channels: 3 where query, key and value of a head lie together."""
+
+
+SPLIT_ATTENTION = {
+    "self_attn.q_proj": Rows(("heads",)),
+    "self_attn.k_proj": Rows(("groups",)),
+    "self_attn.v_proj": Rows(("groups",)),
+}
+GATED_MLP = {"mlp.gate_proj": Rows(("channels",)), "mlp.up_proj": Rows(("channels",))}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a family apart; what is left out is as in a Llama.
+
+    Each bias is always there (True), never (False), or as a config key says, with what it is where the key is missing.
+    """
+
     config_class: str
     """Names of the classes in ``seap_ray.hf`` that load a compacted checkpoint."""
     model_class: str
+    layers: str = "model.layers."
+    """Beginning of the names of a decoder layer's tensors."""
+    embedding: str = "model.embed_tokens.weight"
+    rows: Mapping[str, Rows] = field(default_factory=lambda: SPLIT_ATTENTION | GATED_MLP)
+    """Modules whose rows (and biases) are cut."""
+    o_proj: str = "self_attn.o_proj"
+    """The modules whose weight's columns are cut; their own bias stays whole."""
+    down_proj: str = "mlp.down_proj"
+    qkv_bias: bool | tuple[str, bool] = False
+    o_bias: bool | tuple[str, bool] = False
+    mlp_bias: bool | tuple[str, bool] = False
+    norms: tuple[int, int] = (2, 0)
+    """Weights of a layer's norms, in hidden sizes and in head sizes."""
+    channels_key: str = "intermediate_size"
+    """Config key of the MLP's width."""
+    groups_key: str | None = "num_key_value_heads"
+    """Config key of the key-value heads; None where every query head has its own."""
+    has_head_dim: bool = True
+    """Whether the family's own config may have heads of another size than hidden size / heads."""
+    like_llama: bool = False
+    """Whether a Llama with biases computes the same, so that a stock checkpoint with added biases can be one."""
+    mixes_windows: bool = False
+    """Whether some layers have a sliding window and others none, where the config does not say it."""
+
+    @property
+    def columns(self) -> dict[str, Unit]:
+        """Modules whose columns are cut, and the unit that they are made of; attention first."""
+        return {self.o_proj: "heads", self.down_proj: "channels"}
+
+    @property
+    def channel_modules(self) -> int:
+        """Matrices that have a row for each channel."""
+        return sum(rows.units.count("channels") for rows in self.rows.values())
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        mlp_bias="mlp_bias",
-        config_class="SeapLlamaConfig",
-        model_class="SeapLlamaForCausalLM",
+        "SeapLlamaConfig",
+        "SeapLlamaForCausalLM",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        mlp_bias=("mlp_bias", False),
+        like_llama=True,
     ),
-    "qwen2": Family(
-        qkv_bias=True,
-        o_bias=False,
-        mlp_bias=False,
-        config_class="SeapQwen2Config",
-        model_class="SeapQwen2ForCausalLM",
+    "mistral": Family("SeapMistralConfig", "SeapMistralForCausalLM", like_llama=True),
+    "qwen2": Family("SeapQwen2Config", "SeapQwen2ForCausalLM", qkv_bias=True, like_llama=True),
+    "qwen3": Family(
+        "SeapQwen3Config",
+        "SeapQwen3ForCausalLM",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms=(2, 2),
+    ),
+    "gemma2": Family(
+        "SeapGemma2Config",
+        "SeapGemma2ForCausalLM",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms=(4, 0),
+        mixes_windows=True,
+    ),
+    "gemma3_text": Family(
+        "SeapGemma3Config",
+        "SeapGemma3ForCausalLM",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms=(4, 2),
+        mixes_windows=True,
+    ),
+    "phi3": Family(
+        "SeapPhi3Config",
+        "SeapPhi3ForCausalLM",
+        rows={
+            "self_attn.qkv_proj": Rows(("heads", "groups", "groups")),
+            "mlp.gate_up_proj": Rows(("channels", "channels")),
+        },
+    ),
+    "opt": Family(
+        "SeapOPTConfig",
+        "SeapOPTForCausalLM",
+        layers="model.decoder.layers.",
+        embedding="model.decoder.embed_tokens.weight",
+        rows=SPLIT_ATTENTION | {"fc1": Rows(("channels",))},
+        o_proj="self_attn.out_proj",
+        down_proj="fc2",
+        qkv_bias=("enable_bias", True),
+        o_bias=("enable_bias", True),
+        mlp_bias=("enable_bias", True),
+        norms=(4, 0),
+        channels_key="ffn_dim",
+        groups_key=None,
+        has_head_dim=False,
+    ),
+    "gpt_neox": Family(
+        "SeapGPTNeoXConfig",
+        "SeapGPTNeoXForCausalLM",
+        layers="gpt_neox.layers.",
+        embedding="gpt_neox.embed_in.weight",
+        rows={"attention.query_key_value": Rows(("heads",), times=3), "mlp.dense_h_to_4h": Rows(("channels",))},
+        o_proj="attention.dense",
+        down_proj="mlp.dense_4h_to_h",
+        qkv_bias=("attention_bias", True),
+        o_bias=("attention_bias", True),
+        mlp_bias=True,
+        norms=(4, 0),
+        groups_key=None,
+        has_head_dim=False,
     ),
 }
 
-LAYER_PREFIX = "model.layers."
-O_PROJ, DOWN_PROJ = "self_attn.o_proj", "mlp.down_proj"
+
+def family_of(model_type: str) -> Family:
+    """The row of a dense or a compacted model."""
+    return FAMILIES[model_type.removeprefix("seap_")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +184,10 @@ class Architecture:
     o_bias: bool
     mlp_bias: bool
     max_position_embeddings: int
+    has_windows: bool = False
+    """Whether layers attend to a sliding window."""
+    mixes_windows: bool = False
+    """Whether some layers do, and others attend to everything."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Architecture":
@@ -82,29 +200,38 @@ class Architecture:
             raise ConfigError(f"model family {name!r} is not supported; supported are {', '.join(FAMILIES)}")
         if config.get("quantization_config"):
             raise ConfigError("model is quantised; prune the unquantised checkpoint, then quantise the result")
-        if config.get("use_sliding_window"):
-            raise ConfigError("model.use_sliding_window is set; only full attention is supported")
         family, heads = FAMILIES[name], config["num_attention_heads"]
-        groups = config.get("num_key_value_heads") or heads
+        groups = (family.groups_key and config.get(family.groups_key)) or heads
 
-        def flag(value: bool | str) -> bool:
-            return bool(config.get(value, False)) if isinstance(value, str) else value
+        def flag(value: bool | tuple[str, bool]) -> bool:
+            return bool(config.get(*value)) if isinstance(value, tuple) else value
 
         return cls(
             family=name,
             n_layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            dense=Shape(groups, heads // groups, config["intermediate_size"]),
+            dense=Shape(groups, heads // groups, config[family.channels_key]),
             qkv_bias=flag(family.qkv_bias),
             o_bias=flag(family.o_bias),
             mlp_bias=flag(family.mlp_bias),
             max_position_embeddings=config.get("max_position_embeddings", 2048),
+            has_windows=_has_windows(config, family),
+            mixes_windows=_mixes_windows(config, family),
         )
 
     @property
+    def layout(self) -> Family:
+        return FAMILIES[self.family]
+
+    @property
+    def modules(self) -> dict[Site, str]:
+        """The module whose input each site is."""
+        return {"attn": self.layout.o_proj, "mlp": self.layout.down_proj}
+
+    @property
     def widths(self) -> tuple[int, int]:
-        """Columns of ``o_proj`` and ``down_proj``."""
+        """Columns of ``o_proj`` and ``down_proj``, by whatever name."""
         return self.dense.heads * self.head_dim, self.dense.channels
 
     @property
@@ -119,16 +246,17 @@ class Architecture:
 
     @property
     def channel_cost(self) -> int:
-        """Weights of one MLP channel: a row of gate_proj and up_proj, a column of down_proj."""
-        return 3 * self.hidden_size + 2 * self.mlp_bias
+        """Weights of one MLP channel: a row of gate_proj (if there is one) and up_proj, a column of down_proj."""
+        return self.layout.channel_modules * (self.hidden_size + self.mlp_bias) + self.hidden_size
 
     def attention_parameters(self, shape: Shape) -> int:
         """Weights of a layer's attention that its shape decides."""
         return shape.heads * self.head_cost + shape.groups * self.kv_cost
 
     def layer_parameters(self, shape: Shape) -> int:
-        """All weights of a decoder layer of this shape: attention, MLP, biases and the two norms."""
-        fixed = self.hidden_size * (2 + self.o_bias + self.mlp_bias)
+        """All weights of a decoder layer of this shape: attention, MLP, biases and norms."""
+        of_hidden, of_head = self.layout.norms
+        fixed = self.hidden_size * (of_hidden + self.o_bias + self.mlp_bias) + self.head_dim * of_head
         return self.attention_parameters(shape) + shape.channels * self.channel_cost + fixed
 
     @property
@@ -149,4 +277,26 @@ class Architecture:
 
     def tensor(self, layer: int, module: str, kind: str = "weight") -> str:
         """Checkpoint name of a decoder layer's tensor."""
-        return f"{LAYER_PREFIX}{layer}.{module}.{kind}"
+        return f"{self.layout.layers}{layer}.{module}.{kind}"
+
+    def split(self, name: str) -> tuple[int | None, str, str]:
+        """The reverse: ``model.layers.3.mlp.up_proj.weight`` -> (3, ``mlp.up_proj``, ``weight``).
+
+        Layer None for all tensors of no layer.
+        """
+        if not name.startswith(self.layout.layers):
+            return None, name, ""
+        layer, _, rest = name.removeprefix(self.layout.layers).partition(".")
+        module, _, kind = rest.rpartition(".")
+        return int(layer), module, kind
+
+
+def _has_windows(config: Mapping[str, Any], family: Family) -> bool:
+    return bool(config.get("sliding_window")) and config.get("use_sliding_window", True) or family.mixes_windows
+
+
+def _mixes_windows(config: Mapping[str, Any], family: Family) -> bool:
+    kinds = config.get("layer_types")
+    if kinds:
+        return len(set(kinds)) > 1
+    return family.mixes_windows or bool(config.get("use_sliding_window"))

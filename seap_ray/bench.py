@@ -206,7 +206,7 @@ def _shape(config: dict[str, Any]) -> str:
     """What a model's speed depends on."""
     keys = (
         *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
-        *("head_dim", "attention_bias", "mlp_bias", "vocab_size"),
+        *("head_dim", "attention_bias", "mlp_bias", "vocab_size", "ffn_dim", "model_type"),
     )
     return fingerprint([config.get(key) for key in keys], config.get("per_layer_config") or {})
 

@@ -24,7 +24,7 @@ from seap_ray.errors import ConfigError, DataError, IncompleteError
 from seap_ray.moments import RECORDED, SITES, Covariance, Moments, Site, tree_sum
 from seap_ray.placement import model_dtype, recording_parts, worker_room
 from seap_ray.reconstruction import USUAL_RIDGE, choose_ridge
-from seap_ray.recorder import MODULE_OF, Recorded
+from seap_ray.recorder import Recorded
 from seap_ray.records import (
     covariance_bytes,
     covariance_file,
@@ -387,7 +387,7 @@ def merge_layer(
     if is_whole(covariance_file(path, layer), made_of=made_of(calibration, shards)):
         return
     records, merged, ridges = [calibration.record(run, shard) for shard in shards], {}, {}
-    for site, module in MODULE_OF.items():
+    for site, module in checkpoint.architecture.modules.items():
         *rest, last = (partial(load_covariance, record, (layer, site)) for record in records)
         merged[site], ridges[site] = last(), USUAL_RIDGE
         if rest:

@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from seap_ray.architecture import DOWN_PROJ, FAMILIES, LAYER_PREFIX, O_PROJ, Architecture
+from seap_ray.architecture import Architecture, Shape
 from seap_ray.bucket import AnyPath, BucketPath, place
-from seap_ray.compact import COLUMNS, compact, compact_size, kept_indices, mean_bias
+from seap_ray.compact import compact, compact_size, kept_indices, mean_bias
 from seap_ray.errors import ConfigError
 from seap_ray.moments import Site, Statistics
 from seap_ray.plan import Plan
@@ -37,7 +37,6 @@ CARRIED = (
 """Files of the base model that go with every expert."""
 MODEL_FILES = ("*.safetensors", "*.json", *CARRIED)
 """Files of a model that are copied from the hub or a bucket."""
-SITE_OF: dict[str, Site] = {O_PROJ: "attn", DOWN_PROJ: "mlp"}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SAMPLED = 1 << 26
 """Weight files up to this many bytes are hashed whole, larger ones by their header and 64 blocks."""
@@ -93,7 +92,7 @@ class Checkpoint:
     def _check(self) -> None:
         architecture = self.architecture
         for layer in range(architecture.n_layers):
-            for module in SITE_OF:
+            for module in architecture.modules.values():
                 name = architecture.tensor(layer, module)
                 if name not in self.tensors:
                     raise ConfigError(f"model.source: {self.folder} has no tensor {name}")
@@ -252,16 +251,16 @@ class Compaction:
         """Every tensor of the checkpoint, in the base's order."""
         new, outputs = {old: layer for layer, old in enumerate(self.plan.layers)}, []
         for name, info in self.base.tensors.items():
-            layer, module, kind = split_name(name)
+            layer, module, kind = self.base.architecture.split(name)
             if layer is None:
                 outputs.append(OutputTensor(name, info.dtype, info.shape))
             elif layer in new:
                 outputs.append(self._cut(new[layer], module, kind))
-        return sorted(outputs + self._new_biases(), key=lambda output: _natural(output.name))
+        return sorted(outputs + self._new_biases(), key=lambda output: _natural(self.base.architecture, output.name))
 
     def _cut(self, layer: int, module: str, kind: str) -> OutputTensor:
         architecture, info = self.base.architecture, self.base.tensors[self._source(layer, module, kind)]
-        size = compact_size(module, kind, info.shape, self.plan.kept[layer], architecture.head_dim)
+        size = compact_size(architecture, module, kind, info.shape, self.plan.kept[layer])
         return OutputTensor(architecture.tensor(layer, module, kind), info.dtype, size)
 
     def _source(self, layer: int, module: str, kind: str = "weight") -> str:
@@ -272,9 +271,9 @@ class Compaction:
         """Biases that the base does not have: of compensated layers, and all zero ones that a stock family asks for."""
         architecture, new = self.base.architecture, []
         for layer in range(len(self.plan.kept)):
-            modules = [module for module in COLUMNS if self.compensates(layer)]
+            modules = [module for module in architecture.layout.columns if self.compensates(layer)]
             if self.stock and self.plan.compensation != "none":
-                modules = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+                modules = [*architecture.layout.rows, *architecture.layout.columns]
             for module in modules:
                 weight = self._cut(layer, module, "weight")
                 if self._source(layer, module, "bias") not in self.base.tensors:
@@ -287,10 +286,10 @@ class Compaction:
 
     def make(self, output: OutputTensor) -> Tensor:
         """The tensor itself, in the base's dtype."""
-        layer, module, kind = split_name(output.name)
+        layer, module, kind = self.base.architecture.split(output.name)
         if layer is None:
             return self.base.read(output.name)
-        if module in COLUMNS and self.compensates(layer):
+        if module in self.base.architecture.layout.columns and self.compensates(layer):
             if self.plan.compensation == "least_squares":
                 return self._repaired(layer, module)[kind]
             if kind == "bias":
@@ -298,15 +297,22 @@ class Compaction:
         source = self._source(layer, module, kind)
         if source not in self.base.tensors:
             return torch.zeros(output.shape, dtype=DTYPES[output.dtype])
-        return compact(module, kind, self.base.read(source), self.plan.kept[layer], self.base.architecture.head_dim)
+        return compact(self.base.architecture, module, kind, self.base.read(source), self.plan.kept[layer])
+
+    def _site(self, module: str) -> Site:
+        return "attn" if module == self.base.architecture.layout.o_proj else "mlp"
+
+    def _kept_columns(self, layer: int, module: str) -> Tensor:
+        unit = self.base.architecture.layout.columns[module]
+        return kept_indices(self.plan.kept[layer], unit, self.base.architecture.head_dim)
 
     def _mean_bias(self, layer: int, module: str) -> Tensor:
         assert self.statistics is not None
         old = self.plan.layers[layer]
         return mean_bias(
             self.base.read(self._source(layer, module)),
-            self.statistics[old, SITE_OF[module]].mean_D,
-            kept_indices(self.plan.kept[layer], COLUMNS[module], self.base.architecture.head_dim),
+            self.statistics[old, self._site(module)].mean_D,
+            self._kept_columns(layer, module),
             self.base.read_bias(old, module),
         )
 
@@ -315,10 +321,9 @@ class Compaction:
         assert isinstance(self.statistics, Mixture)
         if (layer, module) not in self._last:
             old = self.plan.layers[layer]
-            covariance = self.statistics[old, SITE_OF[module]]
-            kept_S = kept_indices(self.plan.kept[layer], COLUMNS[module], self.base.architecture.head_dim)
+            covariance, kept_S = self.statistics[old, self._site(module)], self._kept_columns(layer, module)
             dense_OD, bias_O = self.base.read(self._source(layer, module)), self.base.read_bias(old, module)
-            ridge = self.statistics.ridge_of((old, SITE_OF[module]))
+            ridge = self.statistics.ridge_of((old, self._site(module)))
             weight_OS, added_O = least_squares(covariance, dense_OD, kept_S, ridge=ridge)
             bias_O = added_O if bias_O is None else added_O + bias_O.double()
             self._last.clear()
@@ -358,8 +363,7 @@ class Compaction:
         return {**config, **by_layer, "num_hidden_layers": len(layers)}
 
     def _seap_config(self) -> dict[str, Any]:
-        architecture = self.base.architecture
-        family = FAMILIES[architecture.family]
+        architecture, family = self.base.architecture, self.base.architecture.layout
         return {
             **self._dense_config(),
             "architectures": [family.model_class],
@@ -369,31 +373,29 @@ class Compaction:
                 "AutoModelForCausalLM": f"modeling_seap.{family.model_class}",
             },
             "head_dim": architecture.head_dim,
-            "num_key_value_heads": architecture.dense.groups,
+            **self._widths(architecture.dense),
             "per_layer_config": {str(i): own for i in range(len(self.plan.kept)) if (own := self._own(i))},
         }
 
+    def _widths(self, shape: Shape) -> dict[str, int]:
+        """Config keys of the family, with the widths of a layer."""
+        family = self.base.architecture.layout
+        groups = {family.groups_key: shape.groups} if family.groups_key else {}
+        return {"num_attention_heads": shape.heads, **groups, family.channels_key: shape.channels}
+
     def _own(self, layer: int) -> dict[str, Any]:
-        shape, dense = self.plan.kept[layer].shape, self.base.architecture.dense
-        values = {
-            "num_attention_heads": (shape.heads, dense.heads),
-            "num_key_value_heads": (shape.groups, dense.groups),
-            "intermediate_size": (shape.channels, dense.channels),
-            "o_proj_bias": (self.compensates(layer), False),
-            "down_proj_bias": (self.compensates(layer), False),
-        }
-        return {key: value for key, (value, usual) in values.items() if value != usual}
+        architecture = self.base.architecture
+        added = {"o_proj_bias": not architecture.o_bias, "down_proj_bias": not architecture.mlp_bias}
+        own = self._widths(self.plan.kept[layer].shape)
+        own |= {key: self.compensates(layer) and is_new for key, is_new in added.items()}
+        usual = self._widths(architecture.dense) | dict.fromkeys(added, False)
+        return {key: value for key, value in own.items() if value != usual[key]}
 
     def _stock_config(self) -> dict[str, Any]:
-        shape, compensated = self.plan.shapes[0], self.plan.compensation != "none"
-        config = {
-            **self._dense_config(),
-            "head_dim": self.base.architecture.head_dim,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.groups,
-            "intermediate_size": shape.channels,
-        }
-        if compensated:  # of the stock families only Llama has biases on o_proj and down_proj
+        family = self.base.architecture.layout
+        head_dim = {"head_dim": self.base.architecture.head_dim} if family.has_head_dim else {}
+        config = {**self._dense_config(), **head_dim, **self._widths(self.plan.shapes[0])}
+        if self.plan.compensation != "none" and family.like_llama:
             config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
             config |= {"attention_bias": True, "mlp_bias": True}
         return config
@@ -408,6 +410,17 @@ def check_stock(plan: Plan, architecture: Architecture) -> None:
                 f"export.format: stock needs equal widths, but layer {layer} of {plan.name} has {shape} and layer 0 "
                 f"{first}; use pruning.allocation.kind=uniform, or export.format=seap"
             )
+    family = architecture.layout
+    if first.heads != architecture.dense.heads and not family.has_head_dim:
+        raise ConfigError(
+            f"export.format: a stock {architecture.family} has heads of one size, hidden size / heads, so none can go; "
+            "use pruning.attention_unit=none, or export.format=seap"
+        )
+    if plan.compensation != "none" and architecture.compensation_parameters and not _may_have_biases(architecture):
+        raise ConfigError(
+            f"export.format: a stock {architecture.family} has no biases on {family.o_proj} and {family.down_proj}; "
+            "use pruning.compensation=none, or export.format=seap"
+        )
     if architecture.hidden_size % first.heads:
         raise ConfigError(
             f"export.format: stock needs heads that divide the hidden size {architecture.hidden_size}, not "
@@ -415,18 +428,14 @@ def check_stock(plan: Plan, architecture: Architecture) -> None:
         )
 
 
-def split_name(name: str) -> tuple[int | None, str, str]:
-    """``model.layers.3.mlp.up_proj.weight`` -> (3, ``mlp.up_proj``, ``weight``); layer None for all other tensors."""
-    if not name.startswith(LAYER_PREFIX):
-        return None, name, ""
-    layer, _, rest = name.removeprefix(LAYER_PREFIX).partition(".")
-    module, _, kind = rest.rpartition(".")
-    return int(layer), module, kind
-
-
-def _natural(name: str) -> tuple[int, int, str]:
-    layer, _, _ = split_name(name)
+def _natural(architecture: Architecture, name: str) -> tuple[int, int, str]:
+    layer, _, _ = architecture.split(name)
     return (0, layer, name) if layer is not None else (-1 if "embed" in name else 1, 0, name)
+
+
+def _may_have_biases(architecture: Architecture) -> bool:
+    """Of the stock families Llama alone has them everywhere, but no window."""
+    return architecture.layout.like_llama and not architecture.has_windows
 
 
 def write_tensors(compaction: Compaction, outputs: list[OutputTensor], path: AnyPath) -> str:

@@ -1,6 +1,6 @@
 """Compact: a dense tensor and what is kept of its layer in, the smaller tensor out. Pure arithmetic.
 
-Letters: O output features, D input columns of ``o_proj`` or ``down_proj``.
+Letters: O output features, D input columns of ``o_proj`` or ``down_proj`` (by whatever name of the family).
 """
 
 from collections.abc import Sequence
@@ -8,18 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from seap_ray.architecture import Architecture, Rows, Shape
 from seap_ray.plan import Kept
-
-ROWS = {
-    "self_attn.q_proj": "heads",
-    "self_attn.k_proj": "groups",
-    "self_attn.v_proj": "groups",
-    "mlp.gate_proj": "channels",
-    "mlp.up_proj": "channels",
-}
-"""Modules whose rows (and biases) are cut, and the unit that they are made of."""
-COLUMNS = {"self_attn.o_proj": "heads", "mlp.down_proj": "channels"}
-"""Modules whose weight's columns are cut; their own bias stays whole."""
 
 
 def kept_indices(kept: Kept, unit: str, head_dim: int) -> Tensor:
@@ -30,21 +20,38 @@ def kept_indices(kept: Kept, unit: str, head_dim: int) -> Tensor:
     return (units[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
-def compact(module: str, kind: str, tensor: Tensor, kept: Kept, head_dim: int) -> Tensor:
+def row_indices(rows: Rows, kept: Kept, dense: Shape, head_dim: int) -> Tensor:
+    """Indices, int64, of the kept rows of a module."""
+    blocks, start = [], 0
+    for unit in rows.units:
+        width = rows.times * (1 if unit == "channels" else head_dim)
+        units = torch.tensor(getattr(kept, unit), dtype=torch.int64)
+        blocks.append(start + (units[:, None] * width + torch.arange(width)).flatten())
+        start += getattr(dense, unit) * width
+    return torch.cat(blocks)
+
+
+def compact(architecture: Architecture, module: str, kind: str, tensor: Tensor, kept: Kept) -> Tensor:
     """The kept part of a decoder layer's tensor, contiguous; tensors of other modules come back as they are."""
-    if module in ROWS:
-        return tensor.index_select(0, kept_indices(kept, ROWS[module], head_dim))
-    if module in COLUMNS and kind == "weight":
-        return tensor.index_select(1, kept_indices(kept, COLUMNS[module], head_dim))
+    family = architecture.layout
+    if module in family.rows:
+        rows = row_indices(family.rows[module], kept, architecture.dense, architecture.head_dim)
+        return tensor.index_select(0, rows)
+    if module in family.columns and kind == "weight":
+        return tensor.index_select(1, kept_indices(kept, family.columns[module], architecture.head_dim))
     return tensor
 
 
-def compact_size(module: str, kind: str, shape: Sequence[int], kept: Kept, head_dim: int) -> tuple[int, ...]:
+def compact_size(
+    architecture: Architecture, module: str, kind: str, shape: Sequence[int], kept: Kept
+) -> tuple[int, ...]:
     """Shape of what ``compact`` returns, without a tensor."""
-    if module in ROWS:
-        return (_n(kept, ROWS[module], head_dim), *shape[1:])
-    if module in COLUMNS and kind == "weight":
-        return (shape[0], _n(kept, COLUMNS[module], head_dim))
+    family, head_dim = architecture.layout, architecture.head_dim
+    if module in family.rows:
+        rows = family.rows[module]
+        return (rows.times * sum(_n(kept, unit, head_dim) for unit in rows.units), *shape[1:])
+    if module in family.columns and kind == "weight":
+        return (shape[0], _n(kept, family.columns[module], head_dim))
     return tuple(shape)
 
 

@@ -33,7 +33,6 @@ STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 """Inverse regularisations that cross-validation chooses from."""
 CURVE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
 """Thresholds of the coverage curve."""
-EMBEDDING = "model.embed_tokens.weight"
 ROWS = 8192
 """Rows of the embedding that are converted at a time."""
 LAYOUT = 1
@@ -130,9 +129,10 @@ def _table(checkpoint: "Checkpoint", ids: list[np.ndarray], n_tokens: int) -> np
     """Embeddings on the whitened principal components of the prompts' means: [V, R], centred, float32."""
     from sklearn.decomposition import PCA
 
-    if EMBEDDING not in checkpoint.tensors:
-        raise ConfigError(f"model.source: {checkpoint.folder} has no tensor {EMBEDDING}")
-    embedding_VD = checkpoint.read(EMBEDDING)
+    name = checkpoint.architecture.layout.embedding
+    if name not in checkpoint.tensors:
+        raise ConfigError(f"model.source: {checkpoint.folder} has no tensor {name}")
+    embedding_VD = checkpoint.read(name)
     means_PD = _means(embedding_VD, ids)
     with np.errstate(invalid="ignore"):  # shares of no variance, where all prompts are one
         pca = PCA(min(DIMENSIONS, *means_PD.shape), random_state=0).fit(means_PD)

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from seap_ray.architecture import LAYER_PREFIX
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.corpus import batches
 from seap_ray.errors import ConfigError
 from seap_ray.recorder import Batch, Recorded, Sequences, check_finite, recording_layer, telling
 
 LAYERS = "layers."
-"""What the names of decoder layers begin with in the decoder, and ``LAYER_PREFIX`` ends with in the checkpoint."""
+"""What the names of decoder layers begin with in the decoder; in the checkpoint more stands before it."""
 
 
 @dataclass
@@ -83,9 +82,12 @@ class LayerwiseModel:
         """The decoder without weights, but for what must be computed."""
         config = AutoConfig.from_pretrained(self.checkpoint.folder, trust_remote_code=self.trust_remote_code)
         with torch.device("meta"):
-            decoder = AutoModel.from_config(config, dtype=self.dtype, trust_remote_code=self.trust_remote_code).eval()
-        decoder.rotary_emb = type(decoder.rotary_emb)(config=config)  # on the CPU, as from_pretrained has it
-        return decoder
+            model = AutoModel.from_config(config, dtype=self.dtype, trust_remote_code=self.trust_remote_code).eval()
+        for module in model.modules():  # on the CPU, as from_pretrained has it
+            for name in module._non_persistent_buffers_set:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+                model._init_weights(module)
+        return model.get_decoder()
 
     @torch.inference_mode()
     def _enter(
@@ -94,7 +96,7 @@ class LayerwiseModel:
         """Embed the sequences, and catch what the decoder would give to its layers."""
         decoder, home = deepcopy(skeleton), self._home(shards)
         decoder.layers, decoder.norm = nn.ModuleList(_Catcher() for _ in skeleton.layers), nn.Identity()
-        self._load(decoder, LAYER_PREFIX.removesuffix(LAYERS))
+        self._load(decoder, self.checkpoint.architecture.layout.layers.removesuffix(LAYERS))
         decoder.to(self.device)
         entered: dict[str, list[_Passing]] = {shard: [] for shard in shards}
         for shard, sequences in shards.items():
@@ -117,7 +119,8 @@ class LayerwiseModel:
         total: Recorded = {}
         for one in passing:
             part: Recorded = {}
-            with recording_layer(block, layer, one.batch.counted_BT, part, covariance=covariance):
+            family = self.checkpoint.architecture.layout
+            with recording_layer(block, family, layer, one.batch.counted_BT, part, covariance=covariance):
                 moved: dict[int, Tensor] = {}
                 named = {key: _moved(value, self.device, moved) for key, value in one.named_L[layer].items()}
                 output = self._run(block, one.hidden_BTD.to(self.device), named)
@@ -150,7 +153,7 @@ class LayerwiseModel:
 
     def _block(self, empty: Sequence[nn.Module], layer: int) -> nn.Module:
         block = deepcopy(empty[layer])
-        self._load(block, f"{LAYER_PREFIX}{layer}.")
+        self._load(block, f"{self.checkpoint.architecture.layout.layers}{layer}.")
         return block
 
     def _load(self, module: nn.Module, prefix: str) -> None:

@@ -95,6 +95,13 @@ class Rules:
         Raises ConfigError where the model's heads or channels cannot be split over ``tensor_parallel`` ranks.
         """
         dense, ranks = architecture.dense, pruning.tensor_parallel
+        if architecture.mixes_windows and _unequal_groups(dense, pruning.attention_unit):
+            head = "head or none" if dense.heads_per_group > 1 else "none"
+            raise ConfigError(
+                f"pruning.attention_unit: {pruning.attention_unit} leaves layers with unequal numbers of key-value "
+                f"heads, which no engine serves beside the sliding windows that some layers of this "
+                f"{architecture.family} have; choose {head}"
+            )
         tile = architecture.align(pruning.align) * ranks
         options = [
             (groups, heads)
@@ -139,6 +146,10 @@ class Rules:
 def _splits(groups: int, heads_per_group: int, ranks: int) -> bool:
     """Whether vLLM can share these heads out: key-value heads are split, or where there are fewer, repeated."""
     return (groups % ranks == 0 or ranks % groups == 0) and groups * heads_per_group % ranks == 0
+
+
+def _unequal_groups(dense: Shape, unit: str) -> bool:
+    return len({groups for groups, _ in _attention_options(dense, unit)}) > 1
 
 
 def _attention_options(dense: Shape, unit: str) -> list[tuple[int, int]]:

@@ -20,12 +20,10 @@ from seap_ray.checkpoint import (
     check_stock,
     finish,
     parse_size,
-    split_name,
     versions,
     write_tensors,
 )
 from seap_ray.cluster import work_task
-from seap_ray.compact import COLUMNS
 from seap_ray.config import Baseline, Config, PlanSettings, PruningSection
 from seap_ray.moments import SITES, Moments, Site, Statistics, pooled
 from seap_ray.plan import Kept, LayerScores, Plan, choose_dropped, choose_shapes, keep
@@ -43,8 +41,6 @@ from seap_ray.records import (
 from seap_ray.run import Run, fingerprint
 from seap_ray.scores import SCORES, Norms, WeightNorms, head_scores, random_score, standardised
 from seap_ray.storage import move_folder, publishing, read_json, remove, sha256_of, write_json
-
-MODULE_OF: dict[Site, str] = dict(zip(SITES, COLUMNS, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +242,7 @@ def _layer_scores(
     blocks: dict[Site, int] = {"attn": heads * architecture.head_dim, "mlp": 1}
 
     def of(site: Site) -> torch.Tensor:
-        weight, key = checkpoint.read(architecture.tensor(layer, MODULE_OF[site])), (layer, site)
+        weight, key = checkpoint.read(architecture.tensor(layer, architecture.modules[site])), (layer, site)
         found = [UNIT_SCORES[score](m[key], weight, block=blocks[site], ridge=m.ridge_of(key)) for m in mixtures]
         return torch.stack([sum(m.weights) * scores for m, scores in zip(mixtures, found, strict=True)]).sum(0)
 
@@ -270,7 +266,9 @@ def _weight_norms(checkpoint: Checkpoint, run: Run) -> WeightNorms:
 
 
 def _layer_norms(checkpoint: Checkpoint, layer: int) -> dict[Site, Norms]:
-    names = {site: checkpoint.architecture.tensor(layer, module) for site, module in MODULE_OF.items()}
+    names = {
+        site: checkpoint.architecture.tensor(layer, module) for site, module in checkpoint.architecture.modules.items()
+    }
     return {site: Norms.of(checkpoint.read(name)) for site, name in names.items()}
 
 
@@ -396,8 +394,8 @@ def in_order_of_base(jobs: Iterable[Draft]) -> list[tuple[Draft, str]]:
     """Every file of every model, by where the middle of what it is cut from lies in the base."""
 
     def middle(draft: Draft, name: str) -> int:
-        old = draft.compaction.plan.layers
-        layers = [layer for output in draft.files[name] if (layer := split_name(output.name)[0]) is not None]
+        old, split = draft.compaction.plan.layers, draft.compaction.base.architecture.split
+        layers = [layer for output in draft.files[name] if (layer := split(output.name)[0]) is not None]
         return old[layers[0]] + old[layers[-1]] if layers else -1
 
     return sorted(((job, name) for job in jobs for name in job.files), key=lambda file: middle(*file))
@@ -447,7 +445,7 @@ def sizes(draft: Draft) -> dict[str, Any]:
     """Ratios, parameters and bytes of a checkpoint, as its manifest has them."""
     base, plan = draft.compaction.base, draft.compaction.plan
     tensors = [output for outputs in draft.files.values() for output in outputs]
-    after = sum(_numel(output) for output in tensors if split_name(output.name)[0] is not None)
+    after = sum(_numel(output) for output in tensors if base.architecture.split(output.name)[0] is not None)
     return {
         "requested_ratio": plan.requested,
         "planned_ratio": plan.planned(base.architecture),
@@ -465,6 +463,6 @@ def _numel(output: OutputTensor) -> int:
 def kv_bytes(shapes: Sequence[Shape], base: Checkpoint) -> int:
     """Bytes of key-value cache per token, in the checkpoint's dtype."""
     architecture = base.architecture
-    name = architecture.tensor(0, "self_attn.o_proj")
+    name = architecture.tensor(0, architecture.layout.o_proj)
     item = OutputTensor(name, base.tensors[name].dtype, ()).n_bytes
     return sum(2 * shape.groups * architecture.head_dim * item for shape in shapes)

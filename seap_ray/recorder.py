@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
-from seap_ray.architecture import DOWN_PROJ, O_PROJ
+from seap_ray.architecture import Family, family_of
 from seap_ray.corpus import batches
 from seap_ray.errors import DataError
 from seap_ray.moments import Covariance, Moments, Site
 
-MODULE_OF: dict[Site, str] = {"attn": O_PROJ, "mlp": DOWN_PROJ}
 Recorded = dict[tuple[int, Site], Moments]
 Sequences = Sequence[Sequence[int]]
 """Token ids of several texts."""
@@ -34,21 +33,24 @@ def recording(decoder: Any, counted_BT: Tensor, *, covariances: Container[int] =
     out. The hooks are gone afterwards, also after an error. Raises DataError for activations that are not finite.
     """
     recorded: Recorded = {}
+    family = family_of(decoder.config.model_type)
     with ExitStack() as hooks:
         for layer, block in enumerate(decoder.layers):
-            hooks.enter_context(recording_layer(block, layer, counted_BT, recorded, covariance=layer in covariances))
+            own = recording_layer(block, family, layer, counted_BT, recorded, covariance=layer in covariances)
+            hooks.enter_context(own)
         yield recorded
 
 
 @contextmanager
 def recording_layer(
-    block: nn.Module, layer: int, counted_BT: Tensor, recorded: Recorded, *, covariance: bool
+    block: nn.Module, family: Family, layer: int, counted_BT: Tensor, recorded: Recorded, *, covariance: bool
 ) -> Iterator[None]:
     """As ``recording``, of one decoder layer, adding to ``recorded``."""
     rows_N = counted_BT.flatten().nonzero().squeeze(1)
     statistic = Covariance if covariance else Moments
     with ExitStack() as hooks:
-        for site, module in MODULE_OF.items():
+        modules: dict[Site, str] = {"attn": family.o_proj, "mlp": family.down_proj}
+        for site, module in modules.items():
             hook = _input_hook(recorded, (layer, site), rows_N, statistic)
             hooks.callback(block.get_submodule(module).register_forward_pre_hook(hook).remove)
         hook = _block_hook(recorded, (layer, "block"), rows_N)

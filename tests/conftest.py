@@ -14,14 +14,26 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.utils import logging as transformers_logging
 
 from seap_ray.architecture import Architecture, Shape
@@ -42,6 +54,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+OPT_SIZES = {key: value for key, value in SIZES.items() if key != "intermediate_size"} | {"ffn_dim": 80}
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama_mha": lambda: LlamaConfig(**SIZES, num_attention_heads=6),
     "llama_gqa": lambda: LlamaConfig(**SIZES, num_attention_heads=12, num_key_value_heads=4),
@@ -55,6 +68,17 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "llama_tied": lambda: LlamaConfig(**SIZES, num_attention_heads=6, num_key_value_heads=3, tie_word_embeddings=True),
     "qwen2": lambda: Qwen2Config(**SIZES, num_attention_heads=8, num_key_value_heads=4),
+    "mistral": lambda: MistralConfig(**SIZES, num_attention_heads=8, num_key_value_heads=4, sliding_window=16),
+    "qwen3": lambda: Qwen3Config(**SIZES, num_attention_heads=8, num_key_value_heads=4, head_dim=8),
+    "gemma2": lambda: Gemma2Config(
+        **SIZES, num_attention_heads=8, num_key_value_heads=4, head_dim=8, sliding_window=16, query_pre_attn_scalar=8
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZES, num_attention_heads=8, num_key_value_heads=4, head_dim=8, sliding_window=16, query_pre_attn_scalar=8
+    ),
+    "phi3": lambda: Phi3Config(**SIZES, num_attention_heads=8, num_key_value_heads=4),
+    "opt": lambda: OPTConfig(**OPT_SIZES, num_attention_heads=6),
+    "gpt_neox": lambda: GPTNeoXConfig(**SIZES, num_attention_heads=3),
 }
 """Every kind of model that is told apart somewhere: grouped or not, with and without biases, tied or not."""
 
@@ -155,6 +179,15 @@ def load(folder: Path, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
+OUTPUTS = {"opt": ("self_attn.out_proj", "fc2"), "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h")}
+
+
+def output_modules(model: Any) -> dict[str, str]:
+    """The modules whose inputs are the sites, written out family by family."""
+    named = OUTPUTS.get(model.config.model_type, ("self_attn.o_proj", "mlp.down_proj"))
+    return dict(zip(("attn", "mlp"), named, strict=True))
+
+
 def random_ids(n: int = 3, length: int = 17, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, SIZES["vocab_size"], (n, length), generator=torch.Generator().manual_seed(seed))
 
@@ -166,8 +199,13 @@ def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
 
-    for norm in (LlamaRMSNorm, Qwen2RMSNorm):
+    def forward_of_gemma(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return (1 + self.weight) * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+
+    for norm in (LlamaRMSNorm, MistralRMSNorm, Phi3RMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
         monkeypatch.setattr(norm, "forward", forward)
+    for norm in (Gemma2RMSNorm, Gemma3RMSNorm):
+        monkeypatch.setattr(norm, "forward", forward_of_gemma)
 
 
 @pytest.fixture

@@ -5,14 +5,25 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, random_plan, random_statistics, write_compacted
+from conftest import CONFIGS, output_modules, random_plan, random_statistics, write_compacted
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 
 from seap_ray.architecture import FAMILIES, Architecture, Shape
 from seap_ray.checkpoint import Checkpoint, Compaction
+from seap_ray.config import PruningSection
 from seap_ray.errors import ConfigError
+from seap_ray.plan import Rules
 
 LARGE = {
     "llama-2-7b": lambda: LlamaConfig(),
@@ -27,6 +38,8 @@ LARGE = {
     ),
 }
 ALL = {**CONFIGS, **LARGE}
+WITH_HEAD_DIM = [name for name in ALL if name not in ("opt", "gpt_neox")]
+"""Families that transformers itself can build with fewer heads."""
 
 
 def meta_model(config: PreTrainedConfig) -> Any:
@@ -45,19 +58,22 @@ def narrowed(config: PreTrainedConfig, **widths: int) -> int:
     for key, value in widths.items():
         setattr(config, key, value)
     config.num_hidden_layers = 1
-    return size(meta_model(config).model.layers[0])
+    return size(meta_model(config).get_decoder().layers[0])
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_layer_and_decoder_parameters_are_what_the_model_has(name):
     config = ALL[name]()
     architecture, model = Architecture.of(config.to_dict()), meta_model(config)
-    assert architecture.n_layers == len(model.model.layers)
-    assert architecture.layer_parameters(architecture.dense) == size(model.model.layers[0])
-    assert architecture.decoder_parameters == size(model.model.layers)
-    assert architecture.head_dim == model.model.layers[0].self_attn.head_dim
+    layers = model.get_decoder().layers
+    assert architecture.n_layers == len(layers)
+    assert architecture.layer_parameters(architecture.dense) == size(layers[0])
+    assert architecture.decoder_parameters == size(layers)
+    attention = layers[0].attention if name == "gpt_neox" else layers[0].self_attn
+    assert architecture.head_dim == (attention.head_size if name == "gpt_neox" else attention.head_dim)
     modules = {name for name, _ in model.named_parameters()}
-    assert {architecture.tensor(0, module) for module in ("self_attn.o_proj", "mlp.down_proj")} <= modules
+    assert {architecture.tensor(0, module) for module in output_modules(model).values()} <= modules
+    assert architecture.layout.embedding in modules
 
 
 @pytest.mark.parametrize(
@@ -72,7 +88,7 @@ def test_decoder_parameters_of_well_known_models(name, parameters):
     assert Architecture.of(config.to_dict()).decoder_parameters == parameters
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", WITH_HEAD_DIM)
 def test_costs_are_what_a_layer_loses_when_it_shrinks(name):
     config = ALL[name]()
     architecture = Architecture.of(config.to_dict())
@@ -86,7 +102,14 @@ def test_costs_are_what_a_layer_loses_when_it_shrinks(name):
     assert lost == heads // 2 * architecture.head_cost + (groups - groups // 2) * architecture.kv_cost
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name, key", [("opt", "ffn_dim"), ("gpt_neox", "intermediate_size")])
+def test_a_channel_costs_what_a_layer_without_a_gate_loses(name, key):
+    config = ALL[name]()
+    architecture = Architecture.of(config.to_dict())
+    assert narrowed(config) - narrowed(config, **{key: 79}) == architecture.channel_cost == 2 * 48 + 1
+
+
+@pytest.mark.parametrize("name", WITH_HEAD_DIM)
 def test_layer_parameters_of_a_smaller_shape_are_what_such_a_layer_has(name):
     config = ALL[name]()
     architecture = Architecture.of(config.to_dict())
@@ -106,7 +129,7 @@ def test_written_layers_have_the_parameters_that_the_plan_counts_on(dense, tmp_p
     with safe_open(folder / "model.safetensors", "pt") as file:
         sizes = {key: file.get_tensor(key).numel() for key in file.keys()}
     for layer, shape in enumerate(plan.shapes):
-        real = sum(n for key, n in sizes.items() if key.startswith(f"model.layers.{layer}."))
+        real = sum(n for key, n in sizes.items() if f".layers.{layer}." in key)
         added = architecture.compensation_parameters * (shape != architecture.dense)
         assert real == architecture.layer_parameters(shape) + added
     after = sum(n for key, n in sizes.items() if ".layers." in key)
@@ -136,12 +159,40 @@ def test_an_unknown_family_is_refused_with_the_list_of_known_ones(name):
         Architecture.of({"model_type": name})
 
 
-def test_quantised_and_sliding_window_models_are_refused():
+def test_a_quantised_model_is_refused():
     config = Qwen2Config(num_hidden_layers=2).to_dict()
     with pytest.raises(ConfigError, match="quantised"):
         Architecture.of({**config, "quantization_config": {"quant_method": "gptq"}})
-    with pytest.raises(ConfigError, match="use_sliding_window"):
-        Architecture.of({**config, "use_sliding_window": True})
+
+
+@pytest.mark.parametrize(
+    "config, has, mixes",
+    [
+        (Qwen2Config(), False, False),
+        (Qwen2Config(use_sliding_window=True, max_window_layers=2), True, True),
+        (MistralConfig(), True, False),
+        (MistralConfig(sliding_window=None), False, False),
+        (Gemma2Config(), True, True),
+        (Gemma3TextConfig(), True, True),
+        (LlamaConfig(), False, False),
+        (Phi3Config(), False, False),
+    ],
+    ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else str(value),
+)
+def test_windows_are_told_with_and_without_the_kinds_of_the_layers(config, has, mixes):
+    told = config.to_dict()
+    for each in (told, {key: value for key, value in told.items() if key != "layer_types"}):
+        architecture = Architecture.of(each)
+        assert (architecture.has_windows, architecture.mixes_windows) == (has, mixes)
+
+
+def test_key_value_heads_of_layers_beside_windows_stay_equal_or_the_ratio_is_refused():
+    architecture = Architecture.of(Gemma2Config(num_hidden_layers=4).to_dict())
+    for unit in ("head", "none"):
+        pruning = PruningSection(attention_unit=unit)
+        assert {groups for groups, _ in Rules.of(architecture, pruning, compensated=False).options} == {4}
+    with pytest.raises(ConfigError, match="attention_unit: group leaves layers with unequal .* choose head or none"):
+        Rules.of(architecture, PruningSection(), compensated=False)
 
 
 def test_a_tile_of_channels_leaves_a_small_model_16_of_them():

@@ -1,5 +1,6 @@
 """Compacted checkpoints: what they compute, that they load everywhere, what lies in the folder, what is refused."""
 
+import copy
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,7 @@ from conftest import (
     CONFIGS,
     load,
     logits,
+    output_modules,
     random_ids,
     random_kept,
     random_plan,
@@ -35,7 +38,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 import seap_ray.hf  # noqa: F401  (registers the classes that load a compacted checkpoint)
 from seap_ray import checkpoint as checkpoint_module
 from seap_ray.architecture import Architecture, Shape
-from seap_ray.checkpoint import Checkpoint, Compaction, check_stock, finish, parse_size, split_name, write_tensors
+from seap_ray.checkpoint import Checkpoint, Compaction, check_stock, finish, parse_size, write_tensors
 from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.hf.shapes import check_folder
 from seap_ray.plan import Kept, Plan
@@ -60,12 +63,36 @@ def columns(units: tuple[int, ...], width: int = 1) -> list[int]:
 # --- oracles: the dense model, changed in place ----------------------------------------------------------------------
 
 
+def inputs_of(model_type: str, kept: Kept, dense: Shape, head_dim: int) -> dict[str, dict[str, list[int]]]:
+    """Kept rows of every module before ``o_proj`` and ``down_proj``, by site, written out family by family."""
+    heads, groups, channels = columns(kept.heads, head_dim), columns(kept.groups, head_dim), list(kept.channels)
+    match model_type:
+        case "phi3":
+            after_queries, after_keys = dense.heads * head_dim, (dense.heads + dense.groups) * head_dim
+            keys, values = [after_queries + row for row in groups], [after_keys + row for row in groups]
+            ups = [dense.channels + row for row in channels]
+            return {
+                "attn": {"self_attn.qkv_proj": heads + keys + values},
+                "mlp": {"mlp.gate_up_proj": channels + ups},
+            }
+        case "gpt_neox":
+            return {
+                "attn": {"attention.query_key_value": columns(kept.heads, 3 * head_dim)},
+                "mlp": {"mlp.dense_h_to_4h": channels},
+            }
+    attention = {"self_attn.q_proj": heads, "self_attn.k_proj": groups, "self_attn.v_proj": groups}
+    if model_type == "opt":
+        return {"attn": attention, "mlp": {"fc1": channels}}
+    return {"attn": attention, "mlp": {"mlp.gate_proj": channels, "mlp.up_proj": channels}}
+
+
 def sites(model: Any, plan: Plan, head_dim: int) -> Iterator[tuple[int, str, nn.Linear, list[int], list[int]]]:
     """Layer, site, module, kept columns and cut columns of its input."""
-    for layer, (block, kept) in enumerate(zip(model.model.layers, plan.kept, strict=True)):
+    o_proj, down_proj = output_modules(model).values()
+    for layer, (block, kept) in enumerate(zip(model.get_decoder().layers, plan.kept, strict=True)):
         for site, linear, of in (
-            ("attn", block.self_attn.o_proj, columns(kept.heads, head_dim)),
-            ("mlp", block.mlp.down_proj, columns(kept.channels)),
+            ("attn", block.get_submodule(o_proj), columns(kept.heads, head_dim)),
+            ("mlp", block.get_submodule(down_proj), columns(kept.channels)),
         ):
             yield layer, site, linear, of, sorted(set(range(linear.in_features)) - set(of))
 
@@ -121,26 +148,25 @@ def with_smaller_layers(model: Any, compaction: Compaction) -> Any:
     plan, architecture = compaction.plan, compaction.base.architecture
     head_dim = architecture.head_dim
     for layer, site, linear, kept, cut in list(sites(model, plan, head_dim)):
-        block, of = model.model.layers[layer], plan.kept[layer]
+        block, of = model.get_decoder().layers[layer], plan.kept[layer]
         bias_O = linear.bias
         if plan.compensation == "mean" and of.shape != architecture.dense:
             bias_O = linear.weight[:, cut].double() @ replaced_mean(compaction, layer, site)[cut]
             bias_O = bias_O if linear.bias is None else bias_O + linear.bias.double()
             bias_O = bias_O.to(linear.weight.dtype)
-        smaller = linear_of(linear.weight[:, kept], bias_O)
+        name = next(name for name, module in block.named_modules() if module is linear)
+        block.set_submodule(name, linear_of(linear.weight[:, kept], bias_O))
         if site == "attn":
-            block.self_attn.o_proj = smaller
-            block.self_attn.num_key_value_groups = len(of.heads) // len(of.groups)
-            rows = {"q_proj": columns(of.heads, head_dim)}
-            rows["k_proj"] = rows["v_proj"] = columns(of.groups, head_dim)
-            parent = block.self_attn
-        else:
-            block.mlp.down_proj = smaller
-            rows = {"gate_proj": kept, "up_proj": kept}
-            parent = block.mlp
-        for name, indices in rows.items():
-            old = getattr(parent, name)
-            setattr(parent, name, linear_of(old.weight[indices], None if old.bias is None else old.bias[indices]))
+            attention = block.attention if hasattr(block, "attention") else block.self_attn
+            attention.num_key_value_groups = len(of.heads) // len(of.groups)
+            attention.num_heads = len(of.heads)
+            attention.num_key_value_heads = len(of.groups)
+            if hasattr(attention, "qkv_proj"):
+                attention.config = copy.copy(attention.config)
+                attention.config.num_attention_heads = len(of.heads)
+        for name, indices in inputs_of(model.config.model_type, of, architecture.dense, head_dim)[site].items():
+            old = block.get_submodule(name)
+            block.set_submodule(name, linear_of(old.weight[indices], None if old.bias is None else old.bias[indices]))
     return model
 
 
@@ -171,7 +197,9 @@ def test_compacted_equals_it_exactly_where_sums_keep_their_order(
     source, ids_BT = dense(name, torch.float64), random_ids(2, 8)
     compaction = compaction_of(source, compensation, seed=2)
     compacted = logits(load(write_compacted(compaction, tmp_path)), ids_BT)
-    assert (compacted - logits(with_split_products(load(source), compaction), ids_BT)).abs().max() == 0.0
+    difference = (compacted - logits(with_split_products(load(source), compaction), ids_BT)).abs().max()
+    # Halves of Phi-3's fused products lie in strides of another width, which elementwise functions treat differently.
+    assert difference < 1e-13 if name == "phi3" else difference == 0.0
 
 
 @pytest.mark.parametrize("max_bytes", [10**9, 20_000], ids=["one-file", "files"])
@@ -634,9 +662,35 @@ STOCK = {
     "llama_biased": Shape(2, 2, 50),
     "llama_tied": Shape(2, 2, 50),
     "qwen2": Shape(2, 2, 50),
+    "mistral": Shape(2, 2, 50),
+    "qwen3": Shape(2, 2, 50),
+    "gemma2": Shape(2, 2, 50),
+    "gemma3": Shape(2, 2, 50),
+    "phi3": Shape(2, 2, 50),
+    "opt": Shape(6, 1, 50),  # whose heads, and NeoX's, cannot go
+    "gpt_neox": Shape(3, 1, 50),
 }
 """Widths whose heads divide the hidden size of 48."""
-CODED = dict(zip(CONFIGS, [*DTYPES, torch.float32], strict=True))
+ORDINARY = {
+    "qwen2": "Qwen2ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "opt": "OPTForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
+}
+"""Classes that a stock checkpoint of the family is of; a Llama where it is not named."""
+NO_BIASES = ("mistral", "qwen3", "gemma2", "gemma3", "phi3")
+"""Families (this Mistral has windows) that have none in a stock checkpoint, so that nothing can be compensated."""
+STOCK_EXPORTS = [
+    (name, compensation)
+    for name in CONFIGS
+    for compensation in ("none", "mean")
+    if compensation == "none" or name not in NO_BIASES
+]
+CODED = dict(zip(CONFIGS, cycle(DTYPES), strict=False))
 
 
 def uniform_compaction(source: Path, compensation: str, *, stock: bool) -> Compaction:
@@ -655,9 +709,9 @@ def elsewhere(dense, tmp_path_factory) -> Any:
     folders: dict[str, Path] = {}
     for name, dtype in CODED.items():
         folders[name] = write_compacted(compaction_of(dense(name, dtype), "mean", 6), root / name, 40_000)
-        for compensation in ("none", "mean"):
-            folder = root / f"stock {name} {compensation}"
-            folders[folder.name] = write_compacted(uniform_compaction(dense(name), compensation, stock=True), folder)
+    for name, compensation in STOCK_EXPORTS:
+        folder = root / f"stock {name} {compensation}"
+        folders[folder.name] = write_compacted(uniform_compaction(dense(name), compensation, stock=True), folder)
     jobs = {key: (str(folder), not key.startswith("stock")) for key, folder in folders.items()}
     jobs["refused"] = (str(folders["llama_gqa"]), False)
     save_file({"ids": ids_BT}, root / "ids.safetensors")
@@ -702,21 +756,23 @@ def test_a_process_without_seap_ray_refuses_code_that_it_was_not_told_to_trust(e
 
 def test_no_weight_is_missing_or_left_over_elsewhere(elsewhere):
     for key, folder in elsewhere.folders.items():
-        stored = {name: list(tensor.shape) for name, tensor in tensors_of(folder).items()}
+        stored = {
+            name.replace("embed_out", "lm_head"): list(tensor.shape) for name, tensor in tensors_of(folder).items()
+        }
         assert elsewhere.results[key]["parameters"] == stored
     for word in ("newly initialized", "MISSING", "UNEXPECTED", "MISMATCH"):
         assert word not in elsewhere.said
 
 
-@pytest.mark.parametrize("compensation", ["none", "mean"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name, compensation", STOCK_EXPORTS)
 def test_a_stock_export_is_an_ordinary_checkpoint_that_computes_the_same(
     dense, elsewhere, tmp_path, name, compensation
 ):
     key = f"stock {name} {compensation}"
     assert key not in elsewhere.errors, elsewhere.errors[key]
-    of_llama = name != "qwen2" or compensation == "mean"  # Qwen2 has no biases to hold the compensation
-    assert elsewhere.results[key]["class"] == ("LlamaForCausalLM" if of_llama else "Qwen2ForCausalLM")
+    # Qwen2 has no biases to hold the compensation, and is otherwise a Llama.
+    of_llama = name not in ORDINARY or (name, compensation) == ("qwen2", "mean")
+    assert elsewhere.results[key]["class"] == ("LlamaForCausalLM" if of_llama else ORDINARY[name])
     assert elsewhere.results[key]["module"].startswith("transformers.models.")
     config = json.loads((elsewhere.folders[key] / "config.json").read_text())
     assert not {"per_layer_config", "auto_map", "o_proj_bias"} & config.keys()
@@ -740,6 +796,19 @@ def test_an_uneven_plan_has_no_stock_export(dense):
         kept[layer] = random_kept(architecture.dense, shape, random.Random(0))
         with pytest.raises(ConfigError, match=rf"equal widths, but layer {layer} of expert"):
             check_stock(Plan("expert", 0.5, "none", tuple(kept), {}), architecture)
+
+
+@pytest.mark.parametrize("name", NO_BIASES)
+def test_a_compensated_stock_export_of_a_family_without_biases_is_refused(dense, name):
+    with pytest.raises(ConfigError, match="export.format: a stock .* has no biases on self_attn.o_proj and mlp.down"):
+        uniform_compaction(dense(name), "mean", stock=True)
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt_neox"])
+def test_heads_of_a_family_without_a_head_size_of_its_own_have_no_stock_export(dense, name):
+    architecture = Checkpoint.open(str(dense(name))).architecture
+    with pytest.raises(ConfigError, match="heads of one size, .*, so none can go; use pruning.attention_unit=none"):
+        check_stock(uniform_plan(architecture, Shape(1, 1, 50)), architecture)
 
 
 def test_heads_that_do_not_divide_the_hidden_size_have_no_stock_export(dense, tmp_path):
@@ -798,7 +867,7 @@ def test_a_torn_config_is_refused(base, text):
 @pytest.mark.parametrize("family", ["gpt2", "t5", "mamba"])
 def test_another_family_is_refused(base, family):
     edit_config(base, model_type=family)
-    assert f"'{family}' is not supported; supported are llama, qwen2" in refused(base)
+    assert f"'{family}' is not supported; supported are llama, mistral, qwen2, qwen3, gemma2" in refused(base)
 
 
 def test_a_compacted_checkpoint_is_refused(dense, tmp_path):
@@ -921,21 +990,22 @@ def test_fingerprint_of_a_large_file_sees_its_header_and_its_ends(dense, tmp_pat
 # --- small things ----------------------------------------------------------------------------------------------------
 
 
-def test_names_are_split_into_layer_module_and_kind():
-    assert split_name("model.layers.31.self_attn.q_proj.bias") == (31, "self_attn.q_proj", "bias")
-    assert split_name("model.layers.0.input_layernorm.weight") == (0, "input_layernorm", "weight")
-    assert split_name("model.norm.weight")[0] is None
-    assert split_name("lm_head.weight")[0] is None
+def test_names_are_split_into_layer_module_and_kind(dense):
+    split = Checkpoint.open(str(dense("llama_gqa"))).architecture.split
+    assert split("model.layers.31.self_attn.q_proj.bias") == (31, "self_attn.q_proj", "bias")
+    assert split("model.layers.0.input_layernorm.weight") == (0, "input_layernorm", "weight")
+    assert split("model.norm.weight")[0] is None
+    assert split("lm_head.weight")[0] is None
 
 
 def test_tensors_lie_in_the_order_of_the_layers(dense):
     tensors = dict.fromkeys(Checkpoint.open(str(dense("llama_gqa"))).tensors)
     architecture = Architecture.of({**LlamaConfig(num_hidden_layers=12).to_dict()})
     names = sorted([*tensors, *(architecture.tensor(layer, "mlp.up_proj") for layer in (10, 11))], reverse=True)
-    ordered = sorted(names, key=checkpoint_module._natural)
+    ordered = sorted(names, key=lambda name: checkpoint_module._natural(architecture, name))
     assert ordered[0] == "model.embed_tokens.weight"
     assert set(ordered[-2:]) == {"model.norm.weight", "lm_head.weight"}
-    layers = [split_name(name)[0] for name in ordered[1:-2]]
+    layers = [int(name.split(".")[2]) for name in ordered[1:-2]]
     assert layers == sorted(layers) and layers[-1] == 11
 
 

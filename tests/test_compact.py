@@ -9,11 +9,19 @@ from conftest import random_kept
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seap_ray.architecture import Shape
+from seap_ray.architecture import Architecture, Shape
 from seap_ray.compact import compact, compact_size, kept_indices, mean_bias
 from seap_ray.plan import Kept
 
 HIDDEN = 5
+
+
+def architecture(dense, head_dim, family="llama"):
+    return Architecture(
+        family, 1, HIDDEN, head_dim, dense, qkv_bias=True, o_bias=True, mlp_bias=True, max_position_embeddings=8
+    )
+
+
 often = settings(max_examples=60, deadline=None)
 MODULES = {
     "self_attn.q_proj": "heads",
@@ -64,7 +72,7 @@ def by_numpy(module, kind, array, kept, head_dim):
 )
 def test_compact_equals_fancy_indexing(dense, kept):
     for (module, kind), tensor in dense_tensors(dense, 3).items():
-        result = compact(module, kind, tensor, kept, 3)
+        result = compact(architecture(dense, 3), module, kind, tensor, kept)
         assert result.is_contiguous()
         np.testing.assert_array_equal(result, by_numpy(module, kind, tensor.numpy(), kept, 3))
 
@@ -81,9 +89,38 @@ def cuts(draw):
 def test_compact_equals_fancy_indexing_and_compact_size_says_its_shape(cut):
     dense, kept, head_dim = cut
     for (module, kind), tensor in dense_tensors(dense, head_dim).items():
-        result = compact(module, kind, tensor, kept, head_dim)
+        result = compact(architecture(dense, head_dim), module, kind, tensor, kept)
         np.testing.assert_array_equal(result, by_numpy(module, kind, tensor.numpy(), kept, head_dim))
-        assert compact_size(module, kind, tensor.shape, kept, head_dim) == tuple(result.shape)
+        assert compact_size(architecture(dense, head_dim), module, kind, tensor.shape, kept) == tuple(result.shape)
+
+
+@given(cuts())
+@often
+def test_fused_rows_are_cut_as_what_was_fused_is(cut):
+    """Phi-3 stacks queries, keys and values, and gates and ups; NeoX has a head's query, key and value together."""
+    dense, kept, head_dim = cut
+    shape, parts = architecture(dense, head_dim), dense_tensors(dense, head_dim)
+
+    def both(*modules):
+        whole = torch.cat([parts[module, "weight"] + 1000 * i for i, module in enumerate(modules)])
+        small = [compact(shape, m, "weight", parts[m, "weight"] + 1000 * i, kept) for i, m in enumerate(modules)]
+        return whole, torch.cat(small)
+
+    phi = architecture(dense, head_dim, "phi3")
+    for fused, modules in {
+        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    }.items():
+        whole, small = both(*modules)
+        assert torch.equal(compact(phi, fused, "weight", whole, kept), small)
+        assert compact_size(phi, fused, "weight", whole.shape, kept) == tuple(small.shape)
+    neox = architecture(dense, head_dim, "gpt_neox")
+    q_proj = parts["self_attn.q_proj", "weight"]
+    by_head = [q_proj.reshape(dense.heads, head_dim, HIDDEN) + 1000 * i for i in range(3)]
+    whole = torch.cat(by_head, 1)
+    small = whole[list(kept.heads)].reshape(-1, HIDDEN)
+    found = compact(neox, "attention.query_key_value", "weight", whole.reshape(-1, HIDDEN), kept)
+    assert torch.equal(found, small)
 
 
 @given(cuts())
@@ -92,7 +129,7 @@ def test_keeping_everything_changes_nothing(cut):
     dense, _, head_dim = cut
     whole = Kept(tuple(range(dense.groups)), tuple(range(dense.heads)), tuple(range(dense.channels)))
     for (module, kind), tensor in dense_tensors(dense, head_dim).items():
-        assert torch.equal(compact(module, kind, tensor, whole, head_dim), tensor)
+        assert torch.equal(compact(architecture(dense, head_dim), module, kind, tensor, whole), tensor)
 
 
 def test_kept_indices_are_the_columns_of_the_kept_units():

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CONFIGS, load, logits, random_ids, random_plan, write_compacted
+from conftest import CONFIGS, load, logits, output_modules, random_ids, random_plan, write_compacted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -309,14 +309,14 @@ def calibrated(source: Path, folder: Path, ridge: float | None = 1e-3) -> tuple[
 
 def with_predicted_activations(model: Any, plan: Plan, mixture: Mixture, head_dim: int) -> Any:
     """Before ``o_proj`` and ``down_proj`` of the dense model every cut activation gives way to its prediction."""
-    for layer, (block, kept) in enumerate(zip(model.model.layers, plan.kept, strict=True)):
+    for layer, (block, kept) in enumerate(zip(model.get_decoder().layers, plan.kept, strict=True)):
         heads = [h * head_dim + i for h in kept.heads for i in range(head_dim)]
         for site, of in (("attn", heads), ("mlp", list(kept.channels))):
-            linear, covariance = block.get_submodule(MODULES[site]), mixture[layer, site]  # type: ignore[index]
+            linear, covariance = block.get_submodule(output_modules(model)[site]), mixture[layer, site]  # type: ignore[index]
             cut = sorted(set(range(linear.in_features)) - set(of))
             C, mu = covariance.covariance_DD.numpy(), covariance.mean_D.numpy()
             ridged = C[np.ix_(of, of)] + mixture.ridge_of((layer, site)) * np.diag(C.diagonal()[of])  # type: ignore[arg-type]
-            A = torch.tensor(C[np.ix_(cut, of)] @ np.linalg.inv(ridged))
+            A = torch.tensor(C[np.ix_(cut, of)] @ np.linalg.pinv(ridged, hermitian=True))  # a ReLU leaves zeros
             mean_S, mean_P = torch.tensor(mu[of]), torch.tensor(mu[cut])
 
             def predict(_module: Any, inputs: Any, cut=cut, of=of, A=A, mean_S=mean_S, mean_P=mean_P) -> Any:

@@ -15,7 +15,8 @@ import seap_ray
 from seap_ray.architecture import Architecture, Shape
 from seap_ray.config import AllocationSection, PruningSection
 from seap_ray.errors import ConfigError
-from seap_ray.hf import SeapLlamaConfig, SeapLlamaForCausalLM, SeapQwen2Config, SeapQwen2ForCausalLM
+from seap_ray.hf.configuration_seap import SeapLlamaConfig, SeapQwen2Config
+from seap_ray.hf.modeling_seap import SeapLlamaForCausalLM, SeapQwen2ForCausalLM
 from seap_ray.plan import Kept, Plan, Rules, check_ratio, choose_dropped, choose_shapes, keep, protected, ratio_of
 
 often = settings(max_examples=60, deadline=None)

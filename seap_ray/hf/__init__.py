@@ -6,14 +6,12 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from seap_ray.hf.configuration_seap import SeapLlamaConfig, SeapQwen2Config
-from seap_ray.hf.modeling_seap import SeapLlamaForCausalLM, SeapQwen2ForCausalLM
+from seap_ray.architecture import FAMILIES
+from seap_ray.hf import configuration_seap, modeling_seap
 
 FILES = tuple(Path(__file__).with_name(name) for name in ("configuration_seap.py", "modeling_seap.py"))
 
-for config_class, model_class in (
-    (SeapLlamaConfig, SeapLlamaForCausalLM),
-    (SeapQwen2Config, SeapQwen2ForCausalLM),
-):
+for family in FAMILIES.values():
+    config_class = getattr(configuration_seap, family.config_class)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, getattr(modeling_seap, family.model_class), exist_ok=True)

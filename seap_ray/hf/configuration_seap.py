@@ -1,20 +1,28 @@
 """Configurations of compacted models: a family's own, with ``per_layer_config`` for widths that differ by layer.
 
+``num_attention_heads``, ``num_key_value_heads``, the MLP's width, ``o_proj_bias`` and ``down_proj_bias`` (output biases
+that the family does not have itself, by whatever name it calls the modules) may stand in ``per_layer_config``; the top
+level holds the values of the dense model.
+
 This file travels with every checkpoint and needs transformers alone.
 """
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig, Qwen2Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 
 @strict
 class SeapLlamaConfig(LlamaConfig):
-    """A Llama whose layers have their own head counts, MLP widths and output biases.
-
-    ``num_attention_heads``, ``num_key_value_heads``, ``intermediate_size``, ``o_proj_bias`` and ``down_proj_bias`` may
-    stand in ``per_layer_config``; the top level holds the values of the dense model.
-    """
-
     model_type = "seap_llama"
 
     o_proj_bias: bool = False
@@ -25,9 +33,15 @@ class SeapLlamaConfig(LlamaConfig):
 
 
 @strict
-class SeapQwen2Config(Qwen2Config):
-    """A Qwen2 whose layers have their own head counts, MLP widths and output biases, as in ``SeapLlamaConfig``."""
+class SeapMistralConfig(MistralConfig):
+    model_type = "seap_mistral"
 
+    o_proj_bias: bool = False
+    down_proj_bias: bool = False
+
+
+@strict
+class SeapQwen2Config(Qwen2Config):
     model_type = "seap_qwen2"
 
     qkv_bias = True  # vLLM's Llama layer asks; not a field, since a Qwen2 always has them
@@ -35,3 +49,70 @@ class SeapQwen2Config(Qwen2Config):
     head_dim: int | None = None
     o_proj_bias: bool = False
     down_proj_bias: bool = False
+
+
+@strict
+class SeapQwen3Config(Qwen3Config):
+    model_type = "seap_qwen3"
+
+    o_proj_bias: bool = False
+    down_proj_bias: bool = False
+
+
+@strict
+class SeapGemma2Config(Gemma2Config):
+    model_type = "seap_gemma2"
+
+    o_proj_bias: bool = False
+    down_proj_bias: bool = False
+
+    def validate_architecture(self):
+        """As for Llama."""
+
+
+@strict
+class SeapGemma3Config(Gemma3TextConfig):
+    model_type = "seap_gemma3_text"
+
+    o_proj_bias: bool = False
+    down_proj_bias: bool = False
+
+    def validate_architecture(self):
+        """As for Llama."""
+
+
+@strict
+class SeapPhi3Config(Phi3Config):
+    model_type = "seap_phi3"
+
+    head_dim: int | None = None
+    o_proj_bias: bool = False
+    down_proj_bias: bool = False
+
+    def validate_rope(self):
+        """Phi-3's own asks for the number of heads, which layers do not share; the dense model has passed it."""
+        super(Phi3Config, self).validate_rope()
+
+    def validate_architecture(self):
+        """As for Llama."""
+
+
+@strict
+class SeapOPTConfig(OPTConfig):
+    model_type = "seap_opt"
+
+    head_dim: int | None = None
+    o_proj_bias: bool = False
+    down_proj_bias: bool = False
+
+
+@strict
+class SeapGPTNeoXConfig(GPTNeoXConfig):
+    model_type = "seap_gpt_neox"
+
+    head_dim: int | None = None
+    o_proj_bias: bool = False
+    down_proj_bias: bool = False
+
+    def validate_architecture(self):
+        """As for Llama."""

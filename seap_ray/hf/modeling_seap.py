@@ -4,38 +4,95 @@ This file travels with every checkpoint and needs transformers alone.
 """
 
 import copy
+from typing import TypeVar
 
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2ForCausalLM
+from transformers import (
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    GPTNeoXForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    OPTForCausalLM,
+    Phi3ForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 
-from .configuration_seap import SeapLlamaConfig, SeapQwen2Config
+from .configuration_seap import (
+    SeapGemma2Config,
+    SeapGemma3Config,
+    SeapGPTNeoXConfig,
+    SeapLlamaConfig,
+    SeapMistralConfig,
+    SeapOPTConfig,
+    SeapPhi3Config,
+    SeapQwen2Config,
+    SeapQwen3Config,
+)
+
+ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
 
 
-def dense_twin(config: PreTrainedConfig) -> PreTrainedConfig:
+def dense_twin(config: ConfigT) -> ConfigT:
     """The same configuration without what differs by layer, which a family's own model can be built from."""
     twin = copy.copy(config)
     twin.per_layer_config = None
     return twin
 
 
-def resize_layers(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Replace every decoder layer by one of the same class with the widths and output biases of its own."""
+def resize_layers(
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    *,
+    attention: str = "self_attn",
+    o_proj: str = "self_attn.o_proj",
+    down_proj: str = "mlp.down_proj",
+    heads_of_hidden_size: bool = False,
+) -> None:
+    """Replace every decoder layer by one of the same class with the widths and output biases of its own.
+
+    ``heads_of_hidden_size``: the family's attention is as wide as the hidden size, so that it must be narrowed.
+    """
+    decoder, n_heads = model.get_decoder(), model.config.num_attention_heads
     config._attn_implementation = model.config._attn_implementation
-    model.config = model.model.config = config
-    layers = model.model.layers
+    for module in (model, model.base_model, decoder):
+        module.config = config
     for i, own in enumerate(config.per_layer_config):
-        layer = type(layers[i])(own, i)
-        layer.self_attn.config = config  # set_attn_implementation works on the whole model's config
-        if own.o_proj_bias:
-            layer.self_attn.o_proj = _with_bias(layer.self_attn.o_proj)
-        if own.down_proj_bias:
-            layer.mlp.down_proj = _with_bias(layer.mlp.down_proj)
-        layers[i] = layer
+        built_from = own
+        if heads_of_hidden_size:
+            built_from = copy.copy(own)
+            built_from.num_attention_heads = n_heads
+        layer = type(decoder.layers[i])(built_from, i)
+        if heads_of_hidden_size:
+            _narrow(layer.get_submodule(attention), own.num_attention_heads / n_heads)
+            layer.get_submodule(attention).num_heads = own.num_attention_heads
+        layer.get_submodule(attention).config = config  # set_attn_implementation works on the whole model's config
+        for name, has_bias in ((o_proj, own.o_proj_bias), (down_proj, own.down_proj_bias)):
+            if has_bias:
+                linear = layer.get_submodule(name)
+                layer.set_submodule(name, nn.Linear(linear.in_features, linear.out_features, bias=True))
+        decoder.layers[i] = layer
     model.post_init()
 
 
-def _with_bias(linear: nn.Linear) -> nn.Linear:
-    return nn.Linear(linear.in_features, linear.out_features, bias=True)
+def _narrow(attention: nn.Module, share: float) -> None:
+    """Leave a share of the heads: rows of the projections before them, columns of the one behind."""
+    for name, linear in list(attention.named_children()):
+        if not isinstance(linear, nn.Linear):
+            continue
+        inside, outside = linear.in_features, linear.out_features
+        if name in ("out_proj", "dense"):
+            inside = round(inside * share)
+        else:
+            outside = round(outside * share)
+        setattr(attention, name, nn.Linear(inside, outside, bias=linear.bias is not None))
 
 
 class SeapLlamaForCausalLM(LlamaForCausalLM):
@@ -47,6 +104,15 @@ class SeapLlamaForCausalLM(LlamaForCausalLM):
         resize_layers(self, config)
 
 
+class SeapMistralForCausalLM(MistralForCausalLM):
+    config_class = SeapMistralConfig
+    config: SeapMistralConfig
+
+    def __init__(self, config: SeapMistralConfig):
+        super().__init__(dense_twin(config))
+        resize_layers(self, config)
+
+
 class SeapQwen2ForCausalLM(Qwen2ForCausalLM):
     config_class = SeapQwen2Config
     config: SeapQwen2Config
@@ -54,3 +120,78 @@ class SeapQwen2ForCausalLM(Qwen2ForCausalLM):
     def __init__(self, config: SeapQwen2Config):
         super().__init__(dense_twin(config))
         resize_layers(self, config)
+
+
+class SeapQwen3ForCausalLM(Qwen3ForCausalLM):
+    config_class = SeapQwen3Config
+    config: SeapQwen3Config
+
+    def __init__(self, config: SeapQwen3Config):
+        super().__init__(dense_twin(config))
+        resize_layers(self, config)
+
+
+class SeapGemma2ForCausalLM(Gemma2ForCausalLM):
+    config_class = SeapGemma2Config
+    config: SeapGemma2Config
+
+    def __init__(self, config: SeapGemma2Config):
+        super().__init__(dense_twin(config))
+        resize_layers(self, config)
+
+
+class SeapGemma3ForCausalLM(Gemma3ForCausalLM):
+    config_class = SeapGemma3Config
+    config: SeapGemma3Config
+
+    def __init__(self, config: SeapGemma3Config):
+        super().__init__(dense_twin(config))
+        resize_layers(self, config)
+
+
+class SeapPhi3ForCausalLM(Phi3ForCausalLM):
+    config_class = SeapPhi3Config
+    config: SeapPhi3Config
+
+    def __init__(self, config: SeapPhi3Config):
+        super().__init__(dense_twin(config))
+        resize_layers(self, config)
+        for layer, own in zip(self.model.layers, config.per_layer_config, strict=True):
+            layer.self_attn.config = own  # which tells where the queries end in the fused projection
+        self.set_attn_implementation(config._attn_implementation)
+
+    def set_attn_implementation(self, attn_implementation, *more, **named):
+        super().set_attn_implementation(attn_implementation, *more, **named)
+        for layer in self.model.layers:
+            layer.self_attn.config._attn_implementation = self.config._attn_implementation
+
+
+class SeapOPTForCausalLM(OPTForCausalLM):
+    config_class = SeapOPTConfig
+    config: SeapOPTConfig
+
+    def __init__(self, config: SeapOPTConfig):
+        super().__init__(dense_twin(config))
+        resize_layers(self, config, o_proj="self_attn.out_proj", down_proj="fc2", heads_of_hidden_size=True)
+
+
+class SeapGPTNeoXForCausalLM(GPTNeoXForCausalLM):
+    config_class = SeapGPTNeoXConfig
+    config: SeapGPTNeoXConfig
+
+    def __init__(self, config: SeapGPTNeoXConfig):
+        super().__init__(dense_twin(config))
+        resize_layers(
+            self,
+            config,
+            attention="attention",
+            o_proj="attention.dense",
+            down_proj="mlp.dense_4h_to_h",
+            heads_of_hidden_size=True,
+        )
+
+
+# A NeoX's head has another name in its checkpoints than in its class; ours has so, too.
+register_checkpoint_conversion_mapping(
+    SeapGPTNeoXForCausalLM.__name__, get_checkpoint_conversion_mapping(GPTNeoXForCausalLM.__name__), overwrite=True
+)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from seap_ray.errors import ConfigError
 
@@ -19,7 +20,9 @@ def declared(config: PreTrainedConfig) -> dict[str, Shape]:
     """Name and shape of every tensor that a checkpoint of this configuration holds."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # A family's names in checkpoints may be others than in its classes.
+    stored = revert_weight_conversion(model, model.state_dict())
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     return shapes

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from seap_ray.moments import SITES, Covariance, Moments, Site
 from seap_ray.reconstruction import choose_ridge, least_squares, obs
-from seap_ray.recorder import MODULE_OF, recording
+from seap_ray.recorder import recording
 from seap_ray.records import load_covariance, save_covariances, save_moments
 
 ROUNDS, SEQUENCE, HEAD_DIM = 3, 512, 128
@@ -42,7 +42,7 @@ def main(tokens: int) -> None:
         save_moments(path, moments)
         found |= _timed("write", lambda: save_covariances(path, 0, covariances))
         found["bytes"] = sum(file.stat().st_size for file in path.with_suffix(".covariances").iterdir())
-        for site, module in MODULE_OF.items():
+        for site, module in {"attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}.items():
             weight_OD = model.layers[0].get_submodule(module).weight.detach()
             found |= _site(path, site, weight_OD)
     print(json.dumps(found, indent=2))
