@@ -39,6 +39,8 @@ class Family:
     config_class: str
     """Names of the classes in ``seap_ray.hf`` that load a compacted checkpoint."""
     model_class: str
+    vllm_class: str | None = "SeapForCausalLM"
+    """Name of the class in ``seap_ray.vllm_model`` that serves it; None where vLLM has no such family itself."""
     layers: str = "model.layers."
     """Beginning of the names of a decoder layer's tensors."""
     embedding: str = "model.embed_tokens.weight"
@@ -88,12 +90,14 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(
         "SeapQwen3Config",
         "SeapQwen3ForCausalLM",
+        "SeapQwen3ForCausalLM",
         qkv_bias=("attention_bias", False),
         o_bias=("attention_bias", False),
         norms=(2, 2),
     ),
     "gemma2": Family(
         "SeapGemma2Config",
+        "SeapGemma2ForCausalLM",
         "SeapGemma2ForCausalLM",
         qkv_bias=("attention_bias", False),
         o_bias=("attention_bias", False),
@@ -103,6 +107,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(
         "SeapGemma3Config",
         "SeapGemma3ForCausalLM",
+        "SeapGemma3ForCausalLM",
         qkv_bias=("attention_bias", False),
         o_bias=("attention_bias", False),
         norms=(4, 2),
@@ -111,6 +116,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(
         "SeapPhi3Config",
         "SeapPhi3ForCausalLM",
+        "SeapPhi3ForCausalLM",
         rows={
             "self_attn.qkv_proj": Rows(("heads", "groups", "groups")),
             "mlp.gate_up_proj": Rows(("channels", "channels")),
@@ -118,6 +124,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "opt": Family(
         "SeapOPTConfig",
+        "SeapOPTForCausalLM",
         "SeapOPTForCausalLM",
         layers="model.decoder.layers.",
         embedding="model.decoder.embed_tokens.weight",
@@ -135,6 +142,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(
         "SeapGPTNeoXConfig",
         "SeapGPTNeoXForCausalLM",
+        None,
         layers="gpt_neox.layers.",
         embedding="gpt_neox.embed_in.weight",
         rows={"attention.query_key_value": Rows(("heads",), times=3), "mlp.dense_h_to_4h": Rows(("channels",))},

@@ -12,8 +12,8 @@ from seap_ray.architecture import FAMILIES
 from seap_ray.errors import ConfigError
 
 NAME = "seap_ray"
-ARCHITECTURES = tuple(family.model_class for family in FAMILIES.values())
-"""Names in a checkpoint's config.json; one class serves them all."""
+ARCHITECTURES = {family.model_class: family.vllm_class for family in FAMILIES.values() if family.vllm_class}
+"""By the names in a checkpoint's config.json, the classes that serve them."""
 END_WITH_PARENT = "SEAP_RAY_END_WITH_PARENT"
 """Environment variable that the service sets for its engines."""
 
@@ -26,10 +26,10 @@ def register() -> None:
 
     import seap_ray.hf  # noqa: F401  names the configurations to transformers
 
-    for architecture in ARCHITECTURES:
+    for architecture, served_by in ARCHITECTURES.items():
         if architecture not in ModelRegistry.get_supported_archs():
             # By name: importing the class would start CUDA in processes that only look at configurations.
-            ModelRegistry.register_model(architecture, "seap_ray.vllm_model:SeapForCausalLM")
+            ModelRegistry.register_model(architecture, f"seap_ray.vllm_model:{served_by}")
 
 
 @cache
