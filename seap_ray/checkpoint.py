@@ -38,6 +38,10 @@ CARRIED = (
 MODEL_FILES = ("*.safetensors", "*.json", *CARRIED)
 """Files of a model that are copied from the hub or a bucket."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CONVERT = (
+    'convert it: python -c "from transformers import AutoModelForCausalLM, AutoTokenizer; '
+    "[of.from_pretrained('{0}').save_pretrained('FOLDER') for of in (AutoModelForCausalLM, AutoTokenizer)]\""
+)
 SAMPLED = 1 << 26
 """Weight files up to this many bytes are hashed whole, larger ones by their header and 64 blocks."""
 
@@ -71,23 +75,24 @@ class Checkpoint:
 
     @classmethod
     def _named(cls, source: str, revision: str | None) -> "Checkpoint":
-        return replace(cls.at(_folder(source, revision)), source=source, revision=revision)
+        return replace(cls.at(_folder(source, revision), source), revision=revision)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """It travels as its name, and the node that it comes to reads its own copy."""
         return Checkpoint._named, (self.source, self.revision)
 
     @classmethod
-    def at(cls, folder: Path) -> "Checkpoint":
+    def at(cls, folder: Path, source: str | None = None) -> "Checkpoint":
         """What is in a folder, whatever family it is of. Raises ConfigError where it holds no safetensors model."""
+        source = source or str(folder.absolute())
         config_path = folder / "config.json"
         if not config_path.is_file():
             raise ConfigError(f"model.source: {folder} has no config.json")
         try:
-            tensors = {name: info for file in _weight_files(folder) for name, info in _infos(file)}
+            tensors = {name: info for file in _weight_files(folder, source) for name, info in _infos(file)}
         except SafetensorError as error:
             raise ConfigError(f"model.source: {folder}: weights cannot be read ({error})") from None
-        return cls(folder, _json_object(config_path), tensors, str(folder.absolute()))
+        return cls(folder, _json_object(config_path), tensors, source)
 
     def _check(self) -> None:
         architecture = self.architecture
@@ -181,7 +186,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path, source: str) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         files = sorted({folder / name for name in _json_object(index).get("weight_map", {}).values()})
@@ -192,10 +197,9 @@ def _weight_files(folder: Path) -> list[Path]:
     for file in files:
         if not file.is_file():
             if list(folder.glob("pytorch_model*.bin")):
-                raise ConfigError(
-                    f"model.source: {folder} holds pickled weights only; convert them with "
-                    f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(...)"
-                )
+                raise ConfigError(f"model.source: {source} holds pickled weights only; {CONVERT.format(source)}")
+            if not index.is_file() and place(source).absolute() != folder:  # a copy has nothing that is pickled
+                raise ConfigError(f"model.source: {source} has no model.safetensors; {CONVERT.format(source)}")
             raise ConfigError(f"model.source: {file} is missing")
     return files
 

@@ -334,7 +334,7 @@ def prune(planner: Planner, run: Run, progress: Callable[[Iterable[int], int, st
     for _, plan in plans:
         save_plan(plan, planner.checkpoint.architecture, run.plan(plan.requested, plan.name))
     jobs = [draft(planner, run, spec, plan) for spec, plan in plans]
-    todo = [job for job in jobs if not _is_written(job)]
+    todo = _unwritten(jobs)
     if todo:
         total = sum(output.n_bytes for job in todo for outputs in job.files.values() for output in outputs)
         for _ in progress(_write_all(todo), total, "writing"):
@@ -352,6 +352,28 @@ def draft(planner: Planner, run: Run, spec: Spec, plan: Plan) -> Draft:
     made_of = fingerprint(planner.checkpoint.fingerprint, plan.provenance, cut, export.model_dump(), versions())
     files = compaction.files(parse_size(export.max_shard_size))
     return Draft(spec, compaction, run.expert(plan.requested, plan.name), made_of, files)
+
+
+def _unwritten(jobs: list[Draft]) -> list[Draft]:
+    """Those whose checkpoints are not there, made in another way, or damaged; every file is read to its end."""
+    check = work_task(_is_hashed)
+    found = [(job, check.remote(job.target)) for job in jobs if _is_written(job)]
+    whole = {job.target for job, ref in found if ray.get(ref)}
+    return [job for job in jobs if job.target not in whole]
+
+
+def _is_hashed(target: AnyPath) -> bool:
+    manifest = read_json(target / "seap.json")
+    return bool(manifest) and all(
+        _hash_of(target / name) == about["sha256"] for name, about in manifest["files"].items()
+    )
+
+
+def _hash_of(path: AnyPath) -> str | None:
+    try:
+        return sha256_of(path)
+    except OSError:
+        return None
 
 
 def _is_written(job: Draft) -> bool:
@@ -408,17 +430,32 @@ def write_draft(draft: Draft) -> AnyPath:
     hashes = {
         name: _write_file(draft.compaction, outputs, draft.hidden / name) for name, outputs in draft.files.items()
     }
-    finish(draft.compaction, draft.hidden, draft.files, _manifest(draft, hashes))
+    _finish_hidden(draft, hashes)
     return draft.hidden
 
 
 def _write_file(compaction: Compaction, outputs: list[OutputTensor], path: AnyPath) -> str:
     """Write one file, or keep it when an earlier attempt at the same plan finished it; return its sha256."""
-    return sha256_of(path) if path.is_file() else write_tensors(compaction, outputs, path)
+    stored = read_json(_told(path))
+    if stored is None or _hash_of(path) != stored:
+        stored = write_tensors(compaction, outputs, path)
+        write_json(_told(path), stored)
+    return stored
+
+
+def _told(path: AnyPath) -> AnyPath:
+    """The hash of a file of a checkpoint that is not whole yet."""
+    return path.with_name(f".{path.name}.sha256")
+
+
+def _finish_hidden(draft: Draft, hashes: dict[str, str]) -> None:
+    for name in draft.files:
+        _told(draft.hidden / name).unlink(missing_ok=True)
+    finish(draft.compaction, draft.hidden, draft.files, _manifest(draft, hashes))
 
 
 def _finish(job: Draft, hashes: dict[str, str]) -> None:
-    finish(job.compaction, job.hidden, job.files, _manifest(job, hashes))
+    _finish_hidden(job, hashes)
     move_folder(job.hidden, job.target, last="seap.json")
     for leftover in job.target.parent.glob(f".{job.target.name}.*.partial"):
         remove(leftover)

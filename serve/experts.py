@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.serve.llm import LLMConfig
 
+from seap_ray.architecture import FAMILIES
 from seap_ray.bucket import AnyPath
 from seap_ray.config import GENERAL, Config
 from seap_ray.demo import skills
@@ -80,6 +81,9 @@ def _ratio(config: Config, run: Run) -> float:
 
 
 def _expert(config: Config, folder: AnyPath, kind: str, manifest: dict[str, Any]) -> Expert:
+    family = FAMILIES.get(str(read_json(folder / "config.json")["model_type"]).removeprefix("seap_"))
+    if family and not family.vllm_class:
+        raise ConfigError(f"{folder}: vLLM has no model of this family; its experts load with transformers alone")
     check_folder(staged(folder))
     return Expert(
         name=folder.name,

@@ -888,12 +888,25 @@ def test_weights_in_eight_bits_are_refused(base):
     assert f"{name} is F8_E4M3, not one of F64, F32, F16, BF16" in refused(base)
 
 
-def test_pickled_weights_are_refused_with_the_way_to_convert_them(base):
+def test_pickled_weights_are_refused_with_a_command_that_converts_them(base, tmp_path):
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    original = load_file(base / "model.safetensors")
     (base / "model.safetensors").unlink()
-    torch.save({}, base / "pytorch_model.bin")
     message = refused(base)
     assert "pickled" in message
-    assert f"AutoModelForCausalLM.from_pretrained({str(base)!r}).save_pretrained" in message
+    command = message[message.index("python -c ") :].replace("FOLDER", str(tmp_path / "converted"))
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+    converted = Checkpoint.open(str(tmp_path / "converted"))
+    assert all(torch.equal(converted.read(name), tensor) for name, tensor in original.items())
+
+
+def test_a_model_of_the_hub_without_safetensors_is_refused_with_the_command(base, monkeypatch):
+    (base / "model.safetensors").unlink()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_named: str(base))
+    checkpoint_module._download.cache_clear()
+    with pytest.raises(ConfigError, match=r"lab/model has no model.safetensors; convert it: python -c .*'lab/model'"):
+        Checkpoint.open("lab/model")
+    checkpoint_module._download.cache_clear()
 
 
 def test_a_missing_weight_file_is_refused_by_name(base, dense, tmp_path):
