@@ -204,6 +204,10 @@ class Architecture:
         Raises ConfigError for a family that is not supported, or a layout of it that is not.
         """
         name = config.get("model_type")
+        if str(name).startswith("seap_"):
+            raise ConfigError(
+                "model is compacted already; prune its base, which its seap.json names, at the higher ratio"
+            )
         if name not in FAMILIES:
             raise ConfigError(f"model family {name!r} is not supported; supported are {', '.join(FAMILIES)}")
         if config.get("quantization_config"):

@@ -55,6 +55,14 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 OPT_SIZES = {key: value for key, value in SIZES.items() if key != "intermediate_size"} | {"ffn_dim": 80}
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama_mha": lambda: LlamaConfig(**SIZES, num_attention_heads=6),
     "llama_gqa": lambda: LlamaConfig(**SIZES, num_attention_heads=12, num_key_value_heads=4),
@@ -66,7 +74,9 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         attention_bias=True,
         mlp_bias=True,
     ),
-    "llama_tied": lambda: LlamaConfig(**SIZES, num_attention_heads=6, num_key_value_heads=3, tie_word_embeddings=True),
+    "llama_tied": lambda: LlamaConfig(  # as the small ones of Llama 3.2
+        **SIZES, num_attention_heads=6, num_key_value_heads=3, tie_word_embeddings=True, rope_parameters=LLAMA_3_ROPE
+    ),
     "qwen2": lambda: Qwen2Config(**SIZES, num_attention_heads=8, num_key_value_heads=4),
     "mistral": lambda: MistralConfig(**SIZES, num_attention_heads=8, num_key_value_heads=4, sliding_window=16),
     "qwen3": lambda: Qwen3Config(**SIZES, num_attention_heads=8, num_key_value_heads=4, head_dim=8),

@@ -872,7 +872,7 @@ def test_another_family_is_refused(base, family):
 
 def test_a_compacted_checkpoint_is_refused(dense, tmp_path):
     folder = write_compacted(compaction_of(dense("llama_gqa")), tmp_path)
-    assert "'seap_llama' is not supported" in refused(folder)
+    assert "compacted already; prune its base, which its seap.json names, at the higher ratio" in refused(folder)
 
 
 def test_a_quantised_checkpoint_is_refused(base):

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import CONFIGS, random_kept, random_plan, random_statistics, save_dense, write_compacted
+from conftest import CONFIGS, LLAMA_3_ROPE, random_kept, random_plan, random_statistics, save_dense, write_compacted
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -56,7 +56,11 @@ OPT_SERVABLE |= {"ffn_dim": 160}
 MODELS = {
     "llama": lambda: LlamaConfig(**SERVABLE, num_attention_heads=12, num_key_value_heads=4),
     "llama_tied": lambda: LlamaConfig(
-        **SERVABLE, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True
+        **SERVABLE,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+        rope_parameters=LLAMA_3_ROPE,
     ),
     "llama_biased": lambda: LlamaConfig(
         **SERVABLE, num_attention_heads=8, num_key_value_heads=4, attention_bias=True, mlp_bias=True
@@ -217,13 +221,32 @@ def test_lora_adapters_fit_the_cut_layers(expert, tmp_path):
     assert adapted != base
 
 
+IN_HALVES = {
+    "llama": [Shape(4, 3, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],  # one key-value head: repeated
+    "mistral": [Shape(4, 2, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],
+    "qwen2": [Shape(4, 2, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],
+    "qwen3": [Shape(4, 2, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],
+    "gemma2": [Shape(4, 3, 160), Shape(4, 2, 96), Shape(4, 1, 64), Shape(4, 2, 32)],
+    "gemma3": [Shape(4, 3, 160), Shape(4, 2, 96), Shape(4, 1, 64), Shape(4, 2, 32)],
+    "phi3": [Shape(4, 2, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],
+    "opt": [Shape(4, 1, 160), Shape(2, 1, 96), Shape(2, 1, 64), Shape(4, 1, 32)],
+}
+"""Widths of every layer that two ranks can share."""
+
+
+@pytest.mark.parametrize("name", IN_HALVES)
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_two_ranks_share_every_layer(tmp_path, monkeypatch):
+def test_two_ranks_share_every_layer(tmp_path, monkeypatch, name):
+    if name != "llama" and "SEAP_RAY_TP" not in os.environ:
+        pytest.skip("SEAP_RAY_TP=1 has two ranks share the layers of every family: some minutes")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
-    monkeypatch.setitem(CONFIGS, "llama", MODELS["llama"])
-    save_dense(tmp_path / "dense", "llama", torch.float32)
-    shapes = [Shape(4, 3, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)]  # one key-value head: repeated
+    config = (
+        MODELS[name]() if name != "opt" else OPTConfig(**OPT_SERVABLE | {"hidden_size": 128}, num_attention_heads=4)
+    )
+    monkeypatch.setitem(CONFIGS, name, lambda: config)
+    save_dense(tmp_path / "dense", name, torch.float32)
+    shapes = IN_HALVES[name]
     folder = compact(tmp_path / "dense", tmp_path / "expert", shapes)
     prompts = random_prompts([1, 30])
     with Engine(folder, tensor_parallel_size=2) as engine:
