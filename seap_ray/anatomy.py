@@ -32,7 +32,7 @@ Place = tuple[int, str, int]
 
 
 def _widths(architecture: Architecture) -> Widths:
-    return {"heads": architecture.dense.heads, "channels": architecture.dense.channels}
+    return {"heads": architecture.dense.heads, "channels": architecture.n_channels}
 
 
 def _sentence(clauses: Sequence[str]) -> str:
@@ -54,7 +54,7 @@ def sparsity(evidence: Evidence) -> Part | None:
         "How much does each layer give?",
         "The dashed line is the share of its weights that the allocation asks of a layer. Heads go by whole groups, so "
         "the attention moves in steps and the MLP makes up for them.",
-        _sentence([_most_cut(evidence, ratio, architecture.dense.channels) for ratio in evidence.shown_ratios]),
+        _sentence([_most_cut(evidence, ratio, architecture.n_channels) for ratio in evidence.shown_ratios]),
         Picture("Share that every layer gives of its attention and its MLP, asked for and realised.", tuple(panels)),
     )
 
@@ -209,7 +209,8 @@ def clusters(evidence: Evidence) -> Part | None:
     last = evidence.architecture.n_layers - 1
     panels, said = [], []
     for layer in dict.fromkeys((0, (last + 1) // 2, last)):
-        x_PD = standardised(np.array([_mlp_mean(path, layer) for _, path in records]))
+        keys = [(layer, site) for site in evidence.architecture.sites("mlp")]
+        x_PD = standardised(np.array([_means(path, keys) for _, path in records]))
         panels.append(_scatter(layer, x_PD, tasks))
         if (share := with_own_kind(x_PD, tasks)) is not None:
             said.append(f"{percent(share)} in layer {layer}")
@@ -223,9 +224,9 @@ def clusters(evidence: Evidence) -> Part | None:
     )
 
 
-def _mlp_mean(path: AnyPath, layer: int) -> np.ndarray:
+def _means(path: AnyPath, keys: Sequence[tuple[int, Site]]) -> np.ndarray:
     with opened(path) as file:
-        return read_moments(file, (layer, "mlp")).mean_D.numpy()
+        return np.concatenate([read_moments(file, key).mean_D.numpy() for key in keys])
 
 
 def standardised(x_PD: np.ndarray) -> np.ndarray:
@@ -297,6 +298,8 @@ def unit_scores(evidence: Evidence, architecture: Architecture, cut: Cut) -> dic
         path, layers = evidence.run.unit_scores(about["unit_scores"]), range(architecture.n_layers)
         made = load_unit_scores(path, layers) if is_whole(path) else []
         return {unit: [of[unit].numpy() for of in made] for unit in ("heads", "channels")} if made else None
+    if architecture.n_experts:
+        return None
     paths = [evidence.run.statistics(name) for name in (*about["tasks"], "weight_norms")]
     if about["score"] not in SCORES or not all(path.is_file() for path in paths):
         return None

@@ -1,6 +1,7 @@
 """Architecture: the dimensions and weight names of a model family, as data. A new family is a row of ``FAMILIES``."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -56,6 +57,8 @@ class Family:
     """Weights of a layer's norms, in hidden sizes and in head sizes."""
     channels_key: str = "intermediate_size"
     """Config key of the MLP's width."""
+    is_mixture: bool = False
+    """Whether the MLP is a mixture of experts; ``{e}`` in the names of modules stands for one of them."""
     groups_key: str | None = "num_key_value_heads"
     """Config key of the key-value heads; None where every query head has its own."""
     has_head_dim: bool = True
@@ -72,7 +75,7 @@ class Family:
 
     @property
     def channel_modules(self) -> int:
-        """Matrices that have a row for each channel."""
+        """Matrices that have a row for each channel (of an expert)."""
         return sum(rows.units.count("channels") for rows in self.rows.values())
 
 
@@ -122,6 +125,31 @@ FAMILIES: dict[str, Family] = {
             "mlp.gate_up_proj": Rows(("channels", "channels")),
         },
     ),
+    "mixtral": Family(
+        "SeapMixtralConfig",
+        "SeapMixtralForCausalLM",
+        "SeapMixtralForCausalLM",
+        rows=SPLIT_ATTENTION
+        | {
+            "block_sparse_moe.experts.{e}.w1": Rows(("channels",)),
+            "block_sparse_moe.experts.{e}.w3": Rows(("channels",)),
+        },
+        down_proj="block_sparse_moe.experts.{e}.w2",
+        is_mixture=True,
+    ),
+    "qwen3_moe": Family(
+        "SeapQwen3MoeConfig",
+        "SeapQwen3MoeForCausalLM",
+        "SeapQwen3MoeForCausalLM",
+        rows=SPLIT_ATTENTION
+        | {"mlp.experts.{e}.gate_proj": Rows(("channels",)), "mlp.experts.{e}.up_proj": Rows(("channels",))},
+        down_proj="mlp.experts.{e}.down_proj",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms=(2, 2),
+        channels_key="moe_intermediate_size",
+        is_mixture=True,
+    ),
     "opt": Family(
         "SeapOPTConfig",
         "SeapOPTForCausalLM",
@@ -156,6 +184,9 @@ FAMILIES: dict[str, Family] = {
         has_head_dim=False,
     ),
 }
+
+
+EXPERT = re.compile(r"(\.experts\.)(\d+)(\.)")
 
 
 def family_of(model_type: str) -> Family:
@@ -196,6 +227,9 @@ class Architecture:
     """Whether layers attend to a sliding window."""
     mixes_windows: bool = False
     """Whether some layers do, and others attend to everything."""
+    n_experts: int = 0
+    """Of a mixture of experts, in every layer; ``dense.channels`` is then the width of each. 0: no mixture."""
+    experts_per_token: int = 0
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Architecture":
@@ -213,6 +247,8 @@ class Architecture:
         if config.get("quantization_config"):
             raise ConfigError("model is quantised; prune the unquantised checkpoint, then quantise the result")
         family, heads = FAMILIES[name], config["num_attention_heads"]
+        if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+            raise ConfigError("model has layers without experts beside layers with them, which is not supported")
         groups = (family.groups_key and config.get(family.groups_key)) or heads
 
         def flag(value: bool | tuple[str, bool]) -> bool:
@@ -230,6 +266,9 @@ class Architecture:
             max_position_embeddings=config.get("max_position_embeddings", 2048),
             has_windows=_has_windows(config, family),
             mixes_windows=_mixes_windows(config, family),
+            # Qwen's own configs say num_experts, those that transformers writes num_local_experts.
+            n_experts=(config.get("num_local_experts") or config["num_experts"]) if family.is_mixture else 0,
+            experts_per_token=config["num_experts_per_tok"] if family.is_mixture else 0,
         )
 
     @property
@@ -238,8 +277,25 @@ class Architecture:
 
     @property
     def modules(self) -> dict[Site, str]:
-        """The module whose input each site is."""
-        return {"attn": self.layout.o_proj, "mlp": self.layout.down_proj}
+        """The module whose input each site is; attention first, then the MLP or every expert of it."""
+        down_proj = self.layout.down_proj
+        if not self.n_experts:
+            return {"attn": self.layout.o_proj, "mlp": down_proj}
+        return {"attn": self.layout.o_proj} | {f"mlp.{e}": down_proj.format(e=e) for e in range(self.n_experts)}
+
+    def sites(self, site: Site) -> list[Site]:
+        """``mlp`` as the sites of its experts, where it has some."""
+        return [f"mlp.{e}" for e in range(self.n_experts)] if site == "mlp" and self.n_experts else [site]
+
+    @property
+    def compensated(self) -> tuple[str, ...]:
+        """Modules that compensation gives a bias: an expert has none, since what it gives is weighted by the router."""
+        return (self.layout.o_proj,) if self.n_experts else tuple(self.layout.columns)
+
+    @property
+    def n_channels(self) -> int:
+        """Channels of a layer, of a mixture those of all experts."""
+        return self.dense.channels * max(self.n_experts, 1)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -258,17 +314,21 @@ class Architecture:
 
     @property
     def channel_cost(self) -> int:
-        """Weights of one MLP channel: a row of gate_proj (if there is one) and up_proj, a column of down_proj."""
-        return self.layout.channel_modules * (self.hidden_size + self.mlp_bias) + self.hidden_size
+        """Weights of one MLP channel: a row of gate_proj (if there is one) and up_proj, a column of down_proj.
+
+        Of a mixture, one of each expert, since all of a layer are equally wide.
+        """
+        of_one = self.layout.channel_modules * (self.hidden_size + self.mlp_bias) + self.hidden_size
+        return of_one * max(self.n_experts, 1)
 
     def attention_parameters(self, shape: Shape) -> int:
         """Weights of a layer's attention that its shape decides."""
         return shape.heads * self.head_cost + shape.groups * self.kv_cost
 
     def layer_parameters(self, shape: Shape) -> int:
-        """All weights of a decoder layer of this shape: attention, MLP, biases and norms."""
+        """All weights of a decoder layer of this shape: attention, MLP, biases, norms and router."""
         of_hidden, of_head = self.layout.norms
-        fixed = self.hidden_size * (of_hidden + self.o_bias + self.mlp_bias) + self.head_dim * of_head
+        fixed = self.hidden_size * (of_hidden + self.o_bias + self.mlp_bias + self.n_experts) + self.head_dim * of_head
         return self.attention_parameters(shape) + shape.channels * self.channel_cost + fixed
 
     @property
@@ -279,13 +339,17 @@ class Architecture:
     @property
     def compensation_parameters(self) -> int:
         """Weights that compensation adds to a cut layer: the biases that it does not have yet."""
-        return self.hidden_size * ((not self.o_bias) + (not self.mlp_bias))
+        return self.hidden_size * ((not self.o_bias) + (not self.mlp_bias and not self.n_experts))
 
     def align(self, setting: int | str) -> int:
-        """Tile of channels; ``auto`` is 128, or for a small MLP the power of two that leaves 16 tiles or more."""
+        """Tile of channels; ``auto`` is 128, or for a small MLP the power of two that leaves 16 tiles or more.
+
+        Of a mixture 8 at least: torch's grouped products want rows of 16 bytes.
+        """
         if isinstance(setting, int):
             return setting
-        return min(128, 2 ** max(0, int(math.log2(self.dense.channels / 16))))
+        least = 3 if self.n_experts else 0
+        return min(128, 2 ** max(least, int(math.log2(self.dense.channels / 16))))
 
     def tensor(self, layer: int, module: str, kind: str = "weight") -> str:
         """Checkpoint name of a decoder layer's tensor."""
@@ -301,6 +365,12 @@ class Architecture:
         layer, _, rest = name.removeprefix(self.layout.layers).partition(".")
         module, _, kind = rest.rpartition(".")
         return int(layer), module, kind
+
+
+def expert_of(module: str) -> tuple[str, int | None]:
+    """``mlp.experts.5.up_proj`` -> (``mlp.experts.{e}.up_proj``, 5), as the rows of ``FAMILIES`` have it."""
+    found = EXPERT.search(module)
+    return (EXPERT.sub(r"\1{e}\3", module), int(found[2])) if found else (module, None)
 
 
 def _has_windows(config: Mapping[str, Any], family: Family) -> bool:

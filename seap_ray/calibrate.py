@@ -341,11 +341,14 @@ def merge_records(
         merged: Recorded = tree_sum((_moments_of(record, keys) for record in records), _added)
         statistics |= merged
     tokens = sum(calibration.tokens(shard) for shard in shards)
-    for (layer, site), moments in statistics.items():
-        if moments.count != tokens:
-            raise DataError(
-                f"{shards[0].task}: layer {layer}, {site}: {moments.count} tokens, the manifest has {tokens}"
-            )
+    for layer in range(architecture.n_layers):
+        for site in RECORDED:
+            parts = architecture.sites(site)
+            count, times = sum(statistics[layer, one].count for one in parts), 1
+            if len(parts) > 1:  # a token goes to several experts
+                times = architecture.experts_per_token
+            if count != times * tokens:
+                raise DataError(f"{shards[0].task}: layer {layer}, {site}: {count} tokens, the manifest has {tokens}")
     save_moments(path, statistics, task=shards[0].task, made_of=made_of(calibration, shards))
 
 

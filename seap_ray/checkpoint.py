@@ -275,7 +275,7 @@ class Compaction:
         """Biases that the base does not have: of compensated layers, and all zero ones that a stock family asks for."""
         architecture, new = self.base.architecture, []
         for layer in range(len(self.plan.kept)):
-            modules = [module for module in architecture.layout.columns if self.compensates(layer)]
+            modules = [module for module in architecture.compensated if self.compensates(layer)]
             if self.stock and self.plan.compensation != "none":
                 modules = [*architecture.layout.rows, *architecture.layout.columns]
             for module in modules:
@@ -293,7 +293,7 @@ class Compaction:
         layer, module, kind = self.base.architecture.split(output.name)
         if layer is None:
             return self.base.read(output.name)
-        if module in self.base.architecture.layout.columns and self.compensates(layer):
+        if module in self.base.architecture.compensated and self.compensates(layer):
             if self.plan.compensation == "least_squares":
                 return self._repaired(layer, module)[kind]
             if kind == "bias":
@@ -389,7 +389,9 @@ class Compaction:
 
     def _own(self, layer: int) -> dict[str, Any]:
         architecture = self.base.architecture
-        added = {"o_proj_bias": not architecture.o_bias, "down_proj_bias": not architecture.mlp_bias}
+        added = {"o_proj_bias": not architecture.o_bias}
+        if not architecture.n_experts:
+            added["down_proj_bias"] = not architecture.mlp_bias
         own = self._widths(self.plan.kept[layer].shape)
         own |= {key: self.compensates(layer) and is_new for key, is_new in added.items()}
         usual = self._widths(architecture.dense) | dict.fromkeys(added, False)

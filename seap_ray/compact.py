@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seap_ray.architecture import Architecture, Rows, Shape
+from seap_ray.architecture import Architecture, Rows, Shape, expert_of
 from seap_ray.plan import Kept
 
 
@@ -33,7 +33,8 @@ def row_indices(rows: Rows, kept: Kept, dense: Shape, head_dim: int) -> Tensor:
 
 def compact(architecture: Architecture, module: str, kind: str, tensor: Tensor, kept: Kept) -> Tensor:
     """The kept part of a decoder layer's tensor, contiguous; tensors of other modules come back as they are."""
-    family = architecture.layout
+    family, (module, expert) = architecture.layout, expert_of(module)
+    kept = kept.of(expert)
     if module in family.rows:
         rows = row_indices(family.rows[module], kept, architecture.dense, architecture.head_dim)
         return tensor.index_select(0, rows)
@@ -46,7 +47,8 @@ def compact_size(
     architecture: Architecture, module: str, kind: str, shape: Sequence[int], kept: Kept
 ) -> tuple[int, ...]:
     """Shape of what ``compact`` returns, without a tensor."""
-    family, head_dim = architecture.layout, architecture.head_dim
+    family, head_dim, (module, expert) = architecture.layout, architecture.head_dim, expert_of(module)
+    kept = kept.of(expert)
     if module in family.rows:
         rows = family.rows[module]
         return (rows.times * sum(_n(kept, unit, head_dim) for unit in rows.units), *shape[1:])

@@ -128,6 +128,11 @@ def _checked(config: Config, *, exams: bool) -> Checkpoint:
         check_source(task, official=config.corpus.prompt_format == "official")
         if exams:
             check_evaluation(task)
+    if checkpoint.architecture.n_experts and config.calibration.statistics == "covariance":
+        raise ConfigError(
+            "calibration.statistics: covariance is not for mixtures of experts, which have too many; use moments, with "
+            "pruning.score=wifv pruning.compensation=mean"
+        )
     _check_ratios(config, checkpoint)
     return checkpoint
 

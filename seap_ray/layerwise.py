@@ -159,10 +159,27 @@ class LayerwiseModel:
     def _load(self, module: nn.Module, prefix: str) -> None:
         """Give a module its weights, copied: what safetensors returns is read only when it is used."""
         weights = {
-            name: self.checkpoint.read(prefix + name).to(self.device, self.dtype, copy=True)
-            for name in module.state_dict()
+            name: self._stored(prefix, name).to(self.device, self.dtype, copy=True) for name in module.state_dict()
         }
         module.load_state_dict(weights, assign=True)
+
+    def _stored(self, prefix: str, name: str) -> Tensor:
+        """A weight of a module by its name there; a mixture has its experts' matrices as one, as no checkpoint does."""
+        architecture, family = self.checkpoint.architecture, self.checkpoint.architecture.layout
+        if not family.is_mixture or not name.startswith("mlp."):
+            return self.checkpoint.read(prefix + name)
+        of_experts = {
+            "mlp.experts.gate_up_proj": [module for module in family.rows if "{e}" in module],
+            "mlp.experts.down_proj": [family.down_proj],
+        }
+        if name in of_experts:
+            each = (
+                torch.cat([self.checkpoint.read(f"{prefix}{m.format(e=e)}.weight") for m in of_experts[name]])
+                for e in range(architecture.n_experts)
+            )
+            return torch.stack([*each])
+        stem = family.down_proj.partition(".experts")[0]
+        return self.checkpoint.read(f"{prefix}{stem}{name.removeprefix('mlp')}")
 
 
 class _Catcher(nn.Module):

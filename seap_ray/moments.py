@@ -6,14 +6,15 @@ Letters: N tokens, D columns of a site.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import add
-from typing import Literal, Self, TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
-Site = Literal["attn", "mlp", "block"]
-"""``attn`` is the input of ``o_proj``, ``mlp`` the input of ``down_proj``. ``block`` is a decoder layer as a whole; its
-one column is the cosine of what goes in and what comes out."""
+Site = str
+"""``attn`` is the input of ``o_proj``, ``mlp`` the input of ``down_proj``, of a mixture of experts ``mlp.0``, ``mlp.1``
+and so on, each with the tokens that were routed to it. ``block`` is a decoder layer as a whole; its one column is the
+cosine of what goes in and what comes out."""
 SITES: tuple[Site, ...] = ("attn", "mlp")
 """Inputs of a weight whose columns can be cut: what has scores, norms and a mean to compensate with."""
 RECORDED: tuple[Site, ...] = (*SITES, "block")
@@ -59,8 +60,8 @@ class Moments:
 
     @property
     def var_D(self) -> Tensor:
-        """Population variance, float64."""
-        return self.m2_D / self.count
+        """Population variance, float64; of no tokens, zero."""
+        return self.m2_D / max(self.count, 1)
 
     @property
     def square_D(self) -> Tensor:

@@ -9,7 +9,7 @@ Letters: L layers, K key-value groups, H query heads, C channels.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from seap_ray.moments import SITES, Site
 from seap_ray.scores import normalised
 
 LayerScores = tuple[Tensor, Tensor]
-"""Scores of one layer's query heads (H,) and channels (C,)."""
+"""Scores of one layer's query heads (H,) and channels (C,), of a mixture (E, C) of E experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +33,25 @@ class Kept:
     groups: tuple[int, ...]
     heads: tuple[int, ...]
     channels: tuple[int, ...]
+    """Of a mixture those of each expert, one expert after another, equally many."""
+    experts: int = 1
 
     @classmethod
-    def whole(cls, dense: Shape) -> "Kept":
-        return cls(tuple(range(dense.groups)), tuple(range(dense.heads)), tuple(range(dense.channels)))
+    def whole(cls, architecture: Architecture) -> "Kept":
+        dense, experts = architecture.dense, max(architecture.n_experts, 1)
+        channels = tuple(range(dense.channels)) * experts
+        return cls(tuple(range(dense.groups)), tuple(range(dense.heads)), channels, experts)
 
     @property
     def shape(self) -> Shape:
-        return Shape(len(self.groups), len(self.heads) // len(self.groups), len(self.channels))
+        return Shape(len(self.groups), len(self.heads) // len(self.groups), len(self.channels) // self.experts)
+
+    def of(self, expert: int | None) -> "Kept":
+        """With the channels of one expert alone."""
+        if expert is None:
+            return self
+        width = len(self.channels) // self.experts
+        return replace(self, channels=self.channels[expert * width : (expert + 1) * width], experts=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -454,7 +465,8 @@ def _narrower_attention(rules: Rules, score_H: Tensor) -> list[_Way]:
 
 
 def _narrower_mlp(rules: Rules, score_C: Tensor) -> list[_Way]:
-    ascending_C, n = score_C.sort().values, rules.architecture.dense.channels
+    """All experts of a mixture lose a channel together, each its least."""
+    ascending_C, n = _by_expert(score_C).sort(1).values.sum(0), rules.architecture.dense.channels
     widths = [n, *range((n - 1) // rules.tile * rules.tile, 0, -rules.tile)]
     cost = rules.architecture.channel_cost
     return [
@@ -466,7 +478,13 @@ def _narrower_mlp(rules: Rules, score_C: Tensor) -> list[_Way]:
 def keep(shape: Shape, dense: Shape, head_H: Tensor, channel_C: Tensor) -> Kept:
     """The best units for these widths. Ties go to the higher index, so the choice is a pure function of the scores."""
     groups, heads = _best_heads(head_H, dense, (shape.groups, shape.heads_per_group))
-    return Kept(groups, heads, _top(channel_C, shape.channels))
+    channels = [_top(channel_C, shape.channels) for channel_C in _by_expert(channel_C)]
+    return Kept(groups, heads, tuple(chain.from_iterable(channels)), len(channels))
+
+
+def _by_expert(channel_C: Tensor) -> Tensor:
+    """Scores of channels, expert by expert (E, C); a layer that is no mixture is one."""
+    return channel_C if channel_C.ndim > 1 else channel_C[None]
 
 
 def _best_heads(head_H: Tensor, dense: Shape, option: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -11,7 +11,7 @@ import ray
 import torch
 from safetensors.torch import save_file
 
-from seap_ray.architecture import Shape
+from seap_ray.architecture import Architecture, Shape
 from seap_ray.bucket import AnyPath
 from seap_ray.checkpoint import (
     Checkpoint,
@@ -39,7 +39,7 @@ from seap_ray.records import (
     task_memory,
 )
 from seap_ray.run import Run, fingerprint
-from seap_ray.scores import SCORES, Norms, WeightNorms, head_scores, random_score, standardised
+from seap_ray.scores import SCORES, Norms, WeightNorms, head_scores, random_score, standardised, trusted
 from seap_ray.storage import move_folder, publishing, read_json, remove, sha256_of, write_json
 
 
@@ -150,7 +150,7 @@ class Planner:
         architecture, mixed = self.checkpoint.architecture, self.mixed(spec)
         influence_L = [1 - float(mixed[layer, "block"].mean_D) for layer in range(architecture.n_layers)]
         dropped = choose_dropped(architecture, pruning, ratio=ratio, influence_L=influence_L)
-        kept = (Kept.whole(architecture.dense),) * (architecture.n_layers - len(dropped))
+        kept = (Kept.whole(architecture),) * (architecture.n_layers - len(dropped))
         return Plan(spec.name, ratio, "none", kept, self._provenance(spec, pruning, score=None), dropped)
 
     def _provenance(self, spec: Spec, pruning: PruningSection, **scored: Any) -> dict[str, Any]:
@@ -172,21 +172,35 @@ class Planner:
         return [(head_scores(a, head_dim), m) for a, m in zip(attn, mlp, strict=True)]
 
     def _site_scores(self, spec: Spec, site: Site) -> list[torch.Tensor]:
-        layers, name, seed = range(self.checkpoint.architecture.n_layers), spec.settings.score, spec.settings.seed
-        if name == "random":
-            widths = [self.norms[layer, site].l1_D.numel() for layer in layers]
-            return [random_score(n, seed or 0, layer=layer, site=site) for layer, n in enumerate(widths)]
-        score = SCORES[name or ""]
+        """Scores of a site's columns in every layer: (D,), of a mixture's experts (E, C)."""
+        layers = range(self.checkpoint.architecture.n_layers)
+        if spec.settings.score == "random":
+            return [self._random_score(spec.settings.seed or 0, layer, site) for layer in layers]
+        score = SCORES[spec.settings.score or ""]
         if spec.pooling == "pooled":
             mixed = self.mixed(spec)
-            return [score(mixed[layer, site], self.norms[layer, site]) for layer in layers]
+            return [self._score(score, mixed, layer, site) for layer in layers]
         # The paper's general score: the sum over tasks, weighted 3 for language-model corpora and 2 for the others.
         return [
-            torch.stack(
-                [w * score(self.statistics[t][layer, site], self.norms[layer, site]) for t, w in spec.weights.items()]
-            ).sum(0)
+            torch.stack([w * self._score(score, self.statistics[t], layer, site) for t, w in spec.weights.items()]).sum(
+                0
+            )
             for layer in layers
         ]
+
+    def _random_score(self, seed: int, layer: int, site: Site) -> torch.Tensor:
+        sites = self.checkpoint.architecture.sites(site)
+        of = [random_score(self.norms[layer, s].l1_D.numel(), seed, layer=layer, site=s) for s in sites]
+        return of[0] if len(of) == 1 else torch.stack(of)
+
+    def _score(
+        self, score: Callable[[Moments, Norms], torch.Tensor], of: Statistics, layer: int, site: Site
+    ) -> torch.Tensor:
+        sites = self.checkpoint.architecture.sites(site)
+        if len(sites) == 1:
+            return score(of[layer, site], self.norms[layer, site])
+        experts = trusted([of[layer, one] for one in sites])
+        return torch.stack([score(e, self.norms[layer, one]) for e, one in zip(experts, sites, strict=True)])
 
     def _unit_scores(self, spec: Spec, pruning: PruningSection) -> list[LayerScores]:
         """Scores from covariances, made in Ray tasks, a layer each, and kept for the next plan."""
@@ -220,7 +234,14 @@ class Planner:
         parts, weights = [self.statistics[task] for task in spec.weights], list(spec.weights.values())
         if len(parts) == 1:
             return parts[0]
-        return {key: pooled([part[key] for part in parts], weights) for key in parts[0]}
+        return {key: pooled([part[key] for part in parts], _shares(parts, weights, key)) for key in parts[0]}
+
+
+def _shares(parts: Sequence[Statistics], weights: Sequence[float], key: tuple[int, Site]) -> list[float]:
+    """What each stream is of the mixture at a site: of an expert's, by how much of the stream is routed to it."""
+    layer, _ = key
+    routed = [w * part[key].count / part[layer, "attn"].count for w, part in zip(weights, parts, strict=True)]
+    return routed if sum(routed) else list(weights)
 
 
 def make_planner(config: Config, checkpoint: Checkpoint, run: Run, statistics: dict[str, AnyPath]) -> Planner:
@@ -272,13 +293,17 @@ def _layer_norms(checkpoint: Checkpoint, layer: int) -> dict[Site, Norms]:
     return {site: Norms.of(checkpoint.read(name)) for site, name in names.items()}
 
 
-def save_plan(plan: Plan, architecture: Any, path: AnyPath) -> None:
-    """``<name>.json`` for people, ``<name>.safetensors`` with the kept indices, int32."""
-    indices = {
-        f"layers.{layer}.{unit}": torch.tensor(getattr(kept, unit), dtype=torch.int32)
-        for layer, kept in _by_layer(plan).items()
-        for unit in ("groups", "heads", "channels")
-    }
+def save_plan(plan: Plan, architecture: Architecture, path: AnyPath) -> None:
+    """``<name>.json`` for people, ``<name>.safetensors`` with the kept indices, int32.
+
+    A channel of a mixture's expert has the number that it would have if all experts lay one after another.
+    """
+    indices = {}
+    for layer, kept in _by_layer(plan).items():
+        width = len(kept.channels) // kept.experts
+        channels = [c + i // max(width, 1) * architecture.dense.channels for i, c in enumerate(kept.channels)]
+        for unit, of in (("groups", kept.groups), ("heads", kept.heads), ("channels", channels)):
+            indices[f"layers.{layer}.{unit}"] = torch.tensor(of, dtype=torch.int32)
     with publishing(path.with_suffix(".safetensors")) as temporary:
         save_file(indices, temporary)
     write_json(path, describe(plan, architecture))
@@ -290,10 +315,10 @@ def _by_layer(plan: Plan) -> dict[int, Kept]:
     return dict(sorted(of.items()))
 
 
-def describe(plan: Plan, architecture: Any) -> dict[str, Any]:
+def describe(plan: Plan, architecture: Architecture) -> dict[str, Any]:
     """What a plan does, without its indices; widths are those of every layer of the base."""
     of = _by_layer(plan).values()
-    widths = [{"heads": len(k.heads), "kv_heads": len(k.groups), "channels": len(k.channels)} for k in of]
+    widths = [{"heads": len(k.heads), "kv_heads": len(k.groups), "channels": len(k.channels) // k.experts} for k in of]
     kept_layers = {"kept_layers": list(plan.layers)} if plan.dropped else {}
     return {
         "name": plan.name,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
@@ -50,6 +51,10 @@ def recording_layer(
     statistic = Covariance if covariance else Moments
     with ExitStack() as hooks:
         modules: dict[Site, str] = {"attn": family.o_proj, "mlp": family.down_proj}
+        if family.is_mixture:
+            del modules["mlp"]
+            hook = _experts_hook(recorded, layer, rows_N)
+            hooks.callback(block.get_submodule("mlp.experts").register_forward_pre_hook(hook).remove)
         for site, module in modules.items():
             hook = _input_hook(recorded, (layer, site), rows_N, statistic)
             hooks.callback(block.get_submodule(module).register_forward_pre_hook(hook).remove)
@@ -63,6 +68,19 @@ def _input_hook(
 ) -> Callable[..., None]:
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         _add(recorded, key, statistic.of(_counted(inputs[0], rows_N)))
+
+    return hook
+
+
+def _experts_hook(recorded: Recorded, layer: int, rows_N: Tensor) -> Callable[..., None]:
+    """Of a mixture, whose experts are one module: what each expert's ``down_proj`` sees of the tokens routed to it."""
+
+    def hook(experts: Any, inputs: tuple[Tensor, ...]) -> None:
+        x_ND, chosen_NK = (_counted(x, rows_N) for x in inputs[:2])
+        for expert, gate_up_JD in enumerate(experts.gate_up_proj):
+            routed_ND = x_ND[(chosen_NK == expert).any(1)]
+            gate_NC, up_NC = functional.linear(routed_ND, gate_up_JD).chunk(2, dim=-1)
+            _add(recorded, (layer, f"mlp.{expert}"), Moments.of(experts.act_fn(gate_NC) * up_NC))
 
     return hook
 

@@ -85,8 +85,9 @@ def load_statistics(path: AnyPath, architecture: Architecture, *, sites: Sequenc
 
 
 def sites_of(architecture: Architecture, sites: Sequence[Site] = RECORDED) -> Iterator[tuple[int, Site]]:
-    """Every (layer, site) of a model."""
-    return ((layer, site) for layer in range(architecture.n_layers) for site in sites)
+    """Every (layer, site) of a model, ``mlp`` of a mixture as the sites of its experts."""
+    each = [one for site in sites for one in architecture.sites(site)]
+    return ((layer, site) for layer in range(architecture.n_layers) for site in each)
 
 
 def load_unit_scores(path: AnyPath, layers: Iterable[int]) -> list[dict[str, Tensor]]:

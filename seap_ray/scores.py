@@ -4,7 +4,7 @@ Letters: D columns of a site, H query heads, d head dimension. ``l1_D`` and ``l2
 of each column of the ``o_proj`` or ``down_proj`` weight, float64.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from seap_ray.moments import Moments, Site
+
+PRIOR = 64
+"""Tokens at which an expert's own statistics and the average of all count the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,25 @@ def random_score(n: int, seed: int, *, layer: int, site: Site) -> Tensor:
     """Uniform in (0, 1), a site's own, the same in every process: the score ``random``, a floor for all others."""
     generator = Random(f"{seed} {layer} {site}")
     return torch.tensor([generator.random() for _ in range(n)], dtype=torch.float64)
+
+
+def trusted(experts: Sequence[Moments]) -> list[Moments]:
+    """Moments of a mixture's experts, each believed as far as it has tokens: n of n + ``PRIOR``.
+
+    For the rest a column's variance and squared mean are the average over all of the layer's experts, by their tokens,
+    so that a rarely routed expert is ranked by its weights, and not by noise.
+    """
+    total = max(sum(of.count for of in experts), 1)
+    usual_var = sum(of.count * of.var_D.mean() for of in experts) / total
+    usual_mean = sum(of.count * of.mean_D.square().mean() for of in experts) / total
+
+    def believed(of: Moments) -> Moments:
+        own = of.count / (of.count + PRIOR)
+        var_D = own * of.var_D + (1 - own) * usual_var
+        mean_D = (own * of.mean_D.square() + (1 - own) * usual_mean).sqrt().copysign(of.mean_D)
+        return Moments(max(of.count, 1), mean_D, var_D * max(of.count, 1))
+
+    return [believed(of) for of in experts]
 
 
 def head_scores(score_D: Tensor, head_dim: int) -> Tensor:

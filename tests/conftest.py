@@ -19,6 +19,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -26,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
@@ -87,6 +89,19 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         **SIZES, num_attention_heads=8, num_key_value_heads=4, head_dim=8, sliding_window=16, query_pre_attn_scalar=8
     ),
     "phi3": lambda: Phi3Config(**SIZES, num_attention_heads=8, num_key_value_heads=4),
+    "mixtral": lambda: MixtralConfig(
+        **SIZES, num_attention_heads=8, num_key_value_heads=4, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SIZES,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=8,
+        moe_intermediate_size=80,
+        num_experts=6,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+    ),
     "opt": lambda: OPTConfig(**OPT_SIZES, num_attention_heads=6),
     "gpt_neox": lambda: GPTNeoXConfig(**SIZES, num_attention_heads=3),
 }
@@ -183,17 +198,21 @@ def load(folder: Path, **kwargs: Any) -> PreTrainedModel:
     Its weights are copied: as loaded they are views of the mapped file, at any address, and the sums of a BLAS product,
     and so its last bits, depend on how its operands are aligned.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **kwargs).eval()
+    # Grouped products of experts are for rows of 16 bytes, and not in float64.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", experts_implementation="eager", **kwargs).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
 
 
+MIXTURES = ("mixtral", "qwen3_moe")
 OUTPUTS = {"opt": ("self_attn.out_proj", "fc2"), "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h")}
 
 
 def output_modules(model: Any) -> dict[str, str]:
-    """The modules whose inputs are the sites, written out family by family."""
+    """The modules whose inputs are the sites, written out family by family; of a mixture its attention alone."""
+    if model.config.model_type in MIXTURES:
+        return {"attn": "self_attn.o_proj"}
     named = OUTPUTS.get(model.config.model_type, ("self_attn.o_proj", "mlp.down_proj"))
     return dict(zip(("attn", "mlp"), named, strict=True))
 
@@ -237,14 +256,14 @@ def logits(model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor:
 # --- plans and statistics --------------------------------------------------------------------------------------------
 
 
-def random_kept(dense_shape: Shape, shape: Shape, rng: random.Random) -> Kept:
+def random_kept(dense_shape: Shape, shape: Shape, rng: random.Random, n_experts: int = 0) -> Kept:
     groups = tuple(sorted(rng.sample(range(dense_shape.groups), shape.groups)))
     per_group = dense_shape.heads_per_group
     heads = tuple(
         k * per_group + h for k in groups for h in sorted(rng.sample(range(per_group), shape.heads_per_group))
     )
-    channels = tuple(sorted(rng.sample(range(dense_shape.channels), shape.channels)))
-    return Kept(groups, heads, channels)
+    each = [sorted(rng.sample(range(dense_shape.channels), shape.channels)) for _ in range(max(n_experts, 1))]
+    return Kept(groups, heads, tuple(channel for channels in each for channel in channels), len(each))
 
 
 def random_plan(architecture: Architecture, seed: int, compensation: str = "none") -> Plan:
@@ -264,14 +283,15 @@ def random_plan(architecture: Architecture, seed: int, compensation: str = "none
             shape = Shape(whole.groups, whole.heads_per_group, shape.channels)
         if shape not in shapes:
             shapes.append(shape)
-    kept = tuple(random_kept(whole, shape, rng) for shape in shapes)
+    kept = tuple(random_kept(whole, shape, rng, architecture.n_experts) for shape in shapes)
     return Plan("expert", 0.5, compensation, kept, {})
 
 
 def uniform_plan(architecture: Architecture, shape: Shape, compensation: str = "none", seed: int = 0) -> Plan:
     """The same widths, but other units, in every layer."""
     rng = random.Random(seed)
-    kept = tuple(random_kept(architecture.dense, shape, rng) for _ in range(architecture.n_layers))
+    whole = architecture.dense
+    kept = tuple(random_kept(whole, shape, rng, architecture.n_experts) for _ in range(architecture.n_layers))
     return Plan("expert", 0.5, compensation, kept, {})
 
 
@@ -281,10 +301,10 @@ def random_statistics(architecture: Architecture, seed: int, n: int = 20) -> Sta
     widths = {"attn": architecture.dense.heads * architecture.head_dim, "mlp": architecture.dense.channels, "block": 1}
     statistics = {}
     for layer in range(architecture.n_layers):
-        for site in RECORDED:
+        for site, one in [(kind, one) for kind in RECORDED for one in architecture.sites(kind)]:
             scale, shift = (torch.randn(widths[site], generator=generator, dtype=torch.float64) for _ in range(2))
             x_ND = torch.randn(n, widths[site], generator=generator, dtype=torch.float64) * scale + shift
-            statistics[layer, site] = Moments(n, x_ND.mean(0), (x_ND - x_ND.mean(0)).square().sum(0))
+            statistics[layer, one] = Moments(n, x_ND.mean(0), (x_ND - x_ND.mean(0)).square().sum(0))
     return statistics
 
 

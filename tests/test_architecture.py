@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, output_modules, random_plan, random_statistics, write_compacted
+from conftest import CONFIGS, MIXTURES, output_modules, random_plan, random_statistics, write_compacted
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from seap_ray.architecture import FAMILIES, Architecture, Shape
 from seap_ray.checkpoint import Checkpoint, Compaction
@@ -72,7 +73,9 @@ def test_layer_and_decoder_parameters_are_what_the_model_has(name):
     attention = layers[0].attention if name == "gpt_neox" else layers[0].self_attn
     assert architecture.head_dim == (attention.head_size if name == "gpt_neox" else attention.head_dim)
     modules = {name for name, _ in model.named_parameters()}
+    stored = revert_weight_conversion(model, model.state_dict()).keys() if name in MIXTURES else modules
     assert {architecture.tensor(0, module) for module in output_modules(model).values()} <= modules
+    assert {architecture.tensor(0, module) for module in architecture.modules.values()} <= stored
     assert architecture.layout.embedding in modules
 
 
@@ -94,7 +97,8 @@ def test_costs_are_what_a_layer_loses_when_it_shrinks(name):
     architecture = Architecture.of(config.to_dict())
     heads, groups, channels = config.num_attention_heads, architecture.dense.groups, config.intermediate_size
     whole = narrowed(config)
-    assert whole - narrowed(config, intermediate_size=channels - 1) == architecture.channel_cost
+    key = "moe_intermediate_size" if name == "qwen3_moe" else "intermediate_size"
+    assert whole - narrowed(config, **{key: channels - 1}) == architecture.channel_cost
     fewer = max(heads // 2, 1)
     lost = whole - narrowed(config, num_attention_heads=fewer, num_key_value_heads=groups)
     assert lost == (heads - fewer) * architecture.head_cost
@@ -114,9 +118,9 @@ def test_layer_parameters_of_a_smaller_shape_are_what_such_a_layer_has(name):
     config = ALL[name]()
     architecture = Architecture.of(config.to_dict())
     shape = Shape(architecture.dense.groups // 2, architecture.dense.heads_per_group, 33)
-    assert architecture.layer_parameters(shape) == narrowed(
-        config, num_attention_heads=shape.heads, num_key_value_heads=shape.groups, intermediate_size=33
-    )
+    widths = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.groups}
+    widths["moe_intermediate_size" if name == "qwen3_moe" else "intermediate_size"] = 33
+    assert architecture.layer_parameters(shape) == narrowed(config, **widths)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -477,12 +477,12 @@ def test_at_least_one_layer_stays():
 
 
 def test_a_plan_without_some_layers_knows_the_ones_that_stay_and_its_ratio():
-    plan = Plan("x", 0.25, "none", (Kept.whole(DEMO.dense),) * 6, {}, dropped=(2, 5))
+    plan = Plan("x", 0.25, "none", (Kept.whole(DEMO),) * 6, {}, dropped=(2, 5))
     assert plan.layers == (0, 1, 3, 4, 6, 7)
     assert plan.shapes == (DEMO.dense,) * 6
     assert plan.planned(DEMO) == 0.25
     assert not any(plan.cuts(layer, DEMO.dense) for layer in range(6))
-    assert Plan("x", 0.25, "none", (Kept.whole(DEMO.dense),) * 8, {}).layers == tuple(range(8))
+    assert Plan("x", 0.25, "none", (Kept.whole(DEMO),) * 8, {}).layers == tuple(range(8))
 
 
 # --- units -----------------------------------------------------------------------------------------------------------

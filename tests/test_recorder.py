@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
-from conftest import CONFIGS, load, output_modules
+from conftest import CONFIGS, MIXTURES, load, output_modules
 from torch import nn
 
 from seap_ray import recorder
@@ -45,9 +46,26 @@ def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: b
     ]
     decoder = model.get_decoder()
     norm = decoder.norm if hasattr(decoder, "norm") else decoder.final_layer_norm
+    experts = [
+        (layer, e, weight)
+        for layer, block in enumerate(decoder.layers)
+        if model.config.model_type in MIXTURES
+        for e, weight in enumerate(block.mlp.experts.down_proj)
+    ]
+    of_expert = {weight.data_ptr(): (layer, f"mlp.{e}") for layer, e, weight in experts}
+    for layer, e, weight in experts:
+        seen[layer, f"mlp.{e}"] = [torch.empty(0, weight.shape[1], dtype=torch.float64)]
+    linear = torch.nn.functional.linear
+
+    def spying(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if weight.data_ptr() in of_expert:
+            seen[of_expert[weight.data_ptr()]].append(x.double())
+        return linear(x, weight, bias)
+
     handles.append(norm.register_forward_pre_hook(lambda _module, inputs: last.append(inputs[0])))
     for sequence in sequences:
-        shown = model(torch.tensor([sequence]), output_hidden_states=True).hidden_states
+        with mock.patch.object(torch.nn.functional, "linear", spying):
+            shown = model(torch.tensor([sequence]), output_hidden_states=True).hidden_states
         states = [state[0].double() for state in (*shown[:-1], last.pop())]
         assert len(states) == len(decoder.layers) + 1
         for layer, (x_TD, y_TD) in enumerate(pairwise(states)):
@@ -58,7 +76,7 @@ def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: b
     reference = {}
     for key, parts in seen.items():
         x_ND = torch.cat([part[int(skip_first) :] for part in parts])
-        mean_D = x_ND.mean(0)
+        mean_D = x_ND.mean(0) if len(x_ND) else torch.zeros(x_ND.shape[1], dtype=torch.float64)
         reference[key] = (x_ND.shape[0], mean_D, (x_ND - mean_D).square().sum(0))
     return reference
 
@@ -68,7 +86,7 @@ def assert_close(moments: dict, reference: dict, tolerance: float = 1e-9) -> Non
     for key, (count, mean_D, m2_D) in reference.items():
         assert moments[key].count == count
         # A mean may be near zero, so its error is relative to the column's root mean square.
-        scale_D = (m2_D / count + mean_D.square()).sqrt()
+        scale_D = (m2_D / max(count, 1) + mean_D.square()).sqrt()
         assert ((moments[key].mean_D - mean_D).abs() <= tolerance * scale_D).all()
         if count > 1:  # a column may be all zeros behind a ReLU
             assert ((moments[key].m2_D - m2_D).abs() <= tolerance * m2_D).all()

@@ -14,10 +14,12 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 
@@ -95,6 +97,21 @@ class SeapPhi3Config(Phi3Config):
 
     def validate_architecture(self):
         """As for Llama."""
+
+
+@strict
+class SeapMixtralConfig(MixtralConfig):
+    model_type = "seap_mixtral"
+
+    o_proj_bias: bool = False
+
+
+@strict
+class SeapQwen3MoeConfig(Qwen3MoeConfig):
+    model_type = "seap_qwen3_moe"
+
+    head_dim: int | None = None
+    o_proj_bias: bool = False
 
 
 @strict

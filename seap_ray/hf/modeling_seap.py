@@ -13,12 +13,14 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
+    MixtralForCausalLM,
     OPTForCausalLM,
     Phi3ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
 )
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -31,10 +33,12 @@ from .configuration_seap import (
     SeapGPTNeoXConfig,
     SeapLlamaConfig,
     SeapMistralConfig,
+    SeapMixtralConfig,
     SeapOPTConfig,
     SeapPhi3Config,
     SeapQwen2Config,
     SeapQwen3Config,
+    SeapQwen3MoeConfig,
 )
 
 ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
@@ -53,7 +57,7 @@ def resize_layers(
     *,
     attention: str = "self_attn",
     o_proj: str = "self_attn.o_proj",
-    down_proj: str = "mlp.down_proj",
+    down_proj: str | None = "mlp.down_proj",
     heads_of_hidden_size: bool = False,
 ) -> None:
     """Replace every decoder layer by one of the same class with the widths and output biases of its own.
@@ -74,8 +78,8 @@ def resize_layers(
             _narrow(layer.get_submodule(attention), own.num_attention_heads / n_heads)
             layer.get_submodule(attention).num_heads = own.num_attention_heads
         layer.get_submodule(attention).config = config  # set_attn_implementation works on the whole model's config
-        for name, has_bias in ((o_proj, own.o_proj_bias), (down_proj, own.down_proj_bias)):
-            if has_bias:
+        for name, has_bias in ((o_proj, own.o_proj_bias), (down_proj, getattr(own, "down_proj_bias", False))):
+            if name and has_bias:
                 linear = layer.get_submodule(name)
                 layer.set_submodule(name, nn.Linear(linear.in_features, linear.out_features, bias=True))
         decoder.layers[i] = layer
@@ -166,6 +170,24 @@ class SeapPhi3ForCausalLM(Phi3ForCausalLM):
             layer.self_attn.config._attn_implementation = self.config._attn_implementation
 
 
+class SeapMixtralForCausalLM(MixtralForCausalLM):
+    config_class = SeapMixtralConfig
+    config: SeapMixtralConfig
+
+    def __init__(self, config: SeapMixtralConfig):
+        super().__init__(dense_twin(config))
+        resize_layers(self, config, down_proj=None)
+
+
+class SeapQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
+    config_class = SeapQwen3MoeConfig
+    config: SeapQwen3MoeConfig
+
+    def __init__(self, config: SeapQwen3MoeConfig):
+        super().__init__(dense_twin(config))
+        resize_layers(self, config, down_proj=None)
+
+
 class SeapOPTForCausalLM(OPTForCausalLM):
     config_class = SeapOPTConfig
     config: SeapOPTConfig
@@ -191,7 +213,10 @@ class SeapGPTNeoXForCausalLM(GPTNeoXForCausalLM):
         )
 
 
-# A NeoX's head has another name in its checkpoints than in its class; ours has so, too.
-register_checkpoint_conversion_mapping(
-    SeapGPTNeoXForCausalLM.__name__, get_checkpoint_conversion_mapping(GPTNeoXForCausalLM.__name__), overwrite=True
-)
+# Of a NeoX's head and a mixture's experts checkpoints have other names and shapes than the classes; ours have so, too.
+for ours, theirs in (
+    (SeapGPTNeoXForCausalLM.__name__, GPTNeoXForCausalLM.__name__),
+    (SeapMixtralConfig.model_type, "mixtral"),
+    (SeapQwen3MoeConfig.model_type, "qwen3_moe"),
+):
+    register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)
