@@ -39,7 +39,7 @@ from seap_ray.records import (
 )
 from seap_ray.run import Run, fingerprint
 from seap_ray.shards import Manifest, Shard
-from seap_ray.storage import free_bytes, publishing
+from seap_ray.storage import free_bytes, publishing, writable
 
 SCHEMA = 2
 """Version of the record's contents; raise it when the numbers change."""
@@ -136,7 +136,8 @@ class Calibrator:
                 self._measure(part)
             finally:
                 for path in tried:
-                    path.unlink(missing_ok=True)
+                    with writable(path):
+                        path.unlink(missing_ok=True)
 
     def _measure(self, together: list[Shard]) -> None:
         shards = {f"{shard.task}/{shard.shard}": shard for shard in together}
@@ -194,7 +195,8 @@ def make_records(
         _check_room(run, architecture, n_files=len(missing) + n_merged)
     if missing:
         for shard in missing:
-            calibration.tried(run, shard).unlink(missing_ok=True)
+            with writable(run.root):
+                calibration.tried(run, shard).unlink(missing_ok=True)
         total = sum(shard.n_tokens for shard in missing)
         for _ in progress(_measure_all(config, calibration, run, missing), total, "calibrating"):
             pass

@@ -28,7 +28,7 @@ from seap_ray.progress import say, size
 from seap_ray.prune import specs
 from seap_ray.records import covariance_bytes
 from seap_ray.run import Run
-from seap_ray.storage import bytes_in, free_bytes
+from seap_ray.storage import bytes_in, free_bytes, writable
 
 Level = Literal["ok", "warning", "wrong"]
 NUMERIC = ("torch", "transformers")
@@ -209,7 +209,8 @@ def _probe(run: Run) -> Iterator[AnyPath]:
     try:
         yield path
     finally:
-        path.unlink(missing_ok=True)
+        with writable(path):
+            path.unlink(missing_ok=True)
 
 
 def _look(model: Path, corpora: tuple[AnyPath, ...], probe: AnyPath) -> Node:

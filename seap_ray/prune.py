@@ -40,7 +40,7 @@ from seap_ray.records import (
 )
 from seap_ray.run import Run, fingerprint
 from seap_ray.scores import SCORES, Norms, WeightNorms, head_scores, random_score, standardised, trusted
-from seap_ray.storage import move_folder, publishing, read_json, remove, sha256_of, write_json
+from seap_ray.storage import move_folder, publishing, read_json, remove, sha256_of, writable, write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -475,13 +475,15 @@ def _told(path: AnyPath) -> AnyPath:
 
 def _finish_hidden(draft: Draft, hashes: dict[str, str]) -> None:
     for name in draft.files:
-        _told(draft.hidden / name).unlink(missing_ok=True)
+        with writable(draft.hidden):
+            _told(draft.hidden / name).unlink(missing_ok=True)
     finish(draft.compaction, draft.hidden, draft.files, _manifest(draft, hashes))
 
 
 def _finish(job: Draft, hashes: dict[str, str]) -> None:
     _finish_hidden(job, hashes)
-    move_folder(job.hidden, job.target, last="seap.json")
+    with writable(job.target):
+        move_folder(job.hidden, job.target, last="seap.json")
     for leftover in job.target.parent.glob(f".{job.target.name}.*.partial"):
         remove(leftover)
 

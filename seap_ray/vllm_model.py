@@ -6,6 +6,7 @@ an argument; of the other families' modules the name of the layer stands for our
 Every tensor is compared with the configuration before it is loaded (see ``hf.shapes``).
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -19,7 +20,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.models import gemma2, gemma3, opt, qwen3
+from vllm.model_executor.models import gemma2, gemma3, mixtral, opt, qwen3, qwen3_moe
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
@@ -62,6 +63,20 @@ class SeapGemma2DecoderLayer(_OwnLayer, gemma2.Gemma2DecoderLayer):
 
 class SeapGemma3DecoderLayer(_OwnLayer, gemma3.Gemma3DecoderLayer):
     pass
+
+
+class SeapMixtralDecoderLayer(_OwnLayer, mixtral.MixtralDecoderLayer):
+    pass
+
+
+class SeapQwen3MoeDecoderLayer(qwen3_moe.Qwen3MoeDecoderLayer):
+    def __init__(self, vllm_config: VllmConfig, prefix: str = "", **named: Any):
+        own = _own(vllm_config.model_config.hf_text_config, prefix)
+        of_layer = copy.copy(vllm_config)
+        of_layer.model_config = copy.copy(vllm_config.model_config)
+        of_layer.model_config.hf_text_config = own
+        super().__init__(of_layer, prefix, **named)
+        _add_biases(self, own, vllm_config.quant_config, prefix)
 
 
 class SeapOPTDecoderLayer(_OwnLayer, opt.OPTDecoderLayer):
@@ -110,10 +125,9 @@ def _own(whole: Any, prefix: str) -> Any:
 
 def _add_biases(layer: Any, own: Any, quantization: QuantizationConfig | None, prefix: str) -> None:
     family = family_of(own.model_type)
-    widths = {
-        family.o_proj: (own.o_proj_bias, own.num_attention_heads * own.head_dim),
-        family.down_proj: (own.down_proj_bias, getattr(own, family.channels_key)),
-    }
+    widths = {family.o_proj: (own.o_proj_bias, own.num_attention_heads * own.head_dim)}
+    if not family.is_mixture:
+        widths[family.down_proj] = own.down_proj_bias, getattr(own, family.channels_key)
     for name, (has_bias, width) in widths.items():
         if has_bias:
             linear = RowParallelLinear(
@@ -193,6 +207,20 @@ class SeapGemma2ForCausalLM(_WithOurLayers, gemma2.Gemma2ForCausalLM):
 
 class SeapGemma3ForCausalLM(_WithOurLayers, gemma3.Gemma3ForCausalLM):
     parts = ((gemma3, "Gemma3DecoderLayer", SeapGemma3DecoderLayer),)
+
+
+class SeapMixtralForCausalLM(_WithOurLayers, mixtral.MixtralForCausalLM):
+    parts = ((mixtral, "MixtralDecoderLayer", SeapMixtralDecoderLayer),)
+
+
+class SeapQwen3MoeForCausalLM(_WithOurLayers, qwen3_moe.Qwen3MoeForCausalLM):
+    parts = (
+        (
+            qwen3_moe,
+            "Qwen3MoeModel",
+            partial(qwen3_moe.Qwen3MoeModel, decoder_layer_type=SeapQwen3MoeDecoderLayer),
+        ),
+    )
 
 
 class SeapOPTForCausalLM(_WithOurLayers, opt.OPTForCausalLM):

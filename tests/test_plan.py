@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig
 
 import seap_ray
 from seap_ray.architecture import Architecture, Shape
@@ -581,3 +581,39 @@ def test_the_tile_follows_the_model_and_the_ranks():
     assert Rules.of(DEMO, PruningSection(), compensated=False).tile == 16
     assert Rules.of(DEMO, PruningSection(align=8), compensated=False).tile == 8
     assert Rules.of(DEMO, PruningSection(align=8, tensor_parallel=4), compensated=False).tile == 32
+
+
+# --- mixtures of experts ---------------------------------------------------------------------------------------------
+
+
+def test_each_expert_keeps_its_own_best_channels_and_all_are_equally_wide():
+    generator = torch.Generator().manual_seed(0)
+    score_EC = torch.rand(3, 8, generator=generator)
+    kept = keep(Shape(2, 1, 5), Shape(2, 1, 8), torch.tensor([1.0, 2.0]), score_EC)
+    assert kept.experts == 3 and kept.shape == Shape(2, 1, 5)
+    for expert in range(3):
+        best = score_EC[expert].topk(5).indices.sort().values
+        assert kept.of(expert).channels == tuple(best.tolist()) and kept.of(expert).shape == kept.shape
+    assert kept.of(None) is kept
+
+
+def test_a_channel_of_a_mixture_costs_one_of_each_expert_and_the_router_stays():
+    mixture = Architecture.of(MixtralConfig(num_hidden_layers=2).to_dict())
+    assert mixture.n_experts == 8 and mixture.experts_per_token == 2
+    assert mixture.channel_cost == 8 * 3 * 4096
+    assert mixture.decoder_parameters == 2 * (46_702_792_704 - 2 * 32000 * 4096 - 4096) // 32  # Mixtral 8x7B
+    flat = torch.ones(2, 8, 14336)
+    heads = torch.ones(2, 32)
+    shapes = choose_shapes(
+        mixture,
+        section("global"),
+        ratio=0.3,
+        compensated=False,
+        scores_L=[(head, channel) for head, channel in zip(heads, flat, strict=True)],
+    )
+    assert ratio_of(shapes, mixture, compensated=False) == pytest.approx(0.3, abs=0.01)
+
+
+def test_layers_without_experts_beside_layers_with_them_are_refused():
+    with pytest.raises(ConfigError, match="layers without experts"):
+        Architecture.of({**Qwen3MoeConfig(num_hidden_layers=4).to_dict(), "mlp_only_layers": [0]})

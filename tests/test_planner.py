@@ -17,7 +17,7 @@ from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
 from seap_ray.moments import Moments
 from seap_ray.plan import Plan, choose_shapes, ratio_of
-from seap_ray.prune import Planner, Spec, draft, save_plan, section_of, sizes, specs, write_draft
+from seap_ray.prune import Planner, Spec, _shares, draft, save_plan, section_of, sizes, specs, write_draft
 from seap_ray.run import Run
 from seap_ray.scores import Norms
 from seap_ray.storage import read_json
@@ -301,3 +301,14 @@ def test_scores_that_compare_as_they_are_are_not_divided_by_their_mean():
     own = choose_shapes(SMALL, pruning.pruning, **options, comparable=True)
     assert len({shape.channels for shape in shared}) <= 2
     assert own[0].channels < own[1].channels == own[4].channels == 40
+
+
+def test_a_mixture_of_tasks_counts_an_experts_tokens_by_how_much_of_a_task_is_routed_to_it():
+    """Task a sends 3 of 4 tokens to an expert, task b 1 of 4: of equal weight, they are 3 to 1 of what it sees."""
+    of = {"a": Moments(4, torch.zeros(1), torch.ones(1)), "b": Moments(400, torch.zeros(1), torch.ones(1))}
+    routed = {"a": Moments(3, torch.zeros(1), torch.ones(1)), "b": Moments(100, torch.ones(1), torch.ones(1))}
+    parts = [{(0, "attn"): of[t], (0, "mlp.0"): routed[t]} for t in "ab"]
+    assert _shares(parts, [1.0, 1.0], (0, "mlp.0")) == [0.75, 0.25]
+    assert _shares(parts, [2.0, 3.0], (0, "attn")) == [2.0, 3.0]
+    none = Moments(0, torch.zeros(1), torch.zeros(1))
+    assert _shares([{**part, (0, "mlp.0"): none} for part in parts], [2.0, 3.0], (0, "mlp.0")) == [2.0, 3.0]

@@ -16,7 +16,7 @@ from seap_ray.compact import mean_bias
 from seap_ray.config import Score
 from seap_ray.moments import SITES, Moments
 from seap_ray.reconstruction import UNIT_SCORES
-from seap_ray.scores import SCORES, Norms, energy, head_scores, normalised, random_score, standardised, wifv
+from seap_ray.scores import SCORES, Norms, energy, head_scores, normalised, random_score, standardised, trusted, wifv
 
 EXPECTED = {
     "wifv": lambda x, w: x.var(0) * np.linalg.norm(w, axis=0) ** 2,
@@ -157,3 +157,42 @@ def test_standardised_scores_have_mean_zero_and_deviation_one_or_are_all_zero(va
         assert result.std(ddof=1) == pytest.approx(1, abs=1e-6)
     assert np.isfinite(result).all()
     assert not standardised(torch.ones(5)).any()
+
+
+# --- mixtures of experts ---------------------------------------------------------------------------------------------
+
+
+def experts(*counts: int) -> list[Moments]:
+    generator = torch.Generator().manual_seed(sum(counts))
+    return [
+        Moments.of(3 * torch.rand(n, 40, generator=generator, dtype=torch.float64) + i) for i, n in enumerate(counts)
+    ]
+
+
+def test_an_expert_with_many_tokens_is_believed_and_one_without_any_is_ranked_by_its_weights():
+    many, few, none = trusted(experts(100_000, 8, 0))
+    own = experts(100_000, 8, 0)
+    torch.testing.assert_close(many.var_D, own[0].var_D, rtol=1e-2, atol=0)
+    torch.testing.assert_close(many.square_D, own[0].square_D, rtol=1e-2, atol=0)
+    assert none.var_D.std() == 0 and none.square_D.std() < 1e-12, "every column is the same"
+    spread, noise = few.var_D.std() / few.var_D.mean(), own[1].var_D.std() / own[1].var_D.mean()
+    assert spread < 0.2 * noise
+    norms = Norms.of(torch.rand(5, 40, generator=torch.Generator().manual_seed(1)))
+    for name in ("wifv", "wifn", "wanda_sp", "energy", "official_wifn"):
+        by_weights = norms.l1_D if name in ("wifn", "wanda_sp") else norms.l2_D
+        assert torch.equal(SCORES[name](none, norms).argsort(), by_weights.argsort())
+
+
+def test_what_an_expert_is_believed_of_is_linear_in_its_variance_and_mean_square():
+    some = experts(64, 640)
+    half, _ = trusted(some)
+    total = 64 + 640
+    usual_var = sum(of.count * of.var_D.mean() for of in some) / total
+    usual_square = sum(of.count * of.square_D.mean() for of in some) / total
+    torch.testing.assert_close(half.var_D, (some[0].var_D + usual_var) / 2)
+    torch.testing.assert_close(half.square_D, (some[0].square_D + usual_square) / 2)
+
+
+def test_experts_that_saw_nothing_at_all_have_scores_that_are_numbers():
+    for of in trusted(experts(0, 0)):
+        assert of.count == 1 and torch.isfinite(of.var_D).all() and torch.isfinite(of.square_D).all()

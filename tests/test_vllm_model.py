@@ -22,10 +22,12 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 import seap_ray.hf  # noqa: F401
@@ -78,6 +80,18 @@ MODELS = {
         **SERVABLE, num_attention_heads=12, num_key_value_heads=4, sliding_window=32, query_pre_attn_scalar=32
     ),
     "phi3": lambda: Phi3Config(**SERVABLE, num_attention_heads=8, num_key_value_heads=4),
+    "mixtral": lambda: MixtralConfig(
+        **SERVABLE, num_attention_heads=8, num_key_value_heads=4, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SERVABLE,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        moe_intermediate_size=160,
+        num_experts=6,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+    ),
     "opt": lambda: OPTConfig(**OPT_SERVABLE, num_attention_heads=3),
 }
 
@@ -156,7 +170,8 @@ def by_transformers(model, prompts: list[list[int]], n: int) -> list[list[int]]:
 
 
 def load_float32(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # Grouped products of experts are for widths of 16 bytes.
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
 
 
 def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
@@ -170,7 +185,7 @@ def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
 def test_greedy_tokens_are_those_of_transformers(expert, name):
     folder = expert(name)
     layers = AutoModelForCausalLM.from_pretrained(folder).config.per_layer_config
-    keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "ffn_dim")
+    keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size", "ffn_dim")
     assert len({tuple(getattr(layer, key, None) for key in keys) for layer in layers}) == 4
     if name not in ("opt", "llama_biased"):  # which have biases everywhere
         assert any(layer.o_proj_bias for layer in layers)
