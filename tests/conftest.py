@@ -124,7 +124,7 @@ def cluster() -> Iterator[None]:
     """A Ray cluster of two CPUs in this process, for all tests that ask for it."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield
     ray.shutdown()
 

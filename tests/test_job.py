@@ -223,18 +223,23 @@ def test_a_stopped_job_ends_with_4_and_says_that_it_can_go_on(tmp_path):
     assert said.splitlines()[-1] == "stopped; the same command goes on from here"
 
 
-def test_a_damaged_record_is_found_by_its_hash_and_made_again(finished, tmp_path):
+def test_a_damaged_record_or_weight_file_is_found_by_its_hash_and_made_again(finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     expected, files = statistics(tmp_path), records(tmp_path)
     damaged = bytearray(files[0].read_bytes())
     damaged[-3] ^= 1
     files[0].write_bytes(damaged)
     (tmp_path / "run" / "statistics" / "arithmetic.safetensors").unlink()
+    experts = tmp_path / "run" / "experts" / "0.50"
+    weights, other = (experts / name / "model.safetensors" for name in ("logic", "general"))
+    intact, changed = weights.read_bytes(), other.stat().st_mtime_ns
+    weights.write_bytes(intact[:-3] + bytes([intact[-3] ^ 1]) + intact[-2:])  # of the same size
     times = [path.stat().st_mtime_ns for path in files[1:]]
     assert main(arguments(tmp_path)) == 0
     assert bytes(damaged) != files[0].read_bytes()
     assert [path.stat().st_mtime_ns for path in files[1:]] == times
     assert statistics(tmp_path) == expected
+    assert weights.read_bytes() == intact and other.stat().st_mtime_ns == changed
 
 
 def test_a_model_that_is_read_layer_by_layer_leaves_the_same_statistics(finished, tmp_path, capsys):
