@@ -227,6 +227,9 @@ class Architecture:
     """Whether layers attend to a sliding window."""
     mixes_windows: bool = False
     """Whether some layers do, and others attend to everything."""
+    has_norm_weights: bool = True
+    has_free_heads: bool = True
+    """Whether the family's own config may have another number of heads: Phi-3's long ropes tell it by them."""
     n_experts: int = 0
     """Of a mixture of experts, in every layer; ``dense.channels`` is then the width of each. 0: no mixture."""
     experts_per_token: int = 0
@@ -266,6 +269,8 @@ class Architecture:
             max_position_embeddings=config.get("max_position_embeddings", 2048),
             has_windows=_has_windows(config, family),
             mixes_windows=_mixes_windows(config, family),
+            has_norm_weights=config.get("layer_norm_elementwise_affine") is not False,
+            has_free_heads="short_factor" not in (config.get("rope_parameters") or config.get("rope_scaling") or {}),
             # Qwen's own configs say num_experts, those that transformers writes num_local_experts.
             n_experts=(config.get("num_local_experts") or config["num_experts"]) if family.is_mixture else 0,
             experts_per_token=config["num_experts_per_tok"] if family.is_mixture else 0,
@@ -327,7 +332,7 @@ class Architecture:
 
     def layer_parameters(self, shape: Shape) -> int:
         """All weights of a decoder layer of this shape: attention, MLP, biases, norms and router."""
-        of_hidden, of_head = self.layout.norms
+        of_hidden, of_head = self.layout.norms if self.has_norm_weights else (0, 0)
         fixed = self.hidden_size * (of_hidden + self.o_bias + self.mlp_bias + self.n_experts) + self.head_dim * of_head
         return self.attention_parameters(shape) + shape.channels * self.channel_cost + fixed
 

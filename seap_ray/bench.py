@@ -8,13 +8,13 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import RayError
 
+from seap_ray.bucket import AnyPath, place
 from seap_ray.calibrate import Calibration, made_of, make_records, merge_all
 from seap_ray.checkpoint import Checkpoint, versions
 from seap_ray.config import Config, SpeedSection
@@ -30,7 +30,7 @@ from seap_ray.results import Model, cut_model, dense_model, with_cells
 from seap_ray.run import fingerprint
 from seap_ray.shards import Manifest, Shard
 from seap_ray.speed import Speed, measure_speeds
-from seap_ray.storage import read_json, write_json
+from seap_ray.storage import read_json, staged, write_json
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,10 @@ class Bench:
 
     def others(self) -> list[Judged]:
         """The checkpoints of ``evaluation.models``; what cannot be read says so in its cells."""
-        known = {name: Path(folder).expanduser().absolute() for name, folder in self.config.evaluation.models.items()}
+        known = {name: place(folder).absolute() for name, folder in self.config.evaluation.models.items()}
         found = {name: _opened(folder) for name, folder in known.items()}
         subjects = [
-            Subject(name, _print(opened), self.tasks, known[name])
+            Subject(name, _print(opened), self.tasks, opened)
             for name, opened in found.items()
             if isinstance(opened, Checkpoint)
         ]
@@ -218,9 +218,11 @@ def _unplanned(spec: Spec, ratio: float) -> Model:
     return {**about, **sizes, "folder": None}
 
 
-def _opened(folder: Path) -> Checkpoint | Failure:
+def _opened(folder: AnyPath) -> Checkpoint | Failure:
     try:
-        return Checkpoint.at(folder)
+        return Checkpoint.at(staged(folder), str(folder))
+    except OSError as error:
+        return Failure(f"{folder} cannot be read ({error})")
     except ConfigError as error:
         return Failure(str(error).removeprefix("model.source: "))
 
@@ -230,7 +232,7 @@ def _print(checkpoint: Checkpoint) -> str:
     return fingerprint(checkpoint.fingerprint, tokenizer_hash(checkpoint))
 
 
-def _other(name: str, folder: Path, opened: Checkpoint | Failure) -> Model:
+def _other(name: str, folder: AnyPath, opened: Checkpoint | Failure) -> Model:
     """The row of a checkpoint that was made elsewhere."""
     manifest = read_json(folder / "seap.json") or {}
     keys = ("planned_ratio", "realised_ratio", "parameters", "bytes", "kv_bytes_per_token")

@@ -4,6 +4,7 @@ Credentials and endpoints are those of the environment, on every node: ``AWS_PRO
 ``GOOGLE_APPLICATION_CREDENTIALS``, or the machine's own role.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ from typing import IO, Any
 
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 
+from seap_ray.errors import ConfigError
+
 SCHEMES = ("s3", "gs")
+BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]+(/|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,5 +148,15 @@ def is_uri(text: str) -> bool:
 
 
 def place(text: str) -> AnyPath:
-    """The path that a config names: ``s3://``, ``gs://``, or one on a disk, whose ``~`` is the home folder."""
-    return BucketPath(text) if is_uri(text) else Path(text).expanduser()
+    """The path that a config names: ``s3://``, ``gs://``, or one on a disk, whose ``~`` is the home folder.
+
+    Raises ConfigError for another scheme, or none of a bucket's names.
+    """
+    scheme, is_url, rest = text.partition("://")
+    if not is_url:
+        return Path(text).expanduser()
+    if scheme not in SCHEMES:
+        raise ConfigError(f"{text}: {scheme}:// is not known; known are {', '.join(f'{s}://' for s in SCHEMES)}")
+    if not BUCKET.match(rest):
+        raise ConfigError(f"{text}: names no bucket; write {scheme}://BUCKET/FOLDER, the bucket in small letters")
+    return BucketPath(text)

@@ -18,7 +18,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from seap_ray.architecture import Architecture
 from seap_ray.bucket import AnyPath
 from seap_ray.checkpoint import Checkpoint
-from seap_ray.cluster import work_task
+from seap_ray.cluster import work_task, working_nodes
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, DataError, IncompleteError
 from seap_ray.moments import RECORDED, SITES, Covariance, Moments, Site, tree_sum
@@ -204,7 +204,7 @@ def make_records(
 
 def check_memory(architecture: Architecture) -> None:
     """Raises ConfigError when no node could ever run a task on one layer's covariances: Ray would wait for one."""
-    largest = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    largest = max((node["Resources"].get("memory", 0) for node in working_nodes()), default=0)
     if (needed := task_memory(architecture)) > largest:
         raise ConfigError(
             f"calibration.statistics: covariance needs a node with {needed / 1e9:.1f} GB of memory for tasks, and the "

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import AutoConfig
 
 from seap_ray.architecture import Architecture, Shape
-from seap_ray.bucket import AnyPath, BucketPath, place
+from seap_ray.bucket import AnyPath, BucketPath, is_uri, place
 from seap_ray.compact import compact, compact_size, kept_indices, mean_bias
 from seap_ray.errors import ConfigError
 from seap_ray.moments import Site, Statistics
@@ -35,6 +36,8 @@ CARRIED = (
     "generation_config.json", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 """Files of the base model that go with every expert."""
+BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+"""Ends of the names of what old checkpoints, and NeoX's, hold and no model reads: they are no weights."""
 MODEL_FILES = ("*.safetensors", "*.json", *CARRIED)
 """Files of a model that are copied from the hub or a bucket."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -75,11 +78,16 @@ class Checkpoint:
 
     @classmethod
     def _named(cls, source: str, revision: str | None) -> "Checkpoint":
-        return replace(cls.at(_folder(source, revision), source), revision=revision)
+        folder = _folder(source, revision)
+        is_named = source == "demo" or is_uri(source) or not place(source).is_dir()
+        # Another process may have another current folder.
+        return replace(cls.at(folder, source if is_named else str(folder)), revision=revision)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """It travels as its name, and the node that it comes to reads its own copy."""
-        return Checkpoint._named, (self.source, self.revision)
+        # The hub's cache holds a model under snapshots/<commit>: what is asked for there is the same here.
+        revision = self.folder.name if self.folder.parent.name == "snapshots" else self.revision
+        return Checkpoint._named, (self.source, revision)
 
     @classmethod
     def at(cls, folder: Path, source: str | None = None) -> "Checkpoint":
@@ -89,7 +97,8 @@ class Checkpoint:
         if not config_path.is_file():
             raise ConfigError(f"model.source: {folder} has no config.json")
         try:
-            tensors = {name: info for file in _weight_files(folder, source) for name, info in _infos(file)}
+            found = (one for file in _weight_files(folder, source) for one in _infos(file))
+            tensors = {name: info for name, info in found if not name.endswith(BUFFERS)}
         except SafetensorError as error:
             raise ConfigError(f"model.source: {folder}: weights cannot be read ({error})") from None
         return cls(folder, _json_object(config_path), tensors, source)
@@ -199,7 +208,8 @@ def _weight_files(folder: Path, source: str) -> list[Path]:
             if list(folder.glob("pytorch_model*.bin")):
                 raise ConfigError(f"model.source: {source} holds pickled weights only; {CONVERT.format(source)}")
             if not index.is_file() and place(source).absolute() != folder:  # a copy has nothing that is pickled
-                raise ConfigError(f"model.source: {source} has no model.safetensors; {CONVERT.format(source)}")
+                how = "convert a copy on a disk" if is_uri(source) else CONVERT.format(source)
+                raise ConfigError(f"model.source: {source} has no model.safetensors; {how}")
             raise ConfigError(f"model.source: {file} is missing")
     return files
 
@@ -359,6 +369,9 @@ class Compaction:
     def _dense_config(self) -> dict[str, Any]:
         """The base's, without the layers that go as a whole; Qwen2's ``layer_types``, say, has an entry for each."""
         config, layers = self.base.config, self.plan.layers
+        if self.plan.dropped and self.base.architecture.mixes_windows and not config.get("layer_types"):
+            # By their old places, which the new config would not tell.
+            config = {**config, "layer_types": AutoConfig.from_pretrained(self.base.folder).layer_types}
         by_layer = {
             key: [value[layer] for layer in layers]
             for key, value in config.items()
@@ -401,6 +414,7 @@ class Compaction:
         family = self.base.architecture.layout
         head_dim = {"head_dim": self.base.architecture.head_dim} if family.has_head_dim else {}
         config = {**self._dense_config(), **head_dim, **self._widths(self.plan.shapes[0])}
+        config.pop("auto_map", None)  # its code stays behind
         if self.plan.compensation != "none" and family.like_llama:
             config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
             config |= {"attention_bias": True, "mlp_bias": True}
@@ -417,7 +431,7 @@ def check_stock(plan: Plan, architecture: Architecture) -> None:
                 f"{first}; use pruning.allocation.kind=uniform, or export.format=seap"
             )
     family = architecture.layout
-    if first.heads != architecture.dense.heads and not family.has_head_dim:
+    if first.heads != architecture.dense.heads and not (family.has_head_dim and architecture.has_free_heads):
         raise ConfigError(
             f"export.format: a stock {architecture.family} has heads of one size, hidden size / heads, so none can go; "
             "use pruning.attention_unit=none, or export.format=seap"

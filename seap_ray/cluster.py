@@ -38,6 +38,13 @@ def work_task(function: Callable[..., Any], **options: Any) -> Any:
     return ray.remote(num_cpus=1, label_selector=_not_on_head(ray.nodes()), **options)(function)
 
 
+def working_nodes() -> list[Mapping[str, Any]]:
+    """Nodes that a ``work_task`` may run on."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    excluded = _not_on_head(nodes).get("ray.io/node-id", "")
+    return [node for node in nodes if not excluded or f"!{node['NodeID']}" != excluded]
+
+
 def _not_on_head(nodes: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """What a task asks of the labels of its node."""
     able = [node for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]

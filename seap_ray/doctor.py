@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from seap_ray.bucket import AnyPath, place
+from seap_ray.bucket import AnyPath, is_uri, place
 from seap_ray.calibrate import check_memory
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
@@ -120,7 +120,7 @@ def _hub(config: Config) -> Iterator[Finding]:
     from huggingface_hub import get_token
 
     source = config.model.source
-    wanted = [] if source == "demo" or place(source).exists() else [source]
+    wanted = [] if source == "demo" or is_uri(source) or place(source).exists() else [source]
     wanted += [task.path for task in config.tasks if not is_files(task.path) and not task.path.startswith("demo:")]
     if wanted and not get_token():
         said = f"no token, so what is gated will not come ({wanted[0]}?): hf auth login, or HF_TOKEN"

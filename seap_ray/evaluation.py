@@ -77,13 +77,13 @@ class Subject:
     name: str
     fingerprint: str
     tasks: tuple[str, ...]
-    source: Path | Draft
+    source: Checkpoint | Draft
 
 
 def subject_of(source: Checkpoint | Draft, tasks: Iterable[str]) -> Subject:
     """The dense model, or one cut from it, to be judged on ``tasks``."""
     if isinstance(source, Checkpoint):
-        return Subject("dense", source.fingerprint, tuple(tasks), source.folder)
+        return Subject("dense", source.fingerprint, tuple(tasks), source)
     return Subject(source.spec.name, source.fingerprint, tuple(tasks), source)
 
 
@@ -199,7 +199,7 @@ def _judge_all(
 
 
 def _judge(
-    config: Config, source: AnyPath | Draft, cells: dict[str, AnyPath], exams: dict[str, "ray.ObjectRef[Exam]"]
+    config: Config, source: Checkpoint | Draft, cells: dict[str, AnyPath], exams: dict[str, "ray.ObjectRef[Exam]"]
 ) -> dict[str, Failure]:
     """Judge one model on the tasks of ``cells``; whatever goes wrong with it is the answer, and nobody else's fault."""
     failures = {}
@@ -218,12 +218,16 @@ def _judge(
 
 
 @contextmanager
-def _opened(source: AnyPath | Draft) -> Iterator[Path]:
-    if not isinstance(source, Draft):
-        yield staged(source)
+def _opened(source: Checkpoint | Draft) -> Iterator[Path]:
+    if isinstance(source, Checkpoint):
+        yield source.folder
         return
     try:
-        yield staged(write_draft(source))
+        folder = write_draft(source)
+        copy = staged(folder)
+        yield copy
+        if copy != folder:
+            remove(copy.parent)
     finally:
         remove(source.hidden)
 

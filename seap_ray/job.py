@@ -18,8 +18,9 @@ from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 from transformers.utils import logging as transformers_logging
 
 from seap_ray import errors
+from seap_ray.bucket import is_uri
 from seap_ray.calibrate import calibrate, n_workers
-from seap_ray.checkpoint import Checkpoint
+from seap_ray.checkpoint import Checkpoint, parse_size
 from seap_ray.cluster import connect
 from seap_ray.config import Config
 from seap_ray.corpus import check_evaluation, check_source, load_tokenizer
@@ -38,6 +39,8 @@ from seap_ray.shards import Manifest, make_shards
 from seap_ray.storage import write_json
 from seap_ray.table import table
 
+COPIED_AT_ONCE = 5 * 2**30
+"""Bytes that S3 copies in one request."""
 TOLD = re.compile(r"^seap_ray\.errors\.(\w+): (.+)$", re.MULTILINE)
 """What Ray Data hands on of an error that a function of rows raised: a line in a text."""
 
@@ -133,6 +136,8 @@ def _checked(config: Config, *, exams: bool) -> Checkpoint:
             "calibration.statistics: covariance is not for mixtures of experts, which have too many; use moments, with "
             "pruning.score=wifv pruning.compensation=mean"
         )
+    if is_uri(config.run.storage) and parse_size(config.export.max_shard_size) > COPIED_AT_ONCE:
+        raise ConfigError("export.max_shard_size: in a bucket 5GB at most, since larger files cannot be renamed there")
     _check_ratios(config, checkpoint)
     return checkpoint
 

@@ -23,6 +23,11 @@ LAYERS = "layers."
 """What the names of decoder layers begin with in the decoder; in the checkpoint more stands before it."""
 
 
+def attention_of(config: Mapping[str, Any]) -> str | None:
+    """Where attention has a soft cap, as in Gemma 2, transformers' usual implementation leaves it out."""
+    return "eager" if config.get("attn_logit_softcapping") else None
+
+
 @dataclass
 class _Passing:
     """A batch on its way through the layers."""
@@ -81,6 +86,8 @@ class LayerwiseModel:
     def _skeleton(self) -> Any:
         """The decoder without weights, but for what must be computed."""
         config = AutoConfig.from_pretrained(self.checkpoint.folder, trust_remote_code=self.trust_remote_code)
+        if attention := attention_of(self.checkpoint.config):
+            config._attn_implementation = attention
         with torch.device("meta"):
             model = AutoModel.from_config(config, dtype=self.dtype, trust_remote_code=self.trust_remote_code).eval()
         for module in model.modules():  # on the CPU, as from_pretrained has it

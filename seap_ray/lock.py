@@ -76,7 +76,8 @@ def _in_bucket(root: BucketPath) -> Iterator[None]:
     def beat() -> None:
         while not ended.wait(BEAT_S):
             with suppress(OSError):
-                path.write_bytes(f"{mine}, {time.monotonic()}".encode())
+                if path.read_text().startswith(mine):  # another may have taken it after a silence of ours
+                    path.write_bytes(f"{mine}, {time.monotonic()}".encode())
 
     beating = threading.Thread(target=beat, daemon=True)
     beating.start()
@@ -86,7 +87,8 @@ def _in_bucket(root: BucketPath) -> Iterator[None]:
         ended.set()
         beating.join()
         with suppress(OSError):
-            path.unlink(missing_ok=True)
+            if path.read_text().startswith(mine):
+                path.unlink(missing_ok=True)
 
 
 def _read(path: BucketPath) -> str:

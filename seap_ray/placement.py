@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import CalibrationSection, Config, ModelSection, Placement
 from seap_ray.errors import ConfigError, IncompleteError
-from seap_ray.layerwise import LayerwiseModel
+from seap_ray.layerwise import LayerwiseModel, attention_of
 from seap_ray.progress import say, size
 from seap_ray.recorder import Recorded, Sequences, record, telling
 from seap_ray.records import covariance_bytes
@@ -144,6 +144,7 @@ def load_model(config: Config, base: Checkpoint, folder: Any) -> PreTrainedModel
         trust_remote_code=config.model.trust_remote_code,
         use_safetensors=True,
         device_map=("auto" if config.calibration.num_gpus else {"": "cpu"}) if spread else None,
+        attn_implementation=attention_of(base.config),
     )
     return (loaded if spread else loaded.to(_device(config))).eval()
 

@@ -165,6 +165,8 @@ def _score_batch(model: PreTrainedModel, group: list[tuple[list[int], int]]) -> 
 
 def _scored(model: PreTrainedModel, hidden_TD: torch.Tensor, ids_T: torch.Tensor, length: int, start: int) -> Scored:
     logits_NV = model.get_output_embeddings()(hidden_TD[start - 1 : length - 1]).float()
+    if cap := getattr(model.config, "final_logit_softcapping", None):  # Gemma 2, in its own forward
+        logits_NV = cap * (logits_NV / cap).tanh()
     target_N = ids_T[start:length].to(logits_NV.device)
     chosen_N = log_softmax(logits_NV, -1).gather(1, target_N[:, None])
     return Scored(float(chosen_N.double().sum()), length - start, bool((logits_NV.argmax(-1) == target_N).all()))

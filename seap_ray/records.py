@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from seap_ray.architecture import Architecture
 from seap_ray.bucket import AnyPath
+from seap_ray.errors import IncompleteError
 from seap_ray.moments import RECORDED, Covariance, Moments, Site, Statistics, pooled_covariance
 from seap_ray.storage import publishing, staged
 
@@ -60,15 +62,22 @@ def _hash(tensors: dict[str, Tensor]) -> str:
 
 
 def is_whole(path: AnyPath, **expected: Any) -> bool:
-    """Whether a file of tensors is there, carries ``expected`` in its metadata, and its bytes hash to what it says."""
+    """Whether a file of tensors is there, carries ``expected`` in its metadata, and its bytes hash to what it says.
+
+    Raises IncompleteError where that cannot be seen: a network that fails has damaged nothing.
+    """
     try:
         about = about_moments(path)
         if any(about.get(key) != value for key, value in expected.items()):
             return False
         with opened(path) as file:
             return about["sha256"] == _hash({name: file.get_tensor(name) for name in file.keys()})
-    except (OSError, SafetensorError, KeyError, ValueError):
+    except (FileNotFoundError, SafetensorError, KeyError, ValueError):
         return False
+    except OSError as error:
+        if isinstance(path, Path):
+            return False
+        raise IncompleteError(f"{path}: cannot be read ({error}); mend that and run the same command again") from error
 
 
 def read_moments(file: Any, key: tuple[int, Site]) -> Moments:

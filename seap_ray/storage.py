@@ -67,6 +67,17 @@ def writable(path: AnyPath) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def readable(path: AnyPath) -> Iterator[None]:
+    """Raises IncompleteError where storage does not answer, or not to us; what is not there is left to the caller."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise IncompleteError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
 def write_json(path: AnyPath, value: Any) -> None:
     with publishing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
@@ -75,7 +86,8 @@ def write_json(path: AnyPath, value: Any) -> None:
 def read_json(path: AnyPath) -> Any:
     """Contents of a JSON file, or None when it is missing or torn."""
     try:
-        return json.loads(path.read_text())
+        with readable(path):
+            return json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
         return None
 

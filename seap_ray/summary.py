@@ -8,7 +8,7 @@ from seap_ray.errors import ConfigError
 from seap_ray.evidence import Results, study_path
 from seap_ray.methods import STUDIES
 from seap_ray.run import Run, flat
-from seap_ray.storage import read_json
+from seap_ray.storage import read_json, readable
 from seap_ray.table import mean_head, mean_quality, show, table, text_table
 
 
@@ -16,7 +16,8 @@ def find(config: Config, name: str) -> Run:
     """A run by its folder, or by its name below ``run.storage``. Raises ConfigError when there is none with results."""
     named = Run.of(config.model_copy(update={"run": config.run.model_copy(update={"name": name})}))
     at = place(name)
-    run = Run(at.absolute()) if at.is_dir() else named
+    with readable(at):
+        run = Run(at.absolute()) if at.is_dir() else named
     if not _files(run):
         raise ConfigError(f"{name}: no run with results at {run.root}; make it with jobs/prune.py or jobs/eval.py")
     return run

@@ -128,8 +128,10 @@ def _add_biases(layer: Any, own: Any, quantization: QuantizationConfig | None, p
     widths = {family.o_proj: (own.o_proj_bias, own.num_attention_heads * own.head_dim)}
     if not family.is_mixture:
         widths[family.down_proj] = own.down_proj_bias, getattr(own, family.channels_key)
-    for name, (has_bias, width) in widths.items():
-        if has_bias:
+    for name, (is_added, width) in widths.items():
+        # vLLM's Qwen 3 has no bias there, whatever the family's config says.
+        has_own = name == family.o_proj and isinstance(family.o_bias, tuple) and getattr(own, family.o_bias[0])
+        if is_added or has_own and layer.get_submodule(name).bias is None:
             linear = RowParallelLinear(
                 width, own.hidden_size, bias=True, quant_config=quantization, prefix=f"{prefix}.{name}"
             )

@@ -43,7 +43,9 @@ class ExpertServer(LLMServer):
             raise ConfigError(
                 f"{folder} is not there on this node; run.storage should be a folder that every node sees, or a bucket"
             )
-        self._llm_config.model_loading_config.model_source = str(staged(folder))
+        copy = str(staged(folder))
+        self._llm_config.model_loading_config.model_source = copy
+        self._llm_config.get_engine_config().hf_model_id = copy  # made on the driver, of the driver's copy
         await super().start()
         self._leaving = asyncio.create_task(self._leave_with_engine())
 

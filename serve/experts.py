@@ -15,7 +15,7 @@ from seap_ray.demo import skills
 from seap_ray.errors import ConfigError
 from seap_ray.hf.shapes import check_folder
 from seap_ray.run import Run, ratio_name
-from seap_ray.storage import read_json, staged
+from seap_ray.storage import read_json, readable, staged
 from seap_ray.vllm_plugin import END_WITH_PARENT
 from serve.engine import FOLDER, HEALTH_CHECK_S, ExpertServer
 
@@ -53,7 +53,9 @@ class Expert:
 
 def find(config: Config, run: Run) -> list[Expert]:
     """The general model and the experts to serve. Raises ConfigError naming the key, or the folder that is torn."""
-    if not run.config.is_file():
+    with readable(run.root):
+        is_there = run.config.is_file()
+    if not is_there:
         raise ConfigError(f"{run.root}: no such run; make it with jobs/prune.py, or name another by run.name")
     folder = run.experts(_ratio(config, run))
     found = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/seap.json"))}
@@ -81,10 +83,10 @@ def _ratio(config: Config, run: Run) -> float:
 
 
 def _expert(config: Config, folder: AnyPath, kind: str, manifest: dict[str, Any]) -> Expert:
-    family = FAMILIES.get(str(read_json(folder / "config.json")["model_type"]).removeprefix("seap_"))
+    check_folder(staged(folder))
+    family = FAMILIES.get(read_json(folder / "config.json")["model_type"].removeprefix("seap_"))
     if family and not family.vllm_class:
         raise ConfigError(f"{folder}: vLLM has no model of this family; its experts load with transformers alone")
-    check_folder(staged(folder))
     return Expert(
         name=folder.name,
         kind=kind,

@@ -65,6 +65,14 @@ LLAMA_3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+PHI_3_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0, 1.1, 1.2],
+    "long_factor": [1.0, 2.0, 4.0],
+}
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama_mha": lambda: LlamaConfig(**SIZES, num_attention_heads=6),
     "llama_gqa": lambda: LlamaConfig(**SIZES, num_attention_heads=12, num_key_value_heads=4),
@@ -88,7 +96,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma3": lambda: Gemma3TextConfig(
         **SIZES, num_attention_heads=8, num_key_value_heads=4, head_dim=8, sliding_window=16, query_pre_attn_scalar=8
     ),
-    "phi3": lambda: Phi3Config(**SIZES, num_attention_heads=8, num_key_value_heads=4),
+    "phi3": lambda: Phi3Config(**SIZES, num_attention_heads=8, num_key_value_heads=4, rope_parameters=dict(PHI_3_ROPE)),
     "mixtral": lambda: MixtralConfig(
         **SIZES, num_attention_heads=8, num_key_value_heads=4, num_local_experts=4, num_experts_per_tok=2
     ),

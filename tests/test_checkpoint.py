@@ -533,15 +533,16 @@ def test_the_same_plan_gives_the_same_bytes(dense, tmp_path):
     assert first == second
 
 
-def test_tensors_of_unknown_modules_and_other_dtypes_stay_as_they_are(dense, tmp_path):
-    """Old Llama checkpoints carry rotary frequencies; some keep their norms in float32."""
+def test_tensors_of_other_dtypes_stay_as_they_are_and_buffers_of_old_checkpoints_go(dense, tmp_path):
+    """Old Llama checkpoints carry rotary frequencies, which nothing reads; some keep their norms in float32."""
     source = shutil.copytree(dense("llama_biased", torch.bfloat16), tmp_path / "base")
     tensors = tensors_of(source)
     extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(5) for i in range(4)}
     norms = {name: tensor.float() for name, tensor in tensors.items() if "norm" in name}
     save_file({**tensors, **extra, **norms}, source / "model.safetensors", metadata={"format": "pt"})
     written = tensors_of(write_compacted(compaction_of(source, "mean"), tmp_path / "out"))
-    for name, tensor in {**extra, **norms}.items():
+    assert not written.keys() & extra.keys()
+    for name, tensor in norms.items():
         assert written[name].dtype == torch.float32 and torch.equal(written[name], tensor)
     assert written["model.layers.3.mlp.up_proj.weight"].dtype == torch.bfloat16
 
@@ -695,7 +696,7 @@ STOCK = {
     "qwen3": Shape(2, 2, 50),
     "gemma2": Shape(2, 2, 50),
     "gemma3": Shape(2, 2, 50),
-    "phi3": Shape(2, 2, 50),
+    "phi3": Shape(4, 2, 50),  # whose long rope tells the head size by the number of heads
     "mixtral": Shape(2, 2, 50),
     "qwen3_moe": Shape(2, 2, 50),
     "opt": Shape(6, 1, 50),  # whose heads, and NeoX's, cannot go
@@ -840,7 +841,32 @@ def test_a_compensated_stock_export_of_a_family_without_biases_is_refused(dense,
         uniform_compaction(dense(name), "mean", stock=True)
 
 
-@pytest.mark.parametrize("name", ["opt", "gpt_neox"])
+def test_buffers_of_old_checkpoints_are_no_weights(dense, tmp_path):
+    folder = Path(shutil.copytree(dense("gpt_neox"), tmp_path / "base"))
+    plain = Checkpoint.open(str(folder))
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(4):
+        prefix = f"gpt_neox.layers.{layer}.attention"
+        tensors[f"{prefix}.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool)
+        tensors[f"{prefix}.masked_bias"] = torch.tensor(-1e9)
+        tensors[f"{prefix}.rotary_emb.inv_freq"] = torch.ones(2)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    base = Checkpoint.open(str(folder))
+    assert base.tensors.keys() == plain.tensors.keys() and base.parameters == plain.parameters
+    compaction = Compaction(base, random_plan(base.architecture, 1, "mean"), random_statistics(base.architecture, 1))
+    assert load(write_compacted(compaction, tmp_path / "out")).num_parameters() < plain.parameters
+
+
+def test_layers_that_go_as_a_whole_take_their_kind_of_attention_with_them(dense, tmp_path):
+    folder = Path(shutil.copytree(dense("gemma2"), tmp_path / "base"))
+    kinds = json.loads((folder / "config.json").read_text())["layer_types"]
+    edit_config(folder, layer_types=None)
+    base = Checkpoint.open(str(folder))
+    plan = Plan("depth", 0.25, "none", (Kept.whole(base.architecture),) * 3, {}, dropped=(1,))
+    assert Compaction(base, plan).config()["layer_types"] == [kinds[layer] for layer in (0, 2, 3)]
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt_neox", "phi3"])
 def test_heads_of_a_family_without_a_head_size_of_its_own_have_no_stock_export(dense, name):
     architecture = Checkpoint.open(str(dense(name))).architecture
     with pytest.raises(ConfigError, match="heads of one size, .*, so none can go; use pruning.attention_unit=none"):

@@ -12,8 +12,10 @@ from test_recorder import RAGGED, prompts
 from transformers import AutoModelForCausalLM
 
 from seap_ray.checkpoint import Checkpoint
+from seap_ray.config import Config
 from seap_ray.errors import ConfigError, DataError
-from seap_ray.layerwise import LayerwiseModel, _Passing
+from seap_ray.layerwise import LayerwiseModel, _Passing, attention_of
+from seap_ray.placement import load_model
 from seap_ray.recorder import Batch, record
 
 SHARDS = {"sort/00000": RAGGED, "sort/00001": RAGGED[:1], "logic/00000": prompts([4, 4, 4], seed=1)}
@@ -47,7 +49,8 @@ def assert_equal(one: dict, other: dict) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_moments_and_covariances_are_the_bytes_of_the_whole_model(dense, name, stored, dtype):
     folder = dense(name, stored)
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    attention = "eager" if name == "gemma2" else None  # which has a soft cap
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
     for settings in ({}, {"skip_first_token": True}):
         found = found_by(layerwise(folder, dtype), covariance=True, **settings)
         for shard, sequences in SHARDS.items():
@@ -119,3 +122,11 @@ def test_activations_that_are_not_finite_are_told_with_their_shard(dense, tmp_pa
     shards = {"sort/00000": [[5, 6]], "sort/00001": [[5, 39]]}
     with pytest.raises(DataError, match="shard sort/00001: activations of layer 0, site attn, are not finite"):
         found_by(layerwise(folder), shards)
+
+
+def test_attention_with_a_soft_cap_is_run_with_it(dense):
+    """transformers' usual attention leaves Gemma 2's cap out, without a word."""
+    config = Config.model_validate({"model": {"source": str(dense("gemma2"))}})
+    model = load_model(config, checkpoint := Checkpoint.open(str(dense("gemma2"))), checkpoint.folder)
+    assert model.config._attn_implementation == "eager" and attention_of(checkpoint.config) == "eager"
+    assert attention_of(Checkpoint.open(str(dense("llama_gqa"))).config) is None

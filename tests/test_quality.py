@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import load, random_ids
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
@@ -11,7 +12,7 @@ from seap_ray.checkpoint import Checkpoint
 from seap_ray.corpus import Item, Renderer, load_tokenizer
 from seap_ray.demo import skills
 from seap_ray.progress import progress
-from seap_ray.quality import Scored, _is_right, measure, score
+from seap_ray.quality import Scored, _is_right, _score_batch, measure, score
 from seap_ray.results import own_tasks
 from seap_ray.table import mean_quality, table
 from seap_ray.tasks import BUILT_IN, Task
@@ -149,3 +150,16 @@ def test_the_mean_is_of_accuracies_or_else_geometric_of_perplexities():
 def test_progress_passes_every_step_through_and_ends_with_a_line(capsys):
     assert list(progress([1, 2, 3], 6, "working", unit=" things")) == [1, 2, 3]
     assert capsys.readouterr().out.startswith("working 6 things in ")
+
+
+def test_scores_are_those_of_the_models_own_logits_with_their_soft_cap(dense):
+    model, ids = load(dense("gemma2"), attn_implementation="eager"), random_ids(1, 12)[0].tolist()
+    assert model.config.final_logit_softcapping
+    (scored,) = _score_batch(model, [(ids, 4)])
+    with torch.no_grad():
+        own_TV = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        hidden_TD = model.get_decoder()(torch.tensor([ids])).last_hidden_state[0]
+        uncapped_TV = model.get_output_embeddings()(hidden_TD).double().log_softmax(-1)
+    expected, uncapped = (sum(float(of[i - 1, ids[i]]) for i in range(4, 12)) for of in (own_TV, uncapped_TV))
+    assert scored.log_likelihood == pytest.approx(expected, rel=1e-5)
+    assert abs(uncapped - expected) > 1, "the cap matters here"

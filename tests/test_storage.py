@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from pyarrow.fs import S3FileSystem
 from test_corpus import task
 
@@ -25,6 +26,7 @@ from seap_ray.checkpoint import Checkpoint
 from seap_ray.corpus import check_source, corpus_files, is_files
 from seap_ray.errors import ConfigError, DataError, IncompleteError
 from seap_ray.lock import lock
+from seap_ray.records import is_whole, save_tensors
 from seap_ray.storage import bytes_in, move_folder, publishing, read_json, remove, sha256_of, staged, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -135,6 +137,36 @@ def test_a_folder_takes_the_place_of_another_and_its_manifest_comes_last(bucket,
     assert {read_json(path) for path, _ in old.below()} == {"new"}
     remove(old)
     assert not old.below()
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("s3://", "names no bucket; write s3://BUCKET/FOLDER"),
+        ("s3://My Bucket/x", "names no bucket"),
+        ("gcs://lab/x", "gcs:// is not known; known are s3://, gs://"),
+    ],
+)
+def test_what_names_no_bucket_is_refused(text, said):
+    with pytest.raises(ConfigError, match=said):
+        place(text)
+
+
+def test_storage_that_does_not_answer_has_damaged_nothing(bucket, monkeypatch):
+    save_tensors(bucket / "record.safetensors", {"x": torch.ones(3)}, task="t")
+    assert is_whole(bucket / "record.safetensors", task="t")
+    monkeypatch.setenv("SEAP_RAY_CACHE", str(storage_module.cache_folder() / "empty"))
+
+    def fail(_path: BucketPath, _target: Path) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(BucketPath, "download", fail)
+    with pytest.raises(IncompleteError, match="record.safetensors: cannot be read .No space left"):
+        is_whole(bucket / "record.safetensors", task="t")
+    assert not is_whole(bucket / "none.safetensors")
+    monkeypatch.setattr(BucketPath, "read_text", lambda _path: fail(_path, Path()))
+    with pytest.raises(IncompleteError, match="cannot be read"):
+        read_json(bucket / "record.json")
 
 
 # --- a node's copies -------------------------------------------------------------------------------------------------
@@ -279,6 +311,15 @@ def test_of_two_jobs_that_come_at_once_one_is_refused(bucket, monkeypatch):
 
     with ThreadPoolExecutor(2) as pool:
         assert sorted(pool.map(attempt, range(2))) == ["held", "refused"]
+
+
+def test_a_job_that_lost_its_mark_leaves_that_of_another(bucket, monkeypatch):
+    monkeypatch.setattr(lock_module, "BEAT_S", 0.2)
+    monkeypatch.setattr(lock_module, "SETTLE_S", 0.1)
+    with lock(bucket):
+        (bucket / ".lock").write_bytes(b"another, process 1, 0123")
+        time.sleep(0.6)
+    assert (bucket / ".lock").read_text() == "another, process 1, 0123"
 
 
 def test_a_bucket_that_cannot_be_written_is_told(environment):

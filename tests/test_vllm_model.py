@@ -35,6 +35,7 @@ from seap_ray.architecture import Shape
 from seap_ray.checkpoint import Checkpoint, Compaction
 from seap_ray.errors import ConfigError
 from seap_ray.hf.shapes import check_folder
+from seap_ray.layerwise import attention_of
 from seap_ray.vllm_plugin import ARCHITECTURES, END_WITH_PARENT, check_registered
 
 # What vLLM's and torch's own code warns of while vLLM is imported and runs.
@@ -170,8 +171,10 @@ def by_transformers(model, prompts: list[list[int]], n: int) -> list[list[int]]:
 
 
 def load_float32(folder: Path):
-    # Grouped products of experts are for widths of 16 bytes.
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+    # Grouped products of experts are for widths of 16 bytes, and the usual attention has no soft cap.
+    config = json.loads((folder / "config.json").read_text())
+    settings = {"dtype": torch.float32, "experts_implementation": "eager", "attn_implementation": attention_of(config)}
+    return AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
 
 
 def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:

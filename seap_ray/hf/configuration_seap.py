@@ -92,8 +92,7 @@ class SeapPhi3Config(Phi3Config):
     down_proj_bias: bool = False
 
     def validate_rope(self):
-        """Phi-3's own asks for the number of heads, which layers do not share; the dense model has passed it."""
-        super(Phi3Config, self).validate_rope()
+        """It asks for the number of heads, which layers do not share; the dense model has passed it."""
 
     def validate_architecture(self):
         """As for Llama."""

@@ -24,7 +24,8 @@ def declared(config: PreTrainedConfig) -> dict[str, Shape]:
     stored = revert_weight_conversion(model, model.state_dict())
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
+        for name in ("lm_head.weight", "embed_out.weight"):
+            shapes.pop(name, None)
     return shapes
 
 
