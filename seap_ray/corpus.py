@@ -186,9 +186,9 @@ def check_source(task: Task, *, official: bool) -> None:
 def check_evaluation(task: Task) -> None:
     """The same of the rows that a task is judged on, and of their choices where the metric needs some."""
     chosen = task.metric in CHOSEN
+    item = _check_first_row(task, task.evaluation_path or task.path, task.evaluation_split, official=False)
     if chosen and not task.choices:
         raise DataError(f"tasks.{task.name}: metric {task.metric} needs choices; without any, set metric: exact_match")
-    item = _check_first_row(task, task.evaluation_path or task.path, task.evaluation_split, official=False)
     if chosen and item and item.answer not in item.choices:
         told = ", ".join(map(repr, item.choices))
         raise DataError(
