@@ -278,9 +278,8 @@ def refused(capsys, arguments: list[str]) -> tuple[int, str]:
 
 def corpus(path: Path, rows: list[dict]) -> str:
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([("q", pa.string()), ("a", pa.string())])), path)
-    return (
-        f"tasks=[{{name: mine, path: {path}, evaluation_path: {path}, question: '{{{{ q }}}}', answer: '{{{{ a }}}}'}}]"
-    )
+    templates = "question: '{{ q }}', answer: '{{ a }}', metric: exact_match"
+    return f"tasks=[{{name: mine, path: {path}, evaluation_path: {path}, {templates}}}]"
 
 
 @pytest.mark.parametrize(
@@ -307,7 +306,7 @@ def test_a_model_of_another_family_is_refused_with_those_that_are_supported(tmp_
     GPT2Config().save_pretrained(tmp_path / "gpt2")
     (tmp_path / "gpt2" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     code, line = refused(capsys, arguments(tmp_path, f"model.source={tmp_path / 'gpt2'}"))
-    assert code == 2 and "model family 'gpt2' is not supported; supported are llama, qwen2" in line
+    assert code == 2 and "model family 'gpt2' is not supported; supported are llama, mistral, qwen2" in line
 
 
 @pytest.mark.parametrize(
