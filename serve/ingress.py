@@ -115,7 +115,8 @@ class ExpertIngress(OpenAiIngress):
     async def _answer(
         self, method: str, body: ChatCompletionRequest | CompletionRequest, request: Request, prompts: list[Prompt]
     ) -> Response:
-        self._check_number(len(prompts) * max(body.n or 1, getattr(body, "best_of", None) or 1))
+        best_of = getattr(body, "best_of", None)  # of a chat it may be anything: it is no field there
+        self._check_number(len(prompts) * max(body.n or 1, best_of if isinstance(best_of, int) else 1))
         try:
             decision, first, replies = await self._begin(method, body, prompts)
         except ApiError as error:
