@@ -148,8 +148,8 @@ class Bench:
             for name, opened in found.items()
             if isinstance(opened, Checkpoint)
         ]
-        rows = dict(zip(subjects, evaluate(self.config, self.made.run, subjects, self.exams, progress), strict=True))
-        by_name = {subject.name: cells for subject, cells in rows.items()}
+        judged_cells = evaluate(self.config, self.made.run, subjects, self.exams, progress)
+        by_name = {subject.name: cells for subject, cells in zip(subjects, judged_cells, strict=True)}
         judged = []
         for name, opened in found.items():
             cells = by_name.get(name, {})
