@@ -6,13 +6,11 @@ Credentials and endpoints are those of the environment, on every node: ``AWS_PRO
 
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
-from io import TextIOWrapper
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Literal
 
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 
@@ -75,10 +73,9 @@ class BucketPath(PurePosixPath):
             raise FileNotFoundError(f"{self} is not there")
         return Status(info.size or 0, info.mtime_ns or 0)
 
-    def open(self, mode: str = "rb", newline: str | None = None) -> IO[Any]:
-        """For reading; ``rb`` may seek, and reads what is asked for alone."""
-        opened = self._filesystem.open_input_file(self._key)
-        return opened if mode == "rb" else TextIOWrapper(opened, "utf-8", newline=newline)
+    def open(self, mode: Literal["rb"]) -> IO[bytes]:
+        """May seek, and reads what is asked for alone."""
+        return self._filesystem.open_input_file(self._key)
 
     def read_bytes(self) -> bytes:
         with self._filesystem.open_input_stream(self._key) as file:
@@ -98,8 +95,11 @@ class BucketPath(PurePosixPath):
         self.write_bytes(b"")
 
     def unlink(self, missing_ok: bool = False) -> None:
-        with suppress(*(FileNotFoundError,) * missing_ok):
+        try:
             self._filesystem.delete_file(self._key)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
 
     def download(self, target: Path) -> None:
         """Copy the file to a disk."""

@@ -180,13 +180,14 @@ class Planner:
         if spec.pooling == "pooled":
             mixed = self.mixed(spec)
             return [self._score(score, mixed, layer, site) for layer in layers]
-        # The paper's general score: the sum over tasks, weighted 3 for language-model corpora and 2 for the others.
-        return [
-            torch.stack([w * self._score(score, self.statistics[t], layer, site) for t, w in spec.weights.items()]).sum(
-                0
-            )
-            for layer in layers
-        ]
+        return [self._summed_score(score, spec, layer, site) for layer in layers]
+
+    def _summed_score(
+        self, score: Callable[[Moments, Norms], torch.Tensor], spec: Spec, layer: int, site: Site
+    ) -> torch.Tensor:
+        """The paper's general score: the sum over tasks, weighted 3 for language-model corpora and 2 for the others."""
+        each = [w * self._score(score, self.statistics[t], layer, site) for t, w in spec.weights.items()]
+        return torch.stack(each).sum(0)
 
     def _random_score(self, seed: int, layer: int, site: Site) -> torch.Tensor:
         sites = self.checkpoint.architecture.sites(site)

@@ -41,7 +41,6 @@ from seap_ray.storage import sha256_of
 
 often = settings(max_examples=40, deadline=None)
 LENGTHS = ([4, 19, 2], [7, 11], [1, 30, 6, 6])
-MODULES = {"attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 
 
 def drawn(n: int, width: int, seed: int, offset: float = 0.0) -> torch.Tensor:
