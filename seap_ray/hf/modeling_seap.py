@@ -4,7 +4,7 @@ This file travels with every checkpoint and needs transformers alone.
 """
 
 import copy
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 from transformers import (
@@ -99,67 +99,53 @@ def _narrow(attention: nn.Module, share: float) -> None:
         setattr(attention, name, nn.Linear(inside, outside, bias=linear.bias is not None))
 
 
-class SeapLlamaForCausalLM(LlamaForCausalLM):
+class Compacted:
+    """Mixed into a family's model: built dense, and every layer replaced by one of its own widths."""
+
+    resizing: ClassVar[dict[str, Any]] = {}
+    """What ``resize_layers`` is told of the family."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(dense_twin(config))  # type: ignore[call-arg]  # the family's
+        resize_layers(self, config, **self.resizing)  # type: ignore[arg-type]
+
+
+class SeapLlamaForCausalLM(Compacted, LlamaForCausalLM):
     config_class = SeapLlamaConfig
     config: SeapLlamaConfig
 
-    def __init__(self, config: SeapLlamaConfig):
-        super().__init__(dense_twin(config))
-        resize_layers(self, config)
 
-
-class SeapMistralForCausalLM(MistralForCausalLM):
+class SeapMistralForCausalLM(Compacted, MistralForCausalLM):
     config_class = SeapMistralConfig
     config: SeapMistralConfig
 
-    def __init__(self, config: SeapMistralConfig):
-        super().__init__(dense_twin(config))
-        resize_layers(self, config)
 
-
-class SeapQwen2ForCausalLM(Qwen2ForCausalLM):
+class SeapQwen2ForCausalLM(Compacted, Qwen2ForCausalLM):
     config_class = SeapQwen2Config
     config: SeapQwen2Config
 
-    def __init__(self, config: SeapQwen2Config):
-        super().__init__(dense_twin(config))
-        resize_layers(self, config)
 
-
-class SeapQwen3ForCausalLM(Qwen3ForCausalLM):
+class SeapQwen3ForCausalLM(Compacted, Qwen3ForCausalLM):
     config_class = SeapQwen3Config
     config: SeapQwen3Config
 
-    def __init__(self, config: SeapQwen3Config):
-        super().__init__(dense_twin(config))
-        resize_layers(self, config)
 
-
-class SeapGemma2ForCausalLM(Gemma2ForCausalLM):
+class SeapGemma2ForCausalLM(Compacted, Gemma2ForCausalLM):
     config_class = SeapGemma2Config
     config: SeapGemma2Config
 
-    def __init__(self, config: SeapGemma2Config):
-        super().__init__(dense_twin(config))
-        resize_layers(self, config)
 
-
-class SeapGemma3ForCausalLM(Gemma3ForCausalLM):
+class SeapGemma3ForCausalLM(Compacted, Gemma3ForCausalLM):
     config_class = SeapGemma3Config
     config: SeapGemma3Config
 
-    def __init__(self, config: SeapGemma3Config):
-        super().__init__(dense_twin(config))
-        resize_layers(self, config)
 
-
-class SeapPhi3ForCausalLM(Phi3ForCausalLM):
+class SeapPhi3ForCausalLM(Compacted, Phi3ForCausalLM):
     config_class = SeapPhi3Config
     config: SeapPhi3Config
 
     def __init__(self, config: SeapPhi3Config):
-        super().__init__(dense_twin(config))
-        resize_layers(self, config)
+        super().__init__(config)
         for layer, own in zip(self.model.layers, config.per_layer_config, strict=True):
             layer.self_attn.config = own  # which tells where the queries end in the fused projection
         self.set_attn_implementation(config._attn_implementation)
@@ -170,47 +156,33 @@ class SeapPhi3ForCausalLM(Phi3ForCausalLM):
             layer.self_attn.config._attn_implementation = self.config._attn_implementation
 
 
-class SeapMixtralForCausalLM(MixtralForCausalLM):
+class SeapMixtralForCausalLM(Compacted, MixtralForCausalLM):
     config_class = SeapMixtralConfig
     config: SeapMixtralConfig
-
-    def __init__(self, config: SeapMixtralConfig):
-        super().__init__(dense_twin(config))
-        resize_layers(self, config, down_proj=None)
+    resizing = {"down_proj": None}
 
 
-class SeapQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
+class SeapQwen3MoeForCausalLM(Compacted, Qwen3MoeForCausalLM):
     config_class = SeapQwen3MoeConfig
     config: SeapQwen3MoeConfig
-
-    def __init__(self, config: SeapQwen3MoeConfig):
-        super().__init__(dense_twin(config))
-        resize_layers(self, config, down_proj=None)
+    resizing = {"down_proj": None}
 
 
-class SeapOPTForCausalLM(OPTForCausalLM):
+class SeapOPTForCausalLM(Compacted, OPTForCausalLM):
     config_class = SeapOPTConfig
     config: SeapOPTConfig
-
-    def __init__(self, config: SeapOPTConfig):
-        super().__init__(dense_twin(config))
-        resize_layers(self, config, o_proj="self_attn.out_proj", down_proj="fc2", heads_of_hidden_size=True)
+    resizing = {"o_proj": "self_attn.out_proj", "down_proj": "fc2", "heads_of_hidden_size": True}
 
 
-class SeapGPTNeoXForCausalLM(GPTNeoXForCausalLM):
+class SeapGPTNeoXForCausalLM(Compacted, GPTNeoXForCausalLM):
     config_class = SeapGPTNeoXConfig
     config: SeapGPTNeoXConfig
-
-    def __init__(self, config: SeapGPTNeoXConfig):
-        super().__init__(dense_twin(config))
-        resize_layers(
-            self,
-            config,
-            attention="attention",
-            o_proj="attention.dense",
-            down_proj="mlp.dense_4h_to_h",
-            heads_of_hidden_size=True,
-        )
+    resizing = {
+        "attention": "attention",
+        "o_proj": "attention.dense",
+        "down_proj": "mlp.dense_4h_to_h",
+        "heads_of_hidden_size": True,
+    }
 
 
 # Of a NeoX's head and a mixture's experts checkpoints have other names and shapes than the classes; ours have so, too.
