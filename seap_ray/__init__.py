@@ -31,7 +31,8 @@ The path of the data, one line a module (rings: arithmetic, models and files, Ra
     shards        corpora -> immutable token shards                         (Ray Data)
     placement     where a worker has the model, by what the nodes have
     calibrate     shards -> records -> statistics                           (Ray Data)
-    prune         statistics -> plans -> checkpoints                        (Ray tasks)
+    planner       statistics -> plans                                       (Ray tasks)
+    prune         plans -> checkpoints                                      (Ray tasks)
     quality       a model and a task's rows -> accuracy or perplexity
     harness       the same by lm-eval, on local files or from the hub
     speed         shapes -> tokens per second

@@ -23,8 +23,9 @@ from seap_ray.errors import ConfigError
 from seap_ray.evaluation import Cell, Exam, Failure, Subject, evaluate, exam, subject_of
 from seap_ray.job import Calibrated, known_error
 from seap_ray.placement import model_dtype
+from seap_ray.planner import Planner, Spec
 from seap_ray.progress import progress, say
-from seap_ray.prune import Draft, Planner, Spec, draft
+from seap_ray.prune import Draft, draft
 from seap_ray.records import load_statistics
 from seap_ray.results import Model, cut_model, dense_model, with_cells
 from seap_ray.run import fingerprint

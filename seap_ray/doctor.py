@@ -24,8 +24,8 @@ from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
 from seap_ray.corpus import corpus_files, is_files
 from seap_ray.errors import ConfigError, IncompleteError, SeapError
+from seap_ray.planner import specs
 from seap_ray.progress import say, size
-from seap_ray.prune import specs
 from seap_ray.records import covariance_bytes
 from seap_ray.run import Run
 from seap_ray.storage import bytes_in, free_bytes, writable

@@ -30,8 +30,9 @@ from seap_ray.evaluation import evaluate, exam, subject_of
 from seap_ray.fitting import fit
 from seap_ray.placement import choose, placed
 from seap_ray.plan import check_ratio
+from seap_ray.planner import Planner, make_planner, section_of, specs
 from seap_ray.progress import progress, say
-from seap_ray.prune import Draft, Planner, make_planner, prune, section_of, specs
+from seap_ray.prune import Draft, prune
 from seap_ray.report import write_report
 from seap_ray.results import cut_model, dense_model, results, with_cells
 from seap_ray.run import Run

@@ -18,8 +18,8 @@ from seap_ray.errors import ConfigError, DataError, IncompleteError
 from seap_ray.evaluation import Exam, Failure
 from seap_ray.job import calibrated, on_cluster, route
 from seap_ray.methods import METHODS, STUDIES
+from seap_ray.planner import Spec, baseline_specs, specs
 from seap_ray.progress import say
-from seap_ray.prune import Spec, baseline_specs, specs
 from seap_ray.quality import Quality
 from seap_ray.reconstruction import UNIT_SCORES
 from seap_ray.report import write_report

@@ -14,7 +14,7 @@ from seap_ray.architecture import Architecture
 from seap_ray.config import Compensation, Config
 from seap_ray.methods import STUDIES
 from seap_ray.moments import Moments, Statistics
-from seap_ray.prune import Planner, save_plan, specs
+from seap_ray.planner import Planner, save_plan, specs
 from seap_ray.records import save_moments
 from seap_ray.results import own_tasks
 from seap_ray.run import Run

@@ -10,7 +10,7 @@ from seap_ray import anatomy
 from seap_ray.anatomy import Overlap, principal, standardised, unit_scores, with_own_kind
 from seap_ray.config import Config
 from seap_ray.evidence import Cut, Evidence
-from seap_ray.prune import specs
+from seap_ray.planner import specs
 from seap_ray.run import Run
 
 

@@ -15,7 +15,7 @@ RINGS = {
     1: "storage lock run corpus recorder layerwise records checkpoint fitting router quality harness speed "
     "summary evidence pictures anatomy findings report "
     "hf hf.configuration_seap hf.modeling_seap hf.shapes demo.train",
-    2: "cluster shards placement calibrate prune evaluation results doctor job bench studies",
+    2: "cluster shards placement calibrate planner prune evaluation results doctor job bench studies",
     3: "vllm_plugin vllm_model",
 }
 RING_OF = {"seap_ray": 0} | {f"seap_ray.{name}": ring for ring, names in RINGS.items() for name in names.split()}

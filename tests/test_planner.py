@@ -17,7 +17,8 @@ from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
 from seap_ray.moments import Moments
 from seap_ray.plan import Plan, choose_shapes, ratio_of
-from seap_ray.prune import Planner, Spec, _shares, draft, save_plan, section_of, sizes, specs, write_draft
+from seap_ray.planner import Planner, Spec, _shares, save_plan, section_of, specs
+from seap_ray.prune import draft, sizes, write_draft
 from seap_ray.run import Run
 from seap_ray.scores import Norms
 from seap_ray.storage import read_json

@@ -24,8 +24,9 @@ from shapes import SHAPES, sparse_checkpoint
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
 from seap_ray.moments import RECORDED, Moments
+from seap_ray.planner import make_planner, specs
 from seap_ray.progress import progress
-from seap_ray.prune import make_planner, prune, specs
+from seap_ray.prune import prune
 from seap_ray.records import save_moments, sites_of
 from seap_ray.run import Run
 

@@ -34,7 +34,8 @@ from seap_ray.checkpoint import Checkpoint, write_tensors
 from seap_ray.config import Config
 from seap_ray.layerwise import LayerwiseModel
 from seap_ray.moments import Moments
-from seap_ray.prune import Planner, _layer_norms, draft, specs
+from seap_ray.planner import Planner, _layer_norms, specs
+from seap_ray.prune import draft
 from seap_ray.recorder import record
 from seap_ray.records import read_moments, save_moments
 from seap_ray.run import Run
