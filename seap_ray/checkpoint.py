@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig
 
-from seap_ray.architecture import Architecture, Shape
+from seap_ray.architecture import Architecture, Shape, expert_of
 from seap_ray.bucket import AnyPath, BucketPath, is_uri, place
 from seap_ray.compact import compact, compact_size, kept_indices, mean_bias
 from seap_ray.errors import ConfigError
@@ -31,6 +31,8 @@ from seap_ray.records import Mixture
 from seap_ray.storage import publishing, read_json, staged, write_json
 
 INDEX = "model.safetensors.index.json"
+SHARED = "model-base-"
+"""Beginning of the names of files that hold the base's own tensors; a hash of what is in them follows."""
 CARRIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
     "generation_config.json", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*",
@@ -349,18 +351,31 @@ class Compaction:
         return {}
 
     def files(self, max_bytes: int) -> dict[str, list[OutputTensor]]:
-        """Distribute the tensors, in order, over files of at most ``max_bytes`` (a larger tensor has its own)."""
-        groups: list[list[OutputTensor]] = [[]]
-        room = max_bytes
+        """Distribute the tensors, in order, over files of at most ``max_bytes`` (a larger tensor has its own).
+
+        What stays as it is in the base has files apart, whose names tell what is in them: files of one name are equal,
+        so experts of one base keep them once.
+        """
+        carried: list[OutputTensor] = []
+        own: list[OutputTensor] = []
         for output in self.outputs():
-            if groups[-1] and output.n_bytes > room:
-                groups.append([])
-                room = max_bytes
-            groups[-1].append(output)
-            room -= output.n_bytes
-        if len(groups) == 1:
-            return {"model.safetensors": groups[0]}
-        return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+            (carried if self._is_carried(output) else own).append(output)
+        if not carried:
+            return _filled("model", own, max_bytes)
+        sources = [(output.name, self.base.architecture.split(output.name)[0]) for output in carried]
+        about = json.dumps([self.base.fingerprint, self.plan.layers, sources])
+        name = SHARED + hashlib.sha256(about.encode()).hexdigest()[:12]
+        own_files = _filled("model", own, max_bytes, numbered=True) if own else {}
+        return _filled(name, carried, max_bytes) | own_files
+
+    def _is_carried(self, output: OutputTensor) -> bool:
+        """Whether a tensor is the base's. Of a module that is cut none is: engines reload modules as a whole."""
+        architecture = self.base.architecture
+        layer, module, _ = architecture.split(output.name)
+        if layer is None or not (self.stock or self.plan.cuts(layer, architecture.dense)):
+            return True
+        family, (module, _) = architecture.layout, expert_of(module)
+        return not (module in family.rows or module in family.columns)
 
     def config(self) -> dict[str, Any]:
         """``config.json`` of the checkpoint."""
@@ -419,6 +434,23 @@ class Compaction:
             config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
             config |= {"attention_bias": True, "mlp_bias": True}
         return config
+
+
+def _filled(
+    name: str, outputs: Iterable[OutputTensor], max_bytes: int, *, numbered: bool = False
+) -> dict[str, list[OutputTensor]]:
+    """One file, or several ones that are ``numbered`` as Hugging Face does it."""
+    parts: list[list[OutputTensor]] = [[]]
+    room = max_bytes
+    for output in outputs:
+        if parts[-1] and output.n_bytes > room:
+            parts.append([])
+            room = max_bytes
+        parts[-1].append(output)
+        room -= output.n_bytes
+    if len(parts) == 1 and not numbered:
+        return {f"{name}.safetensors": parts[0]}
+    return {f"{name}-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
 def check_stock(plan: Plan, architecture: Architecture) -> None:
@@ -499,7 +531,7 @@ def finish(
     """Write all that is not a weight: index, config, code, the base's tokenizer; ``seap.json`` last."""
     from seap_ray import hf
 
-    if len(files) > 1:
+    if [*files] != ["model.safetensors"]:
         total = sum(output.n_bytes for outputs in files.values() for output in outputs)
         names = {output.name: file for file, outputs in files.items() for output in outputs}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": names})

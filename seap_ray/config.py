@@ -267,6 +267,17 @@ class RouterSection(Section):
     """Least probability at which a task's expert answers; below it the general model does. Left out: as fitted."""
 
 
+class PackSection(Section):
+    """Experts that share an engine; one of them is in it at a time."""
+
+    max_wait_s: float = Field(default=2.0, ge=0)
+    """Seconds that a request waits before it may end the turn of the expert in the engine."""
+    time_slice_s: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """Least seconds of a turn while requests of other experts wait as well; `auto`: five times what a swap takes."""
+    weights: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Of experts, or `general`, whose waiting counts for more, or less, than 1."""
+
+
 class ServeSection(Section):
     """The service; what a job writes does not depend on it."""
 
@@ -274,6 +285,10 @@ class ServeSection(Section):
     """Ratio of the models to serve; left out: the smallest of pruning.ratio."""
     experts: tuple[str, ...] | None = None
     """Tasks whose experts are served; left out: all. Prompts of other tasks go to the general model."""
+    packing: Literal["auto", "shared", "separate"] = "auto"
+    """`shared`: one engine for all models, which must have equal shapes; `separate`: one each; `auto`: shared where
+    shapes allow it and models outnumber accelerators."""
+    pack: PackSection = PackSection()
     router: RouterSection = RouterSection()
     fallback: Literal["all", "auto"] = "all"
     """While an expert is down the general model answers for it: `all` its requests, or only those with model `auto`."""
@@ -299,7 +314,7 @@ class ServeSection(Section):
     """Engines per model under load."""
     max_ongoing_requests: int = Field(default=64, ge=1)
     """Requests that an engine works on at a time."""
-    max_queued_requests: int = Field(default=64, ge=0)
+    max_queued_requests: int = Field(default=64, ge=1)
     """Requests that wait for a model, in each ingress; those beyond are answered 429."""
     max_body_bytes: int = Field(default=1 << 20, ge=1)
     """Largest request body; larger ones are answered 413."""

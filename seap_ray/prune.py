@@ -5,6 +5,7 @@ A checkpoint takes as long as copying it; one that is there, whole and made the 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,6 +14,7 @@ import torch
 from seap_ray.architecture import Shape
 from seap_ray.bucket import AnyPath
 from seap_ray.checkpoint import (
+    SHARED,
     Checkpoint,
     Compaction,
     OutputTensor,
@@ -30,7 +32,7 @@ from seap_ray.records import (
     task_memory,
 )
 from seap_ray.run import Run, fingerprint
-from seap_ray.storage import move_folder, read_json, remove, sha256_of, writable, write_json
+from seap_ray.storage import link, move_folder, read_json, remove, sha256_of, writable, write_json
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ def prune(planner: Planner, run: Run, progress: Callable[[Iterable[int], int, st
     jobs = [draft(planner, run, spec, plan) for spec, plan in plans]
     todo = _unwritten(jobs)
     if todo:
-        total = sum(output.n_bytes for job in todo for outputs in job.files.values() for output in outputs)
-        for _ in progress(_write_all(todo), total, "writing"):
+        writes = _writes(todo, run.shared)
+        for _ in progress(_write_all(todo, writes), sum(write.n_bytes for write in writes), "writing"):
             pass
     return jobs
 
@@ -112,28 +114,61 @@ def _is_written(job: Draft) -> bool:
     )
 
 
-def _write_all(jobs: list[Draft]) -> Iterator[int]:
+@dataclass(frozen=True)
+class Write:
+    """A file to be written, for every checkpoint that has it."""
+
+    jobs: tuple[Draft, ...]
+    name: str
+    path: AnyPath
+    """Where it is written; that of a file which several checkpoints may have is beside them all."""
+
+    @property
+    def outputs(self) -> list[OutputTensor]:
+        return self.jobs[0].files[self.name]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(output.n_bytes for output in self.outputs)
+
+
+def _writes(jobs: list[Draft], shared: AnyPath) -> list[Write]:
+    """What is to be written, in the order of the base. On a disk a file of the base's tensors is written once."""
+    writes: dict[AnyPath, Write] = {}
+    for job, name in in_order_of_base(jobs):
+        is_shared = name.startswith(SHARED) and isinstance(shared, Path)
+        path = (shared if is_shared else job.hidden) / name
+        before = writes[path].jobs if path in writes else ()
+        writes[path] = Write((*before, job), name, path)
+    return list(writes.values())
+
+
+def _write_all(jobs: list[Draft], writes: list[Write]) -> Iterator[int]:
     """Yield the bytes of each file as it is written; finish each folder when its last file is there.
 
     Files of the same part of the base come one after another, whichever model they are of: what was read for one is
     in the page cache for the next, so the base is read about once, not once a model.
     """
-    write = work_task(_write_file)
+    task = work_task(_write_file)
     architecture = jobs[0].compaction.base.architecture
     memory = {"none": 0, "mean": 0, "least_squares": task_memory(architecture)}
-    pending: dict[Any, tuple[Draft, str]] = {}
+    pending: dict[Any, Write] = {}
     hashes: dict[AnyPath, dict[str, str]] = {job.target: {} for job in jobs}
-    shared = {job.target: ray.put(job.compaction) for job in jobs}
-    for job, name in in_order_of_base(jobs):
-        task = write.options(memory=memory[job.compaction.plan.compensation])
-        pending[task.remote(shared[job.target], job.files[name], job.hidden / name)] = job, name
+    compactions = {job.target: ray.put(job.compaction) for job in jobs}
+    for write in writes:
+        first = write.jobs[0]
+        limited = task.options(memory=memory[first.compaction.plan.compensation])
+        pending[limited.remote(compactions[first.target], write.outputs, write.path)] = write
     while pending:
         (done,), _ = ray.wait(list(pending), num_returns=1)
-        job, name = pending.pop(done)
-        hashes[job.target][name] = ray.get(done)
-        if len(hashes[job.target]) == len(job.files):
-            _finish(job, hashes[job.target])
-        yield sum(output.n_bytes for output in job.files[name])
+        write, digest = pending.pop(done), ray.get(done)
+        for job in write.jobs:
+            if write.path.parent != job.hidden:
+                link(Path(write.path), Path(job.hidden / write.name))
+            hashes[job.target][write.name] = digest
+            if len(hashes[job.target]) == len(job.files):
+                _finish(job, hashes[job.target])
+        yield write.n_bytes
 
 
 def in_order_of_base(jobs: Iterable[Draft]) -> list[tuple[Draft, str]]:

@@ -61,6 +61,11 @@ class Run:
         return self.experts(ratio) / name
 
     @property
+    def shared(self) -> AnyPath:
+        """What experts have of the base, once; those on a disk are hard links to it."""
+        return self.root / "shared"
+
+    @property
     def router(self) -> AnyPath:
         return self.root / "router"
 

@@ -170,6 +170,18 @@ def remove(path: AnyPath) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def link(file: Path, target: Path) -> None:
+    """The same file under another name, or where a disk has no hard links, a copy."""
+    with writable(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(file, target)
+        except OSError:
+            with publishing(target) as temporary:
+                shutil.copyfile(file, temporary)
+
+
 def move_folder(folder: AnyPath, target: AnyPath, *, last: str) -> None:
     """Put a folder in the place of another; ``last`` is the file that says that the folder is whole."""
     if not isinstance(folder, BucketPath) or not isinstance(target, BucketPath):

@@ -7,9 +7,9 @@ Every tensor is compared with the configuration before it is loaded (see ``hf.sh
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +26,7 @@ from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 
 from seap_ray.architecture import family_of
-from seap_ray.hf.shapes import compared
+from seap_ray.hf.shapes import compared, declared
 
 # --- layers ----------------------------------------------------------------------------------------------------------
 
@@ -167,13 +167,23 @@ class _Checked:
     """Mixed into a family's model: tensors are compared before they are loaded."""
 
     config: PreTrainedConfig
+    is_loaded = False
+
+    @cached_property
+    def _declared(self) -> dict[str, tuple[int, ...]]:
+        return declared(self.config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Raises ValueError at the first tensor that does not fit the configuration."""
+        """Raises ValueError at the first tensor that does not fit the configuration.
+
+        Those that come once the model is loaded replace some, and all others stay.
+        """
         # By a quantizer that wrote the checkpoint; one that vLLM applies by itself finds the tensors as they are.
         is_quantized = getattr(self.config, "quantization_config", None) is not None
-        checked = _checked(weights, self.config, is_quantized=is_quantized)
-        return super().load_weights(checked)  # type: ignore[misc]
+        checked = _checked(weights, self.config, self._declared, is_quantized=is_quantized, are_all=not self.is_loaded)
+        loaded = super().load_weights(checked)  # type: ignore[misc]
+        self.is_loaded = True
+        return loaded
 
 
 class SeapForCausalLM(_Checked, LlamaForCausalLM):
@@ -230,7 +240,12 @@ class SeapOPTForCausalLM(_WithOurLayers, opt.OPTForCausalLM):
 
 
 def _checked(
-    weights: Iterable[tuple[str, Tensor]], config: PreTrainedConfig, *, is_quantized: bool
+    weights: Iterable[tuple[str, Tensor]],
+    config: PreTrainedConfig,
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    is_quantized: bool,
+    are_all: bool,
 ) -> Iterator[tuple[str, Tensor]]:
     """Pass tensors through, each compared with ``config`` before vLLM sees it."""
     tensor: torch.Tensor
@@ -240,5 +255,5 @@ def _checked(
         for name, tensor in weights:
             yield name, tuple(tensor.shape)
 
-    for name in compared(found(), config, is_quantized=is_quantized):
+    for name in compared(found(), config, expected, is_quantized=is_quantized, are_all=are_all):
         yield name, tensor

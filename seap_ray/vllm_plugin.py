@@ -14,6 +14,8 @@ from seap_ray.errors import ConfigError
 NAME = "seap_ray"
 ARCHITECTURES = {family.model_class: family.vllm_class for family in FAMILIES.values() if family.vllm_class}
 """By the names in a checkpoint's config.json, the classes that serve them."""
+LOAD_FORMAT = "seap_ray"
+"""vLLM's name of the loader that reads only what differs (``vllm_loader``)."""
 END_WITH_PARENT = "SEAP_RAY_END_WITH_PARENT"
 """Environment variable that the service sets for its engines."""
 
@@ -26,10 +28,21 @@ def register() -> None:
 
     import seap_ray.hf  # noqa: F401  names the configurations to transformers
 
+    _register_loader()
+
     for architecture, served_by in ARCHITECTURES.items():
         if architecture not in ModelRegistry.get_supported_archs():
             # By name: importing the class would start CUDA in processes that only look at configurations.
             ModelRegistry.register_model(architecture, f"seap_ray.vllm_model:{served_by}")
+
+
+@cache  # vLLM warns of a second time
+def _register_loader() -> None:
+    from vllm.model_executor.model_loader import register_model_loader
+
+    from seap_ray.vllm_loader import ExpertLoader
+
+    register_model_loader(LOAD_FORMAT)(ExpertLoader)
 
 
 @cache

@@ -25,6 +25,7 @@ def build(args: Mapping[str, Any]) -> Application:
         check_registered()
         from serve.application import application, prepare  # these need vLLM, and would not say so in one line
         from serve.gate import close_environment
+        from serve.packs import packs
 
         service = prepare(config)
     except SeapError as error:
@@ -33,7 +34,9 @@ def build(args: Mapping[str, Any]) -> Application:
         raise SystemExit(f"error: {error}") from None
     if not ray.is_initialized():  # `serve run` starts a cluster, or joins one, after this
         close_environment()
-    return application(config, service)
+    engines, why = packs(config, service.experts)
+    print(why, flush=True)
+    return application(config, service, engines)
 
 
 def _flat(args: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

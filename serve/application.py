@@ -1,5 +1,8 @@
 """Application: a config in, all that can be refused refused, a Ray Serve application out."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from ray import serve
 from ray.serve import Application
 from ray.serve.llm import build_llm_deployment
@@ -8,9 +11,11 @@ from seap_ray.bucket import AnyPath
 from seap_ray.config import Config
 from seap_ray.router import Router
 from seap_ray.run import Run
-from serve.experts import Expert, find, llm_config
+from serve.experts import Expert, find
 from serve.gate import key_hashes
 from serve.ingress import Service, make_ingress
+from serve.llm_config import llm_config
+from serve.packs import Pack, check
 
 
 def prepare(config: Config) -> Service:
@@ -18,6 +23,7 @@ def prepare(config: Config) -> Service:
     hashes = key_hashes(config.serve)
     run = Run.of(config)
     experts = find(config, run)
+    check(config, experts)
     return Service(
         experts=tuple(experts),
         router=_router(run, experts),
@@ -31,9 +37,11 @@ def prepare(config: Config) -> Service:
     )
 
 
-def application(config: Config, service: Service) -> Application:
-    """One deployment per model, and the ingress before them."""
-    deployments = {expert.name: build_llm_deployment(llm_config(config, expert)) for expert in service.experts}
+def application(config: Config, service: Service, engines: Sequence[Pack]) -> Application:
+    """One deployment per engine, and the ingress before them."""
+    built = [(pack, build_llm_deployment(llm_config(config, pack))) for pack in engines]
+    deployments = {expert.name: deployment for pack, deployment in built for expert in pack.experts}
+    service = replace(service, is_packed=len(engines) < len(deployments))
     per_model = config.serve.max_ongoing_requests * config.serve.max_replicas + config.serve.max_queued_requests
     ingress = serve.deployment(
         make_ingress(service),

@@ -15,8 +15,8 @@ from seap_ray.cluster import connect
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, IncompleteError
 from serve.application import application, prepare
-from serve.experts import is_cpu, ranks
 from serve.gate import KEYS_VARIABLE, close_environment
+from serve.packs import is_cpu, packs, ranks
 from serve.watch import PERIOD_S
 
 NAME = "seap_ray"
@@ -40,11 +40,13 @@ def deploy(config: Config) -> None:
     close_environment()
     connect(address)
     try:
-        _check_room(config, models)
+        engines, why = packs(config, service.experts)
+        print(why, flush=True)
+        _check_room(config, len(engines))
         serve.start(http_options={"host": config.serve.host, "port": config.serve.port})
-        target = serve.RunTarget(application(config, service), name=NAME, route_prefix="/")
+        target = serve.RunTarget(application(config, service, engines), name=NAME, route_prefix="/")
         serve.run_many([target], wait_for_applications_running=False)
-        _await_ready(models)
+        _await_ready([pack.name for pack in engines])
         _tell(config, models)
         while address == "local":
             time.sleep(POLL_S)
@@ -76,24 +78,24 @@ def _is_alive() -> bool:
         return False
 
 
-def _check_room(config: Config, models: list[str]) -> None:
+def _check_room(config: Config, n_engines: int) -> None:
     """Serve would wait for ever, and say so in its log alone."""
-    n_ranks = ranks(config) * config.serve.min_replicas * len(models)
+    n_ranks = ranks(config) * config.serve.min_replicas * n_engines
     for kind, share in (("CPU", config.serve.num_cpus), ("GPU", 0 if is_cpu(config) else config.serve.num_gpus)):
         have = ray.cluster_resources().get(kind, 0)
         if n_ranks * share > have:
             fitting = math.floor(have / n_ranks * 100) / 100
             raise ConfigError(
-                f"serve.num_{kind.lower()}s: {len(models)} models reserve {n_ranks * share:g} {kind}s, and the cluster "
+                f"serve.num_{kind.lower()}s: {n_engines} engines reserve {n_ranks * share:g} {kind}s, and the cluster "
                 f"has {have:g}; lower it to {fitting:g}, or serve fewer of serve.experts"
             )
 
 
-def _await_ready(models: list[str]) -> None:
-    """Print each model as it comes up. Raises IncompleteError when one cannot."""
+def _await_ready(engines: list[str]) -> None:
+    """Print each engine as it comes up. Raises IncompleteError when one cannot."""
     started = said = time.monotonic()
     told = set[str]()
-    print(f"starting {len(models)} engines", flush=True)
+    print(f"starting {len(engines)} engine{'s' * (len(engines) > 1)}", flush=True)
     while True:
         status = serve.status().applications[NAME]
         now = time.monotonic()
@@ -102,7 +104,7 @@ def _await_ready(models: list[str]) -> None:
             if model and model not in told and deployment.replica_states.get("RUNNING"):
                 told.add(model)
                 said = now
-                print(f"  {model} is up, {now - started:.0f} s ({len(told)}/{len(models)})", flush=True)
+                print(f"  {model} is up, {now - started:.0f} s ({len(told)}/{len(engines)})", flush=True)
         if status.status == ApplicationStatus.RUNNING:
             time.sleep(2 * PERIOD_S)  # by then every ingress has looked, and knows as well
             return
@@ -110,7 +112,7 @@ def _await_ready(models: list[str]) -> None:
             raise IncompleteError(f"the service did not start: {_last_line(status.message)}")
         if now - said > PATIENCE_S:
             said = now
-            print(f"  {len(told)}/{len(models)} after {now - started:.0f} s. {_last_line(status.message)}", flush=True)
+            print(f"  {len(told)}/{len(engines)} after {now - started:.0f} s. {_last_line(status.message)}", flush=True)
         time.sleep(POLL_S)
 
 

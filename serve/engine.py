@@ -47,20 +47,26 @@ class ExpertServer(LLMServer):
         self._llm_config.model_loading_config.model_source = copy
         self._llm_config.get_engine_config().hf_model_id = copy  # made on the driver, of the driver's copy
         await super().start()
-        self._leaving = asyncio.create_task(self._leave_with_engine())
+        self._watching = asyncio.create_task(self._watch_engine())
 
-    async def _leave_with_engine(self) -> None:
+    async def _watch_engine(self) -> None:
         while True:
             await asyncio.sleep(HEALTH_CHECK_S / 4)
             try:
                 await self.engine.check_health()
             except Exception as error:
-                logger.error(f"the vLLM engine is dead ({error}); its replica ends, and Serve starts another")
-                os._exit(1)
+                await self._engine_died(error)
+
+    async def _engine_died(self, error: Exception) -> None:
+        logger.error(f"the vLLM engine is dead ({error}); its replica ends, and Serve starts another")
+        os._exit(1)
 
     def __del__(self) -> None:
         """Serve calls this once the last request is done. vLLM's own processes end here, not as orphans."""
-        if leaving := getattr(self, "_leaving", None):
-            leaving.cancel()
+        if watching := getattr(self, "_watching", None):
+            watching.cancel()
+        self._close_engine()
+
+    def _close_engine(self) -> None:
         if engine := getattr(getattr(self, "engine", None), "_engine_client", None):
             engine.shutdown()

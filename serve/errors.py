@@ -26,6 +26,10 @@ UNUSABLE = (ValueError, TypeError)
 """What vLLM raises at values that its validation lets through. Anything else that it raises is a fault of ours."""
 
 
+class ModelDownError(Exception):
+    """No replica of a model is running, or it is in an engine with others and cannot be loaded."""
+
+
 class ApiError(Exception):
     """A refusal that the client gets to read. ``retry_after`` is in seconds."""
 

@@ -25,10 +25,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from seap_ray.config import AUTO, GENERAL
 from seap_ray.router import Router
 from serve.choice import RESTART_S, Chooser, Decision, Prompt
-from serve.errors import UNUSABLE, ApiError, add_handlers, known
+from serve.errors import UNUSABLE, ApiError, ModelDownError, add_handlers, known
 from serve.experts import Expert
 from serve.gate import Gate
 from serve.node_metrics import gather
+from serve.schedule import QueueFullError
 from serve.watch import Watch
 
 logger = logging.getLogger("ray.serve")
@@ -41,10 +42,6 @@ PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-
-
-class ModelDownError(Exception):
-    """No replica of a model is running."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +57,8 @@ class Service:
     max_body_bytes: int
     max_sequences: int
     timeout_s: float
+    is_packed: bool = False
+    """Whether all models share an engine, whose server starts it again itself where it dies."""
 
 
 class RouteRequest(BaseModel):
@@ -80,7 +79,8 @@ class ExpertIngress(OpenAiIngress):
         self._service = service
         self._page = Path(__file__).with_name("playground.html").read_text()
         deployments = {model: handle.deployment_name for model, handle in llm_deployments.items()}
-        self._watch = Watch(deployments, serve.get_replica_context().app_name, is_single=service.is_single)
+        is_single = service.is_single and not service.is_packed
+        self._watch = Watch(deployments, serve.get_replica_context().app_name, is_single=is_single)
         self._chooser = Chooser(
             llm_deployments,
             Router.load(service.router) if service.router else None,
@@ -170,7 +170,7 @@ class ExpertIngress(OpenAiIngress):
             return first, replies
         except BaseException as error:
             _abandon(replies)
-            if isinstance(error, BackPressureError):
+            if isinstance(error, BackPressureError | QueueFullError):
                 message = f"{model} has as many requests as it can hold"
                 raise ApiError(429, message, code="model_busy", retry_after=RETRY_AFTER_S) from None
             if isinstance(error, TimeoutError):

@@ -3,7 +3,7 @@
 vLLM cuts a tensor that is too large to the size it wants, and drops a bias that it does not know, both silently.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -30,14 +30,20 @@ def declared(config: PreTrainedConfig) -> dict[str, Shape]:
 
 
 def compared(
-    found: Iterable[tuple[str, Shape]], config: PreTrainedConfig, *, is_quantized: bool = False
+    found: Iterable[tuple[str, Shape]],
+    config: PreTrainedConfig,
+    expected: Mapping[str, Shape],
+    *,
+    is_quantized: bool = False,
+    are_all: bool = True,
 ) -> Iterator[str]:
-    """Pass the names of tensors through, each compared with ``config`` first; at the end, none may be missing.
+    """Pass the names of tensors through, each compared first with what ``config`` declares, which is ``expected``.
+
+    At the end, where they are to be all of them, none may be missing.
 
     Raises ValueError at the first difference. A quantizer renames and packs weights, so of a quantized checkpoint only
     the biases are compared.
     """
-    expected = declared(config)
     if is_quantized:
         expected = {name: shape for name, shape in expected.items() if name.endswith(".bias")}
     missing = set(expected)
@@ -46,7 +52,7 @@ def compared(
             _compare(name, shape, expected)
         missing.discard(name)
         yield name
-    if missing:
+    if missing and are_all:
         raise ValueError(f"the checkpoint lacks {min(missing)}, which config.json declares")
 
 
@@ -55,7 +61,7 @@ def _is_ignored(name: str, config: PreTrainedConfig) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
 
 
-def _compare(name: str, shape: Shape, expected: dict[str, Shape]) -> None:
+def _compare(name: str, shape: Shape, expected: Mapping[str, Shape]) -> None:
     if name not in expected:
         raise ValueError(f"the checkpoint holds {name}, which config.json does not declare")
     if shape != expected[name]:
@@ -67,7 +73,7 @@ def check_folder(folder: Path) -> None:
     try:
         config = AutoConfig.from_pretrained(folder)
         is_quantized = getattr(config, "quantization_config", None) is not None
-        for _ in compared(_headers(folder), config, is_quantized=is_quantized):
+        for _ in compared(_headers(folder), config, declared(config), is_quantized=is_quantized):
             pass
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{folder}: {str(error).strip().splitlines()[0]}") from None
