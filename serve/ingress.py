@@ -244,24 +244,41 @@ class ExpertIngress(OpenAiIngress):
 
     async def models(self) -> JSONResponse:
         """All models, and `auto`, as OpenAI lists them."""
-        return JSONResponse({"object": "list", "data": list(self._cards.values())})
+        return JSONResponse({"object": "list", "data": list((await self._cards()).values())})
 
     async def model_data(self, model: str) -> JSONResponse:
         """One model."""
-        cards = self._cards
+        cards = await self._cards()
         if model not in cards:
             names = ", ".join(cards)
             raise ApiError(404, f"there is no model {model!r}; models are {names}", code="model_not_found")
         return JSONResponse(cards[model])
 
-    @property
-    def _cards(self) -> dict[str, dict[str, Any]]:
-        experts = self._service.experts
+    async def _cards(self) -> dict[str, dict[str, Any]]:
+        experts, shared = self._service.experts, await self._residence()
         tasks = [expert.name for expert in experts if expert.kind == "expert"]
         auto = {"kind": "router", "tasks": tasks, "threshold": self._chooser.threshold}
         cards = [_card(AUTO, max(expert.created for expert in experts), auto)]
-        cards += [_card(e.name, e.created, {**e.card, "up": self._watch.is_up(e.name)}) for e in experts]
+        for e in experts:
+            state = {"up": self._watch.is_up(e.name)} | shared.get(e.name, {})
+            cards.append(_card(e.name, e.created, {**e.card, **state}))
         return {card["id"]: card for card in cards}
+
+    async def _residence(self) -> dict[str, dict[str, Any]]:
+        """Of models that share an engine: which is in it, how many requests wait for each, and what is not up."""
+        if not self._service.is_packed:
+            return {}
+        try:
+            handle = self._default_serve_handles[GENERAL]
+            state = await asyncio.wait_for(handle.residence.remote(), PATIENCE_S)
+        except Exception:  # it is being started, and has nothing to say
+            return {}
+        found: dict[str, dict[str, Any]] = {
+            model: {"resident": model == state["resident"], "waiting": n} for model, n in state["waiting"].items()
+        }
+        for model in state["failed"]:
+            found[model]["up"] = False
+        return found
 
     async def healthz(self) -> PlainTextResponse:
         """Whether this process answers."""

@@ -40,7 +40,7 @@ class PackServer(ExpertServer):
         about = self._llm_config.experimental_configs[PACK]
         self._folders = {name: staged(place(folder)) for name, folder in about["folders"].items()}
         self._slice_s = about["time_slice_s"]
-        self._swap_s, self._n_swaps = 0.0, 0
+        self._swap_s = 0.0
         self._failed: dict[str, str] = {}
         self._attempts = dict.fromkeys(self._folders, 0)
         self._has_changed = asyncio.Event()
@@ -69,8 +69,8 @@ class PackServer(ExpertServer):
         return self._answer(super().completions, request, raw_request_info)
 
     async def residence(self) -> dict[str, Any]:
-        """The expert in the engine, and how many requests wait for each."""
-        return {"resident": self._schedule.resident, "waiting": self._schedule.waiting, "swaps": self._n_swaps}
+        """The expert in the engine, how many requests wait for each, and which cannot be loaded."""
+        return {"resident": self._schedule.resident, "waiting": self._schedule.waiting, "failed": [*self._failed]}
 
     async def _answer(
         self, answer: Callable[..., Awaitable[Any]], request: Any, raw_request_info: Any
@@ -146,7 +146,7 @@ class PackServer(ExpertServer):
                 self._give_up(expert, "it cannot be loaded")
             return await self._restart()
         self._attempts[expert] = 0
-        self._swap_s, self._n_swaps = time.monotonic() - started, self._n_swaps + 1
+        self._swap_s = time.monotonic() - started
         self._swaps.inc(tags={"expert": expert})
         self._swap_seconds.observe(self._swap_s)
         self._enter(expert)

@@ -325,3 +325,11 @@ def write_compacted(compaction: Compaction, folder: Path, max_bytes: int = 10**9
     hashes = {name: write_tensors(compaction, outputs, folder / name) for name, outputs in files.items()}
     finish(compaction, folder, files, {"files": hashes})
     return folder
+
+
+@pytest.fixture(scope="session")
+def served_run(tmp_path_factory):
+    """The run that the tests of the service share."""
+    from served import make_run
+
+    return make_run(tmp_path_factory.mktemp("served"))

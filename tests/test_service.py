@@ -21,106 +21,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from served import KEY, ROOT, START_S, TASKS, Service, arguments, chat, command_of, environment, questions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import seap_ray.hf  # noqa: F401
-from seap_ray.demo import skills
 
 openai = pytest.importorskip("openai")
 # The time of a test counts what its fixtures take: a run and a start, each at its longest.
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1200)]
 
-ROOT = Path(__file__).resolve().parents[1]
-KEY = "a-key-of-the-tests"
-TASKS = ("arithmetic", "reverse")
-ROOM = {"serve.max_ongoing_requests": 16, "serve.max_queued_requests": 16}
-START_S = 500
-
-
-def arguments(**values):
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
-
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of two skills, and a third that no expert is served for."""
-    storage = tmp_path_factory.mktemp("runs")
-    settings = {
-        "run.storage": str(storage),
-        "run.name": "served",
-        "tasks": [*TASKS, "sort"],
-        "corpus.samples": 200,
-        "pruning.ratio": 0.2,
-        "pruning.baselines": {},
-        "evaluation.samples": 0,
-    }
-    job = [sys.executable, "jobs/prune.py", *arguments(**settings)]
-    done = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment())
-    assert done.returncode == 0, done.stdout + done.stderr
-    return storage / "served"
-
-
-def environment(**more):
-    return {**os.environ, "RAY_ADDRESS": "local", "SEAP_API_KEYS": f"another-key-entirely, {KEY}", **more}
-
-
-def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
-
-
-class Service:
-    """``jobs/deploy.py`` as a process of its own."""
-
-    def __init__(self, run, log, **more):
-        self.port, self.run, self.log = free_port(), run, log
-        settings = {
-            "run.storage": str(run.parent),
-            "run.name": run.name,
-            "serve.port": self.port,
-            "serve.num_cpus": 0.25,
-            "serve.experts": list(TASKS),
-            "serve.engine.kv_cache_memory_bytes": 1 << 26,
-            **ROOM,
-            **more,
-        }
-        with log.open("w") as out:
-            command = [sys.executable, "jobs/deploy.py", *arguments(**settings)]
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=environment())
-        deadline = time.monotonic() + START_S
-        while "are served at" not in log.read_text():
-            assert self.process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.5)
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.port}"
-
-    def http(self, **kwargs):
-        headers = {"authorization": f"Bearer {KEY}", **kwargs.pop("headers", {})}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=120, **kwargs)
-
-    def processes(self, name):
-        """Processes of this service by what they call themselves."""
-        return [p for p in psutil.Process(self.process.pid).children(recursive=True) if name in " ".join(_command(p))]
-
-    def stop(self):
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            self.process.wait(120)
-
-
-def _command(process):
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
-@pytest.fixture(scope="module")
-def service(run, tmp_path_factory):
-    made = Service(run, tmp_path_factory.mktemp("service") / "log")
+def service(served_run, tmp_path_factory):
+    made = Service(served_run, tmp_path_factory.mktemp("service") / "log", **{"serve.packing": "separate"})
     yield made
     made.stop()
 
@@ -128,14 +41,6 @@ def service(run, tmp_path_factory):
 @pytest.fixture(scope="module")
 def client(service):
     return openai.OpenAI(base_url=f"{service.url}/v1", api_key=KEY, max_retries=0)
-
-
-def questions(task, n=12):
-    return [row["question"] for row in skills.rows(task, n, split="test", seed=1)]
-
-
-def chat(text):
-    return [{"role": "user", "content": text}]
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -151,8 +56,8 @@ def test_every_model_and_auto_are_listed(client):
 
 
 @pytest.mark.parametrize("model", ["general", *TASKS])
-def test_a_named_model_is_obeyed_and_answers_as_in_transformers(client, run, model):
-    folder = run / "experts" / "0.20" / model
+def test_a_named_model_is_obeyed_and_answers_as_in_transformers(client, served_run, model):
+    folder = served_run / "experts" / "0.20" / model
     tokenizer = AutoTokenizer.from_pretrained(folder)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for text in (questions("arithmetic", 1)[0], questions("reverse", 1)[0]):
@@ -211,8 +116,8 @@ def test_no_process_of_the_cluster_has_the_keys(service):
     assert not any(KEY in text for environment in environments for text in environment.values())
 
 
-def test_token_ids_are_routed_by_their_text(service, run):
-    ids = AutoTokenizer.from_pretrained(run / "experts/0.20/general").encode(questions("arithmetic", 1)[0])
+def test_token_ids_are_routed_by_their_text(service, served_run):
+    ids = AutoTokenizer.from_pretrained(served_run / "experts/0.20/general").encode(questions("arithmetic", 1)[0])
     with service.http() as http:
         reply = http.post("/v1/completions", json={"prompt": ids, "max_tokens": 1})
         assert reply.headers["x-seap-expert"] == "arithmetic"
@@ -527,7 +432,7 @@ def test_an_expert_that_dies_is_stood_in_for_and_comes_back(service):
             child
             for replica in service.processes("ExpertServer:arithmetic")
             for child in replica.children(recursive=True)
-            if "EngineCore" in " ".join(_command(child))
+            if "EngineCore" in " ".join(command_of(child))
         )
         engine.send_signal(signal.SIGKILL)
         try:
@@ -597,9 +502,14 @@ def test_a_stop_lets_streams_end_tells_new_clients_so_and_leaves_no_process(serv
 # --- Ray Serve's own command, and no keys ----------------------------------------------------------------------------
 
 
-def test_serve_run_serves_a_run_and_without_keys_this_machine_alone(run, tmp_path):
+def test_serve_run_serves_a_run_and_without_keys_this_machine_alone(served_run, tmp_path):
     """Serve listens on its own port there; the general model alone starts soonest."""
-    settings = {"run.storage": str(run.parent), "run.name": run.name, "serve.experts": [], "serve.auth": "none"}
+    settings = {
+        "run.storage": str(served_run.parent),
+        "run.name": served_run.name,
+        "serve.experts": [],
+        "serve.auth": "none",
+    }
     command = [Path(sys.executable).parent / "serve", "run", "serve.app:build", *arguments(**settings)]
     log = tmp_path / "log"
     with socket.socket() as probe:
