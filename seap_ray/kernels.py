@@ -46,8 +46,7 @@ def moments(x_ND: Tensor, rows_N: Tensor | None = None, tile: Tile = TILE) -> tu
         merging = {"CHUNK": tile.chunk, "CHUNKS": CHUNKS, "COLUMNS": MERGED_COLUMNS}
         with torch.cuda.device_of(x_ND):  # of several GPUs, Triton would take the current one
             _chunk_moments[grid](x_ND, rows_N, mean_SD, m2_SD, n, width, IS_ALL=rows_N is None, **of_chunks)
-            grid = (triton.cdiv(width, MERGED_COLUMNS),)
-            _merged[grid](mean_SD, m2_SD, mean_D, m2_D, n, width, n_chunks, **merging)
+            _merged[(triton.cdiv(width, MERGED_COLUMNS),)](mean_SD, m2_SD, mean_D, m2_D, n, width, n_chunks, **merging)
     return mean_D, m2_D
 
 

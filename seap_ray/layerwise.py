@@ -148,8 +148,8 @@ class LayerwiseModel:
 
     def _blocks(self, empty: Sequence[nn.Module]) -> Iterator[nn.Module]:
         """Each decoder layer with its weights, while the next one is read."""
-        # A copy waits for all that its stream has to do, so on a GPU the reader has one of its own. A layer's memory goes
-        # back to that stream when the layer is done with, which is after its moments came to the CPU.
+        # A copy waits for all that its stream has to do, so on a GPU the reader has one of its own. A layer's memory
+        # goes back to that stream when the layer is done with, which is after its moments came to the CPU.
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
         def read(layer: int) -> nn.Module:

@@ -32,7 +32,9 @@ def two_pass(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     In float32 a short prompt's variance is off by 1e-7; the second pass also subtracts the mean's own rounding (Chan,
     Golub & LeVeque 1983, the corrected two-pass algorithm).
     """
-    divisor = max(len(x_ND), 1)  # a batch may hold no token that counts: sequences of one token, with the first left out
+    divisor = max(
+        len(x_ND), 1
+    )  # a batch may hold no token that counts: sequences of one token, with the first left out
     mean_D = x_ND.sum(0, dtype=torch.float64) / divisor
     deviation_ND = x_ND - mean_D
     return mean_D, deviation_ND.square().sum(0) - deviation_ND.sum(0).square() / divisor

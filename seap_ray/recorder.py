@@ -103,7 +103,7 @@ def _cosines(x_ND: Tensor, y_ND: Tensor, rows_N: Tensor | None) -> Tensor:
         from seap_ray import kernels  # Triton is there with a GPU alone
 
         return kernels.cosines(x_ND, y_ND, rows_N)
-    return cosine_similarity(*(chosen(z_ND, rows_N).double() for z_ND in (x_ND, y_ND)), dim=1)
+    return cosine_similarity(chosen(x_ND, rows_N).double(), chosen(y_ND, rows_N).double(), dim=1)
 
 
 def counted_rows(counted_BT: Tensor) -> Tensor | None:
