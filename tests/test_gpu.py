@@ -9,9 +9,8 @@ from torch.nn.functional import cosine_similarity
 
 from seap_ray import recorder
 from seap_ray.checkpoint import Checkpoint, Compaction
-from seap_ray.layerwise import LayerwiseModel
+from seap_ray.layerwise import LayerwiseModel, attention_of
 from seap_ray.moments import Covariance, Moments
-from seap_ray.placement import attention_of
 from seap_ray.recorder import _cosines, record
 
 pytestmark = pytest.mark.gpu
