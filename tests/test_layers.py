@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RINGS = {
-    0: "config methods command errors tasks architecture moments kernels scores reconstruction sparsity plan compact progress "
-    "table paper install demo demo.skills bucket",
+    0: "config methods command errors tasks architecture moments kernels scores reconstruction sparsity plan compact "
+    "progress table paper install demo demo.skills bucket",
     1: "storage lock run corpus recorder layerwise records checkpoint fitting router quality harness speed "
     "summary evidence pictures anatomy findings report "
     "hf hf.configuration_seap hf.modeling_seap hf.shapes demo.train "
