@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.corpus import batches
 from seap_ray.errors import ConfigError
-from seap_ray.recorder import Batch, Recorded, Sequences, check_finite, recording_layer, telling
+from seap_ray.recorder import Batch, Recorded, Sequences, checked, recording_layer, telling
 
 LAYERS = "layers."
 """What the names of decoder layers begin with in the decoder; in the checkpoint more stands before it."""
@@ -127,16 +127,15 @@ class LayerwiseModel:
         for one in passing:
             part: Recorded = {}
             family = self.checkpoint.architecture.layout
-            with recording_layer(block, family, layer, one.batch.counted_BT, part, covariance=covariance):
+            with recording_layer(block, family, layer, one.batch.rows_N, part, covariance=covariance):
                 moved: dict[int, Tensor] = {}
                 named = {key: _moved(value, self.device, moved) for key, value in one.named_L[layer].items()}
                 output = self._run(block, one.hidden_BTD.to(self.device), named)
             after_BTD = output[0] if isinstance(output, tuple) else output
             one.hidden_BTD = after_BTD.to(one.hidden_BTD.device)
-            with telling(f"shard {shard}"):
-                check_finite(part)
             total = {key: total[key] + part[key] for key in part} if total else part
-        return {key: moments.cpu() for key, moments in total.items()}
+        with telling(f"shard {shard}"):
+            return checked(total)
 
     def _run(self, block: nn.Module, hidden_BTD: Tensor, named: dict[str, Any]) -> Any:
         try:
@@ -149,12 +148,23 @@ class LayerwiseModel:
 
     def _blocks(self, empty: Sequence[nn.Module]) -> Iterator[nn.Module]:
         """Each decoder layer with its weights, while the next one is read."""
+        # A copy waits for all that its stream has to do, so on a GPU the reader has one of its own. A layer's memory
+        # goes back to that stream when the layer is done with, which is after its moments came to the CPU.
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+        def read(layer: int) -> nn.Module:
+            with torch.cuda.stream(stream):
+                block = self._block(empty, layer)
+            if stream:
+                stream.synchronize()
+            return block
+
         with ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(self._block, empty, 0)
+            coming = reader.submit(read, 0)
             for layer in range(1, len(empty) + 1):
                 block = coming.result()
                 if layer < len(empty):
-                    coming = reader.submit(self._block, empty, layer)
+                    coming = reader.submit(read, layer)
                 yield block
                 del block
 

@@ -21,6 +21,25 @@ RECORDED: tuple[Site, ...] = (*SITES, "block")
 """Everything that calibration records."""
 
 
+def chosen(x_ND: Tensor, rows_N: Tensor | None) -> Tensor:
+    """The rows that are named; without names, all."""
+    return x_ND if rows_N is None else x_ND.index_select(0, rows_N)
+
+
+def two_pass(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and summed squared deviations of each column, float64.
+
+    In float32 a short prompt's variance is off by 1e-7; the second pass also subtracts the mean's own rounding (Chan,
+    Golub & LeVeque 1983, the corrected two-pass algorithm).
+    """
+    divisor = max(
+        len(x_ND), 1
+    )  # a batch may hold no token that counts: sequences of one token, with the first left out
+    mean_D = x_ND.sum(0, dtype=torch.float64) / divisor
+    deviation_ND = x_ND - mean_D
+    return mean_D, deviation_ND.square().sum(0) - deviation_ND.sum(0).square() / divisor
+
+
 @dataclass(frozen=True, slots=True)
 class Moments:
     """Count, mean and summed squared deviations of D columns over ``count`` tokens."""
@@ -32,18 +51,14 @@ class Moments:
     """float64, sum over tokens of (x - mean)^2"""
 
     @classmethod
-    def of(cls, x_ND: Tensor) -> "Moments":
-        """Moments of one batch, two passes, in float64 on the device of ``x_ND``.
+    def of(cls, x_ND: Tensor, rows_N: Tensor | None = None) -> "Moments":
+        """Moments of one batch, or of the tokens in it that ``rows_N`` names, in float64 on the device of ``x_ND``."""
+        if x_ND.is_cuda:
+            from seap_ray import kernels  # Triton is there with a GPU alone
 
-        In float32 a short prompt's variance is off by 1e-7; the second pass also subtracts the mean's own rounding
-        (Chan, Golub & LeVeque 1983, the corrected two-pass algorithm).
-        """
-        n = x_ND.shape[0]
-        divisor = max(n, 1)  # a batch may hold no token that counts: sequences of one token, with the first left out
-        mean_D = x_ND.sum(0, dtype=torch.float64) / divisor
-        deviation_ND = x_ND - mean_D
-        m2_D = deviation_ND.square().sum(0) - deviation_ND.sum(0).square() / divisor
-        return cls(n, mean_D, m2_D)
+            return cls(len(x_ND if rows_N is None else rows_N), *kernels.moments(x_ND, rows_N))
+        x_ND = chosen(x_ND, rows_N)
+        return cls(len(x_ND), *two_pass(x_ND))
 
     def __add__(self, other: Self) -> Self:
         """Moments of both streams together (Chan, Golub & LeVeque, the parallel variance)."""
@@ -77,10 +92,10 @@ class Covariance(Moments):
     """Sum over tokens of (x - mean) (x - mean)^T, float64 when merged; its diagonal is ``m2_D`` but for rounding."""
 
     @classmethod
-    def of(cls, x_ND: Tensor) -> "Covariance":
+    def of(cls, x_ND: Tensor, rows_N: Tensor | None = None) -> "Covariance":
         """Of one batch: its moments, as ever, and the product of the deviations in float32 (float64 for float64)."""
-        moments = Moments.of(x_ND)
-        deviation_ND = (x_ND - moments.mean_D).to(torch.promote_types(x_ND.dtype, torch.float32))
+        moments = Moments.of(x_ND, rows_N)
+        deviation_ND = (chosen(x_ND, rows_N) - moments.mean_D).to(torch.promote_types(x_ND.dtype, torch.float32))
         return cls(moments.count, moments.mean_D, moments.m2_D, deviation_ND.T @ deviation_ND)
 
     def __add__(self, other: Self) -> Self:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from seap_ray.architecture import Family, family_of
 from seap_ray.corpus import batches
 from seap_ray.errors import DataError
-from seap_ray.moments import Covariance, Moments, Site
+from seap_ray.moments import Covariance, Moments, Site, chosen
 
 Recorded = dict[tuple[int, Site], Moments]
 Sequences = Sequence[Sequence[int]]
@@ -34,20 +34,19 @@ def recording(decoder: Any, counted_BT: Tensor, *, covariances: Container[int] =
     out. The hooks are gone afterwards, also after an error. Raises DataError for activations that are not finite.
     """
     recorded: Recorded = {}
-    family = family_of(decoder.config.model_type)
+    family, rows_N = family_of(decoder.config.model_type), counted_rows(counted_BT)
     with ExitStack() as hooks:
         for layer, block in enumerate(decoder.layers):
-            own = recording_layer(block, family, layer, counted_BT, recorded, covariance=layer in covariances)
+            own = recording_layer(block, family, layer, rows_N, recorded, covariance=layer in covariances)
             hooks.enter_context(own)
         yield recorded
 
 
 @contextmanager
 def recording_layer(
-    block: nn.Module, family: Family, layer: int, counted_BT: Tensor, recorded: Recorded, *, covariance: bool
+    block: nn.Module, family: Family, layer: int, rows_N: Tensor | None, recorded: Recorded, *, covariance: bool
 ) -> Iterator[None]:
-    """As ``recording``, of one decoder layer, adding to ``recorded``."""
-    rows_N = counted_BT.flatten().nonzero().squeeze(1)
+    """As ``recording``, of one decoder layer and the tokens ``counted_rows`` has, adding to ``recorded``."""
     statistic = Covariance if covariance else Moments
     with ExitStack() as hooks:
         modules: dict[Site, str] = {"attn": family.o_proj, "mlp": family.down_proj}
@@ -64,19 +63,20 @@ def recording_layer(
 
 
 def _input_hook(
-    recorded: Recorded, key: tuple[int, Site], rows_N: Tensor, statistic: type[Moments]
+    recorded: Recorded, key: tuple[int, Site], rows_N: Tensor | None, statistic: type[Moments]
 ) -> Callable[..., None]:
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        _add(recorded, key, statistic.of(_counted(inputs[0], rows_N)))
+        x_ND = _flat(inputs[0])
+        _add(recorded, key, statistic.of(x_ND, _at(rows_N, x_ND.device)))
 
     return hook
 
 
-def _experts_hook(recorded: Recorded, layer: int, rows_N: Tensor) -> Callable[..., None]:
+def _experts_hook(recorded: Recorded, layer: int, rows_N: Tensor | None) -> Callable[..., None]:
     """Of a mixture, whose experts are one module: what each expert's ``down_proj`` sees of the tokens routed to it."""
 
     def hook(experts: Any, inputs: tuple[Tensor, ...]) -> None:
-        x_ND, chosen_NK = (_counted(x, rows_N) for x in inputs[:2])
+        x_ND, chosen_NK = (chosen(_flat(x), _at(rows_N, x.device)) for x in inputs[:2])
         for expert, gate_up_JD in enumerate(experts.gate_up_proj):
             routed_ND = x_ND[(chosen_NK == expert).any(1)]
             gate_NC, up_NC = functional.linear(routed_ND, gate_up_JD).chunk(2, dim=-1)
@@ -85,21 +85,39 @@ def _experts_hook(recorded: Recorded, layer: int, rows_N: Tensor) -> Callable[..
     return hook
 
 
-def _block_hook(recorded: Recorded, key: tuple[int, Site], rows_N: Tensor) -> Callable[..., None]:
+def _block_hook(recorded: Recorded, key: tuple[int, Site], rows_N: Tensor | None) -> Callable[..., None]:
     """Cosine of a layer's input and output, each token's own: 1 less its mean is ShortGPT's Block Influence."""
 
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Any) -> None:
         before = inputs[0] if inputs else named["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
-        x_ND, y_ND = (_counted(x, rows_N).double().to(after.device) for x in (before, after))
-        _add(recorded, key, Moments.of(cosine_similarity(x_ND, y_ND, dim=1)[:, None]))
+        x_ND, y_ND = (_flat(x).to(after.device) for x in (before, after))
+        _add(recorded, key, Moments.of(_cosines(x_ND, y_ND, _at(rows_N, after.device))[:, None]))
 
     return hook
 
 
-def _counted(x: Tensor, rows_N: Tensor) -> Tensor:
-    x_ND = x.detach().flatten(0, -2)
-    return x_ND.index_select(0, rows_N.to(x_ND.device)) if rows_N.numel() < x_ND.shape[0] else x_ND
+def _cosines(x_ND: Tensor, y_ND: Tensor, rows_N: Tensor | None) -> Tensor:
+    """Of each counted token, float64."""
+    if x_ND.is_cuda:
+        from seap_ray import kernels  # Triton is there with a GPU alone
+
+        return kernels.cosines(x_ND, y_ND, rows_N)
+    return cosine_similarity(chosen(x_ND, rows_N).double(), chosen(y_ND, rows_N).double(), dim=1)
+
+
+def counted_rows(counted_BT: Tensor) -> Tensor | None:
+    """Indices of the tokens that count among all of a batch; None where all do. Waits for the device of its input."""
+    rows_N = counted_BT.flatten().nonzero().squeeze(1)
+    return rows_N if len(rows_N) < counted_BT.numel() else None
+
+
+def _at(rows_N: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if rows_N is None else rows_N.to(device)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.detach().flatten(0, -2)
 
 
 def _add(recorded: Recorded, key: tuple[int, Site], moments: Moments) -> None:
@@ -123,7 +141,7 @@ def record(
     for group in batches([len(sequence) for sequence in sequences], batch_tokens):
         part = _run(model, [sequences[i] for i in group], skip_first_token, covariances)
         total = {key: total[key] + part[key] for key in part} if total else part
-    return {key: moments.cpu() for key, moments in total.items()}
+    return checked(total)
 
 
 def _run(
@@ -152,7 +170,6 @@ def _forward(
     batch = Batch.of(sequences, skip_first, model.device)
     with recording(model.get_decoder(), batch.counted_BT, covariances=covariances) as recorded:
         model.get_decoder()(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)
-    check_finite(recorded)
     return recorded
 
 
@@ -165,6 +182,8 @@ class Batch:
     """Where tokens are real; None where all are."""
     counted_BT: Tensor
     """Where tokens count."""
+    rows_N: Tensor | None
+    """The same, as ``counted_rows`` has it."""
 
     @classmethod
     def of(cls, sequences: Sequences, skip_first: bool, device: torch.device) -> "Batch":
@@ -177,14 +196,20 @@ class Batch:
         counted_BT = mask_BT.clone()
         counted_BT[:, 0] &= not skip_first
         is_padded = not bool(mask_BT.all())
-        return cls(ids_BT.to(device), mask_BT.to(device) if is_padded else None, counted_BT.to(device))
+        mask = mask_BT.to(device) if is_padded else None
+        return cls(ids_BT.to(device), mask, counted_BT.to(device), _at(counted_rows(counted_BT), device))
 
 
-def check_finite(recorded: Recorded) -> None:
-    """Raises DataError that names the first layer and site whose activations are not."""
-    for (layer, site), moments in recorded.items():
+def checked(recorded: Recorded) -> Recorded:
+    """Moments on the CPU, where looking at them makes no device wait: what is not finite stays so in a sum.
+
+    Raises DataError that names the first layer and site whose activations are not.
+    """
+    found = {key: moments.cpu() for key, moments in recorded.items()}
+    for (layer, site), moments in found.items():
         if not torch.isfinite(moments.m2_D).all():
             raise DataError(f"activations of layer {layer}, site {site}, are not finite")
+    return found
 
 
 @contextmanager

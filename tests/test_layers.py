@@ -10,11 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RINGS = {
-    0: "config methods command errors tasks architecture moments scores reconstruction sparsity plan compact progress "
-    "table paper install demo demo.skills bucket",
+    0: "config methods command errors tasks architecture moments kernels scores reconstruction sparsity plan compact "
+    "progress table paper install demo demo.skills bucket",
     1: "storage lock run corpus recorder layerwise records checkpoint fitting router quality harness speed "
     "summary evidence pictures anatomy findings report "
-    "hf hf.configuration_seap hf.modeling_seap hf.shapes demo.train",
+    "hf hf.configuration_seap hf.modeling_seap hf.shapes demo.train "
+    "benchmarks benchmarks.measure benchmarks.gpu",
     2: "cluster shards placement calibrate planner prune evaluation results doctor job bench studies",
     3: "vllm_plugin vllm_model",
 }

@@ -15,7 +15,6 @@ from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, DataError
 from seap_ray.layerwise import LayerwiseModel, _Passing, attention_of
-from seap_ray.placement import load_model
 from seap_ray.recorder import Batch, record
 
 SHARDS = {"sort/00000": RAGGED, "sort/00001": RAGGED[:1], "logic/00000": prompts([4, 4, 4], seed=1)}
@@ -127,6 +126,8 @@ def test_activations_that_are_not_finite_are_told_with_their_shard(dense, tmp_pa
 def test_attention_with_a_soft_cap_is_run_with_it(dense):
     """transformers' usual attention leaves Gemma 2's cap out, without a word."""
     config = Config.model_validate({"model": {"source": str(dense("gemma2"))}})
+    from seap_ray.placement import load_model  # with Ray, which the other tests do without
+
     model = load_model(config, checkpoint := Checkpoint.open(str(dense("gemma2"))), checkpoint.folder)
     assert model.config._attn_implementation == "eager" and attention_of(checkpoint.config) == "eager"
     assert attention_of(Checkpoint.open(str(dense("llama_gqa"))).config) is None

@@ -1,0 +1,112 @@
+"""What calibration and compacted models give on a GPU, against the CPU. Needs no Ray."""
+
+import pytest
+import torch
+from conftest import load, logits, random_ids, random_plan, random_statistics, write_compacted
+from test_layerwise import SHARDS, assert_equal, found_by
+from test_recorder import RAGGED, as_tuples, assert_close, two_pass
+from torch.nn.functional import cosine_similarity
+
+from seap_ray import recorder
+from seap_ray.checkpoint import Checkpoint, Compaction
+from seap_ray.layerwise import LayerwiseModel, attention_of
+from seap_ray.moments import Covariance, Moments
+from seap_ray.recorder import _cosines, record
+
+pytestmark = pytest.mark.gpu
+
+FAMILIES = ["llama_mha", "llama_gqa", "qwen3", "gemma2", "phi3", "opt", "gpt_neox"]
+
+
+def activations(n, width, dtype, seed=0):
+    """Columns of other scales whose means are not zero, and an outsized first token."""
+    generator = torch.Generator().manual_seed(seed)
+    x_ND = torch.randn(n, width, generator=generator) * torch.logspace(-2, 2, width) + 3
+    x_ND[:1] *= 100
+    return x_ND.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "width"), [(0, 5), (1, 5), (31, 64), (257, 70), (8192, 96), (20000, 3)])
+def test_moments_are_those_of_two_passes_in_float64(n, width, dtype):
+    x_ND = activations(n, width, dtype)
+    found, expected = Moments.of(x_ND.cuda()), Moments.of(x_ND)
+    assert found.count == n and found.mean_D.dtype == found.m2_D.dtype == torch.float64
+    torch.testing.assert_close(found.mean_D.cpu(), expected.mean_D, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.m2_D.cpu(), expected.m2_D, rtol=1e-11, atol=1e-18)
+
+
+@pytest.mark.parametrize("statistic", [Moments, Covariance])
+def test_named_tokens_give_the_bytes_of_those_tokens_alone_and_others_are_not_read(statistic):
+    x_ND = activations(1000, 70, torch.bfloat16).cuda()
+    rows_N = torch.arange(1000, device="cuda")[torch.arange(1000) % 7 > 2]
+    expected = statistic.of(x_ND[rows_N])
+    x_ND[torch.arange(1000) % 7 <= 2] = torch.nan
+    assert_equal({"": statistic.of(x_ND, rows_N)}, {"": expected})
+
+
+def test_moments_and_cosines_are_the_same_bytes_every_time():
+    x_ND, y_ND = (activations(5000, 300, torch.bfloat16, seed).cuda() for seed in (1, 2))
+    first, cosine_N = Moments.of(x_ND), _cosines(x_ND, y_ND, None)
+    for _ in range(5):
+        assert_equal({"": Moments.of(x_ND)}, {"": first})
+        assert torch.equal(_cosines(x_ND, y_ND, None), cosine_N)
+
+
+@pytest.mark.parametrize("width", [3, 1024, 5000])
+def test_cosines_are_those_in_float64(width):
+    x_ND, y_ND = (activations(200, width, torch.bfloat16, seed) for seed in (1, 2))
+    rows_N = torch.arange(0, 200, 3)
+    expected_N = cosine_similarity(x_ND.double(), y_ND.double())
+    found_N = _cosines(x_ND.cuda(), y_ND.cuda(), None).cpu()
+    torch.testing.assert_close(found_N, expected_N, rtol=1e-12, atol=1e-14)
+    assert torch.equal(_cosines(x_ND.cuda(), y_ND.cuda(), rows_N.cuda()).cpu(), found_N[rows_N])
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "mixtral", "qwen3_moe"])
+def test_recorded_moments_are_those_of_all_tokens_in_two_passes(dense, float64_norms, name):
+    model = load(dense(name, torch.float64))
+    expected = two_pass(model, RAGGED)
+    assert_close(record(model.cuda(), RAGGED, batch_tokens=100), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layer_by_layer_gives_the_bytes_of_the_whole_model(dense, name, dtype):
+    folder = dense(name, dtype)
+    checkpoint = Checkpoint.open(str(folder))
+    attention = attention_of(checkpoint.config)
+    whole = load(folder, **({"attn_implementation": attention} if attention else {})).cuda()
+    for room in (1 << 30, 0):  # hidden states wait on the GPU, or on the host
+        found = found_by(LayerwiseModel(checkpoint, dtype, torch.device("cuda"), room), covariance=True)
+        for shard, sequences in SHARDS.items():
+            assert_equal(found[shard], record(whole, sequences, batch_tokens=40, covariances=range(4)))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-4), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_compacted_model_gives_the_logits_of_the_cpu(dense, tmp_path, name, dtype, tolerance):
+    base = Checkpoint.open(str(dense(name, dtype)))
+    plan = random_plan(base.architecture, seed=1, compensation="mean")
+    folder = write_compacted(Compaction(base, plan, random_statistics(base.architecture, seed=2)), tmp_path / "expert")
+    model = load(folder)
+    expected = logits(model, random_ids())
+    found = logits(model.cuda(), random_ids().cuda()).cpu()
+    assert (found - expected).double().norm() <= tolerance * expected.double().norm()
+
+
+def test_a_batch_that_does_not_fit_is_halved(dense, monkeypatch):
+    model = load(dense("llama_gqa")).cuda()
+    sequences = [list(range(3, 43))] * 4096
+    expected = record(model, sequences, batch_tokens=4000)
+    sizes, forward = [], recorder._forward
+    monkeypatch.setattr(recorder, "_forward", lambda *given: sizes.append(len(given[1])) or forward(*given))
+    torch.cuda.empty_cache()
+    room = torch.cuda.memory_reserved() + (48 << 20)
+    try:
+        torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1])
+        found = record(model, sequences, batch_tokens=10**6)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert sizes[:2] == [4096, 2048] and sizes[-1] < 2048
+    assert_close(found, as_tuples(expected), 1e-4)
