@@ -25,14 +25,13 @@ from seap_ray.storage import matching
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SITE_NAMES = {"heads": "attention", "channels": "MLP"}
 
-Widths = Mapping[str, int]
-"""Heads and channels of a dense layer."""
 Place = tuple[int, str, int]
-"""Layer, kind of unit, and how many of them the dense layer has."""
+"""Layer, kind of unit, and how many of them the layer has before it is cut."""
 
 
-def _widths(architecture: Architecture) -> Widths:
-    return {"heads": architecture.dense.heads, "channels": architecture.n_channels}
+def _places(architecture: Architecture, unit: str) -> list[Place]:
+    times = max(architecture.n_experts, 1) if unit == "channels" else 1
+    return [(i, unit, times * getattr(layer.shape, unit)) for i, layer in enumerate(architecture.layers)]
 
 
 def _sentence(clauses: Sequence[str]) -> str:
@@ -54,14 +53,14 @@ def sparsity(evidence: Evidence) -> Part | None:
         "How much does each layer give?",
         "The dashed line is the share of its weights that the allocation asks of a layer. Heads go by whole groups, so "
         "the attention moves in steps and the MLP makes up for them.",
-        _sentence([_most_cut(evidence, ratio, architecture.n_channels) for ratio in evidence.shown_ratios]),
+        _sentence([_most_cut(evidence, ratio, architecture) for ratio in evidence.shown_ratios]),
         Picture("Share that every layer gives of its attention and its MLP, asked for and realised.", tuple(panels)),
     )
 
 
 def _sparsity_chart(evidence: Evidence, architecture: Architecture, ratio: float, unit: str) -> Chart:
     cuts = evidence.cuts[ratio]
-    series = [*_asked(evidence, architecture, cuts[0]), *_given(cuts, unit, _widths(architecture)[unit])]
+    series = [*_asked(evidence, architecture, cuts[0]), *_given(cuts, unit, architecture)]
     title = f"{SITE_NAMES[unit]}, {percent(ratio)} removed"
     return Chart(title, "layer", "removed, %", tuple(series), x_integer=True, y_range=(-4, 104))
 
@@ -73,23 +72,22 @@ def _asked(evidence: Evidence, architecture: Architecture, cut: Cut) -> list[Ser
     if about.get("budget", "exact") != "exact" or allocation.kind not in ("uniform", "logistic"):
         return []
     pruning = PruningSection.model_validate(evidence.config["pruning"])
-    rules = Rules.of(architecture, pruning, compensated=about["compensation"] != "none")
-    cap = min(allocation.max_sparsity, rules.cap)
-    shares = layer_sparsity(architecture.n_layers, allocation, about["requested_ratio"], cap)
+    rules_L = Rules.of(architecture, pruning, compensated=about["compensation"] != "none")
+    shares = layer_sparsity(rules_L, allocation, about["requested_ratio"])
     return [Series("asked of the layer", range(len(shares)), [100 * share for share in shares], REFERENCE)]
 
 
-def _given(cuts: Sequence[Cut], unit: str, width: int) -> Iterator[Series]:
+def _given(cuts: Sequence[Cut], unit: str, architecture: Architecture) -> Iterator[Series]:
     """The experts' mean with the range between them, and the general model."""
     for i, (label, kind) in enumerate((("experts", "expert"), ("general", "general"))):
-        shares = 100 * np.array([cut.share_cut(unit, width) for cut in cuts if cut.kind == kind])
+        shares = 100 * np.array([cut.share_cut(unit, architecture) for cut in cuts if cut.kind == kind])
         if len(shares):
             range_ = shares.min(0).tolist(), shares.max(0).tolist()
             bands = (range_,) if range_[0] != range_[1] else ()
             yield Series(label, range(shares.shape[1]), shares.mean(0).tolist(), look(i), bands=bands)
 
 
-def _most_cut(evidence: Evidence, ratio: float, n_channels: int) -> str:
+def _most_cut(evidence: Evidence, ratio: float, architecture: Architecture) -> str:
     realised = [
         model["realised_ratio"]
         for model in evidence.main["models"]
@@ -97,7 +95,7 @@ def _most_cut(evidence: Evidence, ratio: float, n_channels: int) -> str:
     ]
     ends = dict.fromkeys(f"{end:.4f}" for end in (min(realised), max(realised)))
     cut = evidence.cuts[ratio][0]
-    shares = cut.share_cut("channels", n_channels)
+    shares = cut.share_cut("channels", architecture)
     deepest = shares.index(max(shares))
     return (
         f"of {ratio:g} asked for, {' to '.join(ends)} is gone, most in layer {deepest}, where {cut.name} loses "
@@ -150,12 +148,12 @@ def overlap(evidence: Evidence) -> Part | None:
     ratios = [ratio for ratio in evidence.shown_ratios if len(evidence.cuts[ratio]) > 1]
     if evidence.architecture is None or not ratios:
         return None
-    layers, widths = range(evidence.architecture.n_layers), _widths(evidence.architecture)
-    places = [(layer, unit, widths[unit]) for layer in layers for unit in UNITS]
+    of_unit = {unit: _places(evidence.architecture, unit) for unit in UNITS}
+    places = [at for of in of_unit.values() for at in of]
     by_ratio = {ratio: sorted(evidence.cuts[ratio], key=lambda cut: cut.kind == "general") for ratio in ratios}
     whole = {ratio: Overlap.of(cuts, places) for ratio, cuts in by_ratio.items()}
     maps = [_overlap_map(by_ratio[ratio], whole[ratio], ratio) for ratio in ratios]
-    charts = [chart for ratio in ratios if (chart := _overlap_by_layer(by_ratio[ratio], ratio, layers, widths))]
+    charts = [chart for ratio in ratios if (chart := _overlap_by_layer(by_ratio[ratio], ratio, of_unit))]
     return Part(
         "overlap",
         "Which neurons do the experts share?",
@@ -172,13 +170,14 @@ def _overlap_map(cuts: Sequence[Cut], of: Overlap, ratio: float) -> HeatMap:
     return HeatMap(title, "", "", names, names, of.jaccard_MM.tolist(), scale=(min(of.mean_chance, 0.99), 1))
 
 
-def _overlap_by_layer(cuts: Sequence[Cut], ratio: float, layers: range, widths: Widths) -> Chart | None:
+def _overlap_by_layer(cuts: Sequence[Cut], ratio: float, of_unit: Mapping[str, list[Place]]) -> Chart | None:
     experts = [cut for cut in cuts if cut.kind == "expert"]
     if len(experts) < 2:
         return None
     series = []
     for i, (unit, by_chance) in enumerate(zip(UNITS, (SECOND_REFERENCE, REFERENCE), strict=True)):
-        each = [Overlap.of(experts, [(layer, unit, widths[unit])]) for layer in layers]
+        each = [Overlap.of(experts, [at]) for at in of_unit[unit]]
+        layers = range(len(each))
         series.append(Series(unit, layers, [one.mean for one in each], look(i)))
         series.append(Series(f"{unit}, by chance", layers, [one.mean_chance for one in each], by_chance))
     title = f"between experts, {percent(ratio)} removed"

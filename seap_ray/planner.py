@@ -130,7 +130,8 @@ class Planner:
             comparable=of_units,
             stock=self.config.export.format == "stock",
         )
-        kept = tuple(keep(s, architecture.dense, *scores) for s, scores in zip(shapes, scores_L, strict=True))
+        layers = zip(shapes, architecture.layers, scores_L, strict=True)
+        kept = tuple(keep(shape, layer.shape, *scores) for shape, layer, scores in layers)
         about: dict[str, Any] = {"seed": spec.settings.seed} if pruning.score == "random" else {}
         if of_units:
             about = {"unit_scores": self._unit_scores_print(spec, pruning)}
@@ -144,7 +145,7 @@ class Planner:
         architecture, mixed = self.checkpoint.architecture, self.mixed(spec)
         influence_L = [1 - float(mixed[layer, "block"].mean_D) for layer in range(architecture.n_layers)]
         dropped = choose_dropped(architecture, pruning, ratio=ratio, influence_L=influence_L)
-        kept = (Kept.whole(architecture),) * (architecture.n_layers - len(dropped))
+        kept = tuple(Kept.whole(architecture, i) for i in range(architecture.n_layers) if i not in dropped)
         return Plan(spec.name, ratio, "none", kept, self._provenance(spec, pruning, score=None), dropped)
 
     def _provenance(self, spec: Spec, pruning: PruningSection, **scored: Any) -> dict[str, Any]:
@@ -254,7 +255,7 @@ def _layer_scores(
     Where whole groups go, a group is a block, and its score is spread evenly over its heads.
     """
     architecture = checkpoint.architecture
-    heads = 1 if attention_unit == "head" else architecture.dense.heads_per_group
+    heads = 1 if attention_unit == "head" else architecture.layers[layer].shape.heads_per_group
     blocks: dict[Site, int] = {"attn": heads * architecture.head_dim, "mlp": 1}
 
     def of(site: Site) -> torch.Tensor:
@@ -295,8 +296,8 @@ def save_plan(plan: Plan, architecture: Architecture, path: AnyPath) -> None:
     """
     indices = {}
     for layer, kept in _by_layer(plan).items():
-        width = len(kept.channels) // kept.experts
-        channels = [c + i // max(width, 1) * architecture.dense.channels for i, c in enumerate(kept.channels)]
+        width, given = len(kept.channels) // kept.experts, architecture.layers[layer].shape
+        channels = [c + i // max(width, 1) * given.channels for i, c in enumerate(kept.channels)]
         for unit, of in (("groups", kept.groups), ("heads", kept.heads), ("channels", channels)):
             indices[f"layers.{layer}.{unit}"] = torch.tensor(of, dtype=torch.int32)
     with publishing(path.with_suffix(".safetensors")) as temporary:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig
 
 import seap_ray
-from seap_ray.architecture import Architecture, Shape
+from seap_ray.architecture import Architecture, Layer, Shape
 from seap_ray.config import AllocationSection, PruningSection
 from seap_ray.errors import ConfigError
 from seap_ray.hf.configuration_seap import SeapLlamaConfig, SeapQwen2Config
@@ -159,12 +159,12 @@ def test_what_the_last_layers_cannot_round_away_the_others_do():
     config = {**CONFIGS["demo"], "num_hidden_layers": 20, "num_key_value_heads": 8, "num_attention_heads": 32}
     architecture = Architecture.of({**config, "head_dim": 64, "intermediate_size": 200})
     shapes = chosen(architecture, 0.251, "logistic", attention_unit="head")
-    assert Rules.of(architecture, PruningSection(), compensated=False).tile == 8
+    assert Rules.of(architecture, PruningSection(), compensated=False)[0].tile == 8
     assert off_by(shapes, architecture, 0.251, False) <= 8 * 3 * architecture.hidden_size
 
 
 def test_a_width_is_the_nearest_allowed_one_and_never_less_than_a_tile():
-    rules = Rules.of(DEMO, PruningSection(align=100), compensated=False)
+    rules, *_ = Rules.of(DEMO, PruningSection(align=100), compensated=False)
     wanted = {-500: 100, 0: 100, 149: 100, 151: 200, 349: 300, 420: 400, 430: 448, 448: 448, 900: 448}
     assert {n: rules.channels(n) for n in wanted} == wanted
 
@@ -318,7 +318,7 @@ def test_a_plan_reports_the_ratio_of_what_it_keeps():
     plan = Plan("x", 0.5, "mean", kept, {})
     assert list(plan.shapes) == shapes
     assert plan.planned(DEMO) == ratio_of(shapes, DEMO, compensated=True)
-    assert [plan.cuts(layer, DEMO.dense) for layer in range(8)] == [False, *[True] * 6, False]
+    assert [plan.cuts(layer, DEMO) for layer in range(8)] == [False, *[True] * 6, False]
 
 
 # --- protection ------------------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def test_auto_protection_yields_only_when_needed_and_the_last_layers_first(n_lay
     assume(ratio <= cap)
     usual = 2 if n_layers >= 24 else 1
     room = [n for n in range(2 * usual + 1) if ratio * n_layers <= (n_layers - n) * cap]
-    first, last = protected(n_layers, AllocationSection(), ratio, cap)
+    first, last = protected([1.0] * n_layers, AllocationSection(), ratio, [cap] * n_layers)
     assert first + last == max(room)
     assert last <= first <= last + 1
 
@@ -356,14 +356,15 @@ def test_auto_protection_yields_only_when_needed_and_the_last_layers_first(n_lay
 )
 def test_auto_protection_yields_in_this_order(ratio, expected):
     # Of 32 layers that give 0.9 at most, n give 0.9 n / 32: 0.7875, 0.8156, 0.8438, 0.8719 and 0.9 for 28 to 32.
-    assert protected(32, AllocationSection(), ratio, 0.9) == expected
+    assert protected([1.0] * 32, AllocationSection(), ratio, [0.9] * 32) == expected
 
 
 @given(n_layers=st.integers(4, 48), ratio=st.floats(0.01, 0.9), mine=st.integers(0, 3))
 @often
 def test_auto_protection_never_touches_an_explicit_one(n_layers, ratio, mine):
-    assert protected(n_layers, AllocationSection(protect_first=mine), ratio, 0.9)[0] == mine
-    assert protected(n_layers, AllocationSection(protect_last=mine), ratio, 0.9)[1] == mine
+    weight_L, cap_L = [1.0] * n_layers, [0.9] * n_layers
+    assert protected(weight_L, AllocationSection(protect_first=mine), ratio, cap_L)[0] == mine
+    assert protected(weight_L, AllocationSection(protect_last=mine), ratio, cap_L)[1] == mine
 
 
 def refused_with(architecture, ratio, kind, **pruning):
@@ -406,14 +407,14 @@ def test_explicit_protection_that_cannot_be_met_is_refused():
 @pytest.mark.parametrize("unit", ["group", "head", "none"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_layer_gives_more_than_the_cap_also_where_the_ratio_is_just_in_reach(kind, unit):
-    full = DEMO.layer_parameters(DEMO.dense)
+    full = DEMO.layer_parameters(Layer(DEMO.dense))
     for cap in (0.3, 0.55):
         pruning = {"allocation": AllocationSection(max_sparsity=cap), "attention_unit": unit}
         assert refused_with(DEMO, cap + 0.05, kind, **pruning) == pytest.approx(cap)
         for ratio in (0.7 * cap, cap):
             shapes = chosen(DEMO, ratio, kind, **pruning)
             assert off_by(shapes, DEMO, ratio, False) <= tile_of(DEMO)
-            assert max(full - DEMO.layer_parameters(s) for s in shapes) <= cap * full + tile_of(DEMO)
+            assert max(full - DEMO.layer_parameters(Layer(s)) for s in shapes) <= cap * full + tile_of(DEMO)
 
 
 # --- whole layers ----------------------------------------------------------------------------------------------------
@@ -477,12 +478,12 @@ def test_at_least_one_layer_stays():
 
 
 def test_a_plan_without_some_layers_knows_the_ones_that_stay_and_its_ratio():
-    plan = Plan("x", 0.25, "none", (Kept.whole(DEMO),) * 6, {}, dropped=(2, 5))
+    plan = Plan("x", 0.25, "none", (Kept.whole(DEMO, 0),) * 6, {}, dropped=(2, 5))
     assert plan.layers == (0, 1, 3, 4, 6, 7)
     assert plan.shapes == (DEMO.dense,) * 6
     assert plan.planned(DEMO) == 0.25
-    assert not any(plan.cuts(layer, DEMO.dense) for layer in range(6))
-    assert Plan("x", 0.25, "none", (Kept.whole(DEMO),) * 8, {}).layers == tuple(range(8))
+    assert not any(plan.cuts(layer, DEMO) for layer in range(6))
+    assert Plan("x", 0.25, "none", (Kept.whole(DEMO, 0),) * 8, {}).layers == tuple(range(8))
 
 
 # --- units -----------------------------------------------------------------------------------------------------------
@@ -577,10 +578,10 @@ def test_equal_scores_everywhere_still_make_a_plan():
 
 def test_the_tile_follows_the_model_and_the_ranks():
     # 128 as a rule; a small MLP still has 16 tiles.
-    assert Rules.of(MODELS["llama-3-8b"], PruningSection(), compensated=False).tile == 128
-    assert Rules.of(DEMO, PruningSection(), compensated=False).tile == 16
-    assert Rules.of(DEMO, PruningSection(align=8), compensated=False).tile == 8
-    assert Rules.of(DEMO, PruningSection(align=8, tensor_parallel=4), compensated=False).tile == 32
+    assert Rules.of(MODELS["llama-3-8b"], PruningSection(), compensated=False)[0].tile == 128
+    assert Rules.of(DEMO, PruningSection(), compensated=False)[0].tile == 16
+    assert Rules.of(DEMO, PruningSection(align=8), compensated=False)[0].tile == 8
+    assert Rules.of(DEMO, PruningSection(align=8, tensor_parallel=4), compensated=False)[0].tile == 32
 
 
 # --- mixtures of experts ---------------------------------------------------------------------------------------------
