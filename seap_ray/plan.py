@@ -97,6 +97,8 @@ class Rules:
 
     architecture: Architecture
     layer: int
+    size: int
+    """Weights of the layer as it is given."""
     options: tuple[tuple[int, int], ...]
     """Allowed (groups, heads per group), most parameters first."""
     tile: int
@@ -107,11 +109,10 @@ class Rules:
     def of(
         cls, architecture: Architecture, pruning: PruningSection, *, compensated: bool, stock: bool = False
     ) -> tuple["Rules", ...]:
-        """Those of every layer. ``stock`` allows only head counts that the family's own config accepts: divisors of
-        the hidden size.
+        """Those of every layer; ``stock`` allows only head counts that a family's config accepts: the hidden size's
+        divisors.
 
-        Raises ConfigError where a layer's heads or channels cannot be split over ``tensor_parallel`` ranks, and where
-        no stock checkpoint could hold the layers, however they are cut.
+        Raises ConfigError where a layer's heads or channels cannot be split over ``tensor_parallel`` ranks.
         """
         dense, unit = architecture.dense, pruning.attention_unit
         options_L = [_attention_options(layer.shape, dense, unit) for layer in architecture.layers]
@@ -122,25 +123,17 @@ class Rules:
                 f"heads, which no engine serves beside the sliding windows that some layers of this "
                 f"{architecture.family} have; choose {head}"
             )
-        if stock and len(set(architecture.layers)) > 1:
-            raise ConfigError(
-                "export.format: stock needs equal widths, but the model is compacted already, and its layers differ; "
-                "use export.format=seap"
-            )
         tile = architecture.align(pruning.align) * pruning.tensor_parallel
+        sizes = map(architecture.layer_parameters, architecture.layers)
+        options_L = [_allowed(architecture, i, options, pruning, tile, stock) for i, options in enumerate(options_L)]
         return tuple(
-            cls(architecture, layer, _allowed(architecture, layer, options, pruning, tile, stock), tile, compensated)
-            for layer, options in enumerate(options_L)
+            cls(architecture, layer, size, options, tile, compensated)
+            for layer, (size, options) in enumerate(zip(sizes, options_L, strict=True))
         )
 
     @property
     def given(self) -> Shape:
         return self.architecture.layers[self.layer].shape
-
-    @property
-    def size(self) -> int:
-        """Weights of the layer as it is given."""
-        return self.architecture.layer_parameters(self.architecture.layers[self.layer])
 
     @property
     def tile_cost(self) -> int:
@@ -182,9 +175,9 @@ def _splits(groups: int, heads_per_group: int, ranks: int) -> bool:
     return (groups % ranks == 0 or ranks % groups == 0) and groups * heads_per_group % ranks == 0
 
 
-def _attention_options(given: Shape, dense: Shape, unit: str) -> list[tuple[int, int]]:
-    """What a layer's attention may become. Heads go by themselves where the dense model has several a group, also in a
-    layer that has lost all but one of them."""
+def _attention_options(given: Shape, dense: Shape, unit: str) -> Sequence[tuple[int, int]]:
+    """What a layer's attention may become; under ``head`` its groups stay where the dense model has several heads in
+    one, also in a layer that is left with one."""
     groups, heads = given.groups, given.heads_per_group
     if unit == "none":
         return [(groups, heads)]
@@ -294,6 +287,11 @@ def check_ratio(
     architecture: Architecture, pruning: PruningSection, *, ratio: float, compensated: bool, stock: bool = False
 ) -> None:
     """Raises ConfigError, before there is a statistic, for a ratio or a budget that no scores could give a plan."""
+    if stock and len({layer.shape for layer in architecture.layers}) > 1:
+        raise ConfigError(
+            "export.format: stock needs equal widths, but layers of this model, which is compacted already, differ; "
+            "use export.format=seap"
+        )
     if pruning.allocation.kind == "depth":
         _may_go(architecture, pruning, ratio)
     elif pruning.allocation.kind in VALUES:
