@@ -6,7 +6,6 @@ Letters: M models, U units (query heads or channels of a layer), P shards, D cha
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +14,11 @@ from seap_ray.architecture import Architecture
 from seap_ray.bucket import AnyPath
 from seap_ray.config import AllocationSection, PruningSection
 from seap_ray.evidence import UNITS, Cut, Evidence, percent
-from seap_ray.moments import SITES, Site, Statistics, pooled
+from seap_ray.moments import SITES, Site, mixed
 from seap_ray.pictures import LOWER_BOUND, REFERENCE, SECOND_REFERENCE, Chart, HeatMap, Part, Picture, Series, look
 from seap_ray.plan import Rules, layer_sparsity
 from seap_ray.records import is_whole, load_statistics, load_unit_scores, opened, read_moments
-from seap_ray.scores import SCORES, Norms, head_scores
+from seap_ray.scores import SCORES, Norms, column_scores, head_scores
 from seap_ray.storage import matching
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -283,41 +282,39 @@ def scores(evidence: Evidence) -> Part | None:
     return Part(
         "scores",
         "How unequal are the scores?",
-        "The line is the median of a layer's scores, the bands hold half and 90 % of them; a dash is the lowest score "
-        f"that stays with {percent(ratio)} removed. The taller the bands, the less goes with what lies low.",
+        "The line is the median of a layer's scores, in a mixture those of all its experts, the bands hold half and "
+        f"90 % of them; a dash is the lowest score that stays with {percent(ratio)} removed. The taller the bands, the "
+        "less goes with what lies low.",
         f"Of all of a layer's scores, the best tenth of its channels holds on average {', '.join(held)}.",
         Picture("Quantiles of the scores of channels and heads in every layer.", tuple(panels)),
     )
 
 
 def unit_scores(evidence: Evidence, architecture: Architecture, cut: Cut) -> dict[str, list[np.ndarray]] | None:
-    """Scores of every layer's heads and channels that a plan was made from; None where they cannot be had again."""
+    """Scores of every layer's heads and channels that a plan was made from, of a mixture those of all its experts, one
+    after another; None where they cannot be had again."""
     about = cut.about
     if "unit_scores" in about:
         path, layers = evidence.run.unit_scores(about["unit_scores"]), range(architecture.n_layers)
         made = load_unit_scores(path, layers) if is_whole(path) else []
         return {unit: [of[unit].numpy() for of in made] for unit in ("heads", "channels")} if made else None
-    if architecture.n_experts:
-        return None
     paths = [evidence.run.statistics(name) for name in (*about["tasks"], "weight_norms")]
     if about["score"] not in SCORES or not all(path.is_file() for path in paths):
         return None
-    *parts, norms = (load_statistics(path, architecture, sites=SITES) for path in paths)
-    attn, mlp = (
-        [_site_score(about, parts, norms, (layer, site)) for layer in range(architecture.n_layers)] for site in SITES
-    )
-    heads = [head_scores(score_D, architecture.head_dim).numpy() for score_D in attn]
-    return {"heads": heads, "channels": [score_D.numpy() for score_D in mlp]}
-
-
-def _site_score(
-    about: Mapping[str, Any], parts: Sequence[Statistics], norms: Statistics, key: tuple[int, Site]
-) -> torch.Tensor:
+    *parts, stored = (load_statistics(path, architecture, sites=SITES) for path in paths)
+    norms = {key: Norms(moments.mean_D, moments.m2_D) for key, moments in stored.items()}
     score, weights = SCORES[about["score"]], list(about["tasks"].values())
-    of = Norms(norms[key].mean_D, norms[key].m2_D)
+    streams = [*zip(weights, parts, strict=True)]
     if about["pooling"] == "pooled":
-        return score(pooled([part[key] for part in parts], weights), of)
-    return torch.stack([weight * score(part[key], of) for weight, part in zip(weights, parts, strict=True)]).sum(0)
+        streams = [(1.0, mixed(parts, weights))]
+
+    def of(layer: int, site: Site) -> torch.Tensor:
+        keys = [(layer, one) for one in architecture.sites(site)]
+        return torch.stack([weight * column_scores(score, part, norms, keys) for weight, part in streams]).sum(0)
+
+    layers = range(architecture.n_layers)
+    heads = [head_scores(of(layer, "attn"), architecture.head_dim).numpy() for layer in layers]
+    return {"heads": heads, "channels": [of(layer, "mlp").flatten().numpy() for layer in layers]}
 
 
 def _score_chart(cut: Cut, unit: str, of: Sequence[np.ndarray]) -> Chart:

@@ -125,10 +125,10 @@ class Rules:
             )
         tile = architecture.align(pruning.align) * pruning.tensor_parallel
         sizes = map(architecture.layer_parameters, architecture.layers)
-        options_L = [_allowed(architecture, i, options, pruning, tile, stock) for i, options in enumerate(options_L)]
+        allowed_L = (_allowed(architecture, i, options, pruning, tile, stock) for i, options in enumerate(options_L))
         return tuple(
             cls(architecture, layer, size, options, tile, compensated)
-            for layer, (size, options) in enumerate(zip(sizes, options_L, strict=True))
+            for layer, (size, options) in enumerate(zip(sizes, allowed_L, strict=True))
         )
 
     @property

@@ -19,7 +19,7 @@ from seap_ray.checkpoint import (
 )
 from seap_ray.cluster import work_task
 from seap_ray.config import Baseline, Config, PlanSettings, PruningSection
-from seap_ray.moments import SITES, Moments, Site, Statistics, pooled
+from seap_ray.moments import SITES, Moments, Site, Statistics, mixed
 from seap_ray.plan import Kept, LayerScores, Plan, choose_dropped, choose_shapes, keep
 from seap_ray.reconstruction import UNIT_SCORES
 from seap_ray.records import (
@@ -33,7 +33,7 @@ from seap_ray.records import (
     task_memory,
 )
 from seap_ray.run import Run, fingerprint
-from seap_ray.scores import SCORES, Norms, WeightNorms, head_scores, random_score, standardised, trusted
+from seap_ray.scores import SCORES, Norms, WeightNorms, column_scores, head_scores, random_score, standardised
 from seap_ray.storage import publishing, write_json
 
 
@@ -192,11 +192,8 @@ class Planner:
     def _score(
         self, score: Callable[[Moments, Norms], torch.Tensor], of: Statistics, layer: int, site: Site
     ) -> torch.Tensor:
-        sites = self.checkpoint.architecture.sites(site)
-        if len(sites) == 1:
-            return score(of[layer, site], self.norms[layer, site])
-        experts = trusted([of[layer, one] for one in sites])
-        return torch.stack([score(e, self.norms[layer, one]) for e, one in zip(experts, sites, strict=True)])
+        keys = [(layer, one) for one in self.checkpoint.architecture.sites(site)]
+        return column_scores(score, of, self.norms, keys)
 
     def _unit_scores(self, spec: Spec, pruning: PruningSection) -> list[LayerScores]:
         """Scores from covariances, made in Ray tasks, a layer each, and kept for the next plan."""
@@ -228,16 +225,7 @@ class Planner:
     def mixed(self, spec: Spec) -> Statistics:
         """Moments of the spec's tasks as one stream, each task counting by its weight."""
         parts, weights = [self.statistics[task] for task in spec.weights], list(spec.weights.values())
-        if len(parts) == 1:
-            return parts[0]
-        return {key: pooled([part[key] for part in parts], _shares(parts, weights, key)) for key in parts[0]}
-
-
-def _shares(parts: Sequence[Statistics], weights: Sequence[float], key: tuple[int, Site]) -> list[float]:
-    """What each stream is of the mixture at a site: of an expert's, by how much of the stream is routed to it."""
-    layer, _ = key
-    routed = [w * part[key].count / part[layer, "attn"].count for w, part in zip(weights, parts, strict=True)]
-    return routed if sum(routed) else list(weights)
+        return parts[0] if len(parts) == 1 else mixed(parts, weights)
 
 
 def make_planner(config: Config, checkpoint: Checkpoint, run: Run, statistics: dict[str, AnyPath]) -> Planner:
