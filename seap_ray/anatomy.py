@@ -6,7 +6,6 @@ Letters: M models, U units (query heads or channels of a layer), P shards, D cha
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,24 +14,23 @@ from seap_ray.architecture import Architecture
 from seap_ray.bucket import AnyPath
 from seap_ray.config import AllocationSection, PruningSection
 from seap_ray.evidence import UNITS, Cut, Evidence, percent
-from seap_ray.moments import SITES, Site, Statistics, pooled
+from seap_ray.moments import SITES, Site, mixed
 from seap_ray.pictures import LOWER_BOUND, REFERENCE, SECOND_REFERENCE, Chart, HeatMap, Part, Picture, Series, look
 from seap_ray.plan import Rules, layer_sparsity
 from seap_ray.records import is_whole, load_statistics, load_unit_scores, opened, read_moments
-from seap_ray.scores import SCORES, Norms, head_scores
+from seap_ray.scores import SCORES, Norms, column_scores, head_scores
 from seap_ray.storage import matching
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SITE_NAMES = {"heads": "attention", "channels": "MLP"}
 
-Widths = Mapping[str, int]
-"""Heads and channels of a dense layer."""
 Place = tuple[int, str, int]
-"""Layer, kind of unit, and how many of them the dense layer has."""
+"""Layer, kind of unit, and how many of them the layer has before it is cut."""
 
 
-def _widths(architecture: Architecture) -> Widths:
-    return {"heads": architecture.dense.heads, "channels": architecture.n_channels}
+def _places(architecture: Architecture, unit: str) -> list[Place]:
+    times = max(architecture.n_experts, 1) if unit == "channels" else 1
+    return [(i, unit, times * getattr(layer.shape, unit)) for i, layer in enumerate(architecture.layers)]
 
 
 def _sentence(clauses: Sequence[str]) -> str:
@@ -54,14 +52,14 @@ def sparsity(evidence: Evidence) -> Part | None:
         "How much does each layer give?",
         "The dashed line is the share of its weights that the allocation asks of a layer. Heads go by whole groups, so "
         "the attention moves in steps and the MLP makes up for them.",
-        _sentence([_most_cut(evidence, ratio, architecture.n_channels) for ratio in evidence.shown_ratios]),
+        _sentence([_most_cut(evidence, ratio, architecture) for ratio in evidence.shown_ratios]),
         Picture("Share that every layer gives of its attention and its MLP, asked for and realised.", tuple(panels)),
     )
 
 
 def _sparsity_chart(evidence: Evidence, architecture: Architecture, ratio: float, unit: str) -> Chart:
     cuts = evidence.cuts[ratio]
-    series = [*_asked(evidence, architecture, cuts[0]), *_given(cuts, unit, _widths(architecture)[unit])]
+    series = [*_asked(evidence, architecture, cuts[0]), *_given(cuts, unit, architecture)]
     title = f"{SITE_NAMES[unit]}, {percent(ratio)} removed"
     return Chart(title, "layer", "removed, %", tuple(series), x_integer=True, y_range=(-4, 104))
 
@@ -73,23 +71,22 @@ def _asked(evidence: Evidence, architecture: Architecture, cut: Cut) -> list[Ser
     if about.get("budget", "exact") != "exact" or allocation.kind not in ("uniform", "logistic"):
         return []
     pruning = PruningSection.model_validate(evidence.config["pruning"])
-    rules = Rules.of(architecture, pruning, compensated=about["compensation"] != "none")
-    cap = min(allocation.max_sparsity, rules.cap)
-    shares = layer_sparsity(architecture.n_layers, allocation, about["requested_ratio"], cap)
+    rules_L = Rules.of(architecture, pruning, compensated=about["compensation"] != "none")
+    shares = layer_sparsity(rules_L, allocation, about["requested_ratio"])
     return [Series("asked of the layer", range(len(shares)), [100 * share for share in shares], REFERENCE)]
 
 
-def _given(cuts: Sequence[Cut], unit: str, width: int) -> Iterator[Series]:
+def _given(cuts: Sequence[Cut], unit: str, architecture: Architecture) -> Iterator[Series]:
     """The experts' mean with the range between them, and the general model."""
     for i, (label, kind) in enumerate((("experts", "expert"), ("general", "general"))):
-        shares = 100 * np.array([cut.share_cut(unit, width) for cut in cuts if cut.kind == kind])
+        shares = 100 * np.array([cut.share_cut(unit, architecture) for cut in cuts if cut.kind == kind])
         if len(shares):
             range_ = shares.min(0).tolist(), shares.max(0).tolist()
             bands = (range_,) if range_[0] != range_[1] else ()
             yield Series(label, range(shares.shape[1]), shares.mean(0).tolist(), look(i), bands=bands)
 
 
-def _most_cut(evidence: Evidence, ratio: float, n_channels: int) -> str:
+def _most_cut(evidence: Evidence, ratio: float, architecture: Architecture) -> str:
     realised = [
         model["realised_ratio"]
         for model in evidence.main["models"]
@@ -97,7 +94,7 @@ def _most_cut(evidence: Evidence, ratio: float, n_channels: int) -> str:
     ]
     ends = dict.fromkeys(f"{end:.4f}" for end in (min(realised), max(realised)))
     cut = evidence.cuts[ratio][0]
-    shares = cut.share_cut("channels", n_channels)
+    shares = cut.share_cut("channels", architecture)
     deepest = shares.index(max(shares))
     return (
         f"of {ratio:g} asked for, {' to '.join(ends)} is gone, most in layer {deepest}, where {cut.name} loses "
@@ -150,12 +147,12 @@ def overlap(evidence: Evidence) -> Part | None:
     ratios = [ratio for ratio in evidence.shown_ratios if len(evidence.cuts[ratio]) > 1]
     if evidence.architecture is None or not ratios:
         return None
-    layers, widths = range(evidence.architecture.n_layers), _widths(evidence.architecture)
-    places = [(layer, unit, widths[unit]) for layer in layers for unit in UNITS]
+    of_unit = {unit: _places(evidence.architecture, unit) for unit in UNITS}
+    places = [at for of in of_unit.values() for at in of]
     by_ratio = {ratio: sorted(evidence.cuts[ratio], key=lambda cut: cut.kind == "general") for ratio in ratios}
     whole = {ratio: Overlap.of(cuts, places) for ratio, cuts in by_ratio.items()}
     maps = [_overlap_map(by_ratio[ratio], whole[ratio], ratio) for ratio in ratios]
-    charts = [chart for ratio in ratios if (chart := _overlap_by_layer(by_ratio[ratio], ratio, layers, widths))]
+    charts = [chart for ratio in ratios if (chart := _overlap_by_layer(by_ratio[ratio], ratio, of_unit))]
     return Part(
         "overlap",
         "Which neurons do the experts share?",
@@ -172,13 +169,14 @@ def _overlap_map(cuts: Sequence[Cut], of: Overlap, ratio: float) -> HeatMap:
     return HeatMap(title, "", "", names, names, of.jaccard_MM.tolist(), scale=(min(of.mean_chance, 0.99), 1))
 
 
-def _overlap_by_layer(cuts: Sequence[Cut], ratio: float, layers: range, widths: Widths) -> Chart | None:
+def _overlap_by_layer(cuts: Sequence[Cut], ratio: float, of_unit: Mapping[str, list[Place]]) -> Chart | None:
     experts = [cut for cut in cuts if cut.kind == "expert"]
     if len(experts) < 2:
         return None
     series = []
     for i, (unit, by_chance) in enumerate(zip(UNITS, (SECOND_REFERENCE, REFERENCE), strict=True)):
-        each = [Overlap.of(experts, [(layer, unit, widths[unit])]) for layer in layers]
+        each = [Overlap.of(experts, [at]) for at in of_unit[unit]]
+        layers = range(len(each))
         series.append(Series(unit, layers, [one.mean for one in each], look(i)))
         series.append(Series(f"{unit}, by chance", layers, [one.mean_chance for one in each], by_chance))
     title = f"between experts, {percent(ratio)} removed"
@@ -284,41 +282,39 @@ def scores(evidence: Evidence) -> Part | None:
     return Part(
         "scores",
         "How unequal are the scores?",
-        "The line is the median of a layer's scores, the bands hold half and 90 % of them; a dash is the lowest score "
-        f"that stays with {percent(ratio)} removed. The taller the bands, the less goes with what lies low.",
+        "The line is the median of a layer's scores, in a mixture those of all its experts, the bands hold half and "
+        f"90 % of them; a dash is the lowest score that stays with {percent(ratio)} removed. The taller the bands, the "
+        "less goes with what lies low.",
         f"Of all of a layer's scores, the best tenth of its channels holds on average {', '.join(held)}.",
         Picture("Quantiles of the scores of channels and heads in every layer.", tuple(panels)),
     )
 
 
 def unit_scores(evidence: Evidence, architecture: Architecture, cut: Cut) -> dict[str, list[np.ndarray]] | None:
-    """Scores of every layer's heads and channels that a plan was made from; None where they cannot be had again."""
+    """Scores of every layer's heads and channels that a plan was made from, of a mixture those of all its experts, one
+    after another; None where they cannot be had again."""
     about = cut.about
     if "unit_scores" in about:
         path, layers = evidence.run.unit_scores(about["unit_scores"]), range(architecture.n_layers)
         made = load_unit_scores(path, layers) if is_whole(path) else []
         return {unit: [of[unit].numpy() for of in made] for unit in ("heads", "channels")} if made else None
-    if architecture.n_experts:
-        return None
     paths = [evidence.run.statistics(name) for name in (*about["tasks"], "weight_norms")]
     if about["score"] not in SCORES or not all(path.is_file() for path in paths):
         return None
-    *parts, norms = (load_statistics(path, architecture, sites=SITES) for path in paths)
-    attn, mlp = (
-        [_site_score(about, parts, norms, (layer, site)) for layer in range(architecture.n_layers)] for site in SITES
-    )
-    heads = [head_scores(score_D, architecture.head_dim).numpy() for score_D in attn]
-    return {"heads": heads, "channels": [score_D.numpy() for score_D in mlp]}
-
-
-def _site_score(
-    about: Mapping[str, Any], parts: Sequence[Statistics], norms: Statistics, key: tuple[int, Site]
-) -> torch.Tensor:
+    *parts, stored = (load_statistics(path, architecture, sites=SITES) for path in paths)
+    norms = {key: Norms(moments.mean_D, moments.m2_D) for key, moments in stored.items()}
     score, weights = SCORES[about["score"]], list(about["tasks"].values())
-    of = Norms(norms[key].mean_D, norms[key].m2_D)
+    streams = [*zip(weights, parts, strict=True)]
     if about["pooling"] == "pooled":
-        return score(pooled([part[key] for part in parts], weights), of)
-    return torch.stack([weight * score(part[key], of) for weight, part in zip(weights, parts, strict=True)]).sum(0)
+        streams = [(1.0, mixed(parts, weights))]
+
+    def of(layer: int, site: Site) -> torch.Tensor:
+        keys = [(layer, one) for one in architecture.sites(site)]
+        return torch.stack([weight * column_scores(score, part, norms, keys) for weight, part in streams]).sum(0)
+
+    layers = range(architecture.n_layers)
+    heads = [head_scores(of(layer, "attn"), architecture.head_dim).numpy() for layer in layers]
+    return {"heads": heads, "channels": [of(layer, "mlp").flatten().numpy() for layer in layers]}
 
 
 def _score_chart(cut: Cut, unit: str, of: Sequence[np.ndarray]) -> Chart:

@@ -211,14 +211,24 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
+class Layer:
+    """A decoder layer of the model as it is given. In a dense model all are alike."""
+
+    shape: Shape
+    biases: tuple[str, ...] = ()
+    """Config keys of output biases that its family has not: an earlier compensation put them there."""
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
-    """Dimensions of a dense model. Sizes are in numbers of weights."""
+    """Dimensions of a model, dense or compacted already. Sizes are in numbers of weights."""
 
     family: str
-    n_layers: int
+    layers: tuple[Layer, ...]
     hidden_size: int
     head_dim: int
     dense: Shape
+    """Widths by the config's top level: of a dense model those of all layers."""
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
@@ -231,7 +241,7 @@ class Architecture:
     has_free_heads: bool = True
     """Whether the family's own config may have another number of heads: Phi-3's long ropes tell it by them."""
     n_experts: int = 0
-    """Of a mixture of experts, in every layer; ``dense.channels`` is then the width of each. 0: no mixture."""
+    """Of a mixture of experts, in every layer; a layer's channels are then the width of each. 0: no mixture."""
     experts_per_token: int = 0
 
     @classmethod
@@ -240,29 +250,28 @@ class Architecture:
 
         Raises ConfigError for a family that is not supported, or a layout of it that is not.
         """
-        name = config.get("model_type")
-        if str(name).startswith("seap_"):
-            raise ConfigError(
-                "model is compacted already; prune its base, which its seap.json names, at the higher ratio"
-            )
+        model_type = config.get("model_type")
+        name = str(model_type).removeprefix("seap_")
         if name not in FAMILIES:
-            raise ConfigError(f"model family {name!r} is not supported; supported are {', '.join(FAMILIES)}")
+            raise ConfigError(f"model family {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
         if config.get("quantization_config"):
             raise ConfigError("model is quantised; prune the unquantised checkpoint, then quantise the result")
-        family, heads = FAMILIES[name], config["num_attention_heads"]
+        family = FAMILIES[name]
         if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
             raise ConfigError("model has layers without experts beside layers with them, which is not supported")
-        groups = (family.groups_key and config.get(family.groups_key)) or heads
 
         def flag(value: bool | tuple[str, bool]) -> bool:
             return bool(config.get(*value)) if isinstance(value, tuple) else value
 
+        own = config.get("per_layer_config") or {}
         return cls(
             family=name,
-            n_layers=config["num_hidden_layers"],
+            layers=tuple(
+                _layer({**config, **own.get(str(layer), {})}, family) for layer in range(config["num_hidden_layers"])
+            ),
             hidden_size=config["hidden_size"],
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            dense=Shape(groups, heads // groups, config[family.channels_key]),
+            head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+            dense=_layer(config, family).shape,
             qkv_bias=flag(family.qkv_bias),
             o_bias=flag(family.o_bias),
             mlp_bias=flag(family.mlp_bias),
@@ -275,6 +284,10 @@ class Architecture:
             n_experts=(config.get("num_local_experts") or config["num_experts"]) if family.is_mixture else 0,
             experts_per_token=config["num_experts_per_tok"] if family.is_mixture else 0,
         )
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
 
     @property
     def layout(self) -> Family:
@@ -298,14 +311,21 @@ class Architecture:
         return (self.layout.o_proj,) if self.n_experts else tuple(self.layout.columns)
 
     @property
-    def n_channels(self) -> int:
-        """Channels of a layer, of a mixture those of all experts."""
-        return self.dense.channels * max(self.n_experts, 1)
+    def bias_keys(self) -> tuple[str, ...]:
+        """Config keys of the biases that compensation adds to layers of this family."""
+        missing = {"o_proj_bias": not self.o_bias, "down_proj_bias": not self.mlp_bias and not self.n_experts}
+        return tuple(key for key, is_missing in missing.items() if is_missing)
+
+    @property
+    def is_compensated(self) -> bool:
+        """Whether layers have biases already that their family has not."""
+        return any(layer.biases for layer in self.layers)
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Columns of ``o_proj`` and ``down_proj``, by whatever name."""
-        return self.dense.heads * self.head_dim, self.dense.channels
+        """Columns of ``o_proj`` and ``down_proj``, by whatever name, at the widest."""
+        shapes = [layer.shape for layer in self.layers]
+        return max(shape.heads for shape in shapes) * self.head_dim, max(shape.channels for shape in shapes)
 
     @property
     def head_cost(self) -> int:
@@ -330,21 +350,22 @@ class Architecture:
         """Weights of a layer's attention that its shape decides."""
         return shape.heads * self.head_cost + shape.groups * self.kv_cost
 
-    def layer_parameters(self, shape: Shape) -> int:
-        """All weights of a decoder layer of this shape: attention, MLP, biases, norms and router."""
+    def layer_parameters(self, layer: Layer) -> int:
+        """All weights of a decoder layer: attention, MLP, biases, norms and router."""
         of_hidden, of_head = self.layout.norms if self.has_norm_weights else (0, 0)
-        fixed = self.hidden_size * (of_hidden + self.o_bias + self.mlp_bias + self.n_experts) + self.head_dim * of_head
-        return self.attention_parameters(shape) + shape.channels * self.channel_cost + fixed
+        of_hidden += self.o_bias + self.mlp_bias + len(layer.biases) + self.n_experts
+        fixed = self.hidden_size * of_hidden + self.head_dim * of_head
+        return self.attention_parameters(layer.shape) + layer.shape.channels * self.channel_cost + fixed
 
     @property
     def decoder_parameters(self) -> int:
-        """All weights of the dense decoder layers: what a ratio is a share of."""
-        return self.n_layers * self.layer_parameters(self.dense)
+        """All weights of the decoder layers as they are given: what a ratio is a share of."""
+        return sum(map(self.layer_parameters, self.layers))
 
-    @property
-    def compensation_parameters(self) -> int:
-        """Weights that compensation adds to a cut layer: the biases that it does not have yet."""
-        return self.hidden_size * ((not self.o_bias) + (not self.mlp_bias and not self.n_experts))
+    def cut(self, layer: int, shape: Shape, *, compensated: bool) -> Layer:
+        """A layer with other widths, and where they are others, with the biases that compensation gives it."""
+        given = self.layers[layer]
+        return Layer(shape, self.bias_keys if compensated and shape != given.shape else given.biases)
 
     def align(self, setting: int | str) -> int:
         """Tile of channels; ``auto`` is 128, or for a small MLP the power of two that leaves 16 tiles or more.
@@ -370,6 +391,13 @@ class Architecture:
         layer, _, rest = name.removeprefix(self.layout.layers).partition(".")
         module, _, kind = rest.rpartition(".")
         return int(layer), module, kind
+
+
+def _layer(config: Mapping[str, Any], family: Family) -> Layer:
+    heads = config["num_attention_heads"]
+    groups = (family.groups_key and config.get(family.groups_key)) or heads
+    biases = tuple(key for key in ("o_proj_bias", "down_proj_bias") if config.get(key))
+    return Layer(Shape(groups, heads // groups, config[family.channels_key]), biases)
 
 
 def expert_of(module: str) -> tuple[str, int | None]:

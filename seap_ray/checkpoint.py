@@ -40,6 +40,8 @@ CARRIED = (
 """Files of the base model that go with every expert."""
 BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 """Ends of the names of what old checkpoints, and NeoX's, hold and no model reads: they are no weights."""
+NOT_STOCK = {"auto_map", "head_dim", "per_layer_config", "o_proj_bias", "down_proj_bias"}
+"""Config keys of a compacted checkpoint that a stock one has not, or has by its family alone."""
 MODEL_FILES = ("*.safetensors", "*.json", *CARRIED)
 """Files of a model that are copied from the hub or a bucket."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -62,7 +64,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A dense model on disk, opened without reading a weight."""
+    """A model on disk, dense or compacted already, opened without reading a weight."""
 
     folder: Path
     config: dict[str, Any]
@@ -288,7 +290,7 @@ class Compaction:
         architecture, new = self.base.architecture, []
         for layer in range(len(self.plan.kept)):
             modules = [module for module in architecture.compensated if self.compensates(layer)]
-            if self.stock and self.plan.compensation != "none":
+            if self.stock and _has_biases(self.plan, architecture):
                 modules = [*architecture.layout.rows, *architecture.layout.columns]
             for module in modules:
                 weight = self._cut(layer, module, "weight")
@@ -298,7 +300,7 @@ class Compaction:
         return new
 
     def compensates(self, layer: int) -> bool:
-        return self.plan.compensation != "none" and self.plan.cuts(layer, self.base.architecture.dense)
+        return self.plan.compensation != "none" and self.plan.cuts(layer, self.base.architecture)
 
     def make(self, output: OutputTensor) -> Tensor:
         """The tensor itself, in the base's dtype."""
@@ -313,7 +315,8 @@ class Compaction:
         source = self._source(layer, module, kind)
         if source not in self.base.tensors:
             return torch.zeros(output.shape, dtype=DTYPES[output.dtype])
-        return compact(self.base.architecture, module, kind, self.base.read(source), self.plan.kept[layer])
+        architecture, kept = self.base.architecture, self.plan.kept[layer]
+        return compact(architecture, self.plan.layers[layer], module, kind, self.base.read(source), kept)
 
     def _site(self, module: str) -> Site:
         return "attn" if module == self.base.architecture.layout.o_proj else "mlp"
@@ -385,6 +388,8 @@ class Compaction:
         """The base's, without the layers that go as a whole; Qwen2's ``layer_types``, say, has an entry for each."""
         config, layers = self.base.config, self.plan.layers
         if self.plan.dropped and self.base.architecture.mixes_windows and not config.get("layer_types"):
+            import seap_ray.hf  # noqa: F401  the base may be compacted itself
+
             # By their old places, which the new config would not tell.
             config = {**config, "layer_types": AutoConfig.from_pretrained(self.base.folder).layer_types}
         by_layer = {
@@ -416,21 +421,18 @@ class Compaction:
         return {"num_attention_heads": shape.heads, **groups, family.channels_key: shape.channels}
 
     def _own(self, layer: int) -> dict[str, Any]:
-        architecture = self.base.architecture
-        added = {"o_proj_bias": not architecture.o_bias}
-        if not architecture.n_experts:
-            added["down_proj_bias"] = not architecture.mlp_bias
-        own = self._widths(self.plan.kept[layer].shape)
-        own |= {key: self.compensates(layer) and is_new for key, is_new in added.items()}
-        usual = self._widths(architecture.dense) | dict.fromkeys(added, False)
-        return {key: value for key, value in own.items() if value != usual[key]}
+        cut, usual = self.plan.cut(layer, self.base.architecture), self._widths(self.base.architecture.dense)
+        own = self._widths(cut.shape)
+        return {key: value for key, value in own.items() if value != usual[key]} | dict.fromkeys(cut.biases, True)
 
     def _stock_config(self) -> dict[str, Any]:
-        family = self.base.architecture.layout
-        head_dim = {"head_dim": self.base.architecture.head_dim} if family.has_head_dim else {}
-        config = {**self._dense_config(), **head_dim, **self._widths(self.plan.shapes[0])}
-        config.pop("auto_map", None)  # its code stays behind
-        if self.plan.compensation != "none" and family.like_llama:
+        architecture, family = self.base.architecture, self.base.architecture.layout
+        config = {key: value for key, value in self._dense_config().items() if key not in NOT_STOCK}
+        config |= {"model_type": architecture.family, "architectures": [family.model_class.removeprefix("Seap")]}
+        config |= self._widths(self.plan.shapes[0])
+        if family.has_head_dim:
+            config["head_dim"] = architecture.head_dim
+        if _has_biases(self.plan, architecture) and family.like_llama:
             config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
             config |= {"attention_bias": True, "mlp_bias": True}
         return config
@@ -462,16 +464,17 @@ def check_stock(plan: Plan, architecture: Architecture) -> None:
                 f"export.format: stock needs equal widths, but layer {layer} of {plan.name} has {shape} and layer 0 "
                 f"{first}; use pruning.allocation.kind=uniform, or export.format=seap"
             )
-    family = architecture.layout
+    family, biased = architecture.layout, _has_biases(plan, architecture)
     if first.heads != architecture.dense.heads and not (family.has_head_dim and architecture.has_free_heads):
         raise ConfigError(
             f"export.format: a stock {architecture.family} has heads of one size, hidden size / heads, so none can go; "
             "use pruning.attention_unit=none, or export.format=seap"
         )
-    if plan.compensation != "none" and architecture.compensation_parameters and not _may_have_biases(architecture):
+    if biased and architecture.bias_keys and not _may_have_biases(architecture):
+        remedy = "" if architecture.is_compensated else "pruning.compensation=none, or "
         raise ConfigError(
             f"export.format: a stock {architecture.family} has no biases on {family.o_proj} and {family.down_proj}; "
-            "use pruning.compensation=none, or export.format=seap"
+            f"use {remedy}export.format=seap"
         )
     if architecture.hidden_size % first.heads:
         raise ConfigError(
@@ -483,6 +486,11 @@ def check_stock(plan: Plan, architecture: Architecture) -> None:
 def _natural(architecture: Architecture, name: str) -> tuple[int, int, str]:
     layer, _, _ = architecture.split(name)
     return (0, layer, name) if layer is not None else (-1 if "embed" in name else 1, 0, name)
+
+
+def _has_biases(plan: Plan, architecture: Architecture) -> bool:
+    """Whether there are, or may be, output biases that the family has not."""
+    return plan.compensation != "none" or architecture.is_compensated
 
 
 def _may_have_biases(architecture: Architecture) -> bool:

@@ -1,4 +1,4 @@
-"""Compact: a dense tensor and what is kept of its layer in, the smaller tensor out. Pure arithmetic.
+"""Compact: a tensor and what is kept of its layer in, the smaller tensor out. Pure arithmetic.
 
 Letters: O output features, D input columns of ``o_proj`` or ``down_proj`` (by whatever name of the family).
 """
@@ -20,23 +20,23 @@ def kept_indices(kept: Kept, unit: str, head_dim: int) -> Tensor:
     return (units[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
-def row_indices(rows: Rows, kept: Kept, dense: Shape, head_dim: int) -> Tensor:
+def row_indices(rows: Rows, kept: Kept, given: Shape, head_dim: int) -> Tensor:
     """Indices, int64, of the kept rows of a module."""
     blocks, start = [], 0
     for unit in rows.units:
         width = rows.times * (1 if unit == "channels" else head_dim)
         units = torch.tensor(getattr(kept, unit), dtype=torch.int64)
         blocks.append(start + (units[:, None] * width + torch.arange(width)).flatten())
-        start += getattr(dense, unit) * width
+        start += getattr(given, unit) * width
     return torch.cat(blocks)
 
 
-def compact(architecture: Architecture, module: str, kind: str, tensor: Tensor, kept: Kept) -> Tensor:
+def compact(architecture: Architecture, layer: int, module: str, kind: str, tensor: Tensor, kept: Kept) -> Tensor:
     """The kept part of a decoder layer's tensor, contiguous; tensors of other modules come back as they are."""
     family, (module, expert) = architecture.layout, expert_of(module)
     kept = kept.of(expert)
     if module in family.rows:
-        rows = row_indices(family.rows[module], kept, architecture.dense, architecture.head_dim)
+        rows = row_indices(family.rows[module], kept, architecture.layers[layer].shape, architecture.head_dim)
         return tensor.index_select(0, rows)
     if module in family.columns and kind == "weight":
         return tensor.index_select(1, kept_indices(kept, family.columns[module], architecture.head_dim))

@@ -213,6 +213,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrai
     """The tokenizer of the model in ``folder``. Raises ConfigError when there is none."""
     from transformers import AutoTokenizer  # seconds, which the workers that only render rows do not need
 
+    import seap_ray.hf  # noqa: F401  the model may be compacted already
+
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -234,8 +234,6 @@ def _opened(source: Checkpoint | Draft) -> Iterator[Path]:
 
 def _load(config: Config, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Raises ConfigError for a model whose tokens are not those of the base: their figures could not be compared."""
-    import seap_ray.hf  # noqa: F401  lets AutoModelForCausalLM load what we wrote
-
     base = Checkpoint.open(config.model.source, config.model.revision)
     trust = config.model.trust_remote_code
     tokenizer = load_tokenizer(base.folder, trust_remote_code=trust)

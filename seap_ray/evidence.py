@@ -38,9 +38,10 @@ class Cut:
     def indices(self, layer: int, unit: str) -> np.ndarray:
         return self.kept[f"layers.{layer}.{unit}"]
 
-    def share_cut(self, unit: str, width: int) -> list[float]:
+    def share_cut(self, unit: str, architecture: Architecture) -> list[float]:
         """Share of the units of every layer that goes."""
-        return [1 - layer[unit] / width for layer in self.about["layers"]]
+        pairs = zip(self.about["layers"], architecture.layers, strict=True)
+        return [1 - kept[unit] / getattr(given.shape, unit) for kept, given in pairs]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Evidence:
     """The main job's results, or those of a study where only that was run."""
     studies: Mapping[str, Results]
     architecture: Architecture | None
-    """None where the dense model is gone, and no expert says what it was like."""
+    """None where the model that all are cut from is gone, and no expert says what it was like."""
     cuts: Mapping[float, list[Cut]]
     """Plans of the general model and the experts, by ratio."""
 
@@ -94,11 +95,19 @@ def study_path(run: Run, name: StudyName) -> AnyPath | None:
 
 
 def _architecture(results: Results) -> Architecture | None:
-    """From the dense model's folder, or where that is gone, from a compacted one, whose config has both."""
+    """From the dense model's folder, or where that is gone, from a compacted one, whose config has both.
+
+    That has only the first model's widths, not those of a base that was compacted itself.
+    """
     for model in results["models"]:
-        config = read_json(place(model["folder"]) / "config.json") if model.get("folder") else None
-        if config and (model["kind"] == "dense" or config["model_type"].startswith("seap_")):
-            return Architecture.of({**config, "model_type": config["model_type"].removeprefix("seap_")})
+        folder = place(model["folder"]) if model.get("folder") else None
+        config = read_json(folder / "config.json") if folder else None
+        if config and model["kind"] == "dense":
+            return Architecture.of(config)
+        if folder and config and config["model_type"].startswith("seap_"):
+            source = (read_json(folder / "seap.json") or {}).get("source", {})
+            is_of_dense = not source.get("model_type", "").startswith("seap_")
+            return Architecture.of({**config, "per_layer_config": None}) if is_of_dense else None
     return None
 
 

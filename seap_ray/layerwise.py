@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.corpus import batches
@@ -85,11 +85,15 @@ class LayerwiseModel:
 
     def _skeleton(self) -> Any:
         """The decoder without weights, but for what must be computed."""
+        import seap_ray.hf  # noqa: F401  the checkpoint may be compacted already
+
         config = AutoConfig.from_pretrained(self.checkpoint.folder, trust_remote_code=self.trust_remote_code)
         if attention := attention_of(self.checkpoint.config):
             config._attn_implementation = attention
         with torch.device("meta"):
-            model = AutoModel.from_config(config, dtype=self.dtype, trust_remote_code=self.trust_remote_code).eval()
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+            ).eval()
         for module in model.modules():  # on the CPU, as from_pretrained has it
             for name in module._non_persistent_buffers_set:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")

@@ -157,6 +157,18 @@ def pooled(parts: list[Moments], weights: list[float]) -> Moments:
     return Moments(count, mean_D, var_D * count)
 
 
+def mixed(parts: Sequence[Statistics], weights: Sequence[float]) -> Statistics:
+    """``pooled``, of every site of several tasks' statistics."""
+    return {key: pooled([part[key] for part in parts], shares(parts, weights, key)) for key in parts[0]}
+
+
+def shares(parts: Sequence[Statistics], weights: Sequence[float], key: tuple[int, Site]) -> list[float]:
+    """What each stream is of the mixture at a site: of an expert's, by how much of the stream is routed to it."""
+    layer, _ = key
+    routed = [w * part[key].count / part[layer, "attn"].count for w, part in zip(weights, parts, strict=True)]
+    return routed if sum(routed) else list(weights)
+
+
 def pooled_covariance(parts: Iterable[Covariance], weights: Sequence[float]) -> Covariance:
     """As ``pooled``, of covariances: C = sum w (C_i + (mean_i - mean) (mean_i - mean)^T); two matrices at a time."""
     pairs = zip(parts, weights, strict=True)

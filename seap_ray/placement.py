@@ -136,6 +136,8 @@ def model_dtype(model: ModelSection, checkpoint: Checkpoint) -> torch.dtype:
 
 def load_model(config: Config, base: Checkpoint, folder: Any) -> PreTrainedModel:
     """The model in ``folder``, the base or one cut from it, in evaluation mode on this worker's device or devices."""
+    import seap_ray.hf  # noqa: F401  lets AutoModelForCausalLM load what is compacted
+
     _prepare(config)
     spread = config.calibration.placement == "device_map"
     loaded: Any = AutoModelForCausalLM.from_pretrained(

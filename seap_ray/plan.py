@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from seap_ray import sparsity
-from seap_ray.architecture import Architecture, Shape
+from seap_ray.architecture import Architecture, Layer, Shape
 from seap_ray.config import AllocationSection, PruningSection
 from seap_ray.errors import ConfigError
 from seap_ray.moments import SITES, Site
@@ -37,10 +37,10 @@ class Kept:
     experts: int = 1
 
     @classmethod
-    def whole(cls, architecture: Architecture) -> "Kept":
-        dense, experts = architecture.dense, max(architecture.n_experts, 1)
-        channels = tuple(range(dense.channels)) * experts
-        return cls(tuple(range(dense.groups)), tuple(range(dense.heads)), channels, experts)
+    def whole(cls, architecture: Architecture, layer: int) -> "Kept":
+        given, experts = architecture.layers[layer].shape, max(architecture.n_experts, 1)
+        channels = tuple(range(given.channels)) * experts
+        return cls(tuple(range(given.groups)), tuple(range(given.heads)), channels, experts)
 
     @property
     def shape(self) -> Shape:
@@ -77,12 +77,18 @@ class Plan:
     def shapes(self) -> tuple[Shape, ...]:
         return tuple(kept.shape for kept in self.kept)
 
-    def cuts(self, layer: int, dense: Shape) -> bool:
-        return self.kept[layer].shape != dense
+    def cuts(self, layer: int, architecture: Architecture) -> bool:
+        return self.kept[layer].shape != architecture.layers[self.layers[layer]].shape
+
+    def cut(self, layer: int, architecture: Architecture) -> Layer:
+        """What a layer of the checkpoint is, with the biases that compensation gives it."""
+        compensated = self.compensation != "none"
+        return architecture.cut(self.layers[layer], self.kept[layer].shape, compensated=compensated)
 
     def planned(self, architecture: Architecture) -> float:
         """Share of the decoder layers' weights that goes, added biases counted against it."""
-        return ratio_of(self.shapes, architecture, compensated=self.compensation != "none")
+        after = sum(architecture.layer_parameters(self.cut(layer, architecture)) for layer in range(len(self.kept)))
+        return 1 - after / architecture.decoder_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,43 +96,44 @@ class Rules:
     """What widths a layer may take."""
 
     architecture: Architecture
+    layer: int
+    size: int
+    """Weights of the layer as it is given."""
     options: tuple[tuple[int, int], ...]
     """Allowed (groups, heads per group), most parameters first."""
     tile: int
     """Kept channels are a multiple of this, or all."""
-    bias: int
-    """Weights that compensation adds to a cut layer."""
+    compensated: bool
 
     @classmethod
     def of(
         cls, architecture: Architecture, pruning: PruningSection, *, compensated: bool, stock: bool = False
-    ) -> "Rules":
-        """``stock`` allows only head counts that the family's own config accepts: divisors of the hidden size.
+    ) -> tuple["Rules", ...]:
+        """Those of every layer; ``stock`` allows only head counts that a family's config accepts: the hidden size's
+        divisors.
 
-        Raises ConfigError where the model's heads or channels cannot be split over ``tensor_parallel`` ranks.
+        Raises ConfigError where a layer's heads or channels cannot be split over ``tensor_parallel`` ranks.
         """
-        dense, ranks = architecture.dense, pruning.tensor_parallel
-        if architecture.mixes_windows and _unequal_groups(dense, pruning.attention_unit):
+        dense, unit = architecture.dense, pruning.attention_unit
+        options_L = [_attention_options(layer.shape, dense, unit) for layer in architecture.layers]
+        if architecture.mixes_windows and len({groups for groups, _ in chain.from_iterable(options_L)}) > 1:
             head = "head or none" if dense.heads_per_group > 1 else "none"
             raise ConfigError(
-                f"pruning.attention_unit: {pruning.attention_unit} leaves layers with unequal numbers of key-value "
+                f"pruning.attention_unit: {unit} leaves layers with unequal numbers of key-value "
                 f"heads, which no engine serves beside the sliding windows that some layers of this "
                 f"{architecture.family} have; choose {head}"
             )
-        tile = architecture.align(pruning.align) * ranks
-        options = [
-            (groups, heads)
-            for groups, heads in _attention_options(dense, pruning.attention_unit)
-            if _splits(groups, heads, ranks) and not (stock and architecture.hidden_size % (groups * heads))
-        ]
-        # A layer may also stay as it is, so the dense widths must split, too.
-        whole = _splits(dense.groups, dense.heads_per_group, ranks) and not dense.channels % ranks
-        if not options or not whole or tile > dense.channels:
-            raise ConfigError(
-                f"pruning.tensor_parallel: {ranks} ranks with tiles of {tile} channels do not fit {dense.heads} heads, "
-                f"{dense.groups} key-value heads and {dense.channels} channels"
-            )
-        return cls(architecture, tuple(options), tile, architecture.compensation_parameters * compensated)
+        tile = architecture.align(pruning.align) * pruning.tensor_parallel
+        sizes = map(architecture.layer_parameters, architecture.layers)
+        allowed_L = (_allowed(architecture, i, options, pruning, tile, stock) for i, options in enumerate(options_L))
+        return tuple(
+            cls(architecture, layer, size, options, tile, compensated)
+            for layer, (size, options) in enumerate(zip(sizes, allowed_L, strict=True))
+        )
+
+    @property
+    def given(self) -> Shape:
+        return self.architecture.layers[self.layer].shape
 
     @property
     def tile_cost(self) -> int:
@@ -136,22 +143,31 @@ class Rules:
         return self.architecture.attention_parameters(Shape(*option, 0))
 
     def removed(self, shape: Shape) -> int:
-        """Weights fewer than in the dense layer, biases counted against it."""
-        of = self.architecture.layer_parameters
-        dense = self.architecture.dense
-        return of(dense) - of(shape) - self.bias * (shape != dense)
+        """Weights fewer than in the layer as it is given, biases counted against it."""
+        cut = self.architecture.cut(self.layer, shape, compensated=self.compensated)
+        return self.size - self.architecture.layer_parameters(cut)
 
     @property
     def cap(self) -> float:
-        """Largest share that a layer can give: one option of attention and one tile of channels stay."""
-        smallest = Shape(*self.options[-1], self.tile)
-        return self.removed(smallest) / self.architecture.layer_parameters(self.architecture.dense)
+        """Largest share that the layer can give: one option of attention and one tile of channels stay."""
+        smallest = Shape(*self.options[-1], min(self.tile, self.given.channels))
+        return max(self.removed(smallest), 0) / self.size
 
     def channels(self, wanted: float) -> int:
         """The allowed channel count nearest to ``wanted``."""
-        full = self.architecture.dense.channels
+        full = self.given.channels
         tiled = min(max(round(wanted / self.tile), 1) * self.tile, full)
         return full if abs(full - wanted) < abs(tiled - wanted) else tiled
+
+    def nearest(self, share: float, carry: float = 0.0) -> Shape:
+        """Allowed widths nearest to giving ``share`` of the layer's weights, and ``carry`` weights more."""
+        architecture, given = self.architecture, self.given
+        attention = self.attention_cost((given.groups, given.heads_per_group))
+        option = min(self.options, key=lambda o: abs(self.attention_cost(o) - (1 - share) * attention))
+        missing = len(architecture.bias_keys) - len(architecture.layers[self.layer].biases)
+        added = architecture.hidden_size * missing * self.compensated
+        cut = share * self.size + carry + added - (attention - self.attention_cost(option))
+        return Shape(*option, self.channels(given.channels - cut / architecture.channel_cost))
 
 
 def _splits(groups: int, heads_per_group: int, ranks: int) -> bool:
@@ -159,24 +175,46 @@ def _splits(groups: int, heads_per_group: int, ranks: int) -> bool:
     return (groups % ranks == 0 or ranks % groups == 0) and groups * heads_per_group % ranks == 0
 
 
-def _unequal_groups(dense: Shape, unit: str) -> bool:
-    return len({groups for groups, _ in _attention_options(dense, unit)}) > 1
-
-
-def _attention_options(dense: Shape, unit: str) -> list[tuple[int, int]]:
-    groups, heads = dense.groups, dense.heads_per_group
+def _attention_options(given: Shape, dense: Shape, unit: str) -> Sequence[tuple[int, int]]:
+    """What a layer's attention may become; under ``head`` its groups stay where the dense model has several heads in
+    one, also in a layer that is left with one."""
+    groups, heads = given.groups, given.heads_per_group
     if unit == "none":
         return [(groups, heads)]
-    if unit == "head" and heads > 1:
+    if unit == "head" and dense.heads_per_group > 1:
         return [(groups, n) for n in range(heads, 0, -1)]
     return [(n, heads) for n in range(groups, 0, -1)]
 
 
+def _allowed(
+    architecture: Architecture,
+    layer: int,
+    options: Sequence[tuple[int, int]],
+    pruning: PruningSection,
+    tile: int,
+    stock: bool,
+) -> tuple[tuple[int, int], ...]:
+    """Those of the options that the ranks can share, and a stock checkpoint can have."""
+    given, ranks = architecture.layers[layer].shape, pruning.tensor_parallel
+    allowed = tuple(
+        (groups, heads)
+        for groups, heads in options
+        if _splits(groups, heads, ranks) and not (stock and architecture.hidden_size % (groups * heads))
+    )
+    # A layer may also stay as it is, so what it has must split, too.
+    whole = _splits(given.groups, given.heads_per_group, ranks) and not given.channels % ranks
+    if not allowed or not whole or tile > architecture.dense.channels:
+        raise ConfigError(
+            f"pruning.tensor_parallel: {ranks} ranks with tiles of {tile} channels do not fit the {given.heads} heads, "
+            f"{given.groups} key-value heads and {given.channels} channels of layer {layer}"
+        )
+    return allowed
+
+
 def ratio_of(shapes: Sequence[Shape], architecture: Architecture, *, compensated: bool) -> float:
-    """Share of the decoder layers' weights that these widths save."""
-    dense, bias = architecture.dense, architecture.compensation_parameters * compensated
-    after = sum(architecture.layer_parameters(shape) + bias * (shape != dense) for shape in shapes)
-    return 1 - after / architecture.decoder_parameters
+    """Share of the decoder layers' weights that these widths, one of each layer, save."""
+    cut = (architecture.cut(layer, shape, compensated=compensated) for layer, shape in enumerate(shapes))
+    return 1 - sum(map(architecture.layer_parameters, cut)) / architecture.decoder_parameters
 
 
 def choose_shapes(
@@ -189,26 +227,25 @@ def choose_shapes(
     comparable: bool = False,
     stock: bool = False,
 ) -> list[Shape]:
-    """Widths of every layer for a ratio; ``stock`` asks for the same ones in all layers.
+    """Widths of every layer for a ratio of the model as it is given; ``stock`` asks for the same ones in all layers.
 
     ``scores_L`` count under ``global`` and ``standardised`` alone. The latter takes standardised ones, which may be
     negative; the former divides those of a layer by their mean, unless they are ``comparable`` as they are. Raises
     ConfigError where floors, caps and protection do not allow the ratio.
     """
-    rules, allocation = Rules.of(architecture, pruning, compensated=compensated, stock=stock), pruning.allocation
+    rules_L, allocation = Rules.of(architecture, pruning, compensated=compensated, stock=stock), pruning.allocation
     _check_budget(pruning)
     if pruning.budget == "official":
-        return _official(rules, allocation, ratio)
+        return _official(architecture, allocation, ratio)
     if ratio == 0:
-        return [architecture.dense] * architecture.n_layers
-    cap = min(allocation.max_sparsity, rules.cap)
+        return [rules.given for rules in rules_L]
     if allocation.kind in VALUES:
-        _check_reach(ratio, cap)
-        return _greedy(rules, ratio, cap, _steps(rules, scores_L, allocation.kind, comparable))
-    shares = layer_sparsity(architecture.n_layers, allocation, ratio, cap)
+        _check_reach(rules_L, allocation, ratio)
+        return _greedy(rules_L, allocation, ratio, _steps(rules_L, scores_L, allocation.kind, comparable))
+    shares = layer_sparsity(rules_L, allocation, ratio)
     if stock and allocation.kind == "uniform":
-        return [_nearest(rules, ratio)] * architecture.n_layers
-    return _fitted(rules, shares, ratio, cap)
+        return [rules.nearest(ratio) for rules in rules_L]
+    return _fitted(rules_L, allocation, shares, ratio)
 
 
 def choose_dropped(
@@ -216,45 +253,51 @@ def choose_dropped(
 ) -> tuple[int, ...]:
     """Layers that go under ``depth``, ascending: those of least influence, the deeper one of two equal ones.
 
-    As many as come nearest to the ratio, fewer of two as near. ``protect_first`` and ``protect_last`` hold where they
-    are numbers; ``max_sparsity`` is not for layers that go as a whole. Raises ConfigError where these leave too few.
+    As many as come nearest to the ratio, fewer of two as near; one stays. ``protect_first`` and ``protect_last`` hold
+    where they are numbers; ``max_sparsity`` is not for layers that go as a whole. Raises ConfigError where these leave
+    too few.
     """
-    n_layers, n_dropped = architecture.n_layers, _n_dropped(architecture, pruning, ratio)
-    first, last = _explicit(pruning.allocation)
-    order = sorted(range(first, n_layers - last), key=lambda layer: (influence_L[layer], -layer))
+    weight_L, may_go = _may_go(architecture, pruning, ratio)
+    order = sorted(may_go, key=lambda layer: (influence_L[layer], -layer))[: architecture.n_layers - 1]
+    gone = [*accumulate((weight_L[layer] for layer in order), initial=0.0)]
+    n_dropped = min(range(len(gone)), key=lambda n: abs(gone[n] - ratio * architecture.n_layers))
     return tuple(sorted(order[:n_dropped]))
 
 
-def _n_dropped(architecture: Architecture, pruning: PruningSection, ratio: float) -> int:
+def _may_go(architecture: Architecture, pruning: PruningSection, ratio: float) -> tuple[list[float], range]:
+    """Relative sizes of all layers, and those that are not protected by the user's own word."""
     _check_budget(pruning)
-    Rules.of(architecture, pruning, compensated=False)  # layers that stay must split over the ranks, too
-    n_layers, (first, last) = architecture.n_layers, _explicit(pruning.allocation)
-    nearest = min(range(n_layers), key=lambda n: abs(n - ratio * n_layers))
-    may_go = max(n_layers - first - last, 0)
-    if nearest > may_go:
+    weight_L = _weights(Rules.of(architecture, pruning, compensated=False))  # who stays must split over the ranks, too
+    allocation, n_layers = pruning.allocation, architecture.n_layers
+    first, last = (0 if n == "auto" else n for n in (allocation.protect_first, allocation.protect_last))
+    may_go = range(first, max(n_layers - last, first))
+    stay = [weight_L[layer] for layer in range(n_layers) if layer not in may_go]
+    largest = sum(weight_L[layer] for layer in may_go) / n_layers
+    if (
+        len(stay) > 1 and (ratio - largest) * n_layers > min(stay) / 2
+    ):  # one more, if only it could go, would come nearer
         raise ConfigError(
             f"pruning.ratio: {ratio:g} is beyond what {first} + {last} protected layers allow; the largest is "
-            f"{_rounded_down(may_go / n_layers)}"
+            f"{_rounded_down(largest)}"
         )
-    return nearest
-
-
-def _explicit(allocation: AllocationSection) -> tuple[int, int]:
-    """First and last layers that must stay by the user's own word."""
-    first, last = (0 if n == "auto" else n for n in (allocation.protect_first, allocation.protect_last))
-    return first, last
+    return weight_L, may_go
 
 
 def check_ratio(
     architecture: Architecture, pruning: PruningSection, *, ratio: float, compensated: bool, stock: bool = False
 ) -> None:
     """Raises ConfigError, before there is a statistic, for a ratio or a budget that no scores could give a plan."""
+    if stock and len({layer.shape for layer in architecture.layers}) > 1:
+        raise ConfigError(
+            "export.format: stock needs equal widths, but layers of this model, which is compacted already, differ; "
+            "use export.format=seap"
+        )
     if pruning.allocation.kind == "depth":
-        _n_dropped(architecture, pruning, ratio)
+        _may_go(architecture, pruning, ratio)
     elif pruning.allocation.kind in VALUES:
         _check_budget(pruning)
-        rules = Rules.of(architecture, pruning, compensated=compensated, stock=stock)
-        _check_reach(ratio, min(pruning.allocation.max_sparsity, rules.cap))
+        rules_L = Rules.of(architecture, pruning, compensated=compensated, stock=stock)
+        _check_reach(rules_L, pruning.allocation, ratio)
     else:
         choose_shapes(architecture, pruning, ratio=ratio, compensated=compensated, scores_L=(), stock=stock)
 
@@ -265,10 +308,22 @@ def _check_budget(pruning: PruningSection) -> None:
         raise ConfigError(f"pruning.budget: official goes with allocation uniform or logistic, not {kind}")
 
 
-def _check_reach(ratio: float, cap: float) -> None:
-    if ratio > cap:
+def _weights(rules_L: Sequence[Rules]) -> list[float]:
+    """Sizes of the layers relative to their mean: each 1 where all are alike."""
+    mean = sum(rules.size for rules in rules_L) / len(rules_L)
+    return [rules.size / mean for rules in rules_L]
+
+
+def _caps(rules_L: Sequence[Rules], allocation: AllocationSection) -> list[float]:
+    """The largest share that each layer may give."""
+    return [min(allocation.max_sparsity, rules.cap) for rules in rules_L]
+
+
+def _check_reach(rules_L: Sequence[Rules], allocation: AllocationSection, ratio: float) -> None:
+    largest = sparsity.reach(_weights(rules_L), _caps(rules_L, allocation), range(len(rules_L)))
+    if ratio > largest + 1e-12:
         raise ConfigError(
-            f"pruning.ratio: {ratio:g} is beyond what a layer can give; the largest is {_rounded_down(cap)}"
+            f"pruning.ratio: {ratio:g} is beyond what the layers can give; the largest is {_rounded_down(largest)}"
         )
 
 
@@ -277,23 +332,27 @@ def _rounded_down(ratio: float) -> str:
     return f"{math.floor(ratio * 1e4) / 1e4:g}"
 
 
-def layer_sparsity(n_layers: int, allocation: AllocationSection, ratio: float, cap: float) -> list[float]:
-    """Share of every layer under ``uniform`` or ``logistic``."""
+def layer_sparsity(rules_L: Sequence[Rules], allocation: AllocationSection, ratio: float) -> list[float]:
+    """Share of every layer's own weights under ``uniform`` or ``logistic``."""
+    weight_L, cap_L = _weights(rules_L), _caps(rules_L, allocation)
     if allocation.kind == "uniform":
-        _check_reach(ratio, cap)
-        return sparsity.uniform(n_layers, ratio)
-    first, last = protected(n_layers, allocation, ratio, cap)
-    return sparsity.logistic(n_layers, ratio, k=allocation.k, x0=allocation.x0, first=first, last=last, cap=cap)
+        _check_reach(rules_L, allocation, ratio)
+        return sparsity.uniform(weight_L, ratio, cap_L)
+    first, last = protected(weight_L, allocation, ratio, cap_L)
+    return sparsity.logistic(weight_L, ratio, cap_L, k=allocation.k, x0=allocation.x0, first=first, last=last)
 
 
-def protected(n_layers: int, allocation: AllocationSection, ratio: float, cap: float) -> tuple[int, int]:
+def protected(
+    weight_L: Sequence[float], allocation: AllocationSection, ratio: float, cap_L: Sequence[float]
+) -> tuple[int, int]:
     """First and last layers that stay whole; an ``auto`` one yields, the last layers first, to a ratio beyond it."""
+    n_layers = len(cap_L)
     usual = 2 if n_layers >= 24 else 1
     first = usual if allocation.protect_first == "auto" else allocation.protect_first
     last = usual if allocation.protect_last == "auto" else allocation.protect_last
 
     def too_many() -> bool:
-        return ratio * n_layers > (n_layers - first - last) * cap
+        return ratio > sparsity.reach(weight_L, cap_L, range(first, max(n_layers - last, first))) + 1e-12
 
     while too_many() and allocation.protect_last == "auto" and last and last >= first:
         last -= 1
@@ -306,10 +365,9 @@ def protected(n_layers: int, allocation: AllocationSection, ratio: float, cap: f
     return first, last
 
 
-def _official(rules: Rules, allocation: AllocationSection, ratio: float) -> list[Shape]:
+def _official(architecture: Architecture, allocation: AllocationSection, ratio: float) -> list[Shape]:
     """The authors' rounding: whole heads and channels, rounded down, no tiles, no carry; one of each stays."""
-    architecture, dense = rules.architecture, rules.architecture.dense
-    shares = sparsity.uniform(architecture.n_layers, ratio)
+    shares = [ratio] * architecture.n_layers
     if allocation.kind == "logistic":
         first, last = (2 if n == "auto" else n for n in (allocation.protect_first, allocation.protect_last))
         shares = sparsity.official_logistic(
@@ -317,65 +375,61 @@ def _official(rules: Rules, allocation: AllocationSection, ratio: float) -> list
         )
     return [
         Shape(
-            dense.groups - min(int(dense.groups * share), dense.groups - 1),
-            dense.heads_per_group,
-            dense.channels - min(int(dense.channels * share), dense.channels - 1),
+            of.groups - min(int(of.groups * share), of.groups - 1),
+            of.heads_per_group,
+            of.channels - min(int(of.channels * share), of.channels - 1),
         )
-        for share in shares
+        for of, share in zip((layer.shape for layer in architecture.layers), shares, strict=True)
     ]
 
 
-def _fitted(rules: Rules, sparsity_L: Sequence[float], ratio: float, cap: float) -> list[Shape]:
+def _fitted(
+    rules_L: Sequence[Rules], allocation: AllocationSection, sparsity_L: Sequence[float], ratio: float
+) -> list[Shape]:
     """Round every layer's share to allowed widths; what rounding leaves over is carried on, then evened out.
 
     Attention takes the option nearest to the layer's share, channels the rest (method: heads are coarse, tiles fine).
     """
-    full = rules.architecture.layer_parameters(rules.architecture.dense)
     shapes: list[Shape] = []
     carry = 0.0
-    for share in sparsity_L:
-        shape = _nearest(rules, share, carry) if share else rules.architecture.dense
-        carry += share * full - rules.removed(shape)
+    for rules, share in zip(rules_L, sparsity_L, strict=True):
+        shape = rules.nearest(share, carry) if share else rules.given
+        carry += share * rules.size - rules.removed(shape)
         shapes.append(shape)
-    return _evened(rules, shapes, [share > 0 for share in sparsity_L], ratio, cap)
+    return _evened(rules_L, allocation, shapes, [share > 0 for share in sparsity_L], ratio)
 
 
-def _nearest(rules: Rules, share: float, carry: float = 0.0) -> Shape:
-    """Allowed widths nearest to giving ``share`` of a layer's weights, and ``carry`` weights more."""
-    architecture, dense = rules.architecture, rules.architecture.dense
-    attention = rules.attention_cost((dense.groups, dense.heads_per_group))
-    option = min(rules.options, key=lambda o: abs(rules.attention_cost(o) - (1 - share) * attention))
-    wanted = share * architecture.layer_parameters(dense) + carry + rules.bias
-    cut = wanted - (attention - rules.attention_cost(option))
-    return Shape(*option, rules.channels(dense.channels - cut / architecture.channel_cost))
-
-
-def _evened(rules: Rules, shapes: list[Shape], active_L: list[bool], ratio: float, cap: float) -> list[Shape]:
+def _evened(
+    rules_L: Sequence[Rules], allocation: AllocationSection, shapes: list[Shape], active_L: Sequence[bool], ratio: float
+) -> list[Shape]:
     """Move tiles, in the deepest layers that have room, until the total is within half a tile of the target.
 
     The cap holds as a tile does: a layer may give part of one more, or a ratio just under the cap could not be met.
     Raises ConfigError with the ratio reached where no layer has room.
     """
-    target = ratio * rules.architecture.decoder_parameters
-    largest = cap * rules.architecture.layer_parameters(rules.architecture.dense)
-    for layer in reversed(range(len(shapes))):
-        if not active_L[layer]:
+    total, removed = sum(rules.size for rules in rules_L), _removed(rules_L, shapes)
+    for rules, cap in reversed([*zip(rules_L, _caps(rules_L, allocation), strict=True)]):
+        if not active_L[rules.layer]:
             continue
-        missing = target - sum(map(rules.removed, shapes))
-        shape = shapes[layer]
-        more = min(missing, largest - rules.removed(shape) + rules.tile_cost / 2)
+        missing, shape = ratio * total - removed, shapes[rules.layer]
+        more = min(missing, cap * rules.size - rules.removed(shape) + rules.tile_cost / 2)
         channels = rules.channels(shape.channels - more / rules.architecture.channel_cost)
         moved = Shape(shape.groups, shape.heads_per_group, channels)
-        if abs(missing - rules.removed(moved) + rules.removed(shape)) < abs(missing):
-            shapes[layer] = moved
-    removed = sum(map(rules.removed, shapes))
-    if abs(target - removed) > rules.tile_cost:
-        reached = removed / rules.architecture.decoder_parameters
+        gained = rules.removed(moved) - rules.removed(shape)
+        if abs(missing - gained) < abs(missing):
+            shapes[rules.layer] = moved
+            removed += gained
+    if abs(ratio * total - removed) > rules_L[0].tile_cost:
+        reached = removed / total
         raise ConfigError(
             f"pruning.ratio: {ratio:g} cannot be met with pruning.attention_unit and pruning.align as they are; "
             f"{_rounded_down(reached)} can"
         )
     return shapes
+
+
+def _removed(rules_L: Sequence[Rules], shapes: Sequence[Shape]) -> int:
+    return sum(rules.removed(shape) for rules, shape in zip(rules_L, shapes, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,50 +463,51 @@ class _Step:
     width: dict[str, int]
 
 
-def _greedy(rules: Rules, ratio: float, cap: float, steps: Sequence[_Step]) -> list[Shape]:
+def _greedy(
+    rules_L: Sequence[Rules], allocation: AllocationSection, ratio: float, steps: Sequence[_Step]
+) -> list[Shape]:
     """Take steps by their value over all layers, the least first, while they fit the budget.
 
     ``global`` ranks by normalised score per weight (the paper's AL, by score per cost and not by score),
     ``standardised`` by the mean standardised score of the columns, whatever they cost (FLAP's AL-AM).
     """
-    architecture, dense = rules.architecture, rules.architecture.dense
-    target = ratio * architecture.decoder_parameters
-    largest = cap * architecture.layer_parameters(dense)
-    shapes = [dense] * architecture.n_layers
+    target, caps = ratio * sum(rules.size for rules in rules_L), _caps(rules_L, allocation)
+    shapes = [rules.given for rules in rules_L]
     stopped: set[tuple[int, Site]] = set()
     removed = 0
     for step in sorted(steps, key=lambda step: (step.value, step.layer, step.site)):
         if (step.layer, step.site) in stopped:
             continue
-        old = shapes[step.layer]
+        rules, old = rules_L[step.layer], shapes[step.layer]
         new = replace(old, **step.width)
         after = removed + rules.removed(new) - rules.removed(old)
-        if after > target + rules.tile_cost / 2 or rules.removed(new) > largest:
+        if after > target + rules.tile_cost / 2 or rules.removed(new) > caps[step.layer] * rules.size:
             stopped.add((step.layer, step.site))
             continue
         shapes[step.layer], removed = new, after
-    return _evened(rules, shapes, [shape != dense for shape in shapes], ratio, cap)
+    active_L = [shape != rules.given for rules, shape in zip(rules_L, shapes, strict=True)]
+    return _evened(rules_L, allocation, shapes, active_L, ratio)
 
 
-def _steps(rules: Rules, scores_L: Sequence[LayerScores], kind: str, comparable: bool) -> list[_Step]:
+def _steps(rules_L: Sequence[Rules], scores_L: Sequence[LayerScores], kind: str, comparable: bool) -> list[_Step]:
     """Ways to narrow every layer, in the order they must be taken: a later one never has less value than an earlier."""
     made_comparable = normalised if kind == "global" and not comparable else lambda score: score
     steps: list[_Step] = []
-    for layer, (head_H, channel_C) in enumerate(scores_L):
+    for rules, (head_H, channel_C) in zip(rules_L, scores_L, strict=True):
         ways: dict[Site, list[_Way]] = {
             "attn": _narrower_attention(rules, made_comparable(head_H)),
             "mlp": _narrower_mlp(rules, made_comparable(channel_C)),
         }
         for site in SITES:
             values = accumulate(map(VALUES[kind], ways[site]), max)
-            steps += [_Step(value, layer, site, way.width) for value, way in zip(values, ways[site], strict=True)]
+            steps += [_Step(value, rules.layer, site, way.width) for value, way in zip(values, ways[site], strict=True)]
     return steps
 
 
 def _narrower_attention(rules: Rules, score_H: Tensor) -> list[_Way]:
     architecture, kept = rules.architecture, {}
     for option in rules.options:
-        kept[option] = float(score_H[list(_best_heads(score_H, architecture.dense, option)[1])].sum())
+        kept[option] = float(score_H[list(_best_heads(score_H, rules.given, option)[1])].sum())
     return [
         _Way(
             lost=kept[wide] - kept[narrow],
@@ -466,7 +521,7 @@ def _narrower_attention(rules: Rules, score_H: Tensor) -> list[_Way]:
 
 def _narrower_mlp(rules: Rules, score_C: Tensor) -> list[_Way]:
     """All experts of a mixture lose a channel together, each its least."""
-    ascending_C, n = _by_expert(score_C).sort(1).values.sum(0), rules.architecture.dense.channels
+    ascending_C, n = _by_expert(score_C).sort(1).values.sum(0), rules.given.channels
     widths = [n, *range((n - 1) // rules.tile * rules.tile, 0, -rules.tile)]
     cost = rules.architecture.channel_cost
     return [
@@ -475,9 +530,9 @@ def _narrower_mlp(rules: Rules, score_C: Tensor) -> list[_Way]:
     ]
 
 
-def keep(shape: Shape, dense: Shape, head_H: Tensor, channel_C: Tensor) -> Kept:
+def keep(shape: Shape, given: Shape, head_H: Tensor, channel_C: Tensor) -> Kept:
     """The best units for these widths. Ties go to the higher index, so the choice is a pure function of the scores."""
-    groups, heads = _best_heads(head_H, dense, (shape.groups, shape.heads_per_group))
+    groups, heads = _best_heads(head_H, given, (shape.groups, shape.heads_per_group))
     channels = [_top(channel_C, shape.channels) for channel_C in _by_expert(channel_C)]
     return Kept(groups, heads, tuple(chain.from_iterable(channels)), len(channels))
 
@@ -487,12 +542,12 @@ def _by_expert(channel_C: Tensor) -> Tensor:
     return channel_C if channel_C.ndim > 1 else channel_C[None]
 
 
-def _best_heads(head_H: Tensor, dense: Shape, option: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _best_heads(head_H: Tensor, given: Shape, option: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     n_groups, n_heads = option
-    score_KG = head_H.reshape(dense.groups, dense.heads_per_group)
+    score_KG = head_H.reshape(given.groups, given.heads_per_group)
     best = [_top(score_G, n_heads) for score_G in score_KG]
-    groups = _top(torch.stack([score_KG[k, list(best[k])].sum() for k in range(dense.groups)]), n_groups)
-    heads = tuple(k * dense.heads_per_group + h for k in groups for h in best[k])
+    groups = _top(torch.stack([score_KG[k, list(best[k])].sum() for k in range(given.groups)]), n_groups)
+    heads = tuple(k * given.heads_per_group + h for k in groups for h in best[k])
     return groups, heads
 
 

@@ -19,7 +19,7 @@ from seap_ray.checkpoint import (
 )
 from seap_ray.cluster import work_task
 from seap_ray.config import Baseline, Config, PlanSettings, PruningSection
-from seap_ray.moments import SITES, Moments, Site, Statistics, pooled
+from seap_ray.moments import SITES, Moments, Site, Statistics, mixed
 from seap_ray.plan import Kept, LayerScores, Plan, choose_dropped, choose_shapes, keep
 from seap_ray.reconstruction import UNIT_SCORES
 from seap_ray.records import (
@@ -33,7 +33,7 @@ from seap_ray.records import (
     task_memory,
 )
 from seap_ray.run import Run, fingerprint
-from seap_ray.scores import SCORES, Norms, WeightNorms, head_scores, random_score, standardised, trusted
+from seap_ray.scores import SCORES, Norms, WeightNorms, column_scores, head_scores, random_score, standardised
 from seap_ray.storage import publishing, write_json
 
 
@@ -130,7 +130,8 @@ class Planner:
             comparable=of_units,
             stock=self.config.export.format == "stock",
         )
-        kept = tuple(keep(s, architecture.dense, *scores) for s, scores in zip(shapes, scores_L, strict=True))
+        layers = zip(shapes, architecture.layers, scores_L, strict=True)
+        kept = tuple(keep(shape, layer.shape, *scores) for shape, layer, scores in layers)
         about: dict[str, Any] = {"seed": spec.settings.seed} if pruning.score == "random" else {}
         if of_units:
             about = {"unit_scores": self._unit_scores_print(spec, pruning)}
@@ -144,7 +145,7 @@ class Planner:
         architecture, mixed = self.checkpoint.architecture, self.mixed(spec)
         influence_L = [1 - float(mixed[layer, "block"].mean_D) for layer in range(architecture.n_layers)]
         dropped = choose_dropped(architecture, pruning, ratio=ratio, influence_L=influence_L)
-        kept = (Kept.whole(architecture),) * (architecture.n_layers - len(dropped))
+        kept = tuple(Kept.whole(architecture, i) for i in range(architecture.n_layers) if i not in dropped)
         return Plan(spec.name, ratio, "none", kept, self._provenance(spec, pruning, score=None), dropped)
 
     def _provenance(self, spec: Spec, pruning: PruningSection, **scored: Any) -> dict[str, Any]:
@@ -191,11 +192,8 @@ class Planner:
     def _score(
         self, score: Callable[[Moments, Norms], torch.Tensor], of: Statistics, layer: int, site: Site
     ) -> torch.Tensor:
-        sites = self.checkpoint.architecture.sites(site)
-        if len(sites) == 1:
-            return score(of[layer, site], self.norms[layer, site])
-        experts = trusted([of[layer, one] for one in sites])
-        return torch.stack([score(e, self.norms[layer, one]) for e, one in zip(experts, sites, strict=True)])
+        keys = [(layer, one) for one in self.checkpoint.architecture.sites(site)]
+        return column_scores(score, of, self.norms, keys)
 
     def _unit_scores(self, spec: Spec, pruning: PruningSection) -> list[LayerScores]:
         """Scores from covariances, made in Ray tasks, a layer each, and kept for the next plan."""
@@ -227,16 +225,7 @@ class Planner:
     def mixed(self, spec: Spec) -> Statistics:
         """Moments of the spec's tasks as one stream, each task counting by its weight."""
         parts, weights = [self.statistics[task] for task in spec.weights], list(spec.weights.values())
-        if len(parts) == 1:
-            return parts[0]
-        return {key: pooled([part[key] for part in parts], _shares(parts, weights, key)) for key in parts[0]}
-
-
-def _shares(parts: Sequence[Statistics], weights: Sequence[float], key: tuple[int, Site]) -> list[float]:
-    """What each stream is of the mixture at a site: of an expert's, by how much of the stream is routed to it."""
-    layer, _ = key
-    routed = [w * part[key].count / part[layer, "attn"].count for w, part in zip(weights, parts, strict=True)]
-    return routed if sum(routed) else list(weights)
+        return parts[0] if len(parts) == 1 else mixed(parts, weights)
 
 
 def make_planner(config: Config, checkpoint: Checkpoint, run: Run, statistics: dict[str, AnyPath]) -> Planner:
@@ -254,7 +243,7 @@ def _layer_scores(
     Where whole groups go, a group is a block, and its score is spread evenly over its heads.
     """
     architecture = checkpoint.architecture
-    heads = 1 if attention_unit == "head" else architecture.dense.heads_per_group
+    heads = 1 if attention_unit == "head" else architecture.layers[layer].shape.heads_per_group
     blocks: dict[Site, int] = {"attn": heads * architecture.head_dim, "mlp": 1}
 
     def of(site: Site) -> torch.Tensor:
@@ -295,8 +284,8 @@ def save_plan(plan: Plan, architecture: Architecture, path: AnyPath) -> None:
     """
     indices = {}
     for layer, kept in _by_layer(plan).items():
-        width = len(kept.channels) // kept.experts
-        channels = [c + i // max(width, 1) * architecture.dense.channels for i, c in enumerate(kept.channels)]
+        width, given = len(kept.channels) // kept.experts, architecture.layers[layer].shape
+        channels = [c + i // max(width, 1) * given.channels for i, c in enumerate(kept.channels)]
         for unit, of in (("groups", kept.groups), ("heads", kept.heads), ("channels", channels)):
             indices[f"layers.{layer}.{unit}"] = torch.tensor(of, dtype=torch.int32)
     with publishing(path.with_suffix(".safetensors")) as temporary:

@@ -228,6 +228,7 @@ def _manifest(job: Draft, hashes: dict[str, str]) -> dict[str, Any]:
         "fingerprint": job.fingerprint,
         "source": {
             "model": base.source,
+            "model_type": base.config["model_type"],
             # The hub's cache holds a model under snapshots/<commit>.
             "revision": base.folder.name if base.folder.parent.name == "snapshots" else None,
             "fingerprint": base.fingerprint,

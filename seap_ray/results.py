@@ -26,7 +26,7 @@ def dense_model(checkpoint: Checkpoint) -> Model:
         "realised_ratio": 0.0,
         "parameters": checkpoint.parameters,
         "bytes": checkpoint.n_bytes,
-        "kv_bytes_per_token": kv_bytes([checkpoint.architecture.dense] * checkpoint.architecture.n_layers, checkpoint),
+        "kv_bytes_per_token": kv_bytes([layer.shape for layer in checkpoint.architecture.layers], checkpoint),
         "folder": str(checkpoint.folder),
         "quality": {},
     }

@@ -11,7 +11,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from seap_ray.moments import Moments, Site
+from seap_ray.moments import Moments, Site, Statistics
 
 PRIOR = 64
 """Tokens at which an expert's own statistics and the average of all count the same."""
@@ -94,6 +94,16 @@ def trusted(experts: Sequence[Moments]) -> list[Moments]:
         return Moments(max(of.count, 1), mean_D, var_D * max(of.count, 1))
 
     return [believed(of) for of in experts]
+
+
+def column_scores(
+    score: Callable[[Moments, Norms], Tensor], of: Statistics, norms: WeightNorms, keys: Sequence[tuple[int, Site]]
+) -> Tensor:
+    """Scores of a site's columns (D,); ``keys`` of all experts of a mixture: (E, C)."""
+    if len(keys) == 1:
+        return score(of[keys[0]], norms[keys[0]])
+    experts = trusted([of[key] for key in keys])
+    return torch.stack([score(expert, norms[key]) for expert, key in zip(experts, keys, strict=True)])
 
 
 def head_scores(score_D: Tensor, head_dim: int) -> Tensor:

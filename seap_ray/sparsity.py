@@ -1,49 +1,65 @@
 """Sparsity: how much each layer gives. A target ratio in, one share per layer out; the shares average to the target.
 
+Layers of unequal size count by their weights: sizes relative to their mean, each 1 where all are alike.
+
 Letters: L layers.
 """
 
 import math
+from collections.abc import Sequence
 
 from seap_ray.errors import ConfigError
 
 
-def uniform(n_layers: int, target: float) -> list[float]:
-    """The same share of every layer (the paper's UL, UL-UM in the code)."""
-    return [target] * n_layers
+def reach(weight_L: Sequence[float], cap_L: Sequence[float], active: range) -> float:
+    """The largest ratio that the ``active`` layers can give, each its cap."""
+    return math.fsum(weight_L[i] * cap_L[i] for i in active) / len(cap_L)
 
 
-def logistic(n_layers: int, target: float, *, k: float, x0: float, first: int, last: int, cap: float) -> list[float]:
+def uniform(weight_L: Sequence[float], target: float, cap_L: Sequence[float]) -> list[float]:
+    """The same share of every layer (the paper's UL, UL-UM in the code), more where others have a cap below it."""
+    n_layers = len(cap_L)
+    if target <= min(cap_L):
+        return [target] * n_layers
+    return _scaled([1.0] * n_layers, target * n_layers, weight_L, cap_L)
+
+
+def logistic(
+    weight_L: Sequence[float], target: float, cap_L: Sequence[float], *, k: float, x0: float, first: int, last: int
+) -> list[float]:
     """Shares that rise along a logistic curve in depth (the paper's LB, UL-LD in the code); protected layers give 0.
 
     rho_l = Lambda * sigmoid(k (x_l - x0)), x_l from 0 to 1 over the active layers; Lambda is solved in closed form for
-    the average over all layers, layers at ``cap`` taken out in turn (eqs. 16 and 17, without their numerical search).
-    Raises ConfigError with the largest ratio that protection and cap allow.
+    the average over all layers, layers at their cap taken out in turn (eqs. 16 and 17, without their numerical search).
+    Raises ConfigError with the largest ratio that protection and caps allow.
     """
-    active = n_layers - first - last
-    largest = max(active, 0) * cap / n_layers
+    n_layers = len(cap_L)
+    active = range(first, max(n_layers - last, first))
+    largest = reach(weight_L, cap_L, active)
     if target > largest + 1e-12:
         raise ConfigError(
-            f"pruning.ratio: {target:g} is beyond what {first} + {last} protected layers and at most {cap:.1%} of each "
-            f"other layer allow; the largest is {math.floor(largest * 1e4) / 1e4:g}"
+            f"pruning.ratio: {target:g} is beyond what {first} + {last} protected layers and at most "
+            f"{max(cap_L):.1%} of each other layer allow; the largest is {math.floor(largest * 1e4) / 1e4:g}"
         )
     if target == 0:
         return [0.0] * n_layers
-    curve = [_sigmoid(k * (i / max(active - 1, 1) - x0)) for i in range(active)]
-    return [0.0] * first + _scaled(curve, target * n_layers, cap) + [0.0] * last
+    curve = [_sigmoid(k * (i / max(len(active) - 1, 1) - x0)) for i in range(len(active))]
+    weights, caps = ([of_L[i] for i in active] for of_L in (weight_L, cap_L))
+    return [0.0] * first + _scaled(curve, target * n_layers, weights, caps) + [0.0] * last
 
 
-def _scaled(curve: list[float], total: float, cap: float) -> list[float]:
-    """Scale ``curve`` to sum to ``total`` with no value above ``cap``."""
+def _scaled(curve: Sequence[float], total: float, weights: Sequence[float], caps: Sequence[float]) -> list[float]:
+    """Scale ``curve`` so that its weighted sum is ``total``, with no value above its cap."""
     capped: set[int] = set()
     while True:
         free = [i for i in range(len(curve)) if i not in capped]
         if not free:
-            return [cap] * len(curve)
-        scale = (total - cap * len(capped)) / sum(curve[i] for i in free)
-        over = {i for i in free if scale * curve[i] > cap}
+            return list(caps)
+        taken = math.fsum(weights[i] * caps[i] for i in capped)
+        scale = (total - taken) / sum(weights[i] * curve[i] for i in free)
+        over = {i for i in free if scale * curve[i] > caps[i]}
         if not over:
-            return [cap if i in capped else scale * value for i, value in enumerate(curve)]
+            return [caps[i] if i in capped else scale * value for i, value in enumerate(curve)]
         capped |= over
 
 

@@ -219,9 +219,10 @@ OUTPUTS = {"opt": ("self_attn.out_proj", "fc2"), "gpt_neox": ("attention.dense",
 
 def output_modules(model: Any) -> dict[str, str]:
     """The modules whose inputs are the sites, written out family by family; of a mixture its attention alone."""
-    if model.config.model_type in MIXTURES:
+    family = model.config.model_type.removeprefix("seap_")
+    if family in MIXTURES:
         return {"attn": "self_attn.o_proj"}
-    named = OUTPUTS.get(model.config.model_type, ("self_attn.o_proj", "mlp.down_proj"))
+    named = OUTPUTS.get(family, ("self_attn.o_proj", "mlp.down_proj"))
     return dict(zip(("attn", "mlp"), named, strict=True))
 
 
@@ -306,9 +307,9 @@ def uniform_plan(architecture: Architecture, shape: Shape, compensation: str = "
 def random_statistics(architecture: Architecture, seed: int, n: int = 20) -> Statistics:
     """Moments of random activations whose means are far from zero."""
     generator = torch.Generator().manual_seed(seed)
-    widths = {"attn": architecture.dense.heads * architecture.head_dim, "mlp": architecture.dense.channels, "block": 1}
     statistics = {}
-    for layer in range(architecture.n_layers):
+    for layer, given in enumerate(architecture.layers):
+        widths = {"attn": given.shape.heads * architecture.head_dim, "mlp": given.shape.channels, "block": 1}
         for site, one in [(kind, one) for kind in RECORDED for one in architecture.sites(kind)]:
             scale, shift = (torch.randn(widths[site], generator=generator, dtype=torch.float64) for _ in range(2))
             x_ND = torch.randn(n, widths[site], generator=generator, dtype=torch.float64) * scale + shift

@@ -29,7 +29,9 @@ N_SHARDS = 3
 ARCHITECTURE = Architecture.of(CONFIGS["llama_gqa"]().to_dict())
 
 
-def make_run(root: Path, *, studies: tuple[str, ...] = (), ratios: tuple[float, ...] = RATIOS) -> Run:
+def make_run(
+    root: Path, *, model: str = "llama_gqa", studies: tuple[str, ...] = (), ratios: tuple[float, ...] = RATIOS
+) -> Run:
     run = Run(root)
     config = Config.model_validate(
         {
@@ -38,11 +40,11 @@ def make_run(root: Path, *, studies: tuple[str, ...] = (), ratios: tuple[float, 
         }
     )
     write_json(run.config, config.model_dump(mode="json"))
-    write_json(root / "model" / "config.json", CONFIGS["llama_gqa"]().to_dict())
-    planner = make_planner(config, run)
+    write_json(root / "model" / "config.json", CONFIGS[model]().to_dict())
+    planner = make_planner(config, run, model)
     for ratio in ratios:
         for spec in specs(config):
-            save_plan(planner.plan(spec, ratio), ARCHITECTURE, run.plan(ratio, spec.name))
+            save_plan(planner.plan(spec, ratio), planner.checkpoint.architecture, run.plan(ratio, spec.name))
     for task in TASKS:
         shard = {"task": task, "shard": "00000", "n_sequences": 64, "n_tokens": 1234, "sha256": ""}
         write_json(run.shards(task) / "manifest.json", {"task": task, "shards": [shard] * N_SHARDS})
@@ -52,19 +54,20 @@ def make_run(root: Path, *, studies: tuple[str, ...] = (), ratios: tuple[float, 
     return run
 
 
-def make_planner(config: Config, run: Run) -> Planner:
+def make_planner(config: Config, run: Run, model: str = "llama_gqa") -> Planner:
     """What plans are made from, and its files: shards of one task are alike, those of others are not."""
+    architecture = Architecture.of(CONFIGS[model]().to_dict())
     statistics: dict[str, Statistics] = {}
     for i, task in enumerate(TASKS):
-        shards = [_near(random_statistics(ARCHITECTURE, seed=i), seed=10 * i + n) for n in range(N_SHARDS)]
+        shards = [_near(random_statistics(architecture, seed=i), seed=10 * i + n) for n in range(N_SHARDS)]
         for n, part in enumerate(shards):
             save_moments(run.records(task) / f"{n:05}-abc.safetensors", part)
         statistics[task] = {key: sum((part[key] for part in shards[1:]), shards[0][key]) for key in shards[0]}
         save_moments(run.statistics(task), statistics[task])
-    norms = random_statistics(ARCHITECTURE, seed=99)
+    norms = random_statistics(architecture, seed=99)
     save_moments(run.statistics("weight_norms"), {k: Moments(1, m.mean_D.abs(), m.m2_D) for k, m in norms.items()})
     weights = {key: Norms(moments.mean_D.abs(), moments.m2_D) for key, moments in norms.items()}
-    checkpoint: Any = SimpleNamespace(architecture=ARCHITECTURE)
+    checkpoint: Any = SimpleNamespace(architecture=architecture)
     files = {task: run.statistics(task) for task in TASKS}
     return Planner(config, checkpoint, statistics, weights, dict.fromkeys(TASKS, "hash"), files, run)
 

@@ -3,15 +3,18 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
+from conftest import CONFIGS
 from made_run import ARCHITECTURE, RATIOS, TASKS, edit, make_planner, make_run
 from sklearn.decomposition import PCA
 
 from seap_ray import anatomy
 from seap_ray.anatomy import Overlap, principal, standardised, unit_scores, with_own_kind
+from seap_ray.architecture import Architecture
 from seap_ray.config import Config
 from seap_ray.evidence import Cut, Evidence
 from seap_ray.planner import specs
 from seap_ray.run import Run
+from seap_ray.storage import write_json
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +103,34 @@ def test_an_allocation_that_follows_the_scores_asks_for_nothing_beforehand(run, 
     assert {series.label for panel in part.picture.panels for series in panel.series} == {"experts", "general"}
 
 
+def test_shares_are_of_a_layers_own_units_and_of_each_expert_of_a_mixture():
+    config = {**CONFIGS["mixtral"]().to_dict(), "model_type": "seap_mixtral"}
+    narrow = {"1": {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}}
+    architecture = Architecture.of({**config, "per_layer_config": narrow})
+    cut = Cut({"layers": [{"heads": 4, "channels": 20}] * 4}, {})
+    assert cut.share_cut("heads", architecture) == [0.5, 0, 0.5, 0.5]
+    assert cut.share_cut("channels", architecture) == [0.75, 0.5, 0.75, 0.75]
+
+
+def test_what_the_models_were_cut_from_is_told_by_it_or_by_what_was_cut_from_a_dense_one(tmp_path):
+    run, narrow = make_run(tmp_path / "demo"), {"0": {"intermediate_size": 40}}
+    compacted = {**CONFIGS["llama_gqa"]().to_dict(), "model_type": "seap_llama", "per_layer_config": narrow}
+
+    def known(model_type, gone):
+        write_json(run.root / "model" / "config.json", {**compacted, "model_type": model_type})
+        folder = run.root / "experts" / "sort"
+        write_json(folder / "config.json", compacted)
+        write_json(folder / "seap.json", {"source": {"model_type": model_type}})
+        edit(run.results, lambda results: results["models"][1].update(folder=str(folder)))
+        if gone:
+            (run.root / "model" / "config.json").unlink()
+        return Evidence.of(run).architecture
+
+    assert known("seap_llama", gone=False).layers[0].shape.channels == 40
+    assert known("llama", gone=True) == ARCHITECTURE
+    assert known("seap_llama", gone=True) is None
+
+
 # --- activations -----------------------------------------------------------------------------------------------------
 
 
@@ -144,21 +175,25 @@ def test_a_task_with_one_shard_is_one_point(run, tmp_path):
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-def test_scores_are_those_that_the_plans_were_made_from(run, tmp_path):
-    evidence = Evidence.of(run)
+@pytest.mark.parametrize("model", ["llama_gqa", "mixtral"])
+def test_scores_are_those_that_the_plans_were_made_from(tmp_path, model):
+    evidence = Evidence.of(make_run(tmp_path / "demo", model=model))
     config = Config.model_validate(evidence.config)
-    planner = make_planner(config, Run(tmp_path))
+    planner = make_planner(config, Run(tmp_path / "other"), model)
+    architecture = planner.checkpoint.architecture
     for spec in (spec for spec in specs(config) if spec.kind != "baseline"):
         (cut,) = (cut for cut in evidence.cuts[0.4] if cut.name == spec.name)
-        found = unit_scores(evidence, ARCHITECTURE, cut)
+        found = unit_scores(evidence, architecture, cut)
         for layer, (heads, channels) in enumerate(planner._scores(spec)):
             assert found["heads"][layer] == pytest.approx(heads.numpy())
-            assert found["channels"][layer] == pytest.approx(channels.numpy())
-            assert set(cut.indices(layer, "channels")) == set(
-                np.argsort(found["channels"][layer], kind="stable")[
-                    len(channels) - len(cut.indices(layer, "channels")) :
-                ]
-            )
+            assert found["channels"][layer] == pytest.approx(channels.numpy().flatten())
+            kept, width = cut.indices(layer, "channels"), architecture.dense.channels
+            of_experts = found["channels"][layer].reshape(-1, width)
+            for expert, score_C in enumerate(of_experts):
+                best = np.argsort(score_C, kind="stable")[width - len(kept) // len(of_experts) :]
+                assert set(kept[kept // width == expert]) == set(best + expert * width)
+    part = anatomy.scores(evidence)
+    assert [panel.title for panel in part.picture.panels][:2] == ["general: channels", "arithmetic: channels"]
 
 
 def test_the_papers_sum_of_scores_is_known_too(run):

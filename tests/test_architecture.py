@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-from seap_ray.architecture import FAMILIES, Architecture, Shape
+from seap_ray.architecture import FAMILIES, Architecture, Layer, Shape
 from seap_ray.checkpoint import Checkpoint, Compaction
 from seap_ray.config import PruningSection
 from seap_ray.errors import ConfigError
@@ -68,7 +68,7 @@ def test_layer_and_decoder_parameters_are_what_the_model_has(name):
     architecture, model = Architecture.of(config.to_dict()), meta_model(config)
     layers = model.get_decoder().layers
     assert architecture.n_layers == len(layers)
-    assert architecture.layer_parameters(architecture.dense) == size(layers[0])
+    assert [architecture.layer_parameters(layer) for layer in architecture.layers] == [size(layer) for layer in layers]
     assert architecture.decoder_parameters == size(layers)
     attention = layers[0].attention if name == "gpt_neox" else layers[0].self_attn
     assert architecture.head_dim == (attention.head_size if name == "gpt_neox" else attention.head_dim)
@@ -120,7 +120,7 @@ def test_layer_parameters_of_a_smaller_shape_are_what_such_a_layer_has(name):
     shape = Shape(architecture.dense.groups // 2, architecture.dense.heads_per_group, 33)
     widths = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.groups}
     widths["moe_intermediate_size" if name == "qwen3_moe" else "intermediate_size"] = 33
-    assert architecture.layer_parameters(shape) == narrowed(config, **widths)
+    assert architecture.layer_parameters(Layer(shape)) == narrowed(config, **widths)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -132,21 +132,26 @@ def test_written_layers_have_the_parameters_that_the_plan_counts_on(dense, tmp_p
     folder = write_compacted(Compaction(checkpoint, plan, statistics), tmp_path)
     with safe_open(folder / "model.safetensors", "pt") as file:
         sizes = {key: file.get_tensor(key).numel() for key in file.keys()}
-    for layer, shape in enumerate(plan.shapes):
+    for layer in range(architecture.n_layers):
         real = sum(n for key, n in sizes.items() if f".layers.{layer}." in key)
-        added = architecture.compensation_parameters * (shape != architecture.dense)
-        assert real == architecture.layer_parameters(shape) + added
+        assert real == architecture.layer_parameters(plan.cut(layer, architecture))
     after = sum(n for key, n in sizes.items() if ".layers." in key)
     assert plan.planned(architecture) == pytest.approx(1 - after / architecture.decoder_parameters, abs=1e-12)
 
 
 def test_compensation_adds_only_the_biases_that_are_missing():
+    def added(config):
+        architecture = Architecture.of(config.to_dict())
+        narrower = Shape(architecture.dense.groups, architecture.dense.heads_per_group, 8)
+        with_and_without = (architecture.cut(0, narrower, compensated=c) for c in (True, False))
+        both = [architecture.layer_parameters(layer) for layer in with_and_without]
+        assert architecture.cut(0, architecture.dense, compensated=True) == architecture.layers[0]
+        return both[0] - both[1]
+
     hidden = 48
     expected = {"llama_mha": 2 * hidden, "llama_gqa": 2 * hidden, "llama_biased": 0, "qwen2": 2 * hidden}
-    for name, parameters in expected.items():
-        assert Architecture.of(CONFIGS[name]().to_dict()).compensation_parameters == parameters
-    half = LlamaConfig(attention_bias=True).to_dict()
-    assert Architecture.of(half).compensation_parameters == 4096
+    assert {name: added(CONFIGS[name]()) for name in expected} == expected
+    assert added(LlamaConfig(attention_bias=True)) == 4096
 
 
 def test_query_heads_count_as_key_value_heads_where_a_config_names_none():
@@ -194,7 +199,8 @@ def test_key_value_heads_of_layers_beside_windows_stay_equal_or_the_ratio_is_ref
     architecture = Architecture.of(Gemma2Config(num_hidden_layers=4).to_dict())
     for unit in ("head", "none"):
         pruning = PruningSection(attention_unit=unit)
-        assert {groups for groups, _ in Rules.of(architecture, pruning, compensated=False).options} == {4}
+        for rules in Rules.of(architecture, pruning, compensated=False):
+            assert {groups for groups, _ in rules.options} == {4}
     with pytest.raises(ConfigError, match="attention_unit: group leaves layers with unequal .* choose head or none"):
         Rules.of(architecture, PruningSection(), compensated=False)
 

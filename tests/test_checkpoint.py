@@ -145,10 +145,10 @@ def with_replaced_activations(model: Any, compaction: Compaction) -> Any:
 
 def with_split_products(model: Any, compaction: Compaction) -> Any:
     """The same, the product taken apart: kept columns times their activations, plus cut columns times their means."""
-    head_dim, dense = compaction.base.architecture.head_dim, compaction.base.architecture.dense
+    head_dim, given = compaction.base.architecture.head_dim, compaction.base.architecture.layers
     for layer, site, linear, kept, cut in sites(model, compaction.plan, head_dim):
         weight_OD, bias_O = linear.weight, linear.bias
-        if compaction.plan.compensation == "mean" and compaction.plan.kept[layer].shape != dense:
+        if compaction.plan.compensation == "mean" and compaction.plan.kept[layer].shape != given[layer].shape:
             bias_O = weight_OD[:, cut] @ replaced_mean(compaction, layer, site)[cut]
             bias_O = bias_O if linear.bias is None else bias_O + linear.bias
 
@@ -315,7 +315,7 @@ def test_a_plan_that_cuts_nothing_is_the_identity(dense, tmp_path, name):
 
 
 def without_layers(base: Checkpoint, dropped: tuple[int, ...]) -> Plan:
-    kept = (Kept.whole(base.architecture),) * (base.architecture.n_layers - len(dropped))
+    kept = (Kept.whole(base.architecture, 0),) * (base.architecture.n_layers - len(dropped))
     return Plan("expert", 0.5, "none", kept, {}, dropped)
 
 
@@ -862,7 +862,7 @@ def test_layers_that_go_as_a_whole_take_their_kind_of_attention_with_them(dense,
     kinds = json.loads((folder / "config.json").read_text())["layer_types"]
     edit_config(folder, layer_types=None)
     base = Checkpoint.open(str(folder))
-    plan = Plan("depth", 0.25, "none", (Kept.whole(base.architecture),) * 3, {}, dropped=(1,))
+    plan = Plan("depth", 0.25, "none", (Kept.whole(base.architecture, 0),) * 3, {}, dropped=(1,))
     assert Compaction(base, plan).config()["layer_types"] == [kinds[layer] for layer in (0, 2, 3)]
 
 
@@ -930,11 +930,6 @@ def test_a_torn_config_is_refused(base, text):
 def test_another_family_is_refused(base, family):
     edit_config(base, model_type=family)
     assert f"'{family}' is not supported; supported are llama, mistral, qwen2, qwen3, gemma2" in refused(base)
-
-
-def test_a_compacted_checkpoint_is_refused(dense, tmp_path):
-    folder = write_compacted(compaction_of(dense("llama_gqa")), tmp_path)
-    assert "compacted already; prune its base, which its seap.json names, at the higher ratio" in refused(folder)
 
 
 def test_a_quantised_checkpoint_is_refused(base):

@@ -342,7 +342,7 @@ def test_compacted_equals_the_dense_model_with_cut_activations_predicted(dense, 
 def test_a_plan_that_cuts_nothing_is_the_identity(dense, tmp_path, name):
     source, ids_BT = dense(name), random_ids()
     base, mixture = calibrated(source, tmp_path)
-    whole = (Kept.whole(base.architecture),) * base.architecture.n_layers
+    whole = (Kept.whole(base.architecture, 0),) * base.architecture.n_layers
     compaction = Compaction(base, Plan("expert", 0.0, "least_squares", whole, {}), mixture)
     compacted = load(write_compacted(compaction, tmp_path / "cut"))
     assert torch.equal(logits(compacted, ids_BT), logits(load(source), ids_BT))

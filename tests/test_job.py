@@ -130,6 +130,38 @@ def test_the_manifest_of_an_expert_tells_source_plan_ratios_and_hashes(finished)
     assert all(len(about["sha256"]) == 64 for about in manifest["files"].values())
 
 
+AGAIN = """pruning.baselines={
+    uniform: {allocation: uniform, score: energy},
+    global: {allocation: global, score: wifv, compensation: mean},
+    standardised: {allocation: standardised, score: wifv, compensation: none},
+    depth: {allocation: depth, compensation: none}}"""
+
+
+def test_a_finished_expert_is_pruned_again_by_every_allocation_and_stream_finds_the_same(finished, tmp_path):
+    expert = run_of(finished).expert(0.5, "arithmetic")
+    settings = [f"model.source={expert}", "pruning.ratio=[0, 0.3]", UNJUDGED, "calibration.workers=1"]
+    whole, streamed = tmp_path / "single", tmp_path / "stream"
+    assert main(arguments(whole, *settings, AGAIN, "calibration.placement=single")) == 0
+    base = json.loads((expert / "seap.json").read_text())
+    for name in ("general", "logic", "uniform", "global", "standardised", "depth"):
+        same = run_of(whole).expert(0, name)
+        for file in ("model.safetensors", "config.json"):
+            assert (same / file).read_bytes() == (expert / file).read_bytes()
+        folder = run_of(whole).expert(0.3, name)
+        manifest = json.loads((folder / "seap.json").read_text())
+        assert manifest["source"]["model"] == str(expert) and manifest["source"]["model_type"] == "seap_llama"
+        of_ratio = 0.1 if name == "depth" else 0.005  # whole layers
+        assert manifest["realised_ratio"] == pytest.approx(0.3, abs=of_ratio)
+        assert manifest["realised_ratio"] == pytest.approx(manifest["planned_ratio"], abs=1e-12)
+        n_parameters = AutoModelForCausalLM.from_pretrained(folder).num_parameters()
+        assert n_parameters == manifest["parameters"] < 0.8 * base["parameters"]
+    dense = json.loads(run_of(whole).results.read_text())["models"][0]
+    assert (dense["name"], dense["parameters"]) == ("dense", base["parameters"])
+    assert dense["kv_bytes_per_token"] == base["kv_bytes_per_token"]
+    assert main(arguments(streamed, *settings, "calibration.placement=stream")) == 0
+    assert statistics(streamed) == statistics(whole)
+
+
 def test_two_workers_give_byte_equal_statistics_plans_and_weights(finished, tmp_path):
     assert main(arguments(tmp_path, "calibration.workers=2", UNJUDGED)) == 0
     assert statistics(tmp_path) == statistics(finished)

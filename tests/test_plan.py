@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig
 
 import seap_ray
-from seap_ray.architecture import Architecture, Shape
+from seap_ray.architecture import Architecture, Layer, Shape
 from seap_ray.config import AllocationSection, PruningSection
 from seap_ray.errors import ConfigError
 from seap_ray.hf.configuration_seap import SeapLlamaConfig, SeapQwen2Config
@@ -159,12 +159,12 @@ def test_what_the_last_layers_cannot_round_away_the_others_do():
     config = {**CONFIGS["demo"], "num_hidden_layers": 20, "num_key_value_heads": 8, "num_attention_heads": 32}
     architecture = Architecture.of({**config, "head_dim": 64, "intermediate_size": 200})
     shapes = chosen(architecture, 0.251, "logistic", attention_unit="head")
-    assert Rules.of(architecture, PruningSection(), compensated=False).tile == 8
+    assert Rules.of(architecture, PruningSection(), compensated=False)[0].tile == 8
     assert off_by(shapes, architecture, 0.251, False) <= 8 * 3 * architecture.hidden_size
 
 
 def test_a_width_is_the_nearest_allowed_one_and_never_less_than_a_tile():
-    rules = Rules.of(DEMO, PruningSection(align=100), compensated=False)
+    rules, *_ = Rules.of(DEMO, PruningSection(align=100), compensated=False)
     wanted = {-500: 100, 0: 100, 149: 100, 151: 200, 349: 300, 420: 400, 430: 448, 448: 448, 900: 448}
     assert {n: rules.channels(n) for n in wanted} == wanted
 
@@ -269,6 +269,115 @@ def test_the_official_budget_knows_only_allocations_by_ratio(kind):
             refused()
 
 
+# --- layers of unequal widths: a model that is compacted already ---------------------------------------------------
+
+
+@st.composite
+def compacted(draw):
+    """The demo after some first cut, with biases in some of its layers."""
+    own = {}
+    for layer in range(8):
+        groups, heads = draw(st.integers(1, 4)), draw(st.integers(1, 2))
+        biases = {key: draw(st.booleans()) for key in ("o_proj_bias", "down_proj_bias")}
+        widths = {"num_attention_heads": groups * heads, "num_key_value_heads": groups}
+        channels = draw(st.integers(1, 28)) * 16
+        own[str(layer)] = {**widths, "intermediate_size": channels, **biases}
+    return Architecture.of({**CONFIGS["demo"], "model_type": "seap_llama", "per_layer_config": own})
+
+
+def scores_of_layers(architecture, kind):
+    """As ``scores``, as many as each layer has units."""
+    generator, scores_L = torch.Generator().manual_seed(3), []
+    for layer in architecture.layers:
+        some = [torch.rand(n, generator=generator).double() for n in (layer.shape.heads, layer.shape.channels)]
+        scores_L.append(tuple(score - 0.5 if kind == "standardised" else score for score in some))
+    return scores_L
+
+
+@given(
+    architecture=compacted(),
+    ratio=st.floats(0.01, 0.6),
+    kind=st.sampled_from(KINDS),
+    unit=st.sampled_from(["group", "head", "none"]),
+    compensated=st.booleans(),
+)
+@often
+def test_layers_of_unequal_widths_give_the_ratio_of_them_all_within_a_tile(
+    architecture, ratio, kind, unit, compensated
+):
+    more = {"compensated": compensated, "attention_unit": unit, "scores_L": scores_of_layers(architecture, kind)}
+    try:
+        shapes = chosen(architecture, ratio, kind, **more)
+    except ConfigError as error:
+        largest = float(re.search(r"largest is ([0-9.]+)$", str(error)).group(1))
+        assert largest < ratio
+        shapes, ratio = chosen(architecture, largest, kind, **more), largest
+    assert off_by(shapes, architecture, ratio, compensated) <= tile_of(architecture)
+    before, after = 0, 0
+    for layer, shape in zip(architecture.layers, shapes, strict=True):
+        given_ = layer.shape
+        assert shape.groups <= given_.groups and shape.heads_per_group <= given_.heads_per_group
+        assert shape.groups == given_.groups or unit == "group"
+        assert shape.heads_per_group == given_.heads_per_group or unit == "head"
+        assert shape.channels == given_.channels or (shape.channels < given_.channels and shape.channels % 16 == 0)
+        before += n_weights(given_, len(layer.biases))
+        after += n_weights(shape, 2 if compensated and shape != given_ else len(layer.biases))
+    assert ratio_of(shapes, architecture, compensated=compensated) == pytest.approx(1 - after / before, rel=1e-12)
+
+
+def n_weights(shape, n_biases):
+    """Of a layer of the demo: queries and outputs, keys and values, gated MLP, norms and added biases."""
+    hidden, head = DEMO.hidden_size, DEMO.head_dim
+    return hidden * (2 * shape.heads * head + 2 * shape.groups * head + 3 * shape.channels + 2 + n_biases)
+
+
+@pytest.mark.parametrize("kind", WIDTHS_BY_RATIO)
+def test_a_share_is_one_of_a_layers_own_weights(kind):
+    own = {str(layer): {"intermediate_size": 224} for layer in range(4)}
+    architecture = Architecture.of({**CONFIGS["demo"], "model_type": "seap_llama", "per_layer_config": own})
+    shapes = chosen(architecture, 0.2, kind, attention_unit="none", allocation=AllocationSection(kind=kind, k=0))
+    shares = [
+        1 - n_weights(shape, 0) / n_weights(layer.shape, 0)
+        for shape, layer in zip(shapes, architecture.layers, strict=True)
+    ]
+    same = shares if kind == "uniform" else shares[1:-1]  # a curve that does not rise, between protected layers
+    tile = 16 * 3 * architecture.hidden_size / n_weights(architecture.layers[0].shape, 0)
+    assert max(same) - min(same) <= 1.01 * tile
+
+
+def test_layers_that_cannot_give_their_share_leave_it_to_the_others():
+    own = {str(layer): {"intermediate_size": 16} for layer in (2, 5)}
+    architecture = Architecture.of({**CONFIGS["demo"], "model_type": "seap_llama", "per_layer_config": own})
+    shapes = chosen(architecture, 0.5, "uniform", attention_unit="none")
+    assert [shapes[layer] for layer in (2, 5)] == [architecture.layers[layer].shape for layer in (2, 5)]
+    assert off_by(shapes, architecture, 0.5, False) <= tile_of(architecture)
+
+
+def test_whole_layers_go_until_their_weights_come_nearest_to_the_ratio():
+    own = {str(layer): {"intermediate_size": 16} for layer in (1, 2, 3)}
+    architecture = Architecture.of({**CONFIGS["demo"], "model_type": "seap_llama", "per_layer_config": own})
+    sizes = [n_weights(layer.shape, 0) for layer in architecture.layers]
+    influence_L = [0.9, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    for ratio in (0.0, 0.02, 0.1, 0.2, 0.4, 0.99):
+        off = {n: abs(sum(sizes[1 : 1 + n]) / sum(sizes) - ratio) for n in range(8)}
+        assert dropped(architecture, ratio, influence_L) == tuple(range(1, 1 + min(off, key=off.__getitem__)))
+    with pytest.raises(ConfigError, match=r"beyond what 1 \+ 4 protected layers") as error:
+        dropped(architecture, 0.5, influence_L, protect_first=1, protect_last=4)
+    largest = float(re.search(r"largest is ([0-9.]+)$", str(error.value)).group(1))
+    assert largest == pytest.approx(sum(sizes[1:4]) / sum(sizes), abs=1e-4)
+    assert dropped(architecture, largest, influence_L, protect_first=1, protect_last=4) == (1, 2, 3)
+
+
+def test_layers_of_unequal_widths_have_no_stock_export_and_a_rank_that_cannot_share_one_names_it():
+    own = {"3": {"num_attention_heads": 6, "num_key_value_heads": 3}}
+    architecture = Architecture.of({**CONFIGS["demo"], "model_type": "seap_llama", "per_layer_config": own})
+    for kind in (*KINDS, "depth"):
+        with pytest.raises(ConfigError, match="export.format: stock needs equal widths, but layers of this model"):
+            check_ratio(architecture, section(kind), ratio=0.2, compensated=False, stock=True)
+        with pytest.raises(ConfigError, match="2 ranks .* 6 heads, 3 key-value heads and 448 channels of layer 3"):
+            check_ratio(architecture, section(kind, tensor_parallel=2), ratio=0.2, compensated=False)
+
+
 # --- what the ratio counts -------------------------------------------------------------------------------------------
 
 
@@ -318,7 +427,7 @@ def test_a_plan_reports_the_ratio_of_what_it_keeps():
     plan = Plan("x", 0.5, "mean", kept, {})
     assert list(plan.shapes) == shapes
     assert plan.planned(DEMO) == ratio_of(shapes, DEMO, compensated=True)
-    assert [plan.cuts(layer, DEMO.dense) for layer in range(8)] == [False, *[True] * 6, False]
+    assert [plan.cuts(layer, DEMO) for layer in range(8)] == [False, *[True] * 6, False]
 
 
 # --- protection ------------------------------------------------------------------------------------------------------
@@ -346,7 +455,7 @@ def test_auto_protection_yields_only_when_needed_and_the_last_layers_first(n_lay
     assume(ratio <= cap)
     usual = 2 if n_layers >= 24 else 1
     room = [n for n in range(2 * usual + 1) if ratio * n_layers <= (n_layers - n) * cap]
-    first, last = protected(n_layers, AllocationSection(), ratio, cap)
+    first, last = protected([1.0] * n_layers, AllocationSection(), ratio, [cap] * n_layers)
     assert first + last == max(room)
     assert last <= first <= last + 1
 
@@ -356,14 +465,15 @@ def test_auto_protection_yields_only_when_needed_and_the_last_layers_first(n_lay
 )
 def test_auto_protection_yields_in_this_order(ratio, expected):
     # Of 32 layers that give 0.9 at most, n give 0.9 n / 32: 0.7875, 0.8156, 0.8438, 0.8719 and 0.9 for 28 to 32.
-    assert protected(32, AllocationSection(), ratio, 0.9) == expected
+    assert protected([1.0] * 32, AllocationSection(), ratio, [0.9] * 32) == expected
 
 
 @given(n_layers=st.integers(4, 48), ratio=st.floats(0.01, 0.9), mine=st.integers(0, 3))
 @often
 def test_auto_protection_never_touches_an_explicit_one(n_layers, ratio, mine):
-    assert protected(n_layers, AllocationSection(protect_first=mine), ratio, 0.9)[0] == mine
-    assert protected(n_layers, AllocationSection(protect_last=mine), ratio, 0.9)[1] == mine
+    weight_L, cap_L = [1.0] * n_layers, [0.9] * n_layers
+    assert protected(weight_L, AllocationSection(protect_first=mine), ratio, cap_L)[0] == mine
+    assert protected(weight_L, AllocationSection(protect_last=mine), ratio, cap_L)[1] == mine
 
 
 def refused_with(architecture, ratio, kind, **pruning):
@@ -406,14 +516,14 @@ def test_explicit_protection_that_cannot_be_met_is_refused():
 @pytest.mark.parametrize("unit", ["group", "head", "none"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_layer_gives_more_than_the_cap_also_where_the_ratio_is_just_in_reach(kind, unit):
-    full = DEMO.layer_parameters(DEMO.dense)
+    full = DEMO.layer_parameters(Layer(DEMO.dense))
     for cap in (0.3, 0.55):
         pruning = {"allocation": AllocationSection(max_sparsity=cap), "attention_unit": unit}
         assert refused_with(DEMO, cap + 0.05, kind, **pruning) == pytest.approx(cap)
         for ratio in (0.7 * cap, cap):
             shapes = chosen(DEMO, ratio, kind, **pruning)
             assert off_by(shapes, DEMO, ratio, False) <= tile_of(DEMO)
-            assert max(full - DEMO.layer_parameters(s) for s in shapes) <= cap * full + tile_of(DEMO)
+            assert max(full - DEMO.layer_parameters(Layer(s)) for s in shapes) <= cap * full + tile_of(DEMO)
 
 
 # --- whole layers ----------------------------------------------------------------------------------------------------
@@ -477,12 +587,12 @@ def test_at_least_one_layer_stays():
 
 
 def test_a_plan_without_some_layers_knows_the_ones_that_stay_and_its_ratio():
-    plan = Plan("x", 0.25, "none", (Kept.whole(DEMO),) * 6, {}, dropped=(2, 5))
+    plan = Plan("x", 0.25, "none", (Kept.whole(DEMO, 0),) * 6, {}, dropped=(2, 5))
     assert plan.layers == (0, 1, 3, 4, 6, 7)
     assert plan.shapes == (DEMO.dense,) * 6
     assert plan.planned(DEMO) == 0.25
-    assert not any(plan.cuts(layer, DEMO.dense) for layer in range(6))
-    assert Plan("x", 0.25, "none", (Kept.whole(DEMO),) * 8, {}).layers == tuple(range(8))
+    assert not any(plan.cuts(layer, DEMO) for layer in range(6))
+    assert Plan("x", 0.25, "none", (Kept.whole(DEMO, 0),) * 8, {}).layers == tuple(range(8))
 
 
 # --- units -----------------------------------------------------------------------------------------------------------
@@ -577,10 +687,10 @@ def test_equal_scores_everywhere_still_make_a_plan():
 
 def test_the_tile_follows_the_model_and_the_ranks():
     # 128 as a rule; a small MLP still has 16 tiles.
-    assert Rules.of(MODELS["llama-3-8b"], PruningSection(), compensated=False).tile == 128
-    assert Rules.of(DEMO, PruningSection(), compensated=False).tile == 16
-    assert Rules.of(DEMO, PruningSection(align=8), compensated=False).tile == 8
-    assert Rules.of(DEMO, PruningSection(align=8, tensor_parallel=4), compensated=False).tile == 32
+    assert Rules.of(MODELS["llama-3-8b"], PruningSection(), compensated=False)[0].tile == 128
+    assert Rules.of(DEMO, PruningSection(), compensated=False)[0].tile == 16
+    assert Rules.of(DEMO, PruningSection(align=8), compensated=False)[0].tile == 8
+    assert Rules.of(DEMO, PruningSection(align=8, tensor_parallel=4), compensated=False)[0].tile == 32
 
 
 # --- mixtures of experts ---------------------------------------------------------------------------------------------

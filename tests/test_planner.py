@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from seap_ray.architecture import Architecture
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
-from seap_ray.moments import Moments
+from seap_ray.moments import Moments, shares
 from seap_ray.plan import Plan, choose_shapes, ratio_of
-from seap_ray.planner import Planner, Spec, _shares, save_plan, section_of, specs
+from seap_ray.planner import Planner, Spec, save_plan, section_of, specs
 from seap_ray.prune import draft, sizes, write_draft
 from seap_ray.run import Run
 from seap_ray.scores import Norms
@@ -309,7 +309,7 @@ def test_a_mixture_of_tasks_counts_an_experts_tokens_by_how_much_of_a_task_is_ro
     of = {"a": Moments(4, torch.zeros(1), torch.ones(1)), "b": Moments(400, torch.zeros(1), torch.ones(1))}
     routed = {"a": Moments(3, torch.zeros(1), torch.ones(1)), "b": Moments(100, torch.ones(1), torch.ones(1))}
     parts = [{(0, "attn"): of[t], (0, "mlp.0"): routed[t]} for t in "ab"]
-    assert _shares(parts, [1.0, 1.0], (0, "mlp.0")) == [0.75, 0.25]
-    assert _shares(parts, [2.0, 3.0], (0, "attn")) == [2.0, 3.0]
+    assert shares(parts, [1.0, 1.0], (0, "mlp.0")) == [0.75, 0.25]
+    assert shares(parts, [2.0, 3.0], (0, "attn")) == [2.0, 3.0]
     none = Moments(0, torch.zeros(1), torch.zeros(1))
-    assert _shares([{**part, (0, "mlp.0"): none} for part in parts], [2.0, 3.0], (0, "mlp.0")) == [2.0, 3.0]
+    assert shares([{**part, (0, "mlp.0"): none} for part in parts], [2.0, 3.0], (0, "mlp.0")) == [2.0, 3.0]

@@ -21,6 +21,11 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
+def alike(n_layers, target, *, cap, **curve):
+    """The schedule of layers that are all of one size."""
+    return logistic([1.0] * n_layers, target, [cap] * n_layers, **curve)
+
+
 def largest_of(error):
     return float(re.search(r"the largest is ([0-9.]+)$", str(error.value)).group(1))
 
@@ -35,7 +40,7 @@ def largest_of(error):
     ],
 )
 def test_closed_form_gives_the_known_values(n_layers, target, scale, lowest, highest):
-    shares = logistic(n_layers, target, **PAPER, first=2, last=2, cap=0.9)
+    shares = alike(n_layers, target, **PAPER, first=2, last=2, cap=0.9)
     assert shares[:2] == shares[-2:] == [0.0, 0.0]
     assert shares[2] == pytest.approx(lowest, abs=5e-5)
     assert shares[-3] == pytest.approx(highest, abs=5e-5)
@@ -55,7 +60,7 @@ def test_the_papers_literal_depth_is_a_matter_of_k_and_x0(n_layers, target, scal
     # The paper counts depth over all L layers, x = i / (L - 1), though the last two are protected; ours goes from 0 to
     # 1 over the active ones. k (a x - x0) = k a (x - x0 / a), with a the active layers' share of the depth.
     share_of_depth = (n_layers - 3) / (n_layers - 1)
-    shares = logistic(n_layers, target, k=share_of_depth, x0=0.3 / share_of_depth, first=0, last=2, cap=0.9)
+    shares = alike(n_layers, target, k=share_of_depth, x0=0.3 / share_of_depth, first=0, last=2, cap=0.9)
     assert shares[0] / sigmoid(-0.3) == pytest.approx(scale, abs=5e-5)
     if lowest:
         assert shares[0] == pytest.approx(lowest, abs=5e-5)
@@ -78,7 +83,7 @@ def test_shares_average_to_the_target_rise_with_depth_and_stay_under_the_cap(n_l
     assume(n_layers > first + last)
     active = n_layers - first - last
     target = part * cap * active / n_layers
-    shares = logistic(n_layers, target, k=k, x0=x0, first=first, last=last, cap=cap)
+    shares = alike(n_layers, target, k=k, x0=x0, first=first, last=last, cap=cap)
     assert len(shares) == n_layers
     assert math.fsum(shares) / n_layers == pytest.approx(target, rel=1e-9, abs=1e-12)
     assert shares[:first] == [0.0] * first and shares[n_layers - last :] == [0.0] * last
@@ -88,7 +93,7 @@ def test_shares_average_to_the_target_rise_with_depth_and_stay_under_the_cap(n_l
 
 
 def test_capped_layers_leave_the_others_to_meet_the_total():
-    shares = logistic(10, 0.5, k=6.0, x0=0.5, first=1, last=1, cap=0.7)
+    shares = alike(10, 0.5, k=6.0, x0=0.5, first=1, last=1, cap=0.7)
     assert sum(share == 0.7 for share in shares) >= 2
     assert math.fsum(shares) == pytest.approx(5.0, rel=1e-12)
     free = [share for share in shares if 0 < share < 0.7]
@@ -103,25 +108,25 @@ def test_a_refusal_names_the_largest_ratio_and_that_one_works(n_layers, first, l
     target = cap * max(n_layers - first - last, 0) / n_layers + excess
     curve = {"k": k, "x0": x0, "first": first, "last": last, "cap": cap}
     with pytest.raises(ConfigError, match=r"pruning\.ratio") as error:
-        logistic(n_layers, target, **curve)
+        alike(n_layers, target, **curve)
     largest = largest_of(error)
     assert target - excess - 1e-4 <= largest < target
-    assert math.fsum(logistic(n_layers, largest, **curve)) / n_layers == pytest.approx(largest, abs=1e-12)
+    assert math.fsum(alike(n_layers, largest, **curve)) / n_layers == pytest.approx(largest, abs=1e-12)
 
 
 def test_steep_curves_do_not_overflow():
-    shares = logistic(24, 0.3, k=5000.0, x0=0.5, first=1, last=1, cap=0.9)
+    shares = alike(24, 0.3, k=5000.0, x0=0.5, first=1, last=1, cap=0.9)
     assert math.fsum(shares) / 24 == pytest.approx(0.3)
     assert shares[1] < 1e-6 and shares[-2] == pytest.approx(0.3 * 24 / 11)
 
 
 def test_a_target_of_nothing_takes_nothing():
-    assert logistic(12, 0.0, **PAPER, first=2, last=2, cap=0.9) == [0.0] * 12
-    assert logistic(4, 0.0, **PAPER, first=2, last=2, cap=0.9) == [0.0] * 4
+    assert alike(12, 0.0, **PAPER, first=2, last=2, cap=0.9) == [0.0] * 12
+    assert alike(4, 0.0, **PAPER, first=2, last=2, cap=0.9) == [0.0] * 4
 
 
 def test_uniform_asks_the_same_of_every_layer():
-    assert uniform(3, 0.35) == [0.35, 0.35, 0.35]
+    assert uniform([1.0] * 3, 0.35, [0.9] * 3) == [0.35, 0.35, 0.35]
 
 
 # --- the authors' schedule -------------------------------------------------------------------------------------------

@@ -122,8 +122,9 @@ def compact(dense: Path, folder: Path, shapes: list[Shape] | None = None) -> Pat
         groups, per_group = architecture.dense.groups, architecture.dense.heads_per_group
         shapes = [Shape(groups, 1 + i % per_group, 40 + 30 * i) for i in range(architecture.n_layers)]
     if shapes:
-        rng = random.Random(3)
-        plan = replace(plan, kept=tuple(random_kept(checkpoint.architecture.dense, shape, rng) for shape in shapes))
+        rng, given = random.Random(3), [layer.shape for layer in architecture.layers]
+        pairs = zip(given, shapes, strict=True)
+        plan = replace(plan, kept=tuple(random_kept(*pair, rng, architecture.n_experts) for pair in pairs))
     statistics = random_statistics(checkpoint.architecture, seed=4)
     return write_compacted(Compaction(checkpoint, plan, statistics), folder)
 
@@ -197,6 +198,21 @@ def test_greedy_tokens_are_those_of_transformers(expert, name):
         assert engine.greedy(prompts, 24) == by_transformers(load_float32(folder), prompts, 24)
 
 
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_greedy_tokens_of_a_model_that_was_pruned_again_are_those_of_transformers(expert, tmp_path, name):
+    layers = [layer.shape for layer in Checkpoint.open(str(expert(name))).architecture.layers]
+    # Layer 1, whole so far, is cut, and layer 2 stays as it is. Grouped products of experts are for rows of 16 bytes.
+    shapes = [Shape(1, of.heads_per_group, max(of.channels // 8 * 4, 4)) for of in layers]
+    shapes[2] = layers[2]
+    folder = compact(expert(name), tmp_path / "again", shapes)
+    check_folder(folder)
+    prompts = random_prompts([1, 9, 40])
+    with Engine(folder) as engine:
+        assert engine.greedy(prompts, 24) == by_transformers(load_float32(folder), prompts, 24)
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_chunked_prefill_and_a_cached_prefix_change_no_token(expert):
@@ -247,6 +263,8 @@ IN_HALVES = {
     "gemma2": [Shape(4, 3, 160), Shape(4, 2, 96), Shape(4, 1, 64), Shape(4, 2, 32)],
     "gemma3": [Shape(4, 3, 160), Shape(4, 2, 96), Shape(4, 1, 64), Shape(4, 2, 32)],
     "phi3": [Shape(4, 2, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],
+    "mixtral": [Shape(4, 2, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],
+    "qwen3_moe": [Shape(4, 2, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],
     "opt": [Shape(4, 1, 160), Shape(2, 1, 96), Shape(2, 1, 64), Shape(4, 1, 32)],
 }
 """Widths of every layer that two ranks can share."""

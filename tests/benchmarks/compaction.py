@@ -74,7 +74,7 @@ def main(shape: str, ratio: float, folder: Path) -> None:
                 "bytes": n_bytes,
                 "bytes per second": n_bytes / found["writing"],
                 "plain copy, bytes per second": copied.stat().st_size / seconds,
-                "two layers": 4 * architecture.layer_parameters(architecture.dense),
+                "two layers": 4 * architecture.layer_parameters(architecture.layers[0]),
                 "most memory of a process": max(peak.values()),
             },
             indent=2,
