@@ -375,7 +375,7 @@ class Compaction:
         """Whether a tensor is the base's. Of a module that is cut none is: engines reload modules as a whole."""
         architecture = self.base.architecture
         layer, module, _ = architecture.split(output.name)
-        if layer is None or not (self.stock or self.plan.cuts(layer, architecture.dense)):
+        if layer is None or not (self.stock or self.plan.cuts(layer, architecture)):
             return True
         family, (module, _) = architecture.layout, expert_of(module)
         return not (module in family.rows or module in family.columns)
