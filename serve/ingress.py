@@ -25,10 +25,17 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from seap_ray.config import AUTO, GENERAL
 from seap_ray.router import Router
 from serve.choice import RESTART_S, Chooser, Decision, Prompt
-from serve.errors import UNUSABLE, ApiError, ModelDownError, add_handlers, known
+from serve.errors import (
+    UNUSABLE,
+    ApiError,
+    ModelDownError,
+    add_handlers,
+    known,
+)
 from serve.experts import Expert
 from serve.gate import Gate
 from serve.node_metrics import gather
+from serve.replies import error_in, joined, tells_of_death
 from serve.schedule import QueueFullError
 from serve.watch import Watch
 
@@ -164,8 +171,8 @@ class ExpertIngress(OpenAiIngress):
         try:
             async with asyncio.timeout(self._service.timeout_s):
                 first = await self._unless_gone(model, replies)
-            first = _joined(first)
-            if error := _error_in(first):
+            first = joined(first)
+            if error := error_in(first):
                 raise _refused(error)
             return first, replies
         except BaseException as error:
@@ -202,8 +209,8 @@ class ExpertIngress(OpenAiIngress):
         try:
             yield first
             async for chunk in replies:
-                text = _joined(chunk)
-                if (error := _error_in(text)) and error["code"] >= 500:
+                text = joined(chunk)
+                if (error := error_in(text)) and error["code"] >= 500:
                     raise _refused(error)
                 yield text
             is_whole = True
@@ -334,28 +341,12 @@ def _opening(messages: Iterable[Any]) -> str:
     return ""
 
 
-def _joined(reply: Any) -> Any:
-    """A piece of a stream as one text; what is no stream stays."""
-    if isinstance(reply, list):
-        return "".join(map(str, reply)) if all(isinstance(item, str) for item in reply) else reply[0]
-    return reply
-
-
-def _error_in(reply: Any) -> dict[str, Any] | None:
-    """vLLM's error, whether it is a reply or an event of a stream."""
-    if isinstance(reply, str):
-        start = reply.find('data: {"error"')
-        return json.loads(reply[start + 6 :].partition("\n\n")[0])["error"] if start >= 0 else None
-    error = getattr(reply, "error", None)
-    return error and error.model_dump()
-
-
 def _refused(error: dict[str, Any]) -> Exception:
     """What vLLM refuses, in its own words; where it fails, its words are for the log."""
     code, message = error["code"], error["message"]
     if code < 500:
         return ApiError(code, message, param=error.get("param"))
-    if str(EngineDeadError()) in message:
+    if tells_of_death(error):
         return EngineDeadError()
     logger.error(f"vLLM failed at a request, and lives: {message}")
     return ApiError(code, "vLLM failed at this request", retry_after=RETRY_AFTER_S if code == 503 else None)

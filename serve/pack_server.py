@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ray.util import metrics
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from seap_ray.bucket import place
 from seap_ray.storage import read_json, sha256_of, staged
 from serve.engine import HEALTH_CHECK_S, ExpertServer
 from serve.errors import ModelDownError
+from serve.replies import error_in, joined, tells_of_death
 from serve.schedule import Admit, Limits, Schedule, Swap
 
 logger = logging.getLogger("ray.serve")
@@ -27,7 +29,7 @@ logger = logging.getLogger("ray.serve")
 PACK = "pack"
 """Key of the configuration that holds the experts' folders by their names, the limits and the time slice."""
 ATTEMPTS = 3
-"""To swap an expert in, before it is given up."""
+"""To swap an expert in before it is given up, or to start an engine before its server is."""
 SLICE_IN_SWAPS = 5
 """Length of an automatic time slice: swaps take a sixth of a busy engine's time at most."""
 WAITS_S = [0.01 * 2**i for i in range(14)]
@@ -76,13 +78,22 @@ class PackServer(ExpertServer):
         self, answer: Callable[..., Awaitable[Any]], request: Any, raw_request_info: Any
     ) -> AsyncGenerator[Any, None]:
         expert, own = request.model, self._llm_config.model_id
-        async with self._turn(expert):
-            request.model = own
-            # Cached keys and values are those of the weights that made them. Under a salt of its own an expert finds
-            # its own once more when it is in the engine again, and never another's.
-            request.cache_salt = f"{expert}/{request.cache_salt or ''}"
-            async for reply in await answer(request, raw_request_info):
-                yield _named(reply, own, expert)
+        request.model = own
+        # Cached keys and values are those of the weights that made them. Under a salt of its own an expert finds its
+        # own once more when it is in the engine again, and never another's.
+        request.cache_salt = f"{expert}/{request.cache_salt or ''}"
+        has_begun = False
+        while True:  # once, unless the engine dies before its first word
+            try:
+                async with self._turn(expert):
+                    async for reply in _living(await answer(request, raw_request_info)):
+                        has_begun = True
+                        yield _named(reply, own, expert)
+                    return
+            except EngineDeadError:
+                self._tell_dead()
+                if has_begun:
+                    raise
 
     @asynccontextmanager
     async def _turn(self, expert: str) -> AsyncIterator[None]:
@@ -163,21 +174,29 @@ class PackServer(ExpertServer):
             _settle(granted, ModelDownError(f"{expert}: {why}"))
 
     async def _restart(self) -> None:
-        """Another engine in the dead one's place, with the first expert in it."""
-        logger.error("the pack's engine is started again")
-        self._close_engine()
-        await asyncio.sleep(0)
-        self.engine = self._engine_cls(self._llm_config)
-        await self._start_engine()
+        """Another engine in the dead one's place, with the first expert in it. Raises what the last attempt did."""
+        for attempt in range(1, ATTEMPTS + 1):
+            logger.error(f"the pack's engine is started again, attempt {attempt}")
+            self._close_engine()
+            self.engine = self._engine_cls(self._llm_config)
+            try:
+                await self._start_engine()
+                break
+            except Exception:
+                if attempt == ATTEMPTS:
+                    raise
         self._is_dead = False
         self._enter(self._first)
 
     async def _engine_died(self, error: Exception) -> None:
         logger.error(f"the pack's engine is dead ({error})")
-        self._is_dead = True
-        self._has_changed.set()
+        self._tell_dead()
         while self._is_dead:
             await asyncio.sleep(HEALTH_CHECK_S / 4)
+
+    def _tell_dead(self) -> None:
+        self._is_dead = True
+        self._has_changed.set()
 
     async def check_health(self) -> None:
         """Of this process: it takes care of its engine itself."""
@@ -200,6 +219,14 @@ def _is_whole(folder: Path) -> bool:
         return bool(files) and all(sha256_of(folder / name) == about["sha256"] for name, about in files.items())
     except OSError:
         return False
+
+
+async def _living(replies: AsyncGenerator[Any, None]) -> AsyncIterator[Any]:
+    """Replies, but those that say that the engine is dead. Raises EngineDeadError for them."""
+    async for reply in replies:
+        if (error := error_in(joined(reply))) and tells_of_death(error):
+            raise EngineDeadError
+        yield reply
 
 
 def _named(reply: Any, own: str, expert: str) -> Any:

@@ -61,7 +61,7 @@ def _hindrance(config: Config, experts: Sequence[Expert]) -> str | None:
     first = experts[0]
     for expert in experts:
         if expert.shape != first.shape:
-            return f"{expert.name} has other layers than {first.name}"
+            return f"{expert.name} has another config.json than {first.name}"
     return None
 
 

@@ -49,6 +49,7 @@ class Schedule:
         self.resident, self.since, self._limits = resident, now, limits
         self._waiting: dict[str, deque[tuple[float, Hashable]]] = {expert: deque() for expert in experts}
         self._running: set[Hashable] = set()
+        self._has_served = False  # in this turn; one that ended before would be a swap for nothing
 
     @property
     def waiting(self) -> dict[str, int]:
@@ -83,16 +84,18 @@ class Schedule:
         return requests
 
     def swapped(self, expert: str, now: float) -> None:
-        self.resident, self.since = expert, now
+        self.resident, self.since, self._has_served = expert, now, False
 
     def next(self, now: float, time_slice_s: float) -> Admit | Swap | None:
         """What to do now; None: nothing until a request comes or leaves. What is admitted runs until it leaves."""
         own = self._waiting[self.resident]
         others = {e: self._waited(e, now) for e, queue in self._waiting.items() if queue and e != self.resident}
-        is_over = now - self.since >= time_slice_s and max(others.values(), default=0.0) >= self._limits.max_wait_s
-        if own and not (others and is_over):
+        is_bound = max(others.values(), default=0.0) >= self._limits.max_wait_s
+        is_over = others and is_bound and now - self.since >= time_slice_s and self._has_served
+        if own and not is_over:
             if self.running >= self._limits.running:
                 return None
+            self._has_served = True
             self._running.add(own[0][1])
             return Admit(own.popleft()[1])
         if not others or self.running:

@@ -1,6 +1,7 @@
 """What is refused before an engine starts, what engines are told, and the metrics page. No engine runs here."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,16 +119,71 @@ def test_settings_that_contradict_or_endanger_are_refused(run, arguments, messag
 
 
 def test_engines_are_told_every_limit(app, run):
-    from serve.experts import find, llm_config
+    from serve.experts import find
+    from serve.llm_config import llm_config
+    from serve.packs import Pack
 
     made = config(run, "serve.engine.max_model_len=32", "serve.device=gpu", "serve.num_gpus=0.5", "model.dtype=float16")
-    expert = find(made, app.Run.of(made))[0]
-    told = llm_config(made, expert)
+    experts = find(made, app.Run.of(made))
+    pack = Pack((experts[0],))
+    told = llm_config(made, pack)
     assert told.engine_kwargs == {"dtype": "float16", "max_model_len": 32}
     assert told.placement_group_config == {"bundle_per_worker": {"CPU": 1.0, "GPU": 0.5}}
     assert told.deployment_config["max_ongoing_requests"] == told.deployment_config["max_queued_requests"] == 64
-    on_cpu = llm_config(config(run, "serve.device=cpu", "serve.engine.max_model_len=32"), expert).engine_kwargs
+    on_cpu = llm_config(config(run, "serve.device=cpu", "serve.engine.max_model_len=32"), pack).engine_kwargs
     assert on_cpu["kv_cache_memory_bytes"] == 2 * 64 * 32 * 64, "of 64 requests, 32 tokens and 64 bytes; twice"
+    shared = llm_config(made, Pack(tuple(experts)))
+    assert shared.engine_kwargs["load_format"] == "seap_ray" and shared.model_id == "pack"
+    assert shared.deployment_config["max_ongoing_requests"] > 64 + 3 * 64, "all may wait in the server"
+    about = shared.experimental_configs["pack"]
+    assert [*about["folders"]] == ["general", "alpha", "beta"] and about["limits"]["running"] == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gpus", "engines", "reason"),
+    [
+        (["serve.device=cpu"], 0, 1, "one engine for 3 models of equal shapes: there is room for 1"),
+        (["serve.device=gpu"], 2, 1, "one engine for 3 models of equal shapes: there is room for 2"),
+        (["serve.device=gpu"], 3, 3, "an engine for each model: there is room for 3"),
+        (["serve.device=gpu", "serve.num_gpus=0.5"], 2, 3, "an engine for each model: there is room for 4"),
+        (["serve.device=gpu", "serve.engine.tensor_parallel_size=2"], 4, 1, ".* room for 2"),
+        (["serve.device=gpu", "serve.packing=shared"], 8, 1, "one engine for 3 models of equal shapes"),
+        (["serve.device=cpu", "serve.packing=separate"], 0, 3, "an engine for each model"),
+        (["serve.device=cpu", "serve.experts=[]"], 0, 1, "an engine for each model"),
+        (["serve.device=cpu", "serve.engine.load_format=dummy"], 0, 3, ".* since serve.engine has load_format"),
+    ],
+)
+def test_models_share_an_engine_where_they_outnumber_accelerators(
+    app, run, monkeypatch, arguments, gpus, engines, reason
+):
+    import torch
+
+    from serve.experts import find
+    from serve.packs import packs
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    made = config(run, *arguments)
+    found, why = packs(made, find(made, app.Run.of(made)))
+    assert len(found) == engines and re.fullmatch(reason, why), why
+
+
+def test_models_of_other_shapes_do_not_share_an_engine(app, run):
+    from serve.experts import find
+    from serve.packs import packs
+
+    path = run / "experts/0.20/beta/config.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(about | {"rope_theta": 5e5}))
+    made = config(run, "serve.device=cpu")
+    found, why = packs(made, find(made, app.Run.of(made)))
+    assert len(found) == 3 and why == "an engine for each model, since beta has another config.json than general"
+    with pytest.raises(ConfigError, match="serve.packing: shared is not possible, since beta has another config.json"):
+        app.prepare(config(run, "serve.packing=shared"))
+
+
+def test_a_weight_of_what_is_not_served_is_refused(app, run):
+    with pytest.raises(ConfigError, match="serve.pack.weights: gamma is not served; served are general, alpha, beta"):
+        app.prepare(config(run, "serve.pack.weights={gamma: 2}"))
 
 
 def test_serve_run_ends_with_one_line_and_no_traceback(run):

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import cycle
 from math import prod
 from pathlib import Path
@@ -39,7 +40,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 import seap_ray.hf  # noqa: F401  (registers the classes that load a compacted checkpoint)
 from seap_ray import checkpoint as checkpoint_module
 from seap_ray.architecture import Architecture, Shape
-from seap_ray.checkpoint import Checkpoint, Compaction, check_stock, finish, parse_size, write_tensors
+from seap_ray.checkpoint import SHARED, Checkpoint, Compaction, check_stock, finish, parse_size, write_tensors
 from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.hf.shapes import check_folder
 from seap_ray.plan import Kept, Plan
@@ -236,7 +237,7 @@ def test_reloaded_equals_pruned_in_memory_bit_for_bit(dense, tmp_path, name, dty
     source, ids_BT = dense(name, dtype), random_ids()
     compaction = compaction_of(source, "mean", seed=3)
     reloaded = load(write_compacted(compaction, tmp_path, max_bytes))
-    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_bytes < 10**9)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == (max_bytes < 10**9)
     pruned = with_smaller_layers(load(source), compaction)
     assert {parameter.dtype for parameter in reloaded.parameters()} == {dtype}
     expected = dict(pruned.named_parameters())
@@ -253,8 +254,9 @@ def test_a_base_in_several_files_gives_the_same_checkpoint(dense, tmp_path, name
     assert len({info.file for info in parts.base.tensors.values()}) > 2
     write_compacted(whole, tmp_path / "whole")
     write_compacted(parts, tmp_path / "parts")
-    for file in ("model.safetensors", "config.json"):
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+    one, other = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "parts")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert (tmp_path / "whole/config.json").read_bytes() == (tmp_path / "parts/config.json").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "llama_biased", "qwen2"])
@@ -433,8 +435,9 @@ def test_tokenizer_and_generation_config_and_licence_go_along_and_nothing_else(d
     carried |= {"LICENSE.txt", "special_tokens_map.json", "vocab.json"}
     for name in carried:
         assert (folder / name).read_bytes() == (source / name).read_bytes()
-    made = {"config.json", "seap.json", "model.safetensors", "configuration_seap.py", "modeling_seap.py"}
-    assert {file.name for file in folder.iterdir()} == carried | made
+    made = {"config.json", "seap.json", "configuration_seap.py", "modeling_seap.py", "model.safetensors.index.json"}
+    weights = {file.name for file in folder.glob("*.safetensors")}
+    assert {file.name for file in folder.iterdir()} == carried | made | weights
 
 
 def test_seap_json_is_written_last(dense, tmp_path, monkeypatch):
@@ -511,19 +514,49 @@ def test_files_keep_to_their_size_and_hold_every_tensor_once(dense, tmp_path):
     sizes = {output.name: output.n_bytes for output in compaction.outputs()}
     for max_bytes in (1, max(sizes.values()), 20_000, sum(sizes.values()) - 1):
         files = compaction.files(max_bytes)
-        assert [output.name for outputs in files.values() for output in outputs] == list(sizes)
-        assert list(files) == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-        for outputs in files.values():
-            assert len(outputs) == 1 or 0 < sum(output.n_bytes for output in outputs) <= max_bytes
-        neighbours = zip(list(files.values())[:-1], list(files.values())[1:], strict=True)
-        assert all(sum(o.n_bytes for o in a) + b[0].n_bytes > max_bytes for a, b in neighbours)
-    assert list(compaction.files(sum(sizes.values()))) == ["model.safetensors"]
+        assert sorted(output.name for outputs in files.values() for output in outputs) == sorted(sizes)
+        shared = {name: outputs for name, outputs in files.items() if name.startswith(SHARED)}
+        for group in (shared, {name: outputs for name, outputs in files.items() if name not in shared}):
+            n, known = len(group), list(sizes)
+            ends = [f"-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+            assert [name[-len(end) :] for name, end in zip(group, ends, strict=True)] == ends or n == 1
+            order = [known.index(output.name) for outputs in group.values() for output in outputs]
+            assert order == sorted(order)
+            for outputs in group.values():
+                assert len(outputs) == 1 or 0 < sum(output.n_bytes for output in outputs) <= max_bytes
+            neighbours = zip(list(group.values())[:-1], list(group.values())[1:], strict=True)
+            assert all(sum(o.n_bytes for o in a) + b[0].n_bytes > max_bytes for a, b in neighbours)
     folder = write_compacted(compaction, tmp_path, 20_000)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(sizes.values())
     real = {name: file.name for file in folder.glob("*.safetensors") for name in load_file(file)}
     assert index["weight_map"] == real
     assert all(file.stat().st_size <= 20_000 + header_of(file)[1] for file in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_the_bases_lies_in_files_that_all_experts_of_a_shape_share(dense, tmp_path, name):
+    """By name and by bytes; and no module is torn apart, since engines reload modules as a whole."""
+    first, second = (compaction_of(dense(name), "mean", seed=seed) for seed in (1, 2))
+    second = replace(second, plan=replace(second.plan, kept=_other_units(first.plan.kept, first.base.architecture)))
+    write_compacted(first, tmp_path / "first")
+    write_compacted(second, tmp_path / "second")
+    shared = {file.name for file in (tmp_path / "first").glob(f"{SHARED}*")}
+    assert shared == {file.name for file in (tmp_path / "second").glob(f"{SHARED}*")} and len(shared) == 1
+    (file,) = shared
+    assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+    base, own = tensors_of(dense(name)), load_file(tmp_path / "first" / "model-00001-of-00001.safetensors")
+    carried = load_file(tmp_path / "first" / file)
+    assert all(torch.equal(tensor, base[key]) for key, tensor in carried.items())
+    assert first.base.architecture.layout.embedding in carried
+    modules = [{key.rpartition(".")[0] for key in of} for of in (carried, own)]
+    assert not modules[0] & modules[1]
+
+
+def _other_units(kept, architecture):
+    """The same widths, with the last channels in the place of those that were kept."""
+    n = architecture.dense.channels
+    return tuple(replace(of, channels=tuple(range(n - of.shape.channels, n)) * of.experts) for of in kept)
 
 
 def test_the_same_plan_gives_the_same_bytes(dense, tmp_path):
