@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import seap_ray.hf  # noqa: F401
 from seap_ray.calibrate import Calibrator
+from seap_ray.checkpoint import SHARED as BASE_FILES
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
 from seap_ray.errors import DataError, IncompleteError, SeapError
@@ -166,9 +167,18 @@ def test_two_workers_give_byte_equal_statistics_plans_and_weights(finished, tmp_
     assert main(arguments(tmp_path, "calibration.workers=2", UNJUDGED)) == 0
     assert statistics(tmp_path) == statistics(finished)
     for ratio_and_name in ("0.50/general", "0.50/arithmetic", "0.50/logic"):
-        for file in ("experts/{}/model.safetensors", "plans/{}.safetensors"):
-            one, two = (storage / "run" / file.format(ratio_and_name) for storage in (finished, tmp_path))
-            assert one.read_bytes() == two.read_bytes()
+        expert = finished / "run" / "experts" / ratio_and_name
+        written = [f"experts/{ratio_and_name}/{file.name}" for file in expert.glob("*.safetensors")]
+        assert len(written) == 2
+        for file in (*written, f"plans/{ratio_and_name}.safetensors"):
+            assert (finished / "run" / file).read_bytes() == (tmp_path / "run" / file).read_bytes()
+
+
+def test_what_experts_have_of_the_base_is_on_the_disk_once(finished):
+    files = [*(finished / "run" / "experts").glob(f"*/*/{BASE_FILES}*")]
+    assert len(files) > 2 and {file.stat().st_ino for file in files} == {
+        file.stat().st_ino for file in (finished / "run" / "shared").glob(f"{BASE_FILES}*")
+    }
 
 
 def when_records(storage: Path, n: int, act) -> threading.Thread:
@@ -263,7 +273,7 @@ def test_a_damaged_record_or_weight_file_is_found_by_its_hash_and_made_again(fin
     files[0].write_bytes(damaged)
     (tmp_path / "run" / "statistics" / "arithmetic.safetensors").unlink()
     experts = tmp_path / "run" / "experts" / "0.50"
-    weights, other = (experts / name / "model.safetensors" for name in ("logic", "general"))
+    weights, other = (experts / name / "model-00001-of-00001.safetensors" for name in ("logic", "general"))
     intact, changed = weights.read_bytes(), other.stat().st_mtime_ns
     weights.write_bytes(intact[:-3] + bytes([intact[-3] ^ 1]) + intact[-2:])  # of the same size
     times = [path.stat().st_mtime_ns for path in files[1:]]
