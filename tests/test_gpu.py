@@ -65,9 +65,9 @@ def test_cosines_are_those_in_float64(width):
 
 @pytest.mark.parametrize("name", [*FAMILIES, "mixtral", "qwen3_moe"])
 def test_recorded_moments_are_those_of_all_tokens_in_two_passes(dense, float64_norms, name):
-    model = load(dense(name, torch.float64))
-    expected = two_pass(model, RAGGED)
-    assert_close(record(model.cuda(), RAGGED, batch_tokens=100), expected)
+    # On one device both: rotary embeddings are float32 in any model, and differ between devices.
+    model = load(dense(name, torch.float64)).cuda()
+    assert_close(record(model, RAGGED, batch_tokens=100), two_pass(model, RAGGED))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

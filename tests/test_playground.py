@@ -696,6 +696,7 @@ def test_a_route_prefix_stays_in_front(path: str, ingress: Ingress, page_at: Pag
     page = page_at(ingress.url + path)
     send(page)
     expect(reply(page)).to_have_text("19")
+    expect(page.locator("body")).to_contain_text("Routed to")  # both were asked at once
     assert {each[0] for each in ingress.asked} == {"/seap/v1/route", "/seap/v1/chat/completions"}
 
 

@@ -65,7 +65,8 @@ def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: b
     handles.append(norm.register_forward_pre_hook(lambda _module, inputs: last.append(inputs[0])))
     for sequence in sequences:
         with mock.patch.object(torch.nn.functional, "linear", spying):
-            shown = model(torch.tensor([sequence]), output_hidden_states=True).hidden_states
+            ids_BT = torch.tensor([sequence], device=model.device)
+            shown = model(ids_BT, output_hidden_states=True).hidden_states
         states = [state[0].double() for state in (*shown[:-1], last.pop())]
         assert len(states) == len(decoder.layers) + 1
         for layer, (x_TD, y_TD) in enumerate(pairwise(states)):
@@ -75,7 +76,7 @@ def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: b
         handle.remove()
     reference = {}
     for key, parts in seen.items():
-        x_ND = torch.cat([part[int(skip_first) :] for part in parts])
+        x_ND = torch.cat([part.cpu()[int(skip_first) :] for part in parts])
         mean_D = x_ND.mean(0) if len(x_ND) else torch.zeros(x_ND.shape[1], dtype=torch.float64)
         reference[key] = (x_ND.shape[0], mean_D, (x_ND - mean_D).square().sum(0))
     return reference
