@@ -3,7 +3,7 @@
 Letters: N tokens, D columns of a site.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import add
 from typing import Self, TypeVar
@@ -21,6 +21,19 @@ RECORDED: tuple[Site, ...] = (*SITES, "block")
 """Everything that calibration records."""
 
 
+BLOCK = {"cpu": 1 << 16}
+"""Elements that are made float64 at a time: half a megabyte, which a core's cache holds. Other devices: 2^26."""
+
+
+def blocks(x_ND: Tensor, rows_N: Tensor | None = None) -> Iterator[Tensor]:
+    """``x_ND``, or some of its rows, block by block of rows, in float64: copies, the caller's to change."""
+    n_rows = max(1, BLOCK.get(x_ND.device.type, 1 << 26) // x_ND.shape[1])
+    if rows_N is None:
+        yield from (block_ND.to(torch.float64, copy=True) for block_ND in x_ND.split(n_rows) if len(block_ND))
+    else:
+        yield from (x_ND.index_select(0, some_N).double() for some_N in rows_N.split(n_rows) if len(some_N))
+
+
 @dataclass(frozen=True, slots=True)
 class Moments:
     """Count, mean and summed squared deviations of D columns over ``count`` tokens."""
@@ -32,18 +45,22 @@ class Moments:
     """float64, sum over tokens of (x - mean)^2"""
 
     @classmethod
-    def of(cls, x_ND: Tensor) -> "Moments":
-        """Moments of one batch, two passes, in float64 on the device of ``x_ND``.
+    def of(cls, x_ND: Tensor, rows_N: Tensor | None = None) -> "Moments":
+        """Moments of one batch, or of some of its rows (int64 indices), in float64 on the device of ``x_ND``.
 
-        In float32 a short prompt's variance is off by 1e-7; the second pass also subtracts the mean's own rounding
-        (Chan, Golub & LeVeque 1983, the corrected two-pass algorithm).
+        One pass over the memory, a block at a time, less the first block's mean. That of a part of the data is so near
+        the whole's that the final subtraction costs no more digits than there are blocks.
         """
-        n = x_ND.shape[0]
-        divisor = max(n, 1)  # a batch may hold no token that counts: sequences of one token, with the first left out
-        mean_D = x_ND.sum(0, dtype=torch.float64) / divisor
-        deviation_ND = x_ND - mean_D
-        m2_D = deviation_ND.square().sum(0) - deviation_ND.sum(0).square() / divisor
-        return cls(n, mean_D, m2_D)
+        shift_D = total_D = square_D = x_ND.new_zeros(x_ND.shape[1], dtype=torch.float64)
+        n = 0
+        for block_ND in blocks(x_ND, rows_N):
+            if not n:
+                shift_D = block_ND.mean(0)
+            n += len(block_ND)
+            total_D = total_D + block_ND.sub_(shift_D).sum(0)
+            square_D = square_D + block_ND.square_().sum(0)
+        offset_D = total_D / max(n, 1)  # a batch may hold no token that counts, if those at position 0 are left out
+        return cls(n, shift_D + offset_D, (square_D - total_D * offset_D).clamp_(min=0))
 
     def __add__(self, other: Self) -> Self:
         """Moments of both streams together (Chan, Golub & LeVeque, the parallel variance)."""
@@ -77,10 +94,11 @@ class Covariance(Moments):
     """Sum over tokens of (x - mean) (x - mean)^T, float64 when merged; its diagonal is ``m2_D`` but for rounding."""
 
     @classmethod
-    def of(cls, x_ND: Tensor) -> "Covariance":
+    def of(cls, x_ND: Tensor, rows_N: Tensor | None = None) -> "Covariance":
         """Of one batch: its moments, as ever, and the product of the deviations in float32 (float64 for float64)."""
-        moments = Moments.of(x_ND)
-        deviation_ND = (x_ND - moments.mean_D).to(torch.promote_types(x_ND.dtype, torch.float32))
+        moments, dtype = Moments.of(x_ND, rows_N), torch.promote_types(x_ND.dtype, torch.float32)
+        parts = [block_ND.sub_(moments.mean_D).to(dtype) for block_ND in blocks(x_ND, rows_N)]
+        deviation_ND = torch.cat([x_ND.new_empty(0, x_ND.shape[1], dtype=dtype), *parts])
         return cls(moments.count, moments.mean_D, moments.m2_D, deviation_ND.T @ deviation_ND)
 
     def __add__(self, other: Self) -> Self:

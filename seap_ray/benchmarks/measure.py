@@ -66,7 +66,19 @@ class Row:
         ratio, spread = (median(ratios), (min(ratios), max(ratios))) if ratios else (None, None)
         met = is_met(target, ratio=ratio, ours=ours) if target else None
         return cls(
-            suite, name, baseline, ours, unit, ratio, spread, limit, limit_name, target, met, command, "" if met else why
+            suite,
+            name,
+            baseline,
+            ours,
+            unit,
+            ratio,
+            spread,
+            limit,
+            limit_name,
+            target,
+            met,
+            command,
+            "" if met else why,
         )
 
 
