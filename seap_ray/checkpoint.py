@@ -8,6 +8,7 @@ import json
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -298,20 +299,21 @@ class Compaction:
     def compensates(self, layer: int) -> bool:
         return self.plan.compensation != "none" and self.plan.cuts(layer, self.base.architecture.dense)
 
-    def make(self, output: OutputTensor) -> Tensor:
-        """The tensor itself, in the base's dtype."""
+    def pieces(self, output: OutputTensor) -> Iterator[Tensor]:
+        """The tensor itself in the base's dtype, in pieces of some rows."""
         layer, module, kind = self.base.architecture.split(output.name)
         if layer is None:
-            return self.base.read(output.name)
+            return iter([self.base.read(output.name)])
         if module in self.base.architecture.compensated and self.compensates(layer):
             if self.plan.compensation == "least_squares":
-                return self._repaired(layer, module)[kind]
+                return iter([self._repaired(layer, module)[kind]])
             if kind == "bias":
-                return self._mean_bias(layer, module)
+                return iter([self._mean_bias(layer, module)])
         source = self._source(layer, module, kind)
         if source not in self.base.tensors:
-            return torch.zeros(output.shape, dtype=DTYPES[output.dtype])
-        return compact(self.base.architecture, module, kind, self.base.read(source), self.plan.kept[layer])
+            return iter([torch.zeros(output.shape, dtype=DTYPES[output.dtype])])
+        dense = self.base.read(source)
+        return compact(self.base.architecture, module, kind, dense, self.plan.kept[layer])
 
     def _site(self, module: str) -> Site:
         return "attn" if module == self.base.architecture.layout.o_proj else "mlp"
@@ -459,22 +461,29 @@ def _may_have_biases(architecture: Architecture) -> bool:
 
 
 def write_tensors(compaction: Compaction, outputs: list[OutputTensor], path: AnyPath) -> str:
-    """Write one safetensors file tensor by tensor and return its sha256. (The library writes whole dicts only.)"""
+    """Write one safetensors file piece by piece and return its sha256. (The library writes whole dicts only.)
+
+    A thread hashes a piece while it is written and the next one is made.
+    """
     digest = hashlib.sha256()
-    with publishing(path) as temporary, temporary.open("wb") as file:
+    with publishing(path) as temporary, temporary.open("wb") as file, ThreadPoolExecutor(1) as hasher:
+        hashed = hasher.submit(digest.update, b"")
         for chunk in _chunks(compaction, outputs):
+            hashed.result()
+            hashed = hasher.submit(digest.update, chunk)
             file.write(chunk)
-            digest.update(chunk)
     return digest.hexdigest()
 
 
 def _chunks(compaction: Compaction, outputs: list[OutputTensor]) -> Iterator[Any]:
     yield _header(outputs)
     for output in outputs:
-        tensor = compaction.make(output)
-        if tuple(tensor.shape) != output.shape:
-            raise ValueError(f"{output.name}: made {tuple(tensor.shape)}, planned {output.shape}")
-        yield tensor.contiguous().flatten().view(torch.uint8).numpy().data
+        n_bytes = 0
+        for piece in compaction.pieces(output):
+            yield piece.contiguous().flatten().view(torch.uint8).numpy().data
+            n_bytes += piece.nbytes
+        if n_bytes != output.n_bytes:
+            raise ValueError(f"{output.name}: made {n_bytes} bytes, planned {output.shape}")
 
 
 def _header(outputs: Iterable[OutputTensor]) -> bytes:
@@ -511,6 +520,7 @@ def finish(
     write_json(folder / "seap.json", manifest)
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions that a checkpoint or a record was made with."""
     return {name: version(name) for name in ("seap-ray", "torch", "transformers", "ray", "safetensors")}
