@@ -33,7 +33,7 @@ def row_indices(rows: Rows, kept: Kept, dense: Shape, head_dim: int) -> Tensor:
 
 
 PIECE = 1 << 20
-"""Bytes of a piece of a tensor: it stays in a cache until it is written, and malloc has the same memory for the next."""
+"""Bytes of a piece of a tensor: it is in a cache until it is written, and malloc has the same memory for the next."""
 
 
 def compact(architecture: Architecture, module: str, kind: str, tensor: Tensor, kept: Kept) -> Iterator[Tensor]:

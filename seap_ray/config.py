@@ -323,6 +323,21 @@ class ServeSection(Section):
         return self
 
 
+class BenchmarksSection(Section):
+    """What jobs/bench.py measures; no other job looks at it."""
+
+    rounds: int = Field(default=5, ge=1)
+    """Times that everything is measured, in turns; the median counts."""
+    shape: Literal["7b", "70b"] = "7b"
+    """Llama that records, plans and checkpoints have the shape of."""
+    records: int = Field(default=200, ge=1)
+    """Records to merge."""
+    official: str | None = None
+    """A checkout of the SEAP authors' code, github.com/IAAR-Shanghai/SEAP, to calibrate beside; left out: not."""
+    folder: str = "docs/benchmarks"
+    """Folder of the numbers, a file a suite; the page is beside it."""
+
+
 class Config(Section):
     """The whole configuration of a run."""
 
@@ -341,6 +356,7 @@ class Config(Section):
     export: ExportSection = ExportSection()
     evaluation: EvaluationSection = EvaluationSection()
     serve: ServeSection = ServeSection()
+    benchmarks: BenchmarksSection = BenchmarksSection()
 
     @model_validator(mode="before")
     @classmethod

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from merge import _statistics
 from safetensors import safe_open
 from safetensors.torch import save_file
-from shapes import LLAMA_3_70B
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from seap_ray.architecture import Architecture
+from seap_ray.benchmarks.merge import random_statistics
+from seap_ray.benchmarks.shapes import LLAMA_3_70B
 from seap_ray.calibrate import RECORDS_HELD, Calibration, grouped, merge_records
 from seap_ray.checkpoint import Checkpoint, write_tensors
 from seap_ray.config import Config
@@ -230,11 +230,11 @@ def compared(hidden: int, machine: Machine, folder: Path) -> dict[str, Any]:
     run, calibration = Run.of(config), Calibration("", "", skip_first_token=False, batch_tokens=tokens)
     shards = [Shard("sort", str(i), 1, 1000, str(i)) for i in range(RECORDS)]
     for shard in shards:
-        save_moments(calibration.record(run, shard), _statistics(of, seed=int(shard.shard)))
+        save_moments(calibration.record(run, shard), random_statistics(of, seed=int(shard.shard)))
     sequences = torch.randint(VOCABULARY, (tokens // SEQUENCE, SEQUENCE)).tolist()
     streamed = LayerwiseModel(checkpoint, torch.float32, torch.device("cpu"), room=1 << 40)
     found_norms = {(i, site): one for i in range(LAYERS) for site, one in _layer_norms(checkpoint, i).items()}
-    planner = Planner(config, checkpoint, {"sort": _statistics(of, seed=0)}, found_norms, {"sort": ""}, {}, run)
+    planner = Planner(config, checkpoint, {"sort": random_statistics(of, seed=0)}, found_norms, {"sort": ""}, {}, run)
     expert, written, merged = specs(config)[1], folder / "expert.safetensors", run.statistics("sort")
     cut = draft(planner, run, expert, planner.plan(expert, RATIO))
     loading, cutting = reading(model, machine), compaction(model, machine, RATIO, repaired=True)
