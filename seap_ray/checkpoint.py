@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from seap_ray.architecture import Architecture, Shape
 from seap_ray.bucket import AnyPath, BucketPath, is_uri, place
-from seap_ray.compact import compact, compact_size, kept_indices, mean_bias
+from seap_ray.compact import compact, compact_size, in_pieces, kept_indices, mean_bias
 from seap_ray.errors import ConfigError
 from seap_ray.moments import Site, Statistics
 from seap_ray.plan import Plan
@@ -303,7 +303,7 @@ class Compaction:
         """The tensor itself in the base's dtype, in pieces of some rows."""
         layer, module, kind = self.base.architecture.split(output.name)
         if layer is None:
-            return iter([self.base.read(output.name)])
+            return in_pieces(self.base.read(output.name))
         if module in self.base.architecture.compensated and self.compensates(layer):
             if self.plan.compensation == "least_squares":
                 return iter([self._repaired(layer, module)[kind]])

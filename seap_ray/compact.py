@@ -41,15 +41,29 @@ def compact(architecture: Architecture, module: str, kind: str, tensor: Tensor, 
 
     Rows that go are never read. One after another the pieces are the tensor.
     """
-    cut = _cut(architecture, module, kind, kept)
-    n_rows = max(1, PIECE * len(tensor) // max(1, tensor.nbytes))
-    match cut:
+    match _cut(architecture, module, kind, kept):
         case None:
-            yield from tensor.split(n_rows)
+            yield from in_pieces(tensor)
         case 0, rows:
-            yield from (tensor.index_select(0, some) for some in rows.split(n_rows))
+            yield from (tensor.index_select(0, some) for some in rows.split(_rows_of_a_piece(tensor)))
         case 1, columns:
-            yield from (some.index_select(1, columns) for some in tensor.split(n_rows))
+            yield from (_take(some, columns) for some in in_pieces(tensor))
+
+
+def in_pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor, some rows at a time."""
+    yield from tensor.split(_rows_of_a_piece(tensor))
+
+
+def _rows_of_a_piece(tensor: Tensor) -> int:
+    return max(1, PIECE * len(tensor) // max(1, tensor.nbytes))
+
+
+def _take(tensor_OD: Tensor, columns: Tensor) -> Tensor:
+    """Some columns. NumPy picks them in half of torch's time, but knows no bfloat16: its bits are as good."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor_OD.itemsize]
+    taken = tensor_OD.view(bits).numpy().take(columns.numpy(), axis=1)
+    return torch.from_numpy(taken).view(tensor_OD.dtype)
 
 
 def _cut(architecture: Architecture, module: str, kind: str, kept: Kept) -> tuple[int, Tensor] | None:
