@@ -79,7 +79,7 @@ class CorpusSection(Section):
     sequence_length: int = Field(default=2048, ge=2)
     """Longest sequence, in tokens; longer texts are cut (never beyond what the model was made for)."""
     packing: Literal["bucket", "pack"] = "bucket"
-    """`bucket`: a text is a sequence, batched with others of its length. `pack`: texts are joined to full sequences."""
+    """`bucket`: a text is a sequence, and sees no other. `pack`: texts are joined to full sequences."""
     prompt_format: Literal["clean", "official"] = "clean"
     """`official` reproduces the texts of the SEAP authors' code, lower-casing included."""
     shard_sequences: int = Field(default=64, ge=1)

@@ -15,7 +15,9 @@ RINGS = {
     1: "storage lock run corpus recorder layerwise records checkpoint fitting router quality harness speed "
     "summary evidence pictures anatomy findings report "
     "hf hf.configuration_seap hf.modeling_seap hf.shapes demo.train",
-    2: "cluster shards placement calibrate planner prune evaluation results doctor job bench studies",
+    2: "cluster shards placement calibrate planner prune evaluation results doctor job bench studies "
+    "benchmarks benchmarks.measure benchmarks.shapes benchmarks.calibrate benchmarks.merge benchmarks.plan "
+    "benchmarks.compact benchmarks.startup benchmarks.suites",
     3: "vllm_plugin vllm_model",
 }
 RING_OF = {"seap_ray": 0} | {f"seap_ray.{name}": ring for ring, names in RINGS.items() for name in names.split()}
