@@ -42,6 +42,7 @@ The path of the data, one line a module (rings: arithmetic, models and files, Ra
     doctor        what the machines have against what a config needs        (Ray tasks)
     job           the main job: from a config to a table
     bench         specs at ratios -> judged models; what studies are made of
+    benchmarks    ours and a baseline in turns -> tables; what jobs/bench.py measures
     studies       one question each: a calibrated run -> a table
     paper         the paper's tables, and ours beside them
     evidence      a run's files, read for its report

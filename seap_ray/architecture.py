@@ -67,6 +67,8 @@ class Family:
     """Whether a Llama with biases computes the same, so that a stock checkpoint with added biases can be one."""
     mixes_windows: bool = False
     """Whether some layers have a sliding window and others none, where the config does not say it."""
+    packs: bool = True
+    """Whether transformers keeps sequences that share a row apart, by their positions."""
 
     @property
     def columns(self) -> dict[str, Unit]:
@@ -166,6 +168,7 @@ FAMILIES: dict[str, Family] = {
         channels_key="ffn_dim",
         groups_key=None,
         has_head_dim=False,
+        packs=False,
     ),
     "gpt_neox": Family(
         "SeapGPTNeoXConfig",

@@ -41,7 +41,7 @@ from seap_ray.run import Run, fingerprint
 from seap_ray.shards import Manifest, Shard
 from seap_ray.storage import free_bytes, publishing, writable
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the record's contents; raise it when the numbers change."""
 RECORDS_HELD = 2
 """Records in memory while many are merged; opening a file costs more than what is read of it if that is little."""

@@ -8,6 +8,7 @@ import json
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -22,7 +23,7 @@ from transformers import AutoConfig
 
 from seap_ray.architecture import Architecture, Shape, expert_of
 from seap_ray.bucket import AnyPath, BucketPath, is_uri, place
-from seap_ray.compact import compact, compact_size, kept_indices, mean_bias
+from seap_ray.compact import compact, compact_size, in_pieces, kept_indices, mean_bias
 from seap_ray.errors import ConfigError
 from seap_ray.moments import Site, Statistics
 from seap_ray.plan import Plan
@@ -302,19 +303,19 @@ class Compaction:
     def compensates(self, layer: int) -> bool:
         return self.plan.compensation != "none" and self.plan.cuts(layer, self.base.architecture)
 
-    def make(self, output: OutputTensor) -> Tensor:
-        """The tensor itself, in the base's dtype."""
+    def pieces(self, output: OutputTensor) -> Iterator[Tensor]:
+        """The tensor itself in the base's dtype, in pieces of some rows."""
         layer, module, kind = self.base.architecture.split(output.name)
         if layer is None:
-            return self.base.read(output.name)
+            return in_pieces(self.base.read(output.name))
         if module in self.base.architecture.compensated and self.compensates(layer):
             if self.plan.compensation == "least_squares":
-                return self._repaired(layer, module)[kind]
+                return iter([self._repaired(layer, module)[kind]])
             if kind == "bias":
-                return self._mean_bias(layer, module)
+                return iter([self._mean_bias(layer, module)])
         source = self._source(layer, module, kind)
         if source not in self.base.tensors:
-            return torch.zeros(output.shape, dtype=DTYPES[output.dtype])
+            return iter([torch.zeros(output.shape, dtype=DTYPES[output.dtype])])
         architecture, kept = self.base.architecture, self.plan.kept[layer]
         return compact(architecture, self.plan.layers[layer], module, kind, self.base.read(source), kept)
 
@@ -499,22 +500,29 @@ def _may_have_biases(architecture: Architecture) -> bool:
 
 
 def write_tensors(compaction: Compaction, outputs: list[OutputTensor], path: AnyPath) -> str:
-    """Write one safetensors file tensor by tensor and return its sha256. (The library writes whole dicts only.)"""
+    """Write one safetensors file piece by piece and return its sha256. (The library writes whole dicts only.)
+
+    A thread hashes a piece while it is written and the next one is made.
+    """
     digest = hashlib.sha256()
-    with publishing(path) as temporary, temporary.open("wb") as file:
+    with publishing(path) as temporary, temporary.open("wb") as file, ThreadPoolExecutor(1) as hasher:
+        hashed = hasher.submit(digest.update, b"")
         for chunk in _chunks(compaction, outputs):
+            hashed.result()
+            hashed = hasher.submit(digest.update, chunk)
             file.write(chunk)
-            digest.update(chunk)
     return digest.hexdigest()
 
 
 def _chunks(compaction: Compaction, outputs: list[OutputTensor]) -> Iterator[Any]:
     yield _header(outputs)
     for output in outputs:
-        tensor = compaction.make(output)
-        if tuple(tensor.shape) != output.shape:
-            raise ValueError(f"{output.name}: made {tuple(tensor.shape)}, planned {output.shape}")
-        yield tensor.contiguous().flatten().view(torch.uint8).numpy().data
+        n_bytes = 0
+        for piece in compaction.pieces(output):
+            yield piece.contiguous().flatten().view(torch.uint8).numpy().data
+            n_bytes += piece.nbytes
+        if n_bytes != output.n_bytes:
+            raise ValueError(f"{output.name}: made {n_bytes} bytes, planned {output.shape}")
 
 
 def _header(outputs: Iterable[OutputTensor]) -> bytes:
@@ -551,6 +559,7 @@ def finish(
     write_json(folder / "seap.json", manifest)
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions that a checkpoint or a record was made with."""
     return {name: version(name) for name in ("seap-ray", "torch", "transformers", "ray", "safetensors")}

@@ -3,12 +3,13 @@
 Letters: O output features, D input columns of ``o_proj`` or ``down_proj`` (by whatever name of the family).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from seap_ray.architecture import Architecture, Rows, Shape, expert_of
+from seap_ray.moments import BLOCK
 from seap_ray.plan import Kept
 
 
@@ -31,16 +32,51 @@ def row_indices(rows: Rows, kept: Kept, given: Shape, head_dim: int) -> Tensor:
     return torch.cat(blocks)
 
 
-def compact(architecture: Architecture, layer: int, module: str, kind: str, tensor: Tensor, kept: Kept) -> Tensor:
-    """The kept part of a decoder layer's tensor, contiguous; tensors of other modules come back as they are."""
+PIECE = 1 << 20
+"""Bytes of a piece of a tensor: it is in a cache until it is written, and malloc has the same memory for the next."""
+
+
+def compact(
+    architecture: Architecture, layer: int, module: str, kind: str, tensor: Tensor, kept: Kept
+) -> Iterator[Tensor]:
+    """The kept part of a decoder layer's tensor in pieces of some rows; of other modules, all of it.
+
+    Rows that go are never read. One after another the pieces are the tensor.
+    """
+    match _cut(architecture, layer, module, kind, kept):
+        case None:
+            yield from in_pieces(tensor)
+        case 0, rows:
+            yield from (tensor.index_select(0, some) for some in rows.split(_rows_of_a_piece(tensor)))
+        case 1, columns:
+            yield from (_take(some, columns) for some in in_pieces(tensor))
+
+
+def in_pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor, some rows at a time."""
+    yield from tensor.split(_rows_of_a_piece(tensor))
+
+
+def _rows_of_a_piece(tensor: Tensor) -> int:
+    return max(1, PIECE * len(tensor) // max(1, tensor.nbytes))
+
+
+def _take(tensor_OD: Tensor, columns: Tensor) -> Tensor:
+    """Some columns. NumPy picks them in half of torch's time, but knows no bfloat16: its bits are as good."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor_OD.itemsize]
+    taken = tensor_OD.view(bits).numpy().take(columns.numpy(), axis=1)
+    return torch.from_numpy(taken).view(tensor_OD.dtype)
+
+
+def _cut(architecture: Architecture, layer: int, module: str, kind: str, kept: Kept) -> tuple[int, Tensor] | None:
+    """Dimension and indices of what stays of a decoder layer's tensor; None for all."""
     family, (module, expert) = architecture.layout, expert_of(module)
     kept = kept.of(expert)
     if module in family.rows:
-        rows = row_indices(family.rows[module], kept, architecture.layers[layer].shape, architecture.head_dim)
-        return tensor.index_select(0, rows)
+        return 0, row_indices(family.rows[module], kept, architecture.layers[layer].shape, architecture.head_dim)
     if module in family.columns and kind == "weight":
-        return tensor.index_select(1, kept_indices(kept, family.columns[module], architecture.head_dim))
-    return tensor
+        return 1, kept_indices(kept, family.columns[module], architecture.head_dim)
+    return None
 
 
 def compact_size(
@@ -66,9 +102,10 @@ def mean_bias(weight_OD: Tensor, mean_D: Tensor, kept_indices_: Tensor, bias_O: 
 
     Computed in float64 from the unpruned weight: the optimal constant repair of what is cut.
     """
-    cut_D = torch.ones(weight_OD.shape[1], dtype=torch.bool)
-    cut_D[kept_indices_] = False
-    bias = weight_OD[:, cut_D].double() @ mean_D[cut_D].double()
+    is_cut_D = torch.ones(weight_OD.shape[1], dtype=torch.bool).index_fill(0, kept_indices_, False)
+    cut_P = is_cut_D.nonzero().squeeze(1)  # indices: picking by a mask takes several times as long
+    some_rows = weight_OD.split(max(1, BLOCK["cpu"] // weight_OD.shape[1]))
+    bias = torch.cat([rows_OD.index_select(1, cut_P).double() @ mean_D[cut_P].double() for rows_OD in some_rows])
     if bias_O is not None:
         bias = bias + bias_O.double()
     return bias.to(weight_OD.dtype)

@@ -79,7 +79,7 @@ class CorpusSection(Section):
     sequence_length: int = Field(default=2048, ge=2)
     """Longest sequence, in tokens; longer texts are cut (never beyond what the model was made for)."""
     packing: Literal["bucket", "pack"] = "bucket"
-    """`bucket`: a text is a sequence, batched with others of its length. `pack`: texts are joined to full sequences."""
+    """`bucket`: a text is a sequence, and sees no other. `pack`: texts are joined to full sequences."""
     prompt_format: Literal["clean", "official"] = "clean"
     """`official` reproduces the texts of the SEAP authors' code, lower-casing included."""
     shard_sequences: int = Field(default=64, ge=1)
@@ -338,6 +338,21 @@ class ServeSection(Section):
         return self
 
 
+class BenchmarksSection(Section):
+    """What jobs/bench.py measures; no other job looks at it."""
+
+    rounds: int = Field(default=5, ge=1)
+    """Times that everything is measured, in turns; the median counts."""
+    shape: Literal["7b", "70b"] = "7b"
+    """Llama that records, plans and checkpoints have the shape of."""
+    records: int = Field(default=200, ge=1)
+    """Records to merge."""
+    official: str | None = None
+    """A checkout of the SEAP authors' code, github.com/IAAR-Shanghai/SEAP, to calibrate beside; left out: not."""
+    folder: str = "docs/benchmarks"
+    """Folder of the numbers, a file a suite; the page is beside it."""
+
+
 class Config(Section):
     """The whole configuration of a run."""
 
@@ -356,6 +371,7 @@ class Config(Section):
     export: ExportSection = ExportSection()
     evaluation: EvaluationSection = EvaluationSection()
     serve: ServeSection = ServeSection()
+    benchmarks: BenchmarksSection = BenchmarksSection()
 
     @model_validator(mode="before")
     @classmethod

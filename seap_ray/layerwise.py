@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from seap_ray.checkpoint import Checkpoint
-from seap_ray.corpus import batches
 from seap_ray.errors import ConfigError
-from seap_ray.recorder import Batch, Recorded, Sequences, checked, recording_layer, telling
+from seap_ray.recorder import Batch, Recorded, Sequences, checked, recording_layer, rows_of, telling
 
 LAYERS = "layers."
 """What the names of decoder layers begin with in the decoder; in the checkpoint more stands before it."""
@@ -105,22 +104,24 @@ class LayerwiseModel:
         self, skeleton: Any, shards: Mapping[str, Sequences], batch_tokens: int, skip_first: bool
     ) -> dict[str, list[_Passing]]:
         """Embed the sequences, and catch what the decoder would give to its layers."""
-        decoder, home = deepcopy(skeleton), self._home(shards)
+        decoder = deepcopy(skeleton)
+        of_shards = {shard: rows_of(decoder, sequences, batch_tokens) for shard, sequences in shards.items()}
+        home = self._home(of_shards)
         decoder.layers, decoder.norm = nn.ModuleList(_Catcher() for _ in skeleton.layers), nn.Identity()
         self._load(decoder, self.checkpoint.architecture.layout.layers.removesuffix(LAYERS))
         decoder.to(self.device)
         entered: dict[str, list[_Passing]] = {shard: [] for shard in shards}
-        for shard, sequences in shards.items():
-            for group in batches([len(sequence) for sequence in sequences], batch_tokens):
-                batch = Batch.of([sequences[i] for i in group], skip_first, self.device)
-                decoder(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)
+        for shard, of_batches in of_shards.items():
+            for rows in of_batches:
+                batch = Batch.of(rows, skip_first, self.device)
+                decoder(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False)
                 caught = [catcher.caught for catcher in decoder.layers]
                 entered[shard].append(_Passing(batch, caught[0][0], [named for _, named in caught]).to(home))
         return entered
 
-    def _home(self, shards: Mapping[str, Sequences]) -> torch.device:
+    def _home(self, shards: Mapping[str, list[list[Sequences]]]) -> torch.device:
         """Where hidden states wait for the next layer."""
-        lengths = [len(sequence) for sequences in shards.values() for sequence in sequences]
+        lengths = [sum(map(len, row)) for of_batches in shards.values() for rows in of_batches for row in rows]
         of_token = self.checkpoint.architecture.hidden_size * self.dtype.itemsize + max(lengths)  # and a row of a mask
         return self.device if sum(lengths) * of_token <= self.room else torch.device("cpu")
 

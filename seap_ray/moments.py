@@ -3,7 +3,7 @@
 Letters: N tokens, D columns of a site.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import add
 from typing import Self, TypeVar
@@ -21,23 +21,22 @@ RECORDED: tuple[Site, ...] = (*SITES, "block")
 """Everything that calibration records."""
 
 
-def chosen(x_ND: Tensor, rows_N: Tensor | None) -> Tensor:
-    """The rows that are named; without names, all."""
-    return x_ND if rows_N is None else x_ND.index_select(0, rows_N)
+BLOCK = {"cpu": 1 << 16}
+"""Elements that are made float64 at a time: half a megabyte, which a core's cache holds. Other devices: 2^26."""
 
 
-def two_pass(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and summed squared deviations of each column, float64.
+def blocks(x_ND: Tensor, rows_N: Tensor | None = None) -> Iterator[Tensor]:
+    """``x_ND``, or some of its rows (ascending), block by block of rows, in float64: copies, the caller's to change."""
+    n_rows = max(1, BLOCK.get(x_ND.device.type, 1 << 26) // x_ND.shape[1])
+    parts = x_ND.split(n_rows) if rows_N is None else (_rows(x_ND, some_N) for some_N in rows_N.split(n_rows))
+    yield from (part_ND.to(torch.float64, copy=True) for part_ND in parts if len(part_ND))
 
-    In float32 a short prompt's variance is off by 1e-7; the second pass also subtracts the mean's own rounding (Chan,
-    Golub & LeVeque 1983, the corrected two-pass algorithm).
-    """
-    divisor = max(
-        len(x_ND), 1
-    )  # a batch may hold no token that counts: sequences of one token, with the first left out
-    mean_D = x_ND.sum(0, dtype=torch.float64) / divisor
-    deviation_ND = x_ND - mean_D
-    return mean_D, deviation_ND.square().sum(0) - deviation_ND.sum(0).square() / divisor
+
+def _rows(x_ND: Tensor, rows_N: Tensor) -> Tensor:
+    """Some rows; where they are neighbours, as all but the last of a packed row are, nothing is gathered."""
+    if x_ND.is_cpu and len(rows_N) and int(rows_N[-1] - rows_N[0]) == len(rows_N) - 1:
+        return x_ND.narrow(0, int(rows_N[0]), len(rows_N))
+    return x_ND.index_select(0, rows_N)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +51,25 @@ class Moments:
 
     @classmethod
     def of(cls, x_ND: Tensor, rows_N: Tensor | None = None) -> "Moments":
-        """Moments of one batch, or of the tokens in it that ``rows_N`` names, in float64 on the device of ``x_ND``."""
+        """Moments of one batch, or of the tokens in it that ``rows_N`` names, in float64 on the device of ``x_ND``.
+
+        On a CPU one pass over the memory, a block at a time, less the first block's mean. That of a part of the data is
+        so near the whole's that the final subtraction costs no more digits than there are blocks.
+        """
         if x_ND.is_cuda:
             from seap_ray import kernels  # Triton is there with a GPU alone
 
             return cls(len(x_ND if rows_N is None else rows_N), *kernels.moments(x_ND, rows_N))
-        x_ND = chosen(x_ND, rows_N)
-        return cls(len(x_ND), *two_pass(x_ND))
+        shift_D = total_D = square_D = x_ND.new_zeros(x_ND.shape[1], dtype=torch.float64)
+        n = 0
+        for block_ND in blocks(x_ND, rows_N):
+            if not n:
+                shift_D = block_ND.mean(0)
+            n += len(block_ND)
+            total_D = total_D + block_ND.sub_(shift_D).sum(0)
+            square_D = square_D + block_ND.square_().sum(0)
+        offset_D = total_D / max(n, 1)  # a batch may hold no token that counts, if those at position 0 are left out
+        return cls(n, shift_D + offset_D, (square_D - total_D * offset_D).clamp_(min=0))
 
     def __add__(self, other: Self) -> Self:
         """Moments of both streams together (Chan, Golub & LeVeque, the parallel variance)."""
@@ -93,10 +104,16 @@ class Covariance(Moments):
 
     @classmethod
     def of(cls, x_ND: Tensor, rows_N: Tensor | None = None) -> "Covariance":
-        """Of one batch: its moments, as ever, and the product of the deviations in float32 (float64 for float64)."""
-        moments = Moments.of(x_ND, rows_N)
-        deviation_ND = (chosen(x_ND, rows_N) - moments.mean_D).to(torch.promote_types(x_ND.dtype, torch.float32))
-        return cls(moments.count, moments.mean_D, moments.m2_D, deviation_ND.T @ deviation_ND)
+        """Of one batch: its moments, as ever, and the product of the deviations in float32 (float64 for float64).
+
+        Of bfloat16 on a GPU, where that product would take several times as long as the layer, ``split_product``.
+        """
+        moments, dtype = Moments.of(x_ND, rows_N), torch.promote_types(x_ND.dtype, torch.float32)
+        parts = [block_ND.sub_(moments.mean_D).to(dtype) for block_ND in blocks(x_ND, rows_N)]
+        deviation_ND = torch.cat([x_ND.new_empty(0, x_ND.shape[1], dtype=dtype), *parts])
+        is_split = x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and moments.count
+        comoment_DD = split_product(deviation_ND) if is_split else deviation_ND.T @ deviation_ND
+        return cls(moments.count, moments.mean_D, moments.m2_D, comoment_DD)
 
     def __add__(self, other: Self) -> Self:
         """Covariance of both streams together: Chan's update, with an outer product for the square."""
@@ -116,6 +133,18 @@ class Covariance(Moments):
     def covariance_DD(self) -> Tensor:
         """Population covariance, in the dtype of the co-moment."""
         return self.comoment_DD / self.count
+
+
+def split_product(x_ND: Tensor) -> Tensor:
+    """``x_ND.T @ x_ND`` of float32 on a GPU, each number as a sum of two in bfloat16, without the product of the small.
+
+    An element is off by up to 1.6e-4 of the two columns' lengths (8192 tokens on an H200), in float32 by 0.7e-4 in five
+    times the time. The error of a correlation that is estimated from as many tokens is some 1e-2.
+    """
+    large_ND = x_ND.bfloat16()
+    small_ND = (x_ND - large_ND).bfloat16()
+    mixed_DD = torch.mm(large_ND.T, small_ND, out_dtype=torch.float32)
+    return torch.mm(large_ND.T, large_ND, out_dtype=torch.float32).add_(mixed_DD).add_(mixed_DD.T)
 
 
 Statistics = Mapping[tuple[int, Site], Moments]

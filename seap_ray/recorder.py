@@ -6,18 +6,19 @@ Letters: B sequences, T positions, N real tokens, D columns of a site.
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.nn import functional
-from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from seap_ray.architecture import Family, family_of
-from seap_ray.corpus import batches
+from seap_ray.corpus import batches, packed
 from seap_ray.errors import DataError
-from seap_ray.moments import Covariance, Moments, Site, chosen
+from seap_ray.moments import Covariance, Moments, Site, blocks
 
 Recorded = dict[tuple[int, Site], Moments]
 Sequences = Sequence[Sequence[int]]
@@ -25,16 +26,16 @@ Sequences = Sequence[Sequence[int]]
 
 
 @contextmanager
-def recording(decoder: Any, counted_BT: Tensor, *, covariances: Container[int] = ()) -> Iterator[Recorded]:
+def recording(decoder: Any, rows_N: Tensor | None, *, covariances: Container[int] = ()) -> Iterator[Recorded]:
     """While inside, every forward pass of ``decoder`` (the model without its head) adds to the yielded moments.
 
     Layers in ``covariances`` have a ``Covariance`` of each of their sites.
 
-    Only positions where ``counted_BT`` is True are read at all, so whatever stands at padding, NaN included, is left
-    out. The hooks are gone afterwards, also after an error. Raises DataError for activations that are not finite.
+    Only the tokens that ``counted_rows`` has are read at all, so whatever stands at padding, NaN included, is left out.
+    The hooks are gone afterwards, also after an error. Raises DataError for activations that are not finite.
     """
     recorded: Recorded = {}
-    family, rows_N = family_of(decoder.config.model_type), counted_rows(counted_BT)
+    family = family_of(decoder.config.model_type)
     with ExitStack() as hooks:
         for layer, block in enumerate(decoder.layers):
             own = recording_layer(block, family, layer, rows_N, recorded, covariance=layer in covariances)
@@ -46,7 +47,7 @@ def recording(decoder: Any, counted_BT: Tensor, *, covariances: Container[int] =
 def recording_layer(
     block: nn.Module, family: Family, layer: int, rows_N: Tensor | None, recorded: Recorded, *, covariance: bool
 ) -> Iterator[None]:
-    """As ``recording``, of one decoder layer and the tokens ``counted_rows`` has, adding to ``recorded``."""
+    """As ``recording``, of one decoder layer, adding to ``recorded``."""
     statistic = Covariance if covariance else Moments
     with ExitStack() as hooks:
         modules: dict[Site, str] = {"attn": family.o_proj, "mlp": family.down_proj}
@@ -66,8 +67,7 @@ def _input_hook(
     recorded: Recorded, key: tuple[int, Site], rows_N: Tensor | None, statistic: type[Moments]
 ) -> Callable[..., None]:
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x_ND = _flat(inputs[0])
-        _add(recorded, key, statistic.of(x_ND, _at(rows_N, x_ND.device)))
+        _add(recorded, key, statistic.of(*_counted(inputs[0], rows_N)))
 
     return hook
 
@@ -76,7 +76,7 @@ def _experts_hook(recorded: Recorded, layer: int, rows_N: Tensor | None) -> Call
     """Of a mixture, whose experts are one module: what each expert's ``down_proj`` sees of the tokens routed to it."""
 
     def hook(experts: Any, inputs: tuple[Tensor, ...]) -> None:
-        x_ND, chosen_NK = (chosen(_flat(x), _at(rows_N, x.device)) for x in inputs[:2])
+        x_ND, chosen_NK = (x if rows is None else x[rows] for x, rows in (_counted(x, rows_N) for x in inputs[:2]))
         for expert, gate_up_JD in enumerate(experts.gate_up_proj):
             routed_ND = x_ND[(chosen_NK == expert).any(1)]
             gate_NC, up_NC = functional.linear(routed_ND, gate_up_JD).chunk(2, dim=-1)
@@ -91,8 +91,9 @@ def _block_hook(recorded: Recorded, key: tuple[int, Site], rows_N: Tensor | None
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Any) -> None:
         before = inputs[0] if inputs else named["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
-        x_ND, y_ND = (_flat(x).to(after.device) for x in (before, after))
-        _add(recorded, key, Moments.of(_cosines(x_ND, y_ND, _at(rows_N, after.device))[:, None]))
+        x_ND, rows = _counted(before.to(after.device), rows_N)
+        cosine_N = _cosines(x_ND, after.detach().flatten(0, -2), rows)
+        _add(recorded, key, Moments.of(cosine_N[:, None]))
 
     return hook
 
@@ -103,7 +104,13 @@ def _cosines(x_ND: Tensor, y_ND: Tensor, rows_N: Tensor | None) -> Tensor:
         from seap_ray import kernels  # Triton is there with a GPU alone
 
         return kernels.cosines(x_ND, y_ND, rows_N)
-    return cosine_similarity(chosen(x_ND, rows_N).double(), chosen(y_ND, rows_N).double(), dim=1)
+    pairs = zip(blocks(x_ND, rows_N), blocks(y_ND, rows_N), strict=True)
+    return torch.cat([x_ND.new_empty(0, dtype=torch.float64), *(_cosine(x, y) for x, y in pairs)])
+
+
+def _cosine(x_ND: Tensor, y_ND: Tensor) -> Tensor:
+    norms_N = vector_norm(x_ND, dim=1) * vector_norm(y_ND, dim=1)
+    return x_ND.mul_(y_ND).sum(1) / norms_N.clamp_(min=1e-16)
 
 
 def counted_rows(counted_BT: Tensor) -> Tensor | None:
@@ -112,12 +119,10 @@ def counted_rows(counted_BT: Tensor) -> Tensor | None:
     return rows_N if len(rows_N) < counted_BT.numel() else None
 
 
-def _at(rows_N: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if rows_N is None else rows_N.to(device)
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.detach().flatten(0, -2)
+def _counted(x: Tensor, rows_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A site's input by tokens, and which of them count: None for all."""
+    x_ND = x.detach().flatten(0, -2)
+    return x_ND, None if rows_N is None else rows_N.to(x_ND.device)
 
 
 def _add(recorded: Recorded, key: tuple[int, Site], moments: Moments) -> None:
@@ -134,28 +139,38 @@ def record(
 ) -> Recorded:
     """Moments of every site over all tokens of ``sequences``, and covariances of some layers, on the CPU.
 
-    Runs the decoder alone: no head, no cache, no gradients. Where memory runs out, the batch is halved and run again.
+    Runs the decoder alone: no head, no cache, no gradients. Sequences are packed, and do not see
+    each other. Where memory runs out, the batch is halved and run again.
     Raises DataError for activations that are not finite.
     """
     total: Recorded = {}
-    for group in batches([len(sequence) for sequence in sequences], batch_tokens):
-        part = _run(model, [sequences[i] for i in group], skip_first_token, covariances)
+    for rows in rows_of(model.get_decoder(), sequences, batch_tokens):
+        part = _run(model, rows, skip_first_token, covariances)
         total = {key: total[key] + part[key] for key in part} if total else part
     return checked(total)
 
 
-def _run(
-    model: PreTrainedModel, sequences: list[Sequence[int]], skip_first: bool, covariances: Container[int]
-) -> Recorded:
+def rows_of(decoder: Any, sequences: Sequences, batch_tokens: int) -> list[list[Sequences]]:
+    """Batches of rows of sequences; code that is not transformers' own may not keep those of a row apart."""
+    lengths = [len(sequence) for sequence in sequences]
+    if family_of(decoder.config.model_type).packs and type(decoder).__module__.startswith("transformers."):
+        groups = packed(lengths, batch_tokens)
+    else:
+        groups = [[[i] for i in group] for group in batches(lengths, batch_tokens)]
+    return [[[sequences[i] for i in row] for row in rows] for rows in groups]
+
+
+def _run(model: PreTrainedModel, rows: list[Sequences], skip_first: bool, covariances: Container[int]) -> Recorded:
     try:
-        return _forward(model, sequences, skip_first, covariances)
+        return _forward(model, rows, skip_first, covariances)
     except RuntimeError as error:
-        if len(sequences) == 1 or not _out_of_memory(error):
+        if not _out_of_memory(error) or sum(map(len, rows)) == 1:
             raise
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    half = len(sequences) // 2
-    first, second = (_run(model, part, skip_first, covariances) for part in (sequences[:half], sequences[half:]))
+    rows = rows if len(rows) > 1 else [[sequence] for sequence in rows[0]]
+    half = len(rows) // 2
+    first, second = (_run(model, part, skip_first, covariances) for part in (rows[:half], rows[half:]))
     return {key: first[key] + second[key] for key in first}
 
 
@@ -164,40 +179,45 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 @torch.inference_mode()
-def _forward(
-    model: PreTrainedModel, sequences: list[Sequence[int]], skip_first: bool, covariances: Container[int]
-) -> Recorded:
-    batch = Batch.of(sequences, skip_first, model.device)
-    with recording(model.get_decoder(), batch.counted_BT, covariances=covariances) as recorded:
-        model.get_decoder()(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)
+def _forward(model: PreTrainedModel, rows: list[Sequences], skip_first: bool, covariances: Container[int]) -> Recorded:
+    batch, decoder = Batch.of(rows, skip_first, model.device), model.get_decoder()
+    with recording(decoder, batch.rows_N, covariances=covariances) as recorded:
+        decoder(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False)
     return recorded
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Sequences of tokens, padded at their end to the longest."""
+    """Rows of sequences, one after another in a row, padded at their end to the longest row."""
 
     ids_BT: Tensor
-    mask_BT: Tensor | None
-    """Where tokens are real; None where all are."""
-    counted_BT: Tensor
-    """Where tokens count."""
+    positions_BT: Tensor | None
+    """Of each token in its sequence: where one begins anew, transformers' masks keep what is before it apart. At
+    padding 0, so that nothing there is seen. None where every row is one sequence: attention then needs no mask, since
+    nothing sees the padding behind it."""
     rows_N: Tensor | None
-    """The same, as ``counted_rows`` has it."""
+    """Tokens that count, as ``counted_rows`` has them."""
 
     @classmethod
-    def of(cls, sequences: Sequences, skip_first: bool, device: torch.device) -> "Batch":
-        longest = max(len(sequence) for sequence in sequences)
-        ids_BT = torch.zeros(len(sequences), longest, dtype=torch.int64)
-        mask_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
-        for row, sequence in enumerate(sequences):
-            ids_BT[row, : len(sequence)] = torch.as_tensor(sequence)
-            mask_BT[row, : len(sequence)] = True
-        counted_BT = mask_BT.clone()
-        counted_BT[:, 0] &= not skip_first
-        is_padded = not bool(mask_BT.all())
-        mask = mask_BT.to(device) if is_padded else None
-        return cls(ids_BT.to(device), mask, counted_BT.to(device), _at(counted_rows(counted_BT), device))
+    def of(cls, rows: Sequence[Sequences], skip_first: bool, device: torch.device) -> "Batch":
+        width = max(sum(map(len, row)) for row in rows)
+        ids_BT = torch.zeros(len(rows), width, dtype=torch.int64)
+        positions_BT, counted_BT = torch.zeros_like(ids_BT), torch.zeros_like(ids_BT, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids, positions = chain(*row), chain(*(range(len(sequence)) for sequence in row))
+            n_tokens = sum(map(len, row))
+            ids_BT[i, :n_tokens] = torch.tensor([*ids])
+            positions_BT[i, :n_tokens] = torch.tensor([*positions])
+            counted_BT[i, :n_tokens] = True
+        if skip_first:
+            counted_BT &= positions_BT > 0
+        rows_N = counted_rows(counted_BT)
+        is_packed = any(len(row) > 1 for row in rows)
+        return cls(
+            ids_BT.to(device),
+            positions_BT.to(device) if is_packed else None,
+            None if rows_N is None else rows_N.to(device),
+        )
 
 
 def checked(recorded: Recorded) -> Recorded:

@@ -11,7 +11,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from seap_ray.moments import Moments, Site, Statistics
+from seap_ray.moments import Moments, Site, Statistics, blocks
 
 PRIOR = 64
 """Tokens at which an expert's own statistics and the average of all count the same."""
@@ -28,8 +28,11 @@ class Norms:
     @classmethod
     def of(cls, weight_OD: Tensor) -> "Norms":
         """In float64: float16 norms of 4,096 columns take only some 200 distinct values, and tie."""
-        weight_OD = weight_OD.double()
-        return cls(weight_OD.abs().sum(0), weight_OD.square().sum(0))
+        l1_D = l2_D = weight_OD.new_zeros(weight_OD.shape[1], dtype=torch.float64)
+        for rows_OD in blocks(weight_OD):
+            l1_D = l1_D + rows_OD.abs().sum(0)
+            l2_D = l2_D + rows_OD.square_().sum(0)
+        return cls(l1_D, l2_D)
 
 
 WeightNorms = Mapping[tuple[int, Site], Norms]

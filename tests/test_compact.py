@@ -9,6 +9,7 @@ from conftest import random_kept
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import seap_ray.compact as compact_module
 from seap_ray.architecture import Architecture, Layer, Shape
 from seap_ray.compact import compact, compact_size, kept_indices, mean_bias
 from seap_ray.plan import Kept
@@ -57,6 +58,10 @@ def dense_tensors(dense, head_dim):
     return {key: torch.arange(float(np.prod(shape))).reshape(shape) for key, shape in shapes.items()}
 
 
+def compacted(*of):
+    return torch.cat([*compact(*of)])
+
+
 def by_numpy(module, kind, array, kept, head_dim):
     """The same cut by fancy indexing, unit by unit."""
     if module not in MODULES:
@@ -67,6 +72,16 @@ def by_numpy(module, kind, array, kept, head_dim):
     if not module.endswith(("o_proj", "down_proj")):
         return array[units]
     return array[:, units] if kind == "weight" else array
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_pieces_have_some_rows_each_and_are_the_tensor_together(module, monkeypatch):
+    dense, kept = Shape(4, 1, 6), Kept((0, 3), (0, 3), (1, 4, 5))
+    tensor = dense_tensors(dense, 2)[module, "weight"]
+    monkeypatch.setattr(compact_module, "PIECE", 2 * tensor[0].nbytes)
+    pieces = [*compact(architecture(dense, 2), 0, module, "weight", tensor, kept)]
+    assert len(pieces) > 1 and max(map(len, pieces)) == 2
+    np.testing.assert_array_equal(torch.cat(pieces), by_numpy(module, "weight", tensor.numpy(), kept, 2))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +95,7 @@ def by_numpy(module, kind, array, kept, head_dim):
 )
 def test_compact_equals_fancy_indexing(dense, kept):
     for (module, kind), tensor in dense_tensors(dense, 3).items():
-        result = compact(architecture(dense, 3), 0, module, kind, tensor, kept)
+        result = compacted(architecture(dense, 3), 0, module, kind, tensor, kept)
         assert result.is_contiguous()
         np.testing.assert_array_equal(result, by_numpy(module, kind, tensor.numpy(), kept, 3))
 
@@ -97,7 +112,7 @@ def cuts(draw):
 def test_compact_equals_fancy_indexing_and_compact_size_says_its_shape(cut):
     dense, kept, head_dim = cut
     for (module, kind), tensor in dense_tensors(dense, head_dim).items():
-        result = compact(architecture(dense, head_dim), 0, module, kind, tensor, kept)
+        result = compacted(architecture(dense, head_dim), 0, module, kind, tensor, kept)
         np.testing.assert_array_equal(result, by_numpy(module, kind, tensor.numpy(), kept, head_dim))
         assert compact_size(architecture(dense, head_dim), module, kind, tensor.shape, kept) == tuple(result.shape)
 
@@ -111,7 +126,7 @@ def test_fused_rows_are_cut_as_what_was_fused_is(cut):
 
     def both(*modules):
         whole = torch.cat([parts[module, "weight"] + 1000 * i for i, module in enumerate(modules)])
-        small = [compact(shape, 0, m, "weight", parts[m, "weight"] + 1000 * i, kept) for i, m in enumerate(modules)]
+        small = [compacted(shape, 0, m, "weight", parts[m, "weight"] + 1000 * i, kept) for i, m in enumerate(modules)]
         return whole, torch.cat(small)
 
     phi = architecture(dense, head_dim, "phi3")
@@ -120,14 +135,14 @@ def test_fused_rows_are_cut_as_what_was_fused_is(cut):
         "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
     }.items():
         whole, small = both(*modules)
-        assert torch.equal(compact(phi, 0, fused, "weight", whole, kept), small)
+        assert torch.equal(compacted(phi, 0, fused, "weight", whole, kept), small)
         assert compact_size(phi, fused, "weight", whole.shape, kept) == tuple(small.shape)
     neox = architecture(dense, head_dim, "gpt_neox")
     q_proj = parts["self_attn.q_proj", "weight"]
     by_head = [q_proj.reshape(dense.heads, head_dim, HIDDEN) + 1000 * i for i in range(3)]
     whole = torch.cat(by_head, 1)
     small = whole[list(kept.heads)].reshape(-1, HIDDEN)
-    found = compact(neox, 0, "attention.query_key_value", "weight", whole.reshape(-1, HIDDEN), kept)
+    found = compacted(neox, 0, "attention.query_key_value", "weight", whole.reshape(-1, HIDDEN), kept)
     assert torch.equal(found, small)
 
 
@@ -137,7 +152,7 @@ def test_keeping_everything_changes_nothing(cut):
     dense, _, head_dim = cut
     whole = Kept(tuple(range(dense.groups)), tuple(range(dense.heads)), tuple(range(dense.channels)))
     for (module, kind), tensor in dense_tensors(dense, head_dim).items():
-        assert torch.equal(compact(architecture(dense, head_dim), 0, module, kind, tensor, whole), tensor)
+        assert torch.equal(compacted(architecture(dense, head_dim), 0, module, kind, tensor, whole), tensor)
 
 
 def test_kept_indices_are_the_columns_of_the_kept_units():

@@ -21,6 +21,7 @@ from seap_ray.corpus import (
     first_row,
     is_files,
     pack,
+    packed,
     row_key,
 )
 from seap_ray.errors import DataError
@@ -375,6 +376,26 @@ def test_batches_are_no_smaller_than_they_must_be(lengths):
     grouped = batches(lengths, limit)
     for one, following in zip(grouped, grouped[1:], strict=False):
         assert (len(one) + 1) * lengths[following[0]] > limit
+
+
+@given(st.lists(st.integers(1, 100), max_size=60), st.integers(1, 300))
+@often
+def test_packed_rows_hold_every_sequence_once_and_stay_within_the_limit(lengths, limit):
+    grouped = packed(lengths, limit)
+    assert sorted(i for rows in grouped for row in rows for i in row) == list(range(len(lengths)))
+    for rows in grouped:
+        assert all(rows)
+        longest = max(sum(lengths[i] for i in row) for row in rows)
+        assert len(rows) * longest <= limit or len(rows) == 1 and longest <= max(lengths)
+    assert packed(lengths, limit) == grouped
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.5, 1.5])
+def test_packing_leaves_less_than_two_percent_to_padding(spread):
+    random_ = random.Random(0)
+    lengths = [1 + min(2000, int(random_.lognormvariate(4.5, spread))) for _ in range(64)]
+    computed = sum(len(rows) * max(sum(lengths[i] for i in row) for row in rows) for rows in packed(lengths, 4096))
+    assert sum(lengths) > 0.98 * computed
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=12), st.integers(1, 10))

@@ -16,8 +16,10 @@ RINGS = {
     "summary evidence pictures anatomy findings report "
     "hf hf.configuration_seap hf.modeling_seap hf.shapes demo.train "
     "benchmarks benchmarks.measure benchmarks.gpu",
-    2: "cluster shards placement calibrate planner prune evaluation results doctor job bench studies",
-    3: "vllm_plugin vllm_model",
+    2: "cluster shards placement calibrate planner prune evaluation results doctor job bench studies "
+    "benchmarks.shapes benchmarks.calibrate benchmarks.merge benchmarks.plan "
+    "benchmarks.compact benchmarks.startup benchmarks.suites",
+    3: "vllm_plugin vllm_model vllm_loader",
 }
 RING_OF = {"seap_ray": 0} | {f"seap_ray.{name}": ring for ring, names in RINGS.items() for name in names.split()}
 OUTER = {"transformers": 1, "datasets": 1, "safetensors": 1, "tokenizers": 1, "sklearn": 1, "ray": 2, "vllm": 3}

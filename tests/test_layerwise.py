@@ -67,16 +67,16 @@ def test_a_model_in_many_files_is_the_same_model(dense):
 
 def test_hidden_states_wait_on_the_host_where_the_device_has_no_room_for_all_of_them(dense):
     checkpoint, device = Checkpoint.open(str(dense("llama_gqa"))), torch.device("meta")
-    tokens, longest = sum(len(s) for sequences in SHARDS.values() for s in sequences), 30
-    needed = tokens * (48 * 4 + longest)
+    of_batches = {"one": [[[[1] * 7, [1] * 13]], [[[1] * 5]]], "other": [[[[1] * 4], [[1] * 9]]]}  # rows of 20, 5, 4, 9
+    needed = 38 * (48 * 4 + 20)
     for room, home in ((needed, device), (needed - 1, torch.device("cpu"))):
-        assert LayerwiseModel(checkpoint, torch.float32, device, room)._home(SHARDS) == home
+        assert LayerwiseModel(checkpoint, torch.float32, device, room)._home(of_batches) == home
 
 
 def test_what_layers_share_is_moved_once():
     mask, rotary = torch.ones(2), (torch.ones(3), torch.zeros(3))
     named = {"attention_mask": mask, "position_embeddings": rotary, "use_cache": False, "past_key_values": None}
-    one = _Passing(Batch.of([[1, 2]], False, torch.device("cpu")), torch.ones(1), [named, dict(named)])
+    one = _Passing(Batch.of([[[1, 2]]], False, torch.device("cpu")), torch.ones(1), [named, dict(named)])
     there = one.to(torch.device("meta"))
     assert there.hidden_BTD.device.type == "meta" and there.named_L[0]["use_cache"] is False
     for key in ("attention_mask", "position_embeddings"):

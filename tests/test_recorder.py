@@ -11,10 +11,10 @@ from conftest import CONFIGS, MIXTURES, load, output_modules
 from torch import nn
 
 from seap_ray import recorder
-from seap_ray.corpus import batches
+from seap_ray.corpus import batches, packed
 from seap_ray.errors import DataError
 from seap_ray.moments import Moments
-from seap_ray.recorder import record, recording
+from seap_ray.recorder import counted_rows, record, recording
 
 pytestmark = pytest.mark.usefixtures("float64_norms")
 
@@ -145,7 +145,7 @@ def test_padding_does_not_count_even_where_it_is_not_a_number(dense):
         for module in output_modules(model).values():
             block.get_submodule(module).register_forward_pre_hook(poison)
             block.get_submodule(module).register_forward_hook(heal)
-    with torch.no_grad(), recording(model.get_decoder(), mask_BT) as recorded:
+    with torch.no_grad(), recording(model.get_decoder(), counted_rows(mask_BT)) as recorded:
         model.get_decoder()(input_ids=ids_BT, attention_mask=mask_BT)
     assert poisoned == 8
     assert_close(recorded, two_pass(load(dense("llama_gqa", torch.float64)), sequences))
@@ -198,7 +198,8 @@ def test_a_layer_may_take_its_input_by_name_and_give_a_tuple(dense, monkeypatch,
     forward = block.forward
     monkeypatch.setattr(block, "forward", lambda *a, **k: (forward(*a, **k),) if as_tuple else forward(*a, **k))
     counted_BT = torch.tensor([[True] * 5, [True, False, False, True, False]])
-    with recording(SimpleNamespace(layers=[block], config=model.config), counted_BT) as recorded:
+    decoder = SimpleNamespace(layers=[block], config=model.config)
+    with recording(decoder, counted_rows(counted_BT)) as recorded:
         if by_name:
             block(hidden_states=x_BTD, position_embeddings=rotary)
         else:
@@ -274,7 +275,7 @@ def test_only_the_decoder_runs_without_head_and_cache_and_gradients(dense):
     model.lm_head.register_forward_pre_hook(refuse)
     model.model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
     record(model, RAGGED, batch_tokens=60)
-    assert len(outputs) == len(batches([len(s) for s in RAGGED], 60))
+    assert len(outputs) == len(packed([len(s) for s in RAGGED], 60))
     assert all(output.past_key_values is None for output in outputs)
     assert not any(output.last_hidden_state.requires_grad for output in outputs)
 
@@ -286,11 +287,11 @@ def test_a_batch_is_halved_until_it_fits_in_memory(dense, monkeypatch, error):
     model = load(dense("llama_gqa", torch.float64))
     sizes, forward = [], recorder._forward
 
-    def small_memory(model, sequences, *rest):
-        sizes.append(len(sequences))
-        if len(sequences) > 2:
+    def small_memory(model, rows, *rest):
+        sizes.append(sum(map(len, rows)))
+        if sizes[-1] > 2:
             raise error
-        return forward(model, sequences, *rest)
+        return forward(model, rows, *rest)
 
     monkeypatch.setattr(recorder, "_forward", small_memory)
     recorded = record(model, RAGGED, batch_tokens=10**6)
@@ -310,14 +311,25 @@ def test_a_single_sequence_that_does_not_fit_and_other_errors_are_raised(dense, 
         record(model, RAGGED[:3], batch_tokens=100)
     calls = []
 
-    def broken(_model, sequences, *_rest):
-        calls.append(len(sequences))
+    def broken(_model, rows, *_rest):
+        calls.append(sum(map(len, rows)))
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(recorder, "_forward", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         record(model, RAGGED[:3], batch_tokens=100)
     assert calls == [3]
+
+
+def test_code_that_is_not_of_transformers_has_a_sequence_a_row():
+    class Decoder(nn.Module):
+        config = SimpleNamespace(model_type="llama")
+
+    lengths = [len(sequence) for sequence in RAGGED]
+    rows = recorder.rows_of(Decoder(), RAGGED, 60)
+    assert [[[len(sequence) for sequence in row] for row in batch] for batch in rows] == [
+        [[lengths[i]] for i in group] for group in batches(lengths, 60)
+    ]
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])

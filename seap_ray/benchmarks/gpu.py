@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -37,7 +37,7 @@ from seap_ray.benchmarks.measure import Row, alternate, machine
 from seap_ray.checkpoint import Checkpoint, Compaction
 from seap_ray.config import AllocationSection, PruningSection
 from seap_ray.layerwise import LayerwiseModel
-from seap_ray.moments import Covariance, Moments, chosen, two_pass
+from seap_ray.moments import Covariance, Moments
 from seap_ray.plan import Kept, Plan, choose_shapes
 from seap_ray.recorder import Batch, Sequences, record, recording
 from seap_ray.storage import write_json
@@ -215,8 +215,6 @@ def calibration_rows(of: Ceilings) -> Iterator[Row]:
     lengths = torch.linspace(T / 2, T, B).long().tolist()
     ragged = [random_sequences(config, lengths) for _ in range(3)]
     yield from _calibration_rows(f"calibration of {name}, {B} of {T // 2} to {T}", model, ragged, None)
-    with _unmasked():
-        yield from _calibration_rows(f"calibration of {name}, the same without masks", model, ragged, None)
 
 
 def _calibration_rows(name: str, model: Any, parts: list[Sequences], limit: float | None) -> Iterator[Row]:
@@ -245,10 +243,10 @@ def _calibration_rows(name: str, model: Any, parts: list[Sequences], limit: floa
 
 @torch.inference_mode()
 def _forward(model: Any, sequences: Sequences, *, is_recording: bool = False) -> None:
-    batch = Batch.of(sequences, False, model.device)
-    named: dict[str, Any] = {"input_ids": batch.ids_BT, "attention_mask": batch.mask_BT, "use_cache": False}
+    batch = Batch.of([[sequence] for sequence in sequences], False, model.device)
+    named: dict[str, Any] = {"input_ids": batch.ids_BT, "use_cache": False}
     if is_recording:
-        with recording(model.get_decoder(), batch.counted_BT):
+        with recording(model.get_decoder(), batch.rows_N):
             model.get_decoder()(**named)
     else:
         model.get_decoder()(**named)
@@ -269,12 +267,17 @@ def _copies() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _unmasked() -> Iterator[None]:
-    """Padding stands behind the tokens, which do not look there: what they are does not need a mask."""
-    of = Batch.of
-    with mock.patch.object(Batch, "of", lambda *given: replace(of(*given), mask_BT=None)):
-        yield
+def chosen(x_ND: Tensor, rows_N: Tensor | None) -> Tensor:
+    """The rows that are named; without names, all."""
+    return x_ND if rows_N is None else x_ND.index_select(0, rows_N)
+
+
+def two_pass(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and summed squared deviations of each column, float64, by copies of the whole."""
+    n = max(len(x_ND), 1)
+    mean_D = x_ND.sum(0, dtype=torch.float64) / n
+    deviation_ND = x_ND - mean_D
+    return mean_D, deviation_ND.square().sum(0) - deviation_ND.sum(0).square() / n
 
 
 def flops(decoder: Any, positions: int) -> int:

@@ -54,7 +54,7 @@ class Row:
         *,
         ours: float,
         unit: str,
-        command: str,
+        command: str = "",
         baseline: float | None = None,
         ratios: Sequence[float] = (),
         limit: float | None = None,
@@ -62,7 +62,7 @@ class Row:
         target: str = "",
         why: str = "",
     ) -> "Row":
-        """Of the ratios of single rounds; ``why`` is left out where the target is met."""
+        """Of the ratios of single rounds; ``why`` is left out where the target is met, and the job adds the command."""
         ratio, spread = (median(ratios), (min(ratios), max(ratios))) if ratios else (None, None)
         met = is_met(target, ratio=ratio, ours=ours) if target else None
         return cls(
@@ -112,18 +112,22 @@ def alternate(
     rounds: int,
     *,
     warm_up: bool = True,
+    before: Callable[[], object] = lambda: None,
     now: Callable[[], float] = time.perf_counter,
 ) -> Rounds:
     """Time every contestant once a round, so that what slows the machine slows all; each round another one begins.
 
-    ``now`` is a clock in seconds; on a GPU one that waits for the device first.
+    ``before`` is called, untimed, before every turn. ``now`` is a clock in seconds; on a GPU one that waits for the
+    device first.
     """
     names, seconds = [*contestants], {name: [0.0] * rounds for name in contestants}
     for name in names if warm_up else ():
+        before()
         contestants[name]()
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            before()
             started = now()
             contestants[name]()
             seconds[name][turn] = now() - started

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from merge import _statistics
 from safetensors import safe_open
 from safetensors.torch import save_file
-from shapes import LLAMA_3_70B
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from seap_ray.architecture import Architecture
+from seap_ray.benchmarks.merge import random_statistics
+from seap_ray.benchmarks.shapes import LLAMA_3_70B
 from seap_ray.calibrate import RECORDS_HELD, Calibration, grouped, merge_records
 from seap_ray.checkpoint import Checkpoint, write_tensors
 from seap_ray.config import Config
@@ -68,14 +68,12 @@ class Machine:
     write: float  # bytes of a file that is copied
     hashed: float  # bytes, SHA-256
     gathered: float  # elements picked from columns by their indices
-    masked: float  # by a mask
     sorted: float  # elements, float64
     opened: float  # files of one tensor
     listed: float  # tensors in the header of a file that is opened
     got: float  # Moments of one column from an open file
     added: float  # sums of two Moments of one column
     calls: float  # operations of torch on one element
-    copies_casts: bool = True  # a CPU's kernels copy operands to the result's type first, a GPU's convert as they go
 
     def over(self, elements: float, moved: float, new: float = 0, itemsize: int = 8) -> float:
         """Seconds of passes that read and write ``moved`` bytes an element, ``new`` of them in arrays just made."""
@@ -83,11 +81,15 @@ class Machine:
         rate = min(zip(ARRAYS, self.passes, strict=True), key=lambda known: abs(math.log(known[0] / size)))[1]
         return elements * (moved / rate + new / self.faults * (size >= FRESH))
 
+    def in_blocks(self, read: float, moved: float) -> float:
+        """Seconds of an element that is read once from memory, and passed over in a cache."""
+        return read / self.passes[-1] + moved / self.passes[0]
+
 
 def this_machine(folder: Path) -> Machine:
     """Rates of one thread here."""
     side, size, (large, small, copy) = 2048, ARRAYS[-1], (folder / name for name in ("large", "small", "copy"))
-    x_ND, half_ND, odd_N = torch.randn(side, side), torch.empty(side, side // 2), torch.arange(0, side, 2)
+    x_ND, odd_N = torch.randn(side, side), torch.arange(0, side, 2)
     q, arrays = torch.randn(4, 16, SEQUENCE, HEAD_DIM), [torch.rand(n // 8, dtype=torch.float64) for n in ARRAYS]
     out, one, moments = torch.empty_like(arrays[-1]), torch.ones(1), Moments(1, torch.ones(1), torch.zeros(1))
     save_file({"x": torch.rand(size // 4)}, large)
@@ -104,8 +106,7 @@ def this_machine(folder: Path) -> Machine:
         read=size / _best(lambda: weights.get_tensor("x").sum()),
         write=size / _best(lambda: shutil.copyfile(large, _gone(copy))),
         hashed=size / _best(hashlib.sha256, out.numpy().data),
-        gathered=half_ND.numel() / _best(lambda: torch.index_select(x_ND, 1, odd_N, out=half_ND)),
-        masked=half_ND.numel() / _best(lambda: x_ND[:, torch.arange(side) % 2 == 0]),
+        gathered=side**2 / 2 / _best(lambda: [of.numpy().take(odd_N.numpy(), axis=1) for of in x_ND.split(128)]),
         sorted=len(arrays[0]) / _best(lambda: arrays[0].sort(stable=True)),
         opened=1 / opening,
         listed=239 / listing,
@@ -164,13 +165,13 @@ def forward(model: Model, machine: Machine, sequence: int, batch: int) -> float:
 
 
 def statistics(model: Model, machine: Machine, batch: int) -> float:
-    """Seconds of a token: ``Moments.of`` both sites, and a layer's cosine, in bytes of a column. A site: its sum (b),
-    deviations (b + 8), squares (16), two sums (8 each); a CPU first makes float64 of what the first two read, 16 more
-    each. A cosine: two conversions (b + 8), norms (8), quotients (16), a product (24), its sum (8).
+    """Seconds of a token: ``Moments.of`` both sites, and a layer's cosine, in bytes of a column. A site, read (b), then
+    in blocks: made float64 (8), less the mean (16), squared (16), two sums (8 each). A cosine, of two that are read
+    (2 b): made float64 (16), two norms (8 each), a product (24), its sum (8).
     """
-    (layers, hidden, *widths), copies = model.dimensions(), machine.copies_casts
-    sites = sum(machine.over(batch * width, 2 * model.b + 40 + 32 * copies, 16 + 16 * copies) for width in widths)
-    return layers * (sites + machine.over(batch * hidden, 2 * model.b + 96, 40)) / batch
+    layers, hidden, *widths = model.dimensions()
+    of_sites, of_cosine = machine.in_blocks(model.b, 56), machine.in_blocks(2 * model.b, 64)
+    return layers * (sum(widths) * of_sites + hidden * of_cosine)
 
 
 def reading(model: Model, machine: Machine) -> float:
@@ -193,9 +194,9 @@ def merging(model: Model, machine: Machine, records: int) -> float:
 
 
 def norms(model: Model, machine: Machine) -> float:
-    """Seconds of ``Norms.of``, in bytes of a weight: float64 (b + 8), its size and square (16 each), two sums (8)."""
+    """Seconds of ``Norms.of``, in bytes of a weight: read (b), float64 (8), size and square (16 each), two sums (8)."""
     layers, hidden, *widths = model.dimensions()
-    return layers * sum(machine.over(hidden * width, model.b + 56, 24) for width in widths)
+    return layers * hidden * sum(widths) * machine.in_blocks(model.b, 56)
 
 
 def planning(model: Model, machine: Machine) -> float:
@@ -205,14 +206,13 @@ def planning(model: Model, machine: Machine) -> float:
 
 
 def compaction(model: Model, machine: Machine, ratio: float, *, repaired: bool) -> float:
-    """Seconds of ``write_tensors``, one model: kept rows copied (2 b), kept columns gathered, all hashed and written.
-    A mean bias is of the cut columns: picked by a mask, made float64 (b + 8), and multiplied (8).
+    """Seconds of ``write_tensors``, one model: kept rows copied, kept columns gathered, all hashed and written.
+    A mean bias is of the cut columns: gathered, made float64 (b + 8), and multiplied (8).
     """
     (layers, hidden, attn, mlp), b = model.dimensions(), model.b
-    columns, matrix = layers * hidden * (attn + mlp), hidden * mlp / 2  # what is copied at a time
-    copying, making = (machine.over(matrix, moved, b, itemsize=b) / matrix for moved in (2 * b, 0))
-    repairing = 1 / machine.masked + making + machine.over(matrix, b + 16, 8) / matrix
-    kept = (model.of.decoder_parameters - columns) * copying + columns * (1 / machine.gathered + making)
+    columns = layers * hidden * (attn + mlp)
+    repairing = 1 / machine.gathered + machine.in_blocks(0, b + 16)
+    kept = (model.of.decoder_parameters - columns) * machine.in_blocks(b, b) + columns / machine.gathered
     storing = model.n_bytes(kept=1 - ratio) * (1 / machine.hashed + 1 / machine.write)
     return (1 - ratio) * kept + ratio * columns * repairing * repaired + storing
 
@@ -230,11 +230,11 @@ def compared(hidden: int, machine: Machine, folder: Path) -> dict[str, Any]:
     run, calibration = Run.of(config), Calibration("", "", skip_first_token=False, batch_tokens=tokens)
     shards = [Shard("sort", str(i), 1, 1000, str(i)) for i in range(RECORDS)]
     for shard in shards:
-        save_moments(calibration.record(run, shard), _statistics(of, seed=int(shard.shard)))
+        save_moments(calibration.record(run, shard), random_statistics(of, seed=int(shard.shard)))
     sequences = torch.randint(VOCABULARY, (tokens // SEQUENCE, SEQUENCE)).tolist()
     streamed = LayerwiseModel(checkpoint, torch.float32, torch.device("cpu"), room=1 << 40)
     found_norms = {(i, site): one for i in range(LAYERS) for site, one in _layer_norms(checkpoint, i).items()}
-    planner = Planner(config, checkpoint, {"sort": _statistics(of, seed=0)}, found_norms, {"sort": ""}, {}, run)
+    planner = Planner(config, checkpoint, {"sort": random_statistics(of, seed=0)}, found_norms, {"sort": ""}, {}, run)
     expert, written, merged = specs(config)[1], folder / "expert.safetensors", run.statistics("sort")
     cut = draft(planner, run, expert, planner.plan(expert, RATIO))
     loading, cutting = reading(model, machine), compaction(model, machine, RATIO, repaired=True)
@@ -255,7 +255,7 @@ def compared(hidden: int, machine: Machine, folder: Path) -> dict[str, Any]:
 
 def on_gpus(model: Model, here: Machine, gpus: int) -> dict[str, Any]:
     """Seconds of each stage of the job, the longest one, and what they consist of."""
-    nodes, gpu = -(-gpus // GPUS_A_NODE), replace(here, copies_casts=False, **GPU)
+    nodes, gpu = -(-gpus // GPUS_A_NODE), replace(here, **GPU)
     cores, written = nodes * CORES_A_NODE, MODELS * model.n_bytes(kept=1 - RATIO)
     shards = [Shard("", "", SHARD_SEQUENCES, SHARD_SEQUENCES * LENGTH, "")] * (TASKS * SHARDS_A_TASK)
     groups = grouped(shards, STREAM_TOKENS, workers := min(gpus, len(shards)))

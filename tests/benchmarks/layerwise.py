@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 import torch
-from shapes import SHAPES, sparse_checkpoint
 from transformers import LlamaConfig
 
+from seap_ray.benchmarks.shapes import SHAPES, sparse_checkpoint
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.layerwise import LayerwiseModel
 

@@ -32,7 +32,7 @@ def sparse_checkpoint(folder: Path, config: LlamaConfig, *, max_bytes: int = 5 *
         if files[-1] and 2 * sum(prod(one) for one in [*files[-1].values(), shape]) > max_bytes:
             files.append({})
         files[-1][name] = shape
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, of in enumerate(files, 1):
         path = folder / f"model-{i:05d}-of-{len(files):05d}.safetensors"
         _write(path, of)

@@ -1,0 +1,124 @@
+"""Benchmarks: turns, rows, files and the page; of the suites, the small parts that are not about time."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from seap_ray.benchmarks import calibrate, suites
+from seap_ray.benchmarks.measure import Rounds, Row, alternate, is_met, load_rows, machine, save_rows
+from seap_ray.benchmarks.merge import peak_memory
+from seap_ray.config import Config
+from seap_ray.errors import ConfigError
+
+ROW = Row.of(
+    "compact",
+    "writing",
+    baseline=100.0,
+    ours=50.0,
+    unit="MB/s",
+    command="python jobs/bench.py compact",
+    ratios=[0.4, 0.5, 0.7],
+    limit=100.0,
+    limit_name="copy",
+    target="ratio >= 0.6",
+    why="hashing takes as long",
+)
+
+
+def config(folder, **own):
+    return Config.model_validate({"benchmarks": {"folder": str(folder), **own}})
+
+
+def test_contestants_take_turns_and_each_begins_a_round():
+    called, clock = [], iter(range(1000))
+    found = alternate(
+        {name: lambda name=name: called.append(name) for name in "abc"},
+        3,
+        before=lambda: called.append("-"),
+        now=lambda: next(clock),
+    )
+    assert "".join(called) == "-a-b-c" + "-a-b-c" + "-b-c-a" + "-c-a-b"
+    assert found.seconds == {name: [1, 1, 1] for name in "abc"}
+
+
+def test_ratios_are_of_the_same_round():
+    found = Rounds({"base": [1.0, 10.0, 2.0], "ours": [2.0, 5.0, 4.0]})
+    assert found.ratios("ours", "base") == [2.0, 0.5, 2.0] and found.median("ours") == 4.0
+    assert found.speedups("ours", "base") == [0.5, 2.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("target", "met"),
+    [("ratio <= 1.1", True), ("ratio >= 1.1", False), ("ours <= 2", False), ("ours >= 2", True), ("ours <= 3", True)],
+)
+def test_a_target_is_about_the_ratio_or_about_ours(target, met):
+    assert is_met(target, ratio=1.0, ours=3.0) == met
+
+
+def test_a_row_has_the_median_ratio_and_says_why_only_where_its_target_is_missed():
+    assert (ROW.ratio, ROW.spread, ROW.met, ROW.why) == (0.5, (0.4, 0.7), False, "hashing takes as long")
+    met = Row.of("s", "n", ours=1.0, unit="s", target="ours <= 2", why="never")
+    assert (met.met, met.why, met.ratio, met.baseline) == (True, "", None, None)
+    assert Row.of("s", "n", ours=1.0, unit="s").met is None
+
+
+def test_rows_come_back_from_their_file_with_the_machine(tmp_path):
+    path = save_rows(tmp_path, "compact", [ROW, replace(ROW, spread=None, ratio=None)])
+    of, rows = load_rows(path)
+    assert rows == [ROW, replace(ROW, spread=None, ratio=None)]
+    assert of == machine() and of["cores"] >= 1 and of["cpu"] and of["torch"] == torch.__version__
+
+
+def test_the_page_has_a_table_of_every_suite_and_keeps_what_people_wrote(tmp_path):
+    folder, page = tmp_path / "benchmarks", tmp_path / "benchmarks.md"
+    with pytest.raises(ConfigError, match="nothing is measured"):
+        suites.write_page(config(folder))
+    save_rows(folder, "compact", [ROW])
+    assert suites.write_page(config(folder)) == page
+    page.write_text("# Ours\n\n" + page.read_text().partition("\n\n")[2] + "\nTried.\n")
+    save_rows(folder, "merge", [replace(ROW, suite="merge", name="adding", met=True, why="")])
+    suites.write_page(config(folder))
+    text = page.read_text()
+    assert text.startswith("# Ours\n") and text.endswith("\nTried.\n")
+    assert "| writing | 100 | 50 | MB/s | 0.5 (0.4 to 0.7) | 100 (copy) | ratio >= 0.6 | no |" in text
+    assert "- Not met: writing: 0.500 where 0.6 was the target. hashing takes as long" in text
+    assert text.count("## ") == 2 and text.index("## compact") < text.index("## merge") and machine()["cpu"] in text
+    page.write_text("nothing")
+    with pytest.raises(ConfigError, match="has no lines"):
+        suites.write_page(config(folder))
+
+
+def test_an_unknown_suite_is_refused_before_any_work(tmp_path):
+    with pytest.raises(ConfigError, match="speed: no such suite; there are calibrate, "):
+        suites.run_suites(config(tmp_path), ["calibrate", "speed"], [])
+
+
+def test_a_suite_is_measured_printed_and_written_with_its_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(suites, "SUITES", {"compact": lambda _config: [replace(ROW, command="")]})
+    keys = ["config=c.yaml", "benchmarks.rounds=2", "benchmarks.official=/my/folder", "benchmarks.folder=elsewhere"]
+    suites.run_suites(config(tmp_path), ["compact"], keys)
+    (row,) = json.loads((tmp_path / "compact.json").read_text())["rows"]
+    assert row["command"] == "python jobs/bench.py compact benchmarks.rounds=2 benchmarks.official=FOLDER"
+    assert "0.5 (0.4 to 0.7)" in capsys.readouterr().out
+
+
+def test_all_suites_of_the_default_are_there():
+    assert set(suites.DEFAULT) <= set(suites.SUITES)
+
+
+def test_padding_on_the_demos_corpora_is_within_its_target():
+    assert calibrate._padding().met
+
+
+def test_the_authors_code_is_looked_for_before_it_is_run(tmp_path):
+    with pytest.raises(ConfigError, match="should be a checkout of SEAP"):
+        calibrate._official(tmp_path)
+
+
+def test_peak_memory_sees_what_is_gone_again():
+    with peak_memory() as peak:
+        for _ in range(20):
+            bytearray(b"1" * (64 << 20))
+    assert 32 << 20 < peak[0] < 1 << 30
