@@ -110,3 +110,12 @@ def test_a_batch_that_does_not_fit_is_halved(dense, monkeypatch):
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert sizes[:2] == [4096, 2048] and sizes[-1] < 2048
     assert_close(found, as_tuples(expected), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_covariances_are_off_by_a_small_part_of_the_deviations(dtype):
+    x_ND = activations(8192, 200, dtype)[1:]
+    deviation_ND = x_ND.double() - x_ND.double().mean(0)
+    lengths_D = deviation_ND.norm(dim=0)
+    error_DD = Covariance.of(x_ND.cuda()).comoment_DD.cpu() - deviation_ND.T @ deviation_ND
+    assert (error_DD.abs() / lengths_D.outer(lengths_D)).max() < 3e-4
