@@ -15,7 +15,7 @@ RINGS = {
     1: "storage lock run corpus recorder layerwise records checkpoint fitting router quality harness speed "
     "summary evidence pictures anatomy findings report "
     "hf hf.configuration_seap hf.modeling_seap hf.shapes demo.train "
-    "benchmarks benchmarks.measure benchmarks.gpu",
+    "benchmarks benchmarks.measure benchmarks.gpu benchmarks.engine",
     2: "cluster shards placement calibrate planner prune evaluation results doctor job bench studies "
     "benchmarks.shapes benchmarks.calibrate benchmarks.merge benchmarks.plan "
     "benchmarks.compact benchmarks.startup benchmarks.suites",

@@ -11,6 +11,7 @@ Letters: B sequences, T tokens of each, H heads, D columns, N tokens.
 import copy
 import gc
 import itertools
+import math
 import sys
 import time
 import traceback
@@ -21,23 +22,24 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, linear
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, Cache, LlamaConfig, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
 import seap_ray.hf  # noqa: F401  makes the compacted families known
-from seap_ray.architecture import Architecture
+from seap_ray.architecture import Architecture, Shape
+from seap_ray.benchmarks.engine import Engine
 from seap_ray.benchmarks.measure import Row, alternate, machine
 from seap_ray.checkpoint import Checkpoint, Compaction
 from seap_ray.config import AllocationSection, PruningSection
 from seap_ray.layerwise import LayerwiseModel
-from seap_ray.moments import Covariance, Moments
+from seap_ray.moments import Covariance, Moments, split_product
 from seap_ray.plan import Kept, Plan, choose_shapes
 from seap_ray.recorder import Batch, Sequences, record, recording
 from seap_ray.storage import write_json
@@ -85,6 +87,8 @@ class Sizes:
     """Positions that a decoding step attends to."""
     steps: int
     """Steps of a round of decoding."""
+    aligns: tuple[int, ...]
+    """Tiles of channels."""
     rounds: int
     matmul: int
     copied: int
@@ -100,6 +104,7 @@ SIZES = (
         decoding=(1, 8, 64),
         context=512,
         steps=16,
+        aligns=(1, 16, 64, 128),
         rounds=5,
         matmul=8192,
         copied=1 << 32,
@@ -113,6 +118,7 @@ SIZES = (
         decoding=(1, 2),
         context=16,
         steps=2,
+        aligns=(1, 16),
         rounds=2,
         matmul=64,
         copied=1 << 16,
@@ -120,6 +126,7 @@ SIZES = (
 )
 Way = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Mean and summed squared deviations of each column."""
+PAST, CLOSE = SIZES.context - 1, "ours <= 0.05"
 RATIOS, ALLOCATIONS = (0.2, 0.5), ("uniform", "logistic")
 SPEEDUPS = {0.2: "ratio >= 1.17", 0.5: "ratio >= 1.48"}
 """The paper's, at batch 1."""
@@ -209,6 +216,14 @@ def calibration_rows(of: Ceilings) -> Iterator[Row]:
         parts = [random_sequences(config, [T] * B) for _ in range(3)]
         limit = of.flops_per_s / flops(model.get_decoder(), T)
         yield from _calibration_rows(f"calibration of {name}, {B} x {T}", model, parts, limit)
+
+
+def contrast_rows(of: Ceilings) -> Iterator[Row]:
+    """The same without the kernels, and of sequences that differ in length, with and without masks."""
+    name, config = next(iter(SIZES.models.items()))
+    model, (B, T) = built(config), SIZES.batches[-1]
+    parts = [random_sequences(config, [T] * B) for _ in range(3)]
+    limit = of.flops_per_s / flops(model.get_decoder(), T)
     if HAS_GPU:
         with _copies():
             yield from _calibration_rows(f"calibration of {name}, {B} x {T}, without kernels", model, parts, limit)
@@ -405,11 +420,13 @@ def covariance_rows(of: Ceilings) -> Iterator[Row]:
 
 def _covariance_rows(n: int, width: int, of: Ceilings) -> Iterator[Row]:
     x_ND, name = activations(n, width), f"covariance of {n} x {width}"
-    yield row(f"{name}, as recorded", ours=1e3 * seconds_of(partial(Covariance.of, x_ND), 5), unit="ms")
     deviation_ND = x_ND - x_ND.mean(0, dtype=torch.float64)
     exact_DD, single_ND = deviation_ND.T @ deviation_ND, deviation_ND.float()
     scale_D = exact_DD.diagonal().sqrt()
     base = seconds_of(partial(products()["float32"], single_ND), 5)
+    seconds = seconds_of(partial(Covariance.of, x_ND), 5)
+    named = f"{name}, as recorded, beside the product in float32"
+    yield row(named, ours=1e3 * seconds, baseline=1e3 * base, unit="ms", ratios=[seconds / base])
     for way, product in products().items():
         error_DD = (product(single_ND) - exact_DD).abs_().div_(scale_D).div_(scale_D[:, None])
         seconds = seconds_of(partial(product, single_ND), 5)
@@ -435,15 +452,8 @@ def products() -> dict[str, Callable[[Tensor], Tensor]]:
         finally:
             torch.backends.cuda.matmul.allow_tf32 = False
 
-    def split(x_ND: Tensor) -> Tensor:
-        """Each number as the sum of two in bfloat16; the product of the small ones is left out."""
-        large_ND = x_ND.bfloat16()
-        small_ND = (x_ND - large_ND).bfloat16()
-        mixed_DD = torch.mm(large_ND.T, small_ND, out_dtype=torch.float32)
-        return torch.mm(large_ND.T, large_ND, out_dtype=torch.float32).add_(mixed_DD).add_(mixed_DD.T)
-
     plain: dict[str, Callable[[Tensor], Tensor]] = {"float32": lambda x_ND: x_ND.T @ x_ND}
-    return plain | {"tf32": tf32, "two bfloat16": split} if HAS_GPU else plain
+    return plain | {"tf32": tf32, "two bfloat16": split_product} if HAS_GPU else plain
 
 
 # --- layer by layer --------------------------------------------------------------------------------------------------
@@ -481,7 +491,7 @@ def _stream_rows(
         for shard, recorded in layerwise.record(shards, batch_tokens=B * T):
             kept["stream"][shard] |= recorded
 
-    found = alternate({"single": single, "stream": stream}, 2, now=now)
+    found = alternate({"single": single, "stream": stream}, 3, now=now)
     yield row(
         f"stream beside single, loading included, {name}",
         ours=tokens / found.median("stream"),
@@ -502,25 +512,47 @@ def _stream_rows(
 def _overlap_rows(
     name: str, layerwise: LayerwiseModel, folder: str, shards: dict[str, Sequences], streamed: float
 ) -> Iterator[Row]:
-    """How much of the shorter of reading and computing is hidden behind the other."""
+    """How much of the shorter of reading and computing is hidden behind the other, of what can be.
+
+    Before there are layers, sequences are embedded; then nothing can be computed while the first layer is read, nor
+    anything read while the last one works.
+    """
     B, T = SIZES.batches[0]
     skeleton = layerwise._skeleton()
-    reading = sum(alternate({"one": lambda: layerwise._block(skeleton.layers, 1)}, 3, now=now).seconds["one"]) / 3
+    before = {"embed": lambda: layerwise._enter(layerwise._skeleton(), shards, B * T, False)}
+    embedding = alternate(before, 3, now=now).median("embed")
+    reading = SIZES.layers * alternate({"one": lambda: layerwise._block(skeleton.layers, 1)}, 5, now=now).median("one")
     model = loaded(folder)
     whole = alternate({"all": lambda: [record(model, of, batch_tokens=B * T) for of in shards.values()]}, 3, now=now)
     computing = whole.median("all")
     n_bytes = sum(parameter.nbytes for parameter in model.get_decoder().layers[0].parameters())
-    yield row(f"reading a layer, {name}", ours=n_bytes / reading / 1e9, unit="GB/s")
-    longer, shorter = sorted((reading * SIZES.layers, computing), reverse=True)
     yield row(
-        f"stream beside the longer of reading and computing, {name}",
-        ours=streamed,
-        baseline=longer,
-        unit="s",
-        ratios=[streamed / longer],
+        f"reading a layer, {name}",
+        ours=SIZES.layers * n_bytes / reading / 1e9,
+        unit="GB/s",
+        limit=_pinned_bytes_per_s() / 1e9,
+        limit_name="copy from pinned memory",
     )
-    hidden = (longer + shorter - streamed) / shorter
-    yield row(f"share of the shorter that is hidden behind it, {name}", ours=hidden, unit="share")
+    yield row(f"embedding before the first layer, {name}", ours=embedding, unit="s")
+    longer, shorter = sorted((reading, computing), reverse=True)
+    hideable = shorter * (1 - 1 / SIZES.layers)
+    least = embedding + longer + shorter - hideable
+    yield row(
+        f"stream beside the least that reading and computing take together, {name}",
+        ours=streamed,
+        baseline=least,
+        unit="s",
+        ratios=[streamed / least],
+    )
+    hidden = (embedding + longer + shorter - streamed) / hideable
+    named = f"share of the shorter of reading and computing that is hidden behind the other, {name}"
+    yield row(named, ours=hidden, unit="share", target="ours >= 0.8" if shorter > longer / 2 else "")
+
+
+def _pinned_bytes_per_s() -> float:
+    pinned = torch.empty(SIZES.copied // 16, dtype=torch.uint8, pin_memory=HAS_GPU)
+    there = torch.empty_like(pinned, device=DEVICE)
+    return pinned.nbytes / seconds_of(lambda: there.copy_(pinned, non_blocking=True), 5)
 
 
 # --- served shapes ---------------------------------------------------------------------------------------------------
@@ -542,12 +574,16 @@ def speed_rows(of: Ceilings) -> Iterator[Row]:
 def compacted(config: LlamaConfig, ratio: float, kind: str) -> Any:
     """The configuration of an expert; which units it keeps does not matter."""
     values = {**config.to_dict(), "model_type": "llama"}
-    architecture = Architecture.of(values)
-    pruning = PruningSection(allocation=AllocationSection(kind=kind))  # type: ignore[arg-type]
-    shapes = choose_shapes(architecture, pruning, ratio=ratio, compensated=True, scores_L=())
+    shapes = shapes_of(config, ratio, kind)
     kept = tuple(Kept(tuple(range(s.groups)), tuple(range(s.heads)), tuple(range(s.channels))) for s in shapes)
     compaction = Compaction(Checkpoint(Path(), values, {}, ""), Plan("expert", ratio, "mean", kept, {}))
     return AutoConfig.for_model(**{key: value for key, value in compaction.config().items() if key != "auto_map"})
+
+
+def shapes_of(config: LlamaConfig, ratio: float, kind: str, align: int | Literal["auto"] = "auto") -> list[Shape]:
+    architecture = Architecture.of({**config.to_dict(), "model_type": "llama"})
+    pruning = PruningSection(align=align, allocation=AllocationSection(kind=kind))  # type: ignore[arg-type]
+    return choose_shapes(architecture, pruning, ratio=ratio, compensated=True, scores_L=())
 
 
 def _speed_rows(name: str, dense: Any, cut: Any, target: str, of: Ceilings) -> Iterator[Row]:
@@ -556,25 +592,33 @@ def _speed_rows(name: str, dense: Any, cut: Any, target: str, of: Ceilings) -> I
         limit = of.flops_per_s / flops(cut.get_decoder(), T)
         yield _speed_row(f"prefill {B} x {T}, {name}", found, B * T, limit=limit)
     for B in SIZES.decoding:
-        found = _raced({"dense": dense, "cut": cut}, B, 1, SIZES.context - 1)
-        per_step = weight_bytes(cut) + B * SIZES.context * cache_bytes(cut)
-        named = f"decoding {B} at {SIZES.context}, {name}"
-        yield _speed_row(named, found, B, limit=of.bytes_per_s * B / per_step, target=target if B == 1 else "")
+        found = _raced({"dense": dense, "cut": cut}, B, 1, PAST)
+        limit, named = _decoding_limit(cut, B, of), f"decoding {B} at {SIZES.context}, {name}"
+        yield _speed_row(named, found, B, limit=limit, target=target if B == 1 else "")
+
+
+def _decoding_limit(model: Any, B: int, of: Ceilings) -> float:
+    per_step = weight_bytes(model) + B * SIZES.context * cache_bytes(model)
+    return of.bytes_per_s * B / per_step
 
 
 def _raced(models: Mapping[str, Any], B: int, T: int, past: int) -> Any:
-    """Both take turns; a round of decoding is some steps, of prefill one."""
-    repeats = SIZES.steps if past else 1
-    steps = {name: captured(model, B, T, past) for name, model in models.items()}
+    """All take turns."""
+    return _timed({name: captured(model, B, T, past) for name, model in models.items()}, SIZES.steps if past else 1)
+
+
+def _timed(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of a step in each round, which is some steps of decoding, or one prefill."""
 
     def repeated(step: Callable[[], object]) -> None:
         for _ in range(repeats):
             step()
 
     found = alternate({name: partial(repeated, step) for name, step in steps.items()}, SIZES.rounds, now=now)
-    del steps
+    names = [*steps]
+    steps.clear()
     emptied()
-    return {name: [seconds / repeats for seconds in found.seconds[name]] for name in models}
+    return {name: [seconds / repeats for seconds in found.seconds[name]] for name in names}
 
 
 def _speed_row(name: str, found: Mapping[str, Sequence[float]], tokens: int, *, limit: float, target: str = "") -> Row:
@@ -634,6 +678,11 @@ def captured(model: Any, B: int, T: int, past: int) -> Callable[[], object]:
         out = model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1].argmax(-1)
 
+    return graphed(step, ids_BT, cache)
+
+
+def graphed(step: Callable[[], object], *read: object) -> Callable[[], object]:
+    """A step as a graph, with what it reads, which must outlive it; without a GPU the step itself."""
     if not HAS_GPU:
         return step
     stream = torch.cuda.Stream()
@@ -645,11 +694,10 @@ def captured(model: Any, B: int, T: int, past: int) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return partial(_replayed, graph, ids_BT, cache)
+    return partial(_replayed, graph, *read)
 
 
 def _replayed(graph: torch.cuda.CUDAGraph, *_read: object) -> None:
-    """What a graph reads must outlive it."""
     graph.replay()
 
 
@@ -664,16 +712,138 @@ def cache_bytes(model: Any) -> int:
     return 2 * of_keys * DTYPE.itemsize
 
 
+# --- as an engine serves them ----------------------------------------------------------------------------------------
+
+
+def engine_rows(of: Ceilings) -> Iterator[Row]:
+    """Decoding by an engine's kernels as CUDA graphs: dense beside compacted, and beside transformers' own kernels."""
+    for name, config in SIZES.models.items():
+        dense = built(config, attn_implementation=CAUSAL)
+        served = Engine(dense, is_compiled=HAS_GPU)
+        yield row(f"logits of the engine of {name}", ours=_difference(dense, served), unit="relative", target=CLOSE)
+        for B in SIZES.decoding:
+            found = _timed({"cut": engine_step(dense, served, B), "dense": captured(dense, B, 1, PAST)}, SIZES.steps)
+            named = f"decoding {B} at {SIZES.context}, {name}, engine beside transformers"
+            yield _speed_row(named, found, B, limit=_decoding_limit(dense, B, of))
+        for ratio, kind in itertools.product(RATIOS, ALLOCATIONS):
+            cut = built(compacted(config, ratio, kind), attn_implementation=CAUSAL)
+            ours, named = Engine(cut, is_compiled=HAS_GPU), f"{name}, {ratio:.0%} {kind}, engine"
+            yield row(f"logits of {named}", ours=_difference(cut, ours), unit="relative", target=CLOSE)
+            for B in SIZES.decoding:
+                steps = {"dense": engine_step(dense, served, B), "cut": engine_step(cut, ours, B)}
+                found, target = _timed(steps, SIZES.steps), SPEEDUPS[ratio] if B == 1 else ""
+                limit = _decoding_limit(cut, B, of)
+                yield _speed_row(f"decoding {B} at {SIZES.context}, {named}", found, B, limit=limit, target=target)
+            del cut, ours, steps
+            emptied()
+        del dense, served
+        emptied()
+
+
+def engine_step(model: Any, engine: Engine, B: int) -> Callable[[], object]:
+    """A step of the engine with a greedy choice at its end, as ``captured`` has it of transformers."""
+    ids_B, contexts = _random_context(model, B)
+    return graphed(lambda: engine.step(ids_B, contexts).argmax(-1), ids_B, contexts)
+
+
+def _random_context(model: Any, B: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Token ids, and keys and values of all layers."""
+    contexts = []
+    for block in model.get_decoder().layers:
+        D = block.self_attn.head_dim
+        shape = B, block.self_attn.k_proj.out_features // D, SIZES.context, D
+        contexts.append(
+            (torch.randn(shape, device=DEVICE, dtype=DTYPE), torch.randn(shape, device=DEVICE, dtype=DTYPE))
+        )
+    return torch.randint(model.config.vocab_size, (B,), device=DEVICE), contexts
+
+
+@torch.inference_mode()
+def _difference(model: Any, engine: Engine) -> float:
+    """Of the engine's logits from transformers', over these."""
+    ids_B, contexts = _random_context(model, 2)
+    layers: list[Any] = [Context(PAST) for _ in contexts]
+    for layer, (keys, values) in zip(layers, contexts, strict=True):
+        layer.keys, layer.values, layer.is_initialized = keys.clone(), values.clone(), True
+    cache = Cache(layers=layers)
+    expected_BV = model(input_ids=ids_B[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+    difference_BV = engine.step(ids_B, contexts) - expected_BV
+    return float(difference_BV.double().norm() / expected_BV.double().norm())
+
+
+# --- products by width -----------------------------------------------------------------------------------------------
+
+
+def linears_rows(of: Ceilings) -> Iterator[Row]:
+    """All products of a model's layers and nothing else: what unequal layers and the tile of channels cost."""
+    name, config = next(iter(SIZES.models.items()))
+    cases = {"dense": products_of(config, shapes_of(config, 0, "uniform"))}
+    for ratio, kind, align in itertools.product(RATIOS, ALLOCATIONS, SIZES.aligns):
+        shapes = shapes_of(config, ratio, kind, align)
+        cases[f"{ratio:.0%} {kind}, align {align}"] = products_of(config, shapes)
+    pool = torch.empty(_taken(cases["dense"]), device=DEVICE, dtype=DTYPE).normal_()
+    for B in (SIZES.decoding[0], SIZES.decoding[-1]):
+        seconds = {case: seconds_of(linears(pool, sizes, B)) for case, sizes in cases.items()}
+        for case, sizes in cases.items():
+            yield row(
+                f"linear layers of {name} at batch {B}, {case}",
+                ours=1e3 * seconds[case],
+                baseline=1e3 * seconds["dense"],
+                unit="ms",
+                ratios=[seconds["dense"] / seconds[case]],
+                limit=1e3 * sum(math.prod(size) for size in sizes) * DTYPE.itemsize / of.bytes_per_s,
+                limit_name="reading weights at the speed of a copy",
+            )
+
+
+def products_of(config: LlamaConfig, shapes: Sequence[Shape]) -> list[tuple[int, int]]:
+    """Sizes of the weights of all layers, with those joined that an engine joins."""
+    hidden, width = config.hidden_size, config.hidden_size // config.num_attention_heads
+    return [
+        size
+        for shape in shapes
+        for size in (
+            ((shape.heads + 2 * shape.groups) * width, hidden),
+            (hidden, shape.heads * width),
+            (2 * shape.channels, hidden),
+            (hidden, shape.channels),
+        )
+    ]
+
+
+def linears(pool: Tensor, sizes: Sequence[tuple[int, int]], B: int) -> Callable[[], object]:
+    """Products of ``B`` rows with weights one behind the other in ``pool``, each of which is read from memory."""
+    weights, first = [], 0
+    for size in sizes:
+        weights.append(pool[first : first + math.prod(size)].view(size))
+        first += _taken([size])
+    inputs = {columns: torch.randn(B, columns, device=DEVICE, dtype=DTYPE) for _, columns in sizes}
+
+    def step() -> None:
+        for weight in weights:
+            linear(inputs[weight.shape[1]], weight)
+
+    return graphed(step, weights, inputs)
+
+
+def _taken(sizes: Sequence[tuple[int, int]]) -> int:
+    """Numbers that weights take, each at an address of its own allocation: a multiple of 512 bytes."""
+    return sum(-(-math.prod(size) // 256) * 256 for size in sizes)
+
+
 # --- all together ----------------------------------------------------------------------------------------------------
 
 PARTS: Mapping[str, tuple[Callable[[Ceilings], Iterator[Row]], float]] = {
     "ceilings": (ceiling_rows, 20),
-    "calibration": (calibration_rows, 90),
+    "calibration": (calibration_rows, 60),
+    "contrast": (contrast_rows, 60),
     "statistics": (statistics_rows, 60),
     "speed": (speed_rows, 170),
     "stream": (stream_rows, 60),
     "covariance": (covariance_rows, 30),
     "compiled": (compiled_rows, 30),
+    "engine": (engine_rows, 150),
+    "linears": (linears_rows, 40),
 }
 """Parts, and the seconds after which no further row of one is waited for."""
 

@@ -63,7 +63,6 @@ def _site(path: Path, site: Site, weight_OD: torch.Tensor) -> dict[str, Any]:
 def _recording(model: LlamaModel, tokens: int) -> dict[str, Any]:
     """Seconds of a batch with moments and with covariances over those of the bare forward, medians of rounds."""
     ids_BT = torch.randint(64, (tokens // SEQUENCE, SEQUENCE))
-    counted_BT = torch.ones_like(ids_BT, dtype=torch.bool)
     seconds: dict[str, list[float]] = {"bare": [], "moments": [], "covariance": []}
     for _ in range(ROUNDS):
         for name, layers in (("bare", None), ("moments", ()), ("covariance", (0,))):
@@ -71,7 +70,7 @@ def _recording(model: LlamaModel, tokens: int) -> dict[str, Any]:
             if layers is None:
                 model(ids_BT)
             else:
-                with recording(model, counted_BT, covariances=layers):
+                with recording(model, None, covariances=layers):
                     model(ids_BT)
             seconds[name].append(time.perf_counter() - started)
     bare = median(seconds["bare"])
@@ -81,7 +80,7 @@ def _recording(model: LlamaModel, tokens: int) -> dict[str, Any]:
 @torch.inference_mode()
 def _recorded(model: LlamaModel, tokens: int) -> tuple[dict[tuple[int, Site], Moments], dict[Site, Covariance]]:
     ids_BT = torch.randint(64, (tokens // SEQUENCE, SEQUENCE))
-    with recording(model, torch.ones_like(ids_BT, dtype=torch.bool), covariances=(0,)) as recorded:
+    with recording(model, None, covariances=(0,)) as recorded:
         model(ids_BT)
     of: dict[Site, Any] = {site: recorded[0, site] for site in SITES}
     return {(0, site): of[site] for site in SITES}, of
