@@ -28,15 +28,18 @@ BLOCK = {"cpu": 1 << 16}
 def blocks(x_ND: Tensor, rows_N: Tensor | None = None) -> Iterator[Tensor]:
     """``x_ND``, or some of its rows (ascending), block by block of rows, in float64: copies, the caller's to change."""
     n_rows = max(1, BLOCK.get(x_ND.device.type, 1 << 26) // x_ND.shape[1])
-    parts = x_ND.split(n_rows) if rows_N is None else (_rows(x_ND, some_N) for some_N in rows_N.split(n_rows))
-    yield from (part_ND.to(torch.float64, copy=True) for part_ND in parts if len(part_ND))
+    parts_ND = (part_ND for run_ND in _runs(x_ND, rows_N) for part_ND in run_ND.split(n_rows))
+    yield from (part_ND.to(torch.float64, copy=True) for part_ND in parts_ND if len(part_ND))
 
 
-def _rows(x_ND: Tensor, rows_N: Tensor) -> Tensor:
-    """Some rows; where they are neighbours, as all but the last of a packed row are, nothing is gathered."""
-    if x_ND.is_cpu and len(rows_N) and int(rows_N[-1] - rows_N[0]) == len(rows_N) - 1:
-        return x_ND.narrow(0, int(rows_N[0]), len(rows_N))
-    return x_ND.index_select(0, rows_N)
+def _runs(x_ND: Tensor, rows_N: Tensor | None) -> Iterable[Tensor]:
+    """The rows, on a CPU run by run of neighbours, which padding alone interrupts: nothing is gathered."""
+    if rows_N is None:
+        return [x_ND]
+    if not x_ND.is_cpu:
+        return [x_ND.index_select(0, rows_N)]
+    breaks = (rows_N.diff() > 1).nonzero().squeeze(1) + 1
+    return (x_ND.narrow(0, int(run[0]), len(run)) for run in rows_N.tensor_split(breaks) if len(run))
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,7 @@ def test_padding_on_the_demos_corpora_is_within_its_target():
 
 def test_the_authors_code_is_looked_for_before_it_is_run(tmp_path):
     with pytest.raises(ConfigError, match="should be a checkout of SEAP"):
-        calibrate._official(tmp_path)
+        next(iter(calibrate.rows(config(tmp_path, official=str(tmp_path)))))
 
 
 def test_peak_memory_sees_what_is_gone_again():

@@ -18,7 +18,7 @@ RINGS = {
     "benchmarks benchmarks.measure benchmarks.gpu benchmarks.engine",
     2: "cluster shards placement calibrate planner prune evaluation results doctor job bench studies "
     "benchmarks.shapes benchmarks.calibrate benchmarks.merge benchmarks.plan "
-    "benchmarks.compact benchmarks.startup benchmarks.suites",
+    "benchmarks.compact benchmarks.startup benchmarks.suites benchmarks.official",
     3: "vllm_plugin vllm_model vllm_loader",
 }
 RING_OF = {"seap_ray": 0} | {f"seap_ray.{name}": ring for ring, names in RINGS.items() for name in names.split()}

@@ -4,22 +4,21 @@ Seconds are of the CPU in one thread, which is what a worker has by default: oth
 them than of the clock on the wall.
 """
 
-import gc
+import json
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
-from io import StringIO
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from random import Random
-from types import ModuleType
+from subprocess import DEVNULL, PIPE
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -50,16 +49,23 @@ SKILLS = ("arithmetic", "reverse", "sort", "logic", "facts", "prose")
 
 
 def rows(config: Config) -> Iterator[Row]:
-    threads = torch.get_num_threads()
+    checkout, threads = _checkout(config.benchmarks.official), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for model, dtype in product(MODELS.values(), (torch.float32, torch.bfloat16)):
             yield from _overhead(model, dtype, config.benchmarks.rounds)
         yield _padding()
-        if folder := config.benchmarks.official:
-            yield from _beside_official(config, Path(folder), config.benchmarks.rounds)
+        if checkout is not None:
+            yield from _beside_official(checkout, config.benchmarks.rounds)
     finally:
         torch.set_num_threads(threads)
+
+
+def _checkout(official: str | None) -> Path | None:
+    """Raises ConfigError where the authors' code is asked for and is not there."""
+    if official and not (Path(official) / "src" / "activations.py").is_file():
+        raise ConfigError(f"benchmarks.official: {official} has no src/activations.py; it should be a checkout of SEAP")
+    return Path(official).absolute() if official else None
 
 
 def _overhead(config: LlamaConfig, dtype: torch.dtype, rounds: int) -> Iterator[Row]:
@@ -151,52 +157,54 @@ def _texts(skill: str, n: int) -> list[str]:
 # --- the authors' code -----------------------------------------------------------------------------------------------
 
 
-def _beside_official(config: Config, folder: Path, rounds: int) -> Iterator[Row]:
+def _beside_official(checkout: Path, rounds: int) -> Iterator[Row]:
     """Their loop and ours from texts to a file of statistics, on the demo's model and on a larger one."""
-    load, manager_of, calibrate = _official(folder)
     demo = Checkpoint.open("demo").folder
-    gc.freeze()  # theirs collects garbage after every text: what is here already shall cost it nothing
     with tempfile.TemporaryDirectory() as temporary:
-        larger, out = Path(temporary) / "model", Path(temporary) / "out"
+        larger = Path(temporary) / "larger"
         load_tokenizer(demo).save_pretrained(larger)
         torch.manual_seed(0)
         LlamaForCausalLM(MODELS[512]).save_pretrained(larger)
-        for name, source in (("demo's model", demo), ("8 layers of 512, random", larger)):
-            texts = [*chain(*(_texts(skill, 8) for skill in SKILLS))]
-            theirs, tokenizer = load(str(source), "cpu")
-            manager = manager_of()
-            manager.register_activation_hooks(theirs)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-
-            def ours(model: Any = model, tokenizer: Any = tokenizer, texts: list[str] = texts) -> None:
-                recorded = record(model, tokenizer(texts)["input_ids"], batch_tokens=BATCH_TOKENS)
-                save_moments(out / "ours.safetensors", recorded)
-
-            def official(of: Any = theirs, tokenizer: Any = tokenizer, by: Any = manager, on: Any = texts) -> None:
-                with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-                    calibrate(of, tokenizer, by, on, ["all"] * len(on), output_root=str(out))
-
-            n_tokens = sum(map(len, tokenizer(texts)["input_ids"]))
-            found = alternate({"official": official, "ours": ours}, rounds, now=time.process_time)
-            yield Row.of(
-                SUITE,
-                f"calibration over the SEAP authors' code, {name}",
-                baseline=n_tokens / found.median("official"),
-                ours=n_tokens / found.median("ours"),
-                unit="tokens per CPU second",
-                ratios=found.speedups("ours", "official"),
-                target="ratio >= 5",
-                why="their loop runs one text at a time, with the head, and sums on the CPU; where the products of the "
-                "model are most of the time, both wait for them",
-            )
+        yield _official_row("demo's model", checkout, demo, Path(temporary), rounds)
+        yield _official_row("8 layers of 512, random", checkout, larger, Path(temporary), rounds)
 
 
-def _official(folder: Path) -> tuple[Callable[..., Any], ...]:
-    """Their functions: load a model, make hooks, run the texts. Raises ConfigError where they are not."""
-    if not (folder / "src" / "activations.py").is_file():
-        raise ConfigError(f"benchmarks.official: {folder} has no src/activations.py; it should be a checkout of SEAP")
-    if find_spec("seaborn") is None:  # which they import for pictures
-        sys.modules["seaborn"] = ModuleType("seaborn")
-    sys.path.insert(0, str(folder))
-    activations, models = import_module("src.activations"), import_module("src.model_utils")
-    return models.load_model_and_tokenizer, activations.ActivationHookManager, activations.save_activations
+def _official_row(name: str, checkout: Path, source: Path, folder: Path, rounds: int) -> Row:
+    texts = [text for skill in SKILLS for text in _texts(skill, 8)]
+    (folder / "texts.json").write_text(json.dumps(texts))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval(), load_tokenizer(source)
+
+    def ours() -> None:
+        recorded = record(model, tokenizer(texts)["input_ids"], batch_tokens=BATCH_TOKENS)
+        save_moments(folder / "ours.safetensors", recorded)
+
+    arguments = [str(checkout), str(source), str(folder / "texts.json"), str(folder / "theirs")]
+    with _process([sys.executable, str(Path(__file__).with_name("official.py")), *arguments]) as (official, cpu_s):
+        found = alternate({"official": official, "ours": ours}, rounds, now=lambda: time.process_time() + cpu_s())
+    n_tokens = sum(map(len, tokenizer(texts)["input_ids"]))
+    return Row.of(
+        SUITE,
+        f"calibration over the SEAP authors' code, {name}",
+        baseline=n_tokens / found.median("official"),
+        ours=n_tokens / found.median("ours"),
+        unit="tokens per CPU second",
+        ratios=found.speedups("ours", "official"),
+        target="ratio >= 5",
+        why="both wait for the products of the model; theirs are of one text at a time, and of the head",
+    )
+
+
+@contextmanager
+def _process(command: list[str]) -> Iterator[tuple[Callable[[], object], Callable[[], float]]]:
+    """A call of a process that answers every line with a line, and the seconds of CPU that it has had."""
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True) as process:
+        assert process.stdin and process.stdout
+        of, ask, answers = psutil.Process(process.pid), process.stdin, process.stdout
+
+        def call() -> None:
+            print(file=ask, flush=True)
+            if not answers.readline():
+                raise ConfigError(f"benchmarks.official: {' '.join(command)} has ended; run it to see why")
+
+        yield call, lambda: sum(of.cpu_times()[:2])
+        ask.close()

@@ -4,10 +4,9 @@ import operator
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -132,12 +131,6 @@ def alternate(
             contestants[name]()
             seconds[name][turn] = now() - started
     return Rounds(seconds)
-
-
-def laps(work: Iterable[object], now: Callable[[], float] = time.perf_counter) -> list[float]:
-    """Seconds that each item of an iterable takes."""
-    ends = [now(), *(now() for _ in work)]
-    return [after - before for before, after in pairwise(ends)]
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------
