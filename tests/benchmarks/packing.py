@@ -209,7 +209,8 @@ def gather(config: Config, run: Run, folder: Path, found: dict[str, list[float]]
             }
             kept = Kept(**units)
             for module in (*architecture.layout.rows, *architecture.layout.columns):
-                compact(architecture, layer, module, "weight", tensors[architecture.tensor(layer, module)], kept)
+                dense = tensors[architecture.tensor(layer, module)]
+                torch.cat([*compact(architecture, layer, module, "weight", dense, kept)])
 
     for _ in range(rounds):
         timed(found, "gather from the dense model in memory", once)
