@@ -30,6 +30,10 @@ class ModelDownError(Exception):
     """No replica of a model is running, or it is in an engine with others and cannot be loaded."""
 
 
+class DeadlyRequestError(Exception):
+    """Every engine that had the request died."""
+
+
 class ApiError(Exception):
     """A refusal that the client gets to read. ``retry_after`` is in seconds."""
 

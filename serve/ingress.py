@@ -28,6 +28,7 @@ from serve.choice import RESTART_S, Chooser, Decision, Prompt
 from serve.errors import (
     UNUSABLE,
     ApiError,
+    DeadlyRequestError,
     ModelDownError,
     add_handlers,
     known,
@@ -180,6 +181,8 @@ class ExpertIngress(OpenAiIngress):
             if isinstance(error, BackPressureError | QueueFullError):
                 message = f"{model} has as many requests as it can hold"
                 raise ApiError(429, message, code="model_busy", retry_after=RETRY_AFTER_S) from None
+            if isinstance(error, DeadlyRequestError):  # another try would cost everyone another engine
+                raise ApiError(500, "the engine dies at this request", code="engine_died") from None
             if isinstance(error, TimeoutError):
                 message = f"{model} gave no token in {self._service.timeout_s:g} s"
                 raise ApiError(503, message, code="model_busy", retry_after=RESTART_S) from None

@@ -18,9 +18,10 @@ from ray.util import metrics
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from seap_ray.bucket import place
+from seap_ray.errors import ConfigError
 from seap_ray.storage import read_json, sha256_of, staged
 from serve.engine import HEALTH_CHECK_S, ExpertServer
-from serve.errors import ModelDownError
+from serve.errors import DeadlyRequestError, ModelDownError
 from serve.replies import error_in, joined, tells_of_death
 from serve.schedule import Admit, Limits, Schedule, Swap
 
@@ -29,7 +30,7 @@ logger = logging.getLogger("ray.serve")
 PACK = "pack"
 """Key of the configuration that holds the experts' folders by their names, the limits and the time slice."""
 ATTEMPTS = 3
-"""To swap an expert in before it is given up, or to start an engine before its server is."""
+"""To swap an expert in, to start an engine, or to answer a request at which engines die, before it is given up."""
 SLICE_IN_SWAPS = 5
 """Length of an automatic time slice: swaps take a sixth of a busy engine's time at most."""
 WAITS_S = [0.01 * 2**i for i in range(14)]
@@ -50,9 +51,11 @@ class PackServer(ExpertServer):
         self._first = next(iter(self._folders))
         self._schedule = Schedule(self._folders, self._first, Limits(**about["limits"]), time.monotonic())
         self._make_metrics()
-        await super().start()
-        # Read once by now, an expert is in the page cache.
+        # Once read, an expert is in the page cache, too.
         self._whole = {n: asyncio.ensure_future(asyncio.to_thread(_is_whole, f)) for n, f in self._folders.items()}
+        await super().start()
+        if not await self._whole[self._first]:
+            raise ConfigError(f"{self._folders[self._first]}: damaged, by the hashes in its seap.json; make it again")
         self._turns = asyncio.create_task(self._take_turns())
 
     def _make_metrics(self) -> None:
@@ -82,8 +85,8 @@ class PackServer(ExpertServer):
         # Cached keys and values are those of the weights that made them. Under a salt of its own an expert finds its
         # own once more when it is in the engine again, and never another's.
         request.cache_salt = f"{expert}/{request.cache_salt or ''}"
-        has_begun = False
-        while True:  # once, unless the engine dies before its first word
+        for _ in range(ATTEMPTS):  # one, unless the engine dies before its first word
+            has_begun = False
             try:
                 async with self._turn(expert):
                     async for reply in _living(await answer(request, raw_request_info)):
@@ -94,6 +97,7 @@ class PackServer(ExpertServer):
                 self._tell_dead()
                 if has_begun:
                     raise
+        raise DeadlyRequestError(f"{ATTEMPTS} engines died while they had this request")
 
     @asynccontextmanager
     async def _turn(self, expert: str) -> AsyncIterator[None]:

@@ -70,12 +70,10 @@ class Schedule:
 
     def leave(self, request: Hashable) -> None:
         """A request is answered, or nobody waits for its answer any more."""
-        self._running.discard(request)
-        for queue in self._waiting.values():
-            for item in queue:
-                if item[1] == request:
-                    queue.remove(item)
-                    break
+        if request in self._running:
+            return self._running.remove(request)
+        for expert, queue in self._waiting.items():
+            self._waiting[expert] = deque(item for item in queue if item[1] != request)
 
     def drop(self, expert: str) -> list[Hashable]:
         """The requests that wait for an expert, which wait no more."""

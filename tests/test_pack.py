@@ -5,6 +5,7 @@ import itertools
 import re
 import signal
 import time
+from collections import Counter
 
 import httpx
 import pytest
@@ -56,8 +57,8 @@ def expected(served_run):
 TEXTS = [before + text for before in ("", BEFORE) for task in TASKS for text in questions(task, 3)]
 
 
-async def ask(http, model, text, **more):
-    body = {"model": model, "messages": chat(text), "max_tokens": MAX_TOKENS, "temperature": 0, **more}
+async def ask(http, model, text):
+    body = {"model": model, "messages": chat(text), "max_tokens": MAX_TOKENS, "temperature": 0}
     reply = await http.post("/v1/chat/completions", json=body)
     assert reply.status_code == 200, reply.text
     assert reply.headers["x-seap-expert"] == reply.json()["model"] == model
@@ -128,6 +129,19 @@ def test_an_engine_that_is_killed_under_load_comes_back_and_every_request_is_ans
     assert asyncio.run(load(service, asked, meanwhile=kill())) == [expected[pair] for pair in asked]
     servers = service.processes("PackServer")
     assert len(servers) == 1 and any("EngineCore" in " ".join(command_of(p)) for p in servers[0].children(True))
+
+
+def test_more_requests_than_may_wait_are_told_to_come_back(service):
+    async def rush(n):
+        headers, limits = {"authorization": f"Bearer {KEY}"}, httpx.Limits(max_connections=n)
+        async with httpx.AsyncClient(base_url=service.url, headers=headers, timeout=300, limits=limits) as http:
+            body = {"model": "sort", "prompt": "sort cba:", "max_tokens": 40, "ignore_eos": True}
+            return await asyncio.gather(*(http.post("/v1/completions", json=body) for _ in range(n)))
+
+    replies = asyncio.run(rush(250))
+    codes = Counter(reply.status_code for reply in replies)
+    assert set(codes) == {200, 429} and codes[200] >= 16 + 100, codes
+    assert all(int(reply.headers["retry-after"]) >= 1 for reply in replies if reply.status_code == 429)
 
 
 def test_the_playground_tells_which_expert_is_in_the_engine(service):

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from seap_ray.errors import ConfigError
 from seap_ray.storage import sha256_of
-from serve.errors import ModelDownError
+from serve.errors import DeadlyRequestError, ModelDownError
 from serve.schedule import QueueFullError
 
 pytestmark = [
@@ -78,7 +79,7 @@ def folders(tmp_path):
 
 
 @asynccontextmanager
-async def serving(folders, monkeypatch, faults=(), **limits):
+async def serving(folders, monkeypatch, faults=(), engine_cls=PlayedEngine, **limits):
     from serve import engine, pack_server
 
     monkeypatch.setattr(engine, "check_registered", lambda: None)
@@ -100,7 +101,7 @@ async def serving(folders, monkeypatch, faults=(), **limits):
         def _batch_output_stream(self, stream):
             return stream
 
-    server = Server.sync_init(config, engine_cls=PlayedEngine)
+    server = Server.sync_init(config, engine_cls=engine_cls)
     await server.start()
     try:
         yield server
@@ -210,6 +211,37 @@ def test_who_was_told_nothing_yet_by_an_engine_that_dies_is_answered_by_the_next
                 assert [answer[:2] for answer in answers] == [("sums", "sums")] * 6
             assert len(PlayedEngine.made) == 3
 
+    asyncio.run(run())
+
+
+def test_a_request_at_which_engines_die_is_given_up_and_the_next_one_is_answered(folders, monkeypatch):
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    class Fragile(PlayedEngine):
+        async def chat(self, request, raw_request_info):
+            if request.cache_salt == "sums/deadly":
+                raise EngineDeadError
+            async for piece in PlayedEngine.chat(self, request, raw_request_info):
+                yield piece
+
+    async def run():
+        async with serving(folders, monkeypatch, engine_cls=Fragile) as server:
+            with pytest.raises(DeadlyRequestError, match="3 engines died"):
+                await ask(server, "sums", salt="deadly")
+            assert (await ask(server, "sums"))[:2] == ("sums", "sums")
+            assert len(PlayedEngine.made) == 4
+
+    asyncio.run(run())
+
+
+def test_a_pack_does_not_start_with_damaged_files_in_its_engine(folders, monkeypatch):
+    async def run():
+        with pytest.raises(ConfigError, match="general: damaged, by the hashes in its seap.json"):
+            async with serving(folders, monkeypatch):
+                raise AssertionError("it started")
+
+    with open(f"{folders['general']}/model.safetensors", "a") as file:
+        file.write("!")
     asyncio.run(run())
 
 

@@ -11,7 +11,7 @@ from seap_ray.config import Config
 from seap_ray.errors import ConfigError
 from seap_ray.progress import say
 from seap_ray.storage import matching, writable
-from seap_ray.table import show, text_table
+from seap_ray.table import text_table
 
 SUITES: Mapping[str, Callable[[Config], Iterable[Row]]] = {
     "calibrate": calibrate.rows,
@@ -75,7 +75,7 @@ def _ratio(row: Row) -> str | None:
 def _short_of(row: Row) -> str:
     quantity, _, bound = row.target.split()
     value = row.ratio if quantity == "ratio" else row.ours
-    return f"{row.name}: {show(value)} where {bound} was the target. {row.why}"
+    return f"{row.name}: {_number(value)} where {bound} was the target; {row.why}"
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
