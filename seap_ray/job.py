@@ -20,8 +20,9 @@ from transformers.utils import logging as transformers_logging
 from seap_ray import errors
 from seap_ray.bucket import is_uri
 from seap_ray.calibrate import calibrate, n_workers
-from seap_ray.checkpoint import Checkpoint, parse_size
+from seap_ray.checkpoint import Checkpoint
 from seap_ray.cluster import connect
+from seap_ray.compaction import parse_size
 from seap_ray.config import Config
 from seap_ray.corpus import check_evaluation, check_source, load_tokenizer
 from seap_ray.doctor import Finding, examine, heed, here

@@ -13,11 +13,9 @@ from safetensors.torch import save_file
 
 from seap_ray.architecture import Architecture
 from seap_ray.bucket import AnyPath
-from seap_ray.checkpoint import (
-    Checkpoint,
-    check_stock,
-)
+from seap_ray.checkpoint import Checkpoint
 from seap_ray.cluster import work_task
+from seap_ray.compaction import check_stock
 from seap_ray.config import Baseline, Config, PlanSettings, PruningSection
 from seap_ray.moments import SITES, Moments, Site, Statistics, mixed
 from seap_ray.plan import Kept, LayerScores, Plan, choose_dropped, choose_shapes, keep

@@ -13,17 +13,9 @@ import torch
 
 from seap_ray.architecture import Shape
 from seap_ray.bucket import AnyPath
-from seap_ray.checkpoint import (
-    SHARED,
-    Checkpoint,
-    Compaction,
-    OutputTensor,
-    finish,
-    parse_size,
-    versions,
-    write_tensors,
-)
+from seap_ray.checkpoint import Checkpoint, versions
 from seap_ray.cluster import work_task
+from seap_ray.compaction import SHARED, Compaction, OutputTensor, finish, parse_size, write_tensors
 from seap_ray.moments import Statistics
 from seap_ray.plan import Plan
 from seap_ray.planner import Planner, Spec, describe, save_plan, specs

@@ -1,7 +1,7 @@
 """vLLM loader: weights of a compacted checkpoint; where they replace those of another of the same base and shape, only
 what differs is read.
 
-vLLM's ``reload_weights`` leaves modules alone that nothing comes for (see ``checkpoint.SHARED`` for what that is).
+vLLM's ``reload_weights`` leaves modules alone that nothing comes for (see ``compaction.SHARED`` for what that is).
 """
 
 import json
@@ -16,7 +16,8 @@ from vllm.config import ModelConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import DefaultModelLoader
 
-from seap_ray.checkpoint import INDEX, SHARED
+from seap_ray.checkpoint import INDEX
+from seap_ray.compaction import SHARED
 
 
 class ExpertLoader(DefaultModelLoader):

@@ -39,7 +39,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.utils import logging as transformers_logging
 
 from seap_ray.architecture import Architecture, Shape
-from seap_ray.checkpoint import Compaction, finish, write_tensors
+from seap_ray.compaction import Compaction, finish, write_tensors
 from seap_ray.moments import RECORDED, Moments, Statistics
 from seap_ray.plan import Kept, Plan
 

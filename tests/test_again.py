@@ -14,7 +14,8 @@ from test_layerwise import SHARDS, assert_equal, found_by, layerwise
 from transformers import AutoModelForCausalLM
 
 from seap_ray.architecture import Architecture, Shape
-from seap_ray.checkpoint import Checkpoint, Compaction, check_stock
+from seap_ray.checkpoint import Checkpoint
+from seap_ray.compaction import Compaction, check_stock
 from seap_ray.errors import ConfigError
 from seap_ray.hf.shapes import check_folder
 from seap_ray.plan import Kept, Plan

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import random_plan, write_compacted
 
-from seap_ray.checkpoint import Checkpoint, Compaction
+from seap_ray.checkpoint import Checkpoint
+from seap_ray.compaction import Compaction
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError
 from serve.app import _flat

@@ -21,7 +21,8 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from seap_ray.architecture import FAMILIES, Architecture, Layer, Shape
-from seap_ray.checkpoint import Checkpoint, Compaction
+from seap_ray.checkpoint import Checkpoint
+from seap_ray.compaction import Compaction
 from seap_ray.config import PruningSection
 from seap_ray.errors import ConfigError
 from seap_ray.plan import Rules

@@ -39,8 +39,10 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 
 import seap_ray.hf  # noqa: F401  (registers the classes that load a compacted checkpoint)
 from seap_ray import checkpoint as checkpoint_module
+from seap_ray import compaction as compaction_module
 from seap_ray.architecture import Architecture, Shape
-from seap_ray.checkpoint import SHARED, Checkpoint, Compaction, check_stock, finish, parse_size, write_tensors
+from seap_ray.checkpoint import Checkpoint
+from seap_ray.compaction import SHARED, Compaction, check_stock, finish, parse_size, write_tensors
 from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.hf.shapes import check_folder
 from seap_ray.plan import Kept, Plan
@@ -444,11 +446,11 @@ def test_seap_json_is_written_last(dense, tmp_path, monkeypatch):
     compaction = compaction_of(dense("llama_gqa"))
     files = compaction.files(20_000)
     written: list[str] = []
-    copy, write = shutil.copyfile, checkpoint_module.write_json
+    copy, write = shutil.copyfile, compaction_module.write_json
     spy = SimpleNamespace(copyfile=lambda source, target: (written.append(Path(source).name), copy(source, target)))
-    monkeypatch.setattr(checkpoint_module, "shutil", spy)
+    monkeypatch.setattr(compaction_module, "shutil", spy)
     monkeypatch.setattr(
-        checkpoint_module, "write_json", lambda path, value: (written.append(path.name), write(path, value))
+        compaction_module, "write_json", lambda path, value: (written.append(path.name), write(path, value))
     )
     finish(compaction, tmp_path, files, {"what": "a manifest"})
     assert written[-1] == "seap.json" and written.count("seap.json") == 1
@@ -459,15 +461,15 @@ def test_seap_json_is_written_last(dense, tmp_path, monkeypatch):
 @pytest.mark.parametrize("culprit", ["config.json", "modeling_seap.py", "tokenizer.json"])
 def test_no_seap_json_is_left_when_finishing_fails_midway(dense, tmp_path, monkeypatch, culprit):
     compaction = compaction_of(dense("llama_gqa"))
-    copy, write = shutil.copyfile, checkpoint_module.write_json
+    copy, write = shutil.copyfile, compaction_module.write_json
 
     def refuse(path):
         if Path(path).name == culprit:
             raise OSError("disk full")
 
     spy = SimpleNamespace(copyfile=lambda source, target: (refuse(source), copy(source, target)))
-    monkeypatch.setattr(checkpoint_module, "shutil", spy)
-    monkeypatch.setattr(checkpoint_module, "write_json", lambda path, value: (refuse(path), write(path, value)))
+    monkeypatch.setattr(compaction_module, "shutil", spy)
+    monkeypatch.setattr(compaction_module, "write_json", lambda path, value: (refuse(path), write(path, value)))
     with pytest.raises((OSError, IncompleteError), match="disk full"):
         finish(compaction, tmp_path, compaction.files(10**9), {})
     assert not list(tmp_path.glob("*seap.json*"))
@@ -602,7 +604,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from safetensors.torch import load_file
-from seap_ray.checkpoint import Checkpoint, Compaction, write_tensors
+from seap_ray.checkpoint import Checkpoint
+from seap_ray.compaction import Compaction, write_tensors
 from seap_ray.moments import Moments
 from seap_ray.plan import Kept, Plan
 
@@ -1105,7 +1108,7 @@ def test_tensors_lie_in_the_order_of_the_layers(dense):
     tensors = dict.fromkeys(Checkpoint.open(str(dense("llama_gqa"))).tensors)
     architecture = Architecture.of({**LlamaConfig(num_hidden_layers=12).to_dict()})
     names = sorted([*tensors, *(architecture.tensor(layer, "mlp.up_proj") for layer in (10, 11))], reverse=True)
-    ordered = sorted(names, key=lambda name: checkpoint_module._natural(architecture, name))
+    ordered = sorted(names, key=lambda name: compaction_module._natural(architecture, name))
     assert ordered[0] == "model.embed_tokens.weight"
     assert set(ordered[-2:]) == {"model.norm.weight", "lm_head.weight"}
     layers = [int(name.split(".")[2]) for name in ordered[1:-2]]

@@ -18,7 +18,8 @@ import seap_ray.hf  # noqa: F401  (registers the classes that load a compacted c
 from seap_ray import calibrate
 from seap_ray.architecture import Architecture
 from seap_ray.calibrate import Calibration, Calibrator, merge_layer, merge_records
-from seap_ray.checkpoint import Checkpoint, Compaction
+from seap_ray.checkpoint import Checkpoint
+from seap_ray.compaction import Compaction
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.moments import SITES, Covariance, Moments, pooled, pooled_covariance

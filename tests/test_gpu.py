@@ -8,7 +8,8 @@ from test_recorder import RAGGED, as_tuples, assert_close, two_pass
 from torch.nn.functional import cosine_similarity
 
 from seap_ray import recorder
-from seap_ray.checkpoint import Checkpoint, Compaction
+from seap_ray.checkpoint import Checkpoint
+from seap_ray.compaction import Compaction
 from seap_ray.layerwise import LayerwiseModel, attention_of
 from seap_ray.moments import Covariance, Moments
 from seap_ray.recorder import _cosines, record

@@ -17,7 +17,8 @@ from conftest import load, random_ids, random_plan, write_compacted
 from transformers import AutoTokenizer
 
 from seap_ray import harness
-from seap_ray.checkpoint import Checkpoint, Compaction
+from seap_ray.checkpoint import Checkpoint
+from seap_ray.compaction import Compaction
 from seap_ray.errors import ConfigError, DataError
 from seap_ray.tasks import BUILT_IN, Task
 

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import seap_ray.hf  # noqa: F401
 from seap_ray.calibrate import Calibrator
-from seap_ray.checkpoint import SHARED as BASE_FILES
 from seap_ray.checkpoint import Checkpoint
+from seap_ray.compaction import SHARED as BASE_FILES
 from seap_ray.config import Config
 from seap_ray.errors import DataError, IncompleteError, SeapError
 from seap_ray.job import Calibrated, known_error, route

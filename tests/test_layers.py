@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RINGS = {
     0: "config methods command errors tasks architecture moments kernels scores reconstruction sparsity plan compact "
     "progress table paper install demo demo.skills bucket",
-    1: "storage lock run corpus recorder layerwise records checkpoint fitting router quality harness speed "
+    1: "storage lock run corpus recorder layerwise records checkpoint compaction fitting router quality harness speed "
     "summary evidence pictures anatomy findings report "
     "hf hf.configuration_seap hf.modeling_seap hf.shapes demo.train "
     "benchmarks benchmarks.measure benchmarks.gpu benchmarks.engine",

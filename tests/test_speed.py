@@ -8,7 +8,8 @@ import torch
 from conftest import random_plan, write_compacted
 
 from seap_ray import speed
-from seap_ray.checkpoint import Checkpoint, Compaction
+from seap_ray.checkpoint import Checkpoint
+from seap_ray.compaction import Compaction
 from seap_ray.config import SpeedSection
 from seap_ray.speed import measure_speeds
 

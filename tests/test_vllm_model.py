@@ -32,7 +32,8 @@ from transformers import (
 
 import seap_ray.hf  # noqa: F401
 from seap_ray.architecture import Shape
-from seap_ray.checkpoint import Checkpoint, Compaction
+from seap_ray.checkpoint import Checkpoint
+from seap_ray.compaction import Compaction
 from seap_ray.errors import ConfigError
 from seap_ray.hf.shapes import check_folder
 from seap_ray.layerwise import attention_of

@@ -36,7 +36,8 @@ import seap_ray.hf  # noqa: F401  makes the compacted families known
 from seap_ray.architecture import Architecture, Shape
 from seap_ray.benchmarks.engine import Engine
 from seap_ray.benchmarks.measure import Row, alternate, machine
-from seap_ray.checkpoint import Checkpoint, Compaction
+from seap_ray.checkpoint import Checkpoint
+from seap_ray.compaction import Compaction
 from seap_ray.config import AllocationSection, PruningSection
 from seap_ray.layerwise import LayerwiseModel
 from seap_ray.moments import Covariance, Moments, split_product

@@ -30,7 +30,8 @@ from seap_ray.architecture import Architecture
 from seap_ray.benchmarks.merge import random_statistics
 from seap_ray.benchmarks.shapes import LLAMA_3_70B
 from seap_ray.calibrate import RECORDS_HELD, Calibration, grouped, merge_records
-from seap_ray.checkpoint import Checkpoint, write_tensors
+from seap_ray.checkpoint import Checkpoint
+from seap_ray.compaction import write_tensors
 from seap_ray.config import Config
 from seap_ray.layerwise import LayerwiseModel
 from seap_ray.moments import Moments

@@ -25,8 +25,9 @@ import httpx
 import psutil
 import torch
 
-from seap_ray.checkpoint import SHARED, Checkpoint
+from seap_ray.checkpoint import Checkpoint
 from seap_ray.compact import compact
+from seap_ray.compaction import SHARED
 from seap_ray.config import GENERAL, Config
 from seap_ray.demo import skills
 from seap_ray.plan import Kept
