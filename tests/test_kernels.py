@@ -13,7 +13,7 @@ COMPARED = """
 import torch
 from torch.nn.functional import cosine_similarity
 from seap_ray import kernels
-from seap_ray.benchmarks.gpu import two_pass
+from seap_ray.benchmarks.gpu.statistics import two_pass
 
 generator = torch.Generator().manual_seed(0)
 tile = kernels.Tile(tokens=4, columns=8, steps=2, warps=4)

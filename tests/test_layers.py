@@ -15,9 +15,11 @@ RINGS = {
     1: "storage lock run corpus recorder layerwise records checkpoint compaction fitting router quality harness speed "
     "summary evidence pictures anatomy findings report "
     "hf hf.configuration_seap hf.modeling_seap hf.shapes demo.train "
-    "benchmarks benchmarks.measure benchmarks.gpu benchmarks.engine",
+    "benchmarks benchmarks.measure benchmarks.shapes benchmarks.gpu benchmarks.gpu.__main__ benchmarks.gpu.device "
+    "benchmarks.gpu.calibration benchmarks.gpu.statistics benchmarks.gpu.stream benchmarks.gpu.decoding "
+    "benchmarks.gpu.serving benchmarks.gpu.engine benchmarks.gpu.linears",
     2: "cluster shards placement calibrate planner prune evaluation results doctor job bench studies "
-    "benchmarks.shapes benchmarks.calibrate benchmarks.merge benchmarks.plan "
+    "benchmarks.calibrate benchmarks.merge benchmarks.plan "
     "benchmarks.compact benchmarks.startup benchmarks.suites benchmarks.official",
     3: "vllm_plugin vllm_model vllm_loader",
 }

@@ -11,6 +11,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 LLAMA_2_7B = LlamaConfig(
     hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=32, vocab_size=32000
 )
+LLAMA_3_8B = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    num_hidden_layers=32,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+)
 LLAMA_3_70B = LlamaConfig(
     hidden_size=8192,
     intermediate_size=28672,
