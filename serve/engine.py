@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+from collections.abc import Awaitable
 from typing import Any
 
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
@@ -48,6 +49,20 @@ class ExpertServer(LLMServer):
         self._llm_config.get_engine_config().hf_model_id = copy  # made on the driver, of the driver's copy
         await super().start()
         self._watching = asyncio.create_task(self._watch_engine())
+
+    async def _start_engine(self) -> None:
+        await self._while_alive(super()._start_engine())
+
+    async def _while_alive(self, work: Awaitable[Any]) -> None:
+        """Await what the engine does. Raises EngineDeadError if it dies: vLLM would wait for its answer for ever."""
+        doing = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait({doing}, timeout=HEALTH_CHECK_S / 4))[0]:
+                if self.engine._engine_client:
+                    await self.engine.check_health()
+            await doing
+        finally:
+            doing.cancel()
 
     async def _watch_engine(self) -> None:
         while True:

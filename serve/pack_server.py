@@ -149,10 +149,7 @@ class PackServer(ExpertServer):
         try:
             if not await self._whole[expert]:
                 return self._give_up(expert, "its files are damaged")
-            # Requests that were given up may still run for a moment; what they leave in the cache is this expert's.
-            await self.engine.pause(mode="abort", clear_cache=False)
-            await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(self._folders[expert])})
-            await self.engine.resume()
+            await self._while_alive(self._reload(self._folders[expert]))
         except Exception as error:
             # Weights may be those of both experts now.
             logger.error(f"the swap to {expert} failed ({error})")
@@ -165,6 +162,12 @@ class PackServer(ExpertServer):
         self._swaps.inc(tags={"expert": expert})
         self._swap_seconds.observe(self._swap_s)
         self._enter(expert)
+
+    async def _reload(self, folder: Path) -> None:
+        # Requests that were given up may still run for a moment; what they leave in the cache is this expert's.
+        await self.engine.pause(mode="abort", clear_cache=False)
+        await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        await self.engine.resume()
 
     def _enter(self, expert: str) -> None:
         self._schedule.swapped(expert, time.monotonic())

@@ -21,6 +21,7 @@ import pytest
 import ray
 import torch
 from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import seap_ray.hf  # noqa: F401
@@ -131,6 +132,17 @@ def test_the_manifest_of_an_expert_tells_source_plan_ratios_and_hashes(finished)
     assert all(len(about["sha256"]) == 64 for about in manifest["files"].values())
 
 
+def files_of(expert):
+    """Bytes of its weights' files by their names, and of its configuration."""
+    return {f.name: f.read_bytes() for f in (*expert.glob("*.safetensors"), expert / "config.json")}
+
+
+def tensors_of(expert):
+    """Shapes and bytes of its tensors by their names, in whichever files they are."""
+    tensors = {k: t for f in expert.glob("*.safetensors") for k, t in load_file(f).items()}
+    return {k: (t.shape, t.numpy().tobytes()) for k, t in tensors.items()}
+
+
 AGAIN = """pruning.baselines={
     uniform: {allocation: uniform, score: energy},
     global: {allocation: global, score: wifv, compensation: mean},
@@ -146,8 +158,8 @@ def test_a_finished_expert_is_pruned_again_by_every_allocation_and_stream_finds_
     base = json.loads((expert / "seap.json").read_text())
     for name in ("general", "logic", "uniform", "global", "standardised", "depth"):
         same = run_of(whole).expert(0, name)
-        for file in ("model.safetensors", "config.json"):
-            assert (same / file).read_bytes() == (expert / file).read_bytes()
+        assert tensors_of(same) == tensors_of(expert)
+        assert (same / "config.json").read_bytes() == (expert / "config.json").read_bytes()
         folder = run_of(whole).expert(0.3, name)
         manifest = json.loads((folder / "seap.json").read_text())
         assert manifest["source"]["model"] == str(expert) and manifest["source"]["model_type"] == "seap_llama"
@@ -167,11 +179,10 @@ def test_two_workers_give_byte_equal_statistics_plans_and_weights(finished, tmp_
     assert main(arguments(tmp_path, "calibration.workers=2", UNJUDGED)) == 0
     assert statistics(tmp_path) == statistics(finished)
     for ratio_and_name in ("0.50/general", "0.50/arithmetic", "0.50/logic"):
-        expert = finished / "run" / "experts" / ratio_and_name
-        written = [f"experts/{ratio_and_name}/{file.name}" for file in expert.glob("*.safetensors")]
-        assert len(written) == 2
-        for file in (*written, f"plans/{ratio_and_name}.safetensors"):
-            assert (finished / "run" / file).read_bytes() == (tmp_path / "run" / file).read_bytes()
+        first, second = (folder / "run" / "experts" / ratio_and_name for folder in (finished, tmp_path))
+        assert files_of(first) == files_of(second) and len(files_of(first)) == 3
+        plan = f"plans/{ratio_and_name}.safetensors"
+        assert (finished / "run" / plan).read_bytes() == (tmp_path / "run" / plan).read_bytes()
 
 
 def test_what_experts_have_of_the_base_is_on_the_disk_once(finished):

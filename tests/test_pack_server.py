@@ -20,6 +20,7 @@ pytestmark = [
 ]
 
 EXPERTS = ("general", "sums", "verse")
+KILL = object()
 LIMITS = {"running": 4, "waiting": 100, "max_wait_s": 0.05, "weights": {}}
 
 
@@ -31,7 +32,7 @@ class PlayedEngine:
 
     def __init__(self, config):
         self.name = str(config.model_loading_config.model_source)
-        self.running, self.swaps = Counter(), []
+        self.running, self.swaps, self.is_killed = Counter(), [], False
         self._engine_client = SimpleNamespace(shutdown=lambda: None)
         self.made.append(self)
 
@@ -39,7 +40,13 @@ class PlayedEngine:
         await asyncio.sleep(0)
 
     async def check_health(self):
-        pass
+        if self.is_killed:
+            raise RuntimeError("EngineCore encountered an issue")
+
+    async def killed(self):
+        """As vLLM when its engine's process is killed: whatever was asked of it is not answered any more."""
+        self.is_killed = True
+        await asyncio.Event().wait()
 
     async def pause(self, *, mode, clear_cache):
         assert not sum(self.running.values()), "a swap while a request runs"
@@ -52,6 +59,8 @@ class PlayedEngine:
         self.name = "torn"
         await asyncio.sleep(0.002)
         if self.faults and (fault := self.faults.pop(0)):
+            if fault is KILL:
+                await self.killed()
             raise fault
         self.name = kwargs["weights_path"]
         self.swaps.append(self.name)
@@ -94,10 +103,9 @@ async def serving(folders, monkeypatch, faults=(), engine_cls=PlayedEngine, **li
         multiplex_config=lambda: None,
     )
 
-    class Server(pack_server.PackServer):
-        async def _start_engine(self):
-            await self.engine.start()
+    monkeypatch.setattr(engine.LLMServer, "_start_engine", lambda self: self.engine.start())
 
+    class Server(pack_server.PackServer):
         def _batch_output_stream(self, stream):
             return stream
 
@@ -140,6 +148,22 @@ def test_an_engine_that_dies_in_a_swap_is_started_again_and_nobody_is_lost(folde
             answers = await asyncio.gather(*(ask(server, expert) for expert in asked))
             assert [(model, weights) for model, weights, _ in answers] == [(expert, expert) for expert in asked]
             assert len(PlayedEngine.made) == 3
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_is_killed_in_a_swap_or_in_its_start_and_says_nothing_is_started_again(folders, monkeypatch):
+    class OftenKilled(PlayedEngine):
+        async def start(self):
+            if len(self.made) == 2:
+                await self.killed()
+
+    async def run():
+        async with serving(folders, monkeypatch, [KILL], OftenKilled) as server:
+            asked = [EXPERTS[i % 3] for i in range(30)]
+            answers = await asyncio.wait_for(asyncio.gather(*(ask(server, expert) for expert in asked)), 20)
+            assert [(model, weights) for model, weights, _ in answers] == [(expert, expert) for expert in asked]
+            assert [engine.is_killed for engine in PlayedEngine.made] == [True, True, False]
 
     asyncio.run(run())
 
