@@ -2,8 +2,9 @@
 python jobs/bench.py docs
 
 Measures what is fast and what is slow, ours and a baseline in turns, and what the machine allows: calibrate, merge,
-plan, compact, startup; left out: all of these, some minutes on two cores. Prints a table and writes
-<benchmarks.folder>/<suite>.json. `docs` puts tables of all of them into <benchmarks.folder>.md.
+plan, compact, startup; left out: all of these, some minutes on two cores. With vLLM: serve, a dense model beside cut
+ones, and route, what the endpoint adds. Prints a table and writes <benchmarks.folder>/<suite>.json. `docs` puts tables
+of all of them into <benchmarks.folder>.md.
 
 Exit codes: 0 done, whether targets are met or not, 2 a suite or a key is wrong, 4 cut short.
 """

@@ -20,8 +20,8 @@ RINGS = {
     "benchmarks.gpu.serving benchmarks.gpu.engine benchmarks.gpu.linears",
     2: "cluster shards placement calibrate planner prune evaluation results doctor job bench studies "
     "benchmarks.calibrate benchmarks.merge benchmarks.plan "
-    "benchmarks.compact benchmarks.startup benchmarks.suites benchmarks.official",
-    3: "vllm_plugin vllm_model vllm_loader",
+    "benchmarks.compact benchmarks.startup benchmarks.official",
+    3: "vllm_plugin vllm_model vllm_loader benchmarks.serve benchmarks.route benchmarks.suites",
 }
 RING_OF = {"seap_ray": 0} | {f"seap_ray.{name}": ring for ring, names in RINGS.items() for name in names.split()}
 OUTER = {"transformers": 1, "datasets": 1, "safetensors": 1, "tokenizers": 1, "sklearn": 1, "ray": 2, "vllm": 3}

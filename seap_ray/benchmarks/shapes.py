@@ -1,12 +1,18 @@
-"""Checkpoints of the shape of large models, in sparse files: real headers and names, and zeros that take no disk."""
+"""Shapes of large models, dense and cut, and checkpoints of them in sparse files: real headers, and zeros that take no
+disk."""
 
 import json
 import struct
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
+
+from seap_ray.architecture import Architecture, Shape
+from seap_ray.config import AllocationSection, PruningSection
+from seap_ray.plan import Kept, Plan, choose_shapes
 
 LLAMA_2_7B = LlamaConfig(
     hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=32, vocab_size=32000
@@ -29,6 +35,20 @@ LLAMA_3_70B = LlamaConfig(
     vocab_size=128256,
 )
 SHAPES = {"7b": LLAMA_2_7B, "70b": LLAMA_3_70B}
+
+
+def shapes_of(config: LlamaConfig, ratio: float, kind: str, align: int | Literal["auto"] = "auto") -> list[Shape]:
+    """What an allocation that knows no scores leaves of every layer."""
+    architecture = Architecture.of({**config.to_dict(), "model_type": "llama"})
+    pruning = PruningSection(align=align, allocation=AllocationSection(kind=kind))  # type: ignore[arg-type]
+    return choose_shapes(architecture, pruning, ratio=ratio, compensated=True, scores_L=())
+
+
+def plan_of(config: LlamaConfig, ratio: float, kind: str, align: int | Literal["auto"] = "auto") -> Plan:
+    """A plan that keeps the first units of every layer: for speed it does not matter which."""
+    shapes = shapes_of(config, ratio, kind, align)
+    kept = tuple(Kept(tuple(range(s.groups)), tuple(range(s.heads)), tuple(range(s.channels))) for s in shapes)
+    return Plan("expert", ratio, "mean", kept, {})
 
 
 def sparse_checkpoint(folder: Path, config: LlamaConfig, *, max_bytes: int = 5 * 10**9) -> Path:

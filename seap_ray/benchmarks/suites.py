@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from seap_ray.benchmarks import calibrate, compact, merge, plan, startup
+from seap_ray.benchmarks import calibrate, compact, merge, plan, route, serve, startup
 from seap_ray.benchmarks.measure import Row, load_rows, save_rows
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError
 from seap_ray.progress import say
 from seap_ray.storage import matching, writable
 from seap_ray.table import text_table
+from seap_ray.vllm_plugin import check_registered
 
 SUITES: Mapping[str, Callable[[Config], Iterable[Row]]] = {
     "calibrate": calibrate.rows,
@@ -19,9 +20,12 @@ SUITES: Mapping[str, Callable[[Config], Iterable[Row]]] = {
     "plan": plan.rows,
     "compact": compact.rows,
     "startup": startup.rows,
+    "serve": serve.rows,
+    "route": route.rows,
 }
 DEFAULT = ("calibrate", "merge", "plan", "compact", "startup")
-"""Those that need no GPU and no engine."""
+"""Those that need no engine."""
+WITH_VLLM = {"serve", "route"}
 BEGIN, END = "<!-- measured: written by jobs/bench.py docs -->", "<!-- end of what is measured -->"
 COLUMNS = ("what", "baseline", "ours", "unit", "ratio", "limit", "target", "met")
 
@@ -29,11 +33,13 @@ COLUMNS = ("what", "baseline", "ours", "unit", "ratio", "limit", "target", "met"
 def run_suites(config: Config, names: Sequence[str], keys: Sequence[str]) -> None:
     """Measure and write every suite of ``names``, or those of ``DEFAULT``; ``keys`` are what the command sets.
 
-    Raises ConfigError for an unknown name, before any work.
+    Raises ConfigError for an unknown name, or where one needs vLLM and it is not there, before any work.
     """
     for name in names:
         if name not in SUITES:
             raise ConfigError(f"{name}: no such suite; there are {', '.join(SUITES)}, and docs")
+    if WITH_VLLM & {*names}:
+        check_registered()
     folder = Path(config.benchmarks.folder)
     for name in names or DEFAULT:
         say(f"{name}:")

@@ -8,20 +8,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, Cache, LlamaConfig, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from seap_ray.architecture import Architecture, Shape
 from seap_ray.benchmarks.gpu.device import DEVICE, DTYPE, HAS_GPU, SIZES, Ceilings, built, emptied, flops, now, row
 from seap_ray.benchmarks.measure import Row, alternate
+from seap_ray.benchmarks.shapes import plan_of
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.compaction import Compaction
-from seap_ray.config import AllocationSection, PruningSection
-from seap_ray.plan import Kept, Plan, choose_shapes
 
 CAUSAL = "causal_sdpa"
 """Attention that is given no mask, since all positions are real; while a graph is captured, transformers makes one."""
@@ -50,16 +48,8 @@ def speed_rows(of: Ceilings) -> Iterator[Row]:
 def compacted(config: LlamaConfig, ratio: float, kind: str) -> Any:
     """The configuration of an expert; which units it keeps does not matter."""
     values = {**config.to_dict(), "model_type": "llama"}
-    shapes = shapes_of(config, ratio, kind)
-    kept = tuple(Kept(tuple(range(s.groups)), tuple(range(s.heads)), tuple(range(s.channels))) for s in shapes)
-    compaction = Compaction(Checkpoint(Path(), values, {}, ""), Plan("expert", ratio, "mean", kept, {}))
+    compaction = Compaction(Checkpoint(Path(), values, {}, ""), plan_of(config, ratio, kind))
     return AutoConfig.for_model(**{key: value for key, value in compaction.config().items() if key != "auto_map"})
-
-
-def shapes_of(config: LlamaConfig, ratio: float, kind: str, align: int | Literal["auto"] = "auto") -> list[Shape]:
-    architecture = Architecture.of({**config.to_dict(), "model_type": "llama"})
-    pruning = PruningSection(align=align, allocation=AllocationSection(kind=kind))  # type: ignore[arg-type]
-    return choose_shapes(architecture, pruning, ratio=ratio, compensated=True, scores_L=())
 
 
 def _speed_rows(name: str, dense: Any, cut: Any, target: str, of: Ceilings) -> Iterator[Row]:

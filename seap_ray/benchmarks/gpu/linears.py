@@ -13,9 +13,10 @@ from torch.nn.functional import linear
 from transformers import LlamaConfig
 
 from seap_ray.architecture import Shape
-from seap_ray.benchmarks.gpu.decoding import ALLOCATIONS, RATIOS, graphed, shapes_of
+from seap_ray.benchmarks.gpu.decoding import ALLOCATIONS, RATIOS, graphed
 from seap_ray.benchmarks.gpu.device import DEVICE, DTYPE, SIZES, Ceilings, row, seconds_of
 from seap_ray.benchmarks.measure import Row
+from seap_ray.benchmarks.shapes import shapes_of
 
 
 def linears_rows(of: Ceilings) -> Iterator[Row]:
