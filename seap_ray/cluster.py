@@ -17,6 +17,8 @@ HEAD = "node:__internal_head__"
 """Resource that Ray gives to the head alone."""
 WATCH_EVERY_S = 5.0
 """Seconds between two looks at the head, and that one may take."""
+IDLE_S = 120
+"""Seconds that a worker without work stays, where there are more than CPUs, on a cluster that is started here."""
 
 
 def connect(address: str | None = None) -> None:
@@ -27,6 +29,9 @@ def connect(address: str | None = None) -> None:
     if not ray.is_initialized():
         # Ray's C++ core warns of every actor pool of Ray Data on the driver's terminal, and of this setting itself.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        # Actors are processes of their own; Ray would end as many idle ones in their favour after a second, and what
+        # comes after the actors would import torch and transformers, seconds of CPU time, in new ones.
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(1000 * IDLE_S))
         with _silent_stderr():
             ray.init(address, logging_level=logging.ERROR, log_to_driver=bool(os.environ.get("RAY_LOG_TO_DRIVER")))
         threading.Thread(target=_watch_head, args=(ray.get_runtime_context().gcs_address,), daemon=True).start()

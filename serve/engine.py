@@ -25,6 +25,11 @@ HEALTH_CHECK_S = 2
 class Engine(VLLMEngine):
     """vLLM; on one CPU rank in two processes, where ``ray.serve.llm`` asks for a third, which gains nothing there."""
 
+    async def start(self) -> None:
+        # The expert lies on this node by now. Ray would start a process, with seconds of imports, only to see that.
+        self.llm_config.get_or_create_callback().ctx.run_init_node = False
+        await super().start()
+
     def _start_async_llm_engine(self, engine_args: Any, engine_config: Any, placement_group: Any) -> Any:
         parallel = engine_config.parallel_config
         if parallel.world_size == 1 and engine_config.device_config.device_type == "cpu":

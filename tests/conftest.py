@@ -3,7 +3,9 @@
 Tests import the builders (``from conftest import random_plan``) and ask for the fixtures by name.
 """
 
+import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,8 +117,34 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 """Every kind of model that is told apart somewhere: grouped or not, with and without biases, tied or not."""
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # So a shell starts what it is to run in the background, and what that starts: `serve run` would never end.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+LONGEST = ("test_service", "test_pack", "test_job", "test_eval", "test_vllm_model", "test_storage", "test_harness")
+"""Files that are begun with, so that no process of pytest is left with one at the end."""
+SERVED = ("test_service", "test_pack")
+"""Files that go to one process: they share a run, and engines of two services would wait for one another."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file to a process, as by xdist's own ``loadfile``."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "served" if Path(file).stem in SERVED else file
+
+    return Scheduling(config, log)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     missing = {
         "gpu": None if torch.cuda.is_available() else "needs an NVIDIA GPU",
         "vllm": None if find_spec("vllm") else "needs vLLM",
@@ -132,6 +160,8 @@ def cluster() -> Iterator[None]:
     """A Ray cluster of two CPUs in this process, for all tests that ask for it."""
     import ray
 
+    # As ``seap_ray.cluster.connect`` has it: a test finds the workers of those before it, with torch imported.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
     ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield
     ray.shutdown()

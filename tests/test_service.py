@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from served import KEY, ROOT, START_S, TASKS, Service, arguments, chat, command_of, environment, questions
+from served import KEY, METRICS_S, ROOT, START_S, TASKS, Service, arguments, chat, command_of, environment, questions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import seap_ray.hf  # noqa: F401
@@ -338,7 +338,7 @@ def generated(service, model):
     counts = [-1.0, -2.0, -3.0, -4.0]
     with service.http() as http:
         while len(set(counts[-4:])) > 1:
-            time.sleep(4)  # agents collect every few seconds
+            time.sleep(1.5 * METRICS_S)
             pattern = rf'^ray_vllm_generation_tokens_total\{{.*model_name="{model}".*\}} ([0-9.e+]+)$'
             counts.append(sum(map(float, re.findall(pattern, http.get("/metrics").text, re.M))))
     return counts[-1]
