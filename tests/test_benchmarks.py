@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seap_ray.benchmarks import calibrate, suites
+from seap_ray.benchmarks import calibrate, route, serve, suites
 from seap_ray.benchmarks.measure import Rounds, Row, alternate, is_met, load_rows, machine, save_rows
 from seap_ray.benchmarks.merge import peak_memory
 from seap_ray.config import Config
@@ -122,3 +122,27 @@ def test_peak_memory_sees_what_is_gone_again():
         for _ in range(20):
             bytearray(b"1" * (64 << 20))
     assert 32 << 20 < peak[0] < 1 << 30
+
+
+def test_what_routing_costs_is_set_against_what_the_expert_saves():
+    first = Rounds({"expert": [0.040, 0.050], "ours": [0.044, 0.054], "auto": [0.045, 0.055]})
+    named, auto, router, endpoint = route._first_rows(first)
+    assert (named.baseline, named.ours, auto.ours) == pytest.approx((45, 49, 50)) and router.met
+    assert (router.ours, endpoint.ours) == pytest.approx((1, 5))
+    whole = Rounds({"dense": [0.96, 0.96], "expert": [0.48, 0.48], "auto": [0.60, 0.60]})
+    speed, all_of_it, router_alone = route._whole_rows(first, whole)
+    assert speed.ratio == pytest.approx(1.6) and (speed.baseline, speed.limit) == pytest.approx((50, 100))
+    assert (all_of_it.ours, router_alone.ours) == pytest.approx((0.5, 0.1)), "10 ms saved a token"
+
+
+def test_a_load_counts_its_prompts_or_its_replies():
+    prefill, decoding = serve.Load(8, 256, 1), serve.Load(16, 16, 24)
+    assert (prefill.tokens, prefill.name) == (2048, "prefill of 8 x 256 tokens")
+    assert (decoding.tokens, decoding.name) == (384, "16 x 24 tokens at 16")
+
+
+def test_suites_that_need_vllm_say_so_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("seap_ray.vllm_plugin.entry_points", lambda **_: [])
+    with pytest.raises(ConfigError, match="vLLM plugin of seap_ray is not installed"):
+        suites.run_suites(config(tmp_path), ["startup", "serve"], [])
+    assert not any(tmp_path.iterdir())

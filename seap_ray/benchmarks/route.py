@@ -36,7 +36,7 @@ from seap_ray.run import Run
 
 SUITE, KEY = "route", "a-key-of-this-benchmark"
 TASKS, RATIO = ("facts", "logic"), 0.5
-PAIRS, LONG, TOKENS, CLIENTS, REQUESTS, START_S = 200, 20, 48, 16, 64, 300
+PAIRS, LONG, TOKENS, CLIENTS, REQUESTS, START_S = 200, 20, 48, 16, 32, 300
 
 
 def rows(config: Config) -> Iterator[Row]:
@@ -210,6 +210,7 @@ def _config(folder: Path, base: Path) -> list[str]:
         "run.storage": str(folder),
         "run.name": "route",
         "model.source": str(base),
+        "model.dtype": "bfloat16",
         "tasks": TASKS,
         "corpus.samples": 200,
         "calibration.statistics": "moments",
@@ -252,7 +253,8 @@ def _ours(arguments: list[str]) -> AbstractContextManager[str]:
 def _vllm(folder: Path) -> AbstractContextManager[str]:
     port = _free_port()
     options = ["--enforce-eager", "--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(1 << 28)]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--host", "127.0.0.1"]
+    server = "vllm.entrypoints.openai.api_server"  # the command `vllm` does not know its build for CPUs
+    command = [sys.executable, "-m", server, "--model", str(folder), "--host", "127.0.0.1"]
     return _served([*command, "--port", str(port), *options], port, "/health")
 
 
