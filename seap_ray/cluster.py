@@ -35,7 +35,7 @@ def connect(address: str | None = None) -> None:
         with _silent_stderr():
             ray.init(address, logging_level=logging.ERROR, log_to_driver=bool(os.environ.get("RAY_LOG_TO_DRIVER")))
         threading.Thread(target=_watch_head, args=(ray.get_runtime_context().gcs_address,), daemon=True).start()
-    signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets its own
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # after ray.init, which sets its own
 
 
 def work_task(function: Callable[..., Any], **options: Any) -> Any:
@@ -71,10 +71,6 @@ def _watch_head(address: str) -> None:
     if ray.is_initialized():
         said = "the head of the cluster does not answer; if this ends, run the same command again, on a new cluster"
         print(said, file=sys.stderr, flush=True)
-
-
-def _stop(_signal: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 @contextmanager

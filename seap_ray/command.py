@@ -1,5 +1,6 @@
 """Command: what every job does with its arguments: help, a config, and one line for what a user can mend."""
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -15,6 +16,7 @@ def command(usage: str, arguments: Sequence[str], work: Callable[[Config], None]
     if {"-h", "--help"} & set(arguments):
         print(help_text(usage))
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         work(Config.load(arguments))
     except SeapError as error:

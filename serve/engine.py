@@ -8,6 +8,7 @@ from typing import Any
 
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMServer
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from seap_ray.bucket import place
 from seap_ray.errors import ConfigError
@@ -26,7 +27,7 @@ class Engine(VLLMEngine):
     """vLLM; on one CPU rank in two processes, where ``ray.serve.llm`` asks for a third, which gains nothing there."""
 
     async def start(self) -> None:
-        # The expert lies on this node by now. Ray would start a process, with seconds of imports, only to see that.
+        # The expert lies on this node by now; Ray would start a process, seconds of imports, to hand its path back.
         self.llm_config.get_or_create_callback().ctx.run_init_node = False
         await super().start()
 
@@ -65,6 +66,8 @@ class ExpertServer(LLMServer):
             while not (await asyncio.wait({doing}, timeout=HEALTH_CHECK_S / 4))[0]:
                 if self.engine._engine_client:
                     await self.engine.check_health()
+            if doing.cancelled():  # vLLM closes its sockets when the engine dies, and with them what is being sent
+                raise EngineDeadError
             await doing
         finally:
             doing.cancel()

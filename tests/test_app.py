@@ -162,6 +162,7 @@ def test_models_share_an_engine_where_they_outnumber_accelerators(
     from serve.experts import find
     from serve.packs import packs
 
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # the cluster of tests before has no GPU
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     made = config(run, *arguments)
     found, why = packs(made, find(made, app.Run.of(made)))

@@ -31,7 +31,7 @@ def config(folder, **own):
     return Config.model_validate({"benchmarks": {"folder": str(folder), **own}})
 
 
-def test_contestants_take_turns_and_each_begins_a_round():
+def test_contestants_take_turns_and_none_always_follows_the_same():
     called, clock = [], iter(range(1000))
     found = alternate(
         {name: lambda name=name: called.append(name) for name in "abc"},
@@ -39,7 +39,7 @@ def test_contestants_take_turns_and_each_begins_a_round():
         before=lambda: called.append("-"),
         now=lambda: next(clock),
     )
-    assert "".join(called) == "-a-b-c" + "-a-b-c" + "-b-c-a" + "-c-a-b"
+    assert "".join(called) == "-a-b-c" + "-a-b-c" + "-a-c-b" + "-c-a-b"
     assert found.seconds == {name: [1, 1, 1] for name in "abc"}
 
 
@@ -126,9 +126,9 @@ def test_peak_memory_sees_what_is_gone_again():
 
 def test_what_routing_costs_is_set_against_what_the_expert_saves():
     first = Rounds({"expert": [0.040, 0.050], "ours": [0.044, 0.054], "auto": [0.045, 0.055]})
-    named, auto, router, endpoint = route._first_rows(first)
+    named, auto, router, error, endpoint = route._first_rows(first)
     assert (named.baseline, named.ours, auto.ours) == pytest.approx((45, 49, 50)) and router.met
-    assert (router.ours, endpoint.ours) == pytest.approx((1, 5))
+    assert (router.ours, error.ours, endpoint.ours) == pytest.approx((1, 0, 5))
     whole = Rounds({"dense": [0.96, 0.96], "expert": [0.48, 0.48], "auto": [0.60, 0.60]})
     speed, all_of_it, router_alone = route._whole_rows(first, whole)
     assert speed.ratio == pytest.approx(1.6) and (speed.baseline, speed.limit) == pytest.approx((50, 100))

@@ -114,7 +114,8 @@ def alternate(
     before: Callable[[], object] = lambda: None,
     now: Callable[[], float] = time.perf_counter,
 ) -> Rounds:
-    """Time every contestant once a round, so that what slows the machine slows all; each round another one begins.
+    """Time every contestant once a round, so that what slows the machine slows all; each round another one begins, and
+    every other round goes backwards, so that nobody always follows the same one.
 
     ``before`` is called, untimed, before every turn. ``now`` is a clock in seconds; on a GPU one that waits for the
     device first.
@@ -125,7 +126,7 @@ def alternate(
         contestants[name]()
     for turn in range(rounds):
         first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in (names[first:] + names[:first])[:: -1 if turn % 2 else 1]:
             before()
             started = now()
             contestants[name]()

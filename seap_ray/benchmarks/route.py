@@ -8,25 +8,23 @@ import asyncio
 import itertools
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 import httpx
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from seap_ray.benchmarks.measure import Rounds, Row, alternate
-from seap_ray.benchmarks.serve import MODEL
-from seap_ray.benchmarks.startup import JOBS
+from seap_ray.benchmarks.serve import dense
+from seap_ray.benchmarks.startup import JOBS, run_python
 from seap_ray.checkpoint import Checkpoint
 from seap_ray.config import Config
 from seap_ray.demo import skills
@@ -37,13 +35,15 @@ from seap_ray.run import Run
 SUITE, KEY = "route", "a-key-of-this-benchmark"
 TASKS, RATIO = ("facts", "logic"), 0.5
 PAIRS, LONG, TOKENS, CLIENTS, REQUESTS, START_S = 200, 20, 48, 16, 32, 300
+STOP_S = 120
+KV_CACHE_BYTES = 1 << 28
 
 
 def rows(config: Config) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
         base = _base(Path(folder) / "base")
         made = _config(Path(folder), base)
-        _job("prune.py", made)
+        run_python([str(JOBS / "prune.py"), *made])
         run, task = Run.of(Config.load(made)), TASKS[0]
         expert, prompts = Path(str(run.expert(RATIO, task))), _prompts(task)
         urls = {
@@ -69,34 +69,38 @@ def _router_row(router: Router, prompts: list[str]) -> Row:
 
 
 def _first_rows(first: Rounds) -> Iterator[Row]:
-    def ms(name: str) -> float:
-        return 1e3 * first.median(name)
-
-    shared = {"unit": "ms", "limit": ms("expert"), "limit_name": "vLLM's own server"}
-    for name, baseline in (("ours", "expert"), ("auto", "ours")):
-        told = {"ours": "the expert named, beside vLLM's own server", "auto": "auto, beside the expert named"}[name]
+    for name, baseline, told in (
+        ("ours", "expert", "the expert named, beside vLLM's own server"),
+        ("auto", "ours", "auto, beside the expert named"),
+    ):
         yield Row.of(
             SUITE,
             f"a request of one token, {told}",
-            baseline=ms(baseline),
-            ours=ms(name),
+            baseline=1e3 * first.median(baseline),
+            ours=1e3 * first.median(name),
+            unit="ms",
             ratios=first.ratios(name, baseline),
-            **shared,  # type: ignore[arg-type]
         )
-    yield Row.of(
-        SUITE, "added by the router, median of pairs", ours=_added(first, "ours"), unit="ms", target="ours <= 2"
-    )
-    yield Row.of(SUITE, "added by endpoint and router, median of pairs", ours=_added(first, "expert"), unit="ms")
+    added = _added(first, "ours")
+    yield Row.of(SUITE, "added by the router, median of pairs", ours=median(added), unit="ms", target="ours <= 2")
+    yield Row.of(SUITE, "added by the router, standard error", ours=_standard_error(added), unit="ms")
+    endpoint = median(_added(first, "expert"))
+    yield Row.of(SUITE, "added by endpoint and router, median of pairs", ours=endpoint, unit="ms")
 
 
-def _added(first: Rounds, baseline: str) -> float:
-    """Milliseconds that ``auto`` takes more."""
+def _added(first: Rounds, baseline: str) -> list[float]:
+    """Milliseconds that ``auto`` takes more, pair by pair."""
     pairs = zip(first.seconds["auto"], first.seconds[baseline], strict=True)
-    return 1e3 * median(auto - other for auto, other in pairs)
+    return [1e3 * (auto - other) for auto, other in pairs]
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    """Of a median, as of normal values: their spread by quartiles."""
+    low, _, high = quantiles(values, n=4)
+    return 1.2533 * (high - low) / 1.349 / len(values) ** 0.5
 
 
 def _whole_rows(first: Rounds, whole: Rounds) -> Iterator[Row]:
-    limit = TOKENS / whole.median("expert")
     yield Row.of(
         SUITE,
         f"a reply of {TOKENS} tokens: auto, experts cut by {RATIO:.0%}, beside vLLM's own server with the dense model",
@@ -104,20 +108,20 @@ def _whole_rows(first: Rounds, whole: Rounds) -> Iterator[Row]:
         ours=TOKENS / whole.median("auto"),
         unit="tokens/s",
         ratios=whole.speedups("auto", "dense"),
-        limit=limit,
+        limit=TOKENS / whole.median("expert"),
         limit_name="the expert in vLLM's own server",
     )
     saved = 1e3 * (whole.median("dense") - whole.median("expert")) / TOKENS
     yield Row.of(
         SUITE,
         "tokens after which the expert has earned what endpoint and router add",
-        ours=_added(first, "expert") / saved,
+        ours=median(_added(first, "expert")) / saved,
         unit="tokens",
     )
     yield Row.of(
         SUITE,
         "tokens after which the expert has earned what the router adds",
-        ours=_added(first, "ours") / saved,
+        ours=median(_added(first, "ours")) / saved,
         unit="tokens",
     )
 
@@ -138,8 +142,6 @@ def _crowd_rows(
             ours=REQUESTS * TOKENS / found.median("auto"),
             unit="tokens/s",
             ratios=found.speedups("auto", baseline),
-            limit=REQUESTS * TOKENS / found.median("expert"),
-            limit_name="the expert in vLLM's own server",
         )
 
 
@@ -160,7 +162,16 @@ def _latencies(
 
 
 def _ask(http: httpx.Client, model: str, prompts: Iterator[str], tokens: int) -> None:
-    _check(http.post("/v1/completions", json=_body(model, next(prompts), tokens)))
+    with _answering():
+        _check(http.post("/v1/completions", json=_body(model, next(prompts), tokens)))
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise IncompleteError(f"route: a server does not answer ({type(error).__name__} {error})") from None
 
 
 def _crowd(url: str, model: str, prompts: list[str]) -> None:
@@ -173,7 +184,8 @@ def _crowd(url: str, model: str, prompts: list[str]) -> None:
             todo = itertools.islice(itertools.cycle(prompts), REQUESTS)
             await asyncio.gather(*(client(http, todo) for _ in range(CLIENTS)))
 
-    asyncio.run(clients())
+    with _answering():
+        asyncio.run(clients())
 
 
 def _headers() -> dict[str, str]:
@@ -199,8 +211,7 @@ def _prompts(task: str) -> list[str]:
 
 
 def _base(folder: Path) -> Path:
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(MODEL, dtype=torch.bfloat16).save_pretrained(folder)
+    dense(folder)
     AutoTokenizer.from_pretrained(Checkpoint.open("demo").folder).save_pretrained(folder)
     return folder
 
@@ -224,15 +235,9 @@ def _config(folder: Path, base: Path) -> list[str]:
         "serve.num_cpus": 1,
         "serve.router.threshold": 0,
         "serve.engine.enable_prefix_caching": False,
+        "serve.engine.kv_cache_memory_bytes": KV_CACHE_BYTES,
     }
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-
-
-def _job(name: str, arguments: list[str]) -> None:
-    command = [sys.executable, str(JOBS / name), *arguments]
-    done = subprocess.run(command, cwd=JOBS.parent, env=_environment(), capture_output=True, text=True)
-    if done.returncode:
-        raise IncompleteError(f"route: jobs/{name} failed: {(done.stdout + done.stderr)[-500:]}")
 
 
 def _environment() -> dict[str, str]:
@@ -240,8 +245,8 @@ def _environment() -> dict[str, str]:
         **os.environ,
         "RAY_ADDRESS": "local",
         "SEAP_API_KEYS": KEY,
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a server of vLLM then computes in its core's process, as ours do
     }
 
 
@@ -252,7 +257,7 @@ def _ours(arguments: list[str]) -> AbstractContextManager[str]:
 
 def _vllm(folder: Path) -> AbstractContextManager[str]:
     port = _free_port()
-    options = ["--enforce-eager", "--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(1 << 28)]
+    options = ["--enforce-eager", "--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
     server = "vllm.entrypoints.openai.api_server"  # the command `vllm` does not know its build for CPUs
     command = [sys.executable, "-m", server, "--model", str(folder), "--host", "127.0.0.1"]
     return _served([*command, "--port", str(port), *options], port, "/health")
@@ -273,8 +278,11 @@ def _served(command: list[str], port: int, ready: str) -> Iterator[str]:
                 time.sleep(0.5)
             yield url
         finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
+            process.terminate()
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def _is_ready(url: str) -> bool:

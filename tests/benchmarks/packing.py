@@ -2,12 +2,14 @@
 
     python tests/benchmarks/packing.py run.name=demo               the service under load, several mixes of traffic
     python tests/benchmarks/packing.py swap run.name=demo          swaps alone, against the bytes that they move
+    python tests/benchmarks/packing.py faults run.name=demo        the engine is killed again and again under load
 
 The dense model is the general one of a ratio of 0: `python jobs/prune.py "pruning.ratio=[0, 0.2]" ...`. Every reply of
 the shared engine is compared with that of the expert's own.
 """
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -16,10 +18,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import httpx
 import psutil
@@ -40,16 +43,17 @@ TASKS = ("arithmetic", "reverse", "sort", "logic", "facts", "prose")
 REQUESTS, CLIENTS, MAX_TOKENS = 700, 48, 24
 MIXES = {"one": [1.0], "hot": [0.9], "zipf": [1 / rank for rank in range(1, 20)], "uniform": [1.0] * 20}
 """Shares of the models, in their order; what is left of 1 is spread evenly over the others."""
+BEFORE = "the answer to the question before this one was wrong, so think of it as long as you need to. "
+"""Long enough for the prefix cache to hold it."""
 
 
 def main(arguments: Sequence[str]) -> None:
     if arguments and arguments[0] == "swap":
         return swaps(Config.load(arguments[1:]))
+    if arguments and arguments[0] == "faults":
+        return faults(arguments[1:])
     config = Config.load(arguments)
-    run = Run.of(config)
-    ratio = config.serve.ratio or 0.2
-    models = sorted(path.parent.name for path in run.experts(ratio).glob("*/seap.json"))
-    models = [GENERAL, *(model for model in models if model in [task.name for task in config.tasks])]
+    ratio, models = config.serve.ratio or 0.2, models_of(config)
     replies: dict[str, dict[str, list[str]]] = {}
     rows = []
     for mode, more in (
@@ -83,6 +87,12 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{sum(a == b for a, b in pairs)} of {len(pairs)} replies of the shared engine are those of an engine each")
 
 
+def models_of(config: Config) -> list[str]:
+    made = Run.of(config).experts(config.serve.ratio or 0.2).glob("*/seap.json")
+    names = sorted(path.parent.name for path in made)
+    return [GENERAL, *(name for name in names if name in [task.name for task in config.tasks])]
+
+
 def traffic(models: list[str], shares: list[float]) -> list[tuple[str, str]]:
     """Which model each request names, and its prompt: of any task, so that all models see all kinds."""
     rng, rest = random.Random(0), len(models) - len(shares)
@@ -91,7 +101,9 @@ def traffic(models: list[str], shares: list[float]) -> list[tuple[str, str]]:
     return [(rng.choices(models, weights)[0], rng.choice(prompts)) for _ in range(REQUESTS)]
 
 
-async def load(url: str, asked: list[tuple[str, str]]) -> tuple[list[str], float, list[float]]:
+async def load(
+    url: str, asked: list[tuple[str, str]], meanwhile: Coroutine[Any, Any, None] | None = None
+) -> tuple[list[str], float, list[float]]:
     """Replies, seconds for all of them, and the sorted time of each."""
     turn, waits, headers = asyncio.Semaphore(CLIENTS), [], {"authorization": f"Bearer {KEY}"}
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=600) as http:
@@ -106,7 +118,10 @@ async def load(url: str, asked: list[tuple[str, str]]) -> tuple[list[str], float
             return reply.json()["choices"][0]["text"]
 
         started = time.perf_counter()
-        texts = await asyncio.gather(*(one(*pair) for pair in asked))
+        replies = asyncio.gather(*(one(*pair) for pair in asked))
+        if meanwhile:
+            await meanwhile
+        texts = await replies
         return texts, time.perf_counter() - started, sorted(waits)
 
 
@@ -147,9 +162,50 @@ class Served:
         return sum(p.memory_full_info().pss for p in children if any(name in " ".join(p.cmdline()) for name in names))
 
     def swaps(self) -> float:
-        time.sleep(6)  # Ray's agents collect every few seconds
+        return self.metric("seap_swaps_total")
+
+    def metric(self, name: str) -> float:
+        """Summed over its labels."""
+        time.sleep(12)  # Ray's agents collect every ten seconds
         page = httpx.get(f"{self.url}/metrics", headers={"authorization": f"Bearer {KEY}"}, timeout=60).text
-        return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("seap_swaps_total{"))
+        return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(f"{name}{{"))
+
+    def engines(self) -> list[psutil.Process]:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [p for p in children if p.is_running() and "EngineCore" in " ".join(p.cmdline())]
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+def faults(arguments: Sequence[str], kills: int = 12) -> None:
+    """Every model is asked in turns, half of the prompts with a beginning in common; then again while engines die."""
+    models = models_of(Config.load(arguments))
+    prompts = [before + text for _, text in traffic(models[:1], [1.0])[:20] for before in ("", BEFORE)]
+    asked = [*itertools.product(models, prompts)] * 10
+    asked = [asked[i * 11 % len(asked)] for i in range(len(asked))]  # 11 and the length have no common divisor
+    with Served([*arguments, "serve.packing=shared", "serve.num_cpus=1", "serve.engine.block_size=32"]) as served:
+        first, _, _ = asyncio.run(load(served.url, asked))
+        said = dict(zip(asked, first, strict=True))
+        same = sum(said[pair] == text for pair, text in zip(asked, first, strict=True))
+        queries, hits = (served.metric(f"ray_vllm_prefix_cache_{name}_total") for name in ("queries", "hits"))
+        print(f"{same} of {len(asked)} replies are those of the same prompt and expert, in {served.swaps():.0f} swaps;")
+        print(f"{hits:,.0f} of {queries:,.0f} tokens of prompts came from the prefix cache")
+        again, seconds, _ = asyncio.run(load(served.url, asked, kill(served, kills)))
+        same = sum(said[pair] == text for pair, text in zip(asked, again, strict=True))
+        print(f"{same} of {len(asked)} are, too, in {seconds:.0f} s while its engine was killed {kills} times")
+
+
+async def kill(served: Served, kills: int) -> None:
+    """Engines, at work, in a swap or while they start: after 0.05 to 4 s, every third after 6 to 12."""
+    rng = random.Random(3)
+    for i in range(kills):
+        await asyncio.sleep(rng.uniform(0.05, 4) if i % 3 else rng.uniform(6, 12))
+        ended = served.engines()
+        for engine in ended:
+            engine.kill()
+        while not {engine.pid for engine in served.engines()} - {engine.pid for engine in ended}:
+            await asyncio.sleep(0.1)
 
 
 # --- swaps alone -----------------------------------------------------------------------------------------------------
