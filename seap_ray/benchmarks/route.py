@@ -118,12 +118,6 @@ def _whole_rows(first: Rounds, whole: Rounds) -> Iterator[Row]:
         ours=median(_added(first, "expert")) / saved,
         unit="tokens",
     )
-    yield Row.of(
-        SUITE,
-        "tokens after which the expert has earned what the router adds",
-        ours=median(_added(first, "ours")) / saved,
-        unit="tokens",
-    )
 
 
 def _crowd_rows(
