@@ -172,7 +172,14 @@ class Served:
 
     def engines(self) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [p for p in children if p.is_running() and "EngineCore" in " ".join(p.cmdline())]
+        return [p for p in children if "EngineCore" in " ".join(_command(p))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has just ended
+        return []
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
