@@ -273,7 +273,17 @@ def test_no_malformed_body_makes_it_fail(service, body):
 def test_schemathesis_finds_no_server_error(service, tmp_path):
     """From the OpenAPI schema that the service itself publishes."""
     command = ["schemathesis", "run", f"{service.url}/openapi.json", "-H", f"Authorization: Bearer {KEY}"]
-    options = ["--checks", "not_a_server_error", "--phases", "examples,fuzzing", "--max-examples", "25", "--no-color"]
+    options = [
+        "--checks",
+        "not_a_server_error",
+        "--phases",
+        "examples,fuzzing",
+        "--max-examples",
+        "25",
+        "--request-timeout",
+        "120",
+        "--no-color",
+    ]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         [*command, *options],
