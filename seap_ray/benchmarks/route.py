@@ -34,9 +34,16 @@ from seap_ray.run import Run
 
 SUITE, KEY = "route", "a-key-of-this-benchmark"
 TASKS, RATIO = ("facts", "logic"), 0.5
-PAIRS, LONG, TOKENS, CLIENTS, REQUESTS, START_S = 200, 20, 48, 16, 32, 300
-STOP_S = 120
+PAIRS, LONG = 200, 20
+"""Rounds of single requests: of one token, and of whole replies."""
+TOKENS = 48
+"""Of a whole reply."""
+CLIENTS, REQUESTS = 16, 32
+"""Of a crowd: how many ask at a time, and how many requests they have in all."""
+START_S, STOP_S = 300, 120
+"""Seconds that a server has to start, and to end."""
 KV_CACHE_BYTES = 1 << 28
+"""Of every engine; enough for all clients."""
 
 
 def rows(config: Config) -> Iterator[Row]:
