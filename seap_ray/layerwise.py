@@ -18,6 +18,8 @@ from seap_ray.checkpoint import Checkpoint
 from seap_ray.errors import ConfigError
 from seap_ray.recorder import Batch, Recorded, Sequences, checked, recording_layer, rows_of, telling
 
+PIECE = 1 << 24
+"""Numbers of a weight that are copied to a GPU at a time."""
 LAYERS = "layers."
 """What the names of decoder layers begin with in the decoder; in the checkpoint more stands before it."""
 
@@ -180,10 +182,19 @@ class LayerwiseModel:
 
     def _load(self, module: nn.Module, prefix: str) -> None:
         """Give a module its weights, copied: what safetensors returns is read only when it is used."""
-        weights = {
-            name: self._stored(prefix, name).to(self.device, self.dtype, copy=True) for name in module.state_dict()
-        }
+        weights = {name: self._copied(self._stored(prefix, name)) for name in module.state_dict()}
         module.load_state_dict(weights, assign=True)
+
+    def _copied(self, stored: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return stored.to(self.device, self.dtype, copy=True)
+        # From pinned memory, a piece at a time: a copy from any other would keep the driver, so that nothing could be
+        # launched meanwhile. All cores read a piece, and PyTorch gives its memory out again when it has been copied.
+        copied = torch.empty(stored.shape, dtype=self.dtype, device=self.device)
+        for source, target in zip(stored.flatten().split(PIECE), copied.flatten().split(PIECE), strict=True):
+            pinned = torch.empty(source.shape, dtype=self.dtype, pin_memory=True)
+            target.copy_(pinned.copy_(source), non_blocking=True)
+        return copied
 
     def _stored(self, prefix: str, name: str) -> Tensor:
         """A weight of a module by its name there; a mixture has its experts' matrices as one, as no checkpoint does."""

@@ -80,12 +80,14 @@ class Moments:
             return self if self.count else other
         n = self.count + other.count
         delta_D = other.mean_D - self.mean_D
-        mean_D = self.mean_D + delta_D * (other.count / n)
-        m2_D = self.m2_D + other.m2_D + delta_D.square() * (self.count * other.count / n)
+        mean_D = torch.add(self.mean_D, delta_D, alpha=other.count / n)
+        m2_D = (self.m2_D + other.m2_D).addcmul_(delta_D, delta_D, value=self.count * other.count / n)
         return replace(self, count=n, mean_D=mean_D, m2_D=m2_D)
 
-    def cpu(self) -> Self:
-        return replace(self, mean_D=self.mean_D.cpu(), m2_D=self.m2_D.cpu())
+    def coming(self) -> Self:
+        """The same on the CPU; from a GPU it is there when the current stream has been waited for."""
+        mean_D, m2_D = (part.to("cpu", non_blocking=True) for part in (self.mean_D, self.m2_D))
+        return replace(self, mean_D=mean_D, m2_D=m2_D)
 
     @property
     def var_D(self) -> Tensor:
@@ -129,8 +131,9 @@ class Covariance(Moments):
         )
         return replace(moments, comoment_DD=comoment_DD)
 
-    def cpu(self) -> Self:
-        return replace(Moments.cpu(self), comoment_DD=self.comoment_DD.cpu())
+    def coming(self) -> Self:
+        # The matrix is waited for: it is too large for the pinned memory that a copy without waiting would keep.
+        return replace(Moments.coming(self), comoment_DD=self.comoment_DD.cpu())
 
     @property
     def covariance_DD(self) -> Tensor:

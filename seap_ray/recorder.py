@@ -122,7 +122,7 @@ def counted_rows(counted_BT: Tensor) -> Tensor | None:
 def _counted(x: Tensor, rows_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """A site's input by tokens, and which of them count: None for all."""
     x_ND = x.detach().flatten(0, -2)
-    return x_ND, None if rows_N is None else rows_N.to(x_ND.device)
+    return x_ND, None if rows_N is None else rows_N.to(x_ND.device, non_blocking=True)
 
 
 def _add(recorded: Recorded, key: tuple[int, Site], moments: Moments) -> None:
@@ -214,9 +214,9 @@ class Batch:
         rows_N = counted_rows(counted_BT)
         is_packed = any(len(row) > 1 for row in rows)
         return cls(
-            ids_BT.to(device),
-            positions_BT.to(device) if is_packed else None,
-            None if rows_N is None else rows_N.to(device),
+            ids_BT.to(device, non_blocking=True),
+            positions_BT.to(device, non_blocking=True) if is_packed else None,
+            None if rows_N is None else rows_N.to(device, non_blocking=True),
         )
 
 
@@ -225,7 +225,9 @@ def checked(recorded: Recorded) -> Recorded:
 
     Raises DataError that names the first layer and site whose activations are not.
     """
-    found = {key: moments.cpu() for key, moments in recorded.items()}
+    found = {key: moments.coming() for key, moments in recorded.items()}
+    for device in {moments.mean_D.device for moments in recorded.values() if moments.mean_D.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
     for (layer, site), moments in found.items():
         if not torch.isfinite(moments.m2_D).all():
             raise DataError(f"activations of layer {layer}, site {site}, are not finite")

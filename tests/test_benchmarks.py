@@ -1,12 +1,21 @@
 """Benchmarks: turns, rows, files and the page; of the suites, the small parts that are not about time."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from seap_ray.benchmarks import calibrate, route, serve, suites
+from seap_ray.benchmarks import calibrate, route, suites
+from seap_ray.benchmarks.gpu import __main__ as gpu
+from seap_ray.benchmarks.gpu import served
+from seap_ray.benchmarks.gpu.decoding import CAUSAL, compacted
+from seap_ray.benchmarks.gpu.device import SIZES, TINY, Ceilings, built
+from seap_ray.benchmarks.gpu.engine import Engine
+from seap_ray.benchmarks.gpu.serving import difference
+from seap_ray.benchmarks.load import Load
 from seap_ray.benchmarks.measure import Rounds, Row, alternate, is_met, load_rows, machine, save_rows
 from seap_ray.benchmarks.merge import peak_memory
 from seap_ray.config import Config
@@ -136,7 +145,7 @@ def test_what_routing_costs_is_set_against_what_the_expert_saves():
 
 
 def test_a_load_counts_its_prompts_or_its_replies():
-    prefill, decoding = serve.Load(8, 256, 1), serve.Load(16, 16, 24)
+    prefill, decoding = Load(8, 256, 1), Load(16, 16, 24)
     assert (prefill.tokens, prefill.name) == (2048, "prefill of 8 x 256 tokens")
     assert (decoding.tokens, decoding.name) == (384, "16 x 24 tokens at 16")
 
@@ -146,3 +155,39 @@ def test_suites_that_need_vllm_say_so_before_any_work(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="vLLM plugin of seap_ray is not installed"):
         suites.run_suites(config(tmp_path), ["startup", "serve"], [])
     assert not any(tmp_path.iterdir())
+
+
+# --- scripts for a GPU, over tiny shapes -----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures in earnest where there is a GPU")
+def test_parts_for_a_gpu_run_without_one(tmp_path):
+    parts = ["ceilings", "calibration", "contrast", "statistics", "stream", "covariance", "linears"]
+    gpu.main(tmp_path / "gpu.json", parts)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert {name: of["error"] for name, of in found["parts"].items()} == dict.fromkeys(parts, "")
+    _, rows = load_rows(tmp_path / "gpu.json")
+    assert any(row.name.startswith("stream and single the same bytes") and row.met for row in rows)
+
+
+@pytest.mark.parametrize("config_of", [TINY, compacted(TINY, 0.5, "logistic")], ids=["dense", "cut"])
+def test_the_engine_that_is_measured_gives_the_logits_of_transformers(config_of):
+    torch.manual_seed(0)
+    model = built(config_of, attn_implementation=CAUSAL).float()
+    assert difference(model, Engine(model, is_compiled=False)) < 1e-5
+
+
+def test_decoding_by_vllm_is_what_a_reply_takes_longer_than_its_first_token(monkeypatch):
+    clock = [0.0]
+
+    def answer(of, load, _vocabulary):
+        clock[0] += 1 + (load.reply - 1) * (0.1 if of.model_type == "llama" else 0.05)
+
+    monkeypatch.setattr(served, "engine", nullcontext)
+    monkeypatch.setattr(served, "answer", answer)
+    monkeypatch.setattr(served, "alternate", partial(alternate, now=lambda: clock[0]))
+    rows = {row.name: row for row in served.served_rows(Ceilings(1e9, 1e9))}
+    (name,) = [name for name in rows if name.startswith("decoding 1 ") and "50% logistic" in name]
+    assert (rows[name].baseline, rows[name].ours, rows[name].ratio) == pytest.approx((10, 20, 2)) and rows[name].met
+    prefills = [row for name, row in rows.items() if name.startswith("prefill")]
+    assert len(prefills) == 2 * len(SIZES.models) * len(SIZES.prompts) and {row.ratio for row in prefills} == {1}

@@ -15,13 +15,14 @@ RINGS = {
     1: "storage lock run corpus recorder layerwise records checkpoint compaction fitting router quality harness speed "
     "summary evidence pictures anatomy findings report "
     "hf hf.configuration_seap hf.modeling_seap hf.shapes demo.train "
-    "benchmarks benchmarks.measure benchmarks.shapes benchmarks.gpu benchmarks.gpu.__main__ benchmarks.gpu.device "
+    "benchmarks benchmarks.measure benchmarks.shapes benchmarks.gpu benchmarks.gpu.device "
     "benchmarks.gpu.calibration benchmarks.gpu.statistics benchmarks.gpu.stream benchmarks.gpu.decoding "
     "benchmarks.gpu.serving benchmarks.gpu.engine benchmarks.gpu.linears",
     2: "cluster shards placement calibrate planner prune evaluation results doctor job bench studies "
     "benchmarks.calibrate benchmarks.merge benchmarks.plan "
     "benchmarks.compact benchmarks.startup benchmarks.official",
-    3: "vllm_plugin vllm_model vllm_loader benchmarks.serve benchmarks.route benchmarks.suites",
+    3: "vllm_plugin vllm_model vllm_loader benchmarks.load benchmarks.serve benchmarks.route benchmarks.suites "
+    "benchmarks.gpu.served benchmarks.gpu.__main__",
 }
 RING_OF = {"seap_ray": 0} | {f"seap_ray.{name}": ring for ring, names in RINGS.items() for name in names.split()}
 OUTER = {"transformers": 1, "datasets": 1, "safetensors": 1, "tokenizers": 1, "sklearn": 1, "ray": 2, "vllm": 3}

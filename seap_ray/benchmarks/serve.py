@@ -7,7 +7,6 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 from multiprocessing import get_context
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from seap_ray.benchmarks.load import Load, answer
 from seap_ray.benchmarks.measure import Row, alternate
 from seap_ray.benchmarks.merge import random_statistics
 from seap_ray.benchmarks.shapes import plan_of
@@ -46,29 +46,6 @@ CUTS: list[tuple[float, str, int | Literal["auto"]]] = [
 TARGETS = {0.5: "ratio >= 1.4"}
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Requests of one length that come at once, and how much of them is measured: their prompts or their replies."""
-
-    requests: int
-    prompt: int
-    reply: int
-
-    @property
-    def name(self) -> str:
-        if self.is_prefill:
-            return f"prefill of {self.requests} x {self.prompt} tokens"
-        return f"{self.requests} x {self.reply} tokens at {self.prompt}"
-
-    @property
-    def is_prefill(self) -> bool:
-        return self.reply == 1
-
-    @property
-    def tokens(self) -> int:
-        return self.requests * (self.prompt if self.is_prefill else self.reply)
-
-
 LOADS = (Load(1, 512, 1), Load(8, 256, 1), Load(1, 16, 48), Load(16, 16, 24))
 
 
@@ -89,7 +66,7 @@ def measured(rounds: int) -> list[Row]:
 
 
 def _rows(load: Load, engines: Mapping[str, Any], checkpoints: Mapping[str, Checkpoint], rounds: int) -> Iterator[Row]:
-    found = alternate({name: partial(answer, llm, load) for name, llm in engines.items()}, rounds)
+    found = alternate({name: partial(answer, llm, load, MODEL.vocab_size) for name, llm in engines.items()}, rounds)
     tokens_per_s = load.tokens / found.median(DENSE)
     weights = {name: _weights_met(checkpoint, load) for name, checkpoint in checkpoints.items()}
     for name, (ratio, *_) in zip([*engines][1:], CUTS, strict=True):
@@ -127,16 +104,6 @@ def engine(folder: Path) -> Any:
         disable_log_stats=True,
         use_tqdm_on_load=False,
     )
-
-
-def answer(llm: Any, load: Load) -> None:
-    """Prompts of random tokens, and greedy replies of the length that is asked for."""
-    from vllm import SamplingParams
-
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, MODEL.vocab_size, (load.requests, load.prompt), generator=generator)
-    sampling = SamplingParams(max_tokens=load.reply, temperature=0, ignore_eos=True, detokenize=False)
-    llm.generate([{"prompt_token_ids": prompt} for prompt in ids.tolist()], sampling, use_tqdm=False)
 
 
 def dense(folder: Path) -> Path:

@@ -27,6 +27,8 @@ DEFAULT = ("calibrate", "merge", "plan", "compact", "startup")
 """Those that need no engine."""
 WITH_VLLM = {"serve", "route"}
 BEGIN, END = "<!-- measured: written by jobs/bench.py docs -->", "<!-- end of what is measured -->"
+FOLDED = 40
+"""A table of more rows than these is shown when a reader opens it."""
 COLUMNS = ("what", "baseline", "ours", "unit", "ratio", "limit", "target", "met")
 
 
@@ -111,15 +113,14 @@ def _section(machine: Mapping[str, Any], rows: Sequence[Row]) -> str:
     versions = ", ".join(f"{n} {v}" for n, v in machine.items() if n not in ("cpu", "cores", "memory_gb", "gpu"))
     hardware = f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gb']} GB"
     hardware += f", {machine['gpu']}" if machine["gpu"] else ""
-    lines = [
-        f"## {rows[0].suite}",
-        "",
-        f"`{rows[0].command}` on {hardware}; {versions}.",
-        "",
+    table = [
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",
         *(f"| {' | '.join('' if cell is None else str(cell) for cell in _cells(row))} |" for row in rows),
         "",
     ]
+    if len(rows) > FOLDED:
+        table = [f"<details><summary>{len(rows)} rows</summary>", "", *table, "</details>", ""]
+    lines = [f"## {rows[0].suite}", "", f"`{rows[0].command}` on {hardware}; {versions}.", "", *table]
     missed = [f"- Not met: {_short_of(row)}" for row in rows if row.met is False]
     return "\n".join([*lines, *missed, *([""] if missed else [])])

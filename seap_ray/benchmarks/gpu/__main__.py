@@ -18,9 +18,10 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from seap_ray.benchmarks.gpu.calibration import calibration_rows, contrast_rows
-from seap_ray.benchmarks.gpu.decoding import speed_rows
+from seap_ray.benchmarks.gpu.decoding import prefill_rows
 from seap_ray.benchmarks.gpu.device import Ceilings, ceiling_rows, ceilings, emptied
 from seap_ray.benchmarks.gpu.linears import linears_rows
+from seap_ray.benchmarks.gpu.served import served_rows, starts_rows
 from seap_ray.benchmarks.gpu.serving import engine_rows
 from seap_ray.benchmarks.gpu.statistics import compiled_rows, covariance_rows, statistics_rows
 from seap_ray.benchmarks.gpu.stream import stream_rows
@@ -32,12 +33,14 @@ PARTS: Mapping[str, tuple[Callable[[Ceilings], Iterator[Row]], float]] = {
     "calibration": (calibration_rows, 60),
     "contrast": (contrast_rows, 60),
     "statistics": (statistics_rows, 60),
-    "speed": (speed_rows, 170),
+    "prefill": (prefill_rows, 100),
     "stream": (stream_rows, 60),
     "covariance": (covariance_rows, 30),
     "compiled": (compiled_rows, 30),
     "engine": (engine_rows, 150),
     "linears": (linears_rows, 40),
+    "served": (served_rows, 240),
+    "starts": (starts_rows, 200),
 }
 """Parts, and the seconds after which no further row of one is waited for."""
 

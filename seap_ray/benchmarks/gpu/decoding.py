@@ -1,4 +1,4 @@
-"""Decoding: prefill and decoding of dense and compacted models by transformers, as CUDA graphs.
+"""Decoding: what transformers computes of a prompt, and of the next tokens, as CUDA graphs.
 
 Letters: B sequences, T tokens of each, H heads, D columns.
 """
@@ -26,19 +26,24 @@ CAUSAL = "causal_sdpa"
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 
-PAST, CLOSE = SIZES.context - 1, "ours <= 0.05"
+PAST = SIZES.context - 1
 RATIOS, ALLOCATIONS = (0.2, 0.5), ("uniform", "logistic")
 SPEEDUPS = {0.2: "ratio >= 1.17", 0.5: "ratio >= 1.48"}
 """The paper's, at batch 1."""
 
 
-def speed_rows(of: Ceilings) -> Iterator[Row]:
-    """Prefill and decoding of dense and compacted models as CUDA graphs, so that launching costs neither anything."""
+def prefill_rows(of: Ceilings) -> Iterator[Row]:
+    """Prefill of dense and compacted models as CUDA graphs, so that launching costs neither anything."""
     for name, config in SIZES.models.items():
         dense = built(config, attn_implementation=CAUSAL)
         for ratio, kind in itertools.product(RATIOS, ALLOCATIONS):
             cut = built(compacted(config, ratio, kind), attn_implementation=CAUSAL)
-            yield from _speed_rows(f"{name}, {ratio:.0%} {kind}", dense, cut, SPEEDUPS[ratio], of)
+            for B, T in SIZES.prompts:
+                found = timed({"dense": captured(dense, B, T, 0), "cut": captured(cut, B, T, 0)}, 1)
+                limit = of.flops_per_s / flops(cut.get_decoder(), T)
+                yield speed_row(
+                    f"prefill {B} x {T}, {name}, {ratio:.0%} {kind}, transformers", found, B * T, limit=limit
+                )
             del cut
             emptied()
         del dense
@@ -52,28 +57,12 @@ def compacted(config: LlamaConfig, ratio: float, kind: str) -> Any:
     return AutoConfig.for_model(**{key: value for key, value in compaction.config().items() if key != "auto_map"})
 
 
-def _speed_rows(name: str, dense: Any, cut: Any, target: str, of: Ceilings) -> Iterator[Row]:
-    for B, T in SIZES.prompts:
-        found = _raced({"dense": dense, "cut": cut}, B, T, 0)
-        limit = of.flops_per_s / flops(cut.get_decoder(), T)
-        yield _speed_row(f"prefill {B} x {T}, {name}", found, B * T, limit=limit)
-    for B in SIZES.decoding:
-        found = _raced({"dense": dense, "cut": cut}, B, 1, PAST)
-        limit, named = _decoding_limit(cut, B, of), f"decoding {B} at {SIZES.context}, {name}"
-        yield _speed_row(named, found, B, limit=limit, target=target if B == 1 else "")
-
-
-def _decoding_limit(model: Any, B: int, of: Ceilings) -> float:
+def decoding_limit(model: Any, B: int, of: Ceilings) -> float:
     per_step = weight_bytes(model) + B * SIZES.context * cache_bytes(model)
     return of.bytes_per_s * B / per_step
 
 
-def _raced(models: Mapping[str, Any], B: int, T: int, past: int) -> Any:
-    """All take turns."""
-    return _timed({name: captured(model, B, T, past) for name, model in models.items()}, SIZES.steps if past else 1)
-
-
-def _timed(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def timed(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of a step in each round, which is some steps of decoding, or one prefill."""
 
     def repeated(step: Callable[[], object]) -> None:
@@ -87,9 +76,9 @@ def _timed(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, li
     return {name: [seconds / repeats for seconds in found.seconds[name]] for name in names}
 
 
-def _speed_row(name: str, found: Mapping[str, Sequence[float]], tokens: int, *, limit: float, target: str = "") -> Row:
+def speed_row(name: str, found: Mapping[str, Sequence[float]], tokens: int, *, limit: float, target: str = "") -> Row:
     return row(
-        f"{name}, CUDA graph" if HAS_GPU else name,
+        name,
         ours=tokens / median(found["cut"]),
         baseline=tokens / median(found["dense"]),
         unit="tokens/s",
@@ -97,7 +86,7 @@ def _speed_row(name: str, found: Mapping[str, Sequence[float]], tokens: int, *, 
         limit=limit,
         limit_name="product in bfloat16" if "prefill" in name else "reading weights and cache at the speed of a copy",
         target=target,
-        why="kernels that do not shrink with the weights; see the limit",
+        why="narrower products reach less of the memory's speed, and what lies between them does not shrink",
     )
 
 

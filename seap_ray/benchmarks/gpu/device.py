@@ -19,7 +19,7 @@ from seap_ray.recorder import Sequences
 HAS_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = torch.device("cuda" if HAS_GPU else "cpu"), torch.bfloat16
 TINY = LlamaConfig(
-    hidden_size=64,
+    hidden_size=256,
     intermediate_size=256,
     num_attention_heads=8,
     num_key_value_heads=4,
@@ -44,6 +44,10 @@ class Sizes:
     """Positions that a decoding step attends to."""
     steps: int
     """Steps of a round of decoding."""
+    reply: int
+    """Tokens of a reply of vLLM after its first."""
+    served_cache: int
+    """Bytes of keys and values of an engine of vLLM."""
     aligns: tuple[int, ...]
     """Tiles of channels."""
     rounds: int
@@ -61,6 +65,8 @@ SIZES = (
         decoding=(1, 8, 64),
         context=512,
         steps=16,
+        reply=64,
+        served_cache=20 << 30,
         aligns=(1, 16, 64, 128),
         rounds=5,
         matmul=8192,
@@ -75,6 +81,8 @@ SIZES = (
         decoding=(1, 2),
         context=16,
         steps=2,
+        reply=4,
+        served_cache=1 << 26,
         aligns=(1, 16),
         rounds=2,
         matmul=64,

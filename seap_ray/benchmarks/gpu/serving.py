@@ -14,19 +14,18 @@ from transformers import Cache
 from seap_ray.benchmarks.gpu.decoding import (
     ALLOCATIONS,
     CAUSAL,
-    CLOSE,
     PAST,
     RATIOS,
     SPEEDUPS,
     Context,
-    _decoding_limit,
-    _speed_row,
-    _timed,
     captured,
     compacted,
+    decoding_limit,
     graphed,
+    speed_row,
+    timed,
 )
-from seap_ray.benchmarks.gpu.device import DEVICE, DTYPE, HAS_GPU, SIZES, Ceilings, built, emptied, row
+from seap_ray.benchmarks.gpu.device import DEVICE, HAS_GPU, SIZES, Ceilings, built, emptied, row
 from seap_ray.benchmarks.gpu.engine import Engine
 from seap_ray.benchmarks.measure import Row
 
@@ -36,20 +35,22 @@ def engine_rows(of: Ceilings) -> Iterator[Row]:
     for name, config in SIZES.models.items():
         dense = built(config, attn_implementation=CAUSAL)
         served = Engine(dense, is_compiled=HAS_GPU)
-        yield row(f"logits of the engine of {name}", ours=_difference(dense, served), unit="relative", target=CLOSE)
+        yield row(
+            f"logits of {name}, engine beside transformers, bfloat16", ours=difference(dense, served), unit="relative"
+        )
         for B in SIZES.decoding:
-            found = _timed({"cut": engine_step(dense, served, B), "dense": captured(dense, B, 1, PAST)}, SIZES.steps)
+            found = timed({"cut": engine_step(dense, served, B), "dense": captured(dense, B, 1, PAST)}, SIZES.steps)
             named = f"decoding {B} at {SIZES.context}, {name}, engine beside transformers"
-            yield _speed_row(named, found, B, limit=_decoding_limit(dense, B, of))
+            yield speed_row(named, found, B, limit=decoding_limit(dense, B, of))
         for ratio, kind in itertools.product(RATIOS, ALLOCATIONS):
             cut = built(compacted(config, ratio, kind), attn_implementation=CAUSAL)
             ours, named = Engine(cut, is_compiled=HAS_GPU), f"{name}, {ratio:.0%} {kind}, engine"
-            yield row(f"logits of {named}", ours=_difference(cut, ours), unit="relative", target=CLOSE)
+            yield row(f"logits of {named} beside transformers, bfloat16", ours=difference(cut, ours), unit="relative")
             for B in SIZES.decoding:
                 steps = {"dense": engine_step(dense, served, B), "cut": engine_step(cut, ours, B)}
-                found, target = _timed(steps, SIZES.steps), SPEEDUPS[ratio] if B == 1 else ""
-                limit = _decoding_limit(cut, B, of)
-                yield _speed_row(f"decoding {B} at {SIZES.context}, {named}", found, B, limit=limit, target=target)
+                found, target = timed(steps, SIZES.steps), SPEEDUPS[ratio] if B == 1 else ""
+                limit = decoding_limit(cut, B, of)
+                yield speed_row(f"decoding {B} at {SIZES.context}, {named}", found, B, limit=limit, target=target)
             del cut, ours, steps
             emptied()
         del dense, served
@@ -69,13 +70,13 @@ def _random_context(model: Any, B: int) -> tuple[Tensor, list[tuple[Tensor, Tens
         D = block.self_attn.head_dim
         shape = B, block.self_attn.k_proj.out_features // D, SIZES.context, D
         contexts.append(
-            (torch.randn(shape, device=DEVICE, dtype=DTYPE), torch.randn(shape, device=DEVICE, dtype=DTYPE))
+            (torch.randn(shape, device=DEVICE, dtype=model.dtype), torch.randn(shape, device=DEVICE, dtype=model.dtype))
         )
     return torch.randint(model.config.vocab_size, (B,), device=DEVICE), contexts
 
 
 @torch.inference_mode()
-def _difference(model: Any, engine: Engine) -> float:
+def difference(model: Any, engine: Engine) -> float:
     """Of the engine's logits from transformers', over these."""
     ids_B, contexts = _random_context(model, 2)
     layers: list[Any] = [Context(PAST) for _ in contexts]

@@ -4,6 +4,7 @@ Letters: N tokens, D columns.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple
 from functools import partial
 
 import torch
@@ -85,8 +86,7 @@ def ways() -> dict[str, Way]:
         return plain
     from seap_ray import kernels
 
-    tiles = [(32, 64, 8, 4), (32, 64, 16, 4), (32, 64, 4, 4), (16, 64, 16, 4), (16, 128, 16, 4), (64, 64, 8, 8)]
-    tiles += [(32, 32, 8, 4), (16, 64, 32, 4)]
+    tiles = [astuple(kernels.TILE), (16, 64, 32, 4)]
     return plain | {f"kernel {tile}": partial(kernels.moments, tile=kernels.Tile(*tile)) for tile in tiles}
 
 

@@ -117,7 +117,13 @@ def _overlap_rows(
     )
     hidden = (embedding + longer + shorter - streamed) / hideable
     named = f"share of the shorter of reading and computing that is hidden behind the other, {name}"
-    yield row(named, ours=hidden, unit="share", target="ours >= 0.8" if shorter > longer / 2 else "")
+    yield row(
+        named,
+        ours=hidden,
+        unit="share",
+        target="ours >= 0.8" if shorter > longer / 2 else "",
+        why="what surrounds a layer is as long as its few tokens; with more of them it is hidden",
+    )
 
 
 def _pinned_bytes_per_s() -> float:

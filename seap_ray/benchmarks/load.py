@@ -1,0 +1,39 @@
+"""Load: requests that an engine of vLLM is given at once."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Requests of one length that come at once, and how much of them is measured: their prompts or their replies."""
+
+    requests: int
+    prompt: int
+    reply: int
+
+    @property
+    def name(self) -> str:
+        if self.is_prefill:
+            return f"prefill of {self.requests} x {self.prompt} tokens"
+        return f"{self.requests} x {self.reply} tokens at {self.prompt}"
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.reply == 1
+
+    @property
+    def tokens(self) -> int:
+        return self.requests * (self.prompt if self.is_prefill else self.reply)
+
+
+def answer(llm: Any, load: Load, vocabulary: int) -> None:
+    """Prompts of random tokens, and greedy replies of the length that is asked for."""
+    from vllm import SamplingParams
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, vocabulary, (load.requests, load.prompt), generator=generator)
+    sampling = SamplingParams(max_tokens=load.reply, temperature=0, ignore_eos=True, detokenize=False)
+    llm.generate([{"prompt_token_ids": prompt} for prompt in ids.tolist()], sampling, use_tqdm=False)
