@@ -6,9 +6,10 @@ Every model has an engine in a process of its own, as a service has it, and vLLM
 import copy
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import zip_longest
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -22,46 +23,48 @@ from seap_ray.benchmarks.measure import Row, alternate
 
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [*SIZES.decoding]}
 """Decoding as CUDA graphs of vLLM's own kernels; nothing is compiled."""
-ROUNDS = 3
+ROUNDS, DENSE = 3, "dense"
 
 
 def served_rows(of: Ceilings) -> Iterator[Row]:
     """Prefill, and decoding: the seconds of whole replies less those of their first tokens."""
     for name, config in SIZES.models.items():
-        configs = {"dense": config} | {f"{ratio:.0%}": compacted(config, ratio, "logistic") for ratio in RATIOS}
+        configs = {DENSE: config} | {f"{ratio:.0%} logistic": compacted(config, ratio, "logistic") for ratio in RATIOS}
+        with torch.device("meta"):
+            models = {case: AutoModelForCausalLM.from_config(one, dtype=DTYPE) for case, one in configs.items()}
         with ExitStack() as started:
             engines = {case: started.enter_context(engine(one)) for case, one in configs.items()}
-            yield from _served_rows(name, configs, engines, of)
+            for B, T in SIZES.prompts:
+                limits = {case: of.flops_per_s / flops(model.get_decoder(), T) for case, model in models.items()}
+                yield from _rows(f"prefill {B} x {T}, {name}", _seconds(engines, Load(B, T, 1)), B * T, limits)
+            for B in SIZES.decoding:
+                first, whole = (_seconds(engines, Load(B, SIZES.context, 1 + more)) for more in (0, SIZES.reply))
+                steps = {
+                    case: [(all_of - one) / SIZES.reply for one, all_of in zip(first[case], whole[case], strict=True)]
+                    for case in engines
+                }
+                limits = {case: decoding_limit(model, B, of) for case, model in models.items()}
+                targets = [*SPEEDUPS.values()] if B == 1 else []
+                yield from _rows(f"decoding {B} at {SIZES.context}, {name}", steps, B, limits, targets)
 
 
-def _served_rows(name: str, configs: dict[str, Any], engines: dict[str, Any], of: Ceilings) -> Iterator[Row]:
-    with torch.device("meta"):
-        models = {case: AutoModelForCausalLM.from_config(one, dtype=DTYPE) for case, one in configs.items()}
-    prefills = {(B, T): Load(B, T, 1) for B, T in [*SIZES.prompts, *((B, SIZES.context) for B in SIZES.decoding)]}
-    replies = {B: Load(B, SIZES.context, 1 + SIZES.reply) for B in SIZES.decoding}
-    for B, T in SIZES.prompts:
-        found = _seconds(engines, prefills[B, T])
-        for case, ratio in zip([*engines][1:], RATIOS, strict=True):
-            limit = of.flops_per_s / flops(models[case].get_decoder(), T)
-            named = f"prefill {B} x {T}, {name}, {ratio:.0%} logistic, vLLM"
-            yield speed_row(named, {"dense": found["dense"], "cut": found[case]}, B * T, limit=limit)
-    for B in SIZES.decoding:
-        first, whole = _seconds(engines, prefills[B, SIZES.context]), _seconds(engines, replies[B])
-        found = {
-            case: [(both - one) / SIZES.reply for one, both in zip(first[case], whole[case], strict=True)]
-            for case in engines
-        }
-        for case, ratio in zip([*engines][1:], RATIOS, strict=True):
-            named, target = f"decoding {B} at {SIZES.context}, {name}, {ratio:.0%} logistic, vLLM", SPEEDUPS[ratio]
-            limit = decoding_limit(models[case], B, of)
-            times = {"dense": found["dense"], "cut": found[case]}
-            yield speed_row(named, times, B, limit=limit, target=target if B == 1 else "")
+def _rows(
+    name: str,
+    seconds: Mapping[str, Sequence[float]],
+    tokens: int,
+    limits: Mapping[str, float],
+    targets: Sequence[str] = (),
+) -> Iterator[Row]:
+    """Of every cut model beside the dense one."""
+    for case, target in zip_longest([case for case in seconds if case != DENSE], targets, fillvalue=""):
+        times = {DENSE: seconds[DENSE], "cut": seconds[case]}
+        yield speed_row(f"{name}, {case}, vLLM", times, tokens, limit=limits[case], target=target)
 
 
-def _seconds(engines: dict[str, Any], load: Load) -> dict[str, Any]:
+def _seconds(engines: Mapping[str, Any], load: Load) -> Mapping[str, Sequence[float]]:
     vocabulary = min(config.vocab_size for config in SIZES.models.values())
     turns = {case: partial(answer, llm, load, vocabulary) for case, llm in engines.items()}
-    return {**alternate(turns, ROUNDS).seconds}
+    return alternate(turns, ROUNDS).seconds
 
 
 def starts_rows(_of: Ceilings) -> Iterator[Row]:
@@ -69,7 +72,7 @@ def starts_rows(_of: Ceilings) -> Iterator[Row]:
     name, whole = next(iter(SIZES.models.items()))
     config = copy.deepcopy(whole)
     config.num_hidden_layers = SIZES.layers
-    configs: dict[str, Any] = {"dense": config}
+    configs: dict[str, Any] = {DENSE: config}
     configs |= {f"{RATIOS[-1]:.0%} {kind}": compacted(config, RATIOS[-1], kind) for kind in ALLOCATIONS}
     with TemporaryDirectory() as cache:
         os.environ["VLLM_CACHE_ROOT"] = cache
@@ -80,9 +83,9 @@ def starts_rows(_of: Ceilings) -> Iterator[Row]:
                     yield row(
                         f"start of an engine, {SIZES.layers} layers of {name}, {case}, {when}",
                         ours=found,
-                        baseline=seconds["dense"],
+                        baseline=seconds[DENSE],
                         unit="s",
-                        ratios=[found / seconds["dense"]],
+                        ratios=[found / seconds[DENSE]],
                     )
         finally:
             del os.environ["VLLM_CACHE_ROOT"]
