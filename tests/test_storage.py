@@ -366,7 +366,7 @@ def test_a_job_with_model_corpora_and_run_in_a_bucket_gives_the_bytes_of_one_on_
     done = job()
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{bucket}/runs/run is complete" in done.stdout and f"{bucket}/runs/run/report.html" in done.stdout
-    assert main(arguments(tmp_path, "demo")) == 0
+    assert main([*arguments(tmp_path, "demo"), "evaluation.samples=0"]) == 0  # results are not compared
     kinds = ("statistics", "plans", "experts", "shards")
     local = {
         str(file.relative_to(tmp_path / "runs" / "run")): sha256_of(file)
