@@ -13,8 +13,7 @@ from seap_ray.benchmarks.gpu import __main__ as gpu
 from seap_ray.benchmarks.gpu import served
 from seap_ray.benchmarks.gpu.decoding import CAUSAL, compacted
 from seap_ray.benchmarks.gpu.device import SIZES, TINY, Ceilings, built
-from seap_ray.benchmarks.gpu.engine import Engine
-from seap_ray.benchmarks.gpu.serving import difference
+from seap_ray.benchmarks.gpu.engine import Engine, difference
 from seap_ray.benchmarks.load import Load
 from seap_ray.benchmarks.measure import Rounds, Row, alternate, is_met, load_rows, machine, save_rows
 from seap_ray.benchmarks.merge import peak_memory

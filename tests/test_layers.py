@@ -17,7 +17,7 @@ RINGS = {
     "hf hf.configuration_seap hf.modeling_seap hf.shapes demo.train "
     "benchmarks benchmarks.measure benchmarks.shapes benchmarks.gpu benchmarks.gpu.device "
     "benchmarks.gpu.calibration benchmarks.gpu.statistics benchmarks.gpu.stream benchmarks.gpu.decoding "
-    "benchmarks.gpu.serving benchmarks.gpu.engine benchmarks.gpu.linears",
+    "benchmarks.gpu.engine benchmarks.gpu.linears",
     2: "cluster shards placement calibrate planner prune evaluation results doctor job bench studies "
     "benchmarks.calibrate benchmarks.merge benchmarks.plan "
     "benchmarks.compact benchmarks.startup benchmarks.official",

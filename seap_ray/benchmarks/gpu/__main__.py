@@ -20,9 +20,9 @@ from transformers.utils import logging as transformers_logging
 from seap_ray.benchmarks.gpu.calibration import calibration_rows, contrast_rows
 from seap_ray.benchmarks.gpu.decoding import prefill_rows
 from seap_ray.benchmarks.gpu.device import Ceilings, ceiling_rows, ceilings, emptied
+from seap_ray.benchmarks.gpu.engine import engine_rows
 from seap_ray.benchmarks.gpu.linears import linears_rows
 from seap_ray.benchmarks.gpu.served import served_rows, starts_rows
-from seap_ray.benchmarks.gpu.serving import engine_rows
 from seap_ray.benchmarks.gpu.statistics import compiled_rows, covariance_rows, statistics_rows
 from seap_ray.benchmarks.gpu.stream import stream_rows
 from seap_ray.benchmarks.measure import Row, machine
