@@ -5,6 +5,7 @@ what a user would ask of every drawn row. ``manifest.json``, written last, holds
 shard. Which row goes where depends on content and seed alone.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -32,6 +33,10 @@ from seap_ray.errors import DataError
 from seap_ray.run import Run, fingerprint
 from seap_ray.storage import publishing, read_json, sha256_of, staged, write_json
 from seap_ray.tasks import Task
+
+FOOTER_READERS = "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"
+"""Environment variable of Ray Data: processes that look at the footers of parquet files. By default 32 start for every
+corpus, of one file or of many; one has 128 reads under way at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +141,7 @@ def read_rows(task: Task, *, evaluation: bool = False, seed: int = 0, n: int | N
         return ray.data.from_items(skills.rows(path.removeprefix("demo:"), max(n or 0, 1000), split=part, seed=seed))
     if is_files(path):
         files = corpus_files(task, path, split)
+        os.environ.setdefault(FOOTER_READERS, "1")
         readers: dict[str, Callable[..., ray.data.Dataset]] = {
             "parquet": ray.data.read_parquet,
             "json": ray.data.read_json,

@@ -91,6 +91,15 @@ def test_parquet_jsonl_csv_and_txt_give_the_same_rows(tmp_path):
     assert texts("rows.txt", question="", answer="{{ text }}") == expected
 
 
+def test_one_process_looks_at_the_footers_of_a_parquet_corpus(tmp_path):
+    def readers() -> int:
+        return sum(actor["ActorClassName"] == "FooterReader" for actor in ray._private.state.actors().values())
+
+    before = readers()
+    assert read_rows(parquet(tmp_path / "rows.parquet")).count() == len(ROWS)
+    assert readers() == before + 1
+
+
 def test_a_hub_data_set_is_read_through_datasets(monkeypatch):
     import datasets
 
