@@ -169,6 +169,13 @@ def test_parts_for_a_gpu_run_without_one(tmp_path):
     assert any(row.name.startswith("stream and single the same bytes") and row.met for row in rows)
 
 
+def test_a_part_for_a_gpu_that_is_not_there_is_named(monkeypatch):
+    with pytest.raises(SystemExit, match="speed: no such part; there are ceilings, calibration"):
+        gpu.named(["stream", "speed"])
+    monkeypatch.setattr(gpu, "find_spec", lambda _: None)
+    assert {*gpu.PARTS} - {*gpu.named([])} == {"served", "starts"}, "without vLLM"
+
+
 @pytest.mark.parametrize("config_of", [TINY, compacted(TINY, 0.5, "logistic")], ids=["dense", "cut"])
 def test_the_engine_that_is_measured_gives_the_logits_of_transformers(config_of):
     torch.manual_seed(0)
@@ -186,7 +193,7 @@ def test_decoding_by_vllm_is_what_a_reply_takes_longer_than_its_first_token(monk
     monkeypatch.setattr(served, "answer", answer)
     monkeypatch.setattr(served, "alternate", partial(alternate, now=lambda: clock[0]))
     rows = {row.name: row for row in served.served_rows(Ceilings(1e9, 1e9))}
-    (name,) = [name for name in rows if name.startswith("decoding 1 ") and "50% logistic" in name]
+    name = f"decoding 1 at {SIZES.context}, {next(iter(SIZES.models))}, 50% logistic, vLLM"
     assert (rows[name].baseline, rows[name].ours, rows[name].ratio) == pytest.approx((10, 20, 2)) and rows[name].met
     prefills = [row for name, row in rows.items() if name.startswith("prefill")]
     assert len(prefills) == 2 * len(SIZES.models) * len(SIZES.prompts) and {row.ratio for row in prefills} == {1}

@@ -44,8 +44,6 @@ CUTS: list[tuple[float, str, int | Literal["auto"]]] = [
     (0.5, "logistic", 128),
 ]
 TARGETS = {0.5: "ratio >= 1.4"}
-
-
 LOADS = (Load(1, 512, 1), Load(8, 256, 1), Load(1, 16, 48), Load(16, 16, 24))
 
 

@@ -69,8 +69,8 @@ def _cells(row: Row) -> list[Any]:
     return [row.name, *numbers, row.unit, _ratio(row), limit, row.target or None, met]
 
 
-def _number(value: float | None) -> str | None:
-    return None if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+def _number(value: float | None, digits: int = 3) -> str | None:
+    return None if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
 def _ratio(row: Row) -> str | None:
@@ -83,7 +83,8 @@ def _ratio(row: Row) -> str | None:
 def _short_of(row: Row) -> str:
     quantity, _, bound = row.target.split()
     value = row.ratio if quantity == "ratio" else row.ours
-    return f"{row.name}: {_number(value)} where {bound} was the target; {row.why}"
+    shown = _number(value, digits=4)  # 1.476 is not the 1.48 that was wanted
+    return f"{row.name}: {shown} where {bound} was the target; {row.why}"
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

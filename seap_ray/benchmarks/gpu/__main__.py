@@ -3,7 +3,8 @@
 What a GPU does: calibration beside the bare forward pass, its statistics one by one, layer by layer beside the whole
 model, and dense beside compacted models. Weights are random ones, made on the GPU, since speed depends on shapes. Rows
 are written as they are measured; a part that takes longer than its share of time is cut off after a row, and one that
-fails leaves its traceback. Without a GPU the same code runs over tiny shapes, which says nothing of speed.
+fails leaves its traceback. Without a GPU the same code runs over tiny shapes, which says nothing of speed. ``served``
+and ``starts`` need vLLM.
 """
 
 import sys
@@ -11,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ PARTS: Mapping[str, tuple[Callable[[Ceilings], Iterator[Row]], float]] = {
     "starts": (starts_rows, 200),
 }
 """Parts, and the seconds after which no further row of one is waited for."""
+WITH_VLLM = {"served", "starts"}
 
 
 def main(path: Path, names: Sequence[str]) -> None:
@@ -84,5 +87,15 @@ def shown(one: Row) -> str:
     return f"{one.name}: {one.ours:.4g} {one.unit}{compared}{limit}{met}"
 
 
+def named(names: Sequence[str]) -> list[str]:
+    """Parts by their names; without names all that can run here. Ends the process where there is no such part."""
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        sys.exit(f"{', '.join(unknown)}: no such part; there are {', '.join(PARTS)}")
+    return [*names] or [name for name in PARTS if name not in WITH_VLLM or find_spec("vllm")]
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:] or [*PARTS])
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), named(sys.argv[2:]))

@@ -1,6 +1,8 @@
 """Served: vLLM itself with dense and compacted models: prefill, decoding, and how long an engine takes to start.
 
 Every model has an engine in a process of its own, as a service has it, and vLLM's own random weights.
+
+Letters: B requests, T tokens of each.
 """
 
 import copy
