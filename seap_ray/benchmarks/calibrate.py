@@ -21,7 +21,6 @@ from typing import Any
 import psutil
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from seap_ray.benchmarks.measure import Row, alternate
 from seap_ray.checkpoint import Checkpoint
@@ -51,7 +50,6 @@ SKILLS = ("arithmetic", "reverse", "sort", "logic", "facts", "prose")
 
 def rows(config: Config) -> Iterator[Row]:
     checkout, threads = _checkout(config.benchmarks.official), torch.get_num_threads()
-    transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
     try:
         for model, dtype in product(MODELS.values(), (torch.float32, torch.bfloat16)):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.utils import logging as transformers_logging
 
 from seap_ray.benchmarks.load import Load, answer
 from seap_ray.benchmarks.measure import Row, alternate
@@ -55,6 +56,7 @@ def rows(config: Config) -> Iterator[Row]:
 
 def measured(rounds: int) -> list[Row]:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         base = dense(Path(folder) / DENSE)
         models = {DENSE: base} | {f"{cut[0]:.0%} {cut[1]}, align {cut[2]}": _cut(base, *cut) for cut in CUTS}

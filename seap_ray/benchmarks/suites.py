@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging as transformers_logging
+
 from seap_ray.benchmarks import calibrate, compact, merge, plan, route, serve, startup
 from seap_ray.benchmarks.measure import Row, load_rows, save_rows
 from seap_ray.config import Config
@@ -42,6 +44,7 @@ def run_suites(config: Config, names: Sequence[str], keys: Sequence[str]) -> Non
             raise ConfigError(f"{name}: no such suite; there are {', '.join(SUITES)}, and docs")
     if WITH_VLLM & {*names}:
         check_registered()
+    transformers_logging.disable_progress_bar()
     folder = Path(config.benchmarks.folder)
     for name in names or DEFAULT:
         say(f"{name}:")
