@@ -13,13 +13,13 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from seap_ray.command import command
+from seap_ray.cli import command
 from seap_ray.config import Config
 from seap_ray.errors import IncompleteError
 
 
 def bench(config: Config, words: Sequence[str], keys: Sequence[str]) -> None:
-    from seap_ray.benchmarks.suites import run_suites, write_page
+    from benchmarks.suites import run_suites, write_page
 
     if words == ["docs"]:
         print(write_page(config))

@@ -12,12 +12,12 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from seap_ray.command import command
+from seap_ray.cli import command
 from seap_ray.config import Config
 
 
 def deploy(config: Config) -> None:
-    from seap_ray.vllm_plugin import check_registered
+    from seap_ray.vllm_plugin.plugin import check_registered
 
     logging.disable(logging.WARNING)  # vLLM and Ray speak of the machine while they are imported
     check_registered()

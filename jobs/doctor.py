@@ -10,12 +10,12 @@ Exit codes: 0 a job can run, 2 something is wrong, 3 a corpus is wrong, 4 storag
 import sys
 from collections.abc import Sequence
 
-from seap_ray.command import command
+from seap_ray.cli import command
 from seap_ray.config import Config
 
 
 def diagnose(config: Config) -> None:
-    from seap_ray.job import diagnose
+    from seap_ray.pipeline.job import diagnose
 
     diagnose(config)
 

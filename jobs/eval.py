@@ -14,13 +14,13 @@ the same command.
 import sys
 from collections.abc import Sequence
 
-from seap_ray.command import command
+from seap_ray.cli import command
 from seap_ray.config import Config
 from seap_ray.errors import IncompleteError
 
 
 def evaluate(config: Config) -> None:
-    from seap_ray.studies import run_study
+    from seap_ray.studies.studies import run_study
 
     run_study(config)
 

@@ -12,13 +12,13 @@ Exit codes: 0 done, 2 a key or the model is wrong, 3 a corpus is wrong, 4 cut sh
 import sys
 from collections.abc import Sequence
 
-from seap_ray.command import command
+from seap_ray.cli import command
 from seap_ray.config import Config
 from seap_ray.errors import IncompleteError
 
 
 def prune(config: Config) -> None:
-    from seap_ray.job import run_job
+    from seap_ray.pipeline.job import run_job
 
     run_job(config)
 

@@ -11,14 +11,14 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from seap_ray.command import command
+from seap_ray.cli import command
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError
 
 
 def report(config: Config, words: Sequence[str]) -> None:
-    from seap_ray.report import save_pictures, write_report
-    from seap_ray.summary import compare, find, summary
+    from seap_ray.report.page import save_pictures, write_report
+    from seap_ray.report.summary import compare, find, summary
 
     if words[:1] == ["compare"]:
         if len(words) != 3:

@@ -13,15 +13,15 @@ from typing import Any
 import ray
 from ray.serve import Application
 
-from seap_ray.config import Config
+from seap_ray.config import load_config
 from seap_ray.errors import SeapError
-from seap_ray.vllm_plugin import check_registered
+from seap_ray.vllm_plugin.plugin import check_registered
 
 
 def build(args: Mapping[str, Any]) -> Application:
     """The application that ``args`` describe; what a user can mend ends ``serve run`` with one line."""
     try:
-        config = Config.load([f"{key}={value}" for key, value in _flat(args)])
+        config = load_config([f"{key}={value}" for key, value in _flat(args)])
         check_registered()
         from serve.application import application, prepare  # these need vLLM, and would not say so in one line
         from serve.gate import close_environment

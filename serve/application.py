@@ -7,10 +7,10 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.llm import build_llm_deployment
 
-from seap_ray.bucket import AnyPath
 from seap_ray.config import Config
-from seap_ray.router import Router
-from seap_ray.run import Run
+from seap_ray.routing.router import Router
+from seap_ray.storage.paths import AnyPath
+from seap_ray.storage.run import Run
 from serve.experts import Expert, find
 from serve.gate import key_hashes
 from serve.ingress import Service, make_ingress

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from ray.util import metrics
 
 from seap_ray.config import AUTO, GENERAL
-from seap_ray.router import LONGEST, Router
+from seap_ray.routing.router import LONGEST, Router
 from serve.errors import ApiError
 from serve.watch import Watch
 

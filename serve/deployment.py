@@ -11,9 +11,9 @@ import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
-from seap_ray.cluster import connect
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, IncompleteError
+from seap_ray.pipeline.cluster import connect
 from serve.application import application, prepare
 from serve.gate import KEYS_VARIABLE, close_environment
 from serve.packs import is_cpu, packs, ranks

@@ -10,10 +10,10 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMServer
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from seap_ray.bucket import place
 from seap_ray.errors import ConfigError
-from seap_ray.storage import staged
-from seap_ray.vllm_plugin import check_registered
+from seap_ray.storage.files import staged
+from seap_ray.storage.paths import place
+from seap_ray.vllm_plugin.plugin import check_registered
 
 logger = logging.getLogger("ray.serve")
 

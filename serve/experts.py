@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
-from seap_ray.architecture import FAMILIES
-from seap_ray.bucket import AnyPath
 from seap_ray.config import GENERAL, Config
+from seap_ray.core.architecture import FAMILIES
 from seap_ray.demo import skills
 from seap_ray.errors import ConfigError
-from seap_ray.hf.shapes import check_folder
-from seap_ray.run import Run, fingerprint, ratio_name
-from seap_ray.storage import read_json, readable, staged
+from seap_ray.models.hf.shapes import check_folder
+from seap_ray.storage.files import read_json, readable, staged
+from seap_ray.storage.paths import AnyPath
+from seap_ray.storage.run import Run, fingerprint, ratio_name
 
 
 @dataclass(frozen=True, slots=True)

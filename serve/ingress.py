@@ -23,7 +23,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from seap_ray.config import AUTO, GENERAL
-from seap_ray.router import Router
+from seap_ray.routing.router import Router
 from serve.choice import RESTART_S, Chooser, Decision, Prompt
 from serve.errors import (
     UNUSABLE,

@@ -7,8 +7,8 @@ import ray
 from ray.serve.llm import LLMConfig
 
 from seap_ray.config import Config
-from seap_ray.storage import read_json, staged
-from seap_ray.vllm_plugin import END_WITH_PARENT, LOAD_FORMAT
+from seap_ray.storage.files import read_json, staged
+from seap_ray.vllm_plugin.plugin import END_WITH_PARENT, LOAD_FORMAT
 from serve.engine import FOLDER, HEALTH_CHECK_S, ExpertServer
 from serve.experts import Expert
 from serve.pack_server import PACK, PackServer

@@ -1,8 +1,8 @@
 """Pack server: one vLLM engine, several experts of equal shapes, one of them in it at a time.
 
 Requests wait for their expert's turn here (see ``schedule``), so that what runs in the engine is all of one expert. A
-swap is vLLM's own ``reload_weights``, of what differs (see ``seap_ray.vllm_loader``). An engine that dies, in a swap
-or else, is started again in this process, and those who wait go on waiting.
+swap is vLLM's own ``reload_weights``, of what differs (see ``seap_ray.vllm_plugin.loader``). An engine that dies, in a
+swap or else, is started again in this process, and those who wait go on waiting.
 """
 
 import asyncio
@@ -17,9 +17,9 @@ from typing import Any
 from ray.util import metrics
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from seap_ray.bucket import place
 from seap_ray.errors import ConfigError
-from seap_ray.storage import read_json, sha256_of, staged
+from seap_ray.storage.files import read_json, sha256_of, staged
+from seap_ray.storage.paths import place
 from serve.engine import HEALTH_CHECK_S, ExpertServer
 from serve.errors import DeadlyRequestError, ModelDownError
 from serve.replies import error_in, joined, tells_of_death

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from conftest import load, logits, random_ids, random_plan, random_statistics, write_compacted
-from test_layerwise import SHARDS, assert_equal, found_by
-from test_recorder import RAGGED, as_tuples, assert_close, two_pass
+from support.builders import load, logits, random_ids, random_plan, random_statistics, write_compacted
+from support.layerwise import SHARDS, assert_equal, found_by
+from support.oracles import RAGGED, as_tuples, assert_close, two_pass
 from torch.nn.functional import cosine_similarity
 
-from seap_ray import recorder
-from seap_ray.checkpoint import Checkpoint
-from seap_ray.compaction import Compaction
-from seap_ray.layerwise import LayerwiseModel, attention_of
-from seap_ray.moments import Covariance, Moments
-from seap_ray.recorder import _cosines, record
+from seap_ray.core.moments import Covariance, Moments
+from seap_ray.models import recorder
+from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.export import Compaction
+from seap_ray.models.layerwise import LayerwiseModel, attention_of
+from seap_ray.models.recorder import _cosines, record
 
 pytestmark = pytest.mark.gpu
 

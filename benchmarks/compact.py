@@ -1,0 +1,127 @@
+"""Compact: an expert and a general model of a large shape, written by the job's Ray tasks; beside copying their files.
+
+The base is a sparse file of zeros. Both are measured until the kernel has the bytes, and until the disk has them.
+"""
+
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import psutil
+from transformers import LlamaConfig
+
+from benchmarks.measure import Row, alternate
+from benchmarks.merge import private_bytes
+from benchmarks.plan import large_run, planner_of
+from benchmarks.shapes import SHAPES, sparse_checkpoint
+from seap_ray.config import Config
+from seap_ray.pipeline.cluster import connect
+from seap_ray.pipeline.prune import prune
+from seap_ray.storage.files import remove
+
+SUITE, LAYERS = "compact", 4
+
+
+def rows(config: Config) -> Iterator[Row]:
+    settings = config.benchmarks
+    connect()
+    with tempfile.TemporaryDirectory() as folder:
+        shape = LlamaConfig.from_dict({**SHAPES[settings.shape].to_dict(), "num_hidden_layers": LAYERS})
+        source = sparse_checkpoint(Path(folder) / "base", shape)
+        pruning, checkpoint, run = large_run(source, Path(folder), export={"max_shard_size": "300MB"})
+        planner, experts = planner_of(pruning, checkpoint, run), run.experts(0.5)
+        kept, copies = Path(folder) / "kept", Path(folder) / "copies"
+
+        def write(is_synced: bool = False) -> None:
+            prune(planner, run, lambda steps, *_: steps)
+            if is_synced:
+                _sync(Path(str(experts)))
+
+        def copy(is_synced: bool = False) -> None:
+            files = [(str(file), str(copies / "-".join(file.parts[-2:]))) for file in kept.rglob("*.safetensors")]
+            copies.mkdir()
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # the kernel copies; threads suffice
+                list(pool.map(lambda names: shutil.copyfile(*names), files))
+            if is_synced:
+                _sync(copies)
+
+        with _peak_of_processes() as peak:
+            write()
+        Path(str(experts)).rename(kept)
+        n_bytes = sum(file.stat().st_size for file in kept.rglob("*.safetensors"))
+
+        def clear() -> None:
+            remove(experts)
+            remove(copies)
+            os.sync()  # what a turn has left to the kernel is not the next one's
+
+        contestants: dict[str, Callable[[], object]] = {
+            "copy": copy,
+            "write": write,
+            "copy to disk": partial(copy, True),
+            "write to disk": partial(write, True),
+        }
+        found = alternate(contestants, settings.rounds, warm_up=False, before=clear)
+    architecture = checkpoint.architecture
+    two_layers = 4 * architecture.layer_parameters(architecture.layers[0])
+    name = f"two models of {settings.shape.upper()} shape, {LAYERS} layers, at 0.5, {n_bytes / 1e9:.1f} GB"
+    for where, until in (("", "to the page cache"), (" to disk", "to the disk")):
+        copied = n_bytes / found.median(f"copy{where}") / 1e6
+        yield Row.of(
+            SUITE,
+            f"{name}, {until}",
+            baseline=copied,
+            ours=n_bytes / found.median(f"write{where}") / 1e6,
+            unit="MB/s",
+            ratios=found.speedups(f"write{where}", f"copy{where}"),
+            limit=copied,
+            limit_name="copy of the same files, as many at a time",
+            target="ratio >= 0.6",
+            why="SHA-256 of every byte is half of the work, picking rows and columns a third; more cores than the disk "
+            "needs, or a cheaper hash, would close it",
+        )
+    yield Row.of(
+        SUITE,
+        "memory of a process meanwhile",
+        baseline=two_layers / 1e9,
+        ours=max(peak.values()) / 1e9,
+        unit="GB",
+        ratios=[max(peak.values()) / two_layers],
+        limit=two_layers / 1e9,
+        limit_name="two decoder layers",
+        target=f"ours <= {two_layers / 1e9 + 1:.2f}",
+        why="the driver holds the statistics and the plans of all models",
+    )
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def _peak_of_processes() -> Iterator[dict[int, int]]:
+    """The most private bytes of this process and of each of Ray's workers."""
+    done, me = threading.Event(), psutil.Process()
+    peak: dict[int, int] = {}
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            for process in (me, *me.children(recursive=True)):
+                with suppress(psutil.Error, OSError, IndexError):
+                    peak[process.pid] = max(peak.get(process.pid, 0), private_bytes(process.pid))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()

@@ -1,0 +1,1 @@
+"""Benchmarks that need a GPU and no Ray: ``python -m benchmarks.gpu``."""

@@ -1,0 +1,106 @@
+"""python -m benchmarks.scaling [shards=64] [seconds=2]
+
+How calibration scales over nodes: the model only sleeps, so that eight nodes fit this machine, on real raylets with
+one CPU each, through the job's own Ray Data pipeline and to real records. From when all workers are
+there to the last record, against the sleep alone; and the driver's own CPU time, for as many tokens and for four times.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from seap_ray.config import Config
+from seap_ray.core.moments import RECORDED, Moments
+from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.recorder import Recorded
+from seap_ray.models.records import sites_of
+from seap_ray.pipeline import calibrate
+from seap_ray.pipeline.calibrate import Calibration, Calibrator, make_records
+from seap_ray.pipeline.job import _connect
+from seap_ray.pipeline.shards import Shard
+from seap_ray.storage.files import sha256_of
+from seap_ray.storage.run import Run
+
+WORKERS = (1, 2, 4, 8)
+TOKENS = 1000
+"""Of a shard."""
+
+
+class Sleeper(Calibrator):
+    """Takes a shard's time, and leaves a record of the demo's size."""
+
+    def __init__(self, config: Config, calibration: Calibration, run: Run):
+        self.calibration, self.run = calibration, run
+        self.architecture = Checkpoint.open(config.model.source).architecture
+        self.seconds = float(os.environ["SLEEP_S"])
+        self.parts = self._sleep
+        (run.root / f"worker-{os.getpid()}").touch()
+        while len(list(run.root.glob("worker-*"))) < int(config.calibration.workers):
+            time.sleep(0.01)
+
+    def _sleep(self, shards: Mapping[str, Any]) -> Iterator[tuple[str, Recorded]]:
+        attn, mlp = self.architecture.widths
+        widths = {"attn": attn, "mlp": mlp, "block": 1}
+        for name, sequences in shards.items():
+            time.sleep(self.seconds)
+            n, ones = sum(map(len, sequences)), torch.ones
+            keys = sites_of(self.architecture, RECORDED)
+            yield name, {key: Moments(n, ones(widths[key[1]]).double(), ones(widths[key[1]]).double()) for key in keys}
+
+
+def main(n_shards: int, seconds: float) -> None:
+    os.environ |= {"SLEEP_S": str(seconds), "RAY_worker_niceness": "0"}
+    calibrate.Calibrator = Sleeper  # type: ignore[misc]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    for _ in range(max(WORKERS)):
+        cluster.add_node(num_cpus=1)
+    os.environ["RAY_ADDRESS"] = cluster.address
+    _connect()
+    found = {}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for workers in WORKERS:
+                found[f"{workers} workers"] = _measure(Path(folder) / str(workers), n_shards, seconds, workers, TOKENS)
+            found["8 workers, four times the tokens"] = _measure(Path(folder) / "4", n_shards, seconds, 8, 4 * TOKENS)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    print(json.dumps(found, indent=2))
+
+
+def _measure(folder: Path, n_shards: int, seconds: float, workers: int, tokens: int) -> dict[str, float]:
+    values: Any = {"run": {"storage": str(folder)}, "calibration": {"workers": workers}}
+    config = Config.model_validate(values)
+    run, checkpoint = Run.of(config), Checkpoint.open("demo")
+    shards = [_shard(run, i, tokens) for i in range(n_shards)]
+    before = sum(psutil.Process().cpu_times()[:2])
+    make_records(config, checkpoint, run, shards, lambda steps, _total, _label: steps, n_merged=0)
+    driver = sum(psutil.Process().cpu_times()[:2]) - before
+    started = max(path.stat().st_mtime for path in run.root.glob("worker-*"))
+    ended = max(path.stat().st_mtime for path in run.records("sort").glob("*.safetensors"))
+    ideal = -(-n_shards // workers) * seconds
+    return {"seconds": ended - started, "efficiency": ideal / (ended - started), "driver's CPU seconds": driver}
+
+
+def _shard(run: Run, number: int, tokens: int) -> Shard:
+    shard = Shard("sort", f"{number:05d}", 1, tokens, "")
+    path = shard.path(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"ids": pa.array([[1] * tokens], pa.list_(pa.int32()))}), path)
+    return Shard("sort", shard.shard, 1, tokens, sha256_of(path))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 64, float(sys.argv[2]) if len(sys.argv) > 2 else 2.0)

@@ -1,0 +1,165 @@
+"""python -m benchmarks.serving [config=ray_config.yaml] [dotted.key=value ...]
+
+What routing adds to a request, and how much of an engine's throughput reaches a client of the HTTP endpoint.
+
+Serves the general model and one expert of a finished run on this machine, then, in turns, so that the machine's moods
+fall on both sides:
+  * single requests of one token with the expert named and with `auto`: the difference is the router;
+  * many clients at a time through HTTP and by Serve's own handle of the engine's deployment: the ratio is the ingress.
+
+With PIN=1 the engines keep the first core to themselves, as where they have a device of their own.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aiohttp
+import psutil
+from ray import serve
+from ray.serve.llm.openai_api_models import ChatCompletionRequest
+
+from seap_ray.config import load_config
+from seap_ray.pipeline.cluster import connect
+from seap_ray.pipeline.shards import Manifest
+from seap_ray.storage.run import Run
+from serve.application import application, prepare
+from serve.deployment import NAME, _await_ready
+from serve.gate import close_environment
+
+KEY = "a-key-of-the-benchmark"
+PAIRS = 300
+ROUNDS = 5
+CLIENTS = 48
+REQUESTS = 144
+TOKENS = (16, 112)
+"""Shortest and longest reply; replies of one length would end together, and the engine wait for the next wave."""
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(["serve.num_cpus=0.25", "serve.max_ongoing_requests=64", *arguments])
+    task = (config.serve.experts or [config.tasks[0].name])[0]
+    config = config.model_copy(update={"serve": config.serve.model_copy(update={"experts": (task,)})})
+    os.environ["SEAP_API_KEYS"] = KEY
+    service = prepare(config)
+    run = Run.of(config)
+    prompts = Manifest.read(run, task).read_prompts(run)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    close_environment()
+    connect("local")
+    serve.start(http_options={"port": config.serve.port})
+    serve.run_many([serve.RunTarget(application(config, service), name=NAME)], wait_for_applications_running=False)
+    _await_ready([expert.name for expert in service.experts])
+    if os.environ.get("PIN"):
+        pin()
+    print(json.dumps(asyncio.run(measured(f"http://127.0.0.1:{config.serve.port}", task, prompts)), indent=2))
+    serve.shutdown()
+
+
+def pin() -> None:
+    """Engines on the first core, all else on the others, as where an engine has a device of its own."""
+    first, *others = sorted(psutil.Process().cpu_affinity())
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if "EngineCore" in command or "ray::" in command or "raylet" in command or process.pid == os.getpid():
+            cores = [first] if "EngineCore" in command else others
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, cores)
+
+
+async def measured(url: str, task: str, prompts: list[str]) -> dict[str, Any]:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(url, headers=headers, connector=connector) as http:
+        return {
+            "routing_ms": await routing(http, task, prompts),
+            "throughput": {
+                "streams": await throughput(http, task, prompts, stream=True),
+                "whole_replies": await throughput(http, task, prompts, stream=False),
+            },
+        }
+
+
+def body(model: str, prompt: str, n: int, **more: Any) -> dict[str, Any]:
+    asked = {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": n, "temperature": 0}
+    return {**asked, "ignore_eos": True, **more}
+
+
+async def routing(http: aiohttp.ClientSession, task: str, prompts: list[str]) -> dict[str, Any]:
+    """Milliseconds of a request of one token, one at a time, in pairs whose order alternates."""
+    taken: dict[str, list[float]] = {"auto": [], task: []}
+    for i in range(-20, PAIRS):
+        prompt = prompts[i % len(prompts)]
+        for model in (("auto", task), (task, "auto"))[i % 2]:
+            started = time.perf_counter()
+            async with http.post("/v1/chat/completions", json=body(model, prompt, 1)) as reply:
+                await reply.read()
+                assert reply.status == 200, await reply.text()
+            if i >= 0:
+                taken[model].append((time.perf_counter() - started) * 1e3)
+    named, auto = taken[task], taken["auto"]
+    return {
+        "named": _quantiles(named),
+        "auto": _quantiles(auto),
+        "added_p50": round(statistics.median(auto) - statistics.median(named), 2),
+        "added_by_pair_p50": round(statistics.median(a - n for a, n in zip(auto, named, strict=True)), 2),
+    }
+
+
+def _quantiles(values: list[float]) -> dict[str, float]:
+    return {"p50": round(statistics.median(values), 2), "p99": round(statistics.quantiles(values, n=100)[98], 2)}
+
+
+async def throughput(http: aiohttp.ClientSession, task: str, prompts: list[str], *, stream: bool) -> dict[str, Any]:
+    """Tokens per second of chats, by both ways in turns."""
+    handle = serve.get_deployment_handle(f"ExpertServer:{task}", NAME).options(stream=True)
+
+    async def by_http(prompt: str, n: int) -> None:
+        async with http.post("/v1/chat/completions", json=body("auto", prompt, n, stream=stream)) as reply:
+            text = await reply.read()
+            assert reply.status == 200 and b"error" not in text, text[-300:]
+
+    async def by_handle(prompt: str, n: int) -> None:
+        asked = ChatCompletionRequest(**body(task, prompt, n, stream=stream))
+        chunks = [chunk async for chunk in handle.chat.remote(asked, None)]
+        assert chunks and not hasattr(chunks[-1], "error"), chunks[-1]
+
+    ways = {"http": by_http, "handle": by_handle}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for i in range(-1, ROUNDS):
+        for name in (("http", "handle"), ("handle", "http"))[i % 2]:
+            rate = await _rate(ways[name], prompts)
+            if i >= 0:
+                rates[name].append(rate)
+    ratios = [h / d for h, d in zip(rates["http"], rates["handle"], strict=True)]
+    return {
+        "clients": CLIENTS,
+        "tokens_per_reply": TOKENS,
+        **{f"{name}_tokens_per_s": round(statistics.median(rate)) for name, rate in rates.items()},
+        "ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in sorted(ratios)],
+    }
+
+
+async def _rate(ask: Callable[[str, int], Awaitable[None]], prompts: list[str]) -> float:
+    lengths = [random.Random(i).randint(*TOKENS) for i in range(REQUESTS)]
+    todo = iter([(prompts[i % len(prompts)], n) for i, n in enumerate(lengths)])
+
+    async def client() -> None:
+        for prompt, n in todo:
+            await ask(prompt, n)
+
+    started = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    return sum(lengths) / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,420 @@
+"""Architecture: the dimensions and weight names of a model family, as data. A new family is a row of ``FAMILIES``."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from seap_ray.core.moments import Site
+from seap_ray.errors import ConfigError
+
+Unit = Literal["heads", "groups", "channels"]
+"""What is cut: query heads, key-value heads, MLP channels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What the rows of a module are, in order: all of each unit, one block after another."""
+
+    units: tuple[Unit, ...]
+    times: int = 1
+    """Rows of a unit, in head sizes or channels: 3 where query, key and value of a head lie together."""
+
+
+SPLIT_ATTENTION = {
+    "self_attn.q_proj": Rows(("heads",)),
+    "self_attn.k_proj": Rows(("groups",)),
+    "self_attn.v_proj": Rows(("groups",)),
+}
+GATED_MLP = {"mlp.gate_proj": Rows(("channels",)), "mlp.up_proj": Rows(("channels",))}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a family apart; what is left out is as in a Llama.
+
+    Each bias is always there (True), never (False), or as a config key says, with what it is where the key is missing.
+    """
+
+    config_class: str
+    """Names of the classes in ``seap_ray.models.hf`` that load a compacted checkpoint."""
+    model_class: str
+    vllm_class: str | None = "SeapForCausalLM"
+    """Name of the class in ``seap_ray.vllm_plugin.model`` that serves it; None where vLLM has no such family itself."""
+    layers: str = "model.layers."
+    """Beginning of the names of a decoder layer's tensors."""
+    embedding: str = "model.embed_tokens.weight"
+    rows: Mapping[str, Rows] = field(default_factory=lambda: SPLIT_ATTENTION | GATED_MLP)
+    """Modules whose rows (and biases) are cut."""
+    o_proj: str = "self_attn.o_proj"
+    """The modules whose weight's columns are cut; their own bias stays whole."""
+    down_proj: str = "mlp.down_proj"
+    qkv_bias: bool | tuple[str, bool] = False
+    o_bias: bool | tuple[str, bool] = False
+    mlp_bias: bool | tuple[str, bool] = False
+    norms: tuple[int, int] = (2, 0)
+    """Weights of a layer's norms, in hidden sizes and in head sizes."""
+    channels_key: str = "intermediate_size"
+    """Config key of the MLP's width."""
+    is_mixture: bool = False
+    """Whether the MLP is a mixture of experts; ``{e}`` in the names of modules stands for one of them."""
+    groups_key: str | None = "num_key_value_heads"
+    """Config key of the key-value heads; None where every query head has its own."""
+    has_head_dim: bool = True
+    """Whether the family's own config may have heads of another size than hidden size / heads."""
+    like_llama: bool = False
+    """Whether a Llama with biases computes the same, so that a stock checkpoint with added biases can be one."""
+    mixes_windows: bool = False
+    """Whether some layers have a sliding window and others none, where the config does not say it."""
+    packs: bool = True
+    """Whether transformers keeps sequences that share a row apart, by their positions."""
+
+    @property
+    def columns(self) -> dict[str, Unit]:
+        """Modules whose columns are cut, and the unit that they are made of; attention first."""
+        return {self.o_proj: "heads", self.down_proj: "channels"}
+
+    @property
+    def channel_modules(self) -> int:
+        """Matrices that have a row for each channel (of an expert)."""
+        return sum(rows.units.count("channels") for rows in self.rows.values())
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        "SeapLlamaConfig",
+        "SeapLlamaForCausalLM",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        mlp_bias=("mlp_bias", False),
+        like_llama=True,
+    ),
+    "mistral": Family("SeapMistralConfig", "SeapMistralForCausalLM", like_llama=True),
+    "qwen2": Family("SeapQwen2Config", "SeapQwen2ForCausalLM", qkv_bias=True, like_llama=True),
+    "qwen3": Family(
+        "SeapQwen3Config",
+        "SeapQwen3ForCausalLM",
+        "SeapQwen3ForCausalLM",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms=(2, 2),
+    ),
+    "gemma2": Family(
+        "SeapGemma2Config",
+        "SeapGemma2ForCausalLM",
+        "SeapGemma2ForCausalLM",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms=(4, 0),
+        mixes_windows=True,
+    ),
+    "gemma3_text": Family(
+        "SeapGemma3Config",
+        "SeapGemma3ForCausalLM",
+        "SeapGemma3ForCausalLM",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms=(4, 2),
+        mixes_windows=True,
+    ),
+    "phi3": Family(
+        "SeapPhi3Config",
+        "SeapPhi3ForCausalLM",
+        "SeapPhi3ForCausalLM",
+        rows={
+            "self_attn.qkv_proj": Rows(("heads", "groups", "groups")),
+            "mlp.gate_up_proj": Rows(("channels", "channels")),
+        },
+    ),
+    "mixtral": Family(
+        "SeapMixtralConfig",
+        "SeapMixtralForCausalLM",
+        "SeapMixtralForCausalLM",
+        rows=SPLIT_ATTENTION
+        | {
+            "block_sparse_moe.experts.{e}.w1": Rows(("channels",)),
+            "block_sparse_moe.experts.{e}.w3": Rows(("channels",)),
+        },
+        down_proj="block_sparse_moe.experts.{e}.w2",
+        is_mixture=True,
+    ),
+    "qwen3_moe": Family(
+        "SeapQwen3MoeConfig",
+        "SeapQwen3MoeForCausalLM",
+        "SeapQwen3MoeForCausalLM",
+        rows=SPLIT_ATTENTION
+        | {"mlp.experts.{e}.gate_proj": Rows(("channels",)), "mlp.experts.{e}.up_proj": Rows(("channels",))},
+        down_proj="mlp.experts.{e}.down_proj",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms=(2, 2),
+        channels_key="moe_intermediate_size",
+        is_mixture=True,
+    ),
+    "opt": Family(
+        "SeapOPTConfig",
+        "SeapOPTForCausalLM",
+        "SeapOPTForCausalLM",
+        layers="model.decoder.layers.",
+        embedding="model.decoder.embed_tokens.weight",
+        rows=SPLIT_ATTENTION | {"fc1": Rows(("channels",))},
+        o_proj="self_attn.out_proj",
+        down_proj="fc2",
+        qkv_bias=("enable_bias", True),
+        o_bias=("enable_bias", True),
+        mlp_bias=("enable_bias", True),
+        norms=(4, 0),
+        channels_key="ffn_dim",
+        groups_key=None,
+        has_head_dim=False,
+        packs=False,
+    ),
+    "gpt_neox": Family(
+        "SeapGPTNeoXConfig",
+        "SeapGPTNeoXForCausalLM",
+        None,
+        layers="gpt_neox.layers.",
+        embedding="gpt_neox.embed_in.weight",
+        rows={"attention.query_key_value": Rows(("heads",), times=3), "mlp.dense_h_to_4h": Rows(("channels",))},
+        o_proj="attention.dense",
+        down_proj="mlp.dense_4h_to_h",
+        qkv_bias=("attention_bias", True),
+        o_bias=("attention_bias", True),
+        mlp_bias=True,
+        norms=(4, 0),
+        groups_key=None,
+        has_head_dim=False,
+    ),
+}
+
+
+EXPERT = re.compile(r"(\.experts\.)(\d+)(\.)")
+
+
+def family_of(model_type: str) -> Family:
+    """The row of a dense or a compacted model."""
+    return FAMILIES[model_type.removeprefix("seap_")]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Widths of one decoder layer."""
+
+    groups: int
+    """Key-value heads."""
+    heads_per_group: int
+    """Query heads of each key-value head."""
+    channels: int
+    """MLP width."""
+
+    @property
+    def heads(self) -> int:
+        return self.groups * self.heads_per_group
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A decoder layer of the model as it is given. In a dense model all are alike."""
+
+    shape: Shape
+    biases: tuple[str, ...] = ()
+    """Config keys of output biases that its family has not: an earlier compensation put them there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Dimensions of a model, dense or compacted already. Sizes are in numbers of weights."""
+
+    family: str
+    layers: tuple[Layer, ...]
+    hidden_size: int
+    head_dim: int
+    dense: Shape
+    """Widths by the config's top level: of a dense model those of all layers."""
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    max_position_embeddings: int
+    has_windows: bool = False
+    """Whether layers attend to a sliding window."""
+    mixes_windows: bool = False
+    """Whether some layers do, and others attend to everything."""
+    has_norm_weights: bool = True
+    has_free_heads: bool = True
+    """Whether the family's own config may have another number of heads: Phi-3's long ropes tell it by them."""
+    n_experts: int = 0
+    """Of a mixture of experts, in every layer; a layer's channels are then the width of each. 0: no mixture."""
+    experts_per_token: int = 0
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Architecture":
+        """Read the dimensions from a Hugging Face ``config.json``.
+
+        Raises ConfigError for a family that is not supported, or a layout of it that is not.
+        """
+        model_type = config.get("model_type")
+        name = str(model_type).removeprefix("seap_")
+        if name not in FAMILIES:
+            raise ConfigError(f"model family {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+        if config.get("quantization_config"):
+            raise ConfigError("model is quantised; prune the unquantised checkpoint, then quantise the result")
+        family = FAMILIES[name]
+        if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+            raise ConfigError("model has layers without experts beside layers with them, which is not supported")
+
+        def flag(value: bool | tuple[str, bool]) -> bool:
+            return bool(config.get(*value)) if isinstance(value, tuple) else value
+
+        own = config.get("per_layer_config") or {}
+        return cls(
+            family=name,
+            layers=tuple(
+                _layer({**config, **own.get(str(layer), {})}, family) for layer in range(config["num_hidden_layers"])
+            ),
+            hidden_size=config["hidden_size"],
+            head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+            dense=_layer(config, family).shape,
+            qkv_bias=flag(family.qkv_bias),
+            o_bias=flag(family.o_bias),
+            mlp_bias=flag(family.mlp_bias),
+            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            has_windows=_has_windows(config, family),
+            mixes_windows=_mixes_windows(config, family),
+            has_norm_weights=config.get("layer_norm_elementwise_affine") is not False,
+            has_free_heads="short_factor" not in (config.get("rope_parameters") or config.get("rope_scaling") or {}),
+            # Qwen's own configs say num_experts, those that transformers writes num_local_experts.
+            n_experts=(config.get("num_local_experts") or config["num_experts"]) if family.is_mixture else 0,
+            experts_per_token=config["num_experts_per_tok"] if family.is_mixture else 0,
+        )
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def layout(self) -> Family:
+        return FAMILIES[self.family]
+
+    @property
+    def modules(self) -> dict[Site, str]:
+        """The module whose input each site is; attention first, then the MLP or every expert of it."""
+        down_proj = self.layout.down_proj
+        if not self.n_experts:
+            return {"attn": self.layout.o_proj, "mlp": down_proj}
+        return {"attn": self.layout.o_proj} | {f"mlp.{e}": down_proj.format(e=e) for e in range(self.n_experts)}
+
+    def sites(self, site: Site) -> list[Site]:
+        """``mlp`` as the sites of its experts, where it has some."""
+        return [f"mlp.{e}" for e in range(self.n_experts)] if site == "mlp" and self.n_experts else [site]
+
+    @property
+    def compensated(self) -> tuple[str, ...]:
+        """Modules that compensation gives a bias: an expert has none, since what it gives is weighted by the router."""
+        return (self.layout.o_proj,) if self.n_experts else tuple(self.layout.columns)
+
+    @property
+    def bias_keys(self) -> tuple[str, ...]:
+        """Config keys of the biases that compensation adds to layers of this family."""
+        missing = {"o_proj_bias": not self.o_bias, "down_proj_bias": not self.mlp_bias and not self.n_experts}
+        return tuple(key for key, is_missing in missing.items() if is_missing)
+
+    @property
+    def is_compensated(self) -> bool:
+        """Whether layers have biases already that their family has not."""
+        return any(layer.biases for layer in self.layers)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Columns of ``o_proj`` and ``down_proj``, by whatever name, at the widest."""
+        shapes = [layer.shape for layer in self.layers]
+        return max(shape.heads for shape in shapes) * self.head_dim, max(shape.channels for shape in shapes)
+
+    @property
+    def head_cost(self) -> int:
+        """Weights of one query head: its rows of q_proj and columns of o_proj."""
+        return self.head_dim * (2 * self.hidden_size + self.qkv_bias)
+
+    @property
+    def kv_cost(self) -> int:
+        """Weights of one key-value head: its rows of k_proj and v_proj."""
+        return 2 * self.head_dim * (self.hidden_size + self.qkv_bias)
+
+    @property
+    def channel_cost(self) -> int:
+        """Weights of one MLP channel: a row of gate_proj (if there is one) and up_proj, a column of down_proj.
+
+        Of a mixture, one of each expert, since all of a layer are equally wide.
+        """
+        of_one = self.layout.channel_modules * (self.hidden_size + self.mlp_bias) + self.hidden_size
+        return of_one * max(self.n_experts, 1)
+
+    def attention_parameters(self, shape: Shape) -> int:
+        """Weights of a layer's attention that its shape decides."""
+        return shape.heads * self.head_cost + shape.groups * self.kv_cost
+
+    def layer_parameters(self, layer: Layer) -> int:
+        """All weights of a decoder layer: attention, MLP, biases, norms and router."""
+        of_hidden, of_head = self.layout.norms if self.has_norm_weights else (0, 0)
+        of_hidden += self.o_bias + self.mlp_bias + len(layer.biases) + self.n_experts
+        fixed = self.hidden_size * of_hidden + self.head_dim * of_head
+        return self.attention_parameters(layer.shape) + layer.shape.channels * self.channel_cost + fixed
+
+    @property
+    def decoder_parameters(self) -> int:
+        """All weights of the decoder layers as they are given: what a ratio is a share of."""
+        return sum(map(self.layer_parameters, self.layers))
+
+    def cut(self, layer: int, shape: Shape, *, compensated: bool) -> Layer:
+        """A layer with other widths, and where they are others, with the biases that compensation gives it."""
+        given = self.layers[layer]
+        return Layer(shape, self.bias_keys if compensated and shape != given.shape else given.biases)
+
+    def align(self, setting: int | str) -> int:
+        """Tile of channels; ``auto`` is 128, or for a small MLP the power of two that leaves 16 tiles or more.
+
+        Of a mixture 8 at least: torch's grouped products want rows of 16 bytes.
+        """
+        if isinstance(setting, int):
+            return setting
+        least = 3 if self.n_experts else 0
+        return min(128, 2 ** max(least, int(math.log2(self.dense.channels / 16))))
+
+    def tensor(self, layer: int, module: str, kind: str = "weight") -> str:
+        """Checkpoint name of a decoder layer's tensor."""
+        return f"{self.layout.layers}{layer}.{module}.{kind}"
+
+    def split(self, name: str) -> tuple[int | None, str, str]:
+        """The reverse: ``model.layers.3.mlp.up_proj.weight`` -> (3, ``mlp.up_proj``, ``weight``).
+
+        Layer None for all tensors of no layer.
+        """
+        if not name.startswith(self.layout.layers):
+            return None, name, ""
+        layer, _, rest = name.removeprefix(self.layout.layers).partition(".")
+        module, _, kind = rest.rpartition(".")
+        return int(layer), module, kind
+
+
+def _layer(config: Mapping[str, Any], family: Family) -> Layer:
+    heads = config["num_attention_heads"]
+    groups = (family.groups_key and config.get(family.groups_key)) or heads
+    biases = tuple(key for key in ("o_proj_bias", "down_proj_bias") if config.get(key))
+    return Layer(Shape(groups, heads // groups, config[family.channels_key]), biases)
+
+
+def expert_of(module: str) -> tuple[str, int | None]:
+    """``mlp.experts.5.up_proj`` -> (``mlp.experts.{e}.up_proj``, 5), as the rows of ``FAMILIES`` have it."""
+    found = EXPERT.search(module)
+    return (EXPERT.sub(r"\1{e}\3", module), int(found[2])) if found else (module, None)
+
+
+def _has_windows(config: Mapping[str, Any], family: Family) -> bool:
+    return bool(config.get("sliding_window")) and config.get("use_sliding_window", True) or family.mixes_windows
+
+
+def _mixes_windows(config: Mapping[str, Any], family: Family) -> bool:
+    kinds = config.get("layer_types")
+    if kinds:
+        return len(set(kinds)) > 1
+    return family.mixes_windows or bool(config.get("use_sliding_window"))

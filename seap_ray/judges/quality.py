@@ -1,0 +1,172 @@
+"""Quality: one model and one task's rows in, accuracy or perplexity with its standard error out.
+
+Letters: B sequences, T positions, N scored tokens, D hidden size, V vocabulary.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import log_softmax
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from seap_ray.models.corpus import Item, batches
+from seap_ray.tasks import Task, is_perplexity
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """A metric's value on one task with its standard error; for perplexity, that of the mean token loss."""
+
+    metric: str
+    value: float
+    stderr: float
+    n: int
+    """Items, or for perplexity tokens."""
+    values: tuple[float, ...] = ()
+    """Each item's part: 1 or 0 for right or wrong, or its summed token loss."""
+    weights: tuple[int, ...] = ()
+    """Tokens of each item; for an accuracy all 1."""
+
+    @classmethod
+    def of(cls, metric: str, values: Sequence[float], weights: Sequence[int] | None = None) -> "Quality":
+        """The weighted mean of ``values / weights``, for perplexity its exponential.
+
+        The standard error is that of a ratio of sums over independent items; for an accuracy sqrt(p (1 - p) / (n - 1)),
+        as lm-eval has it.
+        """
+        weights = tuple(weights or [1] * len(values))
+        n, total = len(values), sum(weights)
+        mean = sum(values) / total
+        squares = sum((value - mean * weight) ** 2 for value, weight in zip(values, weights, strict=True))
+        stderr = math.sqrt(squares * n / max(n - 1, 1)) / total
+        return cls(metric, math.exp(mean) if is_perplexity(metric) else mean, stderr, total, tuple(values), weights)
+
+    @classmethod
+    def stored(cls, values: dict[str, Any]) -> "Quality":
+        """Back from the JSON of ``dataclasses.asdict``."""
+        return cls(**{**values, "values": tuple(values["values"]), "weights": tuple(values["weights"])})
+
+    def brief(self) -> dict[str, Any]:
+        """What a results file says of it."""
+        return {"metric": self.metric, "value": self.value, "stderr": self.stderr, "n": self.n}
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Log-likelihood of a continuation, its length in tokens, and whether greedy decoding would have written it."""
+
+    log_likelihood: float
+    n_tokens: int
+    is_greedy: bool
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    items: list[Item],
+    *,
+    batch_tokens: int,
+) -> Quality:
+    """Judge ``model`` on one task's rows by the task's metric; windows of a text are for ``measure_windows``."""
+    if task.metric == "perplexity":
+        scored = score(model, tokenizer, [("", item.text) for item in items], batch_tokens=batch_tokens)
+        return Quality.of(task.metric, [-s.log_likelihood for s in scored], [s.n_tokens for s in scored])
+    if task.metric == "exact_match":
+        pairs = [(item.question, item.answer) for item in items]
+        scored = score(model, tokenizer, pairs, batch_tokens=batch_tokens)
+        return Quality.of(task.metric, [float(s.is_greedy) for s in scored])
+    pairs = [(item.question, choice) for item in items for choice in item.choices]
+    rest = iter(score(model, tokenizer, pairs, batch_tokens=batch_tokens))
+    right = [_is_right(item, [next(rest) for _ in item.choices], task.metric) for item in items]
+    return Quality.of(task.metric, [float(r) for r in right])
+
+
+def windows(ids: Sequence[int], window: int, *, samples: int | None, seed: int) -> list[Sequence[int]]:
+    """Cut a text's token ids into windows that do not overlap; ``samples`` of them at random, in order.
+
+    What is left at the end is dropped; a text shorter than a window is one.
+    """
+    starts = list(range(0, len(ids) - window + 1, window)) or [0]
+    if samples is not None and samples < len(starts):
+        starts = sorted(random.Random(seed).sample(starts, samples))
+    return [ids[start : start + window] for start in starts]
+
+
+def measure_windows(model: PreTrainedModel, windows: list[Sequence[int]], *, batch_tokens: int) -> Quality:
+    """Perplexity over windows of one text: each is predicted from its second token on, without those before it.
+
+    The convention of GPTQ, SparseGPT and Wanda: the text is tokenised as a whole, so only the first window may begin
+    with a special token.
+    """
+    scored = _score_encoded(model, [(list(ids), 1) for ids in windows], batch_tokens=batch_tokens)
+    return Quality.of("window_perplexity", [-s.log_likelihood for s in scored], [s.n_tokens for s in scored])
+
+
+def _is_right(item: Item, scored: list[Scored], metric: str) -> bool:
+    """Whether the likeliest choice is the right one; ``acc_norm`` divides by the choice's bytes, as lm-eval does."""
+    values = [
+        s.log_likelihood / (len(choice.encode()) if metric == "acc_norm" else 1)
+        for s, choice in zip(scored, item.choices, strict=True)
+    ]
+    return item.choices[values.index(max(values))] == item.answer
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[tuple[str, str]],
+    *,
+    batch_tokens: int,
+) -> list[Scored]:
+    """Score each (context, continuation); the text is the two with a space between, tokenised as one."""
+    limit = getattr(model.config, "max_position_embeddings", None) or 2048
+    encoded = [_encode(tokenizer, context, continuation, limit) for context, continuation in pairs]
+    return _score_encoded(model, encoded, batch_tokens=batch_tokens)
+
+
+def _score_encoded(model: PreTrainedModel, encoded: list[tuple[list[int], int]], *, batch_tokens: int) -> list[Scored]:
+    scored: list[Scored | None] = [None] * len(encoded)
+    for group in batches([len(ids) for ids, _ in encoded], batch_tokens):
+        for i, result in zip(group, _score_batch(model, [encoded[i] for i in group]), strict=True):
+            scored[i] = result
+    return [s for s in scored if s is not None]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, limit: int) -> tuple[list[int], int]:
+    """Token ids, the last ``limit`` of them, and where the continuation starts (never at 0: something must precede)."""
+    ids = tokenizer(f"{context} {continuation}" if context else continuation)["input_ids"]
+    start = len(tokenizer(context)["input_ids"])
+    if not start:
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        ids, start = [first, *ids], 1
+    if len(ids) > limit and start < len(ids) - limit + 1:
+        start = len(ids) - limit + 1
+    dropped = max(0, len(ids) - limit)
+    return ids[dropped:], start - dropped
+
+
+@torch.inference_mode()
+def _score_batch(model: PreTrainedModel, group: list[tuple[list[int], int]]) -> list[Scored]:
+    longest = max(len(ids) for ids, _ in group)
+    ids_BT = torch.zeros(len(group), longest, dtype=torch.int64)
+    mask_BT = torch.zeros(len(group), longest, dtype=torch.bool)
+    for row, (ids, _) in enumerate(group):
+        ids_BT[row, : len(ids)] = torch.tensor(ids)
+        mask_BT[row, : len(ids)] = True
+    ids_BT, mask_BT = ids_BT.to(model.device), mask_BT.to(model.device)
+    hidden_BTD = model.get_decoder()(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+    return [_scored(model, hidden_BTD[row], ids_BT[row], len(ids), start) for row, (ids, start) in enumerate(group)]
+
+
+def _scored(model: PreTrainedModel, hidden_TD: torch.Tensor, ids_T: torch.Tensor, length: int, start: int) -> Scored:
+    logits_NV = model.get_output_embeddings()(hidden_TD[start - 1 : length - 1]).float()
+    if cap := getattr(model.config, "final_logit_softcapping", None):  # Gemma 2, in its own forward
+        logits_NV = cap * (logits_NV / cap).tanh()
+    target_N = ids_T[start:length].to(logits_NV.device)
+    chosen_N = log_softmax(logits_NV, -1).gather(1, target_N[:, None])
+    return Scored(float(chosen_N.double().sum()), length - start, bool((logits_NV.argmax(-1) == target_N).all()))

@@ -1,0 +1,293 @@
+"""Corpus: rows of a data set in; questions, answers, texts and token ids out. Ray is in ``shards``."""
+
+import csv
+import gzip
+import hashlib
+import json
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from glob import has_magic as is_pattern
+from io import TextIOWrapper
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TextIO
+
+import pyarrow.parquet as pq
+from jinja2 import StrictUndefined, TemplateError, UndefinedError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from seap_ray.demo.skills import SKILLS
+from seap_ray.errors import ConfigError, DataError
+from seap_ray.storage.paths import AnyPath, is_uri, place
+from seap_ray.storage.run import fingerprint
+from seap_ray.tasks import CHOSEN, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from seap_ray.models.checkpoint import Checkpoint
+
+Row = dict[str, Any]
+FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One rendered row."""
+
+    text: str
+    question: str
+    answer: str
+    choices: list[str]
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """Jinja templates of one task, compiled once per process; an undefined column is an error, not a blank."""
+
+    task: Task
+    official: bool = False
+
+    @cached_property
+    def _environment(self) -> ImmutableSandboxedEnvironment:
+        return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+    @cached_property
+    def _templates(self) -> dict[str, Any]:
+        task, make = self.task, self._environment.from_string
+        text = (task.official if self.official else None) or " ".join(filter(None, (task.question, task.answer)))
+        return {"text": make(text), "question": make(task.question), "answer": make(task.answer)}
+
+    @cached_property
+    def _choices(self) -> Any:
+        return self._environment.compile_expression(self.task.choices or "[]", undefined_to_none=False)
+
+    def item(self, row: Row) -> Item:
+        """Raises DataError naming the task and the row's columns when a template does not fit the row."""
+        try:
+            parts = {name: template.render(row) for name, template in self._templates.items()}
+            choices = [str(choice) for choice in self._choices(**row)] if self.task.choices else []
+        except UndefinedError as error:
+            raise DataError(f"tasks.{self.task.name}: {error}; the columns are {', '.join(row)}") from None
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise DataError(f"tasks.{self.task.name}: template does not fit the row {_short(row)} ({error})") from None
+        # The authors feed their texts as they are; a space before or after is a token of its own.
+        text = parts["text"] if self.official else parts["text"].strip()
+        return Item(text, parts["question"].strip(), parts["answer"].strip(), choices)
+
+
+def _short(row: Row) -> str:
+    text = json.dumps(row, default=str)
+    return text if len(text) < 160 else text[:157] + "..."
+
+
+def row_key(seed: int, item: Item) -> bytes:
+    """Place of a row in the random draw: a pure function of content and seed, whatever its place in the file."""
+    return hashlib.sha256(f"{seed}\0{item.question}\0{item.text}".encode()).digest()[:16]
+
+
+def is_files(path: str) -> bool:
+    """Whether a task's path names files, on a disk or in a bucket, and no data set of the hub."""
+    named = is_uri(path) or path.startswith((".", "/", "~"))
+    return named or _suffix(Path(path)) in FORMATS or Path(path).exists()
+
+
+def corpus_files(task: Task, path: str, split: str) -> list[AnyPath]:
+    """Files of a split: one file, a glob, or what the names in a folder say, as ``datasets`` reads them.
+
+    Raises DataError naming the task when there are none, or files of several formats.
+    """
+    where = place(path).absolute()  # workers may have another current folder
+    try:
+        files = _found(where, split)
+    except OSError as error:
+        raise DataError(f"tasks.{task.name}: {where} cannot be read ({error.strerror or error})") from None
+    if not files:
+        raise DataError(f"tasks.{task.name}: no file of split {split!r} under {where}")
+    if len({file_format(task, file) for file in files}) > 1:
+        raise DataError(f"tasks.{task.name}: {where} holds files of several formats; name one, for example *.parquet")
+    return files
+
+
+def _found(where: AnyPath, split: str) -> list[AnyPath]:
+    if where.is_file():
+        return [where]
+    if isinstance(where, Path):
+        return [*(_files_of_split(where, split) if where.is_dir() else sorted(where.parent.glob(where.name)))]
+    if is_pattern(where.name):
+        return [*where.parent.glob(where.name)]
+    with TemporaryDirectory() as names:  # ``datasets`` reads the names of local files
+        for file, _ in where.below():
+            named = Path(names) / file.relative_to(where)
+            named.parent.mkdir(parents=True, exist_ok=True)
+            named.touch()
+        return [where / file.relative_to(names) for file in _files_of_split(Path(names), split)]
+
+
+def _files_of_split(folder: Path, split: str) -> list[Path]:
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    try:
+        patterns = get_data_patterns(str(folder))
+    except FileNotFoundError:
+        return []
+    found = DataFilesDict.from_patterns(patterns, base_path=str(folder)).get(split, [])
+    return sorted(path for path in map(Path, found) if _suffix(path) in FORMATS)
+
+
+def file_format(task: Task, file: AnyPath) -> str:
+    if _suffix(file) not in FORMATS:
+        raise DataError(f"tasks.{task.name}: {file} is none of {', '.join(FORMATS)}")
+    return FORMATS[_suffix(file)]
+
+
+def _suffix(file: AnyPath) -> str:
+    return file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
+
+
+def first_row(task: Task, file: AnyPath) -> Row | None:
+    """First row of a local file, None if it has none. Raises DataError when it cannot be read."""
+    try:
+        match file_format(task, file):
+            case "parquet":
+                batch = next(pq.ParquetFile(file.open("rb")).iter_batches(batch_size=1), None)
+                return batch.to_pylist()[0] if batch is not None and batch.num_rows else None
+            case "json":
+                line = _first_line(file)
+                return json.loads(line) if line else None
+            case "csv":
+                with _opened(file) as opened:
+                    return next(csv.DictReader(opened), None)
+            case _:
+                return {"text": line} if (line := _first_line(file)) else None
+    except (OSError, ValueError) as error:
+        raise DataError(f"tasks.{task.name}: {file} cannot be read ({error})") from None
+
+
+def _opened(file: AnyPath) -> TextIO:
+    raw = file.open("rb")
+    return TextIOWrapper(gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw, "utf-8", newline="")
+
+
+def _first_line(file: AnyPath) -> str:
+    with _opened(file) as opened:
+        return next((line for line in opened if line.strip()), "")
+
+
+def check_source(task: Task, *, official: bool) -> None:
+    """Fail before any work on a task whose file is missing, empty, or lacks a column that its template names."""
+    for path in filter(None, (task.path, task.evaluation_path)):
+        if path.startswith("demo:") and path.removeprefix("demo:") not in SKILLS:
+            raise DataError(f"tasks.{task.name}: no {path}; there are demo:{', demo:'.join(SKILLS)}")
+    _check_first_row(task, task.path, task.split, official=official)
+
+
+def check_evaluation(task: Task) -> None:
+    """The same of the rows that a task is judged on, and of their choices where the metric needs some."""
+    chosen = task.metric in CHOSEN
+    item = _check_first_row(task, task.evaluation_path or task.path, task.evaluation_split, official=False)
+    if chosen and not task.choices:
+        raise DataError(f"tasks.{task.name}: metric {task.metric} needs choices; without any, set metric: exact_match")
+    if chosen and item and item.answer not in item.choices:
+        told = ", ".join(map(repr, item.choices))
+        raise DataError(
+            f"tasks.{task.name}: the answer {item.answer!r} of the first row is none of its choices, {told}"
+        )
+
+
+def _check_first_row(task: Task, path: str, split: str, *, official: bool) -> Item | None:
+    if path.startswith("demo:") or not is_files(path):
+        return None
+    file = corpus_files(task, path, split)[0]
+    row = first_row(task, file)
+    if row is None:
+        raise DataError(f"tasks.{task.name}: {file} has no rows")
+    return Renderer(task, official).item(row)
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """The tokenizer of the model in ``folder``. Raises ConfigError when there is none."""
+    from transformers import AutoTokenizer  # seconds, which the workers that only render rows do not need
+
+    import seap_ray.models.hf  # noqa: F401  the model may be compacted already
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.source: {folder} has no usable tokenizer ({reason})") from None
+
+
+def tokenizer_hash(checkpoint: "Checkpoint") -> str:
+    """Hash of the tokenizer's files."""
+    files = sorted(checkpoint.folder.glob("tokenizer*")) + sorted(checkpoint.folder.glob("*.model"))
+    return fingerprint([(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files])
+
+
+def pack(sequences: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+    """Join sequences end to end and cut the stream into pieces of ``length``; the last may be shorter."""
+    stream = [token for sequence in sequences for token in sequence]
+    return [stream[start : start + length] for start in range(0, len(stream), length)]
+
+
+def batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group indices of similar length so that rows x longest, padding included, stays within ``max_tokens``.
+
+    A pure function of the lengths; a sequence longer than the limit is a batch of its own.
+    """
+    grouped: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if grouped and (len(grouped[-1]) + 1) * lengths[i] <= max_tokens:
+            grouped[-1].append(i)
+        else:
+            grouped.append([i])
+    return grouped
+
+
+PADDING = 0.02
+"""Share of the computed tokens that packing leaves to padding where it can."""
+
+
+def packed(lengths: Sequence[int], max_tokens: int) -> list[list[list[int]]]:
+    """Batches of rows of indices; the sequences of a row stand one after another, and rows are of about one length.
+
+    Rows are as short as leaves ``PADDING``, since attention takes longer in long ones, and rows x longest stays within
+    ``max_tokens``, or is one row no longer than the longest sequence. A pure function of the lengths.
+    """
+    if not lengths:
+        return []
+    order, total, longest = sorted(range(len(lengths)), key=lambda i: -lengths[i]), sum(lengths), max(lengths)
+    found, n_rows, most = [], total // longest, max(longest, max_tokens)
+    while n_rows:
+        least = min(max(longest, -(-total // n_rows)), most)
+        rooms = range(least, min(least * 6 // 5, most) + 1)  # MULTIFIT: the least room that n_rows do with
+        at = bisect_left(rooms, True, key=lambda room: len(_best_fit(lengths, order, room)) <= n_rows)
+        rows = _best_fit(lengths, order, rooms[min(at, len(rooms) - 1)])
+        width = max(sum(lengths[i] for i in row) for row in rows)
+        found.append((len(rows) * width, width, rows))
+        if total >= (1 - PADDING) * len(rows) * width or least == most:
+            break
+        n_rows = min(n_rows - 1, n_rows * 9 // 10)
+    _, width, rows = min(found)
+    size = max(1, max_tokens // width)
+    rows.sort(key=lambda row: sum(lengths[i] for i in row))
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def _best_fit(lengths: Sequence[int], order: Sequence[int], room: int) -> list[list[int]]:
+    """Rows of at most ``room``: each sequence, by ``order``, into the fullest row that has room for it."""
+    rows: list[list[int]] = []
+    left: list[tuple[int, int]] = []
+    for i in order:
+        at = bisect_left(left, (lengths[i], 0))
+        free, row = left.pop(at) if at < len(left) else (room, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        insort(left, (free - lengths[i], row))
+    return rows

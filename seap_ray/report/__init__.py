@@ -1,0 +1,1 @@
+"""Report: a run's files in, tables, charts and one page out."""

@@ -1,0 +1,1 @@
+"""Routing: a prompt in, its task out; and how that is learnt."""

@@ -1,0 +1,1 @@
+"""vLLM plugin: how vLLM loads and runs layers of unequal widths."""

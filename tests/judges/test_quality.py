@@ -1,0 +1,165 @@
+"""Quality: log-likelihoods against a plain forward pass, metrics against hand counts, what the demo can do."""
+
+import math
+
+import pytest
+import torch
+from support.builders import load, random_ids
+from torch.nn.functional import log_softmax
+from transformers import AutoModelForCausalLM
+
+from seap_ray.demo import skills
+from seap_ray.judges.quality import Scored, _is_right, _score_batch, measure, score
+from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.corpus import Item, Renderer, load_tokenizer
+from seap_ray.pipeline.results import own_tasks
+from seap_ray.progress import progress
+from seap_ray.report.table import mean_quality, table
+from seap_ray.tasks import BUILT_IN, Task
+
+
+@pytest.fixture(scope="module")
+def demo():
+    checkpoint = Checkpoint.open("demo")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    return model, load_tokenizer(checkpoint.folder)
+
+
+def items(skill: str, n: int) -> list[Item]:
+    renderer = Renderer(BUILT_IN[skill])
+    return [renderer.item(dict(row)) for row in skills.rows(skill, n, split="test", seed=0)]
+
+
+PAIRS = [("12 + 34 =", "46"), ("reverse abcd:", "dcba"), ("", "The capital of France is Paris"), ("sort cab:", "xyz")]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 4096])
+def test_a_continuation_is_scored_as_one_forward_pass_over_it_alone_would(demo, batch_tokens):
+    model, tokenizer = demo
+    for (context, continuation), scored in zip(
+        PAIRS, score(model, tokenizer, PAIRS, batch_tokens=batch_tokens), strict=True
+    ):
+        start = len(context) + 1  # a token is a character, after <bos>
+        ids = tokenizer(f"{context} {continuation}".lstrip(), return_tensors="pt").input_ids
+        with torch.no_grad():
+            logits = log_softmax(model(ids).logits[0].double(), -1)
+        expected = sum(float(logits[i - 1, ids[0, i]]) for i in range(start, ids.shape[1]))
+        assert scored.n_tokens == ids.shape[1] - start
+        assert scored.log_likelihood == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_greedy_means_what_generate_writes(demo):
+    model, tokenizer = demo
+    asked = items("arithmetic", 20) + [Item("", "12 + 34 =", "47", [])]
+    scored = score(model, tokenizer, [(item.question, item.answer) for item in asked], batch_tokens=4096)
+    for item, result in zip(asked, scored, strict=True):
+        ids = tokenizer(item.question, return_tensors="pt").input_ids
+        written = model.generate(ids, max_new_tokens=len(item.answer) + 1, do_sample=False)[0, ids.shape[1] :]
+        assert result.is_greedy == (tokenizer.decode(written, skip_special_tokens=True) == f" {item.answer}")
+
+
+@pytest.mark.parametrize("skill", skills.SKILLS)
+def test_the_demo_model_answers_more_than_nine_of_ten_questions(demo, skill):
+    quality = measure(*demo, BUILT_IN[skill], items(skill, 100), batch_tokens=4096)
+    assert quality.value > 0.9
+    assert quality.stderr == pytest.approx(math.sqrt(quality.value * (1 - quality.value) / (quality.n - 1)))
+
+
+def test_perplexity_is_the_exponential_of_the_mean_loss_of_all_tokens(demo):
+    model, tokenizer = demo
+    task = Task(name="text", path="unused", answer="{{ text }}", metric="perplexity")
+    texts = ["The capital of France is Paris", "12 + 34 = 46"]
+    losses, n = 0.0, 0
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            losses += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        n += ids.shape[1] - 1
+    quality = measure(model, tokenizer, task, [Item(text, "", text, []) for text in texts], batch_tokens=4096)
+    assert (quality.value, quality.n) == (pytest.approx(math.exp(losses / n), rel=1e-4), n)
+
+
+def test_acc_takes_the_likeliest_choice_and_acc_norm_the_likeliest_per_byte():
+    item = Item("", "q", "a long answer", ["short", "a long answer"])
+    scored = [Scored(-5.0, 5, False), Scored(-6.0, 13, False)]
+    assert not _is_right(item, scored, "acc")
+    assert _is_right(item, scored, "acc_norm")
+
+
+def test_held_out_questions_are_never_training_questions():
+    for skill in set(skills.SKILLS) - {"facts"}:
+        train = {row["question"] for seed in range(3) for row in skills.rows(skill, 300, split="train", seed=seed)}
+        test = {row["question"] for seed in range(3) for row in skills.rows(skill, 100, split="test", seed=seed)}
+        assert test and not train & test
+
+
+def model_row(name: str, **quality: float) -> dict:
+    values = {
+        task: {"metric": "perplexity" if task == "b" else "acc", "value": value, "stderr": 0.03, "n": 1}
+        for task, value in quality.items()
+    }
+    sizes = {
+        "ratio": 0.5,
+        "realised_ratio": 0.5,
+        "parameters": 1_380_000,
+        "bytes": 2_760_000,
+        "kv_bytes_per_token": 256,
+    }
+    return {"name": name, "method": "experts", "kind": "expert", "task": name, **sizes, "quality": values}
+
+
+TASKS = {"a": {"metric": "acc", "short": "em"}, "b": {"metric": "perplexity", "short": "ppl"}}
+
+
+def test_the_table_marks_own_tasks_and_leaves_perplexity_out_of_the_mean():
+    models = [model_row("a", a=0.75, b=12.34), model_row("b", a=0.25, b=9.0)]
+    text = table({"tasks": TASKS, "models": models})
+    assert "[0.750]" in text and "12.3" in text and "[9.0]" in text and "1.38M" in text and "0.750 ±0.030" in text
+    (summary,) = own_tasks(models)
+    assert summary["name"] == "experts, own task"
+    assert {task: quality["value"] for task, quality in summary["quality"].items()} == {"a": 0.75, "b": 9.0}
+
+
+def test_a_model_that_was_not_judged_on_all_tasks_has_no_mean_beside_those_that_were():
+    whole, part = model_row("a", a=0.75, b=12.0), model_row("c", b=12.0)
+    text = table({"tasks": TASKS, "models": [whole, part]})
+    assert text.count("±") == 1 and "0.750 ±0.030" in text
+
+
+def test_a_failed_cell_shows_in_the_table_with_its_reason_once():
+    models = [model_row("a", b=9.0), model_row("b", b=9.0)]
+    for model in models:
+        model["quality"]["a"] = {"error": "no file of split 'test'"}
+    text = table({"tasks": TASKS, "models": models})
+    assert text.count("failed  ") + text.count("[failed]") == 2
+    assert text.endswith("failed: a on a and 1 others: no file of split 'test'")
+
+
+def test_the_mean_is_of_accuracies_or_else_geometric_of_perplexities():
+    accuracies = [{"metric": "acc", "value": 0.5, "stderr": 0.03}, {"metric": "acc_norm", "value": 1.0, "stderr": 0.04}]
+    texts = [
+        {"metric": "perplexity", "value": 4.0, "stderr": 0.1},
+        {"metric": "perplexity", "value": 9.0, "stderr": 0.1},
+    ]
+    assert mean_quality(accuracies) == (0.75, pytest.approx(0.025))
+    assert mean_quality(accuracies + texts) == mean_quality(accuracies)
+    assert mean_quality(texts) == (pytest.approx(6.0), pytest.approx(0.1 / math.sqrt(2)))
+    assert mean_quality([]) is None and mean_quality([*texts, {"error": "lost"}]) is None
+
+
+def test_progress_passes_every_step_through_and_ends_with_a_line(capsys):
+    assert list(progress([1, 2, 3], 6, "working", unit=" things")) == [1, 2, 3]
+    assert capsys.readouterr().out.startswith("working 6 things in ")
+
+
+def test_scores_are_those_of_the_models_own_logits_with_their_soft_cap(dense):
+    model, ids = load(dense("gemma2"), attn_implementation="eager"), random_ids(1, 12)[0].tolist()
+    assert model.config.final_logit_softcapping
+    (scored,) = _score_batch(model, [(ids, 4)])
+    with torch.no_grad():
+        own_TV = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        hidden_TD = model.get_decoder()(torch.tensor([ids])).last_hidden_state[0]
+        uncapped_TV = model.get_output_embeddings()(hidden_TD).double().log_softmax(-1)
+    expected, uncapped = (sum(float(of[i - 1, ids[i]]) for i in range(4, 12)) for of in (own_TV, uncapped_TV))
+    assert scored.log_likelihood == pytest.approx(expected, rel=1e-5)
+    assert abs(uncapped - expected) > 1, "the cap matters here"

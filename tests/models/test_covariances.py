@@ -1,0 +1,372 @@
+"""Covariances from tokens to a repaired checkpoint: merged, on disk, from an actor's passes, in a compacted model."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.builders import CONFIGS, MIXTURES, load, logits, output_modules, random_ids, random_plan, write_compacted
+
+import seap_ray.models.hf  # noqa: F401  (registers the classes that load a compacted checkpoint)
+from seap_ray.config import Config
+from seap_ray.core.architecture import Architecture
+from seap_ray.core.moments import SITES, Covariance, Moments, pooled, pooled_covariance
+from seap_ray.core.plan import Kept, Plan
+from seap_ray.core.reconstruction import USUAL_RIDGE
+from seap_ray.errors import ConfigError, IncompleteError
+from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.export import Compaction
+from seap_ray.models.recorder import record
+from seap_ray.models.records import (
+    Mixture,
+    about_moments,
+    covariance_file,
+    load_covariance,
+    packed,
+    save_covariances,
+    save_moments,
+    unpacked,
+)
+from seap_ray.pipeline import calibrate
+from seap_ray.pipeline.calibrate import Calibration, Calibrator, merge_layer, merge_records
+from seap_ray.pipeline.shards import Shard
+from seap_ray.storage.files import sha256_of
+from seap_ray.storage.run import Run
+
+often = settings(max_examples=40, deadline=None)
+LENGTHS = ([4, 19, 2], [7, 11], [1, 30, 6, 6])
+
+
+def drawn(n: int, width: int, seed: int, offset: float = 0.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    return torch.randn(n, width, generator=generator, dtype=torch.float64) @ mix + offset
+
+
+def assert_is_two_pass(covariance: Covariance, x: torch.Tensor, rtol: float = 1e-9) -> None:
+    """Against numpy, relative to the columns' own deviations."""
+    expected = np.cov(x.double().numpy(), rowvar=False, bias=True).reshape(x.shape[1], x.shape[1])
+    scale = np.sqrt(np.outer(expected.diagonal(), expected.diagonal()))
+    assert covariance.count == len(x)
+    np.testing.assert_allclose(covariance.mean_D, x.double().mean(0), rtol=1e-9, atol=1e-12)
+    assert (np.abs(covariance.covariance_DD.double().numpy() - expected) <= rtol * scale + 1e-15).all()
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=7),
+    seed=st.integers(0, 99),
+    random=st.randoms(use_true_random=False),
+)
+@often
+def test_any_split_added_in_any_order_is_the_two_pass_covariance(lengths, seed, random, offset):
+    x = drawn(sum(lengths) + 1, 5, seed, offset)
+    parts = [Covariance.of(part) for part in x.split([*lengths, 1])]
+    while len(parts) > 1:
+        random.shuffle(parts)
+        parts.append(parts.pop() + parts.pop())
+    assert_is_two_pass(parts[0], x)
+    torch.testing.assert_close(parts[0].comoment_DD.diagonal(), parts[0].m2_D, rtol=1e-9, atol=1e-12)
+
+
+def test_products_of_narrower_types_are_float32():
+    x = drawn(400, 6, seed=1, offset=50.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        covariance = Covariance.of(x.to(dtype))
+        assert covariance.comoment_DD.dtype == torch.float32
+        assert_is_two_pass(covariance, x.to(dtype), rtol=1e-5)
+
+
+def test_adding_changes_no_part_and_nothing_is_neutral():
+    one, other = (Covariance.of(drawn(9, 4, seed)) for seed in (0, 1))
+    before = one.comoment_DD.clone(), other.comoment_DD.clone()
+    assert (one + other).count == 18
+    assert torch.equal(one.comoment_DD, before[0]) and torch.equal(other.comoment_DD, before[1])
+    empty = Covariance.of(torch.zeros(0, 4))
+    assert one + empty is one and empty + one is one
+
+
+@given(
+    sizes=st.lists(st.integers(2, 20), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+    weights=st.lists(st.floats(0.1, 5), min_size=4, max_size=4),
+)
+@often
+def test_pooled_is_the_covariance_of_the_weighted_tokens(sizes, seed, weights):
+    parts, weights = [drawn(n, 4, seed + i, offset=3.0 * i) for i, n in enumerate(sizes)], weights[: len(sizes)]
+    found = pooled_covariance(map(Covariance.of, parts), weights)
+    of_token = np.concatenate([np.full(n, w / n) for n, w in zip(sizes, weights, strict=True)])
+    expected = np.cov(torch.cat(parts).numpy(), rowvar=False, bias=True, aweights=of_token)
+    np.testing.assert_allclose(found.covariance_DD, expected, rtol=1e-8, atol=1e-8)
+    moments = pooled([Moments.of(part) for part in parts], weights)
+    torch.testing.assert_close(found.mean_D, moments.mean_D)
+    torch.testing.assert_close(found.var_D, moments.var_D)
+    assert found.count == moments.count
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+
+
+@given(width=st.integers(1, 40), seed=st.integers(0, 9))
+@often
+def test_the_lower_triangle_comes_back_as_the_whole_matrix(width, seed):
+    symmetric = Covariance.of(drawn(50, width, seed)).comoment_DD.float()
+    triangle = packed(symmetric)
+    assert triangle.shape == (width * (width + 1) // 2,) and triangle.dtype == torch.float32
+    lower = symmetric.tril()
+    assert torch.equal(unpacked(triangle), (lower + lower.tril(-1).T).double())
+
+
+def saved(path: Path, x_of: dict[str, torch.Tensor], **about: Any) -> dict[str, Covariance]:
+    """One layer's covariances, and its moments, as a run has them."""
+    made = {site: Covariance.of(x) for site, x in x_of.items()}
+    save_moments(path, {(0, site): covariance for site, covariance in made.items()})  # type: ignore[misc]
+    save_covariances(path, 0, made, **about)  # type: ignore[arg-type]
+    return made
+
+
+def test_a_mixture_reads_its_sources_and_averages_their_ridges(tmp_path):
+    paths = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    made = [
+        saved(path, {site: drawn(30, 6, i, offset=i) for site in SITES}, ridges={"attn": ridge, "mlp": 0.1})
+        for i, (path, ridge) in enumerate(zip(paths, (1e-1, 1e-4), strict=True))
+    ]
+    mixture = Mixture(paths, (2.0, 1.0))
+    expected = pooled_covariance([part["mlp"] for part in made], [2.0, 1.0])
+    torch.testing.assert_close(mixture[0, "mlp"].covariance_DD, expected.covariance_DD, rtol=1e-6, atol=1e-6)
+    assert mixture.ridge_of((0, "attn")) == pytest.approx(1e-2)
+    assert mixture.ridge_of((0, "mlp")) == pytest.approx(0.1)
+    assert replace(mixture, ridge=0.5).ridge_of((0, "attn")) == 0.5
+
+
+# --- from an actor ---------------------------------------------------------------------------------------------------
+
+
+def config_of(source: Path, storage: Path, **calibration: Any) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"source": str(source)},
+            "run": {"storage": str(storage)},
+            "tasks": ["sort"],
+            "calibration": {"statistics": "covariance", "batch_tokens": 40, **calibration},
+        }
+    )
+
+
+def save_shards(run: Run) -> list[Shard]:
+    generator, shards = torch.Generator().manual_seed(0), []
+    for i, lengths in enumerate(LENGTHS):
+        ids = [torch.randint(3, 40, (n,), generator=generator).tolist() for n in lengths]
+        shard = Shard("sort", f"{i:05d}", len(ids), sum(lengths), "")
+        shard.path(run).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"ids": pa.array(ids, pa.list_(pa.int32()))}), shard.path(run))
+        shards.append(replace(shard, sha256=sha256_of(shard.path(run))))
+    return shards
+
+
+def measure(config: Config, checkpoint: Checkpoint) -> tuple[Calibration, Run, list[Shard]]:
+    """What the job's actors do to every shard."""
+    run, calibration = Run.of(config), Calibration.of(config, checkpoint)
+    shards = save_shards(run)
+    groups = [[asdict(shard) for shard in shards[:2]], [asdict(shard) for shard in shards[2:]]]
+    Calibrator(config, calibration, run)(pa.Table.from_pylist([{"shards": group} for group in groups]))
+    return calibration, run, shards
+
+
+def files_of(run: Run, calibration: Calibration, shard: Shard) -> dict[str, str]:
+    record = calibration.record(run, shard)
+    return {path.name: sha256_of(path) for path in (record, *record.with_suffix(".covariances").iterdir())}
+
+
+def test_passes_over_the_layers_give_the_same_bytes_and_the_moments_of_a_run_without(dense, tmp_path):
+    source = dense("llama_gqa")
+    checkpoint, found = Checkpoint.open(str(source)), []
+    for name, settings_ in {
+        "auto": {},
+        "one": {"covariance_layers": 1},
+        "three": {"covariance_layers": 3},
+        "stream": {"placement": "stream"},
+        "moments": {"statistics": "moments"},
+    }.items():
+        calibration, run, shards = measure(config_of(source, tmp_path / name, **settings_), checkpoint)
+        if name != "moments":
+            found.append([files_of(run, calibration, shard) for shard in shards])
+            assert len(found[-1][0]) == 1 + checkpoint.architecture.n_layers
+        moments = [sha256_of(calibration.record(run, shard)) for shard in shards]
+        found_moments = [files[calibration.record(run, s).name] for files, s in zip(found[0], shards, strict=True)]
+        assert moments == found_moments
+    assert found[0] == found[1] == found[2] == found[3]
+
+
+def merged(calibration: Calibration, run: Run, shards: list[Shard], checkpoint: Checkpoint) -> Path:
+    path = run.statistics("sort")
+    merge_records(calibration, run, shards, checkpoint.architecture, path)
+    for layer in range(checkpoint.architecture.n_layers):
+        merge_layer(calibration, run, shards, checkpoint, path, layer)
+    return path
+
+
+def test_records_merge_to_the_covariance_of_every_token_and_a_ridge(dense, tmp_path, float64_norms):
+    source = dense("llama_biased", torch.float64)
+    checkpoint = Checkpoint.open(str(source))
+    calibration, run, shards = measure(config_of(source, tmp_path), checkpoint)
+    path = merged(calibration, run, shards, checkpoint)
+    model, seen = load(source), []
+    model.model.layers[2].mlp.down_proj.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0][0]))
+    with torch.no_grad():
+        for ids in (ids for shard in shards for ids in shard.sequences(run)):
+            model(torch.tensor([ids]))
+    assert_is_two_pass(load_covariance(path, (2, "mlp")), torch.cat(seen), rtol=1e-6)  # stored in float32
+    assert set(about_moments(covariance_file(path, 2))["ridges"]) == set(SITES)
+    assert calibration.is_whole(path, checkpoint.architecture)
+
+
+def test_a_task_of_one_shard_has_the_usual_ridge(dense, tmp_path):
+    source = dense("llama_mha")
+    checkpoint = Checkpoint.open(str(source))
+    calibration, run, shards = measure(config_of(source, tmp_path), checkpoint)
+    path = merged(calibration, run, shards[:1], checkpoint)
+    assert about_moments(covariance_file(path, 0))["ridges"] == dict.fromkeys(SITES, USUAL_RIDGE)
+
+
+def test_a_damaged_or_missing_covariance_is_known_and_a_missing_record_is_named(dense, tmp_path):
+    source = dense("llama_mha")
+    checkpoint = Checkpoint.open(str(source))
+    calibration, run, shards = measure(config_of(source, tmp_path), checkpoint)
+    path, architecture = merged(calibration, run, shards, checkpoint), checkpoint.architecture
+    file = covariance_file(path, 3)
+    before = file.read_bytes()
+    flipped = bytearray(before)
+    flipped[-5] ^= 1
+    for damage in (bytes(flipped), before[:-9], b""):
+        file.write_bytes(damage)
+        assert not calibration.is_whole(path, architecture)
+        merge_layer(calibration, run, shards, checkpoint, path, 3)
+        assert file.read_bytes() == before and calibration.is_whole(path, architecture)
+    file.unlink()
+    assert not calibration.is_whole(path, architecture)
+    assert replace(calibration, covariance=False).is_whole(path, architecture)
+    calibration.record(run, shards[1]).unlink()
+    run.statistics("sort").unlink()
+    with pytest.raises(IncompleteError, match="sort: 1 records are missing"):
+        merge_records(calibration, run, shards, architecture, path)
+
+
+def test_covariances_that_do_not_fit_the_disk_are_refused_with_what_would(tmp_path, monkeypatch):
+    llama = Architecture.of(
+        {
+            "model_type": "llama",
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "intermediate_size": 11008,
+        }
+    )
+    disk = SimpleNamespace(free=90 * 10**9)
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: disk)
+    calibrate._check_room(Run(tmp_path), llama, n_files=10)  # 88 GB
+    with pytest.raises(
+        IncompleteError, match=r"97\.1 GB.*has 90\.0 \(11 shards and tasks\); make room .*, raise corpus"
+    ):
+        calibrate._check_room(Run(tmp_path), llama, n_files=11)
+
+
+def test_covariances_that_no_node_has_memory_for_are_refused_not_waited_for(monkeypatch):
+    shape = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
+    llama = Architecture.of({"model_type": "llama", **shape, "intermediate_size": 28672})
+    nodes = [{"Alive": True, "Resources": {"memory": 24e9}}, {"Alive": False, "Resources": {"memory": 900e9}}]
+    monkeypatch.setattr(calibrate.ray, "nodes", lambda: nodes)
+    with pytest.raises(ConfigError, match=r"a node with 46.2 GB of memory for tasks, and the largest has 24.0"):
+        calibrate.check_memory(llama)
+    nodes[1]["Alive"] = True
+    calibrate.check_memory(llama)
+
+
+# --- in a compacted model --------------------------------------------------------------------------------------------
+
+
+def calibrated(source: Path, folder: Path, ridge: float | None = 1e-3) -> tuple[Checkpoint, Mixture]:
+    """Statistics of some tokens of the model itself, as files."""
+    base = Checkpoint.open(str(source))
+    sequences = [ids.tolist() for ids in random_ids(12, 40, seed=4)]
+    recorded = record(load(source), sequences, batch_tokens=200, covariances=range(base.architecture.n_layers))
+    path = folder / "statistics.safetensors"
+    save_moments(path, recorded)
+    for layer in range(base.architecture.n_layers):
+        save_covariances(path, layer, {site: recorded[layer, site] for site in SITES})  # type: ignore[misc]
+    return base, Mixture((path,), (1.0,), ridge)
+
+
+def with_predicted_activations(model: Any, plan: Plan, mixture: Mixture, head_dim: int) -> Any:
+    """Before ``o_proj`` and ``down_proj`` of the dense model every cut activation gives way to its prediction."""
+    for layer, (block, kept) in enumerate(zip(model.get_decoder().layers, plan.kept, strict=True)):
+        heads = [h * head_dim + i for h in kept.heads for i in range(head_dim)]
+        for site, of in (("attn", heads), ("mlp", list(kept.channels))):
+            linear, covariance = block.get_submodule(output_modules(model)[site]), mixture[layer, site]  # type: ignore[index]
+            cut = sorted(set(range(linear.in_features)) - set(of))
+            C, mu = covariance.covariance_DD.numpy(), covariance.mean_D.numpy()
+            ridged = C[np.ix_(of, of)] + mixture.ridge_of((layer, site)) * np.diag(C.diagonal()[of])  # type: ignore[arg-type]
+            A = torch.tensor(C[np.ix_(cut, of)] @ np.linalg.pinv(ridged, hermitian=True))  # a ReLU leaves zeros
+            mean_S, mean_P = torch.tensor(mu[of]), torch.tensor(mu[cut])
+
+            def predict(_module: Any, inputs: Any, cut=cut, of=of, A=A, mean_S=mean_S, mean_P=mean_P) -> Any:
+                x_BTD = inputs[0].clone()
+                x_BTD[..., cut] = mean_P + (x_BTD[..., of] - mean_S) @ A.T
+                return (x_BTD,)
+
+            linear.register_forward_pre_hook(predict)
+    return model
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in MIXTURES])
+def test_compacted_equals_the_dense_model_with_cut_activations_predicted(dense, tmp_path, float64_norms, name):
+    source, ids_BT = dense(name, torch.float64), random_ids()
+    base, mixture = calibrated(source, tmp_path)
+    plan = random_plan(base.architecture, 1, "least_squares")
+    compacted = logits(load(write_compacted(Compaction(base, plan, mixture), tmp_path / "cut")), ids_BT)
+    predicted = logits(with_predicted_activations(load(source), plan, mixture, base.architecture.head_dim), ids_BT)
+    assert (compacted - predicted).abs().max() < 1e-8
+    assert (compacted - logits(load(source), ids_BT)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "llama_biased", "qwen2"])
+def test_a_plan_that_cuts_nothing_is_the_identity(dense, tmp_path, name):
+    source, ids_BT = dense(name), random_ids()
+    base, mixture = calibrated(source, tmp_path)
+    whole = (Kept.whole(base.architecture, 0),) * base.architecture.n_layers
+    compaction = Compaction(base, Plan("expert", 0.0, "least_squares", whole, {}), mixture)
+    compacted = load(write_compacted(compaction, tmp_path / "cut"))
+    assert torch.equal(logits(compacted, ids_BT), logits(load(source), ids_BT))
+
+
+def test_channels_that_others_give_exactly_are_cut_for_nothing(dense, tmp_path, float64_norms):
+    """A planted dependence: the last 16 channels are multiples of the first 16, so the cut model is the dense one."""
+    source, model = dense("llama_gqa", torch.float64), load(dense("llama_gqa", torch.float64))
+    folder = tmp_path / "planted"
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.gate_proj.weight[64:] = block.mlp.gate_proj.weight[:16]
+            block.mlp.up_proj.weight[64:] = 1.7 * block.mlp.up_proj.weight[:16]
+    model.save_pretrained(folder)
+    for file in source.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    base, mixture = calibrated(folder, tmp_path, ridge=1e-5)
+    dense_shape = base.architecture.dense
+    kept = Kept(tuple(range(dense_shape.groups)), tuple(range(dense_shape.heads)), tuple(range(64)))
+    plan = Plan("expert", 0.1, "least_squares", (kept,) * base.architecture.n_layers, {})
+    ids_BT = random_ids(seed=11)
+    expected = logits(load(folder), ids_BT)
+    repaired = logits(load(write_compacted(Compaction(base, plan, mixture), tmp_path / "cut")), ids_BT)
+    plain = Compaction(base, replace(plan, compensation="none"))
+    cut = logits(load(write_compacted(plain, tmp_path / "plain")), ids_BT)
+    assert (repaired - expected).abs().max() < 1e-3 * (cut - expected).abs().max()

@@ -1,0 +1,52 @@
+"""Where a cluster's tasks run: on a real head and a real node beside it."""
+
+import subprocess
+import sys
+
+import pytest
+from support import ROOT
+
+from seap_ray.pipeline.cluster import HEAD, _not_on_head
+
+TWO_NODES = """
+import os
+import ray
+from ray.cluster_utils import Cluster
+from seap_ray.pipeline.cluster import connect, work_task
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+node = cluster.add_node(num_cpus=1)
+cluster.wait_for_nodes()
+os.environ["RAY_ADDRESS"] = cluster.address
+connect()
+where = work_task(lambda: ray.get_runtime_context().get_node_id())
+found = set(ray.get([where.remote() for _ in range(8)]))
+print(found == {node.node_id}, flush=True)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def node(name: str, cpus: float, *, head: bool = False, alive: bool = True) -> dict:
+    resources = {"CPU": cpus} | ({HEAD: 1.0} if head else {})
+    return {"NodeID": name, "Alive": alive, "Resources": resources}
+
+
+@pytest.mark.parametrize(
+    "nodes, asked",
+    [
+        ([node("h", 2, head=True), node("a", 1)], {"ray.io/node-id": "!h"}),
+        ([node("h", 2, head=True)], {}),
+        ([node("h", 2, head=True), node("a", 1, alive=False), node("b", 0)], {}),
+        ([node("h", 0, head=True), node("a", 1)], {}),
+    ],
+    ids=["a head and a node", "one machine", "nobody else has CPUs", "a head without work"],
+)
+def test_work_stays_off_a_head_where_other_nodes_have_cpus(nodes, asked):
+    assert _not_on_head(nodes) == asked
+
+
+@pytest.mark.ray
+def test_on_a_real_cluster_no_work_reaches_the_head():
+    done = subprocess.run([sys.executable, "-c", TWO_NODES], cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.stdout.strip().splitlines()[-1:] == ["True"], done.stdout + done.stderr

@@ -1,0 +1,315 @@
+"""The planner: each plan's own settings, from statistics to units, against rankings of our own."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from support.builders import load, random_statistics
+
+from seap_ray.config import Config
+from seap_ray.core.architecture import Architecture
+from seap_ray.core.moments import Moments, shares
+from seap_ray.core.plan import Plan, choose_shapes, ratio_of
+from seap_ray.core.scores import Norms
+from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.pipeline.planner import Planner, Spec, save_plan, section_of, specs
+from seap_ray.pipeline.prune import draft, sizes, write_draft
+from seap_ray.storage.files import read_json
+from seap_ray.storage.run import Run
+
+often = settings(max_examples=40, deadline=None)
+TASKS = ("sort", "facts")
+
+
+def architecture_of(**sizes: int) -> Architecture:
+    return Architecture.of({"model_type": "llama", **sizes})
+
+
+SMALL = architecture_of(
+    hidden_size=24,
+    num_hidden_layers=5,
+    num_attention_heads=12,
+    num_key_value_heads=4,
+    head_dim=4,
+    intermediate_size=40,
+)
+LLAMA_3 = architecture_of(
+    hidden_size=4096,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    intermediate_size=14336,
+)
+
+
+def planner_of(architecture: Architecture, checkpoint: Any = None, **config: Any) -> Planner:
+    """Random statistics of two tasks; the layers' scores lie far apart."""
+    whole = Config.model_validate({"tasks": list(TASKS), **config})
+    generator = torch.Generator().manual_seed(9)
+    widths = {"attn": architecture.dense.heads * architecture.head_dim, "mlp": architecture.dense.channels}
+    norms = {
+        (layer, site): Norms(*torch.rand(2, n, generator=generator, dtype=torch.float64) * 2.0**layer)
+        for layer in range(architecture.n_layers)
+        for site, n in widths.items()
+    }
+    statistics = {task: random_statistics(architecture, seed, n=6) for seed, task in enumerate(TASKS)}
+    hashes = dict.fromkeys(TASKS, "hash")
+    checkpoint = checkpoint or SimpleNamespace(architecture=architecture)
+    return Planner(whole, checkpoint, statistics, norms, hashes, {}, Run(Path("nowhere")))  # type: ignore[arg-type]
+
+
+def plan_of(planner: Planner, name: str, ratio: float) -> Plan:
+    return planner.plan(spec_of(planner, name), ratio)
+
+
+def spec_of(planner: Planner, name: str) -> Spec:
+    return next(spec for spec in specs(planner.config) if spec.name == name)
+
+
+# --- standardised ----------------------------------------------------------------------------------------------------
+
+
+def ranked(planner: Planner, unit: str) -> list[tuple[float, int, str, tuple[int, ...], int]]:
+    """Every group (or every head's place in the ranking of its group, of all groups at once) and channel of all layers:
+    value, layer, what it is, its indices, weights. By wifv over both tasks, in numpy, from the columns up."""
+    dense, found = SMALL.dense, []
+    weights = [task.weight for task in planner.config.tasks]
+    for layer in range(SMALL.n_layers):
+        column = {}
+        for site in ("attn", "mlp"):
+            parts = [planner.statistics[task][layer, site] for task in TASKS]  # type: ignore[index]
+            means = np.array([part.mean_D.numpy() for part in parts])
+            variances = np.array([part.m2_D.numpy() / part.count for part in parts])
+            mean = np.average(means, axis=0, weights=weights)
+            variance = np.average(variances + (means - mean) ** 2, axis=0, weights=weights)
+            score = variance * planner.norms[layer, site].l2_D.numpy()  # type: ignore[index]
+            column[site] = (score - score.mean()) / score.std(ddof=1)
+        of_head = column["attn"].reshape(dense.heads, SMALL.head_dim).mean(1).reshape(dense.groups, -1)
+        if unit == "group":
+            size = (2 * dense.heads_per_group + 2) * SMALL.head_dim * SMALL.hidden_size
+            found += [(value, layer, "groups", (k,), size) for k, value in enumerate(of_head.mean(1))]
+        else:
+            size = 2 * dense.groups * SMALL.head_dim * SMALL.hidden_size
+            worst_first = of_head.argsort(1)
+            for place in range(dense.heads_per_group):
+                heads = worst_first[:, place] + np.arange(dense.groups) * dense.heads_per_group
+                found.append((of_head.flatten()[heads].mean(), layer, "heads", tuple(heads), size))
+        found += [(v, layer, "channels", (c,), 3 * SMALL.hidden_size) for c, v in enumerate(column["mlp"])]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("n", [1, 60, 106, 122, 150])
+@pytest.mark.parametrize("unit", ["group", "head"])
+def test_standardised_cuts_the_lowest_of_all_layers_as_a_ranking_by_hand_does(unit, n):
+    pruning = {"attention_unit": unit, "align": 1, "compensation": "none", "score": "wifv"}
+    allocation = {"kind": "standardised", "max_sparsity": 0.99}
+    flap = {"baselines": {"flap": {"compensation": "none"}}}
+    planner = planner_of(SMALL, pruning={**pruning, **flap, "allocation": allocation})
+    cut = ranked(planner, unit)[:n]
+    plan = plan_of(planner, "flap", sum(size for *_, size in cut) / SMALL.decoder_parameters)
+    for layer, kept in enumerate(plan.kept):
+        for what in (f"{unit}s", "channels"):
+            gone = {i for _, of, name, indices, _ in cut if (of, name) == (layer, what) for i in indices}
+            width = getattr(SMALL.dense, what)
+            assert getattr(kept, what) == tuple(i for i in range(width) if i not in gone)
+
+
+# --- every score and allocation --------------------------------------------------------------------------------------
+
+
+@given(
+    n_layers=st.integers(2, 6),
+    groups=st.sampled_from([1, 2, 4]),
+    heads_per_group=st.integers(1, 4),
+    tiles=st.integers(20, 60),
+    ratio=st.floats(0.02, 0.6),
+    score=st.sampled_from(["random", "wifv", "magnitude"]),
+    allocation=st.sampled_from(["uniform", "logistic", "global", "standardised"]),
+    unit=st.sampled_from(["group", "head", "none"]),
+    compensation=st.sampled_from(["none", "mean"]),
+)
+@often
+def test_plans_meet_the_ratio_within_a_tile(
+    n_layers, groups, heads_per_group, tiles, ratio, score, allocation, unit, compensation
+):
+    architecture = architecture_of(
+        hidden_size=64,
+        num_hidden_layers=n_layers,
+        num_attention_heads=groups * heads_per_group,
+        num_key_value_heads=groups,
+        head_dim=4,
+        intermediate_size=8 * tiles,
+    )
+    own = {"score": score, "allocation": allocation, "compensation": compensation}
+    pruning = {"baselines": {"x": own}, "attention_unit": unit, "align": 8, "allocation": {"max_sparsity": 0.95}}
+    plan = plan_of(planner_of(architecture, pruning=pruning), "x", ratio)
+    tile = 8 * 3 * architecture.hidden_size
+    assert abs(plan.planned(architecture) - ratio) * architecture.decoder_parameters <= tile
+    assert len(plan.kept) == n_layers and all(kept.groups and kept.heads and kept.channels for kept in plan.kept)
+
+
+@pytest.mark.parametrize("own", [{"score": "random"}, {"score": "wifv", "allocation": "standardised"}], ids=str)
+def test_plans_of_a_large_model_meet_the_ratio_within_a_tile(own):
+    planner = planner_of(LLAMA_3, pruning={"baselines": {"x": {**own, "compensation": "none"}}})
+    plan = plan_of(planner, "x", 0.35)
+    assert abs(plan.planned(LLAMA_3) - 0.35) * LLAMA_3.decoder_parameters <= 128 * 3 * LLAMA_3.hidden_size
+
+
+def test_random_units_depend_on_the_seed_alone():
+    baselines = {"a": {"tasks": ["sort"]}, "b": {}, "c": {"seed": 5}, "d": {"seed": 6}}
+    baselines = {name: {"score": "random", "compensation": "none", **own} for name, own in baselines.items()}
+    planner = planner_of(SMALL, pruning={"baselines": baselines}, run={"seed": 5})
+    plans = {name: plan_of(planner, name, 0.4) for name in baselines}
+    assert plans["a"].kept == plans["b"].kept == plans["c"].kept != plans["d"].kept
+    assert [plan.provenance["seed"] for plan in plans.values()] == [5, 5, 5, 6]
+    assert "seed" not in plan_of(planner, "general", 0.4).provenance
+
+
+# --- a plan's own settings -------------------------------------------------------------------------------------------
+
+
+def test_a_plan_keeps_to_its_own_budget_and_curve():
+    baselines = {
+        "steep": {"k": 8.0, "x0": 0.7},
+        "official": {"budget": "official", "score": "official_wifn", "compensation": "none"},
+        "same": {},
+    }
+    planner = planner_of(SMALL, pruning={"baselines": baselines, "allocation": {"k": 0.5}, "align": 1})
+    plans = {name: plan_of(planner, name, 0.3) for name in ("sort", *baselines)}
+    for name, k, x0 in (("sort", 0.5, 0.3), ("steep", 8.0, 0.7), ("same", 0.5, 0.3)):
+        pruning = planner.config.pruning
+        allocation = pruning.allocation.model_copy(update={"kind": "logistic", "k": k, "x0": x0})
+        own = pruning.model_copy(update={"allocation": allocation})
+        expected = choose_shapes(SMALL, own, ratio=0.3, compensated=True, scores_L=())
+        assert list(plans[name].shapes) == expected
+        assert plans[name].provenance["allocation"] == allocation.model_dump()
+        assert plans[name].provenance["budget"] == "exact"
+    assert plans["sort"].shapes == plans["same"].shapes != plans["steep"].shapes
+    official = plans["official"]
+    assert official.provenance["budget"] == "official" and official.provenance["score"] == "official_wifn"
+    assert official.compensation == "none"
+    assert ratio_of(official.shapes, SMALL, compensated=False) < 0.2 < 0.29 < plans["same"].planned(SMALL)
+
+
+def test_what_a_plan_leaves_out_is_the_pruning_sections():
+    config = Config.model_validate({"pruning": {"score": "magnitude", "allocation": {"kind": "uniform", "k": 3.0}}})
+    filled = section_of(config, config.plan_settings(config.pruning.experts))
+    assert filled == config.pruning
+    general = section_of(config, config.plan_settings(config.pruning.general))
+    assert (general.score, general.compensation, general.allocation) == ("energy", "none", config.pruning.allocation)
+
+
+# --- whole layers ----------------------------------------------------------------------------------------------------
+
+
+def with_cosines(planner: Planner, of: dict[str, list[float]]) -> Planner:
+    for task, cosine_L in of.items():
+        for layer, cosine in enumerate(cosine_L):
+            mean_D, m2_D = torch.tensor([[cosine], [0.0]], dtype=torch.float64)
+            planner.statistics[task][layer, "block"] = Moments(20, mean_D, m2_D)  # type: ignore[index]
+    return planner
+
+
+def test_layers_go_by_the_mean_cosine_over_the_tasks():
+    pruning = {"baselines": {"depth": {}, "depth.each": {"allocation": "depth", "per_task": True}}}
+    tasks = [{"name": "sort", "weight": 3.0}, {"name": "facts", "weight": 1.0}]
+    planner = with_cosines(
+        planner_of(SMALL, pruning=pruning, tasks=tasks),
+        {"sort": [0.1, 0.9, 0.2, 0.3, 0.8], "facts": [0.9, 0.1, 0.1, 0.99, 0.2]},
+    )  # by weight: 0.3, 0.7, 0.175, 0.4725, 0.65
+    expected = {"depth": (1, 4), "depth.each.sort": (1, 4), "depth.each.facts": (0, 3)}
+    for name, dropped in expected.items():
+        plan = plan_of(planner, name, 0.4)
+        assert plan.dropped == dropped
+        assert plan.planned(SMALL) == pytest.approx(0.4)
+        assert plan.compensation == "none", "also where the pruning section has it"
+        assert plan.provenance["score"] is None
+        assert plan.provenance["allocation"]["kind"] == "depth"
+
+
+@pytest.mark.parametrize("form", ["seap", "stock"])
+def test_a_checkpoint_without_some_layers_says_what_it_is(dense, tmp_path, form):
+    checkpoint = Checkpoint.open(str(dense("qwen2")))
+    config = {"pruning": {"baselines": {"depth": {}}}, "export": {"format": form}}
+    planner = planner_of(checkpoint.architecture, checkpoint, **config)
+    with_cosines(planner, dict.fromkeys(TASKS, [0.5, 0.9, 0.1, 0.5]))
+    spec, run = spec_of(planner, "depth"), Run(tmp_path)
+    plan = planner.plan(spec, 0.5)
+    made = draft(planner, run, spec, plan)
+    folder = write_draft(made)
+    model, whole = load(folder), load(dense("qwen2"))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    layer = sum(parameter.numel() for parameter in whole.model.layers[0].parameters())
+    assert parameters == sum(parameter.numel() for parameter in whole.parameters()) - 2 * layer
+    expected = {
+        "requested_ratio": 0.5,
+        "planned_ratio": 0.5,
+        "realised_ratio": 0.5,
+        "parameters": parameters,
+        "bytes": 4 * parameters,
+        "kv_bytes_per_token": 2 * 2 * 4 * 6 * 4,  # keys and values, layers, heads, head dimension, bytes
+    }
+    assert sizes(made) == expected
+    manifest = read_json(folder / "seap.json")
+    assert {key: manifest[key] for key in expected} == expected
+    assert manifest["plan"]["kept_layers"] == [0, 2]
+    save_plan(plan, checkpoint.architecture, tmp_path / "depth.json")
+    assert read_json(tmp_path / "depth.json") == manifest["plan"]
+    kept = load_file(tmp_path / "depth.safetensors")
+    assert [len(kept[f"layers.{layer}.channels"]) for layer in range(4)] == [80, 0, 80, 0]
+    assert [of["heads"] for of in manifest["plan"]["layers"]] == [8, 0, 8, 0]
+    other = Plan(plan.name, 0.5, "none", plan.kept, plan.provenance, dropped=(1, 2))
+    assert draft(planner, run, spec, other).fingerprint != made.fingerprint
+
+
+# --- experts with a share of all tasks, scores of units --------------------------------------------------------------
+
+
+def test_an_expert_with_a_share_of_all_tasks_has_their_statistics_in_its_own():
+    planner = planner_of(SMALL, pruning={"experts": {"mix": 0.4}})
+    weights = {task.name: task.weight for task in planner.config.tasks}
+    total = sum(weights.values())
+    spec = spec_of(planner, "facts")
+    assert spec.weights == {
+        "sort": pytest.approx(0.4 * weights["sort"] / total),
+        "facts": pytest.approx(0.6 + 0.4 * weights["facts"] / total),
+    }
+    mixed = planner.mixed(spec)[1, "mlp"]
+    parts = [planner.statistics[task][1, "mlp"] for task in TASKS]
+    shares = [spec.weights[task] for task in TASKS]
+    torch.testing.assert_close(mixed.mean_D, sum(w * p.mean_D for w, p in zip(shares, parts, strict=True)))
+    assert spec_of(planner_of(SMALL), "facts").weights == {"facts": 1.0}
+    everything = spec_of(planner_of(SMALL, pruning={"experts": {"mix": 1}}), "facts").weights
+    assert everything == {task: pytest.approx(weight / total) for task, weight in weights.items()}
+
+
+def test_scores_that_compare_as_they_are_are_not_divided_by_their_mean():
+    """Two layers alike but for a factor: by their own values the lighter one gives all, by shares of a mean both."""
+    pruning = Config.model_validate(
+        {"pruning": {"allocation": {"kind": "global"}, "attention_unit": "none", "align": 1}}
+    )
+    generator = torch.Generator().manual_seed(3)
+    scores = [torch.rand(n, generator=generator, dtype=torch.float64) + 0.5 for n in (12, 40)]
+    scores_L = [(scores[0] * 10.0**layer, scores[1] * 10.0**layer) for layer in range(SMALL.n_layers)]
+    options = {"ratio": 0.05, "compensated": False, "scores_L": scores_L}
+    shared = choose_shapes(SMALL, pruning.pruning, **options)
+    own = choose_shapes(SMALL, pruning.pruning, **options, comparable=True)
+    assert len({shape.channels for shape in shared}) <= 2
+    assert own[0].channels < own[1].channels == own[4].channels == 40
+
+
+def test_a_mixture_of_tasks_counts_an_experts_tokens_by_how_much_of_a_task_is_routed_to_it():
+    """Task a sends 3 of 4 tokens to an expert, task b 1 of 4: of equal weight, they are 3 to 1 of what it sees."""
+    of = {"a": Moments(4, torch.zeros(1), torch.ones(1)), "b": Moments(400, torch.zeros(1), torch.ones(1))}
+    routed = {"a": Moments(3, torch.zeros(1), torch.ones(1)), "b": Moments(100, torch.ones(1), torch.ones(1))}
+    parts = [{(0, "attn"): of[t], (0, "mlp.0"): routed[t]} for t in "ab"]
+    assert shares(parts, [1.0, 1.0], (0, "mlp.0")) == [0.75, 0.25]
+    assert shares(parts, [2.0, 3.0], (0, "attn")) == [2.0, 3.0]
+    none = Moments(0, torch.zeros(1), torch.zeros(1))
+    assert shares([{**part, (0, "mlp.0"): none} for part in parts], [2.0, 3.0], (0, "mlp.0")) == [2.0, 3.0]

@@ -1,0 +1,228 @@
+"""What the doctor says of nodes, versions, storage and keys, and what keeps a job from starting."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+from support import ROOT
+
+from seap_ray.config import Config
+from seap_ray.errors import ConfigError
+from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.pipeline import preflight as doctor
+from seap_ray.pipeline.preflight import (
+    Finding,
+    Node,
+    _alike,
+    _clocks,
+    _corpora,
+    _model,
+    _storage,
+    heed,
+    here,
+    run_bytes,
+)
+from seap_ray.storage.run import Run
+
+DEMO = Checkpoint.open("demo")
+NODE = Node(
+    name="a",
+    versions={"torch": "2.13.0", "transformers": "5.19.0"},
+    has_plugin=True,
+    sees_storage=True,
+    model=DEMO.fingerprint,
+    unseen=(),
+    clock=0.0,
+)
+OTHER = replace(NODE, name="b")
+
+
+def levels(findings) -> list[str]:
+    return [finding.level for finding in findings]
+
+
+def only(findings) -> Finding:
+    (finding,) = findings
+    return finding
+
+
+# --- nodes -----------------------------------------------------------------------------------------------------------
+
+
+def test_nodes_that_are_alike_say_nothing():
+    for check in (_alike, _corpora, _clocks):
+        assert not list(check([NODE, OTHER]))
+
+
+def test_another_release_on_a_node_is_wrong_for_its_bits_would_differ():
+    strange = replace(OTHER, versions={**NODE.versions, "torch": "2.12.0"})
+    assert only(_alike([NODE, strange])).level == "wrong"
+    assert "torch is 2.13.0 on a, and 2.12.0 on b" in only(_alike([NODE, strange])).said
+    assert not list(_alike([NODE, replace(OTHER, versions={**NODE.versions, "torch": "2.13.0+cpu"})])), "another build"
+
+
+def test_a_node_without_the_plugin_is_a_warning():
+    found = only(_alike([NODE, replace(OTHER, has_plugin=False)]))
+    assert found.level == "warning" and "no vLLM plugin on b" in found.said
+
+
+def test_a_node_that_does_not_see_the_runs_folder_is_wrong(tmp_path):
+    found = only(_storage(Config(), DEMO, Run(tmp_path), [NODE, replace(OTHER, sees_storage=False)]))
+    assert found.level == "wrong" and f"run.storage: {tmp_path} is not seen by b" in found.said
+
+
+@pytest.mark.parametrize(
+    ("model", "level", "said"),
+    [
+        (DEMO.fingerprint, "ok", "2,735,520 parameters, 5.47 MB"),
+        (None, "wrong", "is not on b"),
+        ("else", "wrong", "differs on b"),
+    ],
+)
+def test_the_model_is_to_be_the_same_on_every_node(model, level, said):
+    found = only(_model(DEMO, [NODE, replace(OTHER, model=model)]))
+    assert found.level == level and said in found.said
+
+
+def test_a_model_of_the_hub_comes_to_the_nodes_that_do_not_have_it():
+    cached = replace(DEMO, folder=Path("/cache/models--a--b/snapshots/0123"), source="a/b")
+    found = only(_model(cached, [NODE, replace(OTHER, model=None)]))
+    assert (found.level, found.said) == ("warning", "b will first copy 5.47 MB of a/b")
+
+
+def test_a_corpus_that_a_node_does_not_have_is_wrong():
+    assert "tasks: /data/x is not on b" in only(_corpora([NODE, replace(OTHER, unseen=("/data/x", "/y"))])).said
+
+
+def test_a_clock_that_is_off_is_worth_a_word():
+    assert levels(_clocks([NODE, replace(OTHER, skew=4.0)])) == []
+    assert "b is 90 s off" in only(_clocks([NODE, replace(OTHER, skew=90.0)])).said
+
+
+# --- disk ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_the_run_may_fill_is_a_warning_less_what_is_there(tmp_path, monkeypatch):
+    config = Config()
+    needed = run_bytes(config, DEMO)
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: type("Usage", (), {"free": int(needed) - 1000}))
+    assert only(_storage(config, DEMO, Run(tmp_path), [NODE])).level == "warning"
+    (tmp_path / "records").write_bytes(bytes(1000))
+    assert only(_storage(config, DEMO, Run(tmp_path), [NODE])).level == "ok"
+
+
+def test_the_bytes_of_a_run_are_its_records_statistics_and_checkpoints():
+    config = Config.model_validate(
+        {
+            "tasks": ["sort", "logic"],
+            "corpus": {"samples": 100, "shard_sequences": 30},
+            "pruning": {"ratio": [0.2, 0.5]},
+        }
+    )
+    per_column = 16 * 8 * sum(DEMO.architecture.widths)  # float64 mean and m2, eight layers
+    records = 2 * (4 + 1) * per_column
+    assert run_bytes(config, DEMO) == pytest.approx(records + (0.8 + 0.5) * 3 * DEMO.n_bytes)
+    with_pairs = config.model_copy(
+        update={"calibration": config.calibration.model_copy(update={"statistics": "covariance"})}
+    )
+    triangles = 8 * sum(width**2 for width in DEMO.architecture.widths) * 4 // 2
+    assert run_bytes(with_pairs, DEMO) - run_bytes(config, DEMO) == pytest.approx(2 * 5 * triangles)
+
+
+# --- here ------------------------------------------------------------------------------------------------------------
+
+
+def test_versions_beside_those_tested_are_named(monkeypatch):
+    assert [finding for finding in here(Config()) if finding.subject == "versions"][0].level == "ok"
+    monkeypatch.setattr(doctor, "requires", lambda _name: ["torch==9.*", "ray[data]>=2", "x; extra == 'dev'"])
+    said = [finding for finding in here(Config()) if finding.subject == "versions"]
+    assert said[0].level == "warning" and re.search(r"others than torch 2\.", said[0].said)
+
+
+def test_keys_and_tokens_that_will_be_missed_are_warned_of(monkeypatch, tmp_path):
+    monkeypatch.delenv("SEAP_API_KEYS", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    config = Config.model_validate({"model": {"source": "meta-llama/Llama-3.1-8B"}})
+    found = {finding.subject: finding for finding in here(config)}
+    assert found["keys"].level == found["hub"].level == "warning" and "meta-llama/Llama-3.1-8B" in found["hub"].said
+    monkeypatch.setenv("SEAP_API_KEYS", "a-key-of-mine")
+    found = {finding.subject: finding for finding in here(Config())}
+    assert "keys" not in found and "hub" not in found
+    assert not any("a-key-of-mine" in finding.said for finding in here(Config()))
+
+
+def test_a_job_heeds_what_is_wrong_and_says_what_it_is_warned_of(capsys):
+    findings = [Finding("ok", "a", "fine"), Finding("warning", "b", "mind"), Finding("wrong", "c", "x: mend it")]
+    with pytest.raises(ConfigError, match="^x: mend it$"):
+        heed(findings)
+    assert capsys.readouterr().out == "warning: b: mind\n"
+
+
+# --- on a real cluster -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_the_doctor_says_what_one_machine_has(cluster, tmp_path, capsys):
+    main = runpy.run_path(str(ROOT / "jobs" / "doctor.py"))["main"]
+    assert main([f"config={ROOT / 'ray_config.yaml'}", f"run.storage={tmp_path}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines} <= {"ok", "warning"}
+    subjects = [line.split()[1] for line in lines]
+    assert [name for name in subjects if name in ("cluster", "storage", "model", "workers")] == [
+        "cluster",
+        "storage",
+        "model",
+        "workers",
+    ]
+    assert any("2, each of 1 CPUs and 0 GPUs; placement single" in line for line in lines)
+    assert not list((tmp_path / "demo").glob(".probe*"))
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(os.geteuid() != 0, reason="a node with another view of the disk takes a mount, which needs root")
+def test_a_job_is_refused_where_a_node_has_another_disk_under_the_same_path(tmp_path):
+    """Two real raylets; the second sees an empty file system where the run lies."""
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    address = cluster.address
+    hidden = f"mount -t tmpfs tmpfs {storage} && exec {Path(sys.executable).parent}/ray start --address={address}"
+    node = subprocess.Popen(
+        ["unshare", "--mount", "bash", "-c", f"{hidden} --num-cpus=1 --block"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        doctor_job = [sys.executable, "jobs/doctor.py", f"run.storage={storage}"]
+        environment = {**os.environ, "RAY_ADDRESS": address}
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            done = subprocess.run(doctor_job, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+            if "2 nodes" in done.stdout or node.poll() is not None:
+                break
+        if node.poll() is not None:
+            pytest.skip("mounting is not allowed here")
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert re.search(r"wrong +storage +run.storage: .*storage/demo is not seen by .*; choose a folder", done.stdout)
+        job = subprocess.run(
+            [sys.executable, "jobs/prune.py", f"run.storage={storage}"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert job.returncode == 2 and "error: run.storage: " in job.stderr and len(job.stderr.splitlines()) == 1
+        assert not (storage / "demo" / "shards").exists()
+    finally:
+        node.terminate()
+        node.wait(60)
+        cluster.shutdown()

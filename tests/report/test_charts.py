@@ -1,0 +1,151 @@
+import re
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib
+import pytest
+from support import ROOT
+from support.colours import contrast
+
+from seap_ray.report import charts as pictures
+from seap_ray.report.charts import (
+    COLOURS,
+    INK,
+    MARKERS,
+    REFERENCE,
+    Chart,
+    HeatMap,
+    Picture,
+    Series,
+    _across,
+    look,
+    panel_svg,
+    swatch_svg,
+    whole_svg,
+)
+
+ODD = 'a<b> & "c" $x_1$'
+PAGES = re.findall(r"--page: (#\w+)", Path(pictures.__file__).with_name("template.html.jinja").read_text())
+
+
+def chart(**changes):
+    x, y = (1.0, 2.0, 4.0), (0.2, 0.5, 0.9)
+    series = (Series("one", x, y, look(0)), Series("two", x, y[::-1], look(1), errors=((0.8, 0.4, 0.1), (1, 0.6, 0.3))))
+    return Chart(**{"title": "Chart", "x_label": "x", "y_label": "y", "series": series, **changes})
+
+
+def heat_map(**changes):
+    values = [[0.25, None], [0.5, 1.0]]
+    named = {"title": "Map", "x_label": "x", "y_label": "y", "columns": ["p", "q"], "rows": ["r", "s"]}
+    return HeatMap(**{**named, "values": values, **changes})
+
+
+def texts(svg):
+    return [element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+@pytest.mark.parametrize("panel", [chart(), chart(y_log=True, x_log=True), heat_map()])
+def test_a_panel_is_one_labelled_svg_in_the_colour_of_the_text_around_it(panel):
+    svg = panel_svg(panel, "What it is.")
+    root = ElementTree.fromstring(svg)
+    assert root.tag.endswith("svg") and root.get("role") == "img"
+    assert root.get("aria-label") == f"What it is. {panel.title}"
+    assert root.get("viewBox") == f"0 0 {panel.size[0]} {panel.size[1]}"
+    assert "currentColor" in svg and INK not in svg
+
+
+@pytest.mark.parametrize("svg", [panel_svg(chart(), "x"), panel_svg(heat_map(), "x"), swatch_svg(look(0))])
+def test_an_svg_brings_no_style_script_font_or_address_of_its_own(svg):
+    namespaces = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r'https?://[^"\s]*', svg)) == namespaces
+    assert not re.search(r"<style|<script|<image|@import|font-family|<\?xml|<!DOCTYPE", svg)
+
+
+def test_text_stays_text_and_odd_names_are_no_markup_and_no_formula():
+    svg = panel_svg(heat_map(rows=[ODD, "s"], title=ODD), ODD)
+    assert {ODD, "p", "q", "0.25", "0.50", "1.00"} <= set(texts(svg))
+    assert ElementTree.fromstring(svg).get("aria-label") == f"{ODD} {ODD}"
+
+
+def test_a_logarithmic_axis_has_plain_numbers():
+    series = (Series("", (0, 1, 2), (2e-6, 3e-2, 40.0), look(0)),)
+    found = texts(panel_svg(chart(series=series, y_log=True), ""))
+    assert {"10⁻⁵", "0.1"} <= set(found) or {"10⁻⁴", "0.01"} <= set(found)
+    narrow = texts(panel_svg(chart(series=(Series("", (0, 1), (11.0, 45.0), look(0)),), y_log=True), ""))
+    assert {"20", "30", "40"} <= set(narrow)
+    tiny = texts(panel_svg(chart(series=(Series("", (0, 1), (1.5e-4, 1.9e-4), look(0)),), y_log=True), ""))
+    assert {"1.6·10⁻⁴", "1.8·10⁻⁴"} <= set(tiny)
+    decades = texts(panel_svg(chart(series=(Series("", (0, 1), (1.5, 90.0), look(0)),), y_log=True), ""))
+    assert {"2", "5", "10", "20", "50"} <= set(decades)
+
+
+def test_a_line_goes_through_its_points():
+    x, y = (0.0, 1.0, 5.0), (2.0, 8.0, 3.0)
+    svg = panel_svg(chart(series=(Series("", x, y, look(0)),)), "")
+    path = re.search(rf'<path d="([^"]*)" clip-path="[^"]*" style="fill: none; stroke: {COLOURS[0]}', svg)
+    drawn = [tuple(map(float, point)) for point in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path.group(1))]
+    for values, at in ((x, [p[0] for p in drawn]), (y, [-p[1] for p in drawn])):
+        scale = (at[1] - at[0]) / (values[1] - values[0])
+        assert scale > 0
+        assert at[2] == pytest.approx(at[0] + scale * (values[2] - values[0]), abs=1e-3)
+
+
+def test_a_cell_is_the_stronger_the_better_its_number_and_an_empty_one_is_not_drawn():
+    def opacities(**changes):
+        svg = panel_svg(heat_map(**changes), "")
+        return [float(o) for o in re.findall(rf"fill: {COLOURS[0]}; opacity: ([\d.]+)", svg)]
+
+    assert len(opacities()) == 3
+    assert opacities() == sorted(opacities()) and len(set(opacities())) == 3
+    better_when_lower = opacities(scale=(1, 0))
+    assert better_when_lower == sorted(better_when_lower, reverse=True) and len(set(better_when_lower)) == 3
+    assert len(set(opacities(values=[[0.5, 0.5], [0.5, 0.5]], scale=(0.5, 0.5)))) == 1
+
+
+@pytest.mark.parametrize("page", [*PAGES, "#ffffff", "#0d1117"])
+def test_every_colour_can_be_told_from_the_page(page):
+    assert len(PAGES) == 2
+    assert [colour for colour in COLOURS if contrast(colour, page) < 3] == []
+
+
+def test_series_can_be_told_apart_without_colour():
+    looks = [look(i) for i in range(len(MARKERS))]
+    assert all(a.marker != b.marker for a, b in combinations(looks, 2))
+    assert all(a.line != b.line for a, b in combinations(looks[:4], 2))
+    assert REFERENCE.marker == ""
+
+
+def test_the_same_numbers_give_the_same_bytes_in_another_process_with_other_settings():
+    code = (
+        "import sys; sys.path[:0] = ['tests', 'tests/report']; "
+        "import matplotlib; matplotlib.rcParams['font.size'] = 30; "
+        "from test_charts import *; print(panel_svg(chart(), 'x'), panel_svg(heat_map(), 'x'))"
+    )
+    root = ROOT
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=120, check=True
+    )
+    before = dict(matplotlib.rcParams)
+    assert done.stdout == f"{panel_svg(chart(), 'x')} {panel_svg(heat_map(), 'x')}\n"
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_a_legend_names_each_look_once_and_one_series_needs_none():
+    assert list(Picture("", (chart(), chart(), heat_map())).legend) == ["one", "two"]
+    assert Picture("", (chart(series=chart().series[:1]),)).legend == {}
+
+
+def test_a_picture_stands_alone_with_its_legend_on_a_ground_of_its_own():
+    svg = whole_svg(Picture("Both.", (chart(), heat_map())))
+    assert {"one", "two", "Chart", "Map"} <= set(texts(svg))
+    assert "background:#fff;color:#1f2328" in ElementTree.fromstring(svg).get("style")
+
+
+def test_a_legend_is_no_wider_than_its_picture():
+    assert _across(["experts", "wanda_sp", "magnitude", "random"], 440) == 3  # 60 + 8 * 9 pixels each
+    assert (
+        _across(["a"] * 9, 2000) == 5 and _across(["a label as long as this one"], 100) == 1 and _across([], 440) == 1
+    )

@@ -1,0 +1,325 @@
+"""The page: its text and structure by a parser, its looks in a real Chromium."""
+
+import hashlib
+import re
+from html import unescape
+from html.parser import HTMLParser
+
+import pytest
+from support.browser import MISSING, chromium
+from support.colours import contrast
+from support.made_run import edit, make_run
+
+from seap_ray.errors import ConfigError
+from seap_ray.report.artifacts import Evidence
+from seap_ray.report.page import parts, save_pictures, write_report
+from seap_ray.storage.run import Run
+
+STUDIES = ("table", "ratio", "corpus", "allocation", "ood", "transfer", "routing", "pooling", "paper")
+VOID = {"meta", "link", "br", "use", "path"}
+
+
+class Page(HTMLParser):
+    """Every element with its attributes, and every cell of every table by its row and column heads."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.tables, self.open, self.text = [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag in VOID:
+            return
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data):
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "demo")
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("runs") / "demo", studies=STUDIES)
+    write_report(run)
+    return run
+
+
+def page_of(run):
+    return Page(write_report(run).read_text())
+
+
+# --- what it says ----------------------------------------------------------------------------------------------------
+
+
+def test_the_numbers_are_those_of_the_results(run):
+    evidence, page = Evidence.of(run), page_of(run)
+    head, *rows = page.tables[0]
+    names = [row[0] for row in rows if len(row) > 1]
+    models = evidence.main["models"]
+    assert sorted(names) == sorted(model["name"] for model in models)
+    by_ratio, ratio = {}, None
+    for row in rows:
+        if len(row) == 1:
+            ratio = float(row[0].split()[0]) / 100
+        else:
+            by_ratio[row[0], ratio] = dict(zip(head, row, strict=True))
+    for model in models:
+        row = by_ratio[model["name"], model["ratio"]]
+        for task, cell in model["quality"].items():
+            assert row[f"{task} em"] == f"{cell['value']:.3f} ± {cell['stderr']:.3f}"
+        mean = sum(cell["value"] for cell in model["quality"].values()) / len(model["quality"])
+        assert row["mean accuracy"].split(" ±")[0] == f"{mean:.3f}"
+        assert row["removed"] == ("" if model["ratio"] is None else f"{model['realised_ratio']:.4f}")
+
+
+def test_the_facts_of_the_run_are_told(run):
+    text = page_of(run).text
+    for fact in ("1,000,000", "20 %, 40 %", "score wifv, allocation logistic (k 1, x0 0.3)", "seap-ray 0.1.0", "3,702"):
+        assert fact in text
+
+
+def test_what_was_not_measured_leaves_no_heading_behind(run, studied):
+    few, many = (re.findall(r'<h2 id="(\w+)"', write_report(one).read_text()) for one in (run, studied))
+    assert few == ["summary", "quality", "transfer", "sparsity", "overlap", "clusters", "scores", "router"]
+    assert many == [*few, "speed", "corpus", "allocation", "ood", "routing", "pooling", "paper"]
+
+
+def test_a_run_of_one_study_alone_has_a_page(run, tmp_path):
+    alone = make_run(tmp_path / "demo", studies=("pooling",))
+    for path in (alone.results, *alone.root.glob("plans/*/*")):
+        path.unlink()
+    assert "Is it the task's data, or only more data?" in page_of(alone).text
+
+
+def test_a_run_without_results_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="has no results; run jobs/prune.py or jobs/eval.py first$"):
+        write_report(Run(tmp_path))
+
+
+def test_a_run_that_was_not_evaluated_shows_what_was_cut(tmp_path):
+    run = make_run(tmp_path / "demo")
+    edit(run.results, lambda results: [model.update(quality={}) for model in results["models"]])
+    keys = [part.key for part in parts(Evidence.of(run))]
+    assert keys == ["sparsity", "overlap", "clusters", "scores", "router"]
+    assert "general" in page_of(run).text
+
+
+def test_a_failed_cell_says_why_and_is_not_obeyed(tmp_path):
+    run = make_run(tmp_path / "demo", studies=("table",))
+    error = '<script>alert(1)</script> & "task" $x_1$'
+
+    def fail(results):
+        for model in results["models"][1:4]:
+            model["quality"]["sort"] = {"error": error}
+        results["models"][0]["quality"]["prose"] = {"error": "another"}
+        unplanned = {"name": "unplanned", "kind": "baseline", "realised_ratio": None, "parameters": None}
+        results["models"].append({**results["models"][1], **unplanned})
+
+    edit(run.study("table"), fail)
+    html = write_report(run).read_text()
+    page = Page(html)
+    assert "<script" not in html and error in page.text
+    assert [cell for row in page.tables[0] for cell in row if "failed" in cell] == ["failed1", *["failed2"] * 4]
+    assert next(row for row in page.tables[0] if row[0] == "unplanned")[1:3] == ["", ""]
+    assert len(re.findall("<li>another</li>", html)) == 1
+
+
+def test_names_from_files_are_text(run, tmp_path):
+    odd = make_run(tmp_path / "<i>odd & name")
+
+    def rename(results):
+        for model in results["models"]:
+            if model["name"] == "uniform":
+                model.update(name="<u>x</u>", method="<u>x</u>")
+
+    edit(odd.results, rename)
+    html = write_report(odd).read_text()
+    assert "<i>" not in html and "<u>" not in html
+    assert "<i>odd & name: what was cut" in unescape(html) and "&lt;u&gt;x&lt;/u&gt;" in html
+
+
+# --- how it is made --------------------------------------------------------------------------------------------------
+
+
+def test_the_same_run_gives_the_same_page(studied):
+    first, second = (hashlib.sha256(write_report(studied).read_bytes()).hexdigest() for _ in range(2))
+    assert first == second
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing(studied):
+    html = studied.report.read_text()
+    page = Page(html)
+    assert not {"script", "img", "iframe", "object", "embed", "video", "audio", "form"} & {
+        tag for tag, _ in page.elements
+    }
+    targets = [
+        value for _, attributes in page.elements for key, value in attributes.items() if key.endswith(("href", "src"))
+    ]
+    assert targets and all(target.startswith(("#", "data:,")) for target in targets)
+    assert not re.search(r"@import|@font-face|url\((?!#)", html)
+    assert set(re.findall(r"https?://[^\"'\s<]*", html)) == {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+
+
+def test_ids_are_single_and_what_is_referred_to_is_there(studied):
+    html = studied.report.read_text()
+    ids = [attributes["id"] for _, attributes in Page(html).elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = {
+        name for found in re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)|labelledby="([^"]*)"', html) for name in found
+    }
+    assert used - {""} <= set(ids)
+
+
+def test_pictures_and_tables_can_be_read_without_eyes(studied):
+    page = Page(studied.report.read_text())
+    for svg in page.all("svg"):
+        assert svg.get("aria-hidden") == "true" or (svg.get("role") == "img" and svg["aria-label"].strip())
+    assert len(page.all("figure")) == len(page.all("figcaption")) > 10
+    assert all("scope" in head for head in page.all("th"))
+    assert len(page.all("caption")) == len(page.all("table"))
+    assert page.all("html") == [{"lang": "en"}]
+    assert page.open == []
+
+
+def test_pictures_are_saved_one_a_file(run, tmp_path):
+    paths = save_pictures(run, tmp_path / "pictures")
+    assert [path.name for path in paths] == [
+        f"{name}.svg" for name in ("quality", "transfer", "sparsity", "overlap", "clusters", "scores", "router")
+    ]
+    assert all(path.read_text().startswith("<svg") for path in paths)
+
+
+# --- in a browser ----------------------------------------------------------------------------------------------------
+
+
+def in_a_browser(test):
+    return pytest.mark.slow(pytest.mark.skipif(bool(MISSING), reason=MISSING)(test))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture
+def open_report(browser, studied):
+    """``open_report(**context)``: the page; on the way out it must have asked for nothing and complained of nothing."""
+    seen, sessions = [], []
+
+    def opened(**context):
+        session = browser.new_context(**context)
+        sessions.append(session)
+        page = session.new_page()
+        page.on("request", lambda request: seen.append(request.url))
+        page.on("console", lambda message: seen.append(message.text))
+        page.on("pageerror", lambda error: seen.append(str(error)))
+        page.goto(studied.report.as_uri())
+        return page
+
+    yield opened
+    for session in sessions:
+        session.close()
+    assert [each for each in seen if each != studied.report.as_uri()] == []
+
+
+@in_a_browser
+@pytest.mark.parametrize("width", [390, 768, 1400])
+def test_nothing_sticks_out_of_the_page(open_report, width):
+    page = open_report(viewport={"width": width, "height": 900})
+    page.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    boxes = [box.bounding_box() for box in page.locator(".scroll, .panel").all()]
+    assert len(boxes) > 30
+    assert [box for box in boxes if box["x"] < 0 or box["x"] + box["width"] > width] == []
+
+
+@in_a_browser
+@pytest.mark.parametrize("width", [390, 1400])
+def test_the_text_of_pictures_is_large_enough_and_lies_within_them(open_report, width):
+    page = open_report(viewport={"width": width, "height": 900})
+    small, outside = page.evaluate(
+        """() => {
+            const small = [], outside = [];
+            for (const svg of document.querySelectorAll("svg[role=img]")) {
+                const own = svg.getBoundingClientRect();
+                for (const text of svg.querySelectorAll("text")) {
+                    const at = text.getBoundingClientRect();
+                    const size = parseFloat(getComputedStyle(text).fontSize) * own.width / svg.viewBox.baseVal.width;
+                    if (size < 8.3) small.push([text.textContent, size]);
+                    if (at.left < own.left - 1 || at.right > own.right + 1 || at.top < own.top - 1
+                        || at.bottom > own.bottom + 1) outside.push(text.textContent);
+                }
+            }
+            return [small, outside];
+        }"""
+    )
+    assert (small, outside) == ([], [])
+
+
+@in_a_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_both_schemes(open_report, scheme):
+    page = open_report(color_scheme=scheme)
+    colours = page.evaluate(
+        """() => {
+            const found = new Map();
+            for (const element of document.querySelectorAll("h1, h2, p, dt, dd, td, th, caption, figcaption, .how, li, "
+                 + "a, summary, svg[role=img] text")) {
+                const style = getComputedStyle(element);
+                let behind = element;
+                while (behind && getComputedStyle(behind).backgroundColor === "rgba(0, 0, 0, 0)") {
+                    behind = behind.parentElement;
+                }
+                const ink = element.tagName === "text" ? style.fill : style.color;
+                found.set(ink + getComputedStyle(behind).backgroundColor,
+                          [ink, getComputedStyle(behind).backgroundColor, element.tagName]);
+            }
+            return [...found.values()];
+        }"""
+    )
+
+    def as_hex(colour):
+        return "#" + "".join(f"{int(part):02x}" for part in re.findall(r"\d+", colour)[:3])
+
+    assert len(colours) >= 4
+    assert [(ink, page_, tag) for ink, page_, tag in colours if contrast(as_hex(ink), as_hex(page_)) < 4.5] == []
+    backgrounds = {as_hex(page_) for _, page_, _ in colours}
+    assert (contrast(min(backgrounds), "#ffffff") > 10) == (scheme == "dark")
+
+
+@in_a_browser
+def test_paper_is_white_and_has_all_tables(open_report):
+    page = open_report(color_scheme="dark")
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(255, 255, 255)"
+    seen = "[...document.querySelectorAll('table')].filter(table => table.checkVisibility()).length"
+    assert page.evaluate(seen) == page.locator("table").count()
+    page.emulate_media(media="screen")
+    assert 2 <= page.evaluate(seen) < page.locator("table").count(), "long ones are folded away on a screen"

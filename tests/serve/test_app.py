@@ -1,0 +1,240 @@
+"""What is refused before an engine starts, what engines are told, and the metrics page. No engine runs here."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import ROOT
+from support.builders import random_plan, write_compacted
+
+from seap_ray.config import load_config
+from seap_ray.errors import ConfigError
+from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.export import Compaction
+from serve.app import _flat
+from serve.node_metrics import merged
+
+pytestmark = [
+    pytest.mark.vllm,
+    # What vLLM, torch and Ray warn of while they are imported.
+    pytest.mark.filterwarnings(r"ignore::FutureWarning:vllm\.", r"ignore::DeprecationWarning"),
+]
+
+
+@pytest.fixture
+def app():
+    import serve.application
+
+    return serve.application
+
+
+@pytest.fixture
+def run(tmp_path, dense, monkeypatch):
+    """A folder like a run's, at two ratios, without a router."""
+    monkeypatch.setenv("SEAP_API_KEYS", "a-key-of-these-tests")
+    checkpoint = Checkpoint.open(str(dense("llama_gqa")))
+    root = tmp_path / "run"
+    for ratio in ("0.20", "0.50"):
+        for name, kind in (("general", "general"), ("alpha", "expert"), ("beta", "expert"), ("wanda_sp", "baseline")):
+            folder = root / "experts" / ratio / name
+            folder.mkdir(parents=True)
+            write_compacted(Compaction(checkpoint, random_plan(checkpoint.architecture, seed=1), {}), folder)
+            about = {"requested_ratio": float(ratio), "parameters": 7, "kv_bytes_per_token": 64, "plan": {"kind": kind}}
+            (folder / "seap.json").write_text(json.dumps(about))
+    (root / "config.json").write_text("{}")
+    return root
+
+
+def config(run, *arguments):
+    path = run.parent / "c.yaml"
+    path.write_text(f"run: {{storage: {run.parent}, name: {run.name}}}")
+    return load_config([f"config={path}", *arguments])
+
+
+def names(app, run, *arguments):
+    from serve.experts import find
+
+    made = config(run, *arguments)
+    return [(expert.name, expert.ratio) for expert in find(made, app.Run.of(made))]
+
+
+def test_the_general_model_and_all_experts_of_the_smallest_ratio_are_served_and_no_baseline(app, run):
+    assert names(app, run) == [("general", 0.2), ("alpha", 0.2), ("beta", 0.2)]
+    assert names(app, run, "serve.ratio=0.5", "serve.experts=[beta]") == [("general", 0.5), ("beta", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run.name=none"], "none: no such run; make it with jobs/prune.py"),
+        (["serve.ratio=0.3"], "serve.ratio: .* holds 0.20, 0.50, not 0.3"),
+        (["serve.experts=[gamma]"], "serve.experts: .* holds no expert gamma; it holds alpha, beta"),
+        (["serve.experts=[wanda_sp]"], "serve.experts: .* holds no expert wanda_sp"),
+        ([], "router: no router, or a torn one"),
+    ],
+)
+def test_what_is_not_there_is_named(app, run, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        app.prepare(config(run, *arguments))
+
+
+def test_a_run_without_a_whole_general_model_is_not_served(app, run):
+    (run / "experts/0.20/general/seap.json").unlink()
+    assert names(app, run)[0] == ("general", 0.5)
+    with pytest.raises(ConfigError, match="0.20 holds no whole general model"):
+        names(app, run, "serve.ratio=0.2")
+
+
+def test_a_checkpoint_that_is_not_what_it_declares_is_not_served(app, run):
+    path = run / "experts/0.20/alpha/config.json"
+    about = json.loads(path.read_text())
+    layer = about["per_layer_config"][min(about["per_layer_config"])]
+    layer["o_proj_bias"] = True
+    path.write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match=r"alpha: the checkpoint lacks model\.layers\.\d\.self_attn\.o_proj\.bias"):
+        app.prepare(config(run))
+
+
+def test_a_general_model_alone_needs_no_router(app, run):
+    service = app.prepare(config(run, "serve.experts=[]"))
+    assert [expert.name for expert in service.experts] == ["general"] and service.router is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve.engine.trust_remote_code=true"], "engine.trust_remote_code would let code in"),
+        (["serve.engine.model=x"], "engine.model is set by the service itself"),
+        (["serve.min_replicas=3", "serve.max_replicas=2"], "min_replicas=3 is more than max_replicas=2"),
+        (["serve.auth=none", "serve.host=10.0.0.1"], "auth=none is for host 127.0.0.1 only"),
+        (["serve.port=0"], "serve.port"),
+    ],
+)
+def test_settings_that_contradict_or_endanger_are_refused(run, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        config(run, *arguments)
+
+
+def test_engines_are_told_every_limit(app, run):
+    from serve.experts import find
+    from serve.llm_config import llm_config
+    from serve.packs import Pack
+
+    made = config(run, "serve.engine.max_model_len=32", "serve.device=gpu", "serve.num_gpus=0.5", "model.dtype=float16")
+    experts = find(made, app.Run.of(made))
+    pack = Pack((experts[0],))
+    told = llm_config(made, pack)
+    assert told.engine_kwargs == {"dtype": "float16", "max_model_len": 32}
+    assert told.placement_group_config == {"bundle_per_worker": {"CPU": 1.0, "GPU": 0.5}}
+    assert told.deployment_config["max_ongoing_requests"] == told.deployment_config["max_queued_requests"] == 64
+    on_cpu = llm_config(config(run, "serve.device=cpu", "serve.engine.max_model_len=32"), pack).engine_kwargs
+    assert on_cpu["kv_cache_memory_bytes"] == 2 * 64 * 32 * 64, "of 64 requests, 32 tokens and 64 bytes; twice"
+    shared = llm_config(made, Pack(tuple(experts)))
+    assert shared.engine_kwargs["load_format"] == "seap_ray" and shared.model_id == "pack"
+    assert shared.deployment_config["max_ongoing_requests"] > 64 + 3 * 64, "all may wait in the server"
+    about = shared.experimental_configs["pack"]
+    assert [*about["folders"]] == ["general", "alpha", "beta"] and about["limits"]["running"] == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gpus", "engines", "reason"),
+    [
+        (["serve.device=cpu"], 0, 1, "one engine for 3 models of equal shapes: there is room for 1"),
+        (["serve.device=gpu"], 2, 1, "one engine for 3 models of equal shapes: there is room for 2"),
+        (["serve.device=gpu"], 3, 3, "an engine for each model: there is room for 3"),
+        (["serve.device=gpu", "serve.num_gpus=0.5"], 2, 3, "an engine for each model: there is room for 4"),
+        (["serve.device=gpu", "serve.engine.tensor_parallel_size=2"], 4, 1, ".* room for 2"),
+        (["serve.device=gpu", "serve.packing=shared"], 8, 1, "one engine for 3 models of equal shapes"),
+        (["serve.device=cpu", "serve.packing=separate"], 0, 3, "an engine for each model"),
+        (["serve.device=cpu", "serve.experts=[]"], 0, 1, "an engine for each model"),
+        (["serve.device=cpu", "serve.engine.load_format=dummy"], 0, 3, ".* since serve.engine has load_format"),
+    ],
+)
+def test_models_share_an_engine_where_they_outnumber_accelerators(
+    app, run, monkeypatch, arguments, gpus, engines, reason
+):
+    import torch
+
+    from serve.experts import find
+    from serve.packs import packs
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # the cluster of tests before has no GPU
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    made = config(run, *arguments)
+    found, why = packs(made, find(made, app.Run.of(made)))
+    assert len(found) == engines and re.fullmatch(reason, why), why
+
+
+def test_models_of_other_shapes_do_not_share_an_engine(app, run):
+    from serve.experts import find
+    from serve.packs import packs
+
+    path = run / "experts/0.20/beta/config.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(about | {"rope_theta": 5e5}))
+    made = config(run, "serve.device=cpu")
+    found, why = packs(made, find(made, app.Run.of(made)))
+    assert len(found) == 3 and why == "an engine for each model, since beta has another config.json than general"
+    with pytest.raises(ConfigError, match="serve.packing: shared is not possible, since beta has another config.json"):
+        app.prepare(config(run, "serve.packing=shared"))
+
+
+def test_a_weight_of_what_is_not_served_is_refused(app, run):
+    with pytest.raises(ConfigError, match="serve.pack.weights: gamma is not served; served are general, alpha, beta"):
+        app.prepare(config(run, "serve.pack.weights={gamma: 2}"))
+
+
+def test_serve_run_ends_with_one_line_and_no_traceback(run):
+    command = [Path(sys.executable).parent / "serve", "run", "serve.app:build", f"run.storage={run.parent}"]
+    done = subprocess.run([*command, "run.name=none"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "error: " in done.stderr and "none: no such run" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_job_ends_with_one_line_and_no_traceback(run):
+    command = [sys.executable, "jobs/deploy.py", f"run.storage={run.parent}", "run.name=none"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "header"),
+    [
+        ("serve.auth=keys", ' -H "Authorization: Bearer $SEAP_API_KEYS"'),
+        ("serve.api_keys_file=keys", ' -H "Authorization: Bearer KEY"'),
+        ("serve.auth=none", ""),
+    ],
+)
+def test_the_command_that_is_told_has_the_key_from_where_it_is(run, capsys, setting, header):
+    from serve.deployment import _tell
+
+    _tell(config(run, setting), ["general"])
+    assert f"  curl http://127.0.0.1:8000/v1/models{header}\n" in capsys.readouterr().out
+
+
+def test_arguments_may_be_nested_as_in_a_file():
+    args = {"config": "c.yaml", "serve": {"engine": {"max_model_len": 8}, "experts": ["a"]}, "run": {"name": "x"}}
+    assert dict(_flat(args)) == {
+        "config": "c.yaml",
+        "serve.engine.max_model_len": "8",
+        "serve.experts": '["a"]',
+        "run.name": "x",
+    }
+
+
+def test_metrics_of_nodes_are_one_page_with_each_metric_once():
+    one = "# HELP ray_seap_route_total n\n# TYPE ray_seap_route_total counter\n"
+    page = one + 'ray_seap_route_total{node="a"} 1.0\n# HELP ray_other x\n# TYPE ray_other gauge\nray_other 3\n'
+    other = one + 'ray_seap_route_total{node="b"} 2.0\n# HELP ray_vllm_x y\n# TYPE ray_vllm_x gauge\nray_vllm_x 4\n'
+    assert merged([page, other]).splitlines() == [
+        "# HELP seap_route_total n",
+        "# TYPE seap_route_total counter",
+        'seap_route_total{node="a"} 1.0',
+        'seap_route_total{node="b"} 2.0',
+        "# HELP ray_vllm_x y",
+        "# TYPE ray_vllm_x gauge",
+        "ray_vllm_x 4",
+    ]

@@ -1,0 +1,208 @@
+"""Which model answers, and which when one fails, with a router, a watch and vLLM played by the test."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from seap_ray.routing.router import LONGEST, Route
+from serve.choice import Chooser
+from serve.errors import ApiError
+
+# What vLLM, torch and Ray warn of while they are imported.
+pytestmark = pytest.mark.filterwarnings(r"ignore::FutureWarning:vllm\.", r"ignore::DeprecationWarning")
+
+MODELS = ("general", "sums", "verse")
+
+
+class PlayedRouter:
+    """Routes a prompt ``task confidence``; a task of its own for token ids; asks for the threshold it was given."""
+
+    threshold = 0.4
+
+    def __init__(self):
+        self.read = []
+
+    def route(self, text, *, threshold):
+        self.read.append(text)
+        task, confidence = text.split()
+        reason = "unlike" if task == "strange" else "routed" if float(confidence) >= threshold else "unsure"
+        probabilities = {"sums": float(confidence)}
+        return Route(task if reason == "routed" else None, reason, float(confidence), probabilities)
+
+    def decode(self, ids):
+        assert len(ids) <= LONGEST
+        return f"verse 0.{ids[0]}"
+
+
+def chooser(*down, fallback_named=True, threshold=None, router=True):
+    watch = SimpleNamespace(is_up=lambda model: model not in down)
+    played = PlayedRouter() if router else None
+    return Chooser(MODELS, played, watch, threshold=threshold, fallback_named=fallback_named)
+
+
+def choose(made, model, *prompts):
+    decision = asyncio.run(made.choose(model, prompts))
+    return decision.model, decision.reason
+
+
+@pytest.mark.parametrize("model", [None, "auto"])
+@pytest.mark.parametrize(
+    ("prompts", "chosen"),
+    [
+        (["sums 0.9"], ("sums", "routed")),
+        (["sums 0.3"], ("general", "unsure")),
+        (["strange 0.9"], ("general", "unlike")),
+        (["maps 0.9"], ("general", "not_served")),
+        (["sums 0.9", "sums 0.5"], ("sums", "routed")),
+        (["sums 0.9", "verse 0.9"], ("general", "mixed")),
+        (["sums 0.9", "strange 0.9"], ("general", "mixed")),
+        ([[5, 7]], ("verse", "routed")),
+        ([[5] * (LONGEST + 9)], ("verse", "routed")),
+    ],
+)
+def test_auto_and_no_name_are_routed_by_all_prompts(model, prompts, chosen):
+    assert choose(chooser(), model, *prompts) == chosen
+
+
+def test_of_several_prompts_the_least_sure_speaks():
+    decision = asyncio.run(chooser().choose("auto", ["sums 0.9", "sums 0.5"]))
+    assert (decision.confidence, decision.task) == (0.5, "sums")
+
+
+def test_a_name_is_obeyed_and_no_prompt_read():
+    made = chooser()
+    assert choose(made, "verse", "sums 0.9") == ("verse", "named") and made._router.read == []
+
+
+def test_a_name_that_is_not_there_is_404_with_those_that_are():
+    with pytest.raises(ApiError, match="no model 'maps'; models are auto, general, sums, verse") as refused:
+        choose(chooser(), "maps")
+    assert refused.value.status == 404
+
+
+def test_a_configured_threshold_takes_the_fitted_ones_place():
+    assert chooser().threshold == 0.4
+    assert choose(chooser(threshold=0.95), "auto", "sums 0.9") == ("general", "unsure")
+    assert choose(chooser(threshold=0.0), "auto", "sums 0.1") == ("sums", "routed")
+
+
+def test_without_experts_all_goes_to_the_general_model():
+    assert choose(chooser(router=False), "auto", "sums 0.9") == ("general", "no_router")
+
+
+def test_the_general_model_stands_in_for_one_that_is_down():
+    assert choose(chooser("sums"), "auto", "sums 0.9") == ("general", "expert_down")
+    assert choose(chooser("sums"), "sums", "sums 0.9") == ("general", "expert_down")
+    assert choose(chooser("sums"), "auto", "verse 0.9") == ("verse", "routed")
+
+
+def test_what_is_said_of_the_prompt_stays_true_when_another_model_stands_in():
+    headers = asyncio.run(chooser("sums").choose("auto", ["sums 0.9"])).headers
+    assert headers == {
+        "x-seap-expert": "general",
+        "x-seap-reason": "expert_down",
+        "x-seap-task": "sums",
+        "x-seap-confidence": "0.9000",
+    }
+
+
+@pytest.mark.parametrize(
+    ("made", "model"),
+    [
+        (chooser("sums", fallback_named=False), "sums"),
+        (chooser("sums", "general"), "auto"),
+        (chooser("general"), "general"),
+        (chooser("general", router=False), "auto"),
+    ],
+)
+def test_what_nobody_stands_in_for_is_503_and_says_when_to_come_back(made, model):
+    with pytest.raises(ApiError, match="is being started again") as refused:
+        choose(made, model, "sums 0.9")
+    assert refused.value.status == 503 and int(refused.value.headers["retry-after"]) > 0
+
+
+def test_a_routed_prompt_is_stood_in_for_even_where_a_name_is_not():
+    assert choose(chooser("sums", fallback_named=False), "auto", "sums 0.9") == ("general", "expert_down")
+
+
+# --- what fails ------------------------------------------------------------------------------------------------------
+
+DEAD = "its engine is dead"
+
+
+@pytest.fixture
+def module():
+    import serve.ingress  # vLLM warns while it is imported
+
+    return serve.ingress
+
+
+def ingress(module, *outcomes, is_single):
+    """An ingress whose models give ``outcomes`` one after the other, and that notes whom it asks."""
+    down, left, made = set(), iter(outcomes), object.__new__(module.ExpertIngress)
+    doubt = down.add if is_single else lambda model: None
+    made._watch = SimpleNamespace(is_up=lambda model: model not in down, doubt=doubt, alarm=lambda: None)
+    made._chooser = Chooser(MODELS, None, made._watch, threshold=None, fallback_named=True)
+    made.asked = []
+
+    async def first(method, body, model):
+        made.asked.append(model)
+        outcome = next(left)
+        if outcome is DEAD:
+            raise module.EngineDeadError()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome, None
+
+    made._first = first
+    return made
+
+
+def begin(made):
+    decision, reply, _ = asyncio.run(made._begin("chat", SimpleNamespace(model="verse"), ["a"]))
+    return decision.model, decision.reason, reply
+
+
+@pytest.mark.parametrize(
+    ("is_single", "outcomes", "answer", "asked"),
+    [
+        (True, [DEAD, "hello"], ("general", "expert_down", "hello"), ["verse", "general"]),
+        (False, [DEAD, "hello"], ("verse", "named", "hello"), ["verse", "verse"]),
+        (False, [DEAD, DEAD, "hello"], ("general", "expert_down", "hello"), ["verse", "verse", "general"]),
+    ],
+)
+@pytest.mark.vllm
+def test_a_dead_replica_of_several_is_no_dead_model(module, is_single, outcomes, answer, asked):
+    made = ingress(module, *outcomes, is_single=is_single)
+    assert begin(made) == answer and made.asked == asked
+
+
+@pytest.mark.parametrize("is_single", [True, False])
+@pytest.mark.vllm
+def test_who_asks_dead_engines_alone_is_told_to_come_back(module, is_single):
+    with pytest.raises(ApiError, match="is being started again"):
+        begin(ingress(module, *[DEAD] * 9, is_single=is_single))
+
+
+def as_vllm_says(error):
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+    return create_error_response(error).error.model_dump()
+
+
+@pytest.mark.vllm
+def test_a_failure_of_a_healthy_engine_takes_no_model_down(module):
+    from vllm.exceptions import GenerationError
+
+    for error, status in ((GenerationError("secret detail"), 500), (NotImplementedError("secret detail"), 501)):
+        failure = module._refused(as_vllm_says(error))
+        made = ingress(module, failure, is_single=True)
+        with pytest.raises(ApiError, match="^vLLM failed at this request$") as told:
+            begin(made)
+        assert told.value.status == status and made.asked == ["verse"] and made._watch.is_up("verse")
+
+
+@pytest.mark.vllm
+def test_a_dead_engine_is_known_by_vllms_words_in_a_stream(module):
+    assert isinstance(module._refused(as_vllm_says(module.EngineDeadError())), module._DEAD)

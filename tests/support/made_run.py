@@ -1,0 +1,230 @@
+"""A run's folder as the jobs leave it, made in a moment: real plans of random statistics, results out of the air."""
+
+import json
+import random
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import torch
+
+from seap_ray.config import Compensation, Config
+from seap_ray.core.architecture import Architecture
+from seap_ray.core.moments import Moments, Statistics
+from seap_ray.core.scores import Norms
+from seap_ray.methods import STUDIES
+from seap_ray.models.records import save_moments
+from seap_ray.pipeline.planner import Planner, save_plan, specs
+from seap_ray.pipeline.results import own_tasks
+from seap_ray.report.table import mean_quality
+from seap_ray.storage.files import write_json
+from seap_ray.storage.run import Run
+from seap_ray.studies.studies import KINDS, RANKED_BY
+from support.builders import CONFIGS, random_statistics
+
+TASKS = ("arithmetic", "sort", "prose")
+RATIOS = (0.2, 0.4)
+N_SHARDS = 3
+ARCHITECTURE = Architecture.of(CONFIGS["llama_gqa"]().to_dict())
+
+
+def make_run(
+    root: Path, *, model: str = "llama_gqa", studies: tuple[str, ...] = (), ratios: tuple[float, ...] = RATIOS
+) -> Run:
+    run = Run(root)
+    config = Config.model_validate(
+        {
+            "tasks": list(TASKS),
+            "pruning": {"ratio": ratios, "baselines": {"uniform": {"allocation": "uniform", "score": "energy"}}},
+        }
+    )
+    write_json(run.config, config.model_dump(mode="json"))
+    write_json(root / "model" / "config.json", CONFIGS[model]().to_dict())
+    planner = make_planner(config, run, model)
+    for ratio in ratios:
+        for spec in specs(config):
+            save_plan(planner.plan(spec, ratio), planner.checkpoint.architecture, run.plan(ratio, spec.name))
+    for task in TASKS:
+        shard = {"task": task, "shard": "00000", "n_sequences": 64, "n_tokens": 1234, "sha256": ""}
+        write_json(run.shards(task) / "manifest.json", {"task": task, "shards": [shard] * N_SHARDS})
+    write_json(run.results, results(config, root / "model"))
+    for name in studies:
+        write_json(run.study(name), study(name, config, root / "model"))
+    return run
+
+
+def make_planner(config: Config, run: Run, model: str = "llama_gqa") -> Planner:
+    """What plans are made from, and its files: shards of one task are alike, those of others are not."""
+    architecture = Architecture.of(CONFIGS[model]().to_dict())
+    statistics: dict[str, Statistics] = {}
+    for i, task in enumerate(TASKS):
+        shards = [_near(random_statistics(architecture, seed=i), seed=10 * i + n) for n in range(N_SHARDS)]
+        for n, part in enumerate(shards):
+            save_moments(run.records(task) / f"{n:05}-abc.safetensors", part)
+        statistics[task] = {key: sum((part[key] for part in shards[1:]), shards[0][key]) for key in shards[0]}
+        save_moments(run.statistics(task), statistics[task])
+    norms = random_statistics(architecture, seed=99)
+    save_moments(run.statistics("weight_norms"), {k: Moments(1, m.mean_D.abs(), m.m2_D) for k, m in norms.items()})
+    weights = {key: Norms(moments.mean_D.abs(), moments.m2_D) for key, moments in norms.items()}
+    checkpoint: Any = SimpleNamespace(architecture=architecture)
+    files = {task: run.statistics(task) for task in TASKS}
+    return Planner(config, checkpoint, statistics, weights, dict.fromkeys(TASKS, "hash"), files, run)
+
+
+def _near(statistics: Statistics, seed: int) -> Statistics:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        key: Moments(m.count, m.mean_D + 0.1 * torch.randn(len(m.mean_D), generator=generator), m.m2_D)
+        for key, m in statistics.items()
+    }
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def results(config: Config, folder: Path, *, speed: bool = False, perplexity: bool = False) -> dict[str, Any]:
+    """As the jobs write them; ``perplexity`` makes prose a task of that metric."""
+    rng = random.Random(1)
+    tasks = {task: {"metric": "exact_match", "short": "em", "judge": "seap_ray"} for task in TASKS}
+    if perplexity:
+        tasks["prose"] = {"metric": "window_perplexity", "short": "ppl", "judge": "seap_ray"}
+    models = [_model("dense", "dense", None, tasks, rng)]
+    for ratio in config.pruning.ratio:
+        models += [_model(spec.name, spec.kind, ratio, tasks, rng) for spec in specs(config)]
+    for model in models:
+        model["folder"] = str(folder) if model["kind"] == "dense" else None
+        if speed:
+            model["speed"] = _speed(model["realised_ratio"])
+    confusion = {task: {task: 38, "general": 2} for task in TASKS}
+    coverage = [{"threshold": t / 10, "coverage": 1 - t / 20, "accuracy": 0.9 + t / 100} for t in range(10)]
+    router = {
+        "n": 120,
+        "accuracy": 0.95,
+        "threshold": 0.3,
+        "routed": 0.95,
+        "confusion": confusion,
+        "coverage": coverage,
+    }
+    return {
+        "config": config.model_dump(mode="json"),
+        "seed": 0,
+        "tasks": tasks,
+        "models": [*models, *own_tasks(models)],
+        "router": {**router, "confusion": confusion, "coverage": coverage},
+        "versions": {"seap-ray": "0.1.0"},
+    }
+
+
+def _model(name: str, kind: str, ratio: float | None, tasks: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    removed = 0.0 if ratio is None else ratio + rng.uniform(-0.003, 0.003)
+    quality = {task: _cell(about["metric"], removed, name == task, rng) for task, about in tasks.items()}
+    return {
+        "name": name,
+        "method": "experts" if kind == "expert" else name,
+        "kind": kind,
+        "task": name if kind == "expert" else None,
+        "ratio": ratio,
+        "planned_ratio": removed,
+        "realised_ratio": removed,
+        "parameters": round(1e6 * (1 - 0.9 * removed)),
+        "bytes": round(2e6 * (1 - 0.9 * removed)),
+        "kv_bytes_per_token": 512,
+        "quality": quality,
+    }
+
+
+def _cell(metric: str, removed: float, own: bool, rng: random.Random) -> dict[str, Any]:
+    kept = 1 - removed * rng.uniform(0.5, 1) * (0.3 if own else 1)
+    if metric == "exact_match":
+        return {"metric": metric, "value": round(kept, 3), "stderr": 0.02, "n": 200}
+    return {"metric": metric, "value": 12.5 / kept**3, "stderr": 0.015, "n": 5000}
+
+
+def _speed(removed: float) -> dict[str, float]:
+    prefill, decode = 1 / (1 - 0.8 * removed), 1 / (1 - 0.5 * removed)
+    return {
+        "prefill_tokens_per_s": 9000 * prefill,
+        "decode_tokens_per_s": 120 * decode,
+        "prefill_speedup": prefill,
+        "decode_speedup": decode,
+    }
+
+
+# --- studies ---------------------------------------------------------------------------------------------------------
+
+
+def study(name: str, config: Config, folder: Path) -> dict[str, Any]:
+    """Each with the columns that it has; the numbers are made up."""
+    about = STUDIES[name]  # type: ignore[index]
+    found = results(config, folder, speed=name in ("table", "ratio", "paper"), perplexity=name == "ratio")
+    columns, rows = _table(name, config, found)
+    return {
+        "study": name,
+        "title": about.title,
+        "question": about.question,
+        "command": f"python jobs/eval.py study={name}",
+        "columns": columns,
+        "rows": rows,
+        **found,
+    }
+
+
+def _table(name: str, config: Config, found: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    rng, ratios = random.Random(2), config.pruning.ratio
+    if name == "corpus":
+        columns = ["ratio", "samples", "tasks", "mean acc", "sd over seeds", "stderr"]
+        return columns, [[r, n, 3, 0.9 - r - 3 / n, 0.5 / n, 0.01] for r in ratios for n in (50, 100, 200, 500, 1000)]
+    if name == "allocation":
+        columns = ["ratio", "allocation", "k", "x0", "experts mean acc", "experts stderr"]
+        columns += ["general mean acc", "general stderr"]
+        kinds: list[tuple[str, float | None, float | None]] = [("uniform", None, None), ("global", None, None)]
+        kinds += [("logistic", k, x0) for k in (0.5, 1.0, 2.0, 4.0, 8.0) for x0 in (0.1, 0.3, 0.5, 0.7)]
+        return columns, [
+            [r, *kind, rng.uniform(0.5, 1 - r), 0.01, rng.random() / 2, 0.01] for r in ratios for kind in kinds
+        ]
+    if name == "reconstruction":
+        columns = ["ratio", "models", "compensation", "score", "realised", "mean acc", "sd over seeds", "stderr"]
+        rows = [[0.0, kind, "", "", 0.0, 0.98, 0.0, 0.01] for kind in KINDS]
+        for r, kind, way, score in product(ratios, KINDS, get_args(Compensation), RANKED_BY):
+            rows.append([r, kind, way, score, r, 0.98 - r * rng.uniform(0.1, 1), 0.02, 0.01])
+        return columns, rows
+    if name == "ood":
+        names = ("dense", "its expert", "general", "general without it")
+        columns = [
+            "ratio",
+            "task",
+            *(c for n in names for c in (n, f"{n} stderr")),
+            "other experts",
+            "other experts stderr",
+        ]
+        return columns, [[r, t, 1.0, 0.0, 0.9, 0.02, 0.8, 0.02, 0.6, 0.03, 0.4, 0.01] for r in ratios for t in TASKS]
+    if name == "routing":
+        columns = ["routing", "ratio", "mean acc", "stderr", "to general"]
+        columns += [*(c for task in TASKS for c in (task, f"{task} stderr")), "p50 ms"]
+        ways = {"classifier": 0.88, "oracle": 0.9, "random": 0.4, "general": 0.7}
+        return columns, [
+            [w, r, v - r / 2, 0.01, 0.02, v, 0.01, v, 0.01, None, None, 0.3] for r in ratios for w, v in ways.items()
+        ]
+    if name == "paper":
+        columns = ["table", "method", "ratio", "whose", *TASKS, "average", "stderr"]
+        rows = [["ours", 61.0, 62.0, 63.0, 62.0, 0.5], ["paper", 60.5, 62.5, None, 61.5, None]]
+        rows.append(["difference", 0.5, -0.5, None, 0.5, None])
+        return columns, [["accuracy, Llama-2-7B", "SEAP (s_F)", 0.2, *row] for row in rows]
+    if name == "transfer":
+        columns = ["model", "ratio", *(c for task in TASKS for c in (task, f"{task} stderr"))]
+        cells = [(m, m["quality"]) for m in found["models"] if m["kind"] != "summary"]
+        return columns, [
+            [m["name"], m["ratio"], *(v for t in TASKS for v in (q[t]["value"], q[t]["stderr"]))] for m, q in cells
+        ]
+    columns = ["model", "ratio", "realised", "mean acc", "stderr"]
+    means = [(m, mean_quality(m["quality"].values()) or (None, None)) for m in found["models"]]
+    rows = [[m["name"], m["ratio"], m["realised_ratio"], *mean] for m, mean in means]
+    return columns, [*rows, ["general_like_experts.score_average.experts_tokens.2", 0.4, 0.4012, 0.1, 0.01]]
+
+
+def edit(path: Path, change: Any) -> None:
+    """Change a JSON file in place: ``change`` is called with its value."""
+    value = json.loads(path.read_text())
+    change(value)
+    write_json(path, value)

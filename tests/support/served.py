@@ -1,0 +1,112 @@
+"""A run of the demo's skills, served by ``jobs/deploy.py`` in a process of its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import psutil
+
+from seap_ray.demo import skills
+from support import ROOT
+
+KEY = "a-key-of-the-tests"
+TASKS = ("arithmetic", "reverse")
+ROOM = {"serve.max_ongoing_requests": 16, "serve.max_queued_requests": 16}
+START_S = 500
+METRICS_S = 1
+"""Seconds between two reports of a process's metrics."""
+
+
+def arguments(**values):
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def make_run(storage):
+    """A run of two skills, and a third that no expert need be served for."""
+    settings = {
+        "run.storage": str(storage),
+        "run.name": "served",
+        "tasks": [*TASKS, "sort"],
+        "corpus.samples": 200,
+        "pruning.ratio": 0.2,
+        "pruning.baselines": {},
+        "evaluation.samples": 0,
+    }
+    job = [sys.executable, "jobs/prune.py", *arguments(**settings)]
+    done = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return storage / "served"
+
+
+def environment(**more):
+    keys = f"another-key-entirely, {KEY}"
+    # Ray's processes tell their metrics every ten seconds, and tests wait for them.
+    often = {"RAY_metrics_report_interval_ms": f"{1000 * METRICS_S}"}
+    return {**os.environ, "RAY_ADDRESS": "local", "SEAP_API_KEYS": keys, **often, **more}
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+class Service:
+    """``jobs/deploy.py`` as a process of its own."""
+
+    def __init__(self, run, log, **more):
+        self.port, self.run, self.log = free_port(), run, log
+        settings = {
+            "run.storage": str(run.parent),
+            "run.name": run.name,
+            "serve.port": self.port,
+            "serve.num_cpus": 0.25,
+            "serve.experts": list(TASKS),
+            "serve.engine.kv_cache_memory_bytes": 1 << 26,
+            **ROOM,
+            **more,
+        }
+        with log.open("w") as out:
+            command = [sys.executable, "jobs/deploy.py", *arguments(**settings)]
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=environment())
+        deadline = time.monotonic() + START_S
+        while "are served at" not in log.read_text():
+            assert self.process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def http(self, **kwargs):
+        headers = {"authorization": f"Bearer {KEY}", **kwargs.pop("headers", {})}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=120, **kwargs)
+
+    def processes(self, name):
+        """Processes of this service by what they call themselves."""
+        return [p for p in psutil.Process(self.process.pid).children(recursive=True) if name in " ".join(command_of(p))]
+
+    def stop(self):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(120)
+
+
+def command_of(process):
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def questions(task, n=12):
+    return [row["question"] for row in skills.rows(task, n, split="test", seed=1)]
+
+
+def chat(text):
+    return [{"role": "user", "content": text}]

@@ -1,0 +1,445 @@
+"""The vLLM plugin against Hugging Face: same checkpoint, same greedy tokens, in float32; and what it must refuse."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.builders import (
+    CONFIGS,
+    LLAMA_3_ROPE,
+    random_kept,
+    random_plan,
+    random_statistics,
+    save_dense,
+    write_compacted,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+import seap_ray.models.hf  # noqa: F401
+from seap_ray.core.architecture import Shape
+from seap_ray.errors import ConfigError
+from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.export import Compaction
+from seap_ray.models.hf.shapes import check_folder
+from seap_ray.models.layerwise import attention_of
+from seap_ray.vllm_plugin.plugin import ARCHITECTURES, END_WITH_PARENT, check_registered
+
+# What vLLM's and torch's own code warns of while vLLM is imported and runs.
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore::FutureWarning:vllm\.", r"ignore::DeprecationWarning:vllm\.", r"ignore::DeprecationWarning:torch\."
+)
+
+SERVABLE = {
+    "vocab_size": 3 + 43,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 512,
+    "head_dim": 32,  # vLLM's CPU attention knows 32 and larger ones
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+OPT_SERVABLE = {key: value for key, value in SERVABLE.items() if key not in ("intermediate_size", "head_dim")}
+OPT_SERVABLE |= {"ffn_dim": 160}
+MODELS = {
+    "llama": lambda: LlamaConfig(**SERVABLE, num_attention_heads=12, num_key_value_heads=4),
+    "llama_tied": lambda: LlamaConfig(
+        **SERVABLE,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+        rope_parameters=LLAMA_3_ROPE,
+    ),
+    "llama_biased": lambda: LlamaConfig(
+        **SERVABLE, num_attention_heads=8, num_key_value_heads=4, attention_bias=True, mlp_bias=True
+    ),
+    "qwen2": lambda: Qwen2Config(**SERVABLE, num_attention_heads=8, num_key_value_heads=4),
+    "mistral": lambda: MistralConfig(**SERVABLE, num_attention_heads=8, num_key_value_heads=4, sliding_window=None),
+    "mistral_windows": lambda: MistralConfig(
+        **SERVABLE, num_attention_heads=8, num_key_value_heads=4, sliding_window=32
+    ),
+    "qwen3": lambda: Qwen3Config(**SERVABLE, num_attention_heads=8, num_key_value_heads=4),
+    "gemma2": lambda: Gemma2Config(
+        **SERVABLE, num_attention_heads=12, num_key_value_heads=4, sliding_window=32, query_pre_attn_scalar=32
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SERVABLE, num_attention_heads=12, num_key_value_heads=4, sliding_window=32, query_pre_attn_scalar=32
+    ),
+    "phi3": lambda: Phi3Config(**SERVABLE, num_attention_heads=8, num_key_value_heads=4),
+    "mixtral": lambda: MixtralConfig(
+        **SERVABLE, num_attention_heads=8, num_key_value_heads=4, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SERVABLE,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        moe_intermediate_size=160,
+        num_experts=6,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+    ),
+    "opt": lambda: OPTConfig(**OPT_SERVABLE, num_attention_heads=3),
+}
+
+
+@pytest.fixture(scope="module")
+def expert(tmp_path_factory):
+    """``expert(name)``: a compacted random model, other widths in every layer and an output bias where it was cut."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            dense, made[name] = tmp_path_factory.mktemp(name), tmp_path_factory.mktemp(f"{name}_expert")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(CONFIGS, name, MODELS[name])
+                save_dense(dense, name, torch.float32)
+            made[name] = compact(dense, made[name])
+        return made[name]
+
+    return folder
+
+
+def compact(dense: Path, folder: Path, shapes: list[Shape] | None = None) -> Path:
+    checkpoint = Checkpoint.open(str(dense))
+    architecture = checkpoint.architecture
+    plan = random_plan(architecture, seed=3, compensation="mean")
+    if architecture.mixes_windows:  # key-value heads stay, and queries go from each of them
+        groups, per_group = architecture.dense.groups, architecture.dense.heads_per_group
+        shapes = [Shape(groups, 1 + i % per_group, 40 + 30 * i) for i in range(architecture.n_layers)]
+    if shapes:
+        rng, given = random.Random(3), [layer.shape for layer in architecture.layers]
+        pairs = zip(given, shapes, strict=True)
+        plan = replace(plan, kept=tuple(random_kept(*pair, rng, architecture.n_experts) for pair in pairs))
+    statistics = random_statistics(checkpoint.architecture, seed=4)
+    return write_compacted(Compaction(checkpoint, plan, statistics), folder)
+
+
+class Engine:
+    """A vLLM engine in this process; only one may live at a time."""
+
+    def __init__(self, folder: Path, **kwargs: object):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import LLM
+
+        settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "block_size": 32}
+        if torch.cuda.is_available():  # which several processes of tests may share
+            settings["gpu_memory_utilization"] = 0.2
+        self.llm = LLM(
+            str(folder), **{**settings, "kv_cache_memory_bytes": 1 << 26, "disable_log_stats": True, **kwargs}
+        )
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self.llm  # vLLM then cleans up by itself, and collects garbage twice, half a second each
+
+    def greedy(self, prompts: list[list[int]], n: int, **kwargs: object) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": ids} for ids in prompts],
+            SamplingParams(temperature=0, max_tokens=n, ignore_eos=True),
+            use_tqdm=False,
+            **kwargs,
+        )
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def by_transformers(model, prompts: list[list[int]], n: int) -> list[list[int]]:
+    model.generation_config.eos_token_id = None
+    return [
+        model.generate(torch.tensor([ids]), max_new_tokens=n, do_sample=False)[0, len(ids) :].tolist()
+        for ids in prompts
+    ]
+
+
+def load_float32(folder: Path):
+    # Grouped products of experts are for widths of 16 bytes, and the usual attention has no soft cap.
+    config = json.loads((folder / "config.json").read_text())
+    settings = {"dtype": torch.float32, "experts_implementation": "eager", "attn_implementation": attention_of(config)}
+    return AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
+
+
+def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, SERVABLE["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_greedy_tokens_are_those_of_transformers(expert, name):
+    folder = expert(name)
+    layers = AutoModelForCausalLM.from_pretrained(folder).config.per_layer_config
+    keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size", "ffn_dim")
+    assert len({tuple(getattr(layer, key, None) for key in keys) for layer in layers}) == 4
+    if name not in ("opt", "llama_biased"):  # which have biases everywhere
+        assert any(layer.o_proj_bias for layer in layers)
+    prompts = random_prompts([1, 9, 40])
+    with Engine(folder) as engine:
+        assert engine.greedy(prompts, 24) == by_transformers(load_float32(folder), prompts, 24)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_greedy_tokens_of_a_model_that_was_pruned_again_are_those_of_transformers(expert, tmp_path, name):
+    layers = [layer.shape for layer in Checkpoint.open(str(expert(name))).architecture.layers]
+    # Layer 1, whole so far, is cut, and layer 2 stays as it is. Grouped products of experts are for rows of 16 bytes.
+    shapes = [Shape(1, of.heads_per_group, max(of.channels // 8 * 4, 4)) for of in layers]
+    shapes[2] = layers[2]
+    folder = compact(expert(name), tmp_path / "again", shapes)
+    check_folder(folder)
+    prompts = random_prompts([1, 9, 40])
+    with Engine(folder) as engine:
+        assert engine.greedy(prompts, 24) == by_transformers(load_float32(folder), prompts, 24)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_chunked_prefill_and_a_cached_prefix_change_no_token(expert):
+    folder = expert("llama")
+    prefix = random_prompts([130])[0]
+    prompts = [prefix + more for more in random_prompts([5, 60], seed=1)]
+    expected = by_transformers(load_float32(folder), prompts, 16)
+    with Engine(folder, max_num_batched_tokens=64, max_num_seqs=4, disable_log_stats=False) as engine:
+        assert engine.greedy(prompts, 16) == expected
+        assert engine.greedy(prompts, 16) == expected
+        hits = [m.value for m in engine.llm.get_metrics() if m.name == "vllm:prefix_cache_hits"]
+        assert sum(hits) >= 128, "the second time the prefix comes from the cache"
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_demo_expert_answers_as_in_transformers(tmp_path):
+    folder = compact(Checkpoint.open("demo").folder, tmp_path / "expert")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = tokenizer(["12 + 7 =", "sort: 3 1 2 =", "The capital of"])["input_ids"]
+    with Engine(folder) as engine:
+        assert engine.greedy(prompts, 32) == by_transformers(load_float32(folder), prompts, 32)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's LoRA kernels for GPUs take 16-bit adapters alone")
+def test_lora_adapters_fit_the_cut_layers(expert, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    folder = expert("llama")
+    model = load_float32(folder)
+    prompts = random_prompts([7, 30], seed=2)
+    base = by_transformers(model, prompts, 16)
+    adapter = merge_random_adapter(model, tmp_path / "adapter")
+    with Engine(folder, enable_lora=True, max_lora_rank=8) as engine:
+        assert engine.greedy(prompts, 16) == base
+        request = LoRARequest("adapter", 1, str(adapter))
+        adapted = engine.greedy(prompts, 16, lora_request=request)
+    assert adapted == by_transformers(model, prompts, 16)
+    assert adapted != base
+
+
+IN_HALVES = {
+    "llama": [Shape(4, 3, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],  # one key-value head: repeated
+    "mistral": [Shape(4, 2, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],
+    "qwen2": [Shape(4, 2, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],
+    "qwen3": [Shape(4, 2, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],
+    "gemma2": [Shape(4, 3, 160), Shape(4, 2, 96), Shape(4, 1, 64), Shape(4, 2, 32)],
+    "gemma3": [Shape(4, 3, 160), Shape(4, 2, 96), Shape(4, 1, 64), Shape(4, 2, 32)],
+    "phi3": [Shape(4, 2, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],
+    "mixtral": [Shape(4, 2, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],
+    "qwen3_moe": [Shape(4, 2, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],
+    "opt": [Shape(4, 1, 160), Shape(2, 1, 96), Shape(2, 1, 64), Shape(4, 1, 32)],
+}
+"""Widths of every layer that two ranks can share."""
+
+
+@pytest.mark.parametrize("name", IN_HALVES)
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_two_ranks_share_every_layer(tmp_path, monkeypatch, name):
+    if name != "llama" and "SEAP_RAY_TP" not in os.environ:
+        pytest.skip("SEAP_RAY_TP=1 has two ranks share the layers of every family: some minutes")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
+    config = (
+        MODELS[name]() if name != "opt" else OPTConfig(**OPT_SERVABLE | {"hidden_size": 128}, num_attention_heads=4)
+    )
+    monkeypatch.setitem(CONFIGS, name, lambda: config)
+    save_dense(tmp_path / "dense", name, torch.float32)
+    shapes = IN_HALVES[name]
+    folder = compact(tmp_path / "dense", tmp_path / "expert", shapes)
+    prompts = random_prompts([1, 30])
+    with Engine(folder, tensor_parallel_size=2) as engine:
+        assert engine.greedy(prompts, 12) == by_transformers(load_float32(folder), prompts, 12)
+
+
+@torch.no_grad()
+def merge_random_adapter(model, folder: Path, rank: int = 4) -> Path:
+    """Write a LoRA adapter for every projection, as peft would, and add it to the weights of ``model``."""
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            rows, columns = module.weight.shape
+            down = torch.randn(rank, columns, generator=generator) / columns**0.5
+            up = torch.randn(rows, rank, generator=generator)
+            module.weight += up @ down
+            tensors |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    about = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": projections, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    return folder
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+LAYER = "model.layers.2"
+
+
+def one_row_more(tensors):
+    name = f"{LAYER}.mlp.gate_proj.weight"
+    tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
+
+
+def one_row_less(tensors):
+    name = f"{LAYER}.self_attn.q_proj.weight"
+    tensors[name] = tensors[name][:-1].contiguous()
+
+
+def an_undeclared_bias(tensors):
+    tensors["model.layers.1.mlp.down_proj.bias"] = torch.ones(SERVABLE["hidden_size"])  # layer 1 is whole
+
+
+def a_missing_tensor(tensors):
+    del tensors[f"{LAYER}.self_attn.k_proj.weight"]
+
+
+def a_missing_bias(tensors):
+    del tensors[f"{LAYER}.self_attn.o_proj.bias"]
+
+
+WRONG = {
+    one_row_more: r"layers\.2\.mlp\.gate_proj\.weight is \[\d+, 96\] in the checkpoint, and \[\d+, 96\] by",
+    one_row_less: r"layers\.2\.self_attn\.q_proj\.weight is \[\d+, 96\] in the checkpoint",
+    an_undeclared_bias: r"layers\.1\.mlp\.down_proj\.bias, which config\.json does not declare",
+    a_missing_tensor: r"lacks model\.layers\.2\.self_attn\.k_proj\.weight",
+    a_missing_bias: r"lacks model\.layers\.2\.self_attn\.o_proj\.bias",
+}
+
+
+@pytest.fixture
+def wrong(expert, tmp_path):
+    def folder(change) -> Path:
+        made = tmp_path / "wrong"
+        shutil.copytree(expert("llama"), made)
+        file = made / "model-00001-of-00001.safetensors"  # of what is cut
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, {"format": "pt"})
+        return made
+
+    return folder
+
+
+@pytest.mark.parametrize("change", WRONG, ids=lambda change: change.__name__)
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_refuses_a_checkpoint_that_is_not_what_it_declares(wrong, change):
+    with pytest.raises(ValueError, match=WRONG[change]):
+        Engine(wrong(change))
+
+
+@pytest.mark.parametrize("change", WRONG, ids=lambda change: change.__name__)
+def test_its_headers_alone_tell(wrong, change):
+    with pytest.raises(ConfigError, match=WRONG[change]):
+        check_folder(wrong(change))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_whole_checkpoint_passes(expert, name):
+    check_folder(expert(name))
+
+
+def test_what_does_not_divide_over_the_ranks_is_named():
+    from seap_ray.vllm_plugin.model import _check_divisible
+
+    layer = LlamaConfig(hidden_size=96, num_attention_heads=6, num_key_value_heads=3, intermediate_size=64)
+    _check_divisible(layer, 1, "model.layers.5")
+    with pytest.raises(ValueError, match=r"model\.layers\.5 has 6 heads, 3 .* prune with pruning\.tensor_parallel=2"):
+        _check_divisible(layer, 2, "model.layers.5")
+
+
+# --- the entry point -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.vllm
+def test_the_plugin_is_installed_and_its_architectures_are_known():
+    from vllm import ModelRegistry
+
+    check_registered()
+    assert set(ARCHITECTURES) <= set(ModelRegistry.get_supported_archs())
+
+
+def test_a_missing_installation_is_named(monkeypatch):
+    monkeypatch.setattr("seap_ray.vllm_plugin.plugin.entry_points", lambda group: [])
+    with pytest.raises(ConfigError, match="not installed in this environment"):
+        check_registered()
+
+
+def test_an_allow_list_that_leaves_the_plugin_out_is_named(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other, another")
+    with pytest.raises(ConfigError, match="VLLM_PLUGINS=other, another keeps vLLM from loading seap_ray"):
+        check_registered()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_an_engine_ends_with_the_server_that_started_it_however_that_went(tmp_path):
+    script = tmp_path / "server.py"
+    script.write_text(
+        "import multiprocessing, os, time\n"
+        "from seap_ray.vllm_plugin.plugin import register\n"
+        "def engine():\n"
+        "    register()\n"
+        "    print('engine', os.getpid(), flush=True)\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.get_context('spawn').Process(target=engine).start()\n"
+        "    time.sleep(600)\n"
+    )
+    environment = {**os.environ, END_WITH_PARENT: "1"}
+    server = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        line = next(line for line in server.stdout if line.startswith("engine "))
+        engine = psutil.Process(int(line.split()[1]))
+        server.kill()
+        engine.wait(30)
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
