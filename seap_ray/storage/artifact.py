@@ -1,0 +1,120 @@
+"""Artifact: what is made once from known inputs and read back ever after. The promise of resumption, in one place.
+
+An artifact has a path, a key (the fingerprint of all that it is made from) and a format. The format knows where the key
+is kept, and what shows that the content is damaged. The same command resumes whatever was cut short, because an
+artifact that is whole is never made again, and one that is missing, damaged or made from other inputs always is.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from seap_ray.storage.files import read_json, sha256_of, write_json
+from seap_ray.storage.paths import AnyPath
+
+Content = TypeVar("Content")
+Loaded = TypeVar("Loaded", covariant=True)
+
+
+class Format(Protocol[Loaded]):
+    """How artifacts of one kind lie in storage."""
+
+    def is_whole(self, path: AnyPath, key: str) -> bool:
+        """Return whether the artifact is there, undamaged and made from the inputs that ``key`` stands for."""
+
+    def load(self, path: AnyPath) -> Loaded:
+        """Read an artifact that is whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact(Generic[Content]):
+    """A file or folder that is made once from known inputs."""
+
+    path: AnyPath
+    key: str
+    """Fingerprint of everything that the content depends on."""
+    format: Format[Content]
+
+    def is_made(self) -> bool:
+        """Return whether the artifact is there, undamaged and made from the same inputs."""
+        return self.format.is_whole(self.path, self.key)
+
+    def load(self) -> Content:
+        """Read an artifact that is made."""
+        return self.format.load(self.path)
+
+    def get(self, build: Callable[[], object]) -> Content:
+        """Read the artifact; where it is not made, ``build`` writes it first."""
+        if not self.is_made():
+            build()
+        return self.load()
+
+
+@dataclass(frozen=True, slots=True)
+class JsonFile:
+    """A JSON object that carries its key in the field ``fingerprint``, or, if ``key_in_name``, in its file name."""
+
+    key_in_name: bool = False
+
+    def is_whole(self, path: AnyPath, key: str) -> bool:
+        """Return whether the file is there, is not torn and has the key."""
+        content = read_json(path)
+        if not isinstance(content, dict):
+            return False
+        return self.key_in_name or content.get("fingerprint") == key
+
+    def load(self, path: AnyPath) -> Any:
+        """Read the object."""
+        return read_json(path)
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestFolder:
+    """A folder with a JSON manifest, written last, that holds the key and the sha256 of every other file."""
+
+    manifest: str
+    """Name of the manifest."""
+    hashes: Callable[[Mapping[str, Any]], Mapping[str, str]]
+    """Names and sha256 of the files, from the manifest's content."""
+
+    def is_whole(self, path: AnyPath, key: str) -> bool:
+        """Return whether the manifest has the key and every file the bytes that the manifest states."""
+        content = read_json(path / self.manifest)
+        if not isinstance(content, dict) or content.get("fingerprint") != key:
+            return False
+        return all(has_hash(path / name, digest) for name, digest in self.hashes(content).items())
+
+    def load(self, path: AnyPath) -> Any:
+        """Read the manifest."""
+        return read_json(path / self.manifest)
+
+
+@dataclass(frozen=True, slots=True)
+class ChecksummedFile:
+    """A file with its sha256 in a hidden file beside it; its folder's name carries the key."""
+
+    def is_whole(self, path: AnyPath, key: str) -> bool:
+        """Return whether the file has the bytes that were hashed when it was written."""
+        digest = read_json(checksum_path(path))
+        return digest is not None and has_hash(path, digest)
+
+    def load(self, path: AnyPath) -> str:
+        """Read the sha256."""
+        return read_json(checksum_path(path))
+
+    def save_checksum(self, path: AnyPath, digest: str) -> None:
+        """Mark the file as whole."""
+        write_json(checksum_path(path), digest)
+
+
+def checksum_path(path: AnyPath) -> AnyPath:
+    """Return where the sha256 of a file lies while its folder is not whole yet."""
+    return path.with_name(f".{path.name}.sha256")
+
+
+def has_hash(path: AnyPath, digest: str) -> bool:
+    """Return whether a file is there and its bytes have this sha256."""
+    try:
+        return sha256_of(path) == digest
+    except OSError:
+        return False
