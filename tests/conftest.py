@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.builders import save_dense
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -18,6 +17,8 @@ from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.utils import logging as transformers_logging
+
+from tests.support.builders import save_dense
 
 transformers_logging.disable_progress_bar()
 

@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from support.builders import load, logits, random_ids, random_plan, random_statistics, write_compacted
-from support.layerwise import SHARDS, assert_equal, found_by
-from support.oracles import RAGGED, as_tuples, assert_close, two_pass
 from torch.nn.functional import cosine_similarity
 
 from seap_ray.core.moments import Covariance, Moments
@@ -13,6 +10,9 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import Compaction
 from seap_ray.models.layerwise import LayerwiseModel, attention_of
 from seap_ray.models.recorder import _cosines, record
+from tests.support.builders import load, logits, random_ids, random_plan, random_statistics, write_compacted
+from tests.support.layerwise import SHARDS, assert_equal, found_by
+from tests.support.oracles import RAGGED, as_tuples, assert_close, two_pass
 
 pytestmark = pytest.mark.gpu
 

@@ -16,10 +16,10 @@ import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
-from support import ROOT
 
 from seap_ray.config import load_config
 from serve.app import _flat
+from tests.support import ROOT
 
 CLUSTER = ROOT / "cluster"
 LAUNCHER = sorted((CLUSTER / "launcher").glob("*.yaml"))

@@ -5,11 +5,11 @@ import textwrap
 import pytest
 import yaml
 from pydantic import ValidationError
-from support import ROOT
 
 from seap_ray.config import Baseline, Config, PlanSettings, help_text, load_config, walk
 from seap_ray.errors import ConfigError
 from seap_ray.tasks import BUILT_IN, Task
+from tests.support import ROOT
 
 MINE = "{name: mine, path: /data/mine.jsonl, answer: '{{ text }}'}"
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.builders import CONFIGS, MIXTURES, output_modules, random_plan, random_statistics, write_compacted
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +25,7 @@ from seap_ray.core.plan import Rules
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import Compaction
+from tests.support.builders import CONFIGS, MIXTURES, output_modules, random_plan, random_statistics, write_compacted
 
 LARGE = {
     "llama-2-7b": lambda: LlamaConfig(),

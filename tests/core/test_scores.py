@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ROOT
 
 from seap_ray.config import Score
 from seap_ray.core.moments import SITES, Moments
@@ -27,6 +26,7 @@ from seap_ray.core.scores import (
     wifv,
 )
 from seap_ray.core.slicing import mean_bias
+from tests.support import ROOT
 
 EXPECTED = {
     "wifv": lambda x, w: x.var(0) * np.linalg.norm(w, axis=0) ** 2,

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.builders import random_kept
 
 import seap_ray.core.slicing as compact_module
 from seap_ray.core.architecture import Architecture, Layer, Shape
 from seap_ray.core.plan import Kept
 from seap_ray.core.slicing import compact, compact_size, kept_indices, mean_bias
+from tests.support.builders import random_kept
 
 HIDDEN = 5
 

@@ -7,7 +7,8 @@ import sys
 import time
 
 import pytest
-from support import ROOT
+
+from tests.support import ROOT
 
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
 HEAVY = {"torch", "ray", "transformers", "vllm", "datasets", "pyarrow", "numpy"}

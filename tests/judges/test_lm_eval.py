@@ -13,8 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from support import DATA
-from support.builders import load, random_ids, random_plan, write_compacted
 from transformers import AutoTokenizer
 
 from seap_ray.errors import ConfigError, DataError
@@ -22,6 +20,8 @@ from seap_ray.judges import lm_eval as harness
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import Compaction
 from seap_ray.tasks import BUILT_IN, Task
+from tests.support import DATA
+from tests.support.builders import load, random_ids, random_plan, write_compacted
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.skipif(not (DATA / "tasks").exists(), reason="needs the data sets of ../shared/data")

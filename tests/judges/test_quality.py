@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from support.builders import load, random_ids
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +15,7 @@ from seap_ray.pipeline.results import own_tasks
 from seap_ray.progress import progress
 from seap_ray.report.table import mean_quality, table
 from seap_ray.tasks import BUILT_IN, Task
+from tests.support.builders import load, random_ids
 
 
 @pytest.fixture(scope="module")

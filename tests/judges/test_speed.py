@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
-from support.builders import random_plan, write_compacted
 
 from seap_ray.config import SpeedSection
 from seap_ray.judges import speed
 from seap_ray.judges.speed import measure_speeds
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import Compaction
+from tests.support.builders import random_plan, write_compacted
 
 SETTINGS = SpeedSection(rounds=3, batch_size=2, prompt_tokens=12, new_tokens=4)
 

@@ -7,10 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.builders import CONFIGS, MIXTURES, load, logits, random_ids, random_kept, random_plan, random_statistics
-from support.builders import write_compacted as write
-from support.checkpoints import tensors_of, with_replaced_activations, with_split_products
-from support.layerwise import SHARDS, assert_equal, found_by, layerwise
 from transformers import AutoModelForCausalLM
 
 from seap_ray.core.architecture import Architecture, Shape
@@ -19,6 +15,19 @@ from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import Compaction, check_stock
 from seap_ray.models.hf.shapes import check_folder
+from tests.support.builders import (
+    CONFIGS,
+    MIXTURES,
+    load,
+    logits,
+    random_ids,
+    random_kept,
+    random_plan,
+    random_statistics,
+)
+from tests.support.builders import write_compacted as write
+from tests.support.checkpoints import tensors_of, with_replaced_activations, with_split_products
+from tests.support.layerwise import SHARDS, assert_equal, found_by, layerwise
 
 Once = Callable[..., Path]
 GIVEN = 2

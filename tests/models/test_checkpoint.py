@@ -20,27 +20,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import ROOT
-from support.builders import (
-    CONFIGS,
-    load,
-    logits,
-    random_ids,
-    random_kept,
-    random_plan,
-    random_statistics,
-    uniform_plan,
-    write_compacted,
-)
-from support.checkpoints import (
-    columns,
-    narrow_experts,
-    replaced_mean,
-    sites,
-    tensors_of,
-    with_replaced_activations,
-    with_split_products,
-)
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -53,6 +32,27 @@ from seap_ray.models import export as compaction_module
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import SHARED, Compaction, check_stock, finish, parse_size, write_tensors
 from seap_ray.models.hf.shapes import check_folder
+from tests.support import ROOT
+from tests.support.builders import (
+    CONFIGS,
+    load,
+    logits,
+    random_ids,
+    random_kept,
+    random_plan,
+    random_statistics,
+    uniform_plan,
+    write_compacted,
+)
+from tests.support.checkpoints import (
+    columns,
+    narrow_experts,
+    replaced_mean,
+    sites,
+    tensors_of,
+    with_replaced_activations,
+    with_split_products,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

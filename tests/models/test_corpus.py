@@ -9,8 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DATA
-from support.corpora import task
 
 from seap_ray.errors import DataError
 from seap_ray.models.corpus import (
@@ -27,6 +25,8 @@ from seap_ray.models.corpus import (
     row_key,
 )
 from seap_ray.tasks import BUILT_IN, Task
+from tests.support import DATA
+from tests.support.corpora import task
 
 often = settings(max_examples=100, deadline=None)
 real = pytest.mark.skipif(not DATA.is_dir(), reason=f"the tasks' own files are not there: {DATA}")

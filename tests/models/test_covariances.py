@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.builders import CONFIGS, MIXTURES, load, logits, output_modules, random_ids, random_plan, write_compacted
 
 import seap_ray.models.hf  # noqa: F401  (registers the classes that load a compacted checkpoint)
 from seap_ray.config import Config
@@ -39,6 +38,16 @@ from seap_ray.pipeline.calibrate import Calibration, Calibrator, merge_layer, me
 from seap_ray.pipeline.shards import Shard
 from seap_ray.storage.files import sha256_of
 from seap_ray.storage.run import Run
+from tests.support.builders import (
+    CONFIGS,
+    MIXTURES,
+    load,
+    logits,
+    output_modules,
+    random_ids,
+    random_plan,
+    write_compacted,
+)
 
 often = settings(max_examples=40, deadline=None)
 LENGTHS = ([4, 19, 2], [7, 11], [1, 30, 6, 6])

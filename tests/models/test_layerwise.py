@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.builders import CONFIGS
-from support.layerwise import SHARDS, assert_equal, found_by, layerwise
 from transformers import AutoModelForCausalLM
 
 from seap_ray.config import Config
@@ -16,6 +14,8 @@ from seap_ray.errors import ConfigError, DataError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.layerwise import LayerwiseModel, _Passing, attention_of
 from seap_ray.models.recorder import Batch, record
+from tests.support.builders import CONFIGS
+from tests.support.layerwise import SHARDS, assert_equal, found_by, layerwise
 
 
 @pytest.mark.parametrize(

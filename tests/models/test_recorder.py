@@ -4,14 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.builders import CONFIGS, load, output_modules
-from support.oracles import RAGGED, as_tuples, assert_close, prompts, two_pass
 from torch import nn
 
 from seap_ray.errors import DataError
 from seap_ray.models import recorder
 from seap_ray.models.corpus import batches, packed
 from seap_ray.models.recorder import counted_rows, record, recording
+from tests.support.builders import CONFIGS, load, output_modules
+from tests.support.oracles import RAGGED, as_tuples, assert_close, prompts, two_pass
 
 pytestmark = pytest.mark.usefixtures("float64_norms")
 

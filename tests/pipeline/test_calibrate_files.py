@@ -14,8 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
-from support import ROOT
-from support.builders import CONFIGS, load
 
 from seap_ray.config import Config
 from seap_ray.core.architecture import Architecture
@@ -27,6 +25,8 @@ from seap_ray.pipeline.calibrate import Calibration, Calibrator, merge_records
 from seap_ray.pipeline.shards import Manifest, Shard
 from seap_ray.storage.files import sha256_of
 from seap_ray.storage.run import Run
+from tests.support import ROOT
+from tests.support.builders import CONFIGS, load
 
 ARCHITECTURE = Architecture.of(CONFIGS["llama_gqa"]().to_dict())
 WIDTHS = {"attn": 48, "mlp": 80, "block": 1}

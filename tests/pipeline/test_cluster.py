@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT
 
 from seap_ray.pipeline.cluster import HEAD, _not_on_head
+from tests.support import ROOT
 
 TWO_NODES = """
 import os

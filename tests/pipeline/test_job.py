@@ -22,7 +22,6 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
 from safetensors.torch import load_file
-from support import DATA, ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import seap_ray.models.hf  # noqa: F401
@@ -34,6 +33,7 @@ from seap_ray.pipeline.calibrate import Calibrator
 from seap_ray.pipeline.job import Calibrated, known_error, route
 from seap_ray.routing.router import Router
 from seap_ray.storage.run import Run
+from tests.support import DATA, ROOT
 
 pytestmark = pytest.mark.ray
 

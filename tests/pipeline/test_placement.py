@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.builders import CONFIGS
 
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError
@@ -15,6 +14,7 @@ from seap_ray.pipeline import placement
 from seap_ray.pipeline.calibrate import SHARDS_TOGETHER, grouped, n_workers
 from seap_ray.pipeline.placement import load_model, placed
 from seap_ray.pipeline.shards import Shard
+from tests.support.builders import CONFIGS
 
 GB = 10**9
 

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from support.builders import load, random_statistics
 
 from seap_ray.config import Config
 from seap_ray.core.architecture import Architecture
@@ -22,6 +21,7 @@ from seap_ray.pipeline.planner import Planner, Spec, save_plan, section_of, spec
 from seap_ray.pipeline.prune import draft, sizes, write_draft
 from seap_ray.storage.files import read_json
 from seap_ray.storage.run import Run
+from tests.support.builders import load, random_statistics
 
 often = settings(max_examples=40, deadline=None)
 TASKS = ("sort", "facts")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
-from support import ROOT
 
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError
@@ -30,6 +29,7 @@ from seap_ray.pipeline.preflight import (
     run_bytes,
 )
 from seap_ray.storage.run import Run
+from tests.support import ROOT
 
 DEMO = Checkpoint.open("demo")
 NODE = Node(

@@ -7,8 +7,6 @@ from xml.etree import ElementTree
 
 import matplotlib
 import pytest
-from support import ROOT
-from support.colours import contrast
 
 from seap_ray.report import charts as pictures
 from seap_ray.report.charts import (
@@ -26,6 +24,8 @@ from seap_ray.report.charts import (
     swatch_svg,
     whole_svg,
 )
+from tests.support import ROOT
+from tests.support.colours import contrast
 
 ODD = 'a<b> & "c" $x_1$'
 PAGES = re.findall(r"--page: (#\w+)", Path(pictures.__file__).with_name("template.html.jinja").read_text())
@@ -120,7 +120,7 @@ def test_series_can_be_told_apart_without_colour():
 
 def test_the_same_numbers_give_the_same_bytes_in_another_process_with_other_settings():
     code = (
-        "import sys; sys.path[:0] = ['tests', 'tests/report']; "
+        "import sys; sys.path[:0] = ['.', 'tests/report']; "
         "import matplotlib; matplotlib.rcParams['font.size'] = 30; "
         "from test_charts import *; print(panel_svg(chart(), 'x'), panel_svg(heat_map(), 'x'))"
     )

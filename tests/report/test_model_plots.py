@@ -4,8 +4,6 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
-from support.builders import CONFIGS
-from support.made_run import ARCHITECTURE, RATIOS, TASKS, edit, make_planner, make_run
 
 from seap_ray.config import Config
 from seap_ray.core.architecture import Architecture
@@ -15,6 +13,8 @@ from seap_ray.report.artifacts import Cut, Evidence
 from seap_ray.report.model_plots import Overlap, principal, standardised, unit_scores, with_own_kind
 from seap_ray.storage.files import write_json
 from seap_ray.storage.run import Run
+from tests.support.builders import CONFIGS
+from tests.support.made_run import ARCHITECTURE, RATIOS, TASKS, edit, make_planner, make_run
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,14 @@ from html import unescape
 from html.parser import HTMLParser
 
 import pytest
-from support.browser import MISSING, chromium
-from support.colours import contrast
-from support.made_run import edit, make_run
 
 from seap_ray.errors import ConfigError
 from seap_ray.report.artifacts import Evidence
 from seap_ray.report.page import parts, save_pictures, write_report
 from seap_ray.storage.run import Run
+from tests.support.browser import MISSING, chromium
+from tests.support.colours import contrast
+from tests.support.made_run import edit, make_run
 
 STUDIES = ("table", "ratio", "corpus", "allocation", "ood", "transfer", "routing", "pooling", "paper")
 VOID = {"meta", "link", "br", "use", "path"}

@@ -1,11 +1,11 @@
 import math
 
 import pytest
-from support.made_run import RATIOS, TASKS, edit, make_run
 
 from seap_ray.report import study_plots as findings
 from seap_ray.report.artifacts import Evidence, mean_of
 from seap_ray.storage.files import write_json
+from tests.support.made_run import RATIOS, TASKS, edit, make_run
 
 STUDIES = ("table", "ratio", "corpus", "allocation", "ood", "transfer", "routing", "pooling", "paper")
 

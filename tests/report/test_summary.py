@@ -3,8 +3,9 @@
 import runpy
 
 import pytest
-from support import ROOT
-from support.made_run import RATIOS, TASKS, edit, make_run
+
+from tests.support import ROOT
+from tests.support.made_run import RATIOS, TASKS, edit, make_run
 
 main = runpy.run_path(str(ROOT / "jobs" / "report.py"))["main"]
 

@@ -19,7 +19,6 @@ from scipy.stats import t as student
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
-from support import DATA
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seap_ray.demo import skills
@@ -31,6 +30,7 @@ from seap_ray.routing.fitting import fit, split
 from seap_ray.routing.router import LONGEST, Router
 from seap_ray.storage.run import Run
 from seap_ray.tasks import BUILT_IN
+from tests.support import DATA
 
 FILES = ("tokenizer.json", "router.safetensors", "router.json")
 PROMPTS = {

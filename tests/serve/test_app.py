@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT
-from support.builders import random_plan, write_compacted
 
 from seap_ray.config import load_config
 from seap_ray.errors import ConfigError
@@ -16,6 +14,8 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import Compaction
 from serve.app import _flat
 from serve.node_metrics import merged
+from tests.support import ROOT
+from tests.support.builders import random_plan, write_compacted
 
 pytestmark = [
     pytest.mark.vllm,

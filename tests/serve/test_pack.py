@@ -10,10 +10,10 @@ from collections import Counter
 import httpx
 import pytest
 import torch
-from support.served import KEY, TASKS, Service, chat, command_of, questions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import seap_ray.models.hf  # noqa: F401
+from tests.support.served import KEY, TASKS, Service, chat, command_of, questions
 
 # The time of a test counts what its fixtures take: a run and a start, each at its longest.
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -15,8 +15,9 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
-from support import ROOT
-from support.browser import MISSING, chromium
+
+from tests.support import ROOT
+from tests.support.browser import MISSING, chromium
 
 if not MISSING:
     from playwright.sync_api import Browser, Locator, Page, expect

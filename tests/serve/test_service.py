@@ -21,7 +21,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.served import (
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import seap_ray.models.hf  # noqa: F401
+from tests.support.served import (
     KEY,
     METRICS_S,
     ROOT,
@@ -34,9 +37,6 @@ from support.served import (
     environment,
     questions,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import seap_ray.models.hf  # noqa: F401
 
 openai = pytest.importorskip("openai")
 # The time of a test counts what its fixtures take: a run and a start, each at its longest.

@@ -16,8 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from pyarrow.fs import S3FileSystem
-from support import ROOT
-from support.corpora import task
 
 from seap_ray.errors import ConfigError, DataError, IncompleteError
 from seap_ray.models import checkpoint as checkpoint_module
@@ -29,6 +27,8 @@ from seap_ray.storage import lock as lock_module
 from seap_ray.storage.files import bytes_in, move_folder, publishing, read_json, remove, sha256_of, staged, write_json
 from seap_ray.storage.lock import lock
 from seap_ray.storage.paths import BucketPath, place
+from tests.support import ROOT
+from tests.support.corpora import task
 
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_REGION": "us-east-1"}
 main = runpy.run_path(str(ROOT / "jobs" / "prune.py"))["main"]

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from support import ROOT
 
 from seap_ray.config import Config, load_config
 from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.storage.files import publishing, read_json, sha256_of, write_json
 from seap_ray.storage.run import Run, fingerprint, ratio_name
+from tests.support import ROOT
 
 
 def listed(folder):

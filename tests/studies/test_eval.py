@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support import DATA, ROOT
 from transformers import AutoTokenizer
 
 from seap_ray.config import Baseline, Config
@@ -17,6 +16,7 @@ from seap_ray.report.table import mean_quality
 from seap_ray.storage.run import Run
 from seap_ray.studies import studies
 from seap_ray.studies.studies import RUNS
+from tests.support import DATA, ROOT
 
 pytestmark = pytest.mark.ray
 

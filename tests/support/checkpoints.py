@@ -12,7 +12,7 @@ from torch.nn import functional
 import seap_ray.models.hf  # noqa: F401  (registers the classes that load a compacted checkpoint)
 from seap_ray.core.plan import Plan
 from seap_ray.models.export import Compaction
-from support.builders import (
+from tests.support.builders import (
     output_modules,
 )
 

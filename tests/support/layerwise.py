@@ -6,7 +6,7 @@ import torch
 
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.layerwise import LayerwiseModel
-from support.oracles import RAGGED, prompts
+from tests.support.oracles import RAGGED, prompts
 
 SHARDS = {"sort/00000": RAGGED, "sort/00001": RAGGED[:1], "logic/00000": prompts([4, 4, 4], seed=1)}
 

@@ -21,7 +21,7 @@ from seap_ray.report.table import mean_quality
 from seap_ray.storage.files import write_json
 from seap_ray.storage.run import Run
 from seap_ray.studies.studies import KINDS, RANKED_BY
-from support.builders import CONFIGS, random_statistics
+from tests.support.builders import CONFIGS, random_statistics
 
 TASKS = ("arithmetic", "sort", "prose")
 RATIOS = (0.2, 0.4)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from seap_ray.core.moments import Moments
-from support.builders import MIXTURES, output_modules
+from tests.support.builders import MIXTURES, output_modules
 
 
 def prompts(lengths: Iterable[int], seed: int = 0) -> list[list[int]]:

@@ -12,7 +12,7 @@ import httpx
 import psutil
 
 from seap_ray.demo import skills
-from support import ROOT
+from tests.support import ROOT
 
 KEY = "a-key-of-the-tests"
 TASKS = ("arithmetic", "reverse")

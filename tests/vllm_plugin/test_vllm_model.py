@@ -13,15 +13,6 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.builders import (
-    CONFIGS,
-    LLAMA_3_ROPE,
-    random_kept,
-    random_plan,
-    random_statistics,
-    save_dense,
-    write_compacted,
-)
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -45,6 +36,15 @@ from seap_ray.models.export import Compaction
 from seap_ray.models.hf.shapes import check_folder
 from seap_ray.models.layerwise import attention_of
 from seap_ray.vllm_plugin.plugin import ARCHITECTURES, END_WITH_PARENT, check_registered
+from tests.support.builders import (
+    CONFIGS,
+    LLAMA_3_ROPE,
+    random_kept,
+    random_plan,
+    random_statistics,
+    save_dense,
+    write_compacted,
+)
 
 # What vLLM's and torch's own code warns of while vLLM is imported and runs.
 pytestmark = pytest.mark.filterwarnings(
