@@ -1,12 +1,12 @@
-"""vLLM loader: weights of a compacted checkpoint; where they replace those of another of the same base and shape, only
-what differs is read.
+"""Loader: reads a compacted checkpoint into vLLM, and on a swap between checkpoints only the files that differ.
 
-vLLM's ``reload_weights`` leaves modules alone that nothing comes for (see ``compaction.SHARED`` for what that is).
+Checkpoints of one base and one shape share the files whose names begin with ``SHARED``. vLLM's ``reload_weights``
+leaves a module alone when no tensor of it arrives, so these files need not be read again.
 """
 
 import json
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,28 +21,40 @@ from seap_ray.models.export import SHARED
 
 
 class ExpertLoader(DefaultModelLoader):
-    """The first time everything, then the files that the checkpoint in the engine does not have."""
+    """Reads every file the first time, and afterwards those that the checkpoint in the engine does not have."""
 
     def __init__(self, load_config: LoadConfig):
         super().__init__(replace(load_config, load_format="safetensors"))
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Generator[tuple[str, Tensor], None, None]:
-        folder, loaded = Path(model_config.model), getattr(model, "loaded_files", None)
-        model.loaded_files = files = _files(folder)  # type: ignore[assignment]
-        if loaded is None:
+        """Yield the name and value of every tensor that the engine lacks."""
+        folder = Path(model_config.model)
+        files = _weight_files(folder)
+
+        # The engine's model remembers which files it holds: this object lives for one load only.
+        loaded_files = getattr(model, "loaded_files", None)
+        model.loaded_files = files  # type: ignore[assignment]
+        if loaded_files is None:
             yield from super().get_all_weights(model_config, model)
             return
-        # What it says of modules that stay: that they failed to load.
+
+        # On a reload vLLM warns that modules which receive no tensor failed to load. They are meant to stay.
         logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
-        for name in sorted(files):
-            if not (name.startswith(SHARED) and name in loaded):
-                with safe_open(folder / name, "pt") as file:
-                    for tensor in file.keys():  # noqa: SIM118  not a dict
-                        yield tensor, file.get_tensor(tensor)
+        for file_name in sorted(files):
+            is_in_engine = file_name.startswith(SHARED) and file_name in loaded_files
+            if not is_in_engine:
+                yield from _tensors(folder / file_name)
 
 
-def _files(folder: Path) -> frozenset[str]:
-    """Names of the weight files."""
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and value of every tensor in a safetensors file."""
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  not a dict
+            yield name, file.get_tensor(name)
+
+
+def _weight_files(folder: Path) -> frozenset[str]:
+    """Return the names of a checkpoint's weight files."""
     index = folder / INDEX
     if not index.is_file():
         return frozenset({"model.safetensors"})

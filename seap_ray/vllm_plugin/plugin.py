@@ -1,5 +1,7 @@
-"""vLLM plugin: names the compacted families to vLLM. vLLM calls ``register`` in each of its processes, by the entry
-point ``vllm.general_plugins`` of the installed package. Imports no vLLM until it is called.
+"""Plugin: makes the compacted families known to vLLM.
+
+vLLM calls ``register`` in each of its processes, because the installed package names it in the entry point group
+``vllm.general_plugins``. This module imports no vLLM until then.
 """
 
 import multiprocessing
@@ -13,31 +15,31 @@ from seap_ray.errors import ConfigError
 
 NAME = "seap_ray"
 ARCHITECTURES = {family.model_class: family.vllm_class for family in FAMILIES.values() if family.vllm_class}
-"""By the names in a checkpoint's config.json, the classes that serve them."""
+"""Classes of ``seap_ray.vllm_plugin.model`` by the architecture's name in a checkpoint's config.json."""
 LOAD_FORMAT = "seap_ray"
-"""vLLM's name of the loader that reads only what differs (``vllm_loader``)."""
+"""Value of vLLM's ``load_format`` that selects the loader which reads only the files that differ."""
 END_WITH_PARENT = "SEAP_RAY_END_WITH_PARENT"
-"""Environment variable that the service sets for its engines."""
+"""Environment variable that the service sets for its engines, so that they end when their server does."""
 
 
 def register() -> None:
-    """Make vLLM load compacted checkpoints. May be called again."""
+    """Register every compacted family and the loader with vLLM. A second call changes nothing."""
     if os.environ.get(END_WITH_PARENT):
         _end_with_parent()
     from vllm import ModelRegistry
 
-    import seap_ray.models.hf  # noqa: F401  names the configurations to transformers
+    import seap_ray.models.hf  # noqa: F401  registers the configurations with transformers
 
     _register_loader()
-
     for architecture, served_by in ARCHITECTURES.items():
         if architecture not in ModelRegistry.get_supported_archs():
-            # By name: importing the class would start CUDA in processes that only look at configurations.
+            # A name and not a class: importing it would start CUDA in processes that only read configurations.
             ModelRegistry.register_model(architecture, f"seap_ray.vllm_plugin.model:{served_by}")
 
 
-@cache  # vLLM warns of a second time
+@cache  # vLLM warns when a loader is registered twice
 def _register_loader() -> None:
+    """Register the loader under ``LOAD_FORMAT``."""
     from vllm.model_executor.model_loader import register_model_loader
 
     from seap_ray.vllm_plugin.loader import ExpertLoader
@@ -45,15 +47,18 @@ def _register_loader() -> None:
     register_model_loader(LOAD_FORMAT)(ExpertLoader)
 
 
-@cache
+@cache  # one thread is enough
 def _end_with_parent() -> None:
-    """End this process when the one that started it is gone, however it went: an engine that outlives its server keeps
-    its memory and answers nobody."""
+    """End this process when the one that started it is gone, for whatever reason.
+
+    An engine that outlives its server keeps its memory and answers nobody.
+    """
     parent = multiprocessing.parent_process()
     if parent is None:
         return
 
     def wait() -> None:
+        """Wait for the parent's end, then end at once: an exit in order would wait for the engine's own threads."""
         parent.join()
         os._exit(1)
 
@@ -61,12 +66,15 @@ def _end_with_parent() -> None:
 
 
 def check_registered() -> None:
-    """Raises ConfigError when vLLM in this environment would not find the plugin.
+    """Check that vLLM in this environment finds the plugin.
 
-    vLLM only logs a plugin that it cannot load, and then calls the architecture unknown.
+    vLLM itself only logs a plugin that it cannot load, and then reports an unknown architecture.
+
+    Raises:
+        ConfigError: The package is not installed here, ``VLLM_PLUGINS`` leaves it out, or vLLM cannot be imported.
     """
-    found = [point for point in entry_points(group="vllm.general_plugins") if point.name == NAME]
-    if not found:
+    plugins = [point for point in entry_points(group="vllm.general_plugins") if point.name == NAME]
+    if not plugins:
         raise ConfigError(
             "the vLLM plugin of seap_ray is not installed in this environment, and a working folder alone does not "
             "carry it: run `python3 -m seap_ray.install`, or `pip install .` in the image of every node"
@@ -75,6 +83,7 @@ def check_registered() -> None:
     if allowed is not None and NAME not in [name.strip() for name in allowed.split(",")]:
         raise ConfigError(f"VLLM_PLUGINS={allowed} keeps vLLM from loading seap_ray; add {NAME} to it")
     try:
-        found[0].load()()
+        register_with_vllm = plugins[0].load()
+        register_with_vllm()
     except ImportError as error:
         raise ConfigError(f"vLLM cannot be imported ({error}); run `python3 -m seap_ray.install`") from None
