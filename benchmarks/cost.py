@@ -38,7 +38,7 @@ from seap_ray.models.recorder import record
 from seap_ray.models.records import read_moments, save_moments
 from seap_ray.pipeline.calibrate import RECORDS_HELD, Calibration, grouped, merge_records
 from seap_ray.pipeline.planner import Planner, _layer_norms, specs
-from seap_ray.pipeline.prune import draft
+from seap_ray.pipeline.prune import prepare_checkpoint
 from seap_ray.pipeline.shards import Shard
 from seap_ray.storage.run import Run
 
@@ -237,7 +237,7 @@ def compared(hidden: int, machine: Machine, folder: Path) -> dict[str, Any]:
     found_norms = {(i, site): one for i in range(LAYERS) for site, one in _layer_norms(checkpoint, i).items()}
     planner = Planner(config, checkpoint, {"sort": random_statistics(of, seed=0)}, found_norms, {"sort": ""}, {}, run)
     expert, written, merged = specs(config)[1], folder / "expert.safetensors", run.statistics("sort")
-    cut = draft(planner, run, expert, planner.plan(expert, RATIO))
+    cut = prepare_checkpoint(planner, run, expert, planner.plan(expert, RATIO))
     loading, cutting = reading(model, machine), compaction(model, machine, RATIO, repaired=True)
     computing = tokens * (forward(model, machine, SEQUENCE, tokens) + statistics(model, machine, tokens))
     stages: dict[str, tuple[float, Callable[[], Any]]] = {

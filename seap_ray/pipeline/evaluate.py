@@ -21,7 +21,7 @@ from seap_ray.judges.quality import Quality, measure, measure_windows, windows
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import Item, Renderer, check_evaluation, corpus_files, is_files, load_tokenizer
 from seap_ray.pipeline.placement import load_model
-from seap_ray.pipeline.prune import Draft, write_draft
+from seap_ray.pipeline.prune import PendingCheckpoint, write_temporarily
 from seap_ray.pipeline.shards import draw, read_in_order, read_rows
 from seap_ray.storage.files import read_json, remove, staged, write_json
 from seap_ray.storage.paths import AnyPath
@@ -51,11 +51,11 @@ class Failure:
         return {"error": self.error}
 
 
-Cell = Quality | Failure
+EvalResult = Quality | Failure
 
 
 @dataclass(frozen=True, slots=True)
-class Exam:
+class EvalTask:
     """How a task is judged: by lm-eval, or by us on rows drawn from its evaluation split."""
 
     task: Task
@@ -71,32 +71,32 @@ class Exam:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class EvalTarget:
     """A model to judge on ``tasks``; a draft is written only for as long as that takes."""
 
     name: str
     fingerprint: str
     tasks: tuple[str, ...]
-    source: Checkpoint | Draft
+    source: Checkpoint | PendingCheckpoint
 
 
-def subject_of(source: Checkpoint | Draft, tasks: Iterable[str]) -> Subject:
+def eval_target(source: Checkpoint | PendingCheckpoint, tasks: Iterable[str]) -> EvalTarget:
     """The dense model, or one cut from it, to be judged on ``tasks``."""
     if isinstance(source, Checkpoint):
-        return Subject("dense", source.fingerprint, tuple(tasks), source)
-    return Subject(source.spec.name, source.fingerprint, tuple(tasks), source)
+        return EvalTarget("dense", source.fingerprint, tuple(tasks), source)
+    return EvalTarget(source.spec.name, source.fingerprint, tuple(tasks), source)
 
 
 # --- exams -----------------------------------------------------------------------------------------------------------
 
 
-def exam(config: Config, run: Run, task: Task, *, by_lm_eval: bool) -> Exam:
+def eval_task(config: Config, run: Run, task: Task, *, by_lm_eval: bool) -> EvalTask:
     """Raises DataError when the task's evaluation rows cannot be had; the rows are kept in the run for the next job."""
     settings = config.evaluation
     if by_lm_eval and task.lm_eval:
         lm_eval.check(task)
         made_of = [lm_eval.fingerprint_of(task), settings.samples, settings.num_fewshot, config.run.seed]
-        return Exam(task, lm_eval.version(), fingerprint(made_of))
+        return EvalTask(task, lm_eval.version(), fingerprint(made_of))
     check_evaluation(task)
     path = run.cells / f"{task.name}.items.json"
     drawn_from = fingerprint([task.model_dump(), settings.samples, config.run.seed, _files(task)])
@@ -106,7 +106,7 @@ def exam(config: Config, run: Run, task: Task, *, by_lm_eval: bool) -> Exam:
         write_json(path, stored)
     items = tuple(Item(**item) for item in stored["items"])
     window = _window(config) if task.metric == "window_perplexity" else None
-    return Exam(task, OURS, fingerprint(stored, window), items)
+    return EvalTask(task, OURS, fingerprint(stored, window), items)
 
 
 def _files(task: Task) -> list[tuple[str, int, int]]:
@@ -135,8 +135,12 @@ def _window(config: Config) -> int:
 
 
 def evaluate(
-    config: Config, run: Run, subjects: Sequence[Subject], exams: Mapping[str, Exam | Failure], progress: Progress
-) -> list[dict[str, Cell]]:
+    config: Config,
+    run: Run,
+    subjects: Sequence[EvalTarget],
+    exams: Mapping[str, EvalTask | Failure],
+    progress: Progress,
+) -> list[dict[str, EvalResult]]:
     """The cells of every subject, in order, by task."""
     todo = [(subject, _missing(config, run, subject, exams)) for subject in subjects]
     todo = [(subject, missing) for subject, missing in todo if missing]
@@ -155,17 +159,23 @@ def evaluate(
     ]
 
 
-def _path(config: Config, run: Run, subject: Subject, exam: Exam) -> AnyPath:
+def _path(config: Config, run: Run, subject: EvalTarget, exam: EvalTask) -> AnyPath:
     made_of = fingerprint(subject.fingerprint, exam.made_of, config.model.dtype)
     return run.cells / f"{exam.task.name}-{made_of[:20]}.json"
 
 
-def _missing(config: Config, run: Run, subject: Subject, exams: Mapping[str, Exam | Failure]) -> dict[str, AnyPath]:
-    paths = {task: _path(config, run, subject, exam) for task in subject.tasks if isinstance(exam := exams[task], Exam)}
+def _missing(
+    config: Config, run: Run, subject: EvalTarget, exams: Mapping[str, EvalTask | Failure]
+) -> dict[str, AnyPath]:
+    paths = {
+        task: _path(config, run, subject, exam) for task in subject.tasks if isinstance(exam := exams[task], EvalTask)
+    }
     return {task: path for task, path in paths.items() if read_json(path) is None}
 
 
-def _cell(config: Config, run: Run, subject: Subject, exam: Exam | Failure, failed: Failure | None) -> Cell:
+def _cell(
+    config: Config, run: Run, subject: EvalTarget, exam: EvalTask | Failure, failed: Failure | None
+) -> EvalResult:
     if isinstance(exam, Failure):
         return exam
     if failed:
@@ -175,14 +185,14 @@ def _cell(config: Config, run: Run, subject: Subject, exam: Exam | Failure, fail
 
 def _judge_all(
     config: Config,
-    exams: Mapping[str, Exam | Failure],
-    todo: list[tuple[Subject, dict[str, AnyPath]]],
+    exams: Mapping[str, EvalTask | Failure],
+    todo: list[tuple[EvalTarget, dict[str, AnyPath]]],
     failed: dict[tuple[str, str], Failure],
 ) -> Iterator[int]:
     """Yield the number of cells of each model as it is done; what failed is added to ``failed``."""
     settings = config.calibration
     judge = ray.remote(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)(_judge)
-    shared = {task: ray.put(exam) for task, exam in exams.items() if isinstance(exam, Exam)}
+    shared = {task: ray.put(exam) for task, exam in exams.items() if isinstance(exam, EvalTask)}
     pending = {
         judge.remote(config, subject.source, missing, {task: shared[task] for task in missing}): (subject, missing)
         for subject, missing in todo
@@ -199,7 +209,10 @@ def _judge_all(
 
 
 def _judge(
-    config: Config, source: Checkpoint | Draft, cells: dict[str, AnyPath], exams: dict[str, "ray.ObjectRef[Exam]"]
+    config: Config,
+    source: Checkpoint | PendingCheckpoint,
+    cells: dict[str, AnyPath],
+    exams: dict[str, "ray.ObjectRef[EvalTask]"],
 ) -> dict[str, Failure]:
     """Judge one model on the tasks of ``cells``; whatever goes wrong with it is the answer, and nobody else's fault."""
     failures = {}
@@ -218,12 +231,12 @@ def _judge(
 
 
 @contextmanager
-def _opened(source: Checkpoint | Draft) -> Iterator[Path]:
+def _opened(source: Checkpoint | PendingCheckpoint) -> Iterator[Path]:
     if isinstance(source, Checkpoint):
         yield source.folder
         return
     try:
-        folder = write_draft(source)
+        folder = write_temporarily(source)
         copy = staged(folder)
         yield copy
         if copy != folder:
@@ -242,7 +255,7 @@ def _load(config: Config, folder: Path) -> tuple[PreTrainedModel, PreTrainedToke
     return load_model(config, base, folder), tokenizer
 
 
-def _judge_task(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam) -> Quality:
+def _judge_task(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: EvalTask) -> Quality:
     settings, seed = config.evaluation, config.run.seed
     task, batch_tokens = exam.task, settings.batch_tokens
     if exam.judge != OURS:

@@ -26,11 +26,11 @@ from seap_ray.models.corpus import check_evaluation, check_source, load_tokenize
 from seap_ray.models.export import parse_size
 from seap_ray.pipeline.calibrate import calibrate, n_workers
 from seap_ray.pipeline.cluster import connect
-from seap_ray.pipeline.evaluate import evaluate, exam, subject_of
+from seap_ray.pipeline.evaluate import eval_target, eval_task, evaluate
 from seap_ray.pipeline.placement import choose, placed
 from seap_ray.pipeline.planner import Planner, make_planner, section_of, specs
-from seap_ray.pipeline.preflight import Finding, examine, heed, here
-from seap_ray.pipeline.prune import Draft, prune
+from seap_ray.pipeline.preflight import Finding, cluster_checks, local_checks, raise_on_error
+from seap_ray.pipeline.prune import PendingCheckpoint, prune
 from seap_ray.pipeline.results import cut_model, dense_model, results, with_cells
 from seap_ray.pipeline.shards import Manifest, make_shards
 from seap_ray.progress import progress, say
@@ -43,12 +43,12 @@ from seap_ray.storage.run import Run
 
 COPIED_AT_ONCE = 5 * 2**30
 """Bytes that S3 copies in one request."""
-TOLD = re.compile(r"^seap_ray\.errors\.(\w+): (.+)$", re.MULTILINE)
+RAY_DATA_ERROR = re.compile(r"^seap_ray\.errors\.(\w+): (.+)$", re.MULTILINE)
 """What Ray Data hands on of an error that a function of rows raised: a line in a text."""
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class CalibratedRun:
     """A run whose statistics are there: what plans are made from, and what they were made of."""
 
     config: Config
@@ -60,31 +60,31 @@ class Calibrated:
 
 def run_job(config: Config) -> None:
     """Corpora, calibration, plans, checkpoints, evaluation, report. Raises SeapError for what a user can mend."""
-    on_cluster(config, _prune, exams=config.evaluation.samples != 0)
+    on_cluster(config, _prune, check_evaluation_rows=config.evaluation.samples != 0)
 
 
-def on_cluster(config: Config, work: Callable[[Config, Checkpoint, Run], None], *, exams: bool) -> None:
+def on_cluster(config: Config, work: Callable[[Config, Checkpoint, Run], None], *, check_evaluation_rows: bool) -> None:
     """Check what can be checked, claim the run, connect, and ``work``; errors that a user can mend come out as such.
 
-    ``exams``: whether a missing evaluation file is one of them, or left to ``work``.
+    ``check_evaluation_rows``: whether a missing evaluation file is one of them, or left to ``work``.
     """
     started = time.monotonic()
     transformers_logging.disable_progress_bar()
-    checkpoint = _checked(config, exams=exams)
+    checkpoint = _checked(config, check_evaluation_rows=check_evaluation_rows)
     run = Run.of(config)
     config = _absolute(config)
     with run.held():
         run.claim(config)
         _connect()
-        with _told():
+        with unwrap_ray_errors():
             n_workers(config, 1)
-            heed(examine(config, checkpoint, run))
+            raise_on_error(cluster_checks(config, checkpoint, run))
             work(placed(config, checkpoint), checkpoint, run)
     say(f"{run.root} is complete, {time.monotonic() - started:.0f} s")
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def unwrap_ray_errors() -> Iterator[None]:
     """Errors that a user can mend come out as such; Ray's own kind of one has a traceback for its text."""
     try:
         yield
@@ -97,11 +97,11 @@ def _told() -> Iterator[None]:
 
 def diagnose(config: Config) -> None:
     """Say, line by line, what there is against what the config needs. Raises SeapError for what is wrong."""
-    _show(here(config))
-    checkpoint, config = _checked(config, exams=config.evaluation.samples != 0), _absolute(config)
+    _show(local_checks(config))
+    checkpoint, config = _checked(config, check_evaluation_rows=config.evaluation.samples != 0), _absolute(config)
     _connect()
-    with _told():
-        findings = examine(config, checkpoint, Run.of(config))
+    with unwrap_ray_errors():
+        findings = cluster_checks(config, checkpoint, Run.of(config))
         _show(findings)
         n, settings = n_workers(config, sys.maxsize), config.calibration
         each = f"{settings.num_cpus} CPUs and {settings.num_gpus:g} GPUs"
@@ -114,7 +114,7 @@ def diagnose(config: Config) -> None:
 
 def _show(findings: list[Finding]) -> None:
     for finding in findings:
-        say(f"{finding.level:7}  {finding.subject:8}  {finding.said}")
+        say(f"{finding.level:7}  {finding.subject:8}  {finding.message}")
 
 
 def _absolute(config: Config) -> Config:
@@ -125,13 +125,13 @@ def _absolute(config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"source": str(folder)})})
 
 
-def _checked(config: Config, *, exams: bool) -> Checkpoint:
+def _checked(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
     """Everything that can be refused before any work starts, is."""
     checkpoint = Checkpoint.open(config.model.source, config.model.revision)
     load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
     for task in config.tasks:
         check_source(task, official=config.corpus.prompt_format == "official")
-        if exams:
+        if check_evaluation_rows:
             check_evaluation(task)
     if checkpoint.architecture.n_experts and config.calibration.statistics == "covariance":
         raise ConfigError(
@@ -170,7 +170,7 @@ def known_error(error: BaseException | None) -> SeapError | None:
             return cause
         if isinstance(error, SeapError):
             return error
-        if isinstance(error, RayTaskError) and (told := TOLD.search(str(error))):
+        if isinstance(error, RayTaskError) and (told := RAY_DATA_ERROR.search(str(error))):
             return getattr(errors, told[1])(told[2])
         if isinstance(error, ray.exceptions.OutOfDiskError):
             return IncompleteError("the disk of a node is full; make room and run the same command again")
@@ -181,7 +181,7 @@ def known_error(error: BaseException | None) -> SeapError | None:
     return None
 
 
-def calibrated(config: Config, checkpoint: Checkpoint, run: Run) -> Calibrated:
+def calibrated(config: Config, checkpoint: Checkpoint, run: Run) -> CalibratedRun:
     """Bring shards and statistics up to date; what is whole stays."""
     source = f"{config.model.source} ({checkpoint.parameters:,} parameters)"
     say(f"{source}: {len(config.tasks)} tasks to {run.root}")
@@ -191,16 +191,16 @@ def calibrated(config: Config, checkpoint: Checkpoint, run: Run) -> Calibrated:
         cut = f", {manifest.n_cut} texts cut at the longest sequence" if manifest.n_cut else ""
         say(f"  {manifest.task}: {manifest.n_tokens:,} tokens in {len(manifest.shards)} shards{left_out}{cut}")
     statistics = calibrate(config, checkpoint, run, manifests, partial(progress, unit=" tokens"))
-    return Calibrated(config, checkpoint, run, manifests, make_planner(config, checkpoint, run, statistics))
+    return CalibratedRun(config, checkpoint, run, manifests, make_planner(config, checkpoint, run, statistics))
 
 
 def _prune(config: Config, checkpoint: Checkpoint, run: Run) -> None:
-    made = calibrated(config, checkpoint, run)
+    made = calibrate_run(config, checkpoint, run)
     drafts = prune(made.planner, run, partial(progress, unit="B"))
     _report(made, drafts, router=route(made))
 
 
-def route(made: Calibrated) -> dict[str, Any] | None:
+def route(made: CalibratedRun) -> dict[str, Any] | None:
     """Fit the router; None, which only serving will miss, for a model whose tokenizer it cannot have."""
     prompts = {manifest.task: manifest.read_prompts(made.run) for manifest in made.manifests}
     seed, trust = made.config.run.seed, made.config.model.trust_remote_code
@@ -217,13 +217,13 @@ def route(made: Calibrated) -> dict[str, Any] | None:
     return report
 
 
-def _report(made: Calibrated, drafts: list[Draft], router: dict[str, Any] | None) -> None:
+def _report(made: CalibratedRun, drafts: list[PendingCheckpoint], router: dict[str, Any] | None) -> None:
     """Evaluate, print the table, write results and report. Raises IncompleteError when a model could not be judged."""
     config, run = made.config, made.run
     models, exams = [dense_model(made.checkpoint), *map(cut_model, drafts)], {}
     if config.evaluation.samples != 0:
-        exams = {task.name: exam(config, run, task, by_lm_eval=False) for task in config.tasks}
-        subjects = [subject_of(made.checkpoint, exams), *(subject_of(draft, exams) for draft in drafts)]
+        exams = {task.name: eval_task(config, run, task, by_lm_eval=False) for task in config.tasks}
+        subjects = [eval_target(made.checkpoint, exams), *(eval_target(draft, exams) for draft in drafts)]
         cells = evaluate(config, run, subjects, exams, progress)
         models = [with_cells(model, row) for model, row in zip(models, cells, strict=True)]
     found = results(config, exams, models, router)

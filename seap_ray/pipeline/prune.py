@@ -28,7 +28,7 @@ from seap_ray.storage.run import Run, fingerprint
 
 
 @dataclass(frozen=True)
-class Draft:
+class PendingCheckpoint:
     """A checkpoint to be: written to a hidden folder, which gets its name when it is whole."""
 
     spec: Spec
@@ -42,7 +42,9 @@ class Draft:
         return self.target.with_name(f".{self.target.name}.{self.fingerprint[:12]}.partial")
 
 
-def prune(planner: Planner, run: Run, progress: Callable[[Iterable[int], int, str], Iterable[int]]) -> list[Draft]:
+def prune(
+    planner: Planner, run: Run, progress: Callable[[Iterable[int], int, str], Iterable[int]]
+) -> list[PendingCheckpoint]:
     """Plan and write every model at every ratio; a checkpoint that is there and made the same way stays.
 
     All plans are made before anything is written, so a ratio that cannot be met costs nothing.
@@ -51,7 +53,7 @@ def prune(planner: Planner, run: Run, progress: Callable[[Iterable[int], int, st
     plans = [(spec, planner.plan(spec, ratio)) for ratio in config.pruning.ratio for spec in specs(config)]
     for _, plan in plans:
         save_plan(plan, planner.checkpoint.architecture, run.plan(plan.requested, plan.name))
-    jobs = [draft(planner, run, spec, plan) for spec, plan in plans]
+    jobs = [prepare_checkpoint(planner, run, spec, plan) for spec, plan in plans]
     todo = _unwritten(jobs)
     if todo:
         writes = _writes(todo, run.shared)
@@ -60,7 +62,7 @@ def prune(planner: Planner, run: Run, progress: Callable[[Iterable[int], int, st
     return jobs
 
 
-def draft(planner: Planner, run: Run, spec: Spec, plan: Plan) -> Draft:
+def prepare_checkpoint(planner: Planner, run: Run, spec: Spec, plan: Plan) -> PendingCheckpoint:
     export = planner.config.export
     statistics: Statistics | Mixture | None = None
     if plan.compensation != "none":
@@ -69,10 +71,10 @@ def draft(planner: Planner, run: Run, spec: Spec, plan: Plan) -> Draft:
     cut = (plan.compensation, plan.kept, plan.dropped)
     made_of = fingerprint(planner.checkpoint.fingerprint, plan.provenance, cut, export.model_dump(), versions())
     files = compaction.files(parse_size(export.max_shard_size))
-    return Draft(spec, compaction, run.expert(plan.requested, plan.name), made_of, files)
+    return PendingCheckpoint(spec, compaction, run.expert(plan.requested, plan.name), made_of, files)
 
 
-def _unwritten(jobs: list[Draft]) -> list[Draft]:
+def _unwritten(jobs: list[PendingCheckpoint]) -> list[PendingCheckpoint]:
     """Those whose checkpoints are not there, made in another way, or damaged; every file is read to its end."""
     check = work_task(_is_hashed)
     found = [(job, check.remote(job.target)) for job in jobs if _is_written(job)]
@@ -94,7 +96,7 @@ def _hash_of(path: AnyPath) -> str | None:
         return None
 
 
-def _is_written(job: Draft) -> bool:
+def _is_written(job: PendingCheckpoint) -> bool:
     manifest = read_json(job.target / "seap.json")
     return (
         bool(manifest)
@@ -110,7 +112,7 @@ def _is_written(job: Draft) -> bool:
 class Write:
     """A file to be written, for every checkpoint that has it."""
 
-    jobs: tuple[Draft, ...]
+    jobs: tuple[PendingCheckpoint, ...]
     name: str
     path: AnyPath
     """Where it is written; that of a file which several checkpoints may have is beside them all."""
@@ -124,7 +126,7 @@ class Write:
         return sum(output.n_bytes for output in self.outputs)
 
 
-def _writes(jobs: list[Draft], shared: AnyPath) -> list[Write]:
+def _writes(jobs: list[PendingCheckpoint], shared: AnyPath) -> list[Write]:
     """What is to be written, in the order of the base. On a disk a file of the base's tensors is written once."""
     writes: dict[AnyPath, Write] = {}
     for job, name in in_order_of_base(jobs):
@@ -135,7 +137,7 @@ def _writes(jobs: list[Draft], shared: AnyPath) -> list[Write]:
     return list(writes.values())
 
 
-def _write_all(jobs: list[Draft], writes: list[Write]) -> Iterator[int]:
+def _write_all(jobs: list[PendingCheckpoint], writes: list[Write]) -> Iterator[int]:
     """Yield the bytes of each file as it is written; finish each folder when its last file is there.
 
     Files of the same part of the base come one after another, whichever model they are of: what was read for one is
@@ -163,10 +165,10 @@ def _write_all(jobs: list[Draft], writes: list[Write]) -> Iterator[int]:
         yield write.n_bytes
 
 
-def in_order_of_base(jobs: Iterable[Draft]) -> list[tuple[Draft, str]]:
+def in_order_of_base(jobs: Iterable[PendingCheckpoint]) -> list[tuple[PendingCheckpoint, str]]:
     """Every file of every model, by where the middle of what it is cut from lies in the base."""
 
-    def middle(draft: Draft, name: str) -> int:
+    def middle(draft: PendingCheckpoint, name: str) -> int:
         old, split = draft.compaction.plan.layers, draft.compaction.base.architecture.split
         layers = [layer for output in draft.files[name] if (layer := split(output.name)[0]) is not None]
         return old[layers[0]] + old[layers[-1]] if layers else -1
@@ -174,7 +176,7 @@ def in_order_of_base(jobs: Iterable[Draft]) -> list[tuple[Draft, str]]:
     return sorted(((job, name) for job in jobs for name in job.files), key=lambda file: middle(*file))
 
 
-def write_draft(draft: Draft) -> AnyPath:
+def write_temporarily(draft: PendingCheckpoint) -> AnyPath:
     """Write a checkpoint for a while, unless it is there for good; its folder. A hidden one is the caller's to drop."""
     if _is_written(draft):
         return draft.target
@@ -199,14 +201,14 @@ def _told(path: AnyPath) -> AnyPath:
     return path.with_name(f".{path.name}.sha256")
 
 
-def _finish_hidden(draft: Draft, hashes: dict[str, str]) -> None:
+def _finish_hidden(draft: PendingCheckpoint, hashes: dict[str, str]) -> None:
     for name in draft.files:
         with writable(draft.hidden):
             _told(draft.hidden / name).unlink(missing_ok=True)
     finish(draft.compaction, draft.hidden, draft.files, _manifest(draft, hashes))
 
 
-def _finish(job: Draft, hashes: dict[str, str]) -> None:
+def _finish(job: PendingCheckpoint, hashes: dict[str, str]) -> None:
     _finish_hidden(job, hashes)
     with writable(job.target):
         move_folder(job.hidden, job.target, last="seap.json")
@@ -214,7 +216,7 @@ def _finish(job: Draft, hashes: dict[str, str]) -> None:
         remove(leftover)
 
 
-def _manifest(job: Draft, hashes: dict[str, str]) -> dict[str, Any]:
+def _manifest(job: PendingCheckpoint, hashes: dict[str, str]) -> dict[str, Any]:
     base, plan = job.compaction.base, job.compaction.plan
     return {
         "fingerprint": job.fingerprint,
@@ -225,14 +227,14 @@ def _manifest(job: Draft, hashes: dict[str, str]) -> dict[str, Any]:
             "revision": base.folder.name if base.folder.parent.name == "snapshots" else None,
             "fingerprint": base.fingerprint,
         },
-        **sizes(job),
+        **checkpoint_sizes(job),
         "plan": describe(plan, base.architecture),
         "files": {name: {"sha256": hashes[name], "bytes": (job.hidden / name).stat().st_size} for name in job.files},
         "versions": versions(),
     }
 
 
-def sizes(draft: Draft) -> dict[str, Any]:
+def checkpoint_sizes(draft: PendingCheckpoint) -> dict[str, Any]:
     """Ratios, parameters and bytes of a checkpoint, as its manifest has them."""
     base, plan = draft.compaction.base, draft.compaction.plan
     tensors = [output for outputs in draft.files.values() for output in outputs]

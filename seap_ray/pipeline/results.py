@@ -7,8 +7,8 @@ from typing import Any
 
 from seap_ray.config import Config
 from seap_ray.models.checkpoint import Checkpoint, versions
-from seap_ray.pipeline.evaluate import OURS, Cell, Exam, Failure
-from seap_ray.pipeline.prune import Draft, kv_bytes, sizes
+from seap_ray.pipeline.evaluate import OURS, EvalResult, EvalTask, Failure
+from seap_ray.pipeline.prune import PendingCheckpoint, checkpoint_sizes, kv_bytes
 from seap_ray.tasks import SHORT, Task
 
 Model = dict[str, Any]
@@ -32,9 +32,9 @@ def dense_model(checkpoint: Checkpoint) -> Model:
     }
 
 
-def cut_model(draft: Draft) -> Model:
+def cut_model(draft: PendingCheckpoint) -> Model:
     """A model that was cut."""
-    about = sizes(draft)
+    about = checkpoint_sizes(draft)
     return {
         "name": draft.spec.name,
         "method": draft.spec.method,
@@ -47,7 +47,7 @@ def cut_model(draft: Draft) -> Model:
     }
 
 
-def with_cells(model: Model, cells: Mapping[str, Cell]) -> Model:
+def with_cells(model: Model, cells: Mapping[str, EvalResult]) -> Model:
     return {**model, "quality": {task: cell.brief() for task, cell in cells.items()}}
 
 
@@ -83,7 +83,7 @@ def _mean(values: Sequence[Any]) -> Any:
 
 
 def results(
-    config: Config, exams: Mapping[str, Exam | Failure], models: Sequence[Model], router: dict[str, Any] | None
+    config: Config, exams: Mapping[str, EvalTask | Failure], models: Sequence[Model], router: dict[str, Any] | None
 ) -> dict[str, Any]:
     """What a results file holds, whatever made it."""
     return {
@@ -97,6 +97,6 @@ def results(
     }
 
 
-def _about(task: Task, exam: Exam | Failure | None) -> dict[str, str]:
-    metric, judge = (exam.metric, exam.judge) if isinstance(exam, Exam) else (task.metric, OURS)
+def _about(task: Task, exam: EvalTask | Failure | None) -> dict[str, str]:
+    metric, judge = (exam.metric, exam.judge) if isinstance(exam, EvalTask) else (task.metric, OURS)
     return {"metric": metric, "short": SHORT[metric], "judge": judge}

@@ -21,11 +21,11 @@ from seap_ray.models.checkpoint import Checkpoint, versions
 from seap_ray.models.corpus import tokenizer_hash
 from seap_ray.models.records import load_statistics
 from seap_ray.pipeline.calibrate import Calibration, made_of, make_records, merge_all
-from seap_ray.pipeline.evaluate import Cell, Exam, Failure, Subject, evaluate, exam, subject_of
-from seap_ray.pipeline.job import Calibrated, known_error
+from seap_ray.pipeline.evaluate import EvalResult, EvalTask, Failure, EvalTarget, eval_target, eval_task, evaluate
+from seap_ray.pipeline.job import CalibratedRun, known_error
 from seap_ray.pipeline.placement import model_dtype
 from seap_ray.pipeline.planner import Planner, Spec
-from seap_ray.pipeline.prune import Draft, draft
+from seap_ray.pipeline.prune import PendingCheckpoint, prepare_checkpoint
 from seap_ray.pipeline.results import Model, cut_model, dense_model, with_cells
 from seap_ray.pipeline.shards import Manifest, Shard
 from seap_ray.progress import progress, say
@@ -50,7 +50,7 @@ class Judged:
 
     asked: Asked
     model: Model
-    cells: dict[str, Cell]
+    cells: dict[str, EvalResult]
     config: dict[str, Any] | None
     """Contents of its config.json; None where there is no such model."""
 
@@ -59,7 +59,7 @@ class Judged:
 class Bench:
     """A calibrated run and the judges of its tasks."""
 
-    made: Calibrated
+    made: CalibratedRun
     lm_eval: bool = True
     """Whether lm-eval judges the tasks that it has."""
 
@@ -72,13 +72,13 @@ class Bench:
         return tuple(task.name for task in self.config.tasks)
 
     @cached_property
-    def exams(self) -> dict[str, Exam | Failure]:
+    def exams(self) -> dict[str, EvalTask | Failure]:
         """By task; one that cannot be judged says why in all of its cells."""
         return {task.name: self._exam(task) for task in self.config.tasks}
 
-    def _exam(self, task: Any) -> Exam | Failure:
+    def _exam(self, task: Any) -> EvalTask | Failure:
         try:
-            return exam(self.config, self.made.run, task, by_lm_eval=self.lm_eval)
+            return eval_task(self.config, self.made.run, task, by_lm_eval=self.lm_eval)
         except Exception as error:  # whatever rows do that are not as the task has it
             failure = Failure.of(known_error(error) or error)
             say(f"cannot judge {task.name}: {failure.error}")
@@ -120,21 +120,21 @@ class Bench:
             for one, source, subject in zip(asked, drafts, subjects, strict=True)
         ]
 
-    def _draft(self, asked: Asked, planner: Planner) -> Checkpoint | Draft | Failure:
+    def _draft(self, asked: Asked, planner: Planner) -> Checkpoint | PendingCheckpoint | Failure:
         if asked.spec is None:
             return self.made.checkpoint
         try:
-            return draft(planner, self.made.run, asked.spec, planner.plan(asked.spec, asked.ratio))
+            return prepare_checkpoint(planner, self.made.run, asked.spec, planner.plan(asked.spec, asked.ratio))
         except ConfigError as error:
             return Failure.of(error)
 
-    def _subject(self, asked: Asked, source: Checkpoint | Draft | Failure) -> Subject | None:
-        return None if isinstance(source, Failure) else subject_of(source, asked.tasks or self.tasks)
+    def _subject(self, asked: Asked, source: Checkpoint | PendingCheckpoint | Failure) -> EvalTarget | None:
+        return None if isinstance(source, Failure) else eval_target(source, asked.tasks or self.tasks)
 
-    def _judged(self, asked: Asked, source: Checkpoint | Draft | Failure, cells: dict[str, Cell]) -> Judged:
+    def _judged(self, asked: Asked, source: Checkpoint | PendingCheckpoint | Failure, cells: dict[str, EvalResult]) -> Judged:
         if isinstance(source, Checkpoint):
             return Judged(asked, with_cells(dense_model(source), cells), cells, source.config)
-        if isinstance(source, Draft):
+        if isinstance(source, PendingCheckpoint):
             return Judged(asked, with_cells(cut_model(source), cells), cells, source.compaction.config())
         assert asked.spec is not None
         cells = dict.fromkeys(asked.tasks or self.tasks, source)
@@ -145,7 +145,7 @@ class Bench:
         known = {name: place(folder).absolute() for name, folder in self.config.evaluation.models.items()}
         found = {name: _opened(folder) for name, folder in known.items()}
         subjects = [
-            Subject(name, _print(opened), self.tasks, opened)
+            EvalTarget(name, _print(opened), self.tasks, opened)
             for name, opened in found.items()
             if isinstance(opened, Checkpoint)
         ]

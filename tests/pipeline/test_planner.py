@@ -18,7 +18,7 @@ from seap_ray.core.plan import Plan, choose_shapes, ratio_of
 from seap_ray.core.scores import Norms
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.pipeline.planner import Planner, Spec, save_plan, section_of, specs
-from seap_ray.pipeline.prune import draft, sizes, write_draft
+from seap_ray.pipeline.prune import checkpoint_sizes, prepare_checkpoint, write_temporarily
 from seap_ray.storage.files import read_json
 from seap_ray.storage.run import Run
 from tests.support.builders import load, random_statistics
@@ -241,8 +241,8 @@ def test_a_checkpoint_without_some_layers_says_what_it_is(dense, tmp_path, form)
     with_cosines(planner, dict.fromkeys(TASKS, [0.5, 0.9, 0.1, 0.5]))
     spec, run = spec_of(planner, "depth"), Run(tmp_path)
     plan = planner.plan(spec, 0.5)
-    made = draft(planner, run, spec, plan)
-    folder = write_draft(made)
+    made = prepare_checkpoint(planner, run, spec, plan)
+    folder = write_temporarily(made)
     model, whole = load(folder), load(dense("qwen2"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     layer = sum(parameter.numel() for parameter in whole.model.layers[0].parameters())
@@ -255,7 +255,7 @@ def test_a_checkpoint_without_some_layers_says_what_it_is(dense, tmp_path, form)
         "bytes": 4 * parameters,
         "kv_bytes_per_token": 2 * 2 * 4 * 6 * 4,  # keys and values, layers, heads, head dimension, bytes
     }
-    assert sizes(made) == expected
+    assert checkpoint_sizes(made) == expected
     manifest = read_json(folder / "seap.json")
     assert {key: manifest[key] for key in expected} == expected
     assert manifest["plan"]["kept_layers"] == [0, 2]
@@ -265,7 +265,7 @@ def test_a_checkpoint_without_some_layers_says_what_it_is(dense, tmp_path, form)
     assert [len(kept[f"layers.{layer}.channels"]) for layer in range(4)] == [80, 0, 80, 0]
     assert [of["heads"] for of in manifest["plan"]["layers"]] == [8, 0, 8, 0]
     other = Plan(plan.name, 0.5, "none", plan.kept, plan.provenance, dropped=(1, 2))
-    assert draft(planner, run, spec, other).fingerprint != made.fingerprint
+    assert prepare_checkpoint(planner, run, spec, other).fingerprint != made.fingerprint
 
 
 # --- experts with a share of all tasks, scores of units --------------------------------------------------------------
