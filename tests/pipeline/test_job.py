@@ -30,7 +30,7 @@ from seap_ray.errors import DataError, IncompleteError, SeapError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import SHARED as BASE_FILES
 from seap_ray.pipeline.calibrate import Calibrator
-from seap_ray.pipeline.job import Calibrated, known_error, route
+from seap_ray.pipeline.job import CalibratedRun, known_error, route
 from seap_ray.routing.router import Router
 from seap_ray.storage.run import Run
 from tests.support import DATA, ROOT
@@ -106,7 +106,7 @@ def test_the_job_leaves_a_router_of_its_tasks_and_its_figures(finished):
 
 def test_a_model_that_cannot_have_a_router_still_has_its_results(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("seap_ray.models.corpus.load_tokenizer", lambda *_args, **_kwargs: object())
-    made = Calibrated(Config(), Checkpoint.open("demo"), Run(tmp_path), [], planner=None)
+    made = CalibratedRun(Config(), Checkpoint.open("demo"), Run(tmp_path), [], planner=None)
     assert route(made) is None
     assert capsys.readouterr().out.startswith("router: none; model.source: ")
 

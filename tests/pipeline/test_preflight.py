@@ -24,8 +24,8 @@ from seap_ray.pipeline.preflight import (
     _corpora,
     _model,
     _storage,
-    heed,
-    here,
+    local_checks,
+    raise_on_error,
     run_bytes,
 )
 from seap_ray.storage.run import Run
@@ -63,47 +63,47 @@ def test_nodes_that_are_alike_say_nothing():
 
 def test_another_release_on_a_node_is_wrong_for_its_bits_would_differ():
     strange = replace(OTHER, versions={**NODE.versions, "torch": "2.12.0"})
-    assert only(_alike([NODE, strange])).level == "wrong"
-    assert "torch is 2.13.0 on a, and 2.12.0 on b" in only(_alike([NODE, strange])).said
+    assert only(_alike([NODE, strange])).level == "error"
+    assert "torch is 2.13.0 on a, and 2.12.0 on b" in only(_alike([NODE, strange])).message
     assert not list(_alike([NODE, replace(OTHER, versions={**NODE.versions, "torch": "2.13.0+cpu"})])), "another build"
 
 
 def test_a_node_without_the_plugin_is_a_warning():
     found = only(_alike([NODE, replace(OTHER, has_plugin=False)]))
-    assert found.level == "warning" and "no vLLM plugin on b" in found.said
+    assert found.level == "warning" and "no vLLM plugin on b" in found.message
 
 
 def test_a_node_that_does_not_see_the_runs_folder_is_wrong(tmp_path):
     found = only(_storage(Config(), DEMO, Run(tmp_path), [NODE, replace(OTHER, sees_storage=False)]))
-    assert found.level == "wrong" and f"run.storage: {tmp_path} is not seen by b" in found.said
+    assert found.level == "error" and f"run.storage: {tmp_path} is not seen by b" in found.message
 
 
 @pytest.mark.parametrize(
     ("model", "level", "said"),
     [
         (DEMO.fingerprint, "ok", "2,735,520 parameters, 5.47 MB"),
-        (None, "wrong", "is not on b"),
-        ("else", "wrong", "differs on b"),
+        (None, "error", "is not on b"),
+        ("else", "error", "differs on b"),
     ],
 )
 def test_the_model_is_to_be_the_same_on_every_node(model, level, said):
     found = only(_model(DEMO, [NODE, replace(OTHER, model=model)]))
-    assert found.level == level and said in found.said
+    assert found.level == level and said in found.message
 
 
 def test_a_model_of_the_hub_comes_to_the_nodes_that_do_not_have_it():
     cached = replace(DEMO, folder=Path("/cache/models--a--b/snapshots/0123"), source="a/b")
     found = only(_model(cached, [NODE, replace(OTHER, model=None)]))
-    assert (found.level, found.said) == ("warning", "b will first copy 5.47 MB of a/b")
+    assert (found.level, found.message) == ("warning", "b will first copy 5.47 MB of a/b")
 
 
 def test_a_corpus_that_a_node_does_not_have_is_wrong():
-    assert "tasks: /data/x is not on b" in only(_corpora([NODE, replace(OTHER, unseen=("/data/x", "/y"))])).said
+    assert "tasks: /data/x is not on b" in only(_corpora([NODE, replace(OTHER, unseen=("/data/x", "/y"))])).message
 
 
 def test_a_clock_that_is_off_is_worth_a_word():
     assert levels(_clocks([NODE, replace(OTHER, skew=4.0)])) == []
-    assert "b is 90 s off" in only(_clocks([NODE, replace(OTHER, skew=90.0)])).said
+    assert "b is 90 s off" in only(_clocks([NODE, replace(OTHER, skew=90.0)])).message
 
 
 # --- disk ------------------------------------------------------------------------------------------------------------
@@ -140,10 +140,10 @@ def test_the_bytes_of_a_run_are_its_records_statistics_and_checkpoints():
 
 
 def test_versions_beside_those_tested_are_named(monkeypatch):
-    assert [finding for finding in here(Config()) if finding.subject == "versions"][0].level == "ok"
+    assert [finding for finding in local_checks(Config()) if finding.subject == "versions"][0].level == "ok"
     monkeypatch.setattr(doctor, "requires", lambda _name: ["torch==9.*", "ray[data]>=2", "x; extra == 'dev'"])
-    said = [finding for finding in here(Config()) if finding.subject == "versions"]
-    assert said[0].level == "warning" and re.search(r"others than torch 2\.", said[0].said)
+    said = [finding for finding in local_checks(Config()) if finding.subject == "versions"]
+    assert said[0].level == "warning" and re.search(r"others than torch 2\.", said[0].message)
 
 
 def test_keys_and_tokens_that_will_be_missed_are_warned_of(monkeypatch, tmp_path):
@@ -151,18 +151,18 @@ def test_keys_and_tokens_that_will_be_missed_are_warned_of(monkeypatch, tmp_path
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     config = Config.model_validate({"model": {"source": "meta-llama/Llama-3.1-8B"}})
-    found = {finding.subject: finding for finding in here(config)}
-    assert found["keys"].level == found["hub"].level == "warning" and "meta-llama/Llama-3.1-8B" in found["hub"].said
+    found = {finding.subject: finding for finding in local_checks(config)}
+    assert found["keys"].level == found["hub"].level == "warning" and "meta-llama/Llama-3.1-8B" in found["hub"].message
     monkeypatch.setenv("SEAP_API_KEYS", "a-key-of-mine")
-    found = {finding.subject: finding for finding in here(Config())}
+    found = {finding.subject: finding for finding in local_checks(Config())}
     assert "keys" not in found and "hub" not in found
-    assert not any("a-key-of-mine" in finding.said for finding in here(Config()))
+    assert not any("a-key-of-mine" in finding.message for finding in local_checks(Config()))
 
 
 def test_a_job_heeds_what_is_wrong_and_says_what_it_is_warned_of(capsys):
-    findings = [Finding("ok", "a", "fine"), Finding("warning", "b", "mind"), Finding("wrong", "c", "x: mend it")]
+    findings = [Finding("ok", "a", "fine"), Finding("warning", "b", "mind"), Finding("error", "c", "x: mend it")]
     with pytest.raises(ConfigError, match="^x: mend it$"):
-        heed(findings)
+        raise_on_error(findings)
     assert capsys.readouterr().out == "warning: b: mind\n"
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from seap_ray.config import load_config
 from seap_ray.errors import ConfigError
 from seap_ray.judges.quality import Quality
-from seap_ray.pipeline.evaluate import Exam, Failure
+from seap_ray.pipeline.evaluate import EvalTask, Failure
 from seap_ray.pipeline.results import own_tasks
 from seap_ray.pipeline.shards import Shard
 from seap_ray.studies.runner import Asked, Judged
@@ -93,7 +93,7 @@ def test_a_share_is_as_near_as_its_order_allows_and_never_empty(tokens, share, s
 
 # --- routing ---------------------------------------------------------------------------------------------------------
 
-SORT = Exam(BUILT_IN["sort"], "seap_ray", "", (SimpleNamespace(),) * 4)
+SORT = EvalTask(BUILT_IN["sort"], "seap_ray", "", (SimpleNamespace(),) * 4)
 
 
 def cells_of(**values):
@@ -118,7 +118,7 @@ def test_a_failed_model_fails_only_where_prompts_were_sent_to_it():
 
 def test_random_routing_is_the_seeds_and_uses_every_task():
     names = ("sort", "logic", "facts")
-    exam = Exam(BUILT_IN["sort"], "seap_ray", "", (SimpleNamespace(),) * 300)
+    exam = EvalTask(BUILT_IN["sort"], "seap_ray", "", (SimpleNamespace(),) * 300)
     first, again, other = (_at_random(names, [exam], seed)["sort"] for seed in (0, 0, 1))
     assert first == again != other and set(first) == set(names)
     assert all(60 < first.count(name) < 140 for name in names)
