@@ -1,56 +1,91 @@
-"""seap_ray: task experts cut from a language model, calibrated and written on a Ray cluster.
+"""seap_ray: cut a language model into smaller task experts, calibrated and written on a Ray cluster.
 
-The path of the data, one line a module (rings: arithmetic, models and files, Ray; each imports only what is below it):
+Every folder has one layer and imports only from layers below it (contracts in ``pyproject.toml``). From the top:
 
-    config        ray_config.yaml and overrides in, one frozen Config out
-    methods       baselines by name, and the studies
-    command       a job's arguments: help, a config, one line for an error
-    tasks         what a task is, and the built-in ones
-    moments       count, mean and squared deviations of a token stream; they add up
-    scores        statistics and weight norms in, importance per column, head and channel out
-    reconstruction  covariances and weights in, what the kept columns say of the cut ones out
-    sparsity      how much each layer gives
-    plan          which key-value groups, heads and channels stay, or which layers
-    compact       a tensor and a plan in, the smaller tensor out
-    architecture  the dimensions and weight names of a model family
-    corpus        rows -> texts -> token ids
-    recorder      hooks on a model -> moments of every site
-    layerwise     the same of a model that is read one layer at a time
-    records       moments on disk, whole or known to be damaged
-    checkpoint    safetensors folders: read, fingerprint, write compacted
-    hf            the Hugging Face classes that load a compacted checkpoint
-    demo          a small model with six skills
-    fitting       prompts of every task -> the router
-    router        a prompt -> its task, or none, with a probability
-    bucket        paths in S3 and Google Cloud Storage under pathlib's names
-    storage       files that end whole, on a disk or in a bucket; a node's copies
-    lock          one job at a time on a run
-    run           the run directory: what is where
-    progress      what a job says while it runs
-    cluster       a driver's connection to Ray
-    shards        corpora -> immutable token shards                         (Ray Data)
-    placement     where a worker has the model, by what the nodes have
-    calibrate     shards -> records -> statistics                           (Ray Data)
-    planner       statistics -> plans                                       (Ray tasks)
-    prune         plans -> checkpoints                                      (Ray tasks)
-    quality       a model and a task's rows -> accuracy or perplexity
-    harness       the same by lm-eval, on local files or from the hub
-    speed         shapes -> tokens per second
-    evaluation    models x tasks -> cells, cached and resumable             (Ray tasks)
-    results       models and cells -> a results file
-    table         a results file as text
-    doctor        what the machines have against what a config needs        (Ray tasks)
-    job           the main job: from a config to a table
-    bench         specs at ratios -> judged models; what studies are made of
-    benchmarks    ours and a baseline in turns -> tables; what jobs/bench.py measures
-    studies       one question each: a calibrated run -> a table
-    paper         the paper's tables, and ours beside them
-    evidence      a run's files, read for its report
-    pictures      numbers -> SVG
-    anatomy       plans, scores and activations -> pictures
-    findings      results and studies -> pictures and tables
-    report        a run -> one page
-    summary       runs -> text for a terminal
-    vllm_plugin   names the compacted families to vLLM
-    vllm_model    layers of unequal widths                                  (vLLM)
+    studies       compare methods on one calibrated run, one file a question
+    vllm_plugin   load the smaller checkpoints in vLLM: layers of unequal widths
+    pipeline      the path of the data, on Ray:
+                    job        a config in, a table out: runs the steps below in turn
+                    preflight  compare what the machines have with what the config needs
+                    shards     corpora -> immutable shards of token ids
+                    calibrate  shards -> records -> statistics of every task
+                    planner    statistics -> scores -> plans
+                    prune      plans -> checkpoints
+                    evaluate   models x tasks -> accuracies and perplexities, cached
+                    results    models and their measurements -> a results file
+    report        a run -> tables, pictures and one HTML page
+    judges        a model and a task -> accuracy, perplexity or tokens per second
+    routing       prompts of every task -> a router; a prompt -> its task
+    models        read a model, record its activations, write the smaller checkpoint
+    storage       files that are whole or absent, on a disk or in a bucket; the folder of a run
+    core          arithmetic on torch alone: architecture, moments, scores, allocation, plans, reconstruction
+    config        ray_config.yaml and overrides -> one frozen Config
+    demo          a small model with six skills, and the generators of its data
+    cli           what the jobs share: help, config, exit codes
+    tasks, methods, progress, errors    tables and types without torch
+
+``import seap_ray`` is light: a name below is imported from its module when it is first used.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seap_ray.config import Config, load_config
+    from seap_ray.core.architecture import Architecture
+    from seap_ray.core.moments import Moments
+    from seap_ray.core.plan import Plan, choose_shapes, keep
+    from seap_ray.core.reconstruction import least_squares
+    from seap_ray.models.checkpoint import Checkpoint
+    from seap_ray.models.recorder import record
+    from seap_ray.routing.router import Router
+
+    __version__: str
+
+__all__ = [
+    "Architecture",
+    "Checkpoint",
+    "Config",
+    "Moments",
+    "Plan",
+    "Router",
+    "__version__",
+    "choose_shapes",
+    "keep",
+    "least_squares",
+    "load_config",
+    "record",
+]
+
+_MODULES = {
+    "Architecture": "seap_ray.core.architecture",
+    "Checkpoint": "seap_ray.models.checkpoint",
+    "Config": "seap_ray.config",
+    "Moments": "seap_ray.core.moments",
+    "Plan": "seap_ray.core.plan",
+    "Router": "seap_ray.routing.router",
+    "choose_shapes": "seap_ray.core.plan",
+    "keep": "seap_ray.core.plan",
+    "least_squares": "seap_ray.core.reconstruction",
+    "load_config": "seap_ray.config",
+    "record": "seap_ray.models.recorder",
+}
+"""The module that defines each public name."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module, once: afterwards it is an ordinary attribute."""
+    if name == "__version__":
+        from importlib.metadata import version  # 0.1 s, which most programs can save
+
+        return version("seap-ray")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names too, although they are not imported yet."""
+    return sorted({*globals(), *__all__})
