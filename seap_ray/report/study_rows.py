@@ -1,19 +1,36 @@
-"""Study rows: one row of a study's table, for the studies that the report draws charts of.
+"""Study rows: one row of a study's table. This is the schema between the studies, which write rows, and the report.
 
-A row's fields are in the order of the table's columns. The column of the mean is named after its metric, ``mean acc``
-or ``mean ppl``.
+A row's fields are in the order of the table's columns. Two parts of a table depend on the run. The column of the mean
+is named after its metric, ``mean acc`` or ``mean ppl``; and some rows have a column for every task, followed by one for
+its standard error.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar, Self
 
 from seap_ray.report.rows import StudyTable
 
 MEAN_HEADS = ("mean acc", "mean ppl")
 """Names of the column of the mean, by metric."""
+BY_TASK = "{by_task}"
+"""Stands in ``COLUMNS`` for two columns of every task; the field ``by_task`` has their values."""
 
 
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A measured value with its standard error; both are None where nothing could be measured."""
+
+    value: float | None = None
+    stderr: float | None = None
+
+    @classmethod
+    def of(cls, pair: tuple[float, float] | None) -> "Estimate":
+        """Make an estimate of what ``report.table.mean_quality`` returns."""
+        return cls(*pair) if pair else cls()
+
+
+@dataclass(frozen=True, slots=True)
 class StudyRow:
     """A row of a study's table."""
 
@@ -21,24 +38,80 @@ class StudyRow:
     """Names of the columns, in the order of the fields; ``{mean}`` is the mean's name."""
 
     @classmethod
-    def columns(cls, mean_head: str) -> list[str]:
-        """Return the names of the table's columns."""
-        return [column.format(mean=mean_head) for column in cls.COLUMNS]
+    def columns(cls, mean_head: str = MEAN_HEADS[0], tasks: Iterable[str] = ()) -> list[str]:
+        """Return the names of the table's columns, for a table about ``tasks``."""
+        names: list[str] = []
+        for column in cls.COLUMNS:
+            if column == BY_TASK:
+                names += with_stderr(tasks)
+            else:
+                names.append(column.format(mean=mean_head))
+        return names
 
     @classmethod
     def from_table(cls, table: StudyTable) -> list[Self]:
         """Read a table's rows by the names of its columns; a column that it does not have is None."""
-        columns = cls.columns(mean_head_of(table.columns) or MEAN_HEADS[0])
-        places = [table.columns.index(column) if column in table.columns else None for column in columns]
-        return [cls(*_cells(values, places)) for values in table.rows]
+        mean_head = mean_head_of(table.columns) or MEAN_HEADS[0]
+        return [cls._from_cells(table.columns, cells, mean_head) for cells in table.rows]
+
+    @classmethod
+    def _from_cells(cls, columns: Sequence[str], cells: Sequence[Any], mean_head: str) -> Self:
+        unread = list(zip(columns, cells, strict=True))
+        values: dict[str, Any] = {}
+        is_after_tasks = False
+        for field, column in zip(_fields(cls), cls.COLUMNS, strict=True):
+            if column == BY_TASK:
+                is_after_tasks = True
+            else:
+                values[field.name] = _take(unread, column.format(mean=mean_head), last=is_after_tasks)
+
+        # What no other field has taken is about the tasks.
+        if is_after_tasks:
+            values["by_task"] = _estimates(unread)
+        return cls(**values)
 
     def to_json(self) -> list[Any]:
         """Return the row's cells in the order of the columns."""
-        return list(astuple(self))  # type: ignore[call-overload]
+        cells: list[Any] = []
+        for field, column in zip(_fields(self), self.COLUMNS, strict=True):
+            value = getattr(self, field.name)
+            if column == BY_TASK:
+                for estimate in value.values():
+                    cells += [estimate.value, estimate.stderr]
+            else:
+                cells.append(value)
+        return cells
 
 
-def _cells(values: Sequence[Any], places: Iterable[int | None]) -> list[Any]:
-    return [None if place is None else values[place] for place in places]
+def _fields(row: StudyRow | type[StudyRow]) -> tuple[Field[Any], ...]:
+    return fields(row)
+
+
+def with_stderr(names: Iterable[str]) -> list[str]:
+    """Return two columns for every name: its own, and that of its standard error."""
+    columns: list[str] = []
+    for name in names:
+        columns += [name, f"{name} stderr"]
+    return columns
+
+
+def _take(unread: list[tuple[str, Any]], column: str, *, last: bool) -> Any:
+    """Remove a column from the unread ones and return its value, or None where there is no such column.
+
+    A task may be named like a column. Then what stands before the tasks is the first of the two, what stands after them
+    the ``last``.
+    """
+    places = [place for place, (name, _) in enumerate(unread) if name == column]
+    if not places:
+        return None
+    _, value = unread.pop(places[-1] if last else places[0])
+    return value
+
+
+def _estimates(unread: Sequence[tuple[str, Any]]) -> dict[str, Estimate]:
+    """Read the columns of the tasks, which come in pairs."""
+    pairs = zip(unread[::2], unread[1::2], strict=True)
+    return {task: Estimate(value, stderr) for (task, value), (_, stderr) in pairs}
 
 
 def mean_head_of(columns: Sequence[str]) -> str | None:
@@ -48,6 +121,57 @@ def mean_head_of(columns: Sequence[str]) -> str | None:
             if column.endswith(head):
                 return head
     return None
+
+
+# --- the studies -----------------------------------------------------------------------------------------------------
+
+_SIZE = ("ratio", "realised", "parameters", "bytes", "kv_bytes_per_token")
+_SPEED = ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_speedup", "decode_speedup")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelComparisonRow(StudyRow):
+    """A model with its size, its quality on every task and its speed, in the studies ``table`` and ``ratio``."""
+
+    COLUMNS = ("model", *_SIZE, BY_TASK, "{mean}", "stderr", *_SPEED)
+
+    model: str
+    ratio: float | None
+    """None for the dense model."""
+    realised: float | None
+    """Share of the decoder layers' weights that is removed."""
+    parameters: int | None
+    bytes: int | None
+    kv_bytes_per_token: int | None
+    by_task: Mapping[str, Estimate]
+    mean: float | None
+    stderr: float | None
+    prefill_tokens_per_s: float | None
+    decode_tokens_per_s: float | None
+    prefill_speedup: float | None
+    decode_speedup: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingRow(StudyRow):
+    """A model with the number of tokens that it was calibrated on, and all that ``ModelComparisonRow`` has."""
+
+    COLUMNS = ("model", "tokens", *ModelComparisonRow.COLUMNS[1:])
+
+    model: str
+    tokens: int | None
+    ratio: float | None
+    realised: float | None
+    parameters: int | None
+    bytes: int | None
+    kv_bytes_per_token: int | None
+    by_task: Mapping[str, Estimate]
+    mean: float | None
+    stderr: float | None
+    prefill_tokens_per_s: float | None
+    decode_tokens_per_s: float | None
+    prefill_speedup: float | None
+    decode_speedup: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,3 +255,62 @@ class OutOfDistributionRow(StudyRow):
     other_experts: float | None = None
     """Mean over the experts of the other tasks."""
     other_experts_stderr: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TransferRow(StudyRow):
+    """Quality of one model on every task."""
+
+    COLUMNS = ("model", "ratio", BY_TASK)
+
+    model: str
+    ratio: float | None
+    """None for the dense model."""
+    by_task: Mapping[str, Estimate]
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingRow(StudyRow):
+    """Quality of all prompts, each answered by the model that one way of routing chooses for it."""
+
+    COLUMNS = ("routing", "ratio", "{mean}", "stderr", "to general", BY_TASK, "p50 ms")
+
+    routing: str
+    ratio: float
+    mean: float | None
+    stderr: float | None
+    to_general: float
+    """Share of the prompts that the general model answers."""
+    by_task: Mapping[str, Estimate]
+    p50_ms: float
+    """Median time of one choice, in milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class PaperRow(StudyRow):
+    """Figures of one method in one of the paper's tables: ours, the paper's, or the difference of the two."""
+
+    COLUMNS = (
+        *("table", "method", "ratio", "whose"),
+        *("winogrande", "openbookqa", "hellaswag", "piqa", "arc_challenge", "arc_easy", "boolq", "average", "stderr"),
+        *("wikitext2 perplexity", "tokens/s", "speed-up"),
+    )
+
+    table: str
+    method: str
+    ratio: float
+    whose: str
+    """``ours``, ``paper`` or ``difference``."""
+    winogrande: float | None = None
+    """Accuracy in percent, as of the other tasks and their average."""
+    openbookqa: float | None = None
+    hellaswag: float | None = None
+    piqa: float | None = None
+    arc_challenge: float | None = None
+    arc_easy: float | None = None
+    boolq: float | None = None
+    average: float | None = None
+    stderr: float | None = None
+    perplexity: float | None = None
+    tokens_per_s: float | None = None
+    speedup: float | None = None
