@@ -20,11 +20,11 @@ from seap_ray.judges import lm_eval
 from seap_ray.judges.quality import Quality, measure, measure_windows, windows
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import Item, Renderer, check_evaluation, corpus_files, is_files, load_tokenizer
-from seap_ray.pipeline.placement import load_model
+from seap_ray.models.loading import load_model
 from seap_ray.pipeline.prune import PendingCheckpoint, write_temporarily
 from seap_ray.pipeline.shards import draw, read_in_order, read_rows
-from seap_ray.storage.files import read_json, remove, staged, write_json
-from seap_ray.storage.paths import AnyPath
+from seap_ray.storage.files import read_json, stage, write_json
+from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint
 from seap_ray.tasks import Task, is_perplexity
 
@@ -159,14 +159,14 @@ def evaluate(
     ]
 
 
-def _path(config: Config, run: Run, subject: EvalTarget, exam: EvalTask) -> AnyPath:
+def _path(config: Config, run: Run, subject: EvalTarget, exam: EvalTask) -> StoragePath:
     made_of = fingerprint(subject.fingerprint, exam.made_of, config.model.dtype)
     return run.cells / f"{exam.task.name}-{made_of[:20]}.json"
 
 
 def _missing(
     config: Config, run: Run, subject: EvalTarget, exams: Mapping[str, EvalTask | Failure]
-) -> dict[str, AnyPath]:
+) -> dict[str, StoragePath]:
     paths = {
         task: _path(config, run, subject, exam) for task in subject.tasks if isinstance(exam := exams[task], EvalTask)
     }
@@ -186,7 +186,7 @@ def _cell(
 def _judge_all(
     config: Config,
     exams: Mapping[str, EvalTask | Failure],
-    todo: list[tuple[EvalTarget, dict[str, AnyPath]]],
+    todo: list[tuple[EvalTarget, dict[str, StoragePath]]],
     failed: dict[tuple[str, str], Failure],
 ) -> Iterator[int]:
     """Yield the number of cells of each model as it is done; what failed is added to ``failed``."""
@@ -211,7 +211,7 @@ def _judge_all(
 def _judge(
     config: Config,
     source: Checkpoint | PendingCheckpoint,
-    cells: dict[str, AnyPath],
+    cells: dict[str, StoragePath],
     exams: dict[str, "ray.ObjectRef[EvalTask]"],
 ) -> dict[str, Failure]:
     """Judge one model on the tasks of ``cells``; whatever goes wrong with it is the answer, and nobody else's fault."""
@@ -237,12 +237,12 @@ def _opened(source: Checkpoint | PendingCheckpoint) -> Iterator[Path]:
         return
     try:
         folder = write_temporarily(source)
-        copy = staged(folder)
+        copy = stage(folder)
         yield copy
         if copy != folder:
-            remove(copy.parent)
+            copy.parent.remove()
     finally:
-        remove(source.hidden)
+        source.partial.remove()
 
 
 def _load(config: Config, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,9 +1,9 @@
-"""Prune: plans in, compacted checkpoints out, by Ray tasks, one a file.
+"""Prune: plans in, smaller checkpoints out, written by Ray tasks, one for each file.
 
-A checkpoint takes as long as copying it; one that is there, whole and made the same way stays.
+Writing a checkpoint takes as long as copying it. One that is there, whole and made from the same inputs stays.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,30 @@ from seap_ray.models.records import (
 )
 from seap_ray.pipeline.cluster import work_task
 from seap_ray.pipeline.planner import Planner, Spec, describe, save_plan, specs
-from seap_ray.storage.files import link, move_folder, read_json, remove, sha256_of, writable, write_json
-from seap_ray.storage.paths import AnyPath
+from seap_ray.storage.artifact import Artifact, ChecksummedFile, ManifestFolder, checksum_path
+from seap_ray.storage.files import link, writable
+from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint
+
+MANIFEST = "seap.json"
+"""File of a checkpoint that says what the checkpoint is made from; written last."""
+
+
+def _manifest_hashes(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return the sha256 of every weight file."""
+    return {name: about["sha256"] for name, about in manifest["files"].items()}
+
+
+def _manifest_sizes(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Return the bytes of every weight file."""
+    return {name: about["bytes"] for name, about in manifest["files"].items()}
+
+
+CHECKPOINT_FOLDER = ManifestFolder(MANIFEST, _manifest_hashes, _manifest_sizes)
+WEIGHT_FILE = ChecksummedFile()
+
+
+# --- checkpoints to be -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -33,13 +54,26 @@ class PendingCheckpoint:
 
     spec: Spec
     compaction: Compaction
-    target: AnyPath
+    target: StoragePath
+    """Folder of the finished checkpoint."""
     fingerprint: str
+    """Hash of everything that the checkpoint is made from."""
     files: dict[str, list[OutputTensor]]
+    """Tensors of every weight file, by the file's name."""
 
     @property
-    def hidden(self) -> AnyPath:
+    def partial(self) -> StoragePath:
+        """The hidden folder. Its name carries the fingerprint, so an earlier attempt's files are found again."""
         return self.target.with_name(f".{self.target.name}.{self.fingerprint[:12]}.partial")
+
+    @property
+    def artifact(self) -> Artifact[dict[str, Any]]:
+        """The finished checkpoint; it is made if every weight file hashes to what the manifest says."""
+        return Artifact(self.target, self.fingerprint, CHECKPOINT_FOLDER)
+
+    def has_sizes(self) -> bool:
+        """Return whether the finished checkpoint is there, with files of the right sizes; none of them is read."""
+        return CHECKPOINT_FOLDER.has_sizes(self.target, self.fingerprint)
 
 
 def prune(
@@ -53,173 +87,190 @@ def prune(
     plans = [(spec, planner.plan(spec, ratio)) for ratio in config.pruning.ratio for spec in specs(config)]
     for _, plan in plans:
         save_plan(plan, planner.checkpoint.architecture, run.plan(plan.requested, plan.name))
-    jobs = [prepare_checkpoint(planner, run, spec, plan) for spec, plan in plans]
-    todo = _unwritten(jobs)
-    if todo:
-        writes = _writes(todo, run.shared)
-        for _ in progress(_write_all(todo, writes), sum(write.n_bytes for write in writes), "writing"):
+
+    checkpoints = [prepare_checkpoint(planner, run, spec, plan) for spec, plan in plans]
+    missing = _not_whole(checkpoints)
+    if missing:
+        files = _pending_files(missing, run.shared)
+        n_bytes = sum(file.n_bytes for file in files)
+        for _ in progress(_write_all(missing, files), n_bytes, "writing"):
             pass
-    return jobs
+    return checkpoints
 
 
 def prepare_checkpoint(planner: Planner, run: Run, spec: Spec, plan: Plan) -> PendingCheckpoint:
+    """Lay out the checkpoint of a plan: its tensors, files and folder. No weight is read."""
     export = planner.config.export
     statistics: Statistics | Mixture | None = None
     if plan.compensation != "none":
         statistics = planner.mixture(spec) if plan.compensation == "least_squares" else planner.mixed(spec)
     compaction = Compaction(planner.checkpoint, plan, statistics, stock=export.format == "stock")
     cut = (plan.compensation, plan.kept, plan.dropped)
-    made_of = fingerprint(planner.checkpoint.fingerprint, plan.provenance, cut, export.model_dump(), versions())
+    key = fingerprint(planner.checkpoint.fingerprint, plan.provenance, cut, export.model_dump(), versions())
     files = compaction.files(parse_size(export.max_shard_size))
-    return PendingCheckpoint(spec, compaction, run.expert(plan.requested, plan.name), made_of, files)
+    return PendingCheckpoint(spec, compaction, run.expert(plan.requested, plan.name), key, files)
 
 
-def _unwritten(jobs: list[PendingCheckpoint]) -> list[PendingCheckpoint]:
-    """Those whose checkpoints are not there, made in another way, or damaged; every file is read to its end."""
-    check = work_task(_is_hashed)
-    found = [(job, check.remote(job.target)) for job in jobs if _is_written(job)]
-    whole = {job.target for job, ref in found if ray.get(ref)}
-    return [job for job in jobs if job.target not in whole]
+def _not_whole(checkpoints: list[PendingCheckpoint]) -> list[PendingCheckpoint]:
+    """Return those that are missing, made in another way, or damaged.
+
+    Ray tasks read every file to its end, but only where all sizes are right.
+    """
+    check = work_task(_is_made)
+    checks = [
+        (checkpoint.target, check.remote(checkpoint.artifact)) for checkpoint in checkpoints if checkpoint.has_sizes()
+    ]
+    whole = {target for target, ref in checks if ray.get(ref)}
+    return [checkpoint for checkpoint in checkpoints if checkpoint.target not in whole]
 
 
-def _is_hashed(target: AnyPath) -> bool:
-    manifest = read_json(target / "seap.json")
-    return bool(manifest) and all(
-        _hash_of(target / name) == about["sha256"] for name, about in manifest["files"].items()
-    )
+def _is_made(artifact: Artifact[Any]) -> bool:
+    """Check an artifact in a Ray task."""
+    return artifact.is_made()
 
 
-def _hash_of(path: AnyPath) -> str | None:
-    try:
-        return sha256_of(path)
-    except OSError:
-        return None
-
-
-def _is_written(job: PendingCheckpoint) -> bool:
-    manifest = read_json(job.target / "seap.json")
-    return (
-        bool(manifest)
-        and manifest.get("fingerprint") == job.fingerprint
-        and all(
-            (job.target / name).is_file() and (job.target / name).stat().st_size == about["bytes"]
-            for name, about in manifest["files"].items()
-        )
-    )
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Write:
-    """A file to be written, for every checkpoint that has it."""
+class PendingFile:
+    """A file to be written once, for every checkpoint that has it."""
 
-    jobs: tuple[PendingCheckpoint, ...]
+    checkpoints: tuple[PendingCheckpoint, ...]
     name: str
-    path: AnyPath
-    """Where it is written; that of a file which several checkpoints may have is beside them all."""
+    path: StoragePath
+    """Where it is written: in its checkpoint's hidden folder, or, if several may have it, in a folder beside them."""
 
     @property
-    def outputs(self) -> list[OutputTensor]:
-        return self.jobs[0].files[self.name]
+    def tensors(self) -> list[OutputTensor]:
+        """What the file holds, the same for every checkpoint that has it."""
+        return self.checkpoints[0].files[self.name]
 
     @property
     def n_bytes(self) -> int:
-        return sum(output.n_bytes for output in self.outputs)
+        """Bytes of all tensors."""
+        return sum(tensor.n_bytes for tensor in self.tensors)
+
+    def link_into(self, checkpoint: PendingCheckpoint) -> None:
+        """Link a file that lies beside the checkpoints into one of them."""
+        if self.path.parent != checkpoint.partial:
+            link(Path(self.path), Path(checkpoint.partial / self.name))
 
 
-def _writes(jobs: list[PendingCheckpoint], shared: AnyPath) -> list[Write]:
-    """What is to be written, in the order of the base. On a disk a file of the base's tensors is written once."""
-    writes: dict[AnyPath, Write] = {}
-    for job, name in in_order_of_base(jobs):
-        is_shared = name.startswith(SHARED) and isinstance(shared, Path)
-        path = (shared if is_shared else job.hidden) / name
-        before = writes[path].jobs if path in writes else ()
-        writes[path] = Write((*before, job), name, path)
-    return list(writes.values())
+def _pending_files(checkpoints: list[PendingCheckpoint], shared: StoragePath) -> list[PendingFile]:
+    """List what is to be written, in the order of the base. On a disk a file of the base's tensors is written once."""
+    files: dict[StoragePath, PendingFile] = {}
+    for checkpoint, name in in_order_of_base(checkpoints):
+        # A bucket has no links: there every checkpoint has a copy of its own.
+        is_shared = name.startswith(SHARED) and not shared.is_remote
+        path = (shared if is_shared else checkpoint.partial) / name
+        others = files[path].checkpoints if path in files else ()
+        files[path] = PendingFile((*others, checkpoint), name, path)
+    return list(files.values())
 
 
-def _write_all(jobs: list[PendingCheckpoint], writes: list[Write]) -> Iterator[int]:
+def in_order_of_base(checkpoints: Iterable[PendingCheckpoint]) -> list[tuple[PendingCheckpoint, str]]:
+    """Sort the files of all models by where the middle of what each is cut from lies in the base."""
+    files = [(checkpoint, name) for checkpoint in checkpoints for name in checkpoint.files]
+    return sorted(files, key=lambda file: _place_in_base(*file))
+
+
+def _place_in_base(checkpoint: PendingCheckpoint, name: str) -> int:
+    """Return the sum of the first and the last base layer that a file is cut from; -1 for a file without layers."""
+    old_layers = checkpoint.compaction.plan.layers
+    split = checkpoint.compaction.base.architecture.split
+    layers = [layer for tensor in checkpoint.files[name] if (layer := split(tensor.name)[0]) is not None]
+    return old_layers[layers[0]] + old_layers[layers[-1]] if layers else -1
+
+
+def _write_all(checkpoints: list[PendingCheckpoint], files: list[PendingFile]) -> Iterator[int]:
     """Yield the bytes of each file as it is written; finish each folder when its last file is there.
 
-    Files of the same part of the base come one after another, whichever model they are of: what was read for one is
+    Files of the same part of the base come one after another, whichever model they belong to: what was read for one is
     in the page cache for the next, so the base is read about once, not once a model.
     """
-    task = work_task(_write_file)
-    architecture = jobs[0].compaction.base.architecture
-    memory = {"none": 0, "mean": 0, "least_squares": task_memory(architecture)}
-    pending: dict[Any, Write] = {}
-    hashes: dict[AnyPath, dict[str, str]] = {job.target: {} for job in jobs}
-    compactions = {job.target: ray.put(job.compaction) for job in jobs}
-    for write in writes:
-        first = write.jobs[0]
-        limited = task.options(memory=memory[first.compaction.plan.compensation])
-        pending[limited.remote(compactions[first.target], write.outputs, write.path)] = write
+    pending = _start_writing(checkpoints, files)
+    hashes: dict[StoragePath, dict[str, str]] = {checkpoint.target: {} for checkpoint in checkpoints}
     while pending:
         (done,), _ = ray.wait(list(pending), num_returns=1)
-        write, digest = pending.pop(done), ray.get(done)
-        for job in write.jobs:
-            if write.path.parent != job.hidden:
-                link(Path(write.path), Path(job.hidden / write.name))
-            hashes[job.target][write.name] = digest
-            if len(hashes[job.target]) == len(job.files):
-                _finish(job, hashes[job.target])
-        yield write.n_bytes
+        file = pending.pop(done)
+        digest = ray.get(done)
+
+        for checkpoint in file.checkpoints:
+            file.link_into(checkpoint)
+            written = hashes[checkpoint.target]
+            written[file.name] = digest
+            if len(written) == len(checkpoint.files):
+                _finish(checkpoint, written)
+        yield file.n_bytes
 
 
-def in_order_of_base(jobs: Iterable[PendingCheckpoint]) -> list[tuple[PendingCheckpoint, str]]:
-    """Every file of every model, by where the middle of what it is cut from lies in the base."""
+def _start_writing(checkpoints: list[PendingCheckpoint], files: list[PendingFile]) -> dict[Any, PendingFile]:
+    """Start a Ray task for every file, in order, and return the files by the tasks' references."""
+    task = work_task(_write_file)
+    architecture = checkpoints[0].compaction.base.architecture
+    memory = {"none": 0, "mean": 0, "least_squares": task_memory(architecture)}
+    compactions = {checkpoint.target: ray.put(checkpoint.compaction) for checkpoint in checkpoints}
 
-    def middle(draft: PendingCheckpoint, name: str) -> int:
-        old, split = draft.compaction.plan.layers, draft.compaction.base.architecture.split
-        layers = [layer for output in draft.files[name] if (layer := split(output.name)[0]) is not None]
-        return old[layers[0]] + old[layers[-1]] if layers else -1
-
-    return sorted(((job, name) for job in jobs for name in job.files), key=lambda file: middle(*file))
-
-
-def write_temporarily(draft: PendingCheckpoint) -> AnyPath:
-    """Write a checkpoint for a while, unless it is there for good; its folder. A hidden one is the caller's to drop."""
-    if _is_written(draft):
-        return draft.target
-    hashes = {
-        name: _write_file(draft.compaction, outputs, draft.hidden / name) for name, outputs in draft.files.items()
-    }
-    _finish_hidden(draft, hashes)
-    return draft.hidden
+    pending: dict[Any, PendingFile] = {}
+    for file in files:
+        first = file.checkpoints[0]
+        limited = task.options(memory=memory[first.compaction.plan.compensation])
+        pending[limited.remote(compactions[first.target], file.tensors, file.path)] = file
+    return pending
 
 
-def _write_file(compaction: Compaction, outputs: list[OutputTensor], path: AnyPath) -> str:
+def _write_file(compaction: Compaction, tensors: list[OutputTensor], path: StoragePath) -> str:
     """Write one file, or keep it when an earlier attempt at the same plan finished it; return its sha256."""
-    stored = read_json(_told(path))
-    if stored is None or _hash_of(path) != stored:
-        stored = write_tensors(compaction, outputs, path)
-        write_json(_told(path), stored)
-    return stored
+
+    def build() -> None:
+        WEIGHT_FILE.save_checksum(path, write_tensors(compaction, tensors, path))
+
+    # The name of the hidden folder, or of a shared file itself, is the key.
+    return Artifact(path, str(path), WEIGHT_FILE).get(build)
 
 
-def _told(path: AnyPath) -> AnyPath:
-    """The hash of a file of a checkpoint that is not whole yet."""
-    return path.with_name(f".{path.name}.sha256")
+def write_temporarily(checkpoint: PendingCheckpoint) -> StoragePath:
+    """Write a checkpoint to its hidden folder, which is the caller's to remove, and return that folder.
+
+    A checkpoint that is there for good is not written again; then its own folder is returned.
+    """
+    if checkpoint.has_sizes():
+        return checkpoint.target
+    hashes = {
+        name: _write_file(checkpoint.compaction, tensors, checkpoint.partial / name)
+        for name, tensors in checkpoint.files.items()
+    }
+    _complete_partial(checkpoint, hashes)
+    return checkpoint.partial
 
 
-def _finish_hidden(draft: PendingCheckpoint, hashes: dict[str, str]) -> None:
-    for name in draft.files:
-        with writable(draft.hidden):
-            _told(draft.hidden / name).unlink(missing_ok=True)
-    finish(draft.compaction, draft.hidden, draft.files, _manifest(draft, hashes))
+def _finish(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> None:
+    """Complete the hidden folder, give it its name and remove what earlier attempts left."""
+    _complete_partial(checkpoint, hashes)
+    with writable(checkpoint.target):
+        checkpoint.partial.move_folder(checkpoint.target, last=MANIFEST)
+    # Attempts at other plans of the same name have other fingerprints.
+    for leftover in checkpoint.target.parent.glob(f".{checkpoint.target.name}.*.partial"):
+        leftover.remove()
 
 
-def _finish(job: PendingCheckpoint, hashes: dict[str, str]) -> None:
-    _finish_hidden(job, hashes)
-    with writable(job.target):
-        move_folder(job.hidden, job.target, last="seap.json")
-    for leftover in job.target.parent.glob(f".{job.target.name}.*.partial"):
-        remove(leftover)
+def _complete_partial(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> None:
+    """Add everything but the weights to the hidden folder, the manifest last."""
+    for name in checkpoint.files:
+        with writable(checkpoint.partial):
+            checksum_path(checkpoint.partial / name).unlink(missing_ok=True)
+    finish(checkpoint.compaction, checkpoint.partial, checkpoint.files, _manifest(checkpoint, hashes))
 
 
-def _manifest(job: PendingCheckpoint, hashes: dict[str, str]) -> dict[str, Any]:
-    base, plan = job.compaction.base, job.compaction.plan
+# --- manifest ---------------------------------------------------------------------------------------------------------
+
+
+def _manifest(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> dict[str, Any]:
+    """Return the content of ``seap.json``."""
+    base = checkpoint.compaction.base
     return {
-        "fingerprint": job.fingerprint,
+        "fingerprint": checkpoint.fingerprint,
         "source": {
             "model": base.source,
             "model_type": base.config["model_type"],
@@ -227,35 +278,41 @@ def _manifest(job: PendingCheckpoint, hashes: dict[str, str]) -> dict[str, Any]:
             "revision": base.folder.name if base.folder.parent.name == "snapshots" else None,
             "fingerprint": base.fingerprint,
         },
-        **checkpoint_sizes(job),
-        "plan": describe(plan, base.architecture),
-        "files": {name: {"sha256": hashes[name], "bytes": (job.hidden / name).stat().st_size} for name in job.files},
+        **checkpoint_sizes(checkpoint),
+        "plan": describe(checkpoint.compaction.plan, base.architecture),
+        "files": {
+            name: {"sha256": hashes[name], "bytes": (checkpoint.partial / name).stat().st_size}
+            for name in checkpoint.files
+        },
         "versions": versions(),
     }
 
 
-def checkpoint_sizes(draft: PendingCheckpoint) -> dict[str, Any]:
-    """Ratios, parameters and bytes of a checkpoint, as its manifest has them."""
-    base, plan = draft.compaction.base, draft.compaction.plan
-    tensors = [output for outputs in draft.files.values() for output in outputs]
-    after = sum(_numel(output) for output in tensors if base.architecture.split(output.name)[0] is not None)
+def checkpoint_sizes(checkpoint: PendingCheckpoint) -> dict[str, Any]:
+    """Return ratios, parameters and bytes of a checkpoint, as its manifest states them."""
+    base = checkpoint.compaction.base
+    plan = checkpoint.compaction.plan
+    tensors = [tensor for file in checkpoint.files.values() for tensor in file]
+    in_layers = [tensor for tensor in tensors if base.architecture.split(tensor.name)[0] is not None]
     return {
         "requested_ratio": plan.requested,
         "planned_ratio": plan.planned(base.architecture),
-        "realised_ratio": 1 - after / base.architecture.decoder_parameters,
-        "parameters": sum(_numel(output) for output in tensors),
-        "bytes": sum(output.n_bytes for output in tensors),
+        "realised_ratio": 1 - _n_elements(in_layers) / base.architecture.decoder_parameters,
+        "parameters": _n_elements(tensors),
+        "bytes": sum(tensor.n_bytes for tensor in tensors),
         "kv_bytes_per_token": kv_bytes(plan.shapes, base),
     }
 
 
-def _numel(output: OutputTensor) -> int:
-    return torch.Size(output.shape).numel()
+def _n_elements(tensors: Iterable[OutputTensor]) -> int:
+    """Return the number of elements of some tensors together."""
+    return sum(torch.Size(tensor.shape).numel() for tensor in tensors)
 
 
 def kv_bytes(shapes: Sequence[Shape], base: Checkpoint) -> int:
-    """Bytes of key-value cache per token, in the checkpoint's dtype."""
+    """Return the bytes of key-value cache per token, in the checkpoint's dtype."""
     architecture = base.architecture
     name = architecture.tensor(0, architecture.layout.o_proj)
-    item = OutputTensor(name, base.tensors[name].dtype, ()).n_bytes
-    return sum(2 * shape.groups * architecture.head_dim * item for shape in shapes)
+    itemsize = OutputTensor(name, base.tensors[name].dtype, ()).n_bytes
+    # Keys and values.
+    return sum(2 * shape.groups * architecture.head_dim * itemsize for shape in shapes)
