@@ -23,7 +23,6 @@ from benchmarks.shapes import SHAPES, sparse_checkpoint
 from seap_ray.config import Config
 from seap_ray.pipeline.cluster import connect
 from seap_ray.pipeline.prune import prune
-from seap_ray.storage.files import remove
 
 SUITE, LAYERS = "compact", 4
 
@@ -57,8 +56,8 @@ def rows(config: Config) -> Iterator[Row]:
         n_bytes = sum(file.stat().st_size for file in kept.rglob("*.safetensors"))
 
         def clear() -> None:
-            remove(experts)
-            remove(copies)
+            experts.remove()
+            shutil.rmtree(copies)
             os.sync()  # what a turn has left to the kernel is not the next one's
 
         contestants: dict[str, Callable[[], object]] = {

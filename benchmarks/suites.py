@@ -13,7 +13,7 @@ from seap_ray.config import Config
 from seap_ray.errors import ConfigError
 from seap_ray.progress import say
 from seap_ray.report.table import text_table
-from seap_ray.storage.files import matching, writable
+from seap_ray.storage.files import writable
 from seap_ray.vllm_plugin.plugin import check_registered
 
 SUITES: Mapping[str, Callable[[Config], Iterable[Row]]] = {
@@ -99,7 +99,8 @@ def write_page(config: Config) -> Path:
     Raises ConfigError where the page has no such lines, or there are no rows.
     """
     folder = Path(config.benchmarks.folder)
-    page, files = folder.with_name(f"{folder.name}.md"), matching(folder, "*.json")
+    page = folder.with_name(f"{folder.name}.md")
+    files = sorted(folder.glob("*.json"))
     text = page.read_text() if page.is_file() else f"# Benchmarks\n\n{BEGIN}\n{END}\n"
     if not files:
         raise ConfigError(f"benchmarks.folder: nothing is measured in {folder}")

@@ -9,7 +9,7 @@ from ray.serve.llm import build_llm_deployment
 
 from seap_ray.config import Config
 from seap_ray.routing.router import Router
-from seap_ray.storage.paths import AnyPath
+from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run
 from serve.experts import Expert, find
 from serve.gate import key_hashes
@@ -57,7 +57,7 @@ def application(config: Config, service: Service, engines: Sequence[Pack]) -> Ap
     return ingress.bind(llm_deployments=deployments, model_cards=dict.fromkeys(deployments), service=service)
 
 
-def _router(run: Run, experts: list[Expert]) -> AnyPath | None:
+def _router(run: Run, experts: list[Expert]) -> StoragePath | None:
     if all(expert.kind == "general" for expert in experts):
         return None
     Router.load(run.router)

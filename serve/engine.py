@@ -11,8 +11,8 @@ from ray.serve.llm import LLMServer
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from seap_ray.errors import ConfigError
-from seap_ray.storage.files import staged
-from seap_ray.storage.paths import place
+from seap_ray.storage.files import stage
+from seap_ray.storage.paths import parse_path
 from seap_ray.vllm_plugin.plugin import check_registered
 
 logger = logging.getLogger("ray.serve")
@@ -45,12 +45,12 @@ class ExpertServer(LLMServer):
 
     async def start(self) -> None:
         check_registered()
-        folder = place(self._llm_config.experimental_configs[FOLDER])
+        folder = parse_path(self._llm_config.experimental_configs[FOLDER])
         if not folder.is_dir():
             raise ConfigError(
                 f"{folder} is not there on this node; run.storage should be a folder that every node sees, or a bucket"
             )
-        copy = str(staged(folder))
+        copy = str(stage(folder))
         self._llm_config.model_loading_config.model_source = copy
         self._llm_config.get_engine_config().hf_model_id = copy  # made on the driver, of the driver's copy
         await super().start()

@@ -8,8 +8,8 @@ from seap_ray.core.architecture import FAMILIES
 from seap_ray.demo import skills
 from seap_ray.errors import ConfigError
 from seap_ray.models.hf.shapes import check_folder
-from seap_ray.storage.files import read_json, readable, staged
-from seap_ray.storage.paths import AnyPath
+from seap_ray.storage.files import read_json, readable, stage
+from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint, ratio_name
 
 
@@ -19,7 +19,7 @@ class Expert:
 
     name: str
     kind: str
-    folder: AnyPath
+    folder: StoragePath
     shape: str
     """Hash of what an engine is built from; models of equal ones can take turns in it."""
     ratio: float
@@ -74,8 +74,8 @@ def _ratio(config: Config, run: Run) -> float:
     return config.serve.ratio
 
 
-def _expert(config: Config, folder: AnyPath, kind: str, manifest: dict[str, Any]) -> Expert:
-    check_folder(staged(folder))
+def _expert(config: Config, folder: StoragePath, kind: str, manifest: dict[str, Any]) -> Expert:
+    check_folder(stage(folder))
     family = FAMILIES.get(read_json(folder / "config.json")["model_type"].removeprefix("seap_"))
     if family and not family.vllm_class:
         raise ConfigError(f"{folder}: vLLM has no model of this family; its experts load with transformers alone")
@@ -101,6 +101,6 @@ def _example(config: Config, name: str) -> str | None:
     return None
 
 
-def _has_chat_template(folder: AnyPath) -> bool:
+def _has_chat_template(folder: StoragePath) -> bool:
     settings = read_json(folder / "tokenizer_config.json") or {}
     return (folder / "chat_template.jinja").is_file() or bool(settings.get("chat_template"))

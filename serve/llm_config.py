@@ -7,7 +7,7 @@ import ray
 from ray.serve.llm import LLMConfig
 
 from seap_ray.config import Config
-from seap_ray.storage.files import read_json, staged
+from seap_ray.storage.files import read_json, stage
 from seap_ray.vllm_plugin.plugin import END_WITH_PARENT, LOAD_FORMAT
 from serve.engine import FOLDER, HEALTH_CHECK_S, ExpertServer
 from serve.experts import Expert
@@ -30,7 +30,7 @@ def llm_config(config: Config, pack: Pack) -> LLMConfig:
     if on_cpu:
         engine |= {"enforce_eager": True, "kv_cache_memory_bytes": _kv_cache_bytes(config, expert)}
     return LLMConfig(
-        model_loading_config={"model_id": pack.name, "model_source": str(staged(expert.folder))},
+        model_loading_config={"model_id": pack.name, "model_source": str(stage(expert.folder))},
         experimental_configs={FOLDER: str(expert.folder)} | ({PACK: _about(config, pack)} if is_shared else {}),
         accelerator_config={"kind": "cpu" if on_cpu else "gpu"},
         placement_group_config={

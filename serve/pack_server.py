@@ -18,8 +18,8 @@ from ray.util import metrics
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from seap_ray.errors import ConfigError
-from seap_ray.storage.files import read_json, sha256_of, staged
-from seap_ray.storage.paths import place
+from seap_ray.storage.files import read_json, sha256_of, stage
+from seap_ray.storage.paths import parse_path
 from serve.engine import HEALTH_CHECK_S, ExpertServer
 from serve.errors import DeadlyRequestError, ModelDownError
 from serve.replies import error_in, joined, tells_of_death
@@ -41,7 +41,7 @@ class PackServer(ExpertServer):
 
     async def start(self) -> None:
         about = self._llm_config.experimental_configs[PACK]
-        self._folders = {name: staged(place(folder)) for name, folder in about["folders"].items()}
+        self._folders = {name: stage(parse_path(folder)) for name, folder in about["folders"].items()}
         self._slice_s = about["time_slice_s"]
         self._swap_s = 0.0
         self._failed: dict[str, str] = {}

@@ -22,9 +22,9 @@ from jinja2 import Environment, UndefinedError, meta
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from seap_ray.errors import ConfigError, DataError
-from seap_ray.models.corpus import Row, batches, corpus_files, file_format, first_row, is_files
-from seap_ray.storage.files import staged
-from seap_ray.storage.paths import AnyPath
+from seap_ray.models.corpus import Row, corpus_files, file_format, first_row, is_files
+from seap_ray.storage.files import stage
+from seap_ray.storage.paths import StoragePath
 from seap_ray.tasks import Task, is_perplexity
 
 
@@ -234,13 +234,13 @@ def _layout(task: Task, columns: Sequence[str]) -> Layout | None:
     return layout if layout and layout.lacks not in columns and layout.has in columns else None
 
 
-def _evaluation_files(task: Task) -> list[AnyPath]:
+def _evaluation_files(task: Task) -> list[StoragePath]:
     """Local files of the rows to judge on; none where they are lm-eval's own, from the hub."""
     path = task.evaluation_path or task.path
     return corpus_files(task, path, task.evaluation_split) if is_files(path) else []
 
 
-def _example_files(task: Task) -> list[AnyPath]:
+def _example_files(task: Task) -> list[StoragePath]:
     """Local files of the calibration split; none where there are no others than those to judge on."""
     try:
         files = corpus_files(task, task.path, task.split) if is_files(task.path) else []
@@ -249,13 +249,13 @@ def _example_files(task: Task) -> list[AnyPath]:
     return files if files != _evaluation_files(task) else []
 
 
-def _rows(task: Task, files: list[AnyPath]) -> Any:
+def _rows(task: Task, files: list[StoragePath]) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
         rows = load_dataset(
-            file_format(task, files[0]), data_files=[str(staged(file)) for file in files], split="train"
+            file_format(task, files[0]), data_files=[str(stage(file)) for file in files], split="train"
         )
     except (DatasetsError, OSError, ValueError) as error:
         raise DataError(f"tasks.{task.name}: {files[0]} cannot be read ({_line(error)})") from None
@@ -264,7 +264,7 @@ def _rows(task: Task, files: list[AnyPath]) -> Any:
     return rows.map(layout.adapt, keep_in_memory=True, load_from_cache_file=False) if layout else rows
 
 
-def _check_first_row(task: Task, file: AnyPath) -> None:
+def _check_first_row(task: Task, file: StoragePath) -> None:
     """Raises DataError when the row lacks a column or the answer that lm-eval's task needs."""
     row = first_row(task, file)
     if row is None:
@@ -289,7 +289,7 @@ def _check_first_row(task: Task, file: AnyPath) -> None:
         raise DataError(f"tasks.{task.name}: {file} has no right answer in its first row")
 
 
-def _lacking(task: Task, file: AnyPath, columns: set[str]) -> DataError:
+def _lacking(task: Task, file: StoragePath, columns: set[str]) -> DataError:
     names = ", ".join(sorted(columns))
     return DataError(f"tasks.{task.name}: {file} has no column(s) {names}, which lm-eval's task {task.lm_eval} needs")
 
@@ -340,7 +340,7 @@ def _examinee(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_
 
         def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
             answers: list[Any] = [None] * len(requests)
-            for group in batches([len(context) + len(end) for _, context, end in requests], batch_tokens):
+            for group in group_by_length([len(context) + len(end) for _, context, end in requests], batch_tokens):
                 self.batch_size_per_gpu = len(group)
                 for i, answer in zip(group, super()._loglikelihood_tokens([requests[i] for i in group]), strict=True):
                     answers[i] = answer

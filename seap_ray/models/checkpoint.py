@@ -17,8 +17,8 @@ from torch import Tensor
 
 from seap_ray.core.architecture import Architecture
 from seap_ray.errors import ConfigError
-from seap_ray.storage.files import read_json, staged
-from seap_ray.storage.paths import BucketPath, is_uri, place
+from seap_ray.storage.files import read_json, stage
+from seap_ray.storage.paths import StoragePath, is_uri, parse_path
 
 INDEX = "model.safetensors.index.json"
 CARRIED = (
@@ -69,7 +69,7 @@ class Checkpoint:
     @classmethod
     def _named(cls, source: str, revision: str | None) -> "Checkpoint":
         folder = _folder(source, revision)
-        is_named = source == "demo" or is_uri(source) or not place(source).is_dir()
+        is_named = source == "demo" or is_uri(source) or not parse_path(source).is_dir()
         # Another process may have another current folder.
         return replace(cls.at(folder, source if is_named else str(folder)), revision=revision)
 
@@ -108,7 +108,7 @@ class Checkpoint:
     @property
     def is_copy(self) -> bool:
         """Whether every node has a copy of its own, from the hub or a bucket."""
-        return self.source != "demo" and place(self.source).absolute() != self.folder
+        return self.source != "demo" and parse_path(self.source).absolute() != self.folder
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -143,8 +143,8 @@ class Checkpoint:
 def _folder(source: str, revision: str | None) -> Path:
     if source == "demo":
         return Path(__file__).parents[1] / "demo" / "model"
-    path = place(source)
-    if isinstance(path, BucketPath):
+    path = parse_path(source)
+    if path.is_remote:
         return _copied(path)
     if path.is_dir():
         return path.absolute()
@@ -153,9 +153,9 @@ def _folder(source: str, revision: str | None) -> Path:
     return _download(source, revision)
 
 
-def _copied(source: BucketPath) -> Path:
+def _copied(source: StoragePath) -> Path:
     try:
-        return staged(source, MODEL_FILES)
+        return stage(source, MODEL_FILES)
     except FileNotFoundError:
         raise ConfigError(f"model.source: {source} holds no model") from None
     except OSError as error:
@@ -197,7 +197,7 @@ def _weight_files(folder: Path, source: str) -> list[Path]:
         if not file.is_file():
             if list(folder.glob("pytorch_model*.bin")):
                 raise ConfigError(f"model.source: {source} holds pickled weights only; {CONVERT.format(source)}")
-            if not index.is_file() and place(source).absolute() != folder:  # a copy has nothing that is pickled
+            if not index.is_file() and parse_path(source).absolute() != folder:  # a copy has nothing that is pickled
                 how = "convert a copy on a disk" if is_uri(source) else CONVERT.format(source)
                 raise ConfigError(f"model.source: {source} has no model.safetensors; {how}")
             raise ConfigError(f"model.source: {file} is missing")

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from glob import has_magic as is_pattern
 from io import TextIOWrapper
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TextIO
 
 import pyarrow.parquet as pq
@@ -20,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from seap_ray.demo.skills import SKILLS
 from seap_ray.errors import ConfigError, DataError
-from seap_ray.storage.paths import AnyPath, is_uri, place
+from seap_ray.storage.paths import StoragePath, is_uri, parse_path
 from seap_ray.storage.run import fingerprint
 from seap_ray.tasks import CHOSEN, Task
 
@@ -94,12 +93,12 @@ def is_files(path: str) -> bool:
     return named or _suffix(Path(path)) in FORMATS or Path(path).exists()
 
 
-def corpus_files(task: Task, path: str, split: str) -> list[AnyPath]:
+def corpus_files(task: Task, path: str, split: str) -> list[StoragePath]:
     """Files of a split: one file, a glob, or what the names in a folder say, as ``datasets`` reads them.
 
     Raises DataError naming the task when there are none, or files of several formats.
     """
-    where = place(path).absolute()  # workers may have another current folder
+    where = parse_path(path).absolute()  # workers may have another current folder
     try:
         files = _found(where, split)
     except OSError as error:
@@ -111,19 +110,12 @@ def corpus_files(task: Task, path: str, split: str) -> list[AnyPath]:
     return files
 
 
-def _found(where: AnyPath, split: str) -> list[AnyPath]:
+def _found(where: StoragePath, split: str) -> list[StoragePath]:
     if where.is_file():
         return [where]
-    if isinstance(where, Path):
-        return [*(_files_of_split(where, split) if where.is_dir() else sorted(where.parent.glob(where.name)))]
-    if is_pattern(where.name):
-        return [*where.parent.glob(where.name)]
-    with TemporaryDirectory() as names:  # ``datasets`` reads the names of local files
-        for file, _ in where.below():
-            named = Path(names) / file.relative_to(where)
-            named.parent.mkdir(parents=True, exist_ok=True)
-            named.touch()
-        return [where / file.relative_to(names) for file in _files_of_split(Path(names), split)]
+    if where.is_dir():
+        return [*where.select_files(lambda folder: _files_of_split(folder, split))]
+    return sorted(where.parent.glob(where.name)) if is_pattern(where.name) else []
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
@@ -137,17 +129,17 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     return sorted(path for path in map(Path, found) if _suffix(path) in FORMATS)
 
 
-def file_format(task: Task, file: AnyPath) -> str:
+def file_format(task: Task, file: StoragePath) -> str:
     if _suffix(file) not in FORMATS:
         raise DataError(f"tasks.{task.name}: {file} is none of {', '.join(FORMATS)}")
     return FORMATS[_suffix(file)]
 
 
-def _suffix(file: AnyPath) -> str:
+def _suffix(file: PurePath) -> str:
     return file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
 
 
-def first_row(task: Task, file: AnyPath) -> Row | None:
+def first_row(task: Task, file: StoragePath) -> Row | None:
     """First row of a local file, None if it has none. Raises DataError when it cannot be read."""
     try:
         match file_format(task, file):
@@ -166,12 +158,12 @@ def first_row(task: Task, file: AnyPath) -> Row | None:
         raise DataError(f"tasks.{task.name}: {file} cannot be read ({error})") from None
 
 
-def _opened(file: AnyPath) -> TextIO:
+def _opened(file: StoragePath) -> TextIO:
     raw = file.open("rb")
     return TextIOWrapper(gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw, "utf-8", newline="")
 
 
-def _first_line(file: AnyPath) -> str:
+def _first_line(file: StoragePath) -> str:
     with _opened(file) as opened:
         return next((line for line in opened if line.strip()), "")
 

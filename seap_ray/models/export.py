@@ -10,13 +10,14 @@ import struct
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from seap_ray.core.architecture import Architecture, Shape, expert_of
 from seap_ray.core.moments import Site, Statistics
@@ -26,13 +27,16 @@ from seap_ray.core.slicing import compact, compact_size, in_pieces, kept_indices
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import CARRIED, DTYPES, INDEX, Checkpoint
 from seap_ray.models.records import Mixture
-from seap_ray.storage.files import publishing, write_json
-from seap_ray.storage.paths import AnyPath
+from seap_ray.storage.files import atomic_write, write_json
+from seap_ray.storage.paths import StoragePath
 
 SHARED = "model-base-"
 """Beginning of the names of files that hold the base's own tensors; a hash of what is in them follows."""
 NOT_STOCK = {"auto_map", "head_dim", "per_layer_config", "o_proj_bias", "down_proj_bias"}
 """Config keys of a compacted checkpoint that a stock one has not, or has by its family alone."""
+TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
+"""Names of classes that all mean a tokenizer as ``tokenizer.json`` has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +208,8 @@ class Compaction:
                 "AutoModelForCausalLM": f"modeling_seap.{family.model_class}",
             },
             "head_dim": architecture.head_dim,
+            # Generic loaders of the configuration want every key of ``per_layer_config`` at the top level, too.
+            **dict.fromkeys(architecture.bias_keys, False),
             **self._widths(architecture.dense),
             "per_layer_config": {str(i): own for i in range(len(self.plan.kept)) if (own := self._own(i))},
         }
@@ -292,13 +298,13 @@ def _may_have_biases(architecture: Architecture) -> bool:
     return architecture.layout.like_llama and not architecture.has_windows
 
 
-def write_tensors(compaction: Compaction, outputs: list[OutputTensor], path: AnyPath) -> str:
+def write_tensors(compaction: Compaction, outputs: list[OutputTensor], path: StoragePath) -> str:
     """Write one safetensors file piece by piece and return its sha256. (The library writes whole dicts only.)
 
     A thread hashes a piece while it is written and the next one is made.
     """
     digest = hashlib.sha256()
-    with publishing(path) as temporary, temporary.open("wb") as file, ThreadPoolExecutor(1) as hasher:
+    with atomic_write(path) as temporary, temporary.open("wb") as file, ThreadPoolExecutor(1) as hasher:
         hashed = hasher.submit(digest.update, b"")
         for chunk in _chunks(compaction, outputs):
             hashed.result()
@@ -335,7 +341,7 @@ def _header(outputs: Iterable[OutputTensor]) -> bytes:
 
 
 def finish(
-    compaction: Compaction, folder: AnyPath, files: dict[str, list[OutputTensor]], manifest: dict[str, Any]
+    compaction: Compaction, folder: StoragePath, files: dict[str, list[OutputTensor]], manifest: dict[str, Any]
 ) -> None:
     """Write all that is not a weight: index, config, code, the base's tokenizer; ``seap.json`` last."""
     from seap_ray.models import hf
@@ -347,9 +353,41 @@ def finish(
     write_json(folder / "config.json", compaction.config())
     carried = {file for pattern in CARRIED for file in compaction.base.folder.glob(pattern) if file.is_file()}
     for file in sorted(carried) + ([] if compaction.stock else list(hf.FILES)):
-        with publishing(folder / file.name) as temporary:
+        with atomic_write(folder / file.name) as temporary:
             shutil.copyfile(file, temporary)
+    renamed = _tokenizer_config(compaction)
+    if renamed:
+        write_json(folder / TOKENIZER_CONFIG, renamed)
     write_json(folder / "seap.json", manifest)
+
+
+def _tokenizer_config(compaction: Compaction) -> dict[str, Any] | None:
+    """Return the ``tokenizer_config.json`` of the checkpoint; None where a copy of the base's says the same.
+
+    transformers chooses a tokenizer's class by the model type and by the class that this file names. For some families
+    (Qwen2, Phi-3) the model type wins. It does not know a compacted checkpoint's model type, so that the file decides
+    alone and must name the class that the base's tokenizer really has.
+    """
+    base = compaction.base
+    if compaction.config()["model_type"] == base.config["model_type"]:
+        return None
+    file = base.folder / TOKENIZER_CONFIG
+    stored: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    named = stored.get("tokenizer_class") or base.config.get("tokenizer_class") or GENERIC_TOKENIZERS[0]
+    actual = _tokenizer_class(base.folder)
+    are_generic = named in GENERIC_TOKENIZERS and actual in GENERIC_TOKENIZERS
+    if actual is None or are_generic or named.removesuffix("Fast") == actual.removesuffix("Fast"):
+        return None
+    return {**stored, "tokenizer_class": actual}
+
+
+@cache
+def _tokenizer_class(folder: Path) -> str | None:
+    """Return the name of the class of a checkpoint's tokenizer; None where it has none, or one by code of its own."""
+    try:
+        return type(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)).__name__
+    except (ImportError, OSError, ValueError):
+        return None
 
 
 def parse_size(text: str) -> int:

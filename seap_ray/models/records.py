@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +19,11 @@ from torch import Tensor
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.moments import RECORDED, Covariance, Moments, Site, Statistics, pooled_covariance
 from seap_ray.errors import IncompleteError
-from seap_ray.storage.files import publishing, staged
-from seap_ray.storage.paths import AnyPath
+from seap_ray.storage.files import atomic_write, stage
+from seap_ray.storage.paths import StoragePath, storage_path
 
 
-def save_moments(path: AnyPath, statistics: Statistics, **about: Any) -> None:
+def save_moments(path: StoragePath, statistics: Statistics, **about: Any) -> None:
     """Write moments, float64, with a hash of their bytes; the same moments give the same file."""
     tensors = {}
     for (layer, site), moments in sorted(statistics.items()):
@@ -34,20 +33,20 @@ def save_moments(path: AnyPath, statistics: Statistics, **about: Any) -> None:
     save_tensors(path, tensors, **about)
 
 
-def save_tensors(path: AnyPath, tensors: dict[str, Tensor], **about: Any) -> None:
+def save_tensors(path: StoragePath, tensors: dict[str, Tensor], **about: Any) -> None:
     """Write tensors with a hash of their bytes and what is said about them."""
     # One metadata key: the library writes several in an order that differs from process to process.
     text = json.dumps({**about, "sha256": _hash(tensors)}, sort_keys=True)
-    with publishing(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={"about": text})
 
 
-def opened(path: AnyPath) -> Any:
+def opened(path: StoragePath) -> Any:
     """A file of tensors, to be read one by one."""
-    return safe_open(staged(path), "pt")
+    return safe_open(stage(path), "pt")
 
 
-def about_moments(path: AnyPath) -> dict[str, Any]:
+def about_moments(path: StoragePath) -> dict[str, Any]:
     """What ``save_tensors`` was told, and the sha256 of the tensors' bytes."""
     with opened(path) as file:
         return json.loads((file.metadata() or {}).get("about", "{}"))
@@ -61,7 +60,7 @@ def _hash(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def is_whole(path: AnyPath, **expected: Any) -> bool:
+def is_whole(path: StoragePath, **expected: Any) -> bool:
     """Whether a file of tensors is there, carries ``expected`` in its metadata, and its bytes hash to what it says.
 
     Raises IncompleteError where that cannot be seen: a network that fails has damaged nothing.
@@ -75,7 +74,7 @@ def is_whole(path: AnyPath, **expected: Any) -> bool:
     except (FileNotFoundError, SafetensorError, KeyError, ValueError):
         return False
     except OSError as error:
-        if isinstance(path, Path):
+        if not storage_path(path).is_remote:
             return False
         raise IncompleteError(f"{path}: cannot be read ({error}); mend that and run the same command again") from error
 
@@ -87,7 +86,7 @@ def read_moments(file: Any, key: tuple[int, Site]) -> Moments:
     return Moments(int(count), mean, m2)
 
 
-def load_statistics(path: AnyPath, architecture: Architecture, *, sites: Sequence[Site] = RECORDED) -> Statistics:
+def load_statistics(path: StoragePath, architecture: Architecture, *, sites: Sequence[Site] = RECORDED) -> Statistics:
     """Moments of a file, float64; those of ``weight_norms`` have the sites of scores alone."""
     with opened(path) as file:
         return {key: read_moments(file, key) for key in sites_of(architecture, sites)}
@@ -99,7 +98,7 @@ def sites_of(architecture: Architecture, sites: Sequence[Site] = RECORDED) -> It
     return ((layer, site) for layer in range(architecture.n_layers) for site in each)
 
 
-def load_unit_scores(path: AnyPath, layers: Iterable[int]) -> list[dict[str, Tensor]]:
+def load_unit_scores(path: StoragePath, layers: Iterable[int]) -> list[dict[str, Tensor]]:
     """Scores of each layer's ``heads`` and ``channels``, as ``prune`` saves them."""
     with opened(path) as file:
         return [{unit: file.get_tensor(f"{layer}.{unit}") for unit in ("heads", "channels")} for layer in layers]
@@ -118,12 +117,12 @@ def task_memory(architecture: Architecture) -> int:
     return 13 * covariance_bytes(architecture)
 
 
-def covariance_file(moments: AnyPath, layer: int) -> AnyPath:
+def covariance_file(moments: StoragePath, layer: int) -> StoragePath:
     """Where the covariances of a layer lie whose moments are in the file ``moments``."""
     return moments.with_suffix(".covariances") / f"{layer:03d}.safetensors"
 
 
-def save_covariances(moments: AnyPath, layer: int, of: Mapping[Site, Covariance], **about: Any) -> None:
+def save_covariances(moments: StoragePath, layer: int, of: Mapping[Site, Covariance], **about: Any) -> None:
     """Write the co-moments of one layer: the lower triangle of each, row by row, float32."""
     tensors: dict[str, Tensor] = {site: packed(covariance.comoment_DD) for site, covariance in of.items()}
     save_tensors(covariance_file(moments, layer), tensors, **about)
@@ -144,7 +143,7 @@ def unpacked(triangle: Tensor) -> Tensor:
     return matrix_DD
 
 
-def load_covariance(moments: AnyPath, key: tuple[int, Site]) -> Covariance:
+def load_covariance(moments: StoragePath, key: tuple[int, Site]) -> Covariance:
     """Covariance of one (layer, site), float64; nothing else is read."""
     layer, site = key
     with opened(moments) as file:
@@ -157,7 +156,7 @@ def load_covariance(moments: AnyPath, key: tuple[int, Site]) -> Covariance:
 class Mixture:
     """Covariances of several streams as one, each by its weight; read when they are asked for."""
 
-    sources: tuple[AnyPath, ...]
+    sources: tuple[StoragePath, ...]
     """Statistics files with their covariances beside them."""
     weights: tuple[float, ...]
     ridge: float | None = None

@@ -21,7 +21,9 @@ from seap_ray.core.moments import RECORDED, SITES, Covariance, Moments, Site, tr
 from seap_ray.core.reconstruction import USUAL_RIDGE, choose_ridge
 from seap_ray.errors import ConfigError, DataError, IncompleteError
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.recorder import Recorded
+from seap_ray.models.forward import make_runner
+from seap_ray.models.loading import model_dtype
+from seap_ray.models.recorder import SiteMoments
 from seap_ray.models.records import (
     covariance_bytes,
     covariance_file,
@@ -35,10 +37,10 @@ from seap_ray.models.records import (
     task_memory,
 )
 from seap_ray.pipeline.cluster import work_task, working_nodes
-from seap_ray.pipeline.placement import model_dtype, recording_parts, worker_room
+from seap_ray.pipeline.placement import workers_that_fit
 from seap_ray.pipeline.shards import Manifest, Shard
-from seap_ray.storage.files import free_bytes, publishing, writable
-from seap_ray.storage.paths import AnyPath
+from seap_ray.storage.files import atomic_write, writable
+from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint
 
 SCHEMA = 3
@@ -79,10 +81,10 @@ class Calibration:
         parts = (self.model, self.dtype, self.skip_first_token, self.batch_tokens, self.schema)
         return fingerprint(parts, shard.sha256, RECORDED)
 
-    def record(self, run: Run, shard: Shard) -> AnyPath:
+    def record(self, run: Run, shard: Shard) -> StoragePath:
         return run.records(shard.task) / f"{shard.shard}-{self.fingerprint(shard)[:12]}.safetensors"
 
-    def tried(self, run: Run, shard: Shard) -> AnyPath:
+    def tried(self, run: Run, shard: Shard) -> StoragePath:
         """A file with a byte for each attempt at a record: it outlives the process, and goes when an attempt ends."""
         record = self.record(run, shard)
         return record.with_name(f".{record.stem}.tried")
@@ -91,7 +93,7 @@ class Calibration:
         path = self.tried(run, shard)
         return path.stat().st_size if path.exists() else 0
 
-    def is_whole(self, moments: AnyPath, architecture: Architecture, **expected: Any) -> bool:
+    def is_whole(self, moments: StoragePath, architecture: Architecture, **expected: Any) -> bool:
         """Whether a record or a task's statistics are there, with their covariances where those are asked for."""
         layers = range(architecture.n_layers * self.covariance)
         files = [moments, *(covariance_file(moments, layer) for layer in layers)]
@@ -113,7 +115,7 @@ class Calibrator:
         if checkpoint.fingerprint != calibration.model:
             raise ConfigError(f"model.source: {checkpoint.folder} differs between the nodes of this cluster")
         self.architecture = checkpoint.architecture
-        self.parts = recording_parts(config, checkpoint)
+        self.runner = make_runner(config, checkpoint)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         shards = [[Shard(**shard) for shard in row["shards"]] for row in rows.to_pylist()]
@@ -131,7 +133,7 @@ class Calibrator:
             tried = [self.calibration.tried(self.run, shard) for shard in part]
             try:
                 for shard, path in zip(part, tried, strict=True):
-                    with publishing(path) as temporary:
+                    with atomic_write(path) as temporary:
                         temporary.write_bytes(b"." * (self.calibration.attempts(self.run, shard) + 1))
                 self._measure(part)
             finally:
@@ -141,15 +143,15 @@ class Calibrator:
 
     def _measure(self, together: list[Shard]) -> None:
         shards = {f"{shard.task}/{shard.shard}": shard for shard in together}
-        moments: dict[str, Recorded] = {name: {} for name in shards}
-        for name, recorded in self.parts({name: shard.sequences(self.run) for name, shard in shards.items()}):
+        moments: dict[str, SiteMoments] = {name: {} for name in shards}
+        for name, recorded in self.runner.record({name: shard.sequences(self.run) for name, shard in shards.items()}):
             self._save_covariances(shards[name], recorded)
             moments[name] |= {key: Moments(of.count, of.mean_D, of.m2_D) for key, of in recorded.items()}
         for name, shard in shards.items():
             path, made_of_shard = self.calibration.record(self.run, shard), self.calibration.fingerprint(shard)
             save_moments(path, moments[name], task=shard.task, shard=shard.shard, fingerprint=made_of_shard)
 
-    def _save_covariances(self, shard: Shard, recorded: Recorded) -> None:
+    def _save_covariances(self, shard: Shard, recorded: SiteMoments) -> None:
         path, made_of_shard = self.calibration.record(self.run, shard), self.calibration.fingerprint(shard)
         of = {key: found for key, found in recorded.items() if isinstance(found, Covariance)}
         for layer in sorted({layer for layer, _ in of}):
@@ -165,7 +167,7 @@ def calibrate(
     run: Run,
     manifests: list[Manifest],
     progress: Callable[[Iterable[int], int, str], Iterable[int]],
-) -> dict[str, AnyPath]:
+) -> dict[str, StoragePath]:
     """Make what records are missing, merge every task's, and return the statistics' files by task.
 
     Raises IncompleteError when records are missing afterwards, DataError for activations that are not finite.
@@ -216,7 +218,7 @@ def _check_room(run: Run, architecture: Architecture, *, n_files: int) -> None:
     """Raises IncompleteError when the covariances will not fit the disk: a triangle for each shard and task to come."""
     needed = n_files * architecture.n_layers * covariance_bytes(architecture) // 2
     run.root.mkdir(parents=True, exist_ok=True)
-    free = free_bytes(run.root)
+    free = run.root.free_bytes()
     if needed > free:
         raise IncompleteError(
             f"calibration.statistics: covariance takes {needed / 1e9:.1f} GB under {run.root}, which has "
@@ -293,7 +295,7 @@ def grouped(shards: list[Shard], max_tokens: int, workers: int) -> list[list[Sha
 def n_workers(config: Config, n_shards: int) -> int:
     """Replicas that the cluster holds. Raises ConfigError when it holds none, or fewer than the config asks for."""
     settings, has = config.calibration, ray.cluster_resources()
-    room = sum(worker_room(node["Resources"], settings) for node in ray.nodes() if node["Alive"])
+    room = sum(workers_that_fit(node["Resources"], settings) for node in ray.nodes() if node["Alive"])
     wanted = 1 if settings.workers == "auto" else settings.workers
     if room < wanted:
         raise ConfigError(
@@ -307,7 +309,7 @@ def n_workers(config: Config, n_shards: int) -> int:
 
 
 def merge_all(
-    calibration: Calibration, run: Run, checkpoint: Checkpoint, targets: Sequence[tuple[AnyPath, Sequence[Shard]]]
+    calibration: Calibration, run: Run, checkpoint: Checkpoint, targets: Sequence[tuple[StoragePath, Sequence[Shard]]]
 ) -> None:
     """Merge the records of the shards of every target; what is there already stays. A Ray task a file.
 
@@ -332,15 +334,15 @@ def made_of(calibration: Calibration, shards: Sequence[Shard]) -> str:
 
 
 def merge_records(
-    calibration: Calibration, run: Run, shards: Sequence[Shard], architecture: Architecture, path: AnyPath
+    calibration: Calibration, run: Run, shards: Sequence[Shard], architecture: Architecture, path: StoragePath
 ) -> None:
     """Merge the moments of some shards of a task, site by site, and write them unless they are there already."""
     if is_whole(path, made_of=made_of(calibration, shards)):
         return
     records = _records(calibration, run, shards)
-    statistics: Recorded = {}
+    statistics: SiteMoments = {}
     for keys in _key_groups([*sites_of(architecture)], len(records)):
-        merged: Recorded = tree_sum((_moments_of(record, keys) for record in records), _added)
+        merged: SiteMoments = tree_sum((_moments_of(record, keys) for record in records), _added)
         statistics |= merged
     tokens = sum(calibration.tokens(shard) for shard in shards)
     for layer in range(architecture.n_layers):
@@ -354,7 +356,7 @@ def merge_records(
     save_moments(path, statistics, task=shards[0].task, made_of=made_of(calibration, shards))
 
 
-def _records(calibration: Calibration, run: Run, shards: Sequence[Shard]) -> list[AnyPath]:
+def _records(calibration: Calibration, run: Run, shards: Sequence[Shard]) -> list[StoragePath]:
     """Raises IncompleteError when one is missing, and says so of a shard that was given up."""
     task, without = shards[0].task, [shard for shard in shards if not calibration.record(run, shard).is_file()]
     if poison := [shard for shard in without if calibration.attempts(run, shard) >= ATTEMPTS]:
@@ -376,17 +378,17 @@ def _key_groups(keys: list[tuple[int, Site]], n_records: int) -> Iterator[list[t
     return (keys[first : first + size] for first in range(0, len(keys), size))
 
 
-def _moments_of(record: AnyPath, keys: Sequence[tuple[int, Site]]) -> Recorded:
+def _moments_of(record: StoragePath, keys: Sequence[tuple[int, Site]]) -> SiteMoments:
     with opened(record) as file:
         return {key: read_moments(file, key) for key in keys}
 
 
-def _added(one: Recorded, other: Recorded) -> Recorded:
+def _added(one: SiteMoments, other: SiteMoments) -> SiteMoments:
     return {key: one[key] + other[key] for key in one}
 
 
 def merge_layer(
-    calibration: Calibration, run: Run, shards: Sequence[Shard], checkpoint: Checkpoint, path: AnyPath, layer: int
+    calibration: Calibration, run: Run, shards: Sequence[Shard], checkpoint: Checkpoint, path: StoragePath, layer: int
 ) -> None:
     """Merge the covariances of one layer, two at a time, and choose its ridges: the last shard is held out for that."""
     if is_whole(covariance_file(path, layer), made_of=made_of(calibration, shards)):

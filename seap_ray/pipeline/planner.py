@@ -30,8 +30,8 @@ from seap_ray.models.records import (
     task_memory,
 )
 from seap_ray.pipeline.cluster import work_task
-from seap_ray.storage.files import publishing, write_json
-from seap_ray.storage.paths import AnyPath
+from seap_ray.storage.files import atomic_write, write_json
+from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint
 
 
@@ -103,7 +103,7 @@ class Planner:
     norms: WeightNorms
     made_of: dict[str, str]
     """Fingerprint of each task's statistics."""
-    files: dict[str, AnyPath]
+    files: dict[str, StoragePath]
     """The statistics' files, with covariances beside them where the run has them."""
     run: Run
 
@@ -226,7 +226,7 @@ class Planner:
         return parts[0] if len(parts) == 1 else mixed(parts, weights)
 
 
-def make_planner(config: Config, checkpoint: Checkpoint, run: Run, statistics: dict[str, AnyPath]) -> Planner:
+def make_planner(config: Config, checkpoint: Checkpoint, run: Run, statistics: dict[str, StoragePath]) -> Planner:
     """Read the statistics and the weight norms; norms are computed once per run, in Ray tasks."""
     made_of = {task: about_moments(path)["sha256"] for task, path in statistics.items()}
     loaded = {task: load_statistics(path, checkpoint.architecture) for task, path in statistics.items()}
@@ -275,7 +275,7 @@ def _layer_norms(checkpoint: Checkpoint, layer: int) -> dict[Site, Norms]:
     return {site: Norms.of(checkpoint.read(name)) for site, name in names.items()}
 
 
-def save_plan(plan: Plan, architecture: Architecture, path: AnyPath) -> None:
+def save_plan(plan: Plan, architecture: Architecture, path: StoragePath) -> None:
     """``<name>.json`` for people, ``<name>.safetensors`` with the kept indices, int32.
 
     A channel of a mixture's expert has the number that it would have if all experts lay one after another.
@@ -286,7 +286,7 @@ def save_plan(plan: Plan, architecture: Architecture, path: AnyPath) -> None:
         channels = [c + i // max(width, 1) * given.channels for i, c in enumerate(kept.channels)]
         for unit, of in (("groups", kept.groups), ("heads", kept.heads), ("channels", channels)):
             indices[f"layers.{layer}.{unit}"] = torch.tensor(of, dtype=torch.int32)
-    with publishing(path.with_suffix(".safetensors")) as temporary:
+    with atomic_write(path.with_suffix(".safetensors")) as temporary:
         save_file(indices, temporary)
     write_json(path, describe(plan, architecture))
 

@@ -26,8 +26,8 @@ from seap_ray.models.records import covariance_bytes
 from seap_ray.pipeline.calibrate import check_memory
 from seap_ray.pipeline.planner import specs
 from seap_ray.progress import say, size
-from seap_ray.storage.files import bytes_in, free_bytes, writable
-from seap_ray.storage.paths import AnyPath, is_uri, place
+from seap_ray.storage.files import writable
+from seap_ray.storage.paths import StoragePath, is_uri, parse_path
 from seap_ray.storage.run import Run
 
 Level = Literal["ok", "warning", "error"]
@@ -120,7 +120,7 @@ def _hub(config: Config) -> Iterator[Finding]:
     from huggingface_hub import get_token
 
     source = config.model.source
-    wanted = [] if source == "demo" or is_uri(source) or place(source).exists() else [source]
+    wanted = [] if source == "demo" or is_uri(source) or parse_path(source).exists() else [source]
     wanted += [task.path for task in config.tasks if not is_files(task.path) and not task.path.startswith("demo:")]
     if wanted and not get_token():
         said = f"no token, so what is gated will not come ({wanted[0]}?): hf auth login, or HF_TOKEN"
@@ -198,7 +198,7 @@ def _looked(node: dict[str, Any], ref: Any) -> Node | None:
 
 
 @contextmanager
-def _probe(run: Run) -> Iterator[AnyPath]:
+def _probe(run: Run) -> Iterator[StoragePath]:
     """A file in the run's folder that other nodes are to see. Raises ConfigError when none can be made."""
     path = run.root / f".probe-{uuid.uuid4().hex}"
     try:
@@ -213,7 +213,7 @@ def _probe(run: Run) -> Iterator[AnyPath]:
             path.unlink(missing_ok=True)
 
 
-def _look(model: Path, corpora: tuple[AnyPath, ...], probe: AnyPath) -> Node:
+def _look(model: Path, corpora: tuple[StoragePath, ...], probe: StoragePath) -> Node:
     return Node(
         name=platform.node(),
         versions={name: found for name in (*NUMERIC, *VLLM) if (found := _version(name))},
@@ -225,7 +225,7 @@ def _look(model: Path, corpora: tuple[AnyPath, ...], probe: AnyPath) -> Node:
     )
 
 
-def _is_seen(file: AnyPath) -> bool:
+def _is_seen(file: StoragePath) -> bool:
     try:
         return file.exists()
     except OSError:  # a bucket that this node may not read
@@ -282,7 +282,7 @@ def _storage(config: Config, checkpoint: Checkpoint, run: Run, nodes: Sequence[N
         said = f"run.storage: {run.root} is not seen by {', '.join(blind)}; choose a folder that every node sees there"
         yield Finding("error", "storage", said)
         return
-    free, needed = free_bytes(run.root), max(0.0, run_bytes(config, checkpoint) - bytes_in(run.root))
+    free, needed = run.root.free_bytes(), max(0.0, run_bytes(config, checkpoint) - run.root.bytes_below())
     room = "is a bucket" if math.isinf(free) else f"has {size(free)} free"
     said = f"{run.root} {room}; the run takes about {size(needed)} more"
     if needed > free:

@@ -29,8 +29,8 @@ from seap_ray.models.corpus import (
     row_key,
     tokenizer_hash,
 )
-from seap_ray.storage.files import publishing, read_json, sha256_of, staged, write_json
-from seap_ray.storage.paths import AnyPath
+from seap_ray.storage.files import atomic_write, read_json, sha256_of, stage, write_json
+from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint
 from seap_ray.tasks import Task
 
@@ -49,11 +49,11 @@ class Shard:
     n_tokens: int
     sha256: str
 
-    def path(self, run: Run) -> AnyPath:
+    def path(self, run: Run) -> StoragePath:
         return run.shards(self.task) / f"{self.shard}.parquet"
 
     def sequences(self, run: Run) -> list[list[int]]:
-        return pq.read_table(staged(self.path(run)), columns=["ids"]).column("ids").to_pylist()
+        return pq.read_table(stage(self.path(run)), columns=["ids"]).column("ids").to_pylist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Manifest:
 
     def read_prompts(self, run: Run) -> list[str]:
         """Questions of the drawn rows, or their texts where the task asks none, in the order of the draw."""
-        return pq.read_table(staged(_prompts(run, self.task))).column("prompt").to_pylist()
+        return pq.read_table(stage(_prompts(run, self.task))).column("prompt").to_pylist()
 
     @classmethod
     def read(cls, run: Run, task: str) -> "Manifest | None":
@@ -94,7 +94,7 @@ class Manifest:
         return manifest if all(path.is_file() and sha256_of(path) == sha for path, sha in hashes.items()) else None
 
 
-def _prompts(run: Run, task: str) -> AnyPath:
+def _prompts(run: Run, task: str) -> StoragePath:
     return run.shards(task) / "prompts.parquet"
 
 
@@ -277,7 +277,7 @@ def _within_budget(pairs: list[tuple[list[int], str]], max_tokens: int | None) -
 
 
 def _write_prompts(run: Run, task: str, prompts: list[str]) -> str:
-    with publishing(_prompts(run, task)) as temporary:
+    with atomic_write(_prompts(run, task)) as temporary:
         pq.write_table(pa.table({"prompt": pa.array(prompts, pa.string())}), temporary)
         return sha256_of(temporary)
 
@@ -290,7 +290,7 @@ def _write_shard(run: Run, task: str, shard: str, pairs: list[tuple[list[int], s
         }
     )
     path = run.shards(task) / f"{shard}.parquet"
-    with publishing(path) as temporary:
+    with atomic_write(path) as temporary:
         pq.write_table(table, temporary)
         digest = sha256_of(temporary)
     return Shard(task, shard, len(pairs), sum(len(ids) for ids, _ in pairs), digest)

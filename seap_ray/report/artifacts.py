@@ -11,8 +11,8 @@ from seap_ray.core.architecture import Architecture
 from seap_ray.errors import ConfigError
 from seap_ray.methods import STUDIES, StudyName
 from seap_ray.report.table import Model, mean_quality
-from seap_ray.storage.files import read_json, staged
-from seap_ray.storage.paths import AnyPath, place
+from seap_ray.storage.files import read_json, stage
+from seap_ray.storage.paths import StoragePath, parse_path
 from seap_ray.storage.run import Run
 from seap_ray.tasks import is_perplexity
 
@@ -88,7 +88,7 @@ class Evidence:
         return ratios if len(ratios) <= 3 else [ratios[0], ratios[len(ratios) // 2], ratios[-1]]
 
 
-def study_path(run: Run, name: StudyName) -> AnyPath | None:
+def study_path(run: Run, name: StudyName) -> StoragePath | None:
     """A study's results file, in this run or in the one that it has for itself, ``<name>-<study>``."""
     own = [Run(run.root.with_name(f"{run.root.name}-{name}"))] if STUDIES[name].own_run else []
     return next((path for each in (run, *own) if read_json(path := each.study(name))), None)
@@ -100,7 +100,7 @@ def _architecture(results: Results) -> Architecture | None:
     That has only the first model's widths, not those of a base that was compacted itself.
     """
     for model in results["models"]:
-        folder = place(model["folder"]) if model.get("folder") else None
+        folder = parse_path(model["folder"]) if model.get("folder") else None
         config = read_json(folder / "config.json") if folder else None
         if config and model["kind"] == "dense":
             return Architecture.of(config)
@@ -115,7 +115,7 @@ def _cuts(run: Run, results: Results, ratio: float) -> list[Cut]:
     models = (m for m in results["models"] if m["ratio"] == ratio and m["kind"] in ("general", "expert"))
     paths = [run.plan(ratio, model["name"]) for model in models]
     whole = [path for path in paths if path.is_file() and path.with_suffix(".safetensors").is_file()]
-    return [Cut(read_json(path), load_file(staged(path.with_suffix(".safetensors")))) for path in whole]
+    return [Cut(read_json(path), load_file(stage(path.with_suffix(".safetensors")))) for path in whole]
 
 
 # --- models of a results file ----------------------------------------------------------------------------------------

@@ -18,8 +18,7 @@ from seap_ray.core.scores import SCORES, Norms, column_scores, head_scores
 from seap_ray.models.records import is_whole, load_statistics, load_unit_scores, opened, read_moments
 from seap_ray.report.artifacts import UNITS, Cut, Evidence, percent
 from seap_ray.report.charts import LOWER_BOUND, REFERENCE, SECOND_REFERENCE, Chart, HeatMap, Part, Picture, Series, look
-from seap_ray.storage.files import matching
-from seap_ray.storage.paths import AnyPath
+from seap_ray.storage.paths import StoragePath
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SITE_NAMES = {"heads": "attention", "channels": "MLP"}
@@ -196,10 +195,10 @@ def _most_alike(cuts: Sequence[Cut], of: Overlap, ratio: float) -> str:
 
 def clusters(evidence: Evidence) -> Part | None:
     """Mean activations of every shard, at three depths."""
-    records = [
+    records: list[tuple[str, StoragePath]] = [
         (task, path)
         for task in evidence.main["tasks"]
-        for path in matching(evidence.run.records(task), "*.safetensors")
+        for path in evidence.run.records(task).sorted_glob("*.safetensors")
     ]
     tasks = [task for task, _ in records]
     if evidence.architecture is None or len(set(tasks)) < 2 or len(tasks) < 3:
@@ -222,7 +221,7 @@ def clusters(evidence: Evidence) -> Part | None:
     )
 
 
-def _means(path: AnyPath, keys: Sequence[tuple[int, Site]]) -> np.ndarray:
+def _means(path: StoragePath, keys: Sequence[tuple[int, Site]]) -> np.ndarray:
     with opened(path) as file:
         return np.concatenate([read_moments(file, key).mean_D.numpy() for key in keys])
 

@@ -12,8 +12,8 @@ from seap_ray.report import model_plots, study_plots
 from seap_ray.report.artifacts import Evidence, compared, mean_of, percent
 from seap_ray.report.charts import Look, Panel, Part, Table, panel_svg, swatch_svg, whole_svg
 from seap_ray.report.table import Model
-from seap_ray.storage.files import publishing, read_json
-from seap_ray.storage.paths import AnyPath
+from seap_ray.storage.files import atomic_write, read_json
+from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run
 from seap_ray.tasks import is_perplexity
 
@@ -37,19 +37,19 @@ PARTS = (
 """In the order of the page."""
 
 
-def write_report(run: Run) -> AnyPath:
+def write_report(run: Run) -> StoragePath:
     """Write ``report.html``. Raises ConfigError for a run that nothing was measured with."""
     page = render(Evidence.of(run))
-    with publishing(run.report) as temporary:
+    with atomic_write(run.report) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return run.report
 
 
-def save_pictures(run: Run, folder: AnyPath) -> list[AnyPath]:
+def save_pictures(run: Run, folder: StoragePath) -> list[StoragePath]:
     """Write the pictures of the report as SVG files that stand alone."""
     pictures = {part.key: part.picture for part in parts(Evidence.of(run)) if part.picture}
     for key, picture in pictures.items():
-        with publishing(folder / f"{key}.svg") as temporary:
+        with atomic_write(folder / f"{key}.svg") as temporary:
             temporary.write_text(whole_svg(picture), encoding="utf-8")
     return [folder / f"{key}.svg" for key in pictures]
 

@@ -8,14 +8,14 @@ from seap_ray.methods import STUDIES
 from seap_ray.report.artifacts import Results, study_path
 from seap_ray.report.table import mean_head, mean_quality, show, table, text_table
 from seap_ray.storage.files import read_json, readable
-from seap_ray.storage.paths import AnyPath, place
+from seap_ray.storage.paths import StoragePath, parse_path
 from seap_ray.storage.run import Run, flat
 
 
 def find(config: Config, name: str) -> Run:
     """A run by its folder, or by its name below ``run.storage``. Raises ConfigError when there is none with results."""
     named = Run.of(config.model_copy(update={"run": config.run.model_copy(update={"name": name})}))
-    at = place(name)
+    at = parse_path(name)
     with readable(at):
         run = Run(at.absolute()) if at.is_dir() else named
     if not _files(run):
@@ -30,7 +30,7 @@ def summary(run: Run) -> str:
 
 def _files(run: Run) -> dict[str, Results]:
     """What was found, by study; the main job's first."""
-    paths: dict[str, AnyPath] = {name: path for name in STUDIES if (path := study_path(run, name))}
+    paths: dict[str, StoragePath] = {name: path for name in STUDIES if (path := study_path(run, name))}
     paths = {"main job": run.results, **paths}
     return {name: results for name, path in paths.items() if (results := read_json(path))}
 

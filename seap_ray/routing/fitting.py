@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from seap_ray.errors import ConfigError
 from seap_ray.routing.router import Arrays, Route, Router, log_softmax
 from seap_ray.storage.files import read_json
-from seap_ray.storage.paths import AnyPath
+from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def fit(
     return report
 
 
-def _stored(folder: AnyPath, made_of: str) -> dict[str, Any] | None:
+def _stored(folder: StoragePath, made_of: str) -> dict[str, Any] | None:
     about = read_json(folder / "router.json")
     if not isinstance(about, dict) or about.get("fingerprint") != made_of:
         return None

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from seap_ray.errors import ConfigError
-from seap_ray.storage.files import publishing, read_json, sha256_of, staged, write_json
-from seap_ray.storage.paths import AnyPath
+from seap_ray.storage.files import atomic_write, read_json, sha256_of, stage, write_json
+from seap_ray.storage.paths import StoragePath
 
 LONGEST = 4096
 """Characters of a prompt that are read, from its beginning."""
@@ -55,7 +55,7 @@ class Router:
     threshold: float = 0.0
 
     @classmethod
-    def load(cls, folder: AnyPath) -> "Router":
+    def load(cls, folder: StoragePath) -> "Router":
         """Read what ``fit`` wrote. Raises ConfigError, one line, when it is missing, torn or does not match."""
         about = read_json(folder / "router.json")
         if not isinstance(about, dict):
@@ -65,9 +65,9 @@ class Router:
                 raise ValueError("a file is not the one that it was fitted with")
             bounds = tuple(math.inf if bound is None else bound for bound in about["unlike"].values())
             return cls(
-                Tokenizer.from_file(str(staged(folder / "tokenizer.json"))),
+                Tokenizer.from_file(str(stage(folder / "tokenizer.json"))),
                 tuple(about["unlike"]),
-                load_file(staged(folder / "router.safetensors")),
+                load_file(stage(folder / "router.safetensors")),
                 bounds,
                 about["temperature"],
                 about["weight"],
@@ -77,11 +77,11 @@ class Router:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(f"{folder}: the router cannot be read ({reason}); the job makes it again") from None
 
-    def save(self, folder: AnyPath, *, made_of: str, report: dict[str, Any]) -> None:
+    def save(self, folder: StoragePath, *, made_of: str, report: dict[str, Any]) -> None:
         """Write ``tokenizer.json``, ``router.safetensors`` and, last, ``router.json`` with the hashes of the others."""
-        with publishing(folder / "tokenizer.json") as temporary:
+        with atomic_write(folder / "tokenizer.json") as temporary:
             self.tokenizer.save(str(temporary))
-        with publishing(folder / "router.safetensors") as temporary:
+        with atomic_write(folder / "router.safetensors") as temporary:
             save_file(self.arrays, temporary)
         bounds = (None if math.isinf(bound) else bound for bound in self.bounds)
         about = {

@@ -13,7 +13,7 @@ from pathlib import Path
 from seap_ray.errors import ConfigError
 from seap_ray.progress import say
 from seap_ray.storage.files import writable
-from seap_ray.storage.paths import AnyPath, BucketPath
+from seap_ray.storage.paths import BucketPath, LocalPath, StoragePath, storage_path
 
 BEAT_S = 10.0
 """Seconds between two changes of the file in a bucket. One that does not change for three of them is nobody's."""
@@ -21,16 +21,17 @@ SETTLE_S = 2.0
 """Of two jobs that come at the same time, the last one that wrote within this time has the lock."""
 
 
-def lock(root: AnyPath) -> AbstractContextManager[None]:
+def lock(root: StoragePath | Path) -> AbstractContextManager[None]:
     """While inside, no other job works on the run at ``root``, however this process ends.
 
     Raises ConfigError while another one does, IncompleteError where nothing can be written. A file system without
     locks has none.
     """
-    return _in_bucket(root) if isinstance(root, BucketPath) else _on_disk(root)
+    path = storage_path(root)
+    return _in_bucket(path) if path.is_remote else _on_disk(path)
 
 
-def _taken(root: AnyPath, by: str) -> ConfigError:
+def _taken(root: StoragePath, by: str) -> ConfigError:
     other = by or "another one"
     return ConfigError(f"{root}: a job works on this run ({other}); wait for its end, or choose another run.name")
 
@@ -40,7 +41,7 @@ def _me() -> str:
 
 
 @contextmanager
-def _on_disk(root: Path) -> Iterator[None]:
+def _on_disk(root: LocalPath) -> Iterator[None]:
     with writable(root):
         root.mkdir(parents=True, exist_ok=True)
         file = (root / ".lock").open("a+")

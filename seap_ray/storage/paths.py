@@ -1,15 +1,27 @@
-"""Bucket: paths in object stores under pathlib's names, through ``pyarrow.fs``.
+"""Paths: one path type for disks and object stores, with pathlib's names and the operations that differ between them.
 
-Credentials and endpoints are those of the environment, on every node: ``AWS_PROFILE``, ``AWS_ENDPOINT_URL``,
-``GOOGLE_APPLICATION_CREDENTIALS``, or the machine's own role.
+A :data:`StoragePath` is a :class:`LocalPath` or a :class:`BucketPath`. Both have pathlib's methods, and below them the
+same set of storage operations, so that no caller asks which of the two it holds.
+
+Credentials and endpoints of object stores are those of the environment, on every node: ``AWS_PROFILE``,
+``AWS_ENDPOINT_URL``, ``GOOGLE_APPLICATION_CREDENTIALS``, or the machine's own role.
 """
 
+import fcntl
+import hashlib
+import json
+import math
+import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PosixPath, PurePath, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import IO, Literal
 
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
@@ -18,31 +30,100 @@ from seap_ray.errors import ConfigError
 
 SCHEMES = ("s3", "gs")
 BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]+(/|$)")
+CACHE_VARIABLE = "SEAP_RAY_CACHE"
+PARALLEL_DOWNLOADS = 8
+
+
+class LocalPath(PosixPath):
+    """A path on a disk: pathlib's own, with the storage operations."""
+
+    __slots__ = ()
+
+    is_remote: Literal[False] = False
+    """A failed read means damage; there are hard links and the system's file locks."""
+
+    def storage_root(self) -> "LocalPath":
+        """Return the folder itself; a relative one lies below the current folder.
+
+        A job submitted with ``--working-dir`` runs in a copy that Ray drops: there a relative one lies below home.
+        """
+        here = LocalPath.cwd()
+        is_dropped_copy = "working_dir_files" in here.parts
+        return (LocalPath.home() if is_dropped_copy else here) / self
+
+    def stage(self, patterns: tuple[str, ...] = ("*",)) -> "LocalPath":
+        """Return the path itself, which every local reader can open."""
+        return self
+
+    def scratch_folder(self) -> "LocalPath":
+        """Return the folder in which a file is written until it is whole: the file's own, so that a rename ends it."""
+        return self.parent
+
+    def commit(self, temporary: Path) -> None:
+        """Put a finished local file at this path, in one step."""
+        os.replace(temporary, self)
+
+    def remove(self) -> None:
+        """Remove a file, or a folder with all that is in it, if it is there."""
+        if self.is_file():
+            self.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(self, ignore_errors=True)
+
+    def move_folder(self, target: "StoragePath", *, last: str) -> None:
+        """Rename this folder to ``target``, whose old content goes; all files appear at once, ``last`` among them."""
+        target.remove()
+        self.rename(target)
+
+    def free_bytes(self) -> float:
+        """Return the free bytes of the disk that holds the path."""
+        return shutil.disk_usage(self).free
+
+    def bytes_below(self) -> int:
+        """Return the bytes of all files below the folder; files may come and go meanwhile."""
+        n_bytes = 0
+        for folder, _, names in os.walk(self):
+            for name in names:
+                with suppress(OSError):
+                    n_bytes += os.stat(os.path.join(folder, name)).st_size
+        return n_bytes
+
+    def sorted_glob(self, pattern: str) -> "list[LocalPath]":
+        """Return files and folders below this one that match, sorted."""
+        return sorted(self.glob(pattern))
+
+    def select_files(self, choose: Callable[[Path], list[Path]]) -> "list[LocalPath]":
+        """Return what ``choose`` selects, by names alone, of the files below the folder that it is given."""
+        return [LocalPath(file) for file in choose(self)]
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What ``stat`` says of a file in a bucket."""
+    """Size and time of change of a file in a bucket, under the names of ``os.stat_result``."""
 
     st_size: int
     st_mtime_ns: int
 
     @property
     def st_mtime(self) -> float:
+        """Seconds since the epoch."""
         return self.st_mtime_ns / 1e9
 
 
 class BucketPath(PurePosixPath):
-    """``s3://BUCKET/KEY`` or ``gs://BUCKET/KEY``. Methods are those of ``pathlib.Path``, errors OSError.
+    """``s3://BUCKET/KEY`` or ``gs://BUCKET/KEY``, with the methods of ``pathlib.Path``; errors are OSError.
 
-    A file there is whole, or is not there; a folder is no more than the beginning of names.
+    A file there is whole or absent; a folder is no more than a prefix of names.
     """
+
+    is_remote: Literal[True] = True
+    """A failed read says nothing about the bytes; there are neither hard links nor file locks."""
 
     def __str__(self) -> str:
         return super().__str__().replace(":/", "://", 1)
 
     def __fspath__(self) -> str:
-        raise TypeError(f"{self} is no local file; storage.staged makes one")
+        raise TypeError(f"{self} is no local file; storage.files.stage makes one")
 
     @property
     def _key(self) -> str:
@@ -55,51 +136,79 @@ class BucketPath(PurePosixPath):
     def _info(self) -> FileInfo:
         return self._filesystem.get_file_info(self._key)
 
+    # --- pathlib's methods ---
+
     def absolute(self) -> "BucketPath":
+        """Return the path itself: names in a bucket depend on no current folder."""
         return self
 
     def exists(self) -> bool:
+        """Return whether there is a file of this name, or one below it."""
         return self._info().type != FileType.NotFound
 
     def is_file(self) -> bool:
+        """Return whether there is a file of this name."""
         return self._info().type == FileType.File
 
     def is_dir(self) -> bool:
+        """Return whether there are files below this name."""
         return self._info().type == FileType.Directory
 
     def stat(self) -> Status:
+        """Return size and time of change. Raises FileNotFoundError."""
         info = self._info()
         if info.type == FileType.NotFound:
             raise FileNotFoundError(f"{self} is not there")
         return Status(info.size or 0, info.mtime_ns or 0)
 
     def open(self, mode: Literal["rb"]) -> IO[bytes]:
-        """May seek, and reads what is asked for alone."""
+        """Open the file for reading; it can seek, and fetches only the bytes that are read."""
         return self._filesystem.open_input_file(self._key)
 
     def read_bytes(self) -> bytes:
+        """Read the whole file."""
         with self._filesystem.open_input_stream(self._key) as file:
             return file.read()
 
     def read_text(self) -> str:
+        """Read the whole file as UTF-8."""
         return self.read_bytes().decode()
 
     def write_bytes(self, content: bytes) -> None:
+        """Write the whole file; readers see it once it is complete."""
         with self._filesystem.open_output_stream(self._key) as file:
             file.write(content)
 
     def mkdir(self, *, parents: bool, exist_ok: bool) -> None:
-        """Nothing to do: names below a folder make it."""
+        """Do nothing: a folder is there as soon as a file below it is."""
 
     def touch(self) -> None:
+        """Write an empty file."""
         self.write_bytes(b"")
 
     def unlink(self, missing_ok: bool = False) -> None:
+        """Delete the file. Raises FileNotFoundError, unless ``missing_ok``."""
         try:
             self._filesystem.delete_file(self._key)
         except FileNotFoundError:
             if not missing_ok:
                 raise
+
+    def rename(self, target: "BucketPath") -> None:
+        """Move a file within its bucket, which the store does by itself."""
+        self._filesystem.move(self._key, target._key)
+
+    def glob(self, pattern: str) -> Iterator["BucketPath"]:
+        """Yield files and folders that match part by part, sorted; ``**`` is not known."""
+        wanted = PurePosixPath(pattern).parts
+        names = [path.relative_to(self).parts for path, _ in self.below()]
+        # A folder is there once for each file below it, so a set.
+        candidates = {parts[: len(wanted)] for parts in names if len(parts) >= len(wanted)}
+        for parts in sorted(candidates):
+            if all(map(fnmatchcase, parts, wanted)):
+                yield self.joinpath(*parts)
+
+    # --- what a bucket alone has ---
 
     def download(self, target: Path) -> None:
         """Copy the file to a disk."""
@@ -109,54 +218,162 @@ class BucketPath(PurePosixPath):
         """Make the file a copy of a local one; others see it once it is whole."""
         copy_files(str(source), self._key, source_filesystem=LocalFileSystem(), destination_filesystem=self._filesystem)
 
-    def rename(self, target: "BucketPath") -> None:
-        """Move a file within its bucket, which the store does by itself."""
-        self._filesystem.move(self._key, target._key)
-
     def below(self) -> list[tuple["BucketPath", Status]]:
-        """Every file below this name, sorted."""
-        found = self._filesystem.get_file_info(FileSelector(self._key, recursive=True, allow_not_found=True))
-        files = [(BucketPath(self.parts[0], i.path), Status(i.size, i.mtime_ns or 0)) for i in found if _is_content(i)]
+        """Return every file below this name with its status, sorted."""
+        infos = self._filesystem.get_file_info(FileSelector(self._key, recursive=True, allow_not_found=True))
+        files = [(BucketPath(self.parts[0], i.path), Status(i.size, i.mtime_ns or 0)) for i in infos if _is_content(i)]
         return sorted(files)
 
-    def glob(self, pattern: str) -> Iterator["BucketPath"]:
-        """Files and folders that match, part by part; ``**`` is not known."""
-        wanted = PurePosixPath(pattern).parts
-        names = [path.relative_to(self).parts for path, _ in self.below()]
-        cut = {parts[: len(wanted)] for parts in names if len(parts) >= len(wanted)}
-        for parts in sorted(cut):
-            if all(map(fnmatchcase, parts, wanted)):
-                yield self.joinpath(*parts)
+    # --- storage operations ---
+
+    def storage_root(self) -> "BucketPath":
+        """Return the folder itself."""
+        return self
+
+    def stage(self, patterns: tuple[str, ...] = ("*",)) -> LocalPath:
+        """Return this node's copy of the file or folder, made once by whichever process is first.
+
+        Of a folder, files whose names match ``patterns`` are copied. Names, sizes and times of change name the copy,
+        so that a copy of older content is never taken for it. Raises FileNotFoundError when nothing is there, OSError
+        when no copy can be made.
+        """
+        files = [(self, self.stat())] if self.is_file() else self.below()
+        files = [(file, status) for file, status in files if _matches_any(file.name, patterns)]
+        if not files:
+            raise FileNotFoundError(f"{self}: there is nothing")
+
+        content = json.dumps([[str(file), status.st_size, status.st_mtime_ns] for file, status in files])
+        copy = cache_folder() / hashlib.sha256(content.encode()).hexdigest()[:20] / self.name
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(copy.parent / ".lock"):
+                if not copy.exists():  # another process may have made it while this one waited
+                    _copy(self, [file for file, _ in files], copy)
+        return copy
+
+    def scratch_folder(self) -> LocalPath:
+        """Return the folder in which a file is written until it is whole: this node's cache."""
+        return cache_folder()
+
+    def commit(self, temporary: Path) -> None:
+        """Upload a finished local file to this path; others see it once it is whole."""
+        self.upload(temporary)
+
+    def remove(self) -> None:
+        """Remove the file, or every file below the folder."""
+        for file, _ in self.below():
+            file.unlink(missing_ok=True)
+
+    def move_folder(self, target: "StoragePath", *, last: str) -> None:
+        """Move this folder's files to ``target``, whose old content goes; ``last`` marks it as whole.
+
+        The old ``last`` goes first, so that nobody takes a mixture of both for whole.
+        """
+        (target / last).unlink(missing_ok=True)
+        target.remove()
+        for file in sorted((file for file, _ in self.below()), key=lambda file: file.name == last):
+            file.rename(BucketPath(target / file.relative_to(self)))
+
+    def free_bytes(self) -> float:
+        """Return infinity: a bucket has no bound."""
+        return math.inf
+
+    def bytes_below(self) -> int:
+        """Return the bytes of all files below the folder."""
+        return sum(status.st_size for _, status in self.below())
+
+    def sorted_glob(self, pattern: str) -> "list[BucketPath]":
+        """Return files and folders below this one that match, sorted."""
+        return list(self.glob(pattern))
+
+    def select_files(self, choose: Callable[[Path], list[Path]]) -> "list[BucketPath]":
+        """Return what ``choose`` selects, by names alone, of the files below the folder that it is given.
+
+        It is given a local folder of empty files that have the names of those in the bucket.
+        """
+        with TemporaryDirectory() as names:
+            for file, _ in self.below():
+                empty = Path(names) / file.relative_to(self)
+                empty.parent.mkdir(parents=True, exist_ok=True)
+                empty.touch()
+            return [self / file.relative_to(names) for file in choose(Path(names))]
 
 
-AnyPath = Path | BucketPath
+StoragePath = LocalPath | BucketPath
+"""A path that runs, models and corpora lie at."""
 
 
 def _is_content(info: FileInfo) -> bool:
-    """Not a folder, nor the empty object that some clients leave to stand for one."""
+    """Return False for a folder, and for the empty object that some clients leave to stand for one."""
     return info.type == FileType.File and not info.path.endswith("/")
+
+
+def _matches_any(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 @cache
 def _opened(scheme: str, bucket: str) -> FileSystem:
-    """Once per bucket: finding out its region is a request."""
+    """Return the file system of a bucket, once a process: finding out the bucket's region is a request."""
     return FileSystem.from_uri(f"{scheme}//{bucket}")[0]
 
 
+# --- a node's copies -------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> LocalPath:
+    """Return where this node's copies are: SEAP_RAY_CACHE, or ``~/.cache/seap_ray``.
+
+    What no job uses may be deleted.
+    """
+    return LocalPath(os.environ.get(CACHE_VARIABLE) or "~/.cache/seap_ray").expanduser()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _copy(path: BucketPath, files: list[BucketPath], copy: LocalPath) -> None:
+    """Download files below ``path`` to ``copy``, which appears once all of them are there."""
+    partial = copy.with_name(f".{copy.name}.partial")
+    partial.remove()
+
+    def fetch(file: BucketPath) -> None:
+        target = partial / file.relative_to(path) if file != path else partial
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.download(target)
+
+    with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
+        list(pool.map(fetch, files))
+    os.replace(partial, copy)
+
+
+# --- from text and from other paths ----------------------------------------------------------------------------------
+
+
 def is_uri(text: str) -> bool:
+    """Return whether a text names a path in a bucket."""
     return text.partition("://")[0] in SCHEMES
 
 
-def place(text: str) -> AnyPath:
-    """The path that a config names: ``s3://``, ``gs://``, or one on a disk, whose ``~`` is the home folder.
+def parse_path(text: str) -> StoragePath:
+    """Return the path that a config names: ``s3://``, ``gs://``, or one on a disk, whose ``~`` is the home folder.
 
-    Raises ConfigError for another scheme, or none of a bucket's names.
+    Raises ConfigError for another scheme, or a bucket without a valid name.
     """
     scheme, is_url, rest = text.partition("://")
     if not is_url:
-        return Path(text).expanduser()
+        return LocalPath(text).expanduser()
     if scheme not in SCHEMES:
         raise ConfigError(f"{text}: {scheme}:// is not known; known are {', '.join(f'{s}://' for s in SCHEMES)}")
     if not BUCKET.match(rest):
         raise ConfigError(f"{text}: names no bucket; write {scheme}://BUCKET/FOLDER, the bucket in small letters")
     return BucketPath(text)
+
+
+def storage_path(path: PurePath) -> StoragePath:
+    """Return any path as a StoragePath; a plain ``pathlib.Path`` becomes a LocalPath."""
+    return BucketPath(path) if is_uri(str(path)) else LocalPath(path)

@@ -7,14 +7,13 @@ import hashlib
 import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from seap_ray.config import Config, walk
 from seap_ray.errors import ConfigError
 from seap_ray.storage.files import read_json, write_json
 from seap_ray.storage.lock import lock
-from seap_ray.storage.paths import AnyPath, place
+from seap_ray.storage.paths import StoragePath, parse_path, storage_path
 
 FIXED = ("run.seed", "model.source", "model.revision", "model.dtype", "calibration.skip_first_token")
 """Keys that a run keeps for life, besides ``corpus`` and every task: its statistics depend on them."""
@@ -24,68 +23,72 @@ FIXED = ("run.seed", "model.source", "model.revision", "model.dtype", "calibrati
 class Run:
     """Paths of one run."""
 
-    root: AnyPath
+    root: StoragePath
+
+    def __post_init__(self) -> None:
+        """Take a plain ``pathlib.Path`` too, as a StoragePath."""
+        object.__setattr__(self, "root", storage_path(self.root))
 
     @classmethod
     def of(cls, config: Config) -> "Run":
-        return cls(_below_home(place(config.run.storage)) / config.run.name)
+        return cls(parse_path(config.run.storage).storage_root() / config.run.name)
 
     @property
-    def config(self) -> AnyPath:
+    def config(self) -> StoragePath:
         return self.root / "config.json"
 
-    def shards(self, task: str) -> AnyPath:
+    def shards(self, task: str) -> StoragePath:
         return self.root / "shards" / task
 
-    def records(self, task: str) -> AnyPath:
+    def records(self, task: str) -> StoragePath:
         return self.root / "records" / task
 
-    def statistics(self, task: str) -> AnyPath:
+    def statistics(self, task: str) -> StoragePath:
         return self.root / "statistics" / f"{task}.safetensors"
 
-    def part(self, name: str) -> AnyPath:
+    def part(self, name: str) -> StoragePath:
         """Statistics of some of a task's shards, which a study compares."""
         return self.root / "statistics" / "parts" / f"{name}.safetensors"
 
-    def unit_scores(self, name: str) -> AnyPath:
+    def unit_scores(self, name: str) -> StoragePath:
         """Scores of units that were made from covariances, for a second plan and for the report."""
         return self.root / "statistics" / "scores" / f"{name}.safetensors"
 
-    def plan(self, ratio: float, name: str) -> AnyPath:
+    def plan(self, ratio: float, name: str) -> StoragePath:
         return self.root / "plans" / ratio_name(ratio) / f"{name}.json"
 
-    def experts(self, ratio: float) -> AnyPath:
+    def experts(self, ratio: float) -> StoragePath:
         return self.root / "experts" / ratio_name(ratio)
 
-    def expert(self, ratio: float, name: str) -> AnyPath:
+    def expert(self, ratio: float, name: str) -> StoragePath:
         return self.experts(ratio) / name
 
     @property
-    def shared(self) -> AnyPath:
+    def shared(self) -> StoragePath:
         """What experts have of the base, once; those on a disk are hard links to it."""
         return self.root / "shared"
 
     @property
-    def router(self) -> AnyPath:
+    def router(self) -> StoragePath:
         return self.root / "router"
 
     @property
-    def cells(self) -> AnyPath:
+    def cells(self) -> StoragePath:
         return self.root / "cells"
 
     @property
-    def results(self) -> AnyPath:
+    def results(self) -> StoragePath:
         return self.root / "results.json"
 
-    def study(self, name: str) -> AnyPath:
+    def study(self, name: str) -> StoragePath:
         return self.root / "results" / f"{name}.json"
 
     @property
-    def report(self) -> AnyPath:
+    def report(self) -> StoragePath:
         return self.root / "report.html"
 
     @property
-    def pictures(self) -> AnyPath:
+    def pictures(self) -> StoragePath:
         return self.root / "pictures"
 
     def held(self) -> AbstractContextManager[None]:
@@ -105,14 +108,6 @@ class Run:
                 raise ConfigError(
                     f"{self.root}: was made with {key}={old[key]}, not {new[key]}; choose another run.name"
                 )
-
-
-def _below_home(storage: AnyPath) -> AnyPath:
-    """A relative storage is below the current folder, but never in the copy that Ray makes for a job and drops."""
-    if not isinstance(storage, Path):
-        return storage
-    here = Path.cwd()
-    return (Path.home() if "working_dir_files" in here.parts else here) / storage
 
 
 def _is_fixed(key: str) -> bool:

@@ -23,14 +23,14 @@ from seap_ray.models.records import load_statistics
 from seap_ray.pipeline.calibrate import Calibration, made_of, make_records, merge_all
 from seap_ray.pipeline.evaluate import EvalResult, EvalTask, Failure, EvalTarget, eval_target, eval_task, evaluate
 from seap_ray.pipeline.job import CalibratedRun, known_error
-from seap_ray.pipeline.placement import model_dtype
+from seap_ray.models.loading import model_dtype
 from seap_ray.pipeline.planner import Planner, Spec
 from seap_ray.pipeline.prune import PendingCheckpoint, prepare_checkpoint
-from seap_ray.pipeline.results import Model, cut_model, dense_model, with_cells
+from seap_ray.pipeline.results import ModelRow, dense_row, pruned_row
 from seap_ray.pipeline.shards import Manifest, Shard
 from seap_ray.progress import progress, say
-from seap_ray.storage.files import read_json, staged, write_json
-from seap_ray.storage.paths import AnyPath, place
+from seap_ray.storage.files import read_json, stage, write_json
+from seap_ray.storage.paths import StoragePath, parse_path
 from seap_ray.storage.run import fingerprint
 
 
@@ -49,7 +49,7 @@ class Judged:
     """A model of a study with its row of the results file."""
 
     asked: Asked
-    model: Model
+    model: ModelRow
     cells: dict[str, EvalResult]
     config: dict[str, Any] | None
     """Contents of its config.json; None where there is no such model."""
@@ -133,16 +133,16 @@ class Bench:
 
     def _judged(self, asked: Asked, source: Checkpoint | PendingCheckpoint | Failure, cells: dict[str, EvalResult]) -> Judged:
         if isinstance(source, Checkpoint):
-            return Judged(asked, with_cells(dense_model(source), cells), cells, source.config)
+            return Judged(asked, dense_row(source).with_quality(cells), cells, source.config)
         if isinstance(source, PendingCheckpoint):
-            return Judged(asked, with_cells(cut_model(source), cells), cells, source.compaction.config())
+            return Judged(asked, pruned_row(source).with_quality(cells), cells, source.compaction.config())
         assert asked.spec is not None
         cells = dict.fromkeys(asked.tasks or self.tasks, source)
-        return Judged(asked, with_cells(_unplanned(asked.spec, asked.ratio), cells), cells, None)
+        return Judged(asked, _unplanned(asked.spec, asked.ratio).with_quality(cells), cells, None)
 
     def others(self) -> list[Judged]:
         """The checkpoints of ``evaluation.models``; what cannot be read says so in its cells."""
-        known = {name: place(folder).absolute() for name, folder in self.config.evaluation.models.items()}
+        known = {name: parse_path(folder).absolute() for name, folder in self.config.evaluation.models.items()}
         found = {name: _opened(folder) for name, folder in known.items()}
         subjects = [
             EvalTarget(name, _print(opened), self.tasks, opened)
@@ -157,7 +157,7 @@ class Bench:
             if isinstance(opened, Failure):
                 cells = dict.fromkeys(self.tasks, opened)
             config = opened.config if isinstance(opened, Checkpoint) else None
-            judged.append(Judged(Asked(), with_cells(_other(name, known[name], opened), cells), cells, config))
+            judged.append(Judged(Asked(), _other(name, known[name], opened).with_quality(cells), cells, config))
         return judged
 
     # --- speed -------------------------------------------------------------------------------------------------------
@@ -170,11 +170,11 @@ class Bench:
         configs = {_shape(one.config): one.config for one in judged if one.config is not None}
         speeds = self._speeds(configs, settings)
         return [
-            replace(one, model={**one.model, "speed": speeds.get(_shape(one.config))}) if one.config else one
+            replace(one, model=replace(one.model, speed=speeds.get(_shape(one.config)))) if one.config else one
             for one in judged
         ]
 
-    def _speeds(self, configs: dict[str, dict[str, Any]], settings: SpeedSection) -> dict[str, Any]:
+    def _speeds(self, configs: dict[str, dict[str, Any]], settings: SpeedSection) -> dict[str, Speed]:
         calibration, checkpoint = self.config.calibration, self.made.checkpoint
         dense, dtype = _shape(checkpoint.config), model_dtype(self.config.model, checkpoint)
         place = platform.node(), calibration.num_cpus, calibration.num_gpus, versions()
@@ -193,7 +193,7 @@ class Bench:
                 return {}
             stored = {name: asdict(speed) for name, speed in speeds.items()}
             write_json(path, stored)
-        return stored
+        return {name: Speed(**rates) for name, rates in stored.items()}
 
 
 def _measure_speeds(
@@ -212,16 +212,24 @@ def _shape(config: dict[str, Any]) -> str:
     return fingerprint([config.get(key) for key in keys], config.get("per_layer_config") or {})
 
 
-def _unplanned(spec: Spec, ratio: float) -> Model:
+def _unplanned(spec: Spec, ratio: float) -> ModelRow:
     """The row of a model that cannot be planned: sizes unknown."""
-    sizes = dict.fromkeys(("planned_ratio", "realised_ratio", "parameters", "bytes", "kv_bytes_per_token"))
-    about = {"name": spec.name, "method": spec.method, "kind": spec.kind, "task": spec.task, "ratio": ratio}
-    return {**about, **sizes, "folder": None}
+    return ModelRow(
+        name=spec.name,
+        method=spec.method,
+        kind=spec.kind,
+        task=spec.task,
+        ratio=ratio,
+        realised_ratio=None,
+        parameters=None,
+        bytes=None,
+        kv_bytes_per_token=None,
+    )
 
 
-def _opened(folder: AnyPath) -> Checkpoint | Failure:
+def _opened(folder: StoragePath) -> Checkpoint | Failure:
     try:
-        return Checkpoint.at(staged(folder), str(folder))
+        return Checkpoint.at(stage(folder), str(folder))
     except OSError as error:
         return Failure(f"{folder} cannot be read ({error})")
     except ConfigError as error:
@@ -233,12 +241,12 @@ def _print(checkpoint: Checkpoint) -> str:
     return fingerprint(checkpoint.fingerprint, tokenizer_hash(checkpoint))
 
 
-def _other(name: str, folder: AnyPath, opened: Checkpoint | Failure) -> Model:
+def _other(name: str, folder: StoragePath, opened: Checkpoint | Failure) -> ModelRow:
     """The row of a checkpoint that was made elsewhere."""
     manifest = read_json(folder / "seap.json") or {}
     keys = ("planned_ratio", "realised_ratio", "parameters", "bytes", "kv_bytes_per_token")
     sizes = {key: manifest.get(key) for key in keys}
     if isinstance(opened, Checkpoint):
         sizes |= {"parameters": opened.parameters, "bytes": opened.n_bytes}
-    about = {"name": name, "method": name, "kind": "baseline", "task": None, "ratio": manifest.get("requested_ratio")}
-    return {**about, **sizes, "folder": str(folder)}
+    ratio = manifest.get("requested_ratio")
+    return ModelRow(name, name, kind="baseline", task=None, ratio=ratio, folder=str(folder), **sizes)

@@ -21,13 +21,13 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.pipeline.evaluate import EvalTask, Failure
 from seap_ray.pipeline.job import calibrate_run, on_cluster, route
 from seap_ray.pipeline.planner import Spec, baseline_specs, specs
-from seap_ray.pipeline.results import own_tasks, results
+from seap_ray.pipeline.results import ModelRow, own_task_rows, results_json
 from seap_ray.pipeline.shards import Shard
 from seap_ray.progress import say
 from seap_ray.report.page import write_report
 from seap_ray.report.table import mean_head, mean_over, mean_quality, table, text_table
 from seap_ray.routing.router import Router
-from seap_ray.storage.files import publishing, write_json
+from seap_ray.storage.files import atomic_write, write_json
 from seap_ray.storage.run import Run
 from seap_ray.studies import paper
 from seap_ray.studies.runner import Asked, Bench, Judged
@@ -96,16 +96,16 @@ def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
     router = route(bench.made)
     say(f"{study.title}: {study.question}")
     found = RUNS[config.study](bench)
-    written = results(config, bench.exams, [one.model for one in found.judged], router)
+    written = results_json(config, bench.exams, [one.model for one in found.judged], router)
     about = {"study": config.study, "title": study.title, "question": study.question, "columns": found.columns}
     write_json(run.study(config.study), {**about, "rows": found.rows, **written})
-    with publishing(run.study(config.study).with_suffix(".csv")) as path, path.open("w", newline="") as file:
+    with atomic_write(run.study(config.study).with_suffix(".csv")) as path, path.open("w", newline="") as file:
         csv.writer(file).writerows([found.columns, *found.rows])
     say("")
     say(table(written) if config.study in ("table", "ratio") else text_table(found.columns, found.rows))
     say("")
     say(f"{write_report(run)} has the pictures")
-    tried = [one for one in found.judged if one.model["folder"]]  # what no plan can be made for stays so
+    tried = [one for one in found.judged if one.model.folder]  # what no plan can be made for stays so
     failed = {cell.error for one in tried for cell in one.cells.values() if isinstance(cell, Failure)}
     if failed:
         raise IncompleteError(f"{len(failed)} reasons for failed cells, first: {min(failed)}; mend, run it again")
@@ -142,9 +142,9 @@ def _variant(spec: Spec, method: str, **settings: Any) -> Spec:
     return replace(spec, name=name, kind="baseline", method=method, settings=own)
 
 
-def _mean_of(model: Mapping[str, Any]) -> list[float | None]:
+def _mean_of(model: ModelRow) -> list[float | None]:
     """Mean quality and its standard error."""
-    return list(mean_quality(model["quality"].values()) or (None, None))
+    return list(mean_quality(model.quality_json.values()) or (None, None))
 
 
 def _head(bench: Bench) -> str:
@@ -161,18 +161,18 @@ def _compared(bench: Bench, judged: Sequence[Judged]) -> Found:
     models = [one.model for one in judged]
     of_tasks = [*_with_error(bench.tasks), _head(bench), "stderr"]
     columns = ["model", "ratio", "realised", *SIZE_COLUMNS, *of_tasks, *RATE_COLUMNS]
-    rows = [_row_of(model, bench.tasks) for model in [*models, *own_tasks(models)]]
+    rows = [_row_of(model, bench.tasks) for model in [*models, *own_task_rows(models)]]
     return Found(list(judged), columns, rows)
 
 
-def _row_of(model: Mapping[str, Any], tasks: Sequence[str]) -> list[Any]:
-    cells = [model["quality"].get(task, {}) for task in tasks]
-    speed = model.get("speed") or {}
+def _row_of(model: ModelRow, tasks: Sequence[str]) -> list[Any]:
+    quality = model.quality_json
+    cells = [quality.get(task, {}) for task in tasks]
     return [
-        *(model[key] for key in ("name", "ratio", "realised_ratio", *SIZE_COLUMNS)),
+        *(getattr(model, key) for key in ("name", "ratio", "realised_ratio", *SIZE_COLUMNS)),
         *(cell.get(key) for cell in cells for key in ("value", "stderr")),
-        *(mean_over(model, tasks) or (None, None)),
-        *(speed.get(key) for key in RATE_COLUMNS),
+        *(mean_over(model.to_json(), tasks) or (None, None)),
+        *(getattr(model.speed, key, None) for key in RATE_COLUMNS),
     ]
 
 
@@ -289,7 +289,7 @@ def _sizes(judged: Mapping[tuple[float, str, int, int], Judged]) -> list[list[An
         tasks = [t for t in dict.fromkeys(key[1] for key in judged) if (ratio, t, sizes[-1], 0) in judged]
         for size in sizes:
             per_seed = [
-                mean_quality([judged[ratio, task, size, seed].model["quality"][task] for task in tasks])
+                mean_quality([judged[ratio, task, size, seed].model.quality_json[task] for task in tasks])
                 for seed in SEEDS
             ]
             found = [pair for pair in per_seed if pair]
@@ -354,7 +354,7 @@ def _allocation(bench: Bench) -> Found:
         made += [_variant(spec, name if spec.task else f"{name}.general", **own) for spec in usual]
     judged = bench.judge(_asked(bench, made))
     models = [one.model for one in judged]
-    by_row = {(m["method"], m["ratio"]): m for m in [*(m for m in models if not m["task"]), *own_tasks(models)]}
+    by_row = {(m.method, m.ratio): m for m in [*(m for m in models if not m.task), *own_task_rows(models)]}
     table_rows = []
     for ratio, name in product(bench.config.pruning.ratio, names):
         experts, one = by_row.get((name, ratio)), by_row[f"{name}.general", ratio]
@@ -384,10 +384,10 @@ def _reconstruction(bench: Bench) -> Found:
     rows = []
     for key in dict.fromkeys(key[:-1] for key in judged):
         models = [[one.model for one in judged[*key, seed]] for seed in SEEDS]
-        per_seed = [mean_quality([c for model in of_seed for c in model["quality"].values()]) for of_seed in models]
+        per_seed = [mean_quality([c for model in of_seed for c in model.quality_json.values()]) for of_seed in models]
         found = [pair for pair in per_seed if pair]
         if found:
-            realised = mean(model["realised_ratio"] or 0.0 for of_seed in models for model in of_seed)
+            realised = mean(model.realised_ratio or 0.0 for of_seed in models for model in of_seed)
             values, errors = zip(*found, strict=True)
             spread = stdev(values) if len(values) > 1 else None
             rows.append([*key, realised, mean(values), spread, mean(errors)])
@@ -433,7 +433,7 @@ def _ood(bench: Bench) -> Found:
     usual = _usual(bench.config)
     left_out = [Asked(s, r, (s.name.removeprefix("without_"),)) for r in bench.config.pruning.ratio for s in made]
     judged = bench.judge([Asked(), *_asked(bench, usual), *left_out])
-    by = {(one.model["name"], one.model["ratio"]): one.model["quality"] for one in judged}
+    by = {(one.model.name, one.model.ratio): one.model.quality_json for one in judged}
     rows = []
     for ratio, task in product(bench.config.pruning.ratio, bench.tasks):
         strangers = [by[other, ratio][task] for other in without[task]]
@@ -450,9 +450,9 @@ def _transfer(bench: Bench) -> Found:
     judged = bench.judge([Asked(), *_asked(bench, usual)])
     rows = []
     for one in judged:
-        cells = [one.model["quality"][task] for task in bench.tasks]
+        cells = [one.model.quality_json[task] for task in bench.tasks]
         found = [mean_quality([cell]) for cell in cells]
-        rows.append([one.model["name"], one.model["ratio"], *(v for pair in found for v in pair or (None, None))])
+        rows.append([one.model.name, one.model.ratio, *(v for pair in found for v in pair or (None, None))])
     columns = ["model", "ratio", *_with_error(bench.tasks)]
     return Found(judged, columns, rows)
 
@@ -466,7 +466,7 @@ def _routing(bench: Bench) -> Found:
         raise ConfigError("tasks: study=routing needs one with prompts; windows of a text are none")
     usual = _usual(bench.config)
     judged = bench.judge(_asked(bench, usual))
-    cells = {(one.model["ratio"], one.model["name"]): one.cells for one in judged}
+    cells = {(one.model.ratio, one.model.name): one.cells for one in judged}
     router = Router.load(bench.made.run.router)
     routed, seconds = _routed(router, asked)
     random_ = [_at_random(bench.tasks, asked, seed) for seed in SEEDS]
@@ -540,8 +540,8 @@ def _paper(bench: Bench) -> Found:
     asked = [replace(one, tasks=one.tasks or tasks) for one in [Asked(), *_asked(bench, made)]]
     judged = bench.with_speed(bench.judge(asked))
     models = [one.model for one in judged]
-    whole = [m for m in models if not m["task"]] + own_tasks(models)
-    return Found(judged, paper.columns(), paper.compare(bench.config, whole))
+    whole = [m for m in models if not m.task] + own_task_rows(models)
+    return Found(judged, paper.columns(), paper.compare(bench.config, [row.to_json() for row in whole]))
 
 
 RUNS: dict[str, Callable[[Bench], Found]] = {

@@ -22,11 +22,11 @@ from seap_ray.models import checkpoint as checkpoint_module
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import check_source, corpus_files, is_files
 from seap_ray.models.records import is_whole, save_tensors
-from seap_ray.storage import files as storage_module
 from seap_ray.storage import lock as lock_module
-from seap_ray.storage.files import bytes_in, move_folder, publishing, read_json, remove, sha256_of, staged, write_json
+from seap_ray.storage import paths as paths_module
+from seap_ray.storage.files import atomic_write, read_json, sha256_of, stage, write_json
 from seap_ray.storage.lock import lock
-from seap_ray.storage.paths import BucketPath, place
+from seap_ray.storage.paths import BucketPath, parse_path
 from tests.support import ROOT
 from tests.support.corpora import task
 
@@ -81,29 +81,29 @@ def upload(folder: Path, to: BucketPath) -> None:
 
 
 def test_a_path_in_a_bucket_is_told_by_its_scheme_and_has_pathlibs_algebra():
-    path = place("s3://lab/runs") / "demo" / "statistics.safetensors"
+    path = parse_path("s3://lab/runs") / "demo" / "statistics.safetensors"
     assert isinstance(path, BucketPath) and str(path) == "s3://lab/runs/demo/statistics.safetensors"
     assert str(path.with_suffix(".covariances")) == "s3://lab/runs/demo/statistics.covariances"
     assert path.parent.name == "demo" and str(path.parent.with_name("other")) == "s3://lab/runs/other"
-    assert pickle.loads(pickle.dumps(path)) == path and len({path, place(str(path))}) == 1
-    assert isinstance(place("gs://lab/runs"), BucketPath) and place("~/runs") == Path.home() / "runs"
+    assert pickle.loads(pickle.dumps(path)) == path and len({path, parse_path(str(path))}) == 1
+    assert isinstance(parse_path("gs://lab/runs"), BucketPath) and parse_path("~/runs") == Path.home() / "runs"
     with pytest.raises(TypeError, match="no local file"):
         open(path)  # type: ignore[call-overload]  # noqa: SIM115
 
 
 def test_a_file_in_a_bucket_is_there_once_it_is_whole(bucket):
     path = bucket / "a" / "file.txt"
-    with pytest.raises(ZeroDivisionError), publishing(path) as temporary:
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as temporary:
         temporary.write_text("half")
         _ = 1 / 0
     assert not path.exists() and read_json(path) is None
-    with publishing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("whole")
         assert not path.exists()
     assert path.is_file() and path.read_text() == "whole" and path.stat().st_size == 5
-    assert bucket.is_dir() and not bucket.is_file() and bytes_in(bucket) == 5
+    assert bucket.is_dir() and not bucket.is_file() and bucket.bytes_below() == 5
     assert sha256_of(path) == hashlib.sha256(b"whole").hexdigest()
-    assert not list(storage_module.cache_folder().glob(".*.tmp")), "nothing stays on this machine"
+    assert not list(paths_module.cache_folder().glob(".*.tmp")), "nothing stays on this machine"
     path.unlink()
     path.unlink(missing_ok=True)
     with pytest.raises(FileNotFoundError):
@@ -131,11 +131,11 @@ def test_a_folder_takes_the_place_of_another_and_its_manifest_comes_last(bucket,
     write_json(old / "stale.bin", "old")
     rename = BucketPath.rename
     monkeypatch.setattr(BucketPath, "rename", lambda self, to: (order.append(self.name), rename(self, to)))
-    move_folder(new, old, last="seap.json")
+    new.move_folder(old, last="seap.json")
     assert order == ["a.bin", "z.bin", "seap.json"]
     assert [path.name for path, _ in old.below()] == ["a.bin", "seap.json", "z.bin"] and not new.below()
     assert {read_json(path) for path, _ in old.below()} == {"new"}
-    remove(old)
+    old.remove()
     assert not old.below()
 
 
@@ -149,13 +149,13 @@ def test_a_folder_takes_the_place_of_another_and_its_manifest_comes_last(bucket,
 )
 def test_what_names_no_bucket_is_refused(text, said):
     with pytest.raises(ConfigError, match=said):
-        place(text)
+        parse_path(text)
 
 
 def test_storage_that_does_not_answer_has_damaged_nothing(bucket, monkeypatch):
     save_tensors(bucket / "record.safetensors", {"x": torch.ones(3)}, task="t")
     assert is_whole(bucket / "record.safetensors", task="t")
-    monkeypatch.setenv("SEAP_RAY_CACHE", str(storage_module.cache_folder() / "empty"))
+    monkeypatch.setenv("SEAP_RAY_CACHE", str(paths_module.cache_folder() / "empty"))
 
     def fail(_path: BucketPath, _target: Path) -> None:
         raise OSError("No space left on device")
@@ -175,12 +175,12 @@ def test_storage_that_does_not_answer_has_damaged_nothing(bucket, monkeypatch):
 def test_a_copy_is_made_once_and_again_where_the_bucket_has_something_newer(bucket, tmp_path):
     path = bucket / "file.txt"
     path.write_bytes(b"first")
-    first = staged(path)
-    assert first.read_text() == "first" and staged(path) == first and staged(tmp_path) == tmp_path
+    first = stage(path)
+    assert first.read_text() == "first" and stage(path) == first and stage(tmp_path) == tmp_path
     path.write_bytes(b"second")
-    assert staged(path).read_text() == "second"
+    assert stage(path).read_text() == "second"
     with pytest.raises(FileNotFoundError, match="none"):
-        staged(bucket / "none")
+        stage(bucket / "none")
 
 
 def test_of_many_processes_that_want_a_model_one_copies_it(bucket, dense, environment, monkeypatch):
@@ -193,7 +193,7 @@ def test_of_many_processes_that_want_a_model_one_copies_it(bucket, dense, enviro
     (folder,) = {Path(line) for line in found}
     names = {file.name for file in folder.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names and "pytorch_model.bin" not in names
-    monkeypatch.setattr(storage_module, "_copy", lambda *_: pytest.fail("copied twice"))
+    monkeypatch.setattr(paths_module, "_copy", lambda *_: pytest.fail("copied twice"))
     assert Checkpoint.open(str(bucket)).fingerprint == Checkpoint.open(str(dense("llama_gqa"))).fingerprint
 
 
@@ -274,9 +274,9 @@ def test_corpora_in_a_bucket_are_a_file_a_pattern_or_a_folder_with_splits(bucket
 
 # --- one job at a time -----------------------------------------------------------------------------------------------
 
-HOLD = "import sys, time; from seap_ray.storage import lock; from seap_ray.storage.paths import place\n"
+HOLD = "import sys, time; from seap_ray.storage import lock; from seap_ray.storage.paths import parse_path\n"
 HOLD += "lock.BEAT_S, lock.SETTLE_S = 0.3, 0.3\n"
-HOLD += "with lock.lock(place(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+HOLD += "with lock.lock(parse_path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 
 
 def test_a_run_in_a_bucket_is_refused_to_a_second_job_and_free_when_the_first_is_killed(bucket, monkeypatch, capsys):
@@ -323,7 +323,10 @@ def test_a_job_that_lost_its_mark_leaves_that_of_another(bucket, monkeypatch):
 
 
 def test_a_bucket_that_cannot_be_written_is_told(environment):
-    with pytest.raises(IncompleteError, match="s3://none/run/.lock: cannot be written"), lock(place("s3://none/run")):
+    with (
+        pytest.raises(IncompleteError, match="s3://none/run/.lock: cannot be written"),
+        lock(parse_path("s3://none/run")),
+    ):
         pass
 
 
@@ -340,7 +343,7 @@ def test_a_job_with_model_corpora_and_run_in_a_bucket_gives_the_bytes_of_one_on_
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     for folder in (tmp_path / "corpus", bucket / "corpus"):
         for split in ("train", "validation"):
-            with publishing(folder / f"{split}.jsonl") as temporary:
+            with atomic_write(folder / f"{split}.jsonl") as temporary:
                 temporary.write_text(lines)
 
     def arguments(root: BucketPath | Path, model: str) -> list[str]:

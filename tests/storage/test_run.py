@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from seap_ray.config import Config, load_config
 from seap_ray.errors import ConfigError, IncompleteError
-from seap_ray.storage.files import publishing, read_json, sha256_of, write_json
+from seap_ray.storage.files import atomic_write, read_json, sha256_of, write_json
 from seap_ray.storage.run import Run, fingerprint, ratio_name
 from tests.support import ROOT
 
@@ -27,7 +27,7 @@ def listed(folder):
 
 def test_a_published_file_appears_whole_and_alone(tmp_path):
     path = tmp_path / "new" / "folder" / "file.txt"
-    with publishing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("half")
         assert not path.exists()
         assert temporary.parent == path.parent, "a rename is atomic on one file system only"
@@ -38,7 +38,7 @@ def test_a_published_file_appears_whole_and_alone(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt(), SystemExit(1)])
 def test_an_error_leaves_nothing_and_is_passed_on(tmp_path, error):
-    with pytest.raises(type(error)), publishing(tmp_path / "file") as temporary:
+    with pytest.raises(type(error)), atomic_write(tmp_path / "file") as temporary:
         temporary.write_text("half")
         raise error
     assert listed(tmp_path) == []
@@ -51,7 +51,7 @@ def test_an_error_leaves_nothing_and_is_passed_on(tmp_path, error):
 def test_a_disk_that_fails_is_incomplete_work_and_the_old_file_stays(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(IncompleteError, match="same command again") as raised, publishing(path) as temporary:
+    with pytest.raises(IncompleteError, match="same command again") as raised, atomic_write(path) as temporary:
         temporary.write_text("half")
         raise error
     assert str(path) in str(raised.value)
@@ -65,7 +65,7 @@ def test_who_reads_while_a_file_is_replaced_reads_the_old_one_to_its_end(tmp_pat
     path = tmp_path / "file"
     path.write_text("old")
     with path.open() as reader:
-        with publishing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("new")
         assert reader.read() == "old"
     assert path.read_text() == "new"
@@ -73,9 +73,9 @@ def test_who_reads_while_a_file_is_replaced_reads_the_old_one_to_its_end(tmp_pat
 
 def test_racing_writers_are_harmless(tmp_path):
     path = tmp_path / "file"
-    with publishing(path) as first:
+    with atomic_write(path) as first:
         first.write_text("first")
-        with publishing(path) as second:
+        with atomic_write(path) as second:
             second.write_text("second")
         assert path.read_text() == "second"
     assert path.read_text() == "first"
@@ -241,7 +241,7 @@ def test_another_name_is_another_run(claimed):
 
 def test_what_is_published_is_as_readable_as_any_other_file(tmp_path):
     (tmp_path / "plain").touch()
-    with publishing(tmp_path / "published") as temporary:
+    with atomic_write(tmp_path / "published") as temporary:
         temporary.touch(mode=0o600)
     assert (tmp_path / "published").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
