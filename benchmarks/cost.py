@@ -33,11 +33,12 @@ from seap_ray.core.architecture import Architecture
 from seap_ray.core.moments import Moments
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import write_tensors
+from seap_ray.models.forward import record
 from seap_ray.models.layerwise import LayerwiseModel
-from seap_ray.models.recorder import record
 from seap_ray.models.records import read_moments, save_moments
 from seap_ray.pipeline.calibrate import RECORDS_HELD, Calibration, grouped, merge_records
-from seap_ray.pipeline.planner import Planner, _layer_norms, specs
+from seap_ray.pipeline.model_specs import model_specs
+from seap_ray.pipeline.planner import Planner, _layer_norms
 from seap_ray.pipeline.prune import prepare_checkpoint
 from seap_ray.pipeline.shards import Shard
 from seap_ray.storage.run import Run
@@ -236,7 +237,7 @@ def compared(hidden: int, machine: Machine, folder: Path) -> dict[str, Any]:
     streamed = LayerwiseModel(checkpoint, torch.float32, torch.device("cpu"), room=1 << 40)
     found_norms = {(i, site): one for i in range(LAYERS) for site, one in _layer_norms(checkpoint, i).items()}
     planner = Planner(config, checkpoint, {"sort": random_statistics(of, seed=0)}, found_norms, {"sort": ""}, {}, run)
-    expert, written, merged = specs(config)[1], folder / "expert.safetensors", run.statistics("sort")
+    expert, written, merged = model_specs(config)[1], folder / "expert.safetensors", run.statistics("sort")
     cut = prepare_checkpoint(planner, run, expert, planner.plan(expert, RATIO))
     loading, cutting = reading(model, machine), compaction(model, machine, RATIO, repaired=True)
     computing = tokens * (forward(model, machine, SEQUENCE, tokens) + statistics(model, machine, tokens))

@@ -14,7 +14,8 @@ from seap_ray.config import Config
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.records import save_moments
 from seap_ray.pipeline.cluster import connect
-from seap_ray.pipeline.planner import Planner, make_planner, specs
+from seap_ray.pipeline.model_specs import model_specs
+from seap_ray.pipeline.planner import Planner, make_planner
 from seap_ray.storage.run import Run
 
 SUITE, TASK = "plan", "sort"
@@ -83,4 +84,4 @@ def planner_of(config: Config, checkpoint: Checkpoint, run: Run) -> Planner:
 
 
 def plan(planner: Planner, ratio: float) -> None:
-    planner.plan(next(spec for spec in specs(planner.config) if spec.task), ratio)
+    planner.plan(next(spec for spec in model_specs(planner.config) if spec.task), ratio)

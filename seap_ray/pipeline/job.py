@@ -26,12 +26,13 @@ from seap_ray.models.corpus import check_evaluation, check_source, load_tokenize
 from seap_ray.models.export import parse_size
 from seap_ray.pipeline.calibrate import calibrate, n_workers
 from seap_ray.pipeline.cluster import connect
-from seap_ray.pipeline.evaluate import eval_target, eval_task, evaluate
-from seap_ray.pipeline.placement import choose, placed
-from seap_ray.pipeline.planner import Planner, make_planner, section_of, specs
+from seap_ray.pipeline.evaluate import Failure, eval_target, eval_task, evaluate
+from seap_ray.pipeline.model_specs import model_specs, pruning_section
+from seap_ray.pipeline.placement import choose_placement, with_placement
+from seap_ray.pipeline.planner import Planner, make_planner
 from seap_ray.pipeline.preflight import Finding, cluster_checks, local_checks, raise_on_error
 from seap_ray.pipeline.prune import PendingCheckpoint, prune
-from seap_ray.pipeline.results import cut_model, dense_model, results, with_cells
+from seap_ray.pipeline.results import dense_row, pruned_row, results_json
 from seap_ray.pipeline.shards import Manifest, make_shards
 from seap_ray.progress import progress, say
 from seap_ray.report.page import write_report
@@ -79,7 +80,7 @@ def on_cluster(config: Config, work: Callable[[Config, Checkpoint, Run], None], 
         with unwrap_ray_errors():
             n_workers(config, 1)
             raise_on_error(cluster_checks(config, checkpoint, run))
-            work(placed(config, checkpoint), checkpoint, run)
+            work(with_placement(config, checkpoint), checkpoint, run)
     say(f"{run.root} is complete, {time.monotonic() - started:.0f} s")
 
 
@@ -105,7 +106,7 @@ def diagnose(config: Config) -> None:
         _show(findings)
         n, settings = n_workers(config, sys.maxsize), config.calibration
         each = f"{settings.num_cpus} CPUs and {settings.num_gpus:g} GPUs"
-        said = f"{n}, each of {each}; placement {choose(config, checkpoint)}"
+        said = f"{n}, each of {each}; placement {choose_placement(config, checkpoint)}"
         _show([Finding("ok", "workers", said)])
     wrong = sum(finding.level == "error" for finding in findings)
     if wrong:
@@ -147,7 +148,7 @@ def _checked(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
 def _check_ratios(config: Config, checkpoint: Checkpoint) -> None:
     """What a layer can give does not depend on statistics, so a ratio beyond reach is known at once."""
     stock = config.export.format == "stock"
-    for pruning in (section_of(config, spec.settings) for spec in specs(config)):
+    for pruning in (pruning_section(config, spec.settings) for spec in model_specs(config)):
         compensated = pruning.compensation != "none"
         for ratio in config.pruning.ratio:
             check_ratio(checkpoint.architecture, pruning, ratio=ratio, compensated=compensated, stock=stock)
@@ -220,19 +221,21 @@ def route(made: CalibratedRun) -> dict[str, Any] | None:
 def _report(made: CalibratedRun, drafts: list[PendingCheckpoint], router: dict[str, Any] | None) -> None:
     """Evaluate, print the table, write results and report. Raises IncompleteError when a model could not be judged."""
     config, run = made.config, made.run
-    models, exams = [dense_model(made.checkpoint), *map(cut_model, drafts)], {}
+    rows = [dense_row(made.checkpoint), *map(pruned_row, drafts)]
+    eval_tasks = {}
     if config.evaluation.samples != 0:
-        exams = {task.name: eval_task(config, run, task, by_lm_eval=False) for task in config.tasks}
-        subjects = [eval_target(made.checkpoint, exams), *(eval_target(draft, exams) for draft in drafts)]
-        cells = evaluate(config, run, subjects, exams, progress)
-        models = [with_cells(model, row) for model, row in zip(models, cells, strict=True)]
-    found = results(config, exams, models, router)
-    write_json(run.results, found)
+        eval_tasks = {task.name: eval_task(config, run, task, by_lm_eval=False) for task in config.tasks}
+        targets = [eval_target(made.checkpoint, eval_tasks)]
+        targets += [eval_target(draft, eval_tasks) for draft in drafts]
+        found = evaluate(config, run, targets, eval_tasks, progress)
+        rows = [row.with_quality(quality) for row, quality in zip(rows, found, strict=True)]
+    written = results_json(config, eval_tasks, rows, router)
+    write_json(run.results, written)
     say("")
-    say(table(found))
+    say(table(written))
     say("")
     say(f"{write_report(run)} has the pictures")
-    for model in models:
-        for task, cell in model["quality"].items():
-            if "error" in cell:
-                raise IncompleteError(f"{model['name']} on {task}: {cell['error']}")
+    for row in rows:
+        for task, result in row.quality.items():
+            if isinstance(result, Failure):
+                raise IncompleteError(f"{row.name} on {task}: {result.error}")

@@ -9,10 +9,8 @@ from typing import Any
 
 import ray
 import torch
-from safetensors.torch import save_file
 
-from seap_ray.config import Baseline, Config, PlanSettings, PruningSection
-from seap_ray.core.architecture import Architecture
+from seap_ray.config import Config, PruningSection
 from seap_ray.core.moments import SITES, Moments, Site, Statistics, mixed
 from seap_ray.core.plan import Kept, LayerScores, Plan, choose_dropped, choose_shapes, keep
 from seap_ray.core.reconstruction import UNIT_SCORES
@@ -30,67 +28,9 @@ from seap_ray.models.records import (
     task_memory,
 )
 from seap_ray.pipeline.cluster import work_task
-from seap_ray.storage.files import atomic_write, write_json
+from seap_ray.pipeline.model_specs import ModelSpec, pruning_section
 from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """One model to be cut: its name, the statistics that it uses with their weights, and how."""
-
-    name: str
-    kind: str
-    """``expert``, ``general`` or ``baseline``."""
-    method: str
-    """Name of the settings; those of several tasks are one method."""
-    weights: dict[str, float]
-    """By name of the statistics: a task's, or a part of them."""
-    settings: PlanSettings
-    pooling: str = "pooled"
-    task: str | None = None
-    """The one task that it is made for."""
-
-
-def specs(config: Config) -> list[Spec]:
-    """The general model, one expert per task, and the baselines."""
-    pruning, weights = config.pruning, {task.name: task.weight for task in config.tasks}
-    general, fill = pruning.general, config.plan_settings
-    made = [Spec("general", "general", "general", weights, fill(general), general.pooling)]
-    made += [
-        Spec(task, "expert", "experts", _expert_weights(config, task), fill(pruning.experts), task=task)
-        for task in weights
-    ]
-    for name, baseline in pruning.baselines.items():
-        made += baseline_specs(config, name, baseline)
-    return made
-
-
-def _expert_weights(config: Config, task: str) -> dict[str, float]:
-    """Weights of an expert's statistics: its task alone, or with a share of all tasks."""
-    mix, total = config.pruning.experts.mix, sum(task.weight for task in config.tasks)
-    shares = {other.name: mix * other.weight / total + (1 - mix) * (other.name == task) for other in config.tasks}
-    return {name: share for name, share in shares.items() if share}
-
-
-def baseline_specs(config: Config, name: str, baseline: Baseline) -> list[Spec]:
-    """One model of a baseline, or one for each task."""
-    weights, settings = {task.name: task.weight for task in config.tasks}, config.plan_settings(baseline)
-    chosen = baseline.tasks or tuple(weights)
-    if baseline.per_task:
-        return [Spec(f"{name}.{t}", "baseline", name, {t: 1.0}, settings, task=t) for t in chosen]
-    return [Spec(name, "baseline", name, {t: weights[t] for t in chosen}, settings, baseline.pooling)]
-
-
-# --- plans -----------------------------------------------------------------------------------------------------------
-
-
-def section_of(config: Config, settings: PlanSettings) -> PruningSection:
-    """The pruning section as one plan has it. ``settings`` leave nothing out (``Config.plan_settings``)."""
-    own = settings.model_dump(include={"score", "compensation", "budget"})
-    curve = settings.model_dump(include={"k", "x0"})
-    allocation = config.pruning.allocation.model_copy(update={"kind": settings.allocation, **curve})
-    return config.pruning.model_copy(update={**own, "allocation": allocation})
 
 
 @dataclass(frozen=True)
@@ -107,16 +47,16 @@ class Planner:
     """The statistics' files, with covariances beside them where the run has them."""
     run: Run
 
-    def plan(self, spec: Spec, ratio: float) -> Plan:
+    def plan(self, spec: ModelSpec, ratio: float) -> Plan:
         """Raises ConfigError when floors, caps and protection do not allow the ratio."""
-        pruning = section_of(self.config, spec.settings)
+        pruning = pruning_section(self.config, spec.settings)
         make = self._depth_plan if pruning.allocation.kind == "depth" else self._width_plan
         plan = make(spec, pruning, ratio)
         if self.config.export.format == "stock":
             check_stock(plan, self.checkpoint.architecture)
         return plan
 
-    def _width_plan(self, spec: Spec, pruning: PruningSection, ratio: float) -> Plan:
+    def _width_plan(self, spec: ModelSpec, pruning: PruningSection, ratio: float) -> Plan:
         architecture, of_units = self.checkpoint.architecture, pruning.score in UNIT_SCORES
         scores_L = self._unit_scores(spec, pruning) if of_units else self._scores(spec)
         shapes = choose_shapes(
@@ -138,7 +78,7 @@ class Planner:
         provenance = self._provenance(spec, pruning, score=pruning.score, **about)
         return Plan(spec.name, ratio, pruning.compensation, kept, provenance)
 
-    def _depth_plan(self, spec: Spec, pruning: PruningSection, ratio: float) -> Plan:
+    def _depth_plan(self, spec: ModelSpec, pruning: PruningSection, ratio: float) -> Plan:
         """Whole layers go, by ShortGPT's Block Influence (arXiv 2403.03853); there is nothing to compensate."""
         architecture, mixed = self.checkpoint.architecture, self.mixed(spec)
         influence_L = [1 - float(mixed[layer, "block"].mean_D) for layer in range(architecture.n_layers)]
@@ -146,7 +86,7 @@ class Planner:
         kept = tuple(Kept.whole(architecture, i) for i in range(architecture.n_layers) if i not in dropped)
         return Plan(spec.name, ratio, "none", kept, self._provenance(spec, pruning, score=None), dropped)
 
-    def _provenance(self, spec: Spec, pruning: PruningSection, **scored: Any) -> dict[str, Any]:
+    def _provenance(self, spec: ModelSpec, pruning: PruningSection, **scored: Any) -> dict[str, Any]:
         return {
             "kind": spec.kind,
             **scored,
@@ -157,14 +97,14 @@ class Planner:
             "statistics": {task: self.made_of[task] for task in spec.weights},
         }
 
-    def _scores(self, spec: Spec) -> list[LayerScores]:
+    def _scores(self, spec: ModelSpec) -> list[LayerScores]:
         attn, mlp = (self._site_scores(spec, site) for site in SITES)
         if spec.settings.allocation == "standardised":  # column by column; a layer's own ranking stays as it is
             attn, mlp = ([standardised(score_D) for score_D in score_L] for score_L in (attn, mlp))
         head_dim = self.checkpoint.architecture.head_dim
         return [(head_scores(a, head_dim), m) for a, m in zip(attn, mlp, strict=True)]
 
-    def _site_scores(self, spec: Spec, site: Site) -> list[torch.Tensor]:
+    def _site_scores(self, spec: ModelSpec, site: Site) -> list[torch.Tensor]:
         """Scores of a site's columns in every layer: (D,), of a mixture's experts (E, C)."""
         layers = range(self.checkpoint.architecture.n_layers)
         if spec.settings.score == "random":
@@ -176,7 +116,7 @@ class Planner:
         return [self._summed_score(score, spec, layer, site) for layer in layers]
 
     def _summed_score(
-        self, score: Callable[[Moments, Norms], torch.Tensor], spec: Spec, layer: int, site: Site
+        self, score: Callable[[Moments, Norms], torch.Tensor], spec: ModelSpec, layer: int, site: Site
     ) -> torch.Tensor:
         """The paper's general score: the sum over tasks, weighted 3 for language-model corpora and 2 for the others."""
         each = [w * self._score(score, self.statistics[t], layer, site) for t, w in spec.weights.items()]
@@ -193,7 +133,7 @@ class Planner:
         keys = [(layer, one) for one in self.checkpoint.architecture.sites(site)]
         return column_scores(score, of, self.norms, keys)
 
-    def _unit_scores(self, spec: Spec, pruning: PruningSection) -> list[LayerScores]:
+    def _unit_scores(self, spec: ModelSpec, pruning: PruningSection) -> list[LayerScores]:
         """Scores from covariances, made in Ray tasks, a layer each, and kept for the next plan."""
         architecture, name = self.checkpoint.architecture, self._unit_scores_print(spec, pruning)
         path = self.run.unit_scores(name)
@@ -210,17 +150,17 @@ class Planner:
             save_tensors(path, {f"{layer}.{unit}": tensor for layer, part in found for unit, tensor in part.items()})
         return [(of["heads"], of["channels"]) for of in load_unit_scores(path, range(architecture.n_layers))]
 
-    def _unit_scores_print(self, spec: Spec, pruning: PruningSection) -> str:
+    def _unit_scores_print(self, spec: ModelSpec, pruning: PruningSection) -> str:
         made_of = {task: (weight, self.made_of[task]) for task, weight in spec.weights.items()}
         return fingerprint(made_of, spec.pooling, pruning.score, pruning.ridge, pruning.attention_unit)[:20]
 
-    def mixture(self, spec: Spec) -> Mixture:
+    def mixture(self, spec: ModelSpec) -> Mixture:
         """Covariances of the spec's tasks as one stream, read when they are asked for."""
         ridge = self.config.pruning.ridge
         files = tuple(self.files[task] for task in spec.weights)
         return Mixture(files, tuple(spec.weights.values()), None if ridge == "auto" else ridge)
 
-    def mixed(self, spec: Spec) -> Statistics:
+    def mixed(self, spec: ModelSpec) -> Statistics:
         """Moments of the spec's tasks as one stream, each task counting by its weight."""
         parts, weights = [self.statistics[task] for task in spec.weights], list(spec.weights.values())
         return parts[0] if len(parts) == 1 else mixed(parts, weights)
@@ -273,41 +213,3 @@ def _layer_norms(checkpoint: Checkpoint, layer: int) -> dict[Site, Norms]:
         site: checkpoint.architecture.tensor(layer, module) for site, module in checkpoint.architecture.modules.items()
     }
     return {site: Norms.of(checkpoint.read(name)) for site, name in names.items()}
-
-
-def save_plan(plan: Plan, architecture: Architecture, path: StoragePath) -> None:
-    """``<name>.json`` for people, ``<name>.safetensors`` with the kept indices, int32.
-
-    A channel of a mixture's expert has the number that it would have if all experts lay one after another.
-    """
-    indices = {}
-    for layer, kept in _by_layer(plan).items():
-        width, given = len(kept.channels) // kept.experts, architecture.layers[layer].shape
-        channels = [c + i // max(width, 1) * given.channels for i, c in enumerate(kept.channels)]
-        for unit, of in (("groups", kept.groups), ("heads", kept.heads), ("channels", channels)):
-            indices[f"layers.{layer}.{unit}"] = torch.tensor(of, dtype=torch.int32)
-    with atomic_write(path.with_suffix(".safetensors")) as temporary:
-        save_file(indices, temporary)
-    write_json(path, describe(plan, architecture))
-
-
-def _by_layer(plan: Plan) -> dict[int, Kept]:
-    """What is kept of every layer of the base: of one that goes as a whole, nothing."""
-    of = dict(zip(plan.layers, plan.kept, strict=True)) | dict.fromkeys(plan.dropped, Kept((), (), ()))
-    return dict(sorted(of.items()))
-
-
-def describe(plan: Plan, architecture: Architecture) -> dict[str, Any]:
-    """What a plan does, without its indices; widths are those of every layer of the base."""
-    of = _by_layer(plan).values()
-    widths = [{"heads": len(k.heads), "kv_heads": len(k.groups), "channels": len(k.channels) // k.experts} for k in of]
-    kept_layers = {"kept_layers": list(plan.layers)} if plan.dropped else {}
-    return {
-        "name": plan.name,
-        "requested_ratio": plan.requested,
-        "planned_ratio": plan.planned(architecture),
-        "compensation": plan.compensation,
-        **plan.provenance,
-        **kept_layers,
-        "layers": widths,
-    }

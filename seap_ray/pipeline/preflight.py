@@ -24,7 +24,7 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import corpus_files, is_files
 from seap_ray.models.records import covariance_bytes
 from seap_ray.pipeline.calibrate import check_memory
-from seap_ray.pipeline.planner import specs
+from seap_ray.pipeline.model_specs import model_specs
 from seap_ray.progress import say, size
 from seap_ray.storage.files import writable
 from seap_ray.storage.paths import StoragePath, is_uri, parse_path
@@ -299,7 +299,7 @@ def run_bytes(config: Config, checkpoint: Checkpoint) -> float:
     if config.calibration.statistics == "covariance":
         moments += architecture.n_layers * covariance_bytes(architecture) // 2
     kept = sum(1 - ratio for ratio in config.pruning.ratio)
-    return len(config.tasks) * per_task * moments + kept * len(specs(config)) * checkpoint.n_bytes
+    return len(config.tasks) * per_task * moments + kept * len(model_specs(config)) * checkpoint.n_bytes
 
 
 def _model(checkpoint: Checkpoint, nodes: Sequence[Node]) -> Iterator[Finding]:

@@ -21,7 +21,9 @@ from seap_ray.models.records import (
     task_memory,
 )
 from seap_ray.pipeline.cluster import work_task
-from seap_ray.pipeline.planner import Planner, Spec, describe, save_plan, specs
+from seap_ray.pipeline.model_specs import ModelSpec, model_specs
+from seap_ray.pipeline.plan_files import describe_plan, save_plan
+from seap_ray.pipeline.planner import Planner
 from seap_ray.storage.artifact import Artifact, ChecksummedFile, ManifestFolder, checksum_path
 from seap_ray.storage.files import link, writable
 from seap_ray.storage.paths import StoragePath
@@ -52,7 +54,7 @@ WEIGHT_FILE = ChecksummedFile()
 class PendingCheckpoint:
     """A checkpoint to be: written to a hidden folder, which gets its name when it is whole."""
 
-    spec: Spec
+    spec: ModelSpec
     compaction: Compaction
     target: StoragePath
     """Folder of the finished checkpoint."""
@@ -84,7 +86,7 @@ def prune(
     All plans are made before anything is written, so a ratio that cannot be met costs nothing.
     """
     config = planner.config
-    plans = [(spec, planner.plan(spec, ratio)) for ratio in config.pruning.ratio for spec in specs(config)]
+    plans = [(spec, planner.plan(spec, ratio)) for ratio in config.pruning.ratio for spec in model_specs(config)]
     for _, plan in plans:
         save_plan(plan, planner.checkpoint.architecture, run.plan(plan.requested, plan.name))
 
@@ -98,7 +100,7 @@ def prune(
     return checkpoints
 
 
-def prepare_checkpoint(planner: Planner, run: Run, spec: Spec, plan: Plan) -> PendingCheckpoint:
+def prepare_checkpoint(planner: Planner, run: Run, spec: ModelSpec, plan: Plan) -> PendingCheckpoint:
     """Lay out the checkpoint of a plan: its tensors, files and folder. No weight is read."""
     export = planner.config.export
     statistics: Statistics | Mixture | None = None
@@ -279,7 +281,7 @@ def _manifest(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> dict[str
             "fingerprint": base.fingerprint,
         },
         **checkpoint_sizes(checkpoint),
-        "plan": describe(checkpoint.compaction.plan, base.architecture),
+        "plan": describe_plan(checkpoint.compaction.plan, base.architecture),
         "files": {
             name: {"sha256": hashes[name], "bytes": (checkpoint.partial / name).stat().st_size}
             for name in checkpoint.files

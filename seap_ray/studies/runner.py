@@ -19,12 +19,13 @@ from seap_ray.errors import ConfigError
 from seap_ray.judges.speed import Speed, measure_speeds
 from seap_ray.models.checkpoint import Checkpoint, versions
 from seap_ray.models.corpus import tokenizer_hash
+from seap_ray.models.loading import model_dtype
 from seap_ray.models.records import load_statistics
 from seap_ray.pipeline.calibrate import Calibration, made_of, make_records, merge_all
-from seap_ray.pipeline.evaluate import EvalResult, EvalTask, Failure, EvalTarget, eval_target, eval_task, evaluate
+from seap_ray.pipeline.evaluate import EvalResult, EvalTarget, EvalTask, Failure, eval_target, eval_task, evaluate
 from seap_ray.pipeline.job import CalibratedRun, known_error
-from seap_ray.models.loading import model_dtype
-from seap_ray.pipeline.planner import Planner, Spec
+from seap_ray.pipeline.model_specs import ModelSpec
+from seap_ray.pipeline.planner import Planner
 from seap_ray.pipeline.prune import PendingCheckpoint, prepare_checkpoint
 from seap_ray.pipeline.results import ModelRow, dense_row, pruned_row
 from seap_ray.pipeline.shards import Manifest, Shard
@@ -38,7 +39,7 @@ from seap_ray.storage.run import fingerprint
 class Asked:
     """One model of a study: a spec at a ratio, or the dense one, and the tasks that it is judged on."""
 
-    spec: Spec | None = None
+    spec: ModelSpec | None = None
     ratio: float = 0.0
     tasks: tuple[str, ...] | None = None
     """None: all."""
@@ -131,7 +132,9 @@ class Bench:
     def _subject(self, asked: Asked, source: Checkpoint | PendingCheckpoint | Failure) -> EvalTarget | None:
         return None if isinstance(source, Failure) else eval_target(source, asked.tasks or self.tasks)
 
-    def _judged(self, asked: Asked, source: Checkpoint | PendingCheckpoint | Failure, cells: dict[str, EvalResult]) -> Judged:
+    def _judged(
+        self, asked: Asked, source: Checkpoint | PendingCheckpoint | Failure, cells: dict[str, EvalResult]
+    ) -> Judged:
         if isinstance(source, Checkpoint):
             return Judged(asked, dense_row(source).with_quality(cells), cells, source.config)
         if isinstance(source, PendingCheckpoint):
@@ -212,7 +215,7 @@ def _shape(config: dict[str, Any]) -> str:
     return fingerprint([config.get(key) for key in keys], config.get("per_layer_config") or {})
 
 
-def _unplanned(spec: Spec, ratio: float) -> ModelRow:
+def _unplanned(spec: ModelSpec, ratio: float) -> ModelRow:
     """The row of a model that cannot be planned: sizes unknown."""
     return ModelRow(
         name=spec.name,
@@ -245,7 +248,7 @@ def _other(name: str, folder: StoragePath, opened: Checkpoint | Failure) -> Mode
     """The row of a checkpoint that was made elsewhere."""
     manifest = read_json(folder / "seap.json") or {}
     keys = ("planned_ratio", "realised_ratio", "parameters", "bytes", "kv_bytes_per_token")
-    sizes = {key: manifest.get(key) for key in keys}
+    sizes: dict[str, Any] = {key: manifest.get(key) for key in keys}
     if isinstance(opened, Checkpoint):
         sizes |= {"parameters": opened.parameters, "bytes": opened.n_bytes}
     ratio = manifest.get("requested_ratio")

@@ -20,7 +20,7 @@ from seap_ray.methods import METHODS, STUDIES
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.pipeline.evaluate import EvalTask, Failure
 from seap_ray.pipeline.job import calibrate_run, on_cluster, route
-from seap_ray.pipeline.planner import Spec, baseline_specs, specs
+from seap_ray.pipeline.model_specs import ModelSpec, baseline_specs, model_specs
 from seap_ray.pipeline.results import ModelRow, own_task_rows, results_json
 from seap_ray.pipeline.shards import Shard
 from seap_ray.progress import say
@@ -114,7 +114,7 @@ def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def _asked(bench: Bench, made: Iterable[Spec]) -> list[Asked]:
+def _asked(bench: Bench, made: Iterable[ModelSpec]) -> list[Asked]:
     """Each spec at each ratio; a baseline for one task is judged on that task only."""
     made = list(made)
     return [
@@ -124,18 +124,18 @@ def _asked(bench: Bench, made: Iterable[Spec]) -> list[Asked]:
     ]
 
 
-def _named(bench: Bench, name: str, *, like: str | None = None, **settings: Any) -> list[Spec]:
+def _named(bench: Bench, name: str, *, like: str | None = None, **settings: Any) -> list[ModelSpec]:
     """Specs of a built-in method, or of settings alone, under a name."""
     base = METHODS[like] if like else {}
     return baseline_specs(bench.config, name, Baseline(**{**base, **settings}))
 
 
-def _usual(config: Config) -> list[Spec]:
+def _usual(config: Config) -> list[ModelSpec]:
     """The experts and the general model."""
-    return [spec for spec in specs(config) if spec.kind != "baseline"]
+    return [spec for spec in model_specs(config) if spec.kind != "baseline"]
 
 
-def _variant(spec: Spec, method: str, **settings: Any) -> Spec:
+def _variant(spec: ModelSpec, method: str, **settings: Any) -> ModelSpec:
     """The same model with some settings of its own, as a baseline named by them."""
     name = f"{method}.{spec.task}" if spec.task else method
     own = spec.settings.model_copy(update=settings)
@@ -180,13 +180,13 @@ def _row_of(model: ModelRow, tasks: Sequence[str]) -> list[Any]:
 
 
 def _table(bench: Bench) -> Found:
-    own = specs(bench.config)
+    own = model_specs(bench.config)
     names = {spec.name for spec in own}
     judged = bench.judge([Asked(), *_asked(bench, [*own, *(s for s in _all_methods(bench) if s.name not in names)])])
     return _compared(bench, bench.with_speed([*judged, *bench.others()]))
 
 
-def _all_methods(bench: Bench) -> list[Spec]:
+def _all_methods(bench: Bench) -> list[ModelSpec]:
     """Every built-in method with every allocation, and where a corpus is plain text, calibrated on that alone."""
     made = [
         spec
@@ -275,10 +275,10 @@ def _part(task: str, size: int, seed: int) -> str:
     return f"{task}.{size}.{seed}"
 
 
-def _expert(bench: Bench, task: str, size: int, seed: int) -> Spec:
+def _expert(bench: Bench, task: str, size: int, seed: int) -> ModelSpec:
     name = _part(task, size, seed)
     settings = bench.config.plan_settings(bench.config.pruning.experts)
-    return Spec(name, "baseline", f"{size}.{seed}", {name: 1.0}, settings, task=task)
+    return ModelSpec(name, "baseline", f"{size}.{seed}", {name: 1.0}, settings, task=task)
 
 
 def _sizes(judged: Mapping[tuple[float, str, int, int], Judged]) -> list[list[Any]]:
@@ -306,7 +306,7 @@ def _pooling(bench: Bench) -> Found:
         f"{task}.{seed}": _share(bench.manifest(task).shards, 1 / len(bench.tasks), seed)
         for task, seed in product(bench.tasks, SEEDS)
     }
-    made = [spec for spec in specs(bench.config) if spec.kind == "expert"]
+    made = [spec for spec in model_specs(bench.config) if spec.kind == "expert"]
     made += [spec for like in ("general", "experts") for spec in _pooled(bench, like)]
     judged = bench.judge(_own(_asked(bench, made)), bench.with_parts(share))
     shards = {**share, **{task: bench.manifest(task).shards for task in bench.tasks}}
@@ -317,17 +317,17 @@ def _pooling(bench: Bench) -> Found:
     return Found(judged, ["model", "tokens", *found.columns[1:]], rows)
 
 
-def _pooled(bench: Bench, like: str) -> list[Spec]:
+def _pooled(bench: Bench, like: str) -> list[ModelSpec]:
     """General models with the settings of the general one or of the experts, by pooling and tokens."""
     of = bench.config.pruning.general if like == "general" else bench.config.pruning.experts
     settings, weights = bench.config.plan_settings(of), {task.name: task.weight for task in bench.config.tasks}
     made = []
     for pooling in get_args(Pooling):
         method = f"general_like_{like}.{pooling}"
-        made.append(Spec(f"{method}.all_tokens", "baseline", method, weights, settings, pooling))
+        made.append(ModelSpec(f"{method}.all_tokens", "baseline", method, weights, settings, pooling))
         for seed in SEEDS:
             parts = {f"{task}.{seed}": weight for task, weight in weights.items()}
-            made.append(Spec(f"{method}.experts_tokens.{seed}", "baseline", method, parts, settings, pooling))
+            made.append(ModelSpec(f"{method}.experts_tokens.{seed}", "baseline", method, parts, settings, pooling))
     return made
 
 
@@ -466,7 +466,7 @@ def _routing(bench: Bench) -> Found:
         raise ConfigError("tasks: study=routing needs one with prompts; windows of a text are none")
     usual = _usual(bench.config)
     judged = bench.judge(_asked(bench, usual))
-    cells = {(one.model.ratio, one.model.name): one.cells for one in judged}
+    cells = {(one.model.ratio or 0.0, one.model.name): one.cells for one in judged}
     router = Router.load(bench.made.run.router)
     routed, seconds = _routed(router, asked)
     random_ = [_at_random(bench.tasks, asked, seed) for seed in SEEDS]

@@ -17,7 +17,9 @@ from seap_ray.core.moments import Moments, shares
 from seap_ray.core.plan import Plan, choose_shapes, ratio_of
 from seap_ray.core.scores import Norms
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.pipeline.planner import Planner, Spec, save_plan, section_of, specs
+from seap_ray.pipeline.model_specs import ModelSpec, model_specs, pruning_section
+from seap_ray.pipeline.plan_files import save_plan
+from seap_ray.pipeline.planner import Planner
 from seap_ray.pipeline.prune import checkpoint_sizes, prepare_checkpoint, write_temporarily
 from seap_ray.storage.files import read_json
 from seap_ray.storage.run import Run
@@ -68,8 +70,8 @@ def plan_of(planner: Planner, name: str, ratio: float) -> Plan:
     return planner.plan(spec_of(planner, name), ratio)
 
 
-def spec_of(planner: Planner, name: str) -> Spec:
-    return next(spec for spec in specs(planner.config) if spec.name == name)
+def spec_of(planner: Planner, name: str) -> ModelSpec:
+    return next(spec for spec in model_specs(planner.config) if spec.name == name)
 
 
 # --- standardised ----------------------------------------------------------------------------------------------------
@@ -199,9 +201,9 @@ def test_a_plan_keeps_to_its_own_budget_and_curve():
 
 def test_what_a_plan_leaves_out_is_the_pruning_sections():
     config = Config.model_validate({"pruning": {"score": "magnitude", "allocation": {"kind": "uniform", "k": 3.0}}})
-    filled = section_of(config, config.plan_settings(config.pruning.experts))
+    filled = pruning_section(config, config.plan_settings(config.pruning.experts))
     assert filled == config.pruning
-    general = section_of(config, config.plan_settings(config.pruning.general))
+    general = pruning_section(config, config.plan_settings(config.pruning.general))
     assert (general.score, general.compensation, general.allocation) == ("energy", "none", config.pruning.allocation)
 
 

@@ -7,7 +7,7 @@ from sklearn.decomposition import PCA
 
 from seap_ray.config import Config
 from seap_ray.core.architecture import Architecture
-from seap_ray.pipeline.planner import specs
+from seap_ray.pipeline.model_specs import model_specs
 from seap_ray.report import model_plots as anatomy
 from seap_ray.report.artifacts import Cut, Evidence
 from seap_ray.report.model_plots import Overlap, principal, standardised, unit_scores, with_own_kind
@@ -181,7 +181,7 @@ def test_scores_are_those_that_the_plans_were_made_from(tmp_path, model):
     config = Config.model_validate(evidence.config)
     planner = make_planner(config, Run(tmp_path / "other"), model)
     architecture = planner.checkpoint.architecture
-    for spec in (spec for spec in specs(config) if spec.kind != "baseline"):
+    for spec in (spec for spec in model_specs(config) if spec.kind != "baseline"):
         (cut,) = (cut for cut in evidence.cuts[0.4] if cut.name == spec.name)
         found = unit_scores(evidence, architecture, cut)
         for layer, (heads, channels) in enumerate(planner._scores(spec)):

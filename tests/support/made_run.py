@@ -15,8 +15,10 @@ from seap_ray.core.moments import Moments, Statistics
 from seap_ray.core.scores import Norms
 from seap_ray.methods import STUDIES
 from seap_ray.models.records import save_moments
-from seap_ray.pipeline.planner import Planner, save_plan, specs
-from seap_ray.pipeline.results import own_tasks
+from seap_ray.pipeline.model_specs import model_specs
+from seap_ray.pipeline.plan_files import save_plan
+from seap_ray.pipeline.planner import Planner
+from seap_ray.pipeline.results import ModelRow, own_task_rows
 from seap_ray.report.table import mean_quality
 from seap_ray.storage.files import write_json
 from seap_ray.storage.run import Run
@@ -43,7 +45,7 @@ def make_run(
     write_json(root / "model" / "config.json", CONFIGS[model]().to_dict())
     planner = make_planner(config, run, model)
     for ratio in ratios:
-        for spec in specs(config):
+        for spec in model_specs(config):
             save_plan(planner.plan(spec, ratio), planner.checkpoint.architecture, run.plan(ratio, spec.name))
     for task in TASKS:
         shard = {"task": task, "shard": "00000", "n_sequences": 64, "n_tokens": 1234, "sha256": ""}
@@ -91,11 +93,12 @@ def results(config: Config, folder: Path, *, speed: bool = False, perplexity: bo
         tasks["prose"] = {"metric": "window_perplexity", "short": "ppl", "judge": "seap_ray"}
     models = [_model("dense", "dense", None, tasks, rng)]
     for ratio in config.pruning.ratio:
-        models += [_model(spec.name, spec.kind, ratio, tasks, rng) for spec in specs(config)]
+        models += [_model(spec.name, spec.kind, ratio, tasks, rng) for spec in model_specs(config)]
     for model in models:
         model["folder"] = str(folder) if model["kind"] == "dense" else None
         if speed:
             model["speed"] = _speed(model["realised_ratio"])
+    summaries = own_task_rows([ModelRow.from_json(model) for model in models])
     confusion = {task: {task: 38, "general": 2} for task in TASKS}
     coverage = [{"threshold": t / 10, "coverage": 1 - t / 20, "accuracy": 0.9 + t / 100} for t in range(10)]
     router = {
@@ -110,7 +113,7 @@ def results(config: Config, folder: Path, *, speed: bool = False, perplexity: bo
         "config": config.model_dump(mode="json"),
         "seed": 0,
         "tasks": tasks,
-        "models": [*models, *own_tasks(models)],
+        "models": [*models, *(row.to_json() for row in summaries)],
         "router": {**router, "confusion": confusion, "coverage": coverage},
         "versions": {"seap-ray": "0.1.0"},
     }
