@@ -26,9 +26,10 @@ from benchmarks.measure import Row, alternate
 from seap_ray.config import Config
 from seap_ray.demo import skills
 from seap_ray.errors import ConfigError
+from seap_ray.models.batching import Batch, Sequences, group_by_length, make_batches, pack_sequences
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.corpus import Renderer, batches, load_tokenizer, packed
-from seap_ray.models.recorder import Batch, Sequences, record, rows_of
+from seap_ray.models.corpus import Renderer, load_tokenizer
+from seap_ray.models.forward import record
 from seap_ray.models.records import save_moments
 from seap_ray.tasks import BUILT_IN
 
@@ -74,7 +75,9 @@ def _overhead(config: LlamaConfig, dtype: torch.dtype, rounds: int) -> Iterator[
     model.to(dtype)
     decoder, sequences = model.get_decoder(), _sequences(config.vocab_size)
     lengths = [len(sequence) for sequence in sequences]
-    bucketed: list[list[Sequences]] = [[[sequences[i]] for i in group] for group in batches(lengths, BATCH_TOKENS)]
+    bucketed: list[list[Sequences]] = []
+    for group in group_by_length(lengths, BATCH_TOKENS):
+        bucketed.append([[sequences[i]] for i in group])
 
     @torch.inference_mode()
     def bare(of_batches: list[list[Sequences]]) -> None:
@@ -84,7 +87,7 @@ def _overhead(config: LlamaConfig, dtype: torch.dtype, rounds: int) -> Iterator[
 
     found = alternate(
         {
-            "bare": partial(bare, rows_of(decoder, sequences, BATCH_TOKENS)),
+            "bare": partial(bare, make_batches(decoder, sequences, BATCH_TOKENS)),
             "bucketed": partial(bare, bucketed),
             "ours": partial(record, model, sequences, batch_tokens=BATCH_TOKENS),
         },
@@ -128,8 +131,10 @@ def _padding() -> Row:
     shares = []
     for skill in SKILLS:
         lengths = [len(ids) for ids in tokenizer(_texts(skill, SHARD))["input_ids"]]
-        in_buckets = [[[i] for i in group] for group in batches(lengths, BATCH_TOKENS)]
-        shares.append((_share(lengths, packed(lengths, BATCH_TOKENS)), _share(lengths, in_buckets)))
+        in_buckets: list[list[list[int]]] = []
+        for group in group_by_length(lengths, BATCH_TOKENS):
+            in_buckets.append([[i] for i in group])
+        shares.append((_share(lengths, pack_sequences(lengths, BATCH_TOKENS)), _share(lengths, in_buckets)))
     ours, bucketed = (max(share) for share in zip(*shares, strict=True))
     return Row.of(
         SUITE,

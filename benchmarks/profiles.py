@@ -21,7 +21,7 @@ from benchmarks.shapes import SHAPES, sparse_checkpoint
 from seap_ray.core.plan import Kept, Plan
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import Compaction, write_tensors
-from seap_ray.models.recorder import record
+from seap_ray.models.forward import record
 
 ROUNDS, ROWS = 3, 14
 

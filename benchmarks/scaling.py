@@ -24,7 +24,7 @@ from ray.cluster_utils import Cluster
 from seap_ray.config import Config
 from seap_ray.core.moments import RECORDED, Moments
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.recorder import Recorded
+from seap_ray.models.recorder import SiteMoments
 from seap_ray.models.records import sites_of
 from seap_ray.pipeline import calibrate
 from seap_ray.pipeline.calibrate import Calibration, Calibrator, make_records
@@ -45,12 +45,12 @@ class Sleeper(Calibrator):
         self.calibration, self.run = calibration, run
         self.architecture = Checkpoint.open(config.model.source).architecture
         self.seconds = float(os.environ["SLEEP_S"])
-        self.parts = self._sleep
+        self.runner = self
         (run.root / f"worker-{os.getpid()}").touch()
         while len(list(run.root.glob("worker-*"))) < int(config.calibration.workers):
             time.sleep(0.01)
 
-    def _sleep(self, shards: Mapping[str, Any]) -> Iterator[tuple[str, Recorded]]:
+    def record(self, shards: Mapping[str, Any]) -> Iterator[tuple[str, SiteMoments]]:
         attn, mlp = self.architecture.widths
         widths = {"attn": attn, "mlp": mlp, "block": 1}
         for name, sequences in shards.items():

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from seap_ray.core.plan import Plan, choose_shapes, keep
     from seap_ray.core.reconstruction import least_squares
     from seap_ray.models.checkpoint import Checkpoint
-    from seap_ray.models.recorder import record
+    from seap_ray.models.forward import record
     from seap_ray.routing.router import Router
 
     __version__: str

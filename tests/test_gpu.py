@@ -5,11 +5,13 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from seap_ray.core.moments import Covariance, Moments
-from seap_ray.models import recorder
+from seap_ray.models import forward
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import Compaction
-from seap_ray.models.layerwise import LayerwiseModel, attention_of
-from seap_ray.models.recorder import _cosines, record
+from seap_ray.models.forward import record
+from seap_ray.models.layerwise import LayerwiseModel
+from seap_ray.models.loading import attention_of
+from seap_ray.models.recorder import token_cosines
 from tests.support.builders import load, logits, random_ids, random_plan, random_statistics, write_compacted
 from tests.support.layerwise import SHARDS, assert_equal, found_by
 from tests.support.oracles import RAGGED, as_tuples, assert_close, two_pass
@@ -48,10 +50,10 @@ def test_named_tokens_give_the_bytes_of_those_tokens_alone_and_others_are_not_re
 
 def test_moments_and_cosines_are_the_same_bytes_every_time():
     x_ND, y_ND = (activations(5000, 300, torch.bfloat16, seed).cuda() for seed in (1, 2))
-    first, cosine_N = Moments.of(x_ND), _cosines(x_ND, y_ND, None)
+    first, cosine_N = Moments.of(x_ND), token_cosines(x_ND, y_ND, None)
     for _ in range(5):
         assert_equal({"": Moments.of(x_ND)}, {"": first})
-        assert torch.equal(_cosines(x_ND, y_ND, None), cosine_N)
+        assert torch.equal(token_cosines(x_ND, y_ND, None), cosine_N)
 
 
 @pytest.mark.parametrize("width", [3, 1024, 5000])
@@ -59,9 +61,9 @@ def test_cosines_are_those_in_float64(width):
     x_ND, y_ND = (activations(200, width, torch.bfloat16, seed) for seed in (1, 2))
     rows_N = torch.arange(0, 200, 3)
     expected_N = cosine_similarity(x_ND.double(), y_ND.double())
-    found_N = _cosines(x_ND.cuda(), y_ND.cuda(), None).cpu()
+    found_N = token_cosines(x_ND.cuda(), y_ND.cuda(), None).cpu()
     torch.testing.assert_close(found_N, expected_N, rtol=1e-12, atol=1e-14)
-    assert torch.equal(_cosines(x_ND.cuda(), y_ND.cuda(), rows_N.cuda()).cpu(), found_N[rows_N])
+    assert torch.equal(token_cosines(x_ND.cuda(), y_ND.cuda(), rows_N.cuda()).cpu(), found_N[rows_N])
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "mixtral", "qwen3_moe"])
@@ -100,8 +102,8 @@ def test_a_batch_that_does_not_fit_is_halved(dense, monkeypatch):
     model = load(dense("llama_gqa")).cuda()
     sequences = [list(range(3, 43))] * 4096
     expected = record(model, sequences, batch_tokens=4000)
-    sizes, forward = [], recorder._forward
-    monkeypatch.setattr(recorder, "_forward", lambda *given: sizes.append(len(given[1])) or forward(*given))
+    sizes, run_batch = [], forward._forward
+    monkeypatch.setattr(forward, "_forward", lambda *given: sizes.append(len(given[1])) or run_batch(*given))
     torch.cuda.empty_cache()
     room = torch.cuda.memory_reserved() + (48 << 20)
     try:

@@ -15,7 +15,9 @@ from torch.nn.functional import cosine_similarity
 from benchmarks.gpu.device import HAS_GPU, SIZES, Ceilings, built, flops, now, random_sequences, row
 from benchmarks.gpu.statistics import chosen, two_pass
 from benchmarks.measure import Row, alternate
-from seap_ray.models.recorder import Batch, Sequences, record, recording
+from seap_ray.models.batching import Batch, Sequences
+from seap_ray.models.forward import record
+from seap_ray.models.recorder import recording
 
 
 def calibration_rows(of: Ceilings) -> Iterator[Row]:

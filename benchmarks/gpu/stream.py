@@ -25,9 +25,10 @@ from benchmarks.gpu.device import (
     seconds_of,
 )
 from benchmarks.measure import Row, alternate
+from seap_ray.models.batching import Sequences
 from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.forward import record
 from seap_ray.models.layerwise import LayerwiseModel
-from seap_ray.models.recorder import Sequences, record
 
 
 def stream_rows(_of: Ceilings) -> Iterator[Row]:

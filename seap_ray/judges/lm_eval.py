@@ -22,6 +22,7 @@ from jinja2 import Environment, UndefinedError, meta
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from seap_ray.errors import ConfigError, DataError
+from seap_ray.models.batching import group_by_length
 from seap_ray.models.corpus import Row, corpus_files, file_format, first_row, is_files
 from seap_ray.storage.files import stage
 from seap_ray.storage.paths import StoragePath

@@ -13,7 +13,8 @@ import torch
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from seap_ray.models.corpus import Item, batches
+from seap_ray.models.batching import group_by_length
+from seap_ray.models.corpus import Item
 from seap_ray.tasks import Task, is_perplexity
 
 
@@ -131,7 +132,7 @@ def score(
 
 def _score_encoded(model: PreTrainedModel, encoded: list[tuple[list[int], int]], *, batch_tokens: int) -> list[Scored]:
     scored: list[Scored | None] = [None] * len(encoded)
-    for group in batches([len(ids) for ids, _ in encoded], batch_tokens):
+    for group in group_by_length([len(ids) for ids, _ in encoded], batch_tokens):
         for i, result in zip(group, _score_batch(model, [encoded[i] for i in group]), strict=True):
             scored[i] = result
     return [s for s in scored if s is not None]

@@ -4,8 +4,6 @@ import csv
 import gzip
 import hashlib
 import json
-from bisect import bisect_left, insort
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from glob import has_magic as is_pattern
@@ -219,67 +217,3 @@ def tokenizer_hash(checkpoint: "Checkpoint") -> str:
     """Hash of the tokenizer's files."""
     files = sorted(checkpoint.folder.glob("tokenizer*")) + sorted(checkpoint.folder.glob("*.model"))
     return fingerprint([(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files])
-
-
-def pack(sequences: Sequence[Sequence[int]], length: int) -> list[list[int]]:
-    """Join sequences end to end and cut the stream into pieces of ``length``; the last may be shorter."""
-    stream = [token for sequence in sequences for token in sequence]
-    return [stream[start : start + length] for start in range(0, len(stream), length)]
-
-
-def batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group indices of similar length so that rows x longest, padding included, stays within ``max_tokens``.
-
-    A pure function of the lengths; a sequence longer than the limit is a batch of its own.
-    """
-    grouped: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if grouped and (len(grouped[-1]) + 1) * lengths[i] <= max_tokens:
-            grouped[-1].append(i)
-        else:
-            grouped.append([i])
-    return grouped
-
-
-PADDING = 0.02
-"""Share of the computed tokens that packing leaves to padding where it can."""
-
-
-def packed(lengths: Sequence[int], max_tokens: int) -> list[list[list[int]]]:
-    """Batches of rows of indices; the sequences of a row stand one after another, and rows are of about one length.
-
-    Rows are as short as leaves ``PADDING``, since attention takes longer in long ones, and rows x longest stays within
-    ``max_tokens``, or is one row no longer than the longest sequence. A pure function of the lengths.
-    """
-    if not lengths:
-        return []
-    order, total, longest = sorted(range(len(lengths)), key=lambda i: -lengths[i]), sum(lengths), max(lengths)
-    found, n_rows, most = [], total // longest, max(longest, max_tokens)
-    while n_rows:
-        least = min(max(longest, -(-total // n_rows)), most)
-        rooms = range(least, min(least * 6 // 5, most) + 1)  # MULTIFIT: the least room that n_rows do with
-        at = bisect_left(rooms, True, key=lambda room: len(_best_fit(lengths, order, room)) <= n_rows)
-        rows = _best_fit(lengths, order, rooms[min(at, len(rooms) - 1)])
-        width = max(sum(lengths[i] for i in row) for row in rows)
-        found.append((len(rows) * width, width, rows))
-        if total >= (1 - PADDING) * len(rows) * width or least == most:
-            break
-        n_rows = min(n_rows - 1, n_rows * 9 // 10)
-    _, width, rows = min(found)
-    size = max(1, max_tokens // width)
-    rows.sort(key=lambda row: sum(lengths[i] for i in row))
-    return [rows[first : first + size] for first in range(0, len(rows), size)]
-
-
-def _best_fit(lengths: Sequence[int], order: Sequence[int], room: int) -> list[list[int]]:
-    """Rows of at most ``room``: each sequence, by ``order``, into the fullest row that has room for it."""
-    rows: list[list[int]] = []
-    left: list[tuple[int, int]] = []
-    for i in order:
-        at = bisect_left(left, (lengths[i], 0))
-        free, row = left.pop(at) if at < len(left) else (room, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(i)
-        insort(left, (free - lengths[i], row))
-    return rows

@@ -15,41 +15,46 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from seap_ray.errors import ConfigError
+from seap_ray.models.batching import Batch, Sequences, make_batches
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.recorder import Batch, Recorded, Sequences, checked, recording_layer, rows_of, telling
+from seap_ray.models.loading import attention_of
+from seap_ray.models.recorder import SiteMoments, added, error_context, on_cpu, recording_layer
 
-PIECE = 1 << 24
-"""Numbers of a weight that are copied to a GPU at a time."""
-LAYERS = "layers."
-"""What the names of decoder layers begin with in the decoder; in the checkpoint more stands before it."""
-
-
-def attention_of(config: Mapping[str, Any]) -> str | None:
-    """Where attention has a soft cap, as in Gemma 2, transformers' usual implementation leaves it out."""
-    return "eager" if config.get("attn_logit_softcapping") else None
+COPY_ELEMENTS = 1 << 24
+"""Elements of a weight that are copied to a GPU at a time."""
+LAYERS_PREFIX = "layers."
+"""Beginning of the names of decoder layers in the decoder; in the checkpoint more stands before it."""
 
 
 @dataclass
-class _Passing:
+class _BatchInFlight:
     """A batch on its way through the layers."""
 
     batch: Batch
     hidden_BTD: Tensor
-    named_L: list[dict[str, Any]]
-    """What the decoder gives each layer besides: masks and rotary embeddings, made once and shared by the layers."""
+    arguments_L: list[dict[str, Any]]
+    """Keyword arguments that the decoder gives each layer: masks and rotary embeddings, made once and shared."""
 
-    def to(self, device: torch.device) -> "_Passing":
-        moved: dict[int, Tensor] = {}  # what layers share stays shared
-        named_L = [{key: _moved(value, device, moved) for key, value in named.items()} for named in self.named_L]
-        return _Passing(self.batch, self.hidden_BTD.to(device), named_L)
+    def to(self, device: torch.device) -> "_BatchInFlight":
+        """Copy hidden states and arguments to a device; a tensor that layers share stays one tensor."""
+        moved: dict[int, Tensor] = {}
+        arguments_L = [_move_all(arguments, device, moved) for arguments in self.arguments_L]
+        return _BatchInFlight(self.batch, self.hidden_BTD.to(device), arguments_L)
 
 
-def _moved(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
+def _move_all(arguments: dict[str, Any], device: torch.device, moved: dict[int, Tensor]) -> dict[str, Any]:
+    return {name: _move(value, device, moved) for name, value in arguments.items()}
+
+
+def _move(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
+    """Copy the tensors of a value to a device, each once; ``moved`` remembers the copies by the tensors' ids."""
     if isinstance(value, Tensor):
         if id(value) not in moved:
             moved[id(value)] = value.to(device)
         return moved[id(value)]
-    return type(value)(_moved(item, device, moved) for item in value) if isinstance(value, tuple | list) else value
+    if isinstance(value, tuple | list):
+        return type(value)(_move(item, device, moved) for item in value)
+    return value
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class LayerwiseModel:
     checkpoint: Checkpoint
     dtype: torch.dtype
     device: torch.device
-    room: int
+    memory_budget: int
     """Bytes that hidden states and masks may take on the device; where they are more, they wait on the host."""
     trust_remote_code: bool = False
 
@@ -70,23 +75,36 @@ class LayerwiseModel:
         batch_tokens: int,
         skip_first_token: bool = False,
         covariance: bool = False,
-    ) -> Iterator[tuple[str, Recorded]]:
-        """For each layer in turn, each shard's name and what ``recorder.record`` finds of the layer in its sequences.
+    ) -> Iterator[tuple[str, SiteMoments]]:
+        """Run all shards through one layer after another.
 
-        Raises DataError, with the shard's name, for activations that are not finite.
+        Arguments:
+            shards: Token ids of each shard's sequences, by its name.
+            batch_tokens: Tokens of a forward pass, padding included.
+            skip_first_token: Leave the first token of every sequence out of the statistics.
+            covariance: Record a ``Covariance`` of every site.
+
+        Yields:
+            For each layer in turn, each shard's name and what ``forward.record`` finds of the layer in its sequences.
+
+        Raises:
+            DataError: Activations are not finite; it names the shard, layer and site.
+            ConfigError: A batch does not fit the device.
         """
         skeleton = self._skeleton()
-        passing = self._enter(skeleton, shards, batch_tokens, skip_first_token)
-        blocks = self._blocks(skeleton.layers)
+        in_flight = self._embed_all(skeleton, shards, batch_tokens, skip_first_token)
+        blocks = self._read_layers(skeleton.layers)
         for layer in range(len(skeleton.layers)):
             block = next(blocks)  # not by enumerate, which would hold on to the last one
             for shard in shards:
-                yield shard, self._through(block, layer, passing[shard], covariance, shard)
+                with error_context(f"shard {shard}"):
+                    recorded = self._run_layer(block, layer, in_flight[shard], covariance)
+                yield shard, recorded
             del block  # before the next but one is read
 
     def _skeleton(self) -> Any:
-        """The decoder without weights, but for what must be computed."""
-        import seap_ray.models.hf  # noqa: F401  the checkpoint may be compacted already
+        """Build the decoder without weights, but with the buffers that no checkpoint holds and that are computed."""
+        import seap_ray.models.hf  # noqa: F401  the checkpoint may be cut already
 
         config = AutoConfig.from_pretrained(self.checkpoint.folder, trust_remote_code=self.trust_remote_code)
         if attention := attention_of(self.checkpoint.config):
@@ -101,125 +119,147 @@ class LayerwiseModel:
                 model._init_weights(module)
         return model.get_decoder()
 
+    # --- hidden states -----------------------------------------------------------------------------------------------
+
     @torch.inference_mode()
-    def _enter(
+    def _embed_all(
         self, skeleton: Any, shards: Mapping[str, Sequences], batch_tokens: int, skip_first: bool
-    ) -> dict[str, list[_Passing]]:
-        """Embed the sequences, and catch what the decoder would give to its layers."""
+    ) -> dict[str, list[_BatchInFlight]]:
+        """Embed the sequences of every shard, and catch what the decoder would give to its layers."""
         decoder = deepcopy(skeleton)
-        of_shards = {shard: rows_of(decoder, sequences, batch_tokens) for shard, sequences in shards.items()}
-        home = self._home(of_shards)
-        decoder.layers, decoder.norm = nn.ModuleList(_Catcher() for _ in skeleton.layers), nn.Identity()
-        self._load(decoder, self.checkpoint.architecture.layout.layers.removesuffix(LAYERS))
-        decoder.to(self.device)
-        entered: dict[str, list[_Passing]] = {shard: [] for shard in shards}
-        for shard, of_batches in of_shards.items():
-            for rows in of_batches:
-                batch = Batch.of(rows, skip_first, self.device)
-                decoder(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False)
-                caught = [catcher.caught for catcher in decoder.layers]
-                entered[shard].append(_Passing(batch, caught[0][0], [named for _, named in caught]).to(home))
-        return entered
+        batches_by_shard: dict[str, list[list[Sequences]]] = {}
+        for shard, sequences in shards.items():
+            batches_by_shard[shard] = make_batches(decoder, sequences, batch_tokens)
+        waiting_device = self._waiting_device(batches_by_shard)
 
-    def _home(self, shards: Mapping[str, list[list[Sequences]]]) -> torch.device:
-        """Where hidden states wait for the next layer."""
-        lengths = [sum(map(len, row)) for of_batches in shards.values() for rows in of_batches for row in rows]
-        of_token = self.checkpoint.architecture.hidden_size * self.dtype.itemsize + max(lengths)  # and a row of a mask
-        return self.device if sum(lengths) * of_token <= self.room else torch.device("cpu")
+        decoder.layers = nn.ModuleList(_Catcher() for _ in skeleton.layers)
+        decoder.norm = nn.Identity()
+        self._load_weights(decoder, self.checkpoint.architecture.layout.layers.removesuffix(LAYERS_PREFIX))
+        decoder.to(self.device)
+
+        in_flight: dict[str, list[_BatchInFlight]] = {}
+        for shard, batches in batches_by_shard.items():
+            in_flight[shard] = [self._embed(decoder, rows, skip_first).to(waiting_device) for rows in batches]
+        return in_flight
+
+    def _embed(self, decoder: Any, rows: list[Sequences], skip_first: bool) -> _BatchInFlight:
+        """Run a decoder whose layers are catchers over a batch."""
+        batch = Batch.of(rows, skip_first, self.device)
+        decoder(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False)
+        return _BatchInFlight(batch, decoder.layers[0].hidden_BTD, [catcher.arguments for catcher in decoder.layers])
+
+    def _waiting_device(self, batches_by_shard: Mapping[str, list[list[Sequences]]]) -> torch.device:
+        """Choose where hidden states wait for the next layer: on the device if they fit ``memory_budget``."""
+        lengths: list[int] = []
+        for batches in batches_by_shard.values():
+            for rows in batches:
+                lengths += [sum(map(len, row)) for row in rows]
+        # A token has its hidden state, and a row of a mask that is as long as the longest row, a byte a token.
+        token_bytes = self.checkpoint.architecture.hidden_size * self.dtype.itemsize + max(lengths)
+        return self.device if sum(lengths) * token_bytes <= self.memory_budget else torch.device("cpu")
 
     @torch.inference_mode()
-    def _through(self, block: nn.Module, layer: int, passing: list[_Passing], covariance: bool, shard: str) -> Recorded:
-        """Take a shard's batches through one layer; its moments, on the CPU."""
-        total: Recorded = {}
-        for one in passing:
-            part: Recorded = {}
-            family = self.checkpoint.architecture.layout
-            with recording_layer(block, family, layer, one.batch.rows_N, part, covariance=covariance):
-                moved: dict[int, Tensor] = {}
-                named = {key: _moved(value, self.device, moved) for key, value in one.named_L[layer].items()}
-                output = self._run(block, one.hidden_BTD.to(self.device), named)
+    def _run_layer(
+        self, block: nn.Module, layer: int, in_flight: list[_BatchInFlight], covariance: bool
+    ) -> SiteMoments:
+        """Take a shard's batches through one layer, whose output they hold then; return its moments, on the CPU."""
+        family = self.checkpoint.architecture.layout
+        total: SiteMoments = {}
+        for passing in in_flight:
+            part: SiteMoments = {}
+            with recording_layer(block, family, layer, passing.batch.rows_N, part, covariance=covariance):
+                arguments = _move_all(passing.arguments_L[layer], self.device, {})
+                output = self._forward(block, passing.hidden_BTD.to(self.device), arguments)
             after_BTD = output[0] if isinstance(output, tuple) else output
-            one.hidden_BTD = after_BTD.to(one.hidden_BTD.device)
-            total = {key: total[key] + part[key] for key in part} if total else part
-        with telling(f"shard {shard}"):
-            return checked(total)
+            passing.hidden_BTD = after_BTD.to(passing.hidden_BTD.device)
+            total = added(total, part)
+        return on_cpu(total)
 
-    def _run(self, block: nn.Module, hidden_BTD: Tensor, named: dict[str, Any]) -> Any:
+    def _forward(self, block: nn.Module, hidden_BTD: Tensor, arguments: dict[str, Any]) -> Any:
         try:
-            return block(hidden_BTD, **named)
+            return block(hidden_BTD, **arguments)
         except torch.OutOfMemoryError:
             tokens = hidden_BTD.shape[0] * hidden_BTD.shape[1]
             raise ConfigError(
                 f"calibration.batch_tokens: {self.device} has no room for a batch of {tokens} tokens; halve it"
             ) from None
 
-    def _blocks(self, empty: Sequence[nn.Module]) -> Iterator[nn.Module]:
-        """Each decoder layer with its weights, while the next one is read."""
+    # --- weights -----------------------------------------------------------------------------------------------------
+
+    def _read_layers(self, empty: Sequence[nn.Module]) -> Iterator[nn.Module]:
+        """Yield each decoder layer with its weights, while the next one is read."""
         # A copy waits for all that its stream has to do, so on a GPU the reader has one of its own. A layer's memory
         # goes back to that stream when the layer is done with, which is after its moments came to the CPU.
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
         def read(layer: int) -> nn.Module:
             with torch.cuda.stream(stream):
-                block = self._block(empty, layer)
+                block = self._read_layer(empty, layer)
             if stream:
                 stream.synchronize()
             return block
 
         with ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(read, 0)
+            next_block = reader.submit(read, 0)
             for layer in range(1, len(empty) + 1):
-                block = coming.result()
+                block = next_block.result()
                 if layer < len(empty):
-                    coming = reader.submit(read, layer)
+                    next_block = reader.submit(read, layer)
                 yield block
                 del block
 
-    def _block(self, empty: Sequence[nn.Module], layer: int) -> nn.Module:
+    def _read_layer(self, empty: Sequence[nn.Module], layer: int) -> nn.Module:
         block = deepcopy(empty[layer])
-        self._load(block, f"{self.checkpoint.architecture.layout.layers}{layer}.")
+        self._load_weights(block, f"{self.checkpoint.architecture.layout.layers}{layer}.")
         return block
 
-    def _load(self, module: nn.Module, prefix: str) -> None:
+    def _load_weights(self, module: nn.Module, prefix: str) -> None:
         """Give a module its weights, copied: what safetensors returns is read only when it is used."""
-        weights = {name: self._copied(self._stored(prefix, name)) for name in module.state_dict()}
+        weights = {name: self._to_device(self._read_weight(prefix, name)) for name in module.state_dict()}
         module.load_state_dict(weights, assign=True)
 
-    def _copied(self, stored: Tensor) -> Tensor:
+    def _to_device(self, stored: Tensor) -> Tensor:
         if self.device.type != "cuda":
             return stored.to(self.device, self.dtype, copy=True)
         # From pinned memory, a piece at a time: a copy from any other would keep the driver, so that nothing could be
         # launched meanwhile. All cores read a piece, and PyTorch gives its memory out again when it has been copied.
         copied = torch.empty(stored.shape, dtype=self.dtype, device=self.device)
-        for source, target in zip(stored.flatten().split(PIECE), copied.flatten().split(PIECE), strict=True):
+        sources = stored.flatten().split(COPY_ELEMENTS)
+        targets = copied.flatten().split(COPY_ELEMENTS)
+        for source, target in zip(sources, targets, strict=True):
             pinned = torch.empty(source.shape, dtype=self.dtype, pin_memory=True)
             target.copy_(pinned.copy_(source), non_blocking=True)
         return copied
 
-    def _stored(self, prefix: str, name: str) -> Tensor:
-        """A weight of a module by its name there; a mixture has its experts' matrices as one, as no checkpoint does."""
-        architecture, family = self.checkpoint.architecture, self.checkpoint.architecture.layout
+    def _read_weight(self, prefix: str, name: str) -> Tensor:
+        """Read a weight by its name in a module; in transformers' MoE layers the experts' matrices are one tensor."""
+        family = self.checkpoint.architecture.layout
         if not family.is_mixture or not name.startswith("mlp."):
             return self.checkpoint.read(prefix + name)
-        of_experts = {
+
+        stored_modules = {
             "mlp.experts.gate_up_proj": [module for module in family.rows if "{e}" in module],
             "mlp.experts.down_proj": [family.down_proj],
         }
-        if name in of_experts:
-            each = (
-                torch.cat([self.checkpoint.read(f"{prefix}{m.format(e=e)}.weight") for m in of_experts[name]])
-                for e in range(architecture.n_experts)
-            )
-            return torch.stack([*each])
+        if name in stored_modules:
+            n_experts = self.checkpoint.architecture.n_experts
+            return torch.stack([self._read_expert(prefix, stored_modules[name], e) for e in range(n_experts)])
         stem = family.down_proj.partition(".experts")[0]
         return self.checkpoint.read(f"{prefix}{stem}{name.removeprefix('mlp')}")
+
+    def _read_expert(self, prefix: str, modules: Sequence[str], expert: int) -> Tensor:
+        """Read the weights of some modules of an MoE expert, one below the other."""
+        names = [f"{prefix}{module.format(e=expert)}.weight" for module in modules]
+        return torch.cat([self.checkpoint.read(name) for name in names])
 
 
 class _Catcher(nn.Module):
     """Stands for a decoder layer: keeps what it is given, and hands it on."""
 
-    caught: tuple[Tensor, dict[str, Any]]
+    hidden_BTD: Tensor
+    arguments: dict[str, Any]
 
-    def forward(self, hidden_states: Tensor, **named: Any) -> Tensor:
-        self.caught = hidden_states, named
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.hidden_BTD = hidden_states
+        self.arguments = arguments
         return hidden_states

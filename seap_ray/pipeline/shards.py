@@ -17,6 +17,7 @@ from ray.data import DataContext
 
 from seap_ray.config import Config
 from seap_ray.errors import DataError
+from seap_ray.models.batching import chunk_stream
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import (
     Renderer,
@@ -25,7 +26,6 @@ from seap_ray.models.corpus import (
     file_format,
     is_files,
     load_tokenizer,
-    pack,
     row_key,
     tokenizer_hash,
 )
@@ -262,7 +262,7 @@ def _write_task(
     for start in range(0, len(pairs), corpus.shard_sequences):
         part = pairs[start : start + corpus.shard_sequences]
         if corpus.packing == "pack":
-            part = [(ids, "") for ids in pack([ids for ids, _ in part], longest)]
+            part = [(ids, "") for ids in chunk_stream([ids for ids, _ in part], longest)]
         shards.append(_write_shard(run, task, f"{len(shards):05d}", part))
     manifest = Manifest(task, print_, tuple(shards), n_rows, n_blank, n_cut, prompts)
     write_json(run.shards(task) / "manifest.json", asdict(manifest))

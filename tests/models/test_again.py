@@ -177,7 +177,7 @@ def test_moments_and_covariances_layer_by_layer_are_the_bytes_of_the_whole_model
     folder = once(name, "mean", torch.float32)
     attention = "eager" if name == "gemma2" else None
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
-    from seap_ray.models.recorder import record
+    from seap_ray.models.forward import record
 
     found = found_by(layerwise(folder), covariance=True)
     for shard, sequences in SHARDS.items():

@@ -22,7 +22,7 @@ from seap_ray.core.reconstruction import USUAL_RIDGE
 from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import Compaction
-from seap_ray.models.recorder import record
+from seap_ray.models.forward import record
 from seap_ray.models.records import (
     Mixture,
     about_moments,

@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, DataError
+from seap_ray.models.batching import Batch
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.layerwise import LayerwiseModel, _Passing, attention_of
-from seap_ray.models.recorder import Batch, record
+from seap_ray.models.forward import record
+from seap_ray.models.layerwise import LayerwiseModel, _BatchInFlight
+from seap_ray.models.loading import attention_of, load_model
 from tests.support.builders import CONFIGS
 from tests.support.layerwise import SHARDS, assert_equal, found_by, layerwise
 
@@ -48,17 +50,17 @@ def test_hidden_states_wait_on_the_host_where_the_device_has_no_room_for_all_of_
     of_batches = {"one": [[[[1] * 7, [1] * 13]], [[[1] * 5]]], "other": [[[[1] * 4], [[1] * 9]]]}  # rows of 20, 5, 4, 9
     needed = 38 * (48 * 4 + 20)
     for room, home in ((needed, device), (needed - 1, torch.device("cpu"))):
-        assert LayerwiseModel(checkpoint, torch.float32, device, room)._home(of_batches) == home
+        assert LayerwiseModel(checkpoint, torch.float32, device, room)._waiting_device(of_batches) == home
 
 
 def test_what_layers_share_is_moved_once():
     mask, rotary = torch.ones(2), (torch.ones(3), torch.zeros(3))
     named = {"attention_mask": mask, "position_embeddings": rotary, "use_cache": False, "past_key_values": None}
-    one = _Passing(Batch.of([[[1, 2]]], False, torch.device("cpu")), torch.ones(1), [named, dict(named)])
+    one = _BatchInFlight(Batch.of([[[1, 2]]], False, torch.device("cpu")), torch.ones(1), [named, dict(named)])
     there = one.to(torch.device("meta"))
-    assert there.hidden_BTD.device.type == "meta" and there.named_L[0]["use_cache"] is False
+    assert there.hidden_BTD.device.type == "meta" and there.arguments_L[0]["use_cache"] is False
     for key in ("attention_mask", "position_embeddings"):
-        first, second = (of[key] for of in there.named_L)
+        first, second = (of[key] for of in there.arguments_L)
         tensors = zip(first, second, strict=True) if isinstance(first, tuple) else [(first, second)]
         assert all(a is b and a.device.type == "meta" for a, b in tensors)
 
@@ -76,7 +78,7 @@ def test_a_batch_that_does_not_fit_names_the_key_to_halve(dense, monkeypatch):
 
 def test_two_layers_are_in_memory_at_most_whatever_the_depth(dense, monkeypatch):
     alive: weakref.WeakSet = weakref.WeakSet()
-    most, made, read = 0, 0, LayerwiseModel._block
+    most, made, read = 0, 0, LayerwiseModel._read_layer
 
     def counted(self, empty, layer):
         nonlocal most, made
@@ -86,7 +88,7 @@ def test_two_layers_are_in_memory_at_most_whatever_the_depth(dense, monkeypatch)
         made += 1
         return block
 
-    monkeypatch.setattr(LayerwiseModel, "_block", counted)
+    monkeypatch.setattr(LayerwiseModel, "_read_layer", counted)
     found_by(layerwise(dense("llama_gqa")))
     assert (made, most) == (4, 2)
 
@@ -104,8 +106,6 @@ def test_activations_that_are_not_finite_are_told_with_their_shard(dense, tmp_pa
 def test_attention_with_a_soft_cap_is_run_with_it(dense):
     """transformers' usual attention leaves Gemma 2's cap out, without a word."""
     config = Config.model_validate({"model": {"source": str(dense("gemma2"))}})
-    from seap_ray.pipeline.placement import load_model  # with Ray, which the other tests do without
-
     model = load_model(config, checkpoint := Checkpoint.open(str(dense("gemma2"))), checkpoint.folder)
     assert model.config._attn_implementation == "eager" and attention_of(checkpoint.config) == "eager"
     assert attention_of(Checkpoint.open(str(dense("llama_gqa"))).config) is None

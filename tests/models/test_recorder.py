@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from seap_ray.errors import DataError
-from seap_ray.models import recorder
-from seap_ray.models.corpus import batches, packed
-from seap_ray.models.recorder import counted_rows, record, recording
+from seap_ray.models import forward, recorder
+from seap_ray.models.batching import counted_rows, group_by_length, make_batches, pack_sequences
+from seap_ray.models.forward import record
+from seap_ray.models.recorder import recording
 from tests.support.builders import CONFIGS, load, output_modules
 from tests.support.oracles import RAGGED, as_tuples, assert_close, prompts, two_pass
 
@@ -36,7 +37,7 @@ def test_moments_of_a_half_precision_model_lose_nothing_after_the_activation(den
 def test_padding_does_not_count_in_a_batch_of_very_different_lengths(dense):
     model = load(dense("llama_gqa", torch.float64))
     sequences = prompts([1, 60, 2, 33])
-    assert len(batches([len(s) for s in sequences], 10**6)) == 1
+    assert len(group_by_length([len(s) for s in sequences], 10**6)) == 1
     together = record(model, sequences, batch_tokens=10**6)
     assert_close(together, two_pass(model, sequences))
     assert {moments.count for moments in together.values()} == {96}
@@ -101,7 +102,7 @@ def test_skip_first_token_leaves_position_0_of_every_sequence_out(dense):
 def test_skip_first_token_bears_a_batch_of_sequences_of_one_token(dense):
     model = load(dense("llama_gqa", torch.float64))
     sequences = prompts([1, 20, 1])
-    assert batches([1, 20, 1], 20) == [[0, 2], [1]]
+    assert group_by_length([1, 20, 1], 20) == [[0, 2], [1]]
     recorded = record(model, sequences, batch_tokens=20, skip_first_token=True)
     assert_close(recorded, two_pass(model, sequences, skip_first=True))
 
@@ -194,7 +195,7 @@ def test_only_the_decoder_runs_without_head_and_cache_and_gradients(dense):
     model.lm_head.register_forward_pre_hook(refuse)
     model.model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
     record(model, RAGGED, batch_tokens=60)
-    assert len(outputs) == len(packed([len(s) for s in RAGGED], 60))
+    assert len(outputs) == len(pack_sequences([len(s) for s in RAGGED], 60))
     assert all(output.past_key_values is None for output in outputs)
     assert not any(output.last_hidden_state.requires_grad for output in outputs)
 
@@ -204,15 +205,15 @@ def test_only_the_decoder_runs_without_head_and_cache_and_gradients(dense):
 )
 def test_a_batch_is_halved_until_it_fits_in_memory(dense, monkeypatch, error):
     model = load(dense("llama_gqa", torch.float64))
-    sizes, forward = [], recorder._forward
+    sizes, run_batch = [], forward._forward
 
     def small_memory(model, rows, *rest):
         sizes.append(sum(map(len, rows)))
         if sizes[-1] > 2:
             raise error
-        return forward(model, rows, *rest)
+        return run_batch(model, rows, *rest)
 
-    monkeypatch.setattr(recorder, "_forward", small_memory)
+    monkeypatch.setattr(forward, "_forward", small_memory)
     recorded = record(model, RAGGED, batch_tokens=10**6)
     assert_close(recorded, two_pass(model, RAGGED))
     assert sizes[0] == len(RAGGED) and max(size for size in sizes if size <= 2) == 2
@@ -225,7 +226,7 @@ def test_a_single_sequence_that_does_not_fit_and_other_errors_are_raised(dense, 
     def full(*_args):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(recorder, "_forward", full)
+    monkeypatch.setattr(forward, "_forward", full)
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         record(model, RAGGED[:3], batch_tokens=100)
     calls = []
@@ -234,7 +235,7 @@ def test_a_single_sequence_that_does_not_fit_and_other_errors_are_raised(dense, 
         calls.append(sum(map(len, rows)))
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(recorder, "_forward", broken)
+    monkeypatch.setattr(forward, "_forward", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         record(model, RAGGED[:3], batch_tokens=100)
     assert calls == [3]
@@ -245,9 +246,9 @@ def test_code_that_is_not_of_transformers_has_a_sequence_a_row():
         config = SimpleNamespace(model_type="llama")
 
     lengths = [len(sequence) for sequence in RAGGED]
-    rows = recorder.rows_of(Decoder(), RAGGED, 60)
+    rows = make_batches(Decoder(), RAGGED, 60)
     assert [[[len(sequence) for sequence in row] for row in batch] for batch in rows] == [
-        [[lengths[i]] for i in group] for group in batches(lengths, 60)
+        [[lengths[i]] for i in group] for group in group_by_length(lengths, 60)
     ]
 
 

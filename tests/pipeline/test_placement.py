@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.loading import load_model
 from seap_ray.pipeline import placement
 from seap_ray.pipeline.calibrate import SHARDS_TOGETHER, grouped, n_workers
-from seap_ray.pipeline.placement import load_model, placed
+from seap_ray.pipeline.placement import with_placement
 from seap_ray.pipeline.shards import Shard
 from tests.support.builders import CONFIGS
 
@@ -60,7 +61,7 @@ def cluster_of(monkeypatch):
 )
 def test_the_first_placement_that_the_gpus_have_memory_for(cluster_of, capsys, parameters, settings, gpus, kind):
     cluster_of(*(node(str(i), CPU=8, GPU=4) for i in range(len(gpus))), gpus=gpus)
-    own = placed(config_of(**settings), checkpoint_of(parameters)).calibration
+    own = with_placement(config_of(**settings), checkpoint_of(parameters)).calibration
     assert (own.placement, own.num_gpus) == (
         kind,
         settings["num_gpus"] if kind == "device_map" else min(1, settings["num_gpus"]),
@@ -77,15 +78,15 @@ def test_on_cpus_a_worker_has_its_share_of_the_node_with_the_least(cluster_of):
         (6e9, {"num_cpus": 2}, "single"),  # four workers have 25, and one alone 200
         (6e9, {"workers": 2}, "single"),
     ]:
-        assert placed(config_of(**settings), checkpoint_of(parameters)).calibration.placement == kind
+        assert with_placement(config_of(**settings), checkpoint_of(parameters)).calibration.placement == kind
 
 
 def test_models_that_are_to_be_judged_have_the_share_of_every_process_that_a_node_holds(cluster_of):
     cluster_of(node(CPU=8, memory=100 * GB))
     config, judged = config_of(workers=2), Config().evaluation
-    assert placed(config, checkpoint_of(6e9)).calibration.placement == "single"
+    assert with_placement(config, checkpoint_of(6e9)).calibration.placement == "single"
     with pytest.raises(ConfigError, match="the model takes 14.4 GB and a worker has 12.5 GB"):
-        placed(config.model_copy(update={"evaluation": judged}), checkpoint_of(6e9))
+        with_placement(config.model_copy(update={"evaluation": judged}), checkpoint_of(6e9))
 
 
 def test_workers_are_counted_node_by_node(cluster_of, monkeypatch):
@@ -100,7 +101,7 @@ def test_workers_are_counted_node_by_node(cluster_of, monkeypatch):
 def test_what_is_asked_for_is_obeyed_in_silence(cluster_of, capsys):
     cluster_of(node(CPU=2, memory=GB))
     for kind in ("single", "device_map", "stream"):
-        assert placed(config_of(placement=kind), checkpoint_of(70e9)).calibration.placement == kind
+        assert with_placement(config_of(placement=kind), checkpoint_of(70e9)).calibration.placement == kind
     assert not capsys.readouterr().out
 
 
@@ -108,15 +109,15 @@ def test_a_model_that_no_worker_holds_is_not_judged_and_that_is_told_before_any_
     cluster_of(node(CPU=2, memory=100 * GB))
     config = config_of().model_copy(update={"evaluation": Config().evaluation})
     with pytest.raises(ConfigError, match=r"evaluation.samples: the model takes 168 GB and a worker has 50 GB"):
-        placed(config, checkpoint_of(70e9))
+        with_placement(config, checkpoint_of(70e9))
     small = config.model_copy(update={"calibration": config_of(placement="stream").calibration})
-    assert placed(small, checkpoint_of(1e9)).calibration.placement == "stream"
+    assert with_placement(small, checkpoint_of(1e9)).calibration.placement == "stream"
 
 
 def test_gpus_that_torch_does_not_see_are_told_with_their_node(cluster_of):
     cluster_of(node("a", CPU=2, GPU=1), node("b", CPU=2, GPU=1), gpus=[[80 * GB], []])
     with pytest.raises(ConfigError, match="calibration.num_gpus: torch sees no GPU on b"):
-        placed(config_of(num_gpus=1), checkpoint_of(1e9))
+        with_placement(config_of(num_gpus=1), checkpoint_of(1e9))
 
 
 # --- the model -------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import Compaction
 from seap_ray.models.hf.shapes import check_folder
-from seap_ray.models.layerwise import attention_of
+from seap_ray.models.loading import attention_of
 from seap_ray.vllm_plugin.plugin import ARCHITECTURES, END_WITH_PARENT, check_registered
 from tests.support.builders import (
     CONFIGS,

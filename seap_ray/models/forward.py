@@ -1,0 +1,196 @@
+"""Forward: the calibration's forward pass. A checkpoint and token sequences in, moments of every layer and site out.
+
+``make_runner`` chooses by ``calibration.placement``: the whole model in memory, on one device or over several, or one
+decoder layer at a time, read from disk. The moments are the same bytes either way.
+"""
+
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from seap_ray.config import CalibrationSection, Config
+from seap_ray.core.architecture import Architecture
+from seap_ray.models.batching import Batch, Sequences, make_batches
+from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.layerwise import LayerwiseModel
+from seap_ray.models.loading import first_device, free_memory, load_model, model_dtype, prepare_process
+from seap_ray.models.recorder import SiteMoments, added, error_context, on_cpu, recording
+from seap_ray.models.records import covariance_bytes
+
+COVARIANCE_COPIES = 3
+"""Times that a layer's covariances are in memory at once: the sum so far, a batch's part, and the sum of both."""
+COVARIANCE_SHARE = 0.8
+"""Share of a device's free memory that covariances may take; activations need the rest."""
+
+
+class CalibrationRunner(Protocol):
+    """A model that is ready to be calibrated."""
+
+    def record(self, shards: Mapping[str, Sequences]) -> Iterator[tuple[str, SiteMoments]]:
+        """Run the model over the sequences of every shard.
+
+        Arguments:
+            shards: Token ids of each shard's sequences, by its name.
+
+        Yields:
+            A shard's name and what was recorded in it of some layers, on the CPU, until every layer of every shard is.
+
+        Raises:
+            DataError: Activations are not finite; it names the shard, layer and site.
+        """
+
+
+def make_runner(config: Config, checkpoint: Checkpoint) -> CalibrationRunner:
+    """Load what ``calibration.placement`` keeps in memory, on this worker's device or devices."""
+    if config.calibration.placement == "stream":
+        return LayerwiseRunner.load(config, checkpoint)
+    return WholeModelRunner.load(config, checkpoint)
+
+
+# --- the whole model in memory ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WholeModelRunner:
+    """A model that is whole in memory; covariances that do not fit beside it take several passes over a shard."""
+
+    model: PreTrainedModel
+    architecture: Architecture
+    settings: CalibrationSection
+
+    @classmethod
+    def load(cls, config: Config, checkpoint: Checkpoint) -> "WholeModelRunner":
+        """Load the model by ``calibration.placement``."""
+        return cls(load_model(config, checkpoint, checkpoint.folder), checkpoint.architecture, config.calibration)
+
+    def record(self, shards: Mapping[str, Sequences]) -> Iterator[tuple[str, SiteMoments]]:
+        """Run the model over one shard after another."""
+        for shard, sequences in shards.items():
+            for layers in self._passes():
+                with error_context(f"shard {shard}"):
+                    recorded = record(
+                        self.model,
+                        sequences,
+                        batch_tokens=self.settings.batch_tokens,
+                        skip_first_token=self.settings.skip_first_token,
+                        covariances=layers,
+                    )
+                yield shard, recorded
+
+    def _passes(self) -> list[range]:
+        """Return the layers whose covariances are recorded in each pass over a shard; without any: one pass."""
+        if self.settings.statistics != "covariance":
+            return [range(0)]
+        layers = range(self.architecture.n_layers)
+        layers_at_a_time = self.settings.covariance_layers
+        if layers_at_a_time == "auto":
+            free = free_memory(self.model.device, self.settings.num_gpus)
+            fitting = int(free * COVARIANCE_SHARE // (COVARIANCE_COPIES * covariance_bytes(self.architecture)))
+            layers_at_a_time = max(1, fitting)
+        return [layers[first : first + layers_at_a_time] for first in range(0, len(layers), layers_at_a_time)]
+
+
+def record(
+    model: PreTrainedModel,
+    sequences: Sequences,
+    *,
+    batch_tokens: int,
+    skip_first_token: bool = False,
+    covariances: Container[int] = (),
+) -> SiteMoments:
+    """Run a model over sequences and return the moments of its activations.
+
+    The decoder alone runs: no head, no cache, no gradients. Sequences are packed, and do not see each other. Where
+    memory runs out, the batch is halved and run again.
+
+    Arguments:
+        model: A causal language model of a supported family, in evaluation mode.
+        sequences: Token ids of each text.
+        batch_tokens: Tokens of a forward pass, padding included.
+        skip_first_token: Leave the first token of every sequence out of the statistics.
+        covariances: Layers that have a ``Covariance`` of each of their sites in place of ``Moments``.
+
+    Returns:
+        Moments over all tokens by (layer, site), float64, on the CPU. The sites of a layer are ``attn`` (input of
+        ``o_proj``), ``mlp`` (input of ``down_proj``; in an MoE model ``mlp.0``, ``mlp.1``, ... for its experts) and
+        ``block`` (cosine of the layer's input and output, one column).
+
+    Raises:
+        DataError: Activations are not finite; it names the first layer and site.
+        ConfigError: The model's family is not supported.
+    """
+    total: SiteMoments = {}
+    for rows in make_batches(model.get_decoder(), sequences, batch_tokens):
+        total = added(total, _run_halving(model, rows, skip_first_token, covariances))
+    return on_cpu(total)
+
+
+def _run_halving(
+    model: PreTrainedModel, rows: list[Sequences], skip_first: bool, covariances: Container[int]
+) -> SiteMoments:
+    """Run a batch; where memory runs out, run its halves. A single sequence that does not fit raises."""
+    try:
+        return _forward(model, rows, skip_first, covariances)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error) or sum(map(len, rows)) == 1:
+            raise
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(rows) == 1:
+        rows = [[sequence] for sequence in rows[0]]
+    half = len(rows) // 2
+    first = _run_halving(model, rows[:half], skip_first, covariances)
+    second = _run_halving(model, rows[half:], skip_first, covariances)
+    return added(first, second)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@torch.inference_mode()
+def _forward(
+    model: PreTrainedModel, rows: list[Sequences], skip_first: bool, covariances: Container[int]
+) -> SiteMoments:
+    batch = Batch.of(rows, skip_first, model.device)
+    decoder = model.get_decoder()
+    with recording(decoder, batch.rows_N, covariances=covariances) as recorded:
+        decoder(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False)
+    return recorded
+
+
+# --- layer by layer --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerwiseRunner:
+    """A model of any depth, of which two decoder layers are in memory; all shards pass a layer before the next one."""
+
+    model: LayerwiseModel
+    settings: CalibrationSection
+
+    @classmethod
+    def load(cls, config: Config, checkpoint: Checkpoint) -> "LayerwiseRunner":
+        """Prepare the device; weights are read when shards come."""
+        settings = config.calibration
+        prepare_process(settings)
+        device = first_device(settings)
+        memory_budget = free_memory(device, settings.num_gpus) // 2
+        if settings.statistics == "covariance":
+            memory_budget -= COVARIANCE_COPIES * covariance_bytes(checkpoint.architecture)
+        dtype = model_dtype(config.model, checkpoint)
+        model = LayerwiseModel(checkpoint, dtype, device, memory_budget, config.model.trust_remote_code)
+        return cls(model, settings)
+
+    def record(self, shards: Mapping[str, Sequences]) -> Iterator[tuple[str, SiteMoments]]:
+        """Run all shards through one decoder layer after another."""
+        return self.model.record(
+            shards,
+            batch_tokens=self.settings.batch_tokens,
+            skip_first_token=self.settings.skip_first_token,
+            covariance=self.settings.statistics == "covariance",
+        )

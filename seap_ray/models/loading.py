@@ -1,0 +1,76 @@
+"""Loading: a checkpoint's model in memory, on one device or over several, and the type that it computes in."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from seap_ray.config import CalibrationSection, Config, ModelSection
+from seap_ray.models.checkpoint import Checkpoint
+
+
+def model_dtype(model: ModelSection, checkpoint: Checkpoint) -> torch.dtype:
+    """Return the type to compute in; ``auto`` is the one in the model's config.json, float32 where it names none."""
+    name = model.dtype
+    if name == "auto":
+        name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+    return getattr(torch, name)
+
+
+def attention_of(config: Mapping[str, Any]) -> str | None:
+    """Return the attention implementation that a model's config.json calls for, None for transformers' choice.
+
+    Where attention has a soft cap, as in Gemma 2, transformers' own choice leaves it out.
+    """
+    return "eager" if config.get("attn_logit_softcapping") else None
+
+
+def load_model(config: Config, base: Checkpoint, folder: Path) -> PreTrainedModel:
+    """Load a model in evaluation mode on this worker's device or devices, by ``calibration.placement``.
+
+    Arguments:
+        config: The job's settings.
+        base: The dense checkpoint, which says what type and attention to compute with.
+        folder: The folder of the base itself, or of a checkpoint cut from it.
+    """
+    import seap_ray.models.hf  # noqa: F401  lets AutoModelForCausalLM load what was cut
+
+    prepare_process(config.calibration)
+    is_spread = config.calibration.placement == "device_map"
+    device_map: Any = None
+    if is_spread:
+        device_map = "auto" if config.calibration.num_gpus else {"": "cpu"}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=model_dtype(config.model, base),
+        trust_remote_code=config.model.trust_remote_code,
+        use_safetensors=True,
+        device_map=device_map,
+        attn_implementation=attention_of(base.config),
+    )
+    if not is_spread:
+        model = model.to(first_device(config.calibration))
+    return model.eval()
+
+
+def prepare_process(settings: CalibrationSection) -> None:
+    """Set the number of threads, on which sums, and so bytes, depend; silence transformers' progress bars."""
+    torch.set_num_threads(settings.num_cpus)
+    transformers_logging.disable_progress_bar()
+
+
+def first_device(settings: CalibrationSection) -> torch.device:
+    """Return a worker's device, the first where it has several."""
+    return torch.device("cuda" if settings.num_gpus else "cpu")
+
+
+def free_memory(device: torch.device, num_gpus: float) -> int:
+    """Return the bytes that a worker may take on its device now; of a GPU that it has a share of, that share."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * min(num_gpus, 1))
+    return psutil.virtual_memory().available // (os.cpu_count() or 1)
