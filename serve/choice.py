@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from ray.util import metrics
 
 from seap_ray.config import AUTO, GENERAL
-from seap_ray.routing.router import LONGEST, Router
+from seap_ray.routing.router import MAX_PROMPT_CHARACTERS, Router
 from serve.errors import ApiError
 from serve.watch import Watch
 
@@ -92,7 +92,7 @@ class Chooser:
         return min(decisions, key=lambda decision: decision.confidence or 0)
 
     def _route_one(self, router: Router, prompt: Prompt) -> Decision:
-        text = prompt if isinstance(prompt, str) else router.decode(prompt[:LONGEST])
+        text = prompt if isinstance(prompt, str) else router.decode(prompt[:MAX_PROMPT_CHARACTERS])
         route = router.route(text, threshold=self.threshold)
         if route.task is None:
             return Decision(GENERAL, route.reason, None, route.confidence, route.probabilities)

@@ -27,7 +27,7 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import Renderer
 from seap_ray.routing import fitting as module
 from seap_ray.routing.fitting import fit, split
-from seap_ray.routing.router import LONGEST, Router
+from seap_ray.routing.router import MAX_PROMPT_CHARACTERS, Router
 from seap_ray.storage.run import Run
 from seap_ray.tasks import BUILT_IN
 from tests.support import DATA
@@ -218,7 +218,7 @@ def test_the_parts_are_disjoint_and_a_matter_of_content_and_seed():
 @pytest.mark.parametrize("strange", [0, 4])
 def test_the_threshold_is_the_smallest_that_keeps_its_promise_on_what_is_not_unlike(confused, strange):
     calibration = split(CONFUSED, 0)[1] + [("abcdefghZZZZZZZZZ", "two")] * strange
-    router = module._calibrated(confused, calibration)
+    router = module._calibrate(confused, calibration)
     assert strange or router.threshold == pytest.approx(confused.threshold, rel=1e-6)
     routes = [(router.route(text, threshold=0), task) for text, task in calibration]
     known = sorted((r.confidence, r.task == task) for r, task in routes if r.task)
@@ -318,9 +318,9 @@ def test_no_text_raises_and_probabilities_sum_to_one(router, text):
 
 
 def test_only_the_beginning_of_a_long_text_counts(router):
-    text = "sort " * LONGEST
-    assert router.route(text + "x" * 10**6) == router.route(text[:LONGEST])
-    assert len(router.ids("x" * 10**6)) == LONGEST
+    text = "sort " * MAX_PROMPT_CHARACTERS
+    assert router.route(text + "x" * 10**6) == router.route(text[:MAX_PROMPT_CHARACTERS])
+    assert len(router.ids("x" * 10**6)) == MAX_PROMPT_CHARACTERS
     assert router.route(f"  {PROMPTS['sort'][0]}\n") == router.route(PROMPTS["sort"][0])
 
 
@@ -365,7 +365,7 @@ def test_a_bfloat16_embedding_is_read_in_blocks_and_short_of_tokens_in_the_token
     prompts = {"sums": [f"{i} + {i}" for i in range(50)], "words": letters(49, "", 7) + ["abc <extra>"]}
     tables = []
     for rows in (7, 8192):
-        monkeypatch.setattr(module, "ROWS", rows)
+        monkeypatch.setattr(module, "BLOCK_ROWS", rows)
         run = Run(tmp_path / str(rows))
         fit(Checkpoint.open(str(model)), prompts, run, seed=0)
         tables.append(Router.load(run.router).arrays["table"])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from seap_ray.routing.router import LONGEST, Route
+from seap_ray.routing.router import MAX_PROMPT_CHARACTERS, Route
 from serve.choice import Chooser
 from serve.errors import ApiError
 
@@ -31,7 +31,7 @@ class PlayedRouter:
         return Route(task if reason == "routed" else None, reason, float(confidence), probabilities)
 
     def decode(self, ids):
-        assert len(ids) <= LONGEST
+        assert len(ids) <= MAX_PROMPT_CHARACTERS
         return f"verse 0.{ids[0]}"
 
 
@@ -58,7 +58,7 @@ def choose(made, model, *prompts):
         (["sums 0.9", "verse 0.9"], ("general", "mixed")),
         (["sums 0.9", "strange 0.9"], ("general", "mixed")),
         ([[5, 7]], ("verse", "routed")),
-        ([[5] * (LONGEST + 9)], ("verse", "routed")),
+        ([[5] * (MAX_PROMPT_CHARACTERS + 9)], ("verse", "routed")),
     ],
 )
 def test_auto_and_no_name_are_routed_by_all_prompts(model, prompts, chosen):
