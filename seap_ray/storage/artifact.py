@@ -1,4 +1,4 @@
-"""Artifact: what is made once from known inputs and read back ever after. The promise of resumption, in one place.
+"""Artifact: a file or folder that is made once from known inputs, then read. Resumption is promised here alone.
 
 An artifact has a path, a key (the fingerprint of all that it is made from) and a format. The format knows where the key
 is kept, and what shows that the content is damaged. The same command resumes whatever was cut short, because an
@@ -45,9 +45,13 @@ class Artifact(Generic[Content]):
 
     def get(self, build: Callable[[], object]) -> Content:
         """Read the artifact; where it is not made, ``build`` writes it first."""
+        self.make(build)
+        return self.load()
+
+    def make(self, build: Callable[[], object]) -> None:
+        """Let ``build`` write the artifact unless it is made already."""
         if not self.is_made():
             build()
-        return self.load()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +93,22 @@ class ManifestFolder:
 
         No file is read: this says at once which folders are worth the time that ``is_whole`` takes.
         """
-        content = read_json(path / self.manifest)
-        if not isinstance(content, dict) or content.get("fingerprint") != key:
+        content = self._content_with_key(path, key)
+        if content is None:
             return False
         return all(has_size(path / name, n_bytes) for name, n_bytes in self.sizes(content).items())
 
     def is_whole(self, path: StoragePath, key: str) -> bool:
         """Return whether the manifest has the key and every file the bytes that the manifest states."""
-        content = read_json(path / self.manifest)
-        if not isinstance(content, dict) or content.get("fingerprint") != key:
+        content = self._content_with_key(path, key)
+        if content is None:
             return False
         return all(has_hash(path / name, digest) for name, digest in self.hashes(content).items())
+
+    def _content_with_key(self, path: StoragePath, key: str) -> Mapping[str, Any] | None:
+        content = read_json(path / self.manifest)
+        has_key = isinstance(content, dict) and content.get("fingerprint") == key
+        return content if has_key else None
 
     def load(self, path: StoragePath) -> Any:
         """Read the manifest."""
