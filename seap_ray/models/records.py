@@ -7,7 +7,7 @@ model are never in memory together.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,28 @@ def is_whole(path: StoragePath, **expected: Any) -> bool:
         if not storage_path(path).is_remote:
             return False
         raise IncompleteError(f"{path}: cannot be read ({error}); mend that and run the same command again") from error
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """The format of an artifact that is a file of tensors with a hash of their bytes in its metadata."""
+
+    key_name: str | None = "fingerprint"
+    """Metadata entry that holds the artifact's key; None where the file's name carries the key."""
+    read: Callable[[StoragePath], Any] = about_moments
+    """Reads what the file is for; by default its metadata."""
+
+    def is_whole(self, path: StoragePath, key: str) -> bool:
+        """Return whether the file is there, has the key, and its tensors hash to what its metadata says.
+
+        Raises IncompleteError where storage does not answer.
+        """
+        expected = {self.key_name: key} if self.key_name else {}
+        return is_whole(path, **expected)
+
+    def load(self, path: StoragePath) -> Any:
+        """Read a file that is whole."""
+        return self.read(path)
 
 
 def read_moments(file: Any, key: tuple[int, Site]) -> Moments:
