@@ -32,7 +32,14 @@ from seap_ray.storage.paths import StoragePath
 
 SHARED = "model-base-"
 """Beginning of the names of files that hold the base's own tensors; a hash of what is in them follows."""
-NOT_STOCK = {"auto_map", "head_dim", "per_layer_config", "o_proj_bias", "down_proj_bias"}
+NOT_STOCK = {
+    "auto_map",
+    "head_dim",
+    "per_layer_config",
+    "o_proj_bias",
+    "down_proj_bias",
+    "allow_global_per_layer_attribute_access",
+}
 """Config keys of a compacted checkpoint that a stock one has not, or has by its family alone."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
@@ -198,7 +205,10 @@ class Compaction:
         return {**config, **by_layer, "num_hidden_layers": len(layers)}
 
     def _seap_config(self) -> dict[str, Any]:
-        architecture, family = self.base.architecture, self.base.architecture.layout
+        architecture = self.base.architecture
+        family = architecture.layout
+        # A generic PreTrainedConfig checks a long rope by the number of heads, which layers do not share.
+        access = {} if architecture.has_free_heads else {"allow_global_per_layer_attribute_access": True}
         return {
             **self._dense_config(),
             "architectures": [family.model_class],
@@ -210,6 +220,7 @@ class Compaction:
             "head_dim": architecture.head_dim,
             # Generic loaders of the configuration want every key of ``per_layer_config`` at the top level, too.
             **dict.fromkeys(architecture.bias_keys, False),
+            **access,
             **self._widths(architecture.dense),
             "per_layer_config": {str(i): own for i in range(len(self.plan.kept)) if (own := self._own(i))},
         }

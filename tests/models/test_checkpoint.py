@@ -330,7 +330,8 @@ def test_config_has_the_dense_widths_and_what_differs_by_layer(dense, tmp_path):
             "AutoConfig": "configuration_seap.SeapLlamaConfig",
             "AutoModelForCausalLM": "modeling_seap.SeapLlamaForCausalLM",
         }
-        changed = {"model_type", "architectures", "auto_map", "per_layer_config"}
+        assert (config["o_proj_bias"], config["down_proj_bias"]) == (False, False)
+        changed = {"model_type", "architectures", "auto_map", "per_layer_config", "o_proj_bias", "down_proj_bias"}
         assert {k: v for k, v in config.items() if k not in changed} == {
             k: v for k, v in base.config.items() if k not in changed
         }

@@ -91,8 +91,17 @@ class SeapPhi3Config(Phi3Config):
     o_proj_bias: bool = False
     down_proj_bias: bool = False
 
+    @property
+    def allow_global_per_layer_attribute_access(self):
+        """Return False whatever config.json says: that key is there for loaders that do not know this class."""
+        return False
+
+    @allow_global_per_layer_attribute_access.setter
+    def allow_global_per_layer_attribute_access(self, value):
+        self.__dict__["allow_global_per_layer_attribute_access"] = value
+
     def validate_rope(self):
-        """It asks for the number of heads, which layers do not share; the dense model has passed it."""
+        """Check nothing: the check needs the number of heads, which layers do not share; the dense model passed it."""
 
     def validate_architecture(self):
         """As for Llama."""
