@@ -5,17 +5,14 @@ import json
 import os
 import pickle
 import runpy
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from pyarrow.fs import S3FileSystem
 
 from seap_ray.errors import ConfigError, DataError, IncompleteError
 from seap_ray.models import checkpoint as checkpoint_module
@@ -30,45 +27,7 @@ from seap_ray.storage.paths import BucketPath, parse_path
 from tests.support import ROOT
 from tests.support.corpora import task
 
-KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_REGION": "us-east-1"}
 main = runpy.run_path(str(ROOT / "jobs" / "prune.py"))["main"]
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> Iterator[dict[str, str]]:
-    """What tells a process of the server: its address, keys, and a cache of this module's own."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stderr=subprocess.DEVNULL
-    )
-    variables = {
-        **KEYS,
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "SEAP_RAY_CACHE": str(tmp_path_factory.mktemp("cache")),
-    }
-    try:
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert server.poll() is None, "the server did not start"
-                time.sleep(0.1)
-        with pytest.MonkeyPatch.context() as patch:
-            for key, value in variables.items():
-                patch.setenv(key, value)
-            S3FileSystem(endpoint_override=variables["AWS_ENDPOINT_URL"], allow_bucket_creation=True).create_dir("lab")
-            yield variables
-    finally:
-        server.terminate()
-        server.wait()
-
-
-@pytest.fixture
-def bucket(environment, request) -> BucketPath:
-    name = hashlib.sha256(request.node.name.encode()).hexdigest()[:8]
-    return BucketPath(f"s3://lab/{name}")
 
 
 def upload(folder: Path, to: BucketPath) -> None:
