@@ -1,12 +1,14 @@
-"""Evaluation: models and tasks in; for each pair a cell out, which is a quality or the reason why there is none.
+"""Evaluation: models and tasks in; for each pair a result out, which is a quality or the reason why there is none.
 
-A model is a Ray task on its own slice of the cluster; what was judged once, with the same weights and rows, is read
-back from ``cells/``, so whatever was cut short goes on. A cell that fails leaves the others alone.
+Each model is judged by a Ray task on its own slice of the cluster. A result is kept in ``cells/`` under a name that
+stands for the weights and the rows, so the same command resumes an evaluation that was cut short. A model or task that
+fails costs no other its result.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +25,32 @@ from seap_ray.models.corpus import Item, Renderer, check_evaluation, corpus_file
 from seap_ray.models.loading import load_model
 from seap_ray.pipeline.prune import PendingCheckpoint, write_temporarily
 from seap_ray.pipeline.shards import draw, read_in_order, read_rows
-from seap_ray.storage.files import read_json, stage, write_json
-from seap_ray.storage.paths import StoragePath
+from seap_ray.storage.artifact import Artifact, JsonFile
+from seap_ray.storage.files import stage, write_json
 from seap_ray.storage.run import Run, fingerprint
 from seap_ray.tasks import Task, is_perplexity
 
-OURS = "seap_ray"
-"""The judge of tasks that lm-eval does not have."""
+SEAP_RAY_JUDGE = "seap_ray"
+"""Name of our own judge, which judges the tasks that lm-eval does not have."""
 Progress = Callable[[Iterable[int], int, str, str], Iterable[int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a cell has no quality, in one line."""
+    """The reason why a model has no quality on a task, in one line."""
 
     error: str
 
     @classmethod
     def of(cls, error: BaseException) -> "Failure":
+        """Take the first line of an error's text, with the error's type unless the text is meant for users."""
         if isinstance(error, RayTaskError):  # its own text is a traceback
             error = error.cause
         lines = str(error).strip().splitlines() or [""]
         return cls(lines[0] if isinstance(error, SeapError) else f"{type(error).__name__}: {lines[0]}")
 
     def brief(self) -> dict[str, Any]:
-        """What a results file says of it."""
+        """Return what a results file says of it."""
         return {"error": self.error}
 
 
@@ -56,182 +59,216 @@ EvalResult = Quality | Failure
 
 @dataclass(frozen=True, slots=True)
 class EvalTask:
-    """How a task is judged: by lm-eval, or by us on rows drawn from its evaluation split."""
+    """A task and its judge: lm-eval, or ours on rows drawn from the task's evaluation split."""
 
     task: Task
     judge: str
-    made_of: str
-    """Fingerprint of the task, its rows and what else the figures depend on."""
+    fingerprint: str
+    """Hash of the task, its rows and everything else that the figures depend on."""
     items: tuple[Item, ...] = ()
+    """The drawn rows; none where lm-eval is the judge."""
 
     @property
     def metric(self) -> str:
-        """The task's own; where that is a perplexity, lm-eval judges answers all the same."""
-        return self.task.metric if self.judge == OURS or not is_perplexity(self.task.metric) else "exact_match"
+        """The task's own metric; where that is a perplexity, lm-eval judges answers all the same."""
+        if self.judge == SEAP_RAY_JUDGE or not is_perplexity(self.task.metric):
+            return self.task.metric
+        return "exact_match"
 
 
 @dataclass(frozen=True, slots=True)
 class EvalTarget:
-    """A model to judge on ``tasks``; a draft is written only for as long as that takes."""
+    """A model to judge on ``tasks``. A pending checkpoint is written only for as long as that takes."""
 
     name: str
     fingerprint: str
+    """Hash of the weights."""
     tasks: tuple[str, ...]
     source: Checkpoint | PendingCheckpoint
 
 
 def eval_target(source: Checkpoint | PendingCheckpoint, tasks: Iterable[str]) -> EvalTarget:
-    """The dense model, or one cut from it, to be judged on ``tasks``."""
-    if isinstance(source, Checkpoint):
-        return EvalTarget("dense", source.fingerprint, tuple(tasks), source)
-    return EvalTarget(source.spec.name, source.fingerprint, tuple(tasks), source)
+    """Return the dense model, or one that is pruned from it, as the target of an evaluation on ``tasks``."""
+    name = "dense" if isinstance(source, Checkpoint) else source.spec.name
+    return EvalTarget(name, source.fingerprint, tuple(tasks), source)
 
 
-# --- exams -----------------------------------------------------------------------------------------------------------
+# --- tasks -----------------------------------------------------------------------------------------------------------
 
 
 def eval_task(config: Config, run: Run, task: Task, *, by_lm_eval: bool) -> EvalTask:
-    """Raises DataError when the task's evaluation rows cannot be had; the rows are kept in the run for the next job."""
+    """Choose a task's judge and draw its rows, which are kept in the run for the next job.
+
+    Raises DataError when the rows cannot be had.
+    """
     settings = config.evaluation
     if by_lm_eval and task.lm_eval:
         lm_eval.check(task)
-        made_of = [lm_eval.fingerprint_of(task), settings.samples, settings.num_fewshot, config.run.seed]
-        return EvalTask(task, lm_eval.version(), fingerprint(made_of))
+        inputs = [lm_eval.fingerprint_of(task), settings.samples, settings.num_fewshot, config.run.seed]
+        return EvalTask(task, lm_eval.version(), fingerprint(inputs))
+
     check_evaluation(task)
-    path = run.cells / f"{task.name}.items.json"
-    drawn_from = fingerprint([task.model_dump(), settings.samples, config.run.seed, _files(task)])
-    stored = read_json(path)
-    if not stored or stored["fingerprint"] != drawn_from:
-        stored = {"fingerprint": drawn_from, "items": _draw(config, task)}
-        write_json(path, stored)
+    drawn = _drawn_items(config, run, task)
+    stored = drawn.get(partial(_draw_items, config, task, drawn))
     items = tuple(Item(**item) for item in stored["items"])
     window = _window(config) if task.metric == "window_perplexity" else None
-    return EvalTask(task, OURS, fingerprint(stored, window), items)
+    return EvalTask(task, SEAP_RAY_JUDGE, fingerprint(stored, window), items)
 
 
-def _files(task: Task) -> list[tuple[str, int, int]]:
+def _drawn_items(config: Config, run: Run, task: Task) -> Artifact[dict[str, Any]]:
+    """Return the file of a task's drawn rows; its key stands for the settings and the source's files."""
     path = task.evaluation_path or task.path
     files = corpus_files(task, path, task.evaluation_split) if is_files(path) else []
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = fingerprint([task.model_dump(), config.evaluation.samples, config.run.seed, states])
+    return Artifact(run.cells / f"{task.name}.items.json", key, JsonFile())
 
 
-def _draw(config: Config, task: Task) -> list[dict[str, Any]]:
-    """Held-out rows, drawn like the calibration's; of a text all rows in their order, with its own blank lines."""
-    seed, samples = config.run.seed, config.evaluation.samples
+def _draw_items(config: Config, task: Task, drawn: Artifact[dict[str, Any]]) -> None:
+    """Draw held-out rows like the calibration's; of a text take all rows in their order, with its own blank lines."""
+    seed = config.run.seed
     rows = read_rows(task, evaluation=True, seed=seed)
     if task.metric == "window_perplexity":
         renderer = Renderer(task, official=True)
         text = "\n\n".join(renderer.item(row).text for row in read_in_order(rows))
-        return [asdict(Item(text, "", text, []))]
-    drawn, _, _ = draw(task, rows, n=samples, seed=seed, official=False)
-    return drawn.select(["text", "question", "answer", "choices"]).to_pylist()
+        items = [asdict(Item(text, "", text, []))]
+    else:
+        table, _, _ = draw(task, rows, n=config.evaluation.samples, seed=seed, official=False)
+        items = table.select(["text", "question", "answer", "choices"]).to_pylist()
+    write_json(drawn.path, {"fingerprint": drawn.key, "items": items})
 
 
 def _window(config: Config) -> int:
     return config.evaluation.window or config.corpus.sequence_length
 
 
-# --- cells -----------------------------------------------------------------------------------------------------------
+# --- results ---------------------------------------------------------------------------------------------------------
+
+ResultFile = Artifact[dict[str, Any]]
+"""Where the quality of one model on one task is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class _MissingResults:
+    """The results of one model that are still to be made."""
+
+    target: EvalTarget
+    files: dict[str, ResultFile]
+    """By task."""
 
 
 def evaluate(
     config: Config,
     run: Run,
-    subjects: Sequence[EvalTarget],
-    exams: Mapping[str, EvalTask | Failure],
+    targets: Sequence[EvalTarget],
+    eval_tasks: Mapping[str, EvalTask | Failure],
     progress: Progress,
 ) -> list[dict[str, EvalResult]]:
-    """The cells of every subject, in order, by task."""
-    todo = [(subject, _missing(config, run, subject, exams)) for subject in subjects]
-    todo = [(subject, missing) for subject, missing in todo if missing]
-    failed: dict[tuple[str, str], Failure] = {}
-    if todo:
-        for _ in progress(
-            _judge_all(config, exams, todo, failed), sum(len(m) for _, m in todo), "evaluating", " cells"
-        ):
+    """Judge every target on its tasks, and return the results by task, in the targets' order.
+
+    What was judged before, with the same weights and rows, is read from the run.
+    """
+    files = [_result_files(config, run, target, eval_tasks) for target in targets]
+    missing = []
+    for target, target_files in zip(targets, files, strict=True):
+        unmade = {task: file for task, file in target_files.items() if not file.is_made()}
+        if unmade:
+            missing.append(_MissingResults(target, unmade))
+
+    failures: dict[tuple[str, str], Failure] = {}
+    if missing:
+        total = sum(len(one.files) for one in missing)
+        for _ in progress(_judge_all(config, eval_tasks, missing, failures), total, "evaluating", " cells"):
             pass
-    return [
-        {
-            task: _cell(config, run, subject, exams[task], failed.get((subject.fingerprint, task)))
-            for task in subject.tasks
-        }
-        for subject in subjects
-    ]
+
+    results = []
+    for target, target_files in zip(targets, files, strict=True):
+        result = partial(_result, target, target_files, eval_tasks, failures)
+        results.append({task: result(task) for task in target.tasks})
+    return results
 
 
-def _path(config: Config, run: Run, subject: EvalTarget, exam: EvalTask) -> StoragePath:
-    made_of = fingerprint(subject.fingerprint, exam.made_of, config.model.dtype)
-    return run.cells / f"{exam.task.name}-{made_of[:20]}.json"
+def _result_files(
+    config: Config, run: Run, target: EvalTarget, eval_tasks: Mapping[str, EvalTask | Failure]
+) -> dict[str, ResultFile]:
+    """Return the result file of each task that can be judged."""
+    files = {}
+    for task in target.tasks:
+        judged = eval_tasks[task]
+        if isinstance(judged, EvalTask):
+            key = fingerprint(target.fingerprint, judged.fingerprint, config.model.dtype)
+            path = run.cells / f"{judged.task.name}-{key[:20]}.json"
+            files[task] = Artifact(path, key, JsonFile(key_in_name=True))
+    return files
 
 
-def _missing(
-    config: Config, run: Run, subject: EvalTarget, exams: Mapping[str, EvalTask | Failure]
-) -> dict[str, StoragePath]:
-    paths = {
-        task: _path(config, run, subject, exam) for task in subject.tasks if isinstance(exam := exams[task], EvalTask)
-    }
-    return {task: path for task, path in paths.items() if read_json(path) is None}
-
-
-def _cell(
-    config: Config, run: Run, subject: EvalTarget, exam: EvalTask | Failure, failed: Failure | None
+def _result(
+    target: EvalTarget,
+    files: Mapping[str, ResultFile],
+    eval_tasks: Mapping[str, EvalTask | Failure],
+    failures: Mapping[tuple[str, str], Failure],
+    task: str,
 ) -> EvalResult:
-    if isinstance(exam, Failure):
-        return exam
-    if failed:
-        return failed
-    return Quality.stored(read_json(_path(config, run, subject, exam)))
+    judged = eval_tasks[task]
+    if isinstance(judged, Failure):
+        return judged
+    failure = failures.get((target.fingerprint, task))
+    return failure or Quality.stored(files[task].load())
 
 
 def _judge_all(
     config: Config,
-    exams: Mapping[str, EvalTask | Failure],
-    todo: list[tuple[EvalTarget, dict[str, StoragePath]]],
-    failed: dict[tuple[str, str], Failure],
+    eval_tasks: Mapping[str, EvalTask | Failure],
+    missing: Sequence[_MissingResults],
+    failures: dict[tuple[str, str], Failure],
 ) -> Iterator[int]:
-    """Yield the number of cells of each model as it is done; what failed is added to ``failed``."""
+    """Yield the number of results of each model as they are there; what failed is added to ``failures``."""
     settings = config.calibration
     judge = ray.remote(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)(_judge)
-    shared = {task: ray.put(exam) for task, exam in exams.items() if isinstance(exam, EvalTask)}
-    pending = {
-        judge.remote(config, subject.source, missing, {task: shared[task] for task in missing}): (subject, missing)
-        for subject, missing in todo
-    }
+    # Each task's rows are in the object store once, whatever the number of models.
+    stored = {name: ray.put(task) for name, task in eval_tasks.items() if isinstance(task, EvalTask)}
+    pending = {}
+    for one in missing:
+        own = {task: stored[task] for task in one.files}
+        pending[judge.remote(config, one.target.source, one.files, own)] = one
+
     while pending:
         (done,), _ = ray.wait(list(pending), num_returns=1)
-        subject, missing = pending.pop(done)
+        one = pending.pop(done)
         try:
-            failures = ray.get(done)
+            failed = ray.get(done)
         except RayError as error:  # its process died, again and again
-            failures = {task: Failure.of(error) for task in missing}
-        failed |= {(subject.fingerprint, task): failure for task, failure in failures.items()}
-        yield len(missing)
+            failed = dict.fromkeys(one.files, Failure.of(error))
+        for task, failure in failed.items():
+            failures[one.target.fingerprint, task] = failure
+        yield len(one.files)
 
 
 def _judge(
     config: Config,
     source: Checkpoint | PendingCheckpoint,
-    cells: dict[str, StoragePath],
-    exams: dict[str, "ray.ObjectRef[EvalTask]"],
+    files: dict[str, ResultFile],
+    eval_tasks: dict[str, "ray.ObjectRef[EvalTask]"],
 ) -> dict[str, Failure]:
-    """Judge one model on the tasks of ``cells``; whatever goes wrong with it is the answer, and nobody else's fault."""
+    """Judge one model, write its results to ``files``, and return by task what went wrong; no error is raised."""
     failures = {}
     try:
         with _opened(source) as folder:
             model, tokenizer = _load(config, folder)
-            for task, path in cells.items():
+            for task, file in files.items():
                 try:
-                    quality = _judge_task(config, model, tokenizer, ray.get(exams[task]))
-                    write_json(path, asdict(quality))
+                    quality = _judge_task(config, model, tokenizer, ray.get(eval_tasks[task]))
+                    write_json(file.path, asdict(quality))
                 except Exception as error:
                     failures[task] = Failure.of(error)
-    except Exception as error:
-        return {task: Failure.of(error) for task in cells}
+    except Exception as error:  # the model itself cannot be written or loaded
+        return dict.fromkeys(files, Failure.of(error))
     return failures
 
 
 @contextmanager
 def _opened(source: Checkpoint | PendingCheckpoint) -> Iterator[Path]:
+    """Yield a local folder with the model; a pending checkpoint is there only while inside."""
     if isinstance(source, Checkpoint):
         yield source.folder
         return
@@ -246,7 +283,10 @@ def _opened(source: Checkpoint | PendingCheckpoint) -> Iterator[Path]:
 
 
 def _load(config: Config, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Raises ConfigError for a model whose tokens are not those of the base: their figures could not be compared."""
+    """Load a model with the base's tokenizer.
+
+    Raises ConfigError for a model whose tokens are not those of the base: their figures could not be compared.
+    """
     base = Checkpoint.open(config.model.source, config.model.revision)
     trust = config.model.trust_remote_code
     tokenizer = load_tokenizer(base.folder, trust_remote_code=trust)
@@ -255,30 +295,33 @@ def _load(config: Config, folder: Path) -> tuple[PreTrainedModel, PreTrainedToke
     return load_model(config, base, folder), tokenizer
 
 
-def _judge_task(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: EvalTask) -> Quality:
-    settings, seed = config.evaluation, config.run.seed
-    task, batch_tokens = exam.task, settings.batch_tokens
-    if exam.judge != OURS:
-        judged = lm_eval.judge(
-            model,
-            tokenizer,
-            task,
-            samples=settings.samples,
-            seed=seed,
-            num_fewshot=settings.num_fewshot,
-            batch_tokens=batch_tokens,
-        )
-        return Quality(
-            judged.metric,
-            judged.value,
-            judged.stderr,
-            len(judged.values),
-            judged.values,
-            (1,) * len(judged.values),
-        )
+def _judge_task(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eval_task: EvalTask
+) -> Quality:
+    settings = config.evaluation
+    task = eval_task.task
+    if eval_task.judge != SEAP_RAY_JUDGE:
+        return _judge_by_lm_eval(config, model, tokenizer, task)
     if task.metric == "window_perplexity":
         longest = getattr(model.config, "max_position_embeddings", None) or _window(config)
-        ids = tokenizer(exam.items[0].text, verbose=False)["input_ids"]
-        cut = windows(ids, min(_window(config), longest), samples=settings.samples, seed=seed)
-        return measure_windows(model, cut, batch_tokens=batch_tokens)
-    return measure(model, tokenizer, task, list(exam.items), batch_tokens=batch_tokens)
+        ids = tokenizer(eval_task.items[0].text, verbose=False)["input_ids"]
+        cut = windows(ids, min(_window(config), longest), samples=settings.samples, seed=config.run.seed)
+        return measure_windows(model, cut, batch_tokens=settings.batch_tokens)
+    return measure(model, tokenizer, task, list(eval_task.items), batch_tokens=settings.batch_tokens)
+
+
+def _judge_by_lm_eval(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
+) -> Quality:
+    settings = config.evaluation
+    judged = lm_eval.judge(
+        model,
+        tokenizer,
+        task,
+        samples=settings.samples,
+        seed=config.run.seed,
+        num_fewshot=settings.num_fewshot,
+        batch_tokens=settings.batch_tokens,
+    )
+    n = len(judged.values)
+    return Quality(judged.metric, judged.value, judged.stderr, n, judged.values, (1,) * n)

@@ -11,7 +11,7 @@ from seap_ray.demo import skills
 from seap_ray.judges.quality import Scored, _is_right, _score_batch, measure, score
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import Item, Renderer, load_tokenizer
-from seap_ray.pipeline.results import own_tasks
+from seap_ray.pipeline.results import ModelRow, own_task_rows
 from seap_ray.progress import progress
 from seap_ray.report.table import mean_quality, table
 from seap_ray.tasks import BUILT_IN, Task
@@ -115,7 +115,7 @@ def test_the_table_marks_own_tasks_and_leaves_perplexity_out_of_the_mean():
     models = [model_row("a", a=0.75, b=12.34), model_row("b", a=0.25, b=9.0)]
     text = table({"tasks": TASKS, "models": models})
     assert "[0.750]" in text and "12.3" in text and "[9.0]" in text and "1.38M" in text and "0.750 ±0.030" in text
-    (summary,) = own_tasks(models)
+    (summary,) = (row.to_json() for row in own_task_rows([ModelRow.from_json(model) for model in models]))
     assert summary["name"] == "experts, own task"
     assert {task: quality["value"] for task, quality in summary["quality"].items()} == {"a": 0.75, "b": 9.0}
 

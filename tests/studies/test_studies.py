@@ -10,7 +10,7 @@ from seap_ray.config import load_config
 from seap_ray.errors import ConfigError
 from seap_ray.judges.quality import Quality
 from seap_ray.pipeline.evaluate import EvalTask, Failure
-from seap_ray.pipeline.results import own_tasks
+from seap_ray.pipeline.results import ModelRow, own_task_rows
 from seap_ray.pipeline.shards import Shard
 from seap_ray.studies.runner import Asked, Judged
 from seap_ray.studies.studies import _at_random, _check, _first, _picked, _share, _sizes
@@ -56,8 +56,10 @@ def test_a_seed_with_too_few_samples_has_none():
 
 
 def judged(value, stderr=0.01):
-    cell = {"metric": "exact_match", "value": value, "stderr": stderr, "n": 10}
-    return Judged(Asked(), {"quality": {"sort": cell, "logic": cell}}, {}, None)
+    quality = Quality("exact_match", value, stderr, n=10)
+    sizes = {"realised_ratio": 0.5, "parameters": 10, "bytes": 20, "kv_bytes_per_token": 4}
+    row = ModelRow("m", "m", "baseline", None, 0.5, **sizes, quality={"sort": quality, "logic": quality})
+    return Judged(Asked(), row, {}, None)
 
 
 def test_a_size_is_offered_only_where_every_seed_has_it():
@@ -125,6 +127,10 @@ def test_random_routing_is_the_seeds_and_uses_every_task():
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
+
+
+def own_tasks(models):
+    return [row.to_json() for row in own_task_rows([ModelRow.from_json(model) for model in models])]
 
 
 def test_a_method_of_which_one_model_could_not_be_planned_has_no_sizes():
