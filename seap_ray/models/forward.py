@@ -85,12 +85,15 @@ class WholeModelRunner:
         if self.settings.statistics != "covariance":
             return [range(0)]
         layers = range(self.architecture.n_layers)
-        layers_at_a_time = self.settings.covariance_layers
-        if layers_at_a_time == "auto":
-            free = free_memory(self.model.device, self.settings.num_gpus)
-            fitting = int(free * COVARIANCE_SHARE // (COVARIANCE_COPIES * covariance_bytes(self.architecture)))
-            layers_at_a_time = max(1, fitting)
-        return [layers[first : first + layers_at_a_time] for first in range(0, len(layers), layers_at_a_time)]
+        size = self._layers_a_pass()
+        return [layers[first : first + size] for first in range(0, len(layers), size)]
+
+    def _layers_a_pass(self) -> int:
+        if self.settings.covariance_layers != "auto":
+            return self.settings.covariance_layers
+        free = free_memory(self.model.device, self.settings.num_gpus)
+        fitting = int(free * COVARIANCE_SHARE // (COVARIANCE_COPIES * covariance_bytes(self.architecture)))
+        return max(1, fitting)
 
 
 def record(

@@ -22,55 +22,48 @@ from seap_ray.errors import IncompleteError
 from seap_ray.storage.files import atomic_write, stage
 from seap_ray.storage.paths import StoragePath, storage_path
 
-
-def save_moments(path: StoragePath, statistics: Statistics, **about: Any) -> None:
-    """Write moments, float64, with a hash of their bytes; the same moments give the same file."""
-    tensors = {}
-    for (layer, site), moments in sorted(statistics.items()):
-        tensors[f"layers.{layer}.{site}.mean"] = moments.mean_D.contiguous()
-        tensors[f"layers.{layer}.{site}.m2"] = moments.m2_D.contiguous()
-        tensors[f"layers.{layer}.{site}.count"] = torch.tensor(moments.count)
-    save_tensors(path, tensors, **about)
+# --- files of tensors ------------------------------------------------------------------------------------------------
 
 
-def save_tensors(path: StoragePath, tensors: dict[str, Tensor], **about: Any) -> None:
-    """Write tensors with a hash of their bytes and what is said about them."""
+def save_tensors(path: StoragePath, tensors: dict[str, Tensor], **metadata: Any) -> None:
+    """Write tensors with JSON-able metadata and a hash of their bytes; equal tensors and metadata give equal files."""
     # One metadata key: the library writes several in an order that differs from process to process.
-    text = json.dumps({**about, "sha256": _hash(tensors)}, sort_keys=True)
+    text = json.dumps({**metadata, "sha256": _hash(tensors)}, sort_keys=True)
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={"about": text})
 
 
-def opened(path: StoragePath) -> Any:
-    """A file of tensors, to be read one by one."""
+def open_tensors(path: StoragePath) -> Any:
+    """Open a safetensors file, whose tensors are read one by one; it is a context manager."""
     return safe_open(stage(path), "pt")
 
 
-def about_moments(path: StoragePath) -> dict[str, Any]:
-    """What ``save_tensors`` was told, and the sha256 of the tensors' bytes."""
-    with opened(path) as file:
+def read_metadata(path: StoragePath) -> dict[str, Any]:
+    """Return the metadata that ``save_tensors`` was given, and the ``sha256`` of the tensors' bytes."""
+    with open_tensors(path) as file:
         return json.loads((file.metadata() or {}).get("about", "{}"))
 
 
 def _hash(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(tensors):
+    for name in sorted(tensors):  # whatever the order in the dictionary
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def is_whole(path: StoragePath, **expected: Any) -> bool:
-    """Whether a file of tensors is there, carries ``expected`` in its metadata, and its bytes hash to what it says.
+    """Return whether a file of tensors is there, carries ``expected`` in its metadata, and bytes that match its hash.
 
-    Raises IncompleteError where that cannot be seen: a network that fails has damaged nothing.
+    Raises:
+        IncompleteError: That cannot be seen: a network that fails has damaged nothing.
     """
     try:
-        about = about_moments(path)
-        if any(about.get(key) != value for key, value in expected.items()):
+        metadata = read_metadata(path)
+        if any(metadata.get(key) != value for key, value in expected.items()):
             return False
-        with opened(path) as file:
-            return about["sha256"] == _hash({name: file.get_tensor(name) for name in file.keys()})
+        with open_tensors(path) as file:
+            return metadata["sha256"] == _hash({name: file.get_tensor(name) for name in file.keys()})
     except (FileNotFoundError, SafetensorError, KeyError, ValueError):
         return False
     except OSError as error:
@@ -85,7 +78,7 @@ class TensorFile:
 
     key_name: str | None = "fingerprint"
     """Metadata entry that holds the artifact's key; None where the file's name carries the key."""
-    read: Callable[[StoragePath], Any] = about_moments
+    read: Callable[[StoragePath], Any] = read_metadata
     """Reads what the file is for; by default its metadata."""
 
     def is_whole(self, path: StoragePath, key: str) -> bool:
@@ -101,62 +94,104 @@ class TensorFile:
         return self.read(path)
 
 
+# --- moments and scores ----------------------------------------------------------------------------------------------
+
+
+def save_moments(path: StoragePath, statistics: Statistics, **metadata: Any) -> None:
+    """Write moments, float64, with metadata and a hash of their bytes; the same moments give the same file."""
+    tensors = {}
+    for (layer, site), moments in sorted(statistics.items()):
+        tensors[f"layers.{layer}.{site}.mean"] = moments.mean_D.contiguous()
+        tensors[f"layers.{layer}.{site}.m2"] = moments.m2_D.contiguous()
+        tensors[f"layers.{layer}.{site}.count"] = torch.tensor(moments.count)
+    save_tensors(path, tensors, **metadata)
+
+
 def read_moments(file: Any, key: tuple[int, Site]) -> Moments:
-    """Moments of one (layer, site) from an open safetensors file; nothing else is read."""
+    """Read the moments of one (layer, site) from an open safetensors file, and nothing else."""
     layer, site = key
     mean, m2, count = (file.get_tensor(f"layers.{layer}.{site}.{part}") for part in ("mean", "m2", "count"))
     return Moments(int(count), mean, m2)
 
 
 def load_statistics(path: StoragePath, architecture: Architecture, *, sites: Sequence[Site] = RECORDED) -> Statistics:
-    """Moments of a file, float64; those of ``weight_norms`` have the sites of scores alone."""
-    with opened(path) as file:
+    """Read the moments of every layer.
+
+    Arguments:
+        path: A task's statistics, a shard's record, or weight norms.
+        architecture: The model that the moments are of.
+        sites: Kinds of sites to read; weight norms have those of ``moments.SITES`` alone.
+
+    Returns:
+        Moments by (layer, site), means and sums of squares float64 of shape (D,), D the columns of the site. In an MoE
+        model ``mlp`` stands for the sites of its experts, ``mlp.0``, ``mlp.1``, ...
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        SafetensorError: The file is damaged, or lacks a site.
+    """
+    with open_tensors(path) as file:
         return {key: read_moments(file, key) for key in sites_of(architecture, sites)}
 
 
 def sites_of(architecture: Architecture, sites: Sequence[Site] = RECORDED) -> Iterator[tuple[int, Site]]:
-    """Every (layer, site) of a model, ``mlp`` of a mixture as the sites of its experts."""
-    each = [one for site in sites for one in architecture.sites(site)]
-    return ((layer, site) for layer in range(architecture.n_layers) for site in each)
+    """Return every (layer, site) of a model; in an MoE model ``mlp`` stands for the sites of its experts."""
+    layer_sites: list[Site] = []
+    for site in sites:
+        layer_sites += architecture.sites(site)
+    return ((layer, site) for layer in range(architecture.n_layers) for site in layer_sites)
 
 
 def load_unit_scores(path: StoragePath, layers: Iterable[int]) -> list[dict[str, Tensor]]:
-    """Scores of each layer's ``heads`` and ``channels``, as ``prune`` saves them."""
-    with opened(path) as file:
+    """Read the scores of each layer's ``heads`` and ``channels``, as the planner writes them."""
+    with open_tensors(path) as file:
         return [{unit: file.get_tensor(f"{layer}.{unit}") for unit in ("heads", "channels")} for layer in layers]
 
 
 # --- covariances -----------------------------------------------------------------------------------------------------
 
+TASK_MEMORY_FACTOR = 13
+"""Memory of a task on one layer's covariances, as a multiple of them: score ``obs``, by benchmarks/covariance.py."""
+
 
 def covariance_bytes(architecture: Architecture) -> int:
-    """Of the co-moments of one layer's sites, float32."""
+    """Return the bytes of the co-moments of one layer's sites as full float32 matrices."""
     return 4 * sum(width**2 for width in architecture.widths)
 
 
 def task_memory(architecture: Architecture) -> int:
-    """Bytes that a task on one layer's covariances needs at most: ``obs``, by benchmarks/covariance.py."""
-    return 13 * covariance_bytes(architecture)
+    """Return the bytes that a task on one layer's covariances needs at most."""
+    return TASK_MEMORY_FACTOR * covariance_bytes(architecture)
 
 
 def covariance_file(moments: StoragePath, layer: int) -> StoragePath:
-    """Where the covariances of a layer lie whose moments are in the file ``moments``."""
+    """Return where the covariances of a layer lie whose moments are in the file ``moments``."""
     return moments.with_suffix(".covariances") / f"{layer:03d}.safetensors"
 
 
-def save_covariances(moments: StoragePath, layer: int, of: Mapping[Site, Covariance], **about: Any) -> None:
-    """Write the co-moments of one layer: the lower triangle of each, row by row, float32."""
-    tensors: dict[str, Tensor] = {site: packed(covariance.comoment_DD) for site, covariance in of.items()}
-    save_tensors(covariance_file(moments, layer), tensors, **about)
+def save_covariances(moments: StoragePath, layer: int, covariances: Mapping[Site, Covariance], **metadata: Any) -> None:
+    """Write the co-moments of one layer beside its moments: the lower triangle of each, row by row, float32."""
+    tensors: dict[str, Tensor] = {site: to_triangle(covariances[site].comoment_DD) for site in covariances}
+    save_tensors(covariance_file(moments, layer), tensors, **metadata)
 
 
-def packed(symmetric_DD: Tensor) -> Tensor:
-    """Lower triangle, row by row, float32: (D, D) -> (D (D + 1) / 2,)."""
+def load_covariance(moments: StoragePath, key: tuple[int, Site]) -> Covariance:
+    """Read the covariance of one (layer, site), float64, and nothing else."""
+    layer, site = key
+    with open_tensors(moments) as file:
+        site_moments = read_moments(file, key)
+    with open_tensors(covariance_file(moments, layer)) as file:
+        comoment_DD = from_triangle(file.get_tensor(site))
+    return Covariance(site_moments.count, site_moments.mean_D, site_moments.m2_D, comoment_DD)
+
+
+def to_triangle(symmetric_DD: Tensor) -> Tensor:
+    """Return the lower triangle of a symmetric matrix, row by row, float32: (D, D) -> (D (D + 1) / 2,)."""
     return torch.cat([row_D[: i + 1] for i, row_D in enumerate(symmetric_DD.to(torch.float32))])
 
 
-def unpacked(triangle: Tensor) -> Tensor:
-    """The symmetric float64 matrix of a lower triangle: (D (D + 1) / 2,) -> (D, D)."""
+def from_triangle(triangle: Tensor) -> Tensor:
+    """Return the symmetric float64 matrix of a lower triangle: (D (D + 1) / 2,) -> (D, D)."""
     width = math.isqrt(2 * triangle.numel())
     matrix_DD = torch.zeros(width, width, dtype=torch.float64)
     for i, row in enumerate(triangle.split([*range(1, width + 1)])):
@@ -165,18 +200,9 @@ def unpacked(triangle: Tensor) -> Tensor:
     return matrix_DD
 
 
-def load_covariance(moments: StoragePath, key: tuple[int, Site]) -> Covariance:
-    """Covariance of one (layer, site), float64; nothing else is read."""
-    layer, site = key
-    with opened(moments) as file:
-        of = read_moments(file, key)
-    with opened(covariance_file(moments, layer)) as file:
-        return Covariance(of.count, of.mean_D, of.m2_D, unpacked(file.get_tensor(site)))
-
-
 @dataclass(frozen=True)
-class Mixture:
-    """Covariances of several streams as one, each by its weight; read when they are asked for."""
+class PooledCovariance:
+    """Covariances of several streams as one, each with its weight; they are read when they are asked for."""
 
     sources: tuple[StoragePath, ...]
     """Statistics files with their covariances beside them."""
@@ -185,13 +211,14 @@ class Mixture:
     """Relative ridge; None: the one that each source was found to need, averaged over them."""
 
     def __getitem__(self, key: tuple[int, Site]) -> Covariance:
+        """Return the pooled covariance of one (layer, site), float64."""
         return pooled_covariance((load_covariance(source, key) for source in self.sources), self.weights)
 
     def ridge_of(self, key: tuple[int, Site]) -> float:
-        """Geometric mean of the sources' ridges, by weight."""
+        """Return the ridge of one (layer, site): the geometric mean of the sources' ridges, by weight."""
         if self.ridge is not None:
             return self.ridge
         layer, site = key
-        own = [about_moments(covariance_file(source, layer))["ridges"][site] for source in self.sources]
-        total = sum(self.weights)
-        return math.exp(sum(w * math.log(ridge) for w, ridge in zip(self.weights, own, strict=True)) / total)
+        ridges = [read_metadata(covariance_file(source, layer))["ridges"][site] for source in self.sources]
+        weighted = sum(weight * math.log(ridge) for weight, ridge in zip(self.weights, ridges, strict=True))
+        return math.exp(weighted / sum(self.weights))

@@ -29,7 +29,7 @@ from seap_ray.models.records import (
     covariance_file,
     is_whole,
     load_covariance,
-    opened,
+    open_tensors,
     read_moments,
     save_covariances,
     save_moments,
@@ -379,7 +379,7 @@ def _key_groups(keys: list[tuple[int, Site]], n_records: int) -> Iterator[list[t
 
 
 def _moments_of(record: StoragePath, keys: Sequence[tuple[int, Site]]) -> SiteMoments:
-    with opened(record) as file:
+    with open_tensors(record) as file:
         return {key: read_moments(file, key) for key in keys}
 
 

@@ -18,11 +18,11 @@ from seap_ray.core.scores import SCORES, Norms, WeightNorms, column_scores, head
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import check_stock
 from seap_ray.models.records import (
-    Mixture,
-    about_moments,
+    PooledCovariance,
     is_whole,
     load_statistics,
     load_unit_scores,
+    read_metadata,
     save_moments,
     save_tensors,
     task_memory,
@@ -140,7 +140,8 @@ class Planner:
         if not is_whole(path):
             mixtures = [self.mixture(spec)]
             if spec.pooling == "score_average":
-                mixtures = [Mixture((self.files[t],), (w,), self.mixture(spec).ridge) for t, w in spec.weights.items()]
+                ridge = self.mixture(spec).ridge
+                mixtures = [PooledCovariance((self.files[t],), (w,), ridge) for t, w in spec.weights.items()]
             score = work_task(_layer_scores, memory=task_memory(architecture))
             parts = [
                 score.remote(self.checkpoint, mixtures, pruning.score, pruning.attention_unit, layer)
@@ -154,11 +155,11 @@ class Planner:
         made_of = {task: (weight, self.made_of[task]) for task, weight in spec.weights.items()}
         return fingerprint(made_of, spec.pooling, pruning.score, pruning.ridge, pruning.attention_unit)[:20]
 
-    def mixture(self, spec: ModelSpec) -> Mixture:
+    def mixture(self, spec: ModelSpec) -> PooledCovariance:
         """Covariances of the spec's tasks as one stream, read when they are asked for."""
         ridge = self.config.pruning.ridge
         files = tuple(self.files[task] for task in spec.weights)
-        return Mixture(files, tuple(spec.weights.values()), None if ridge == "auto" else ridge)
+        return PooledCovariance(files, tuple(spec.weights.values()), None if ridge == "auto" else ridge)
 
     def mixed(self, spec: ModelSpec) -> Statistics:
         """Moments of the spec's tasks as one stream, each task counting by its weight."""
@@ -168,13 +169,13 @@ class Planner:
 
 def make_planner(config: Config, checkpoint: Checkpoint, run: Run, statistics: dict[str, StoragePath]) -> Planner:
     """Read the statistics and the weight norms; norms are computed once per run, in Ray tasks."""
-    made_of = {task: about_moments(path)["sha256"] for task, path in statistics.items()}
+    made_of = {task: read_metadata(path)["sha256"] for task, path in statistics.items()}
     loaded = {task: load_statistics(path, checkpoint.architecture) for task, path in statistics.items()}
     return Planner(config, checkpoint, loaded, _weight_norms(checkpoint, run), made_of, statistics, run)
 
 
 def _layer_scores(
-    checkpoint: Checkpoint, mixtures: Sequence[Mixture], score: str, attention_unit: str, layer: int
+    checkpoint: Checkpoint, mixtures: Sequence[PooledCovariance], score: str, attention_unit: str, layer: int
 ) -> dict[str, torch.Tensor]:
     """Scores of one layer's heads and channels, summed over the mixtures by their weights, float64.
 

@@ -17,7 +17,7 @@ from seap_ray.core.plan import Plan
 from seap_ray.models.checkpoint import Checkpoint, versions
 from seap_ray.models.export import SHARED, Compaction, OutputTensor, finish, parse_size, write_tensors
 from seap_ray.models.records import (
-    Mixture,
+    PooledCovariance,
     task_memory,
 )
 from seap_ray.pipeline.cluster import work_task
@@ -103,7 +103,7 @@ def prune(
 def prepare_checkpoint(planner: Planner, run: Run, spec: ModelSpec, plan: Plan) -> PendingCheckpoint:
     """Lay out the checkpoint of a plan: its tensors, files and folder. No weight is read."""
     export = planner.config.export
-    statistics: Statistics | Mixture | None = None
+    statistics: Statistics | PooledCovariance | None = None
     if plan.compensation != "none":
         statistics = planner.mixture(spec) if plan.compensation == "least_squares" else planner.mixed(spec)
     compaction = Compaction(planner.checkpoint, plan, statistics, stock=export.format == "stock")

@@ -15,7 +15,7 @@ from seap_ray.core.architecture import Architecture
 from seap_ray.core.moments import SITES, Site, mixed
 from seap_ray.core.plan import Rules, layer_sparsity
 from seap_ray.core.scores import SCORES, Norms, column_scores, head_scores
-from seap_ray.models.records import is_whole, load_statistics, load_unit_scores, opened, read_moments
+from seap_ray.models.records import is_whole, load_statistics, load_unit_scores, open_tensors, read_moments
 from seap_ray.report.artifacts import UNITS, Cut, Evidence, percent
 from seap_ray.report.charts import LOWER_BOUND, REFERENCE, SECOND_REFERENCE, Chart, HeatMap, Part, Picture, Series, look
 from seap_ray.storage.paths import StoragePath
@@ -222,7 +222,7 @@ def clusters(evidence: Evidence) -> Part | None:
 
 
 def _means(path: StoragePath, keys: Sequence[tuple[int, Site]]) -> np.ndarray:
-    with opened(path) as file:
+    with open_tensors(path) as file:
         return np.concatenate([read_moments(file, key).mean_D.numpy() for key in keys])
 
 

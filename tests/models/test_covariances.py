@@ -24,14 +24,14 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import Compaction
 from seap_ray.models.forward import record
 from seap_ray.models.records import (
-    Mixture,
-    about_moments,
+    PooledCovariance,
     covariance_file,
+    from_triangle,
     load_covariance,
-    packed,
+    read_metadata,
     save_covariances,
     save_moments,
-    unpacked,
+    to_triangle,
 )
 from seap_ray.pipeline import calibrate
 from seap_ray.pipeline.calibrate import Calibration, Calibrator, merge_layer, merge_records
@@ -130,10 +130,10 @@ def test_pooled_is_the_covariance_of_the_weighted_tokens(sizes, seed, weights):
 @often
 def test_the_lower_triangle_comes_back_as_the_whole_matrix(width, seed):
     symmetric = Covariance.of(drawn(50, width, seed)).comoment_DD.float()
-    triangle = packed(symmetric)
+    triangle = to_triangle(symmetric)
     assert triangle.shape == (width * (width + 1) // 2,) and triangle.dtype == torch.float32
     lower = symmetric.tril()
-    assert torch.equal(unpacked(triangle), (lower + lower.tril(-1).T).double())
+    assert torch.equal(from_triangle(triangle), (lower + lower.tril(-1).T).double())
 
 
 def saved(path: Path, x_of: dict[str, torch.Tensor], **about: Any) -> dict[str, Covariance]:
@@ -150,7 +150,7 @@ def test_a_mixture_reads_its_sources_and_averages_their_ridges(tmp_path):
         saved(path, {site: drawn(30, 6, i, offset=i) for site in SITES}, ridges={"attn": ridge, "mlp": 0.1})
         for i, (path, ridge) in enumerate(zip(paths, (1e-1, 1e-4), strict=True))
     ]
-    mixture = Mixture(paths, (2.0, 1.0))
+    mixture = PooledCovariance(paths, (2.0, 1.0))
     expected = pooled_covariance([part["mlp"] for part in made], [2.0, 1.0])
     torch.testing.assert_close(mixture[0, "mlp"].covariance_DD, expected.covariance_DD, rtol=1e-6, atol=1e-6)
     assert mixture.ridge_of((0, "attn")) == pytest.approx(1e-2)
@@ -236,7 +236,7 @@ def test_records_merge_to_the_covariance_of_every_token_and_a_ridge(dense, tmp_p
         for ids in (ids for shard in shards for ids in shard.sequences(run)):
             model(torch.tensor([ids]))
     assert_is_two_pass(load_covariance(path, (2, "mlp")), torch.cat(seen), rtol=1e-6)  # stored in float32
-    assert set(about_moments(covariance_file(path, 2))["ridges"]) == set(SITES)
+    assert set(read_metadata(covariance_file(path, 2))["ridges"]) == set(SITES)
     assert calibration.is_whole(path, checkpoint.architecture)
 
 
@@ -245,7 +245,7 @@ def test_a_task_of_one_shard_has_the_usual_ridge(dense, tmp_path):
     checkpoint = Checkpoint.open(str(source))
     calibration, run, shards = measure(config_of(source, tmp_path), checkpoint)
     path = merged(calibration, run, shards[:1], checkpoint)
-    assert about_moments(covariance_file(path, 0))["ridges"] == dict.fromkeys(SITES, USUAL_RIDGE)
+    assert read_metadata(covariance_file(path, 0))["ridges"] == dict.fromkeys(SITES, USUAL_RIDGE)
 
 
 def test_a_damaged_or_missing_covariance_is_known_and_a_missing_record_is_named(dense, tmp_path):
@@ -304,7 +304,7 @@ def test_covariances_that_no_node_has_memory_for_are_refused_not_waited_for(monk
 # --- in a compacted model --------------------------------------------------------------------------------------------
 
 
-def calibrated(source: Path, folder: Path, ridge: float | None = 1e-3) -> tuple[Checkpoint, Mixture]:
+def calibrated(source: Path, folder: Path, ridge: float | None = 1e-3) -> tuple[Checkpoint, PooledCovariance]:
     """Statistics of some tokens of the model itself, as files."""
     base = Checkpoint.open(str(source))
     sequences = [ids.tolist() for ids in random_ids(12, 40, seed=4)]
@@ -313,10 +313,10 @@ def calibrated(source: Path, folder: Path, ridge: float | None = 1e-3) -> tuple[
     save_moments(path, recorded)
     for layer in range(base.architecture.n_layers):
         save_covariances(path, layer, {site: recorded[layer, site] for site in SITES})  # type: ignore[misc]
-    return base, Mixture((path,), (1.0,), ridge)
+    return base, PooledCovariance((path,), (1.0,), ridge)
 
 
-def with_predicted_activations(model: Any, plan: Plan, mixture: Mixture, head_dim: int) -> Any:
+def with_predicted_activations(model: Any, plan: Plan, mixture: PooledCovariance, head_dim: int) -> Any:
     """Before ``o_proj`` and ``down_proj`` of the dense model every cut activation gives way to its prediction."""
     for layer, (block, kept) in enumerate(zip(model.get_decoder().layers, plan.kept, strict=True)):
         heads = [h * head_dim + i for h in kept.heads for i in range(head_dim)]

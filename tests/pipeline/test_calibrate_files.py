@@ -20,7 +20,7 @@ from seap_ray.core.architecture import Architecture
 from seap_ray.core.moments import RECORDED, Moments, Statistics, tree_sum
 from seap_ray.errors import ConfigError, DataError, IncompleteError
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.records import about_moments, is_whole, load_statistics, save_moments
+from seap_ray.models.records import is_whole, load_statistics, read_metadata, save_moments
 from seap_ray.pipeline.calibrate import Calibration, Calibrator, merge_records
 from seap_ray.pipeline.shards import Manifest, Shard
 from seap_ray.storage.files import sha256_of
@@ -127,7 +127,7 @@ def test_moments_come_back_exactly_with_what_was_said_about_them(tmp_path):
         assert back[key].count == moments.count == 9
         assert torch.equal(back[key].mean_D, moments.mean_D) and back[key].mean_D.dtype == torch.float64
         assert torch.equal(back[key].m2_D, moments.m2_D) and back[key].m2_D.dtype == torch.float64
-    about = about_moments(path)
+    about = read_metadata(path)
     assert (about["task"], about["made_of"], len(about["sha256"])) == ("t", "x", 64)
 
 
@@ -262,7 +262,7 @@ def test_a_merge_is_done_once_and_again_when_its_records_are_others(tmp_path):
     run, manifest = Run(tmp_path), manifest_of()
     make_records(run, manifest)
     path = merge(run, manifest)
-    before, made_of = (path.stat().st_mtime_ns, path.stat().st_ino, sha256_of(path)), about_moments(path)["made_of"]
+    before, made_of = (path.stat().st_mtime_ns, path.stat().st_ino, sha256_of(path)), read_metadata(path)["made_of"]
     shutil.rmtree(run.records("arithmetic"))
     assert merge(run, manifest) == path  # not a record is read
     assert (path.stat().st_mtime_ns, path.stat().st_ino, sha256_of(path)) == before
@@ -273,7 +273,7 @@ def test_a_merge_is_done_once_and_again_when_its_records_are_others(tmp_path):
         merge(run, other)
     make_records(run, other)
     merge(run, other)
-    assert about_moments(path)["made_of"] != made_of
+    assert read_metadata(path)["made_of"] != made_of
 
 
 def test_damaged_statistics_are_made_again(tmp_path):
