@@ -26,7 +26,7 @@ from seap_ray.core.reconstruction import least_squares
 from seap_ray.core.slicing import compact, compact_size, in_pieces, kept_indices, mean_bias
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import CARRIED, DTYPES, INDEX, Checkpoint
-from seap_ray.models.records import Mixture
+from seap_ray.models.records import PooledCovariance
 from seap_ray.storage.files import atomic_write, write_json
 from seap_ray.storage.paths import StoragePath
 
@@ -65,7 +65,7 @@ class Compaction:
 
     base: Checkpoint
     plan: Plan
-    statistics: Statistics | Mixture | None = None
+    statistics: Statistics | PooledCovariance | None = None
     """For ``mean`` moments, for ``least_squares`` covariances."""
     stock: bool = False
     """Write a checkpoint of an ordinary family, which has biases in all layers or in none."""
@@ -142,7 +142,7 @@ class Compaction:
 
     def _repaired(self, layer: int, module: str) -> dict[str, Tensor]:
         """Weight and bias by least squares. A bias is asked for right before its weight, so the last pair is kept."""
-        assert isinstance(self.statistics, Mixture)
+        assert isinstance(self.statistics, PooledCovariance)
         if (layer, module) not in self._last:
             old = self.plan.layers[layer]
             covariance, kept_S = self.statistics[old, self._site(module)], self._kept_columns(layer, module)
