@@ -36,10 +36,12 @@ from seap_ray.models.export import write_tensors
 from seap_ray.models.forward import record
 from seap_ray.models.layerwise import LayerwiseModel
 from seap_ray.models.records import read_moments, save_moments
-from seap_ray.pipeline.calibrate import RECORDS_HELD, Calibration, grouped, merge_records
+from seap_ray.pipeline.calibrate import group_shards
+from seap_ray.pipeline.merge import RECORDS_HELD, TaskStatistics, merge_moments
 from seap_ray.pipeline.model_specs import model_specs
 from seap_ray.pipeline.planner import Planner, _layer_norms
 from seap_ray.pipeline.prune import prepare_checkpoint
+from seap_ray.pipeline.shard_records import Calibration, ShardRecords
 from seap_ray.pipeline.shards import Shard
 from seap_ray.storage.run import Run
 
@@ -184,7 +186,7 @@ def reading(model: Model, machine: Machine) -> float:
 
 
 def merging(model: Model, machine: Machine, records: int) -> float:
-    """Seconds of ``merge_records``: a record opened once a group of keys, and added: 144 bytes a column in seven
+    """Seconds of ``merge_moments``: a record opened once a group of keys, and added: 144 bytes a column in seven
     operations, of which both operands and the result, 48, lie in memory; the sum hashed and written.
     """
     layers, _, *widths = model.dimensions()
@@ -229,10 +231,11 @@ def compared(hidden: int, machine: Machine, folder: Path) -> dict[str, Any]:
     model = Model(of := checkpoint.architecture, VOCABULARY, b=4)
     settings = {"run": {"name": "run", "storage": str(folder)}, "model": {"source": checkpoint.source}}
     config = Config.model_validate({**settings, "tasks": ["sort"], "pruning": {"ratio": RATIO}})
-    run, calibration = Run.of(config), Calibration("", "", skip_first_token=False, batch_tokens=tokens)
+    run = Run.of(config)
+    records = ShardRecords(Calibration("", "", skip_first_token=False, batch_tokens=tokens), run, of)
     shards = [Shard("sort", str(i), 1, 1000, str(i)) for i in range(RECORDS)]
     for shard in shards:
-        save_moments(calibration.record(run, shard), random_statistics(of, seed=int(shard.shard)))
+        save_moments(records.path(shard), random_statistics(of, seed=int(shard.shard)))
     sequences = torch.randint(VOCABULARY, (tokens // SEQUENCE, SEQUENCE)).tolist()
     streamed = LayerwiseModel(checkpoint, torch.float32, torch.device("cpu"), room=1 << 40)
     found_norms = {(i, site): one for i in range(LAYERS) for site, one in _layer_norms(checkpoint, i).items()}
@@ -244,13 +247,16 @@ def compared(hidden: int, machine: Machine, folder: Path) -> dict[str, Any]:
     stages: dict[str, tuple[float, Callable[[], Any]]] = {
         "single": (computing, lambda: record(loaded, sequences, batch_tokens=tokens)),
         "stream": (computing + loading, lambda: [*streamed.record({"": sequences}, batch_tokens=tokens)]),
-        "merge": (merging(model, machine, RECORDS), lambda: merge_records(calibration, run, shards, of, _gone(merged))),
+        "merge": (
+            merging(model, machine, RECORDS),
+            lambda: merge_moments(TaskStatistics(records, shards, _gone(merged))),
+        ),
         "norms": (norms(model, machine), lambda: [_layer_norms(checkpoint, layer) for layer in range(LAYERS)]),
         "plan": (planning(model, machine), lambda: planner.plan(expert, RATIO)),
         "compaction": (cutting, lambda: write_tensors(cut.compaction, cut.files["model.safetensors"], _gone(written))),
     }
     found = {stage: (guess, _best(work, rounds=1 if guess > 3 else 5)) for stage, (guess, work) in stages.items()}
-    found["bytes of a record"] = model.record_bytes(), calibration.record(run, shards[0]).stat().st_size
+    found["bytes of a record"] = model.record_bytes(), records.path(shards[0]).stat().st_size
     found["bytes of an expert"] = model.n_bytes(kept=1 - RATIO), written.stat().st_size
     return {what: {"predicted": one, "measured": two, "ratio": one / two} for what, (one, two) in found.items()}
 
@@ -260,7 +266,7 @@ def on_gpus(model: Model, here: Machine, gpus: int) -> dict[str, Any]:
     nodes, gpu = -(-gpus // GPUS_A_NODE), replace(here, **GPU)
     cores, written = nodes * CORES_A_NODE, MODELS * model.n_bytes(kept=1 - RATIO)
     shards = [Shard("", "", SHARD_SEQUENCES, SHARD_SEQUENCES * LENGTH, "")] * (TASKS * SHARDS_A_TASK)
-    groups = grouped(shards, STREAM_TOKENS, workers := min(gpus, len(shards)))
+    groups = group_shards(shards, STREAM_TOKENS, workers := min(gpus, len(shards)))
     rounds, tokens = -(-len(groups) // workers), max(map(len, groups)) * SHARD_SEQUENCES * LENGTH
     computing = tokens * forward(model, gpu, LENGTH, BATCH_TOKENS)
     recording = tokens * statistics(model, gpu, BATCH_TOKENS)

@@ -19,7 +19,8 @@ from seap_ray.config import Config
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.moments import RECORDED, Moments, Statistics
 from seap_ray.models.records import save_moments, sites_of
-from seap_ray.pipeline.calibrate import Calibration, merge_records
+from seap_ray.pipeline.merge import TaskStatistics, merge_moments
+from seap_ray.pipeline.shard_records import Calibration, ShardRecords
 from seap_ray.pipeline.shards import Shard
 from seap_ray.storage.run import Run
 
@@ -32,8 +33,9 @@ def rows(config: Config) -> Iterator[Row]:
     calibration = Calibration("model", "torch.bfloat16", skip_first_token=False, batch_tokens=4096)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder))
+        records = ShardRecords(calibration, run, architecture)
         shards = [Shard("sort", f"{i:05d}", 1, 1000, str(i)) for i in range(settings.records)]
-        paths = [calibration.record(run, shard) for shard in shards]
+        paths = [records.path(shard) for shard in shards]
         for i, path in enumerate(paths[:DISTINCT]):
             save_moments(path, random_statistics(architecture, seed=i))
         for i, path in enumerate(paths[DISTINCT:]):
@@ -42,7 +44,7 @@ def rows(config: Config) -> Iterator[Row]:
 
         def merge() -> None:
             merged.unlink(missing_ok=True)
-            merge_records(calibration, run, shards, architecture, merged)
+            merge_moments(TaskStatistics(records, shards, merged))
 
         def read() -> None:
             for path in paths:

@@ -27,8 +27,9 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.recorder import SiteMoments
 from seap_ray.models.records import sites_of
 from seap_ray.pipeline import calibrate
-from seap_ray.pipeline.calibrate import Calibration, Calibrator, make_records
+from seap_ray.pipeline.calibrate import Calibrator, make_records
 from seap_ray.pipeline.job import _connect
+from seap_ray.pipeline.shard_records import ShardRecords
 from seap_ray.pipeline.shards import Shard
 from seap_ray.storage.files import sha256_of
 from seap_ray.storage.run import Run
@@ -41,13 +42,13 @@ TOKENS = 1000
 class Sleeper(Calibrator):
     """Takes a shard's time, and leaves a record of the demo's size."""
 
-    def __init__(self, config: Config, calibration: Calibration, run: Run):
-        self.calibration, self.run = calibration, run
-        self.architecture = Checkpoint.open(config.model.source).architecture
+    def __init__(self, config: Config, records: ShardRecords):
+        self.records = records
+        self.architecture = records.architecture
         self.seconds = float(os.environ["SLEEP_S"])
         self.runner = self
-        (run.root / f"worker-{os.getpid()}").touch()
-        while len(list(run.root.glob("worker-*"))) < int(config.calibration.workers):
+        (records.run.root / f"worker-{os.getpid()}").touch()
+        while len(list(records.run.root.glob("worker-*"))) < int(config.calibration.workers):
             time.sleep(0.01)
 
     def record(self, shards: Mapping[str, Any]) -> Iterator[tuple[str, SiteMoments]]:
@@ -86,7 +87,8 @@ def _measure(folder: Path, n_shards: int, seconds: float, workers: int, tokens: 
     run, checkpoint = Run.of(config), Checkpoint.open("demo")
     shards = [_shard(run, i, tokens) for i in range(n_shards)]
     before = sum(psutil.Process().cpu_times()[:2])
-    make_records(config, checkpoint, run, shards, lambda steps, _total, _label: steps, n_merged=0)
+    records = ShardRecords.of(config, checkpoint, run)
+    make_records(config, records, shards, lambda steps, _total, _label: steps, n_merged=0)
     driver = sum(psutil.Process().cpu_times()[:2]) - before
     started = max(path.stat().st_mtime for path in run.root.glob("worker-*"))
     ended = max(path.stat().st_mtime for path in run.records("sort").glob("*.safetensors"))

@@ -1,14 +1,7 @@
-"""Calibrate: shards in, one record per (task, shard), merged statistics out. Ray Data runs the model.
-
-A record is replaced, never added to: an actor that is killed, or a row that Ray delivers twice, changes nothing. What
-is whole is reused, so the same command resumes whatever was cut short. Records are merged in a tree whose shape depends
-on the number of shards alone: the same bytes for any number of workers, with or without faults. Covariances go the
-same way, layer by layer.
-"""
+"""Calibrate: shards in, a record of each and the merged statistics of every task out. Ray Data runs the model."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial, reduce
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -17,90 +10,22 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from seap_ray.config import Config
 from seap_ray.core.architecture import Architecture
-from seap_ray.core.moments import RECORDED, SITES, Covariance, Moments, Site, tree_sum
-from seap_ray.core.reconstruction import USUAL_RIDGE, choose_ridge
-from seap_ray.errors import ConfigError, DataError, IncompleteError
+from seap_ray.core.moments import SITES, Covariance, Moments
+from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.forward import make_runner
-from seap_ray.models.loading import model_dtype
 from seap_ray.models.recorder import SiteMoments
-from seap_ray.models.records import (
-    covariance_bytes,
-    covariance_file,
-    is_whole,
-    load_covariance,
-    open_tensors,
-    read_moments,
-    save_covariances,
-    save_moments,
-    sites_of,
-    task_memory,
-)
-from seap_ray.pipeline.cluster import work_task, working_nodes
+from seap_ray.models.records import covariance_bytes, save_covariances, save_moments, task_memory
+from seap_ray.pipeline.cluster import working_nodes
+from seap_ray.pipeline.merge import TaskStatistics, merge_all, without_whole_files
 from seap_ray.pipeline.placement import workers_that_fit
+from seap_ray.pipeline.shard_records import MAX_ATTEMPTS, ShardRecords
 from seap_ray.pipeline.shards import Manifest, Shard
-from seap_ray.storage.files import atomic_write, writable
 from seap_ray.storage.paths import StoragePath
-from seap_ray.storage.run import Run, fingerprint
+from seap_ray.storage.run import Run
 
-SCHEMA = 3
-"""Version of the record's contents; raise it when the numbers change."""
-RECORDS_HELD = 2
-"""Records in memory while many are merged; opening a file costs more than what is read of it if that is little."""
-SHARDS_TOGETHER = 32
+MAX_GROUP_SHARDS = 32
 """Shards that pass through a streamed model together, at most."""
-ATTEMPTS = 3
-"""Times that a shard may end its worker's process before it is given up: Ray itself would try for ever."""
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """What a record depends on besides its shard."""
-
-    model: str
-    """Fingerprint of the checkpoint."""
-    dtype: str
-    skip_first_token: bool
-    batch_tokens: int
-    covariance: bool = False
-    """Whether covariances are recorded, too; the moments are the same bytes either way."""
-    schema: int = SCHEMA
-
-    @classmethod
-    def of(cls, config: Config, checkpoint: Checkpoint) -> "Calibration":
-        calibration = config.calibration
-        return cls(
-            checkpoint.fingerprint,
-            str(model_dtype(config.model, checkpoint)),
-            calibration.skip_first_token,
-            calibration.batch_tokens,
-            calibration.statistics == "covariance",
-        )
-
-    def fingerprint(self, shard: Shard) -> str:
-        parts = (self.model, self.dtype, self.skip_first_token, self.batch_tokens, self.schema)
-        return fingerprint(parts, shard.sha256, RECORDED)
-
-    def record(self, run: Run, shard: Shard) -> StoragePath:
-        return run.records(shard.task) / f"{shard.shard}-{self.fingerprint(shard)[:12]}.safetensors"
-
-    def tried(self, run: Run, shard: Shard) -> StoragePath:
-        """A file with a byte for each attempt at a record: it outlives the process, and goes when an attempt ends."""
-        record = self.record(run, shard)
-        return record.with_name(f".{record.stem}.tried")
-
-    def attempts(self, run: Run, shard: Shard) -> int:
-        path = self.tried(run, shard)
-        return path.stat().st_size if path.exists() else 0
-
-    def is_whole(self, moments: StoragePath, architecture: Architecture, **expected: Any) -> bool:
-        """Whether a record or a task's statistics are there, with their covariances where those are asked for."""
-        layers = range(architecture.n_layers * self.covariance)
-        files = [moments, *(covariance_file(moments, layer) for layer in layers)]
-        return all(file.is_file() for file in files) and all(is_whole(file, **expected) for file in files)
-
-    def tokens(self, shard: Shard) -> int:
-        return shard.n_tokens - self.skip_first_token * shard.n_sequences
 
 
 # --- the actors ------------------------------------------------------------------------------------------------------
@@ -109,53 +34,77 @@ class Calibration:
 class Calibrator:
     """A Ray Data actor that has the model: shards' descriptors in, their records on storage, a number of tokens out."""
 
-    def __init__(self, config: Config, calibration: Calibration, run: Run):
-        self.calibration, self.run = calibration, run
+    def __init__(self, config: Config, records: ShardRecords):
         checkpoint = Checkpoint.open(config.model.source, config.model.revision)
-        if checkpoint.fingerprint != calibration.model:
+        if checkpoint.fingerprint != records.calibration.model:
             raise ConfigError(f"model.source: {checkpoint.folder} differs between the nodes of this cluster")
-        self.architecture = checkpoint.architecture
+        self.records = records
         self.runner = make_runner(config, checkpoint)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        shards = [[Shard(**shard) for shard in row["shards"]] for row in rows.to_pylist()]
-        for together in shards:
-            self._attempt(together)
-        return pa.table({"n_tokens": [sum(shard.n_tokens for shard in together) for together in shards]})
+        """Measure the group of shards in every row."""
+        groups = [_group_of(row) for row in rows.to_pylist()]
+        for group in groups:
+            self._attempt(group)
+        return pa.table({"n_tokens": [_total_tokens(group) for group in groups]})
 
-    def _attempt(self, together: list[Shard]) -> None:
-        """Measure shards together; the last time each alone, so that one that ends processes costs no other."""
-        parts = [together]
-        if max(self.calibration.attempts(self.run, shard) for shard in together) >= ATTEMPTS - 1:
-            missing = [shard for shard in together if not _has(self.calibration, self.run, shard, self.architecture)]
-            parts = [[shard] for shard in missing if self.calibration.attempts(self.run, shard) < ATTEMPTS]
-        for part in parts:
-            tried = [self.calibration.tried(self.run, shard) for shard in part]
+    def _attempt(self, group: list[Shard]) -> None:
+        """Measure shards together, and keep count of attempts that end this process.
+
+        The last time each is measured alone, so that a shard that ends processes costs no other.
+        """
+        for shards in self._split_at_last_attempt(group):
             try:
-                for shard, path in zip(part, tried, strict=True):
-                    with atomic_write(path) as temporary:
-                        temporary.write_bytes(b"." * (self.calibration.attempts(self.run, shard) + 1))
-                self._measure(part)
+                for shard in shards:
+                    self.records.mark_attempt(shard)
+                self._measure(shards)
             finally:
-                for path in tried:
-                    with writable(path):
-                        path.unlink(missing_ok=True)
+                for shard in shards:
+                    self.records.clear_attempts(shard)
 
-    def _measure(self, together: list[Shard]) -> None:
-        shards = {f"{shard.task}/{shard.shard}": shard for shard in together}
-        moments: dict[str, SiteMoments] = {name: {} for name in shards}
-        for name, recorded in self.runner.record({name: shard.sequences(self.run) for name, shard in shards.items()}):
-            self._save_covariances(shards[name], recorded)
-            moments[name] |= {key: Moments(of.count, of.mean_D, of.m2_D) for key, of in recorded.items()}
-        for name, shard in shards.items():
-            path, made_of_shard = self.calibration.record(self.run, shard), self.calibration.fingerprint(shard)
-            save_moments(path, moments[name], task=shard.task, shard=shard.shard, fingerprint=made_of_shard)
+    def _split_at_last_attempt(self, group: list[Shard]) -> list[list[Shard]]:
+        """Return the shards to measure together: all, or at the last attempt one by one, without those given up."""
+        attempts = {shard: self.records.attempts(shard) for shard in group}
+        if max(attempts.values()) < MAX_ATTEMPTS - 1:
+            return [group]
+        left = [shard for shard in group if attempts[shard] < MAX_ATTEMPTS]
+        return [[shard] for shard in left if not self.records.is_whole(shard)]
+
+    def _measure(self, shards: list[Shard]) -> None:
+        """Run the model over shards and write their records; covariances as they come, as they are large."""
+        by_name = {f"{shard.task}/{shard.shard}": shard for shard in shards}
+        sequences = {name: shard.sequences(self.records.run) for name, shard in by_name.items()}
+        moments: dict[str, SiteMoments] = {name: {} for name in by_name}
+        for name, recorded in self.runner.record(sequences):
+            self._save_covariances(by_name[name], recorded)
+            moments[name] |= {key: Moments(part.count, part.mean_D, part.m2_D) for key, part in recorded.items()}
+
+        for name, shard in by_name.items():
+            path = self.records.path(shard)
+            key = self.records.key(shard)
+            save_moments(path, moments[name], task=shard.task, shard=shard.shard, fingerprint=key)
 
     def _save_covariances(self, shard: Shard, recorded: SiteMoments) -> None:
-        path, made_of_shard = self.calibration.record(self.run, shard), self.calibration.fingerprint(shard)
-        of = {key: found for key, found in recorded.items() if isinstance(found, Covariance)}
-        for layer in sorted({layer for layer, _ in of}):
-            save_covariances(path, layer, {site: of[layer, site] for site in SITES}, fingerprint=made_of_shard)
+        """Write the covariances among what was recorded, a file for each layer."""
+        covariances = {key: part for key, part in recorded.items() if isinstance(part, Covariance)}
+        for layer in sorted({layer for layer, _ in covariances}):
+            of_layer = {site: covariances[layer, site] for site in SITES}
+            save_covariances(self.records.path(shard), layer, of_layer, fingerprint=self.records.key(shard))
+
+
+def _row_of(group: list[Shard]) -> dict[str, Any]:
+    """Return the row of Ray Data that hands a group of shards to an actor."""
+    return {"shards": [asdict(shard) for shard in group]}
+
+
+def _group_of(row: dict[str, Any]) -> list[Shard]:
+    """Return the shards of a row."""
+    return [Shard(**shard) for shard in row["shards"]]
+
+
+def _total_tokens(shards: Iterable[Shard]) -> int:
+    """Return the number of tokens of some shards together."""
+    return sum(shard.n_tokens for shard in shards)
 
 
 # --- the job ---------------------------------------------------------------------------------------------------------
@@ -172,40 +121,41 @@ def calibrate(
 
     Raises IncompleteError when records are missing afterwards, DataError for activations that are not finite.
     """
-    calibration = Calibration.of(config, checkpoint)
-    stale = _stale(calibration, run, manifests, checkpoint.architecture)
-    shards = [shard for manifest in stale for shard in manifest.shards]
-    make_records(config, checkpoint, run, shards, progress, n_merged=len(stale))
-    merge_all(calibration, run, checkpoint, [(run.statistics(m.task), m.shards) for m in stale])
+    records = ShardRecords.of(config, checkpoint, run)
+    statistics = [TaskStatistics(records, manifest.shards, run.statistics(manifest.task)) for manifest in manifests]
+    missing = without_whole_files(statistics)
+    shards = [shard for one in missing for shard in one.shards]
+    make_records(config, records, shards, progress, n_merged=len(missing))
+    merge_all(missing, checkpoint)
     return {manifest.task: run.statistics(manifest.task) for manifest in manifests}
 
 
 def make_records(
     config: Config,
-    checkpoint: Checkpoint,
-    run: Run,
+    records: ShardRecords,
     shards: list[Shard],
     progress: Callable[[Iterable[int], int, str], Iterable[int]],
     *,
     n_merged: int,
 ) -> None:
-    """Make what records of these shards are missing; ``n_merged`` statistics will be made from them."""
-    calibration, architecture = Calibration.of(config, checkpoint), checkpoint.architecture
-    missing = _missing(calibration, run, shards, architecture)
-    if calibration.covariance:
-        check_memory(architecture)
-        _check_room(run, architecture, n_files=len(missing) + n_merged)
+    """Make what records of these shards are missing; ``n_merged`` statistics will be made from them.
+
+    Raises ConfigError where no node could work on the covariances, IncompleteError where they do not fit the disk.
+    """
+    missing = records.missing(shards)
+    if records.calibration.covariance:
+        check_memory(records.architecture)
+        check_disk(records.run, records.architecture, n_files=len(missing) + n_merged)
     if missing:
+        # A new job tries again what another one gave up.
         for shard in missing:
-            with writable(run.root):
-                calibration.tried(run, shard).unlink(missing_ok=True)
-        total = sum(shard.n_tokens for shard in missing)
-        for _ in progress(_measure_all(config, calibration, run, missing), total, "calibrating"):
+            records.clear_attempts(shard)
+        for _ in progress(_measure_all(config, records, missing), _total_tokens(missing), "calibrating"):
             pass
 
 
 def check_memory(architecture: Architecture) -> None:
-    """Raises ConfigError when no node could ever run a task on one layer's covariances: Ray would wait for one."""
+    """Raise ConfigError when no node could ever run a task on one layer's covariances: Ray would wait for one."""
     largest = max((node["Resources"].get("memory", 0) for node in working_nodes()), default=0)
     if (needed := task_memory(architecture)) > largest:
         raise ConfigError(
@@ -214,8 +164,8 @@ def check_memory(architecture: Architecture) -> None:
         )
 
 
-def _check_room(run: Run, architecture: Architecture, *, n_files: int) -> None:
-    """Raises IncompleteError when the covariances will not fit the disk: a triangle for each shard and task to come."""
+def check_disk(run: Run, architecture: Architecture, *, n_files: int) -> None:
+    """Raise IncompleteError when the covariances will not fit the disk: a triangle for each shard and task to come."""
     needed = n_files * architecture.n_layers * covariance_bytes(architecture) // 2
     run.root.mkdir(parents=True, exist_ok=True)
     free = run.root.free_bytes()
@@ -227,45 +177,21 @@ def _check_room(run: Run, architecture: Architecture, *, n_files: int) -> None:
         )
 
 
-def _stale(calibration: Calibration, run: Run, manifests: list[Manifest], architecture: Architecture) -> list[Manifest]:
-    """Tasks whose statistics are not there, or not of these shards, or damaged."""
-    check = work_task(_is_merged)
-    found = ray.get([check.remote(calibration, run, manifest, architecture) for manifest in manifests])
-    return [manifest for manifest, whole in zip(manifests, found, strict=True) if not whole]
-
-
-def _is_merged(calibration: Calibration, run: Run, manifest: Manifest, architecture: Architecture) -> bool:
-    made = made_of(calibration, manifest.shards)
-    return calibration.is_whole(run.statistics(manifest.task), architecture, made_of=made)
-
-
-def _missing(calibration: Calibration, run: Run, shards: list[Shard], architecture: Architecture) -> list[Shard]:
-    """Shards without a whole record."""
-    check = work_task(_has)
-    found = ray.get([check.remote(calibration, run, shard, architecture) for shard in shards])
-    return [shard for shard, whole in zip(shards, found, strict=True) if not whole]
-
-
-def _has(calibration: Calibration, run: Run, shard: Shard, architecture: Architecture) -> bool:
-    record = calibration.record(run, shard)
-    return calibration.is_whole(record, architecture, fingerprint=calibration.fingerprint(shard))
-
-
-def _measure_all(config: Config, calibration: Calibration, run: Run, missing: list[Shard]) -> Iterator[int]:
+def _measure_all(config: Config, records: ShardRecords, missing: list[Shard]) -> Iterator[int]:
     """Yield the tokens of each group of shards as their records are done."""
     settings = config.calibration
     workers = n_workers(config, len(missing))
     context = DataContext.get_current()
-    context.execution_no_progress_timeout_s = -1  # a large model's first shard may take longer than the default 30 min
+    # A large model's first shard may take longer than Ray Data's 30 minutes without progress.
+    context.execution_no_progress_timeout_s = -1
     context.max_consecutive_actor_init_deaths = 2 * workers
-    together = settings.stream_tokens if settings.placement == "stream" else 0
-    groups = grouped(missing, together, workers)
-    rows = ray.data.from_items(
-        [{"shards": [asdict(shard) for shard in group]} for group in groups], override_num_blocks=len(groups)
-    )
+
+    max_tokens = settings.stream_tokens if settings.placement == "stream" else 0
+    groups = group_shards(missing, max_tokens, workers)
+    rows = ray.data.from_items([_row_of(group) for group in groups], override_num_blocks=len(groups))
     measured = rows.map_batches(
         Calibrator,
-        fn_constructor_args=(config, calibration, run),
+        fn_constructor_args=(config, records),
         compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
         batch_size=1,
         batch_format="pyarrow",
@@ -276,16 +202,16 @@ def _measure_all(config: Config, calibration: Calibration, run: Run, missing: li
         yield row["n_tokens"]
 
 
-def grouped(shards: list[Shard], max_tokens: int, workers: int) -> list[list[Shard]]:
-    """Neighbours together, up to ``max_tokens``, but no fewer groups than workers if the shards allow it.
+def group_shards(shards: Sequence[Shard], max_tokens: int, workers: int) -> list[list[Shard]]:
+    """Put neighbours together, up to ``max_tokens``, but in no fewer groups than workers if the shards allow it.
 
-    A worker keeps the moments of a whole group, so it has ``SHARDS_TOGETHER`` at most.
+    A worker keeps the moments of a whole group, so it has ``MAX_GROUP_SHARDS`` at most.
     """
-    most = min(SHARDS_TOGETHER, -(-len(shards) // workers))
+    max_shards = min(MAX_GROUP_SHARDS, -(-len(shards) // workers))
     groups: list[list[Shard]] = []
     for shard in shards:
-        fits = groups and len(groups[-1]) < most
-        if fits and sum(one.n_tokens for one in groups[-1]) + shard.n_tokens <= max_tokens:
+        has_place = groups and len(groups[-1]) < max_shards
+        if has_place and _total_tokens(groups[-1]) + shard.n_tokens <= max_tokens:
             groups[-1].append(shard)
         else:
             groups.append([shard])
@@ -293,114 +219,17 @@ def grouped(shards: list[Shard], max_tokens: int, workers: int) -> list[list[Sha
 
 
 def n_workers(config: Config, n_shards: int) -> int:
-    """Replicas that the cluster holds. Raises ConfigError when it holds none, or fewer than the config asks for."""
-    settings, has = config.calibration, ray.cluster_resources()
+    """Return the number of calibration actors to start.
+
+    Raises ConfigError when the cluster has room for none, or for fewer than the config asks for.
+    """
+    settings = config.calibration
     room = sum(workers_that_fit(node["Resources"], settings) for node in ray.nodes() if node["Alive"])
     wanted = 1 if settings.workers == "auto" else settings.workers
     if room < wanted:
+        total = ray.cluster_resources()
         raise ConfigError(
             f"calibration.workers: {wanted} of {settings.num_cpus} CPUs and {settings.num_gpus:g} GPUs do not fit the "
-            f"nodes of the cluster, {has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs in all"
+            f"nodes of the cluster, {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs in all"
         )
     return min(room, n_shards) if settings.workers == "auto" else wanted
-
-
-# --- merging ---------------------------------------------------------------------------------------------------------
-
-
-def merge_all(
-    calibration: Calibration, run: Run, checkpoint: Checkpoint, targets: Sequence[tuple[StoragePath, Sequence[Shard]]]
-) -> None:
-    """Merge the records of the shards of every target; what is there already stays. A Ray task a file.
-
-    Raises IncompleteError when records are missing, DataError when a token is.
-    """
-    architecture, moments = checkpoint.architecture, work_task(merge_records)
-    ray.get([moments.remote(calibration, run, shards, architecture, path) for path, shards in targets])
-    if calibration.covariance:
-        layers = work_task(merge_layer, memory=task_memory(architecture))
-        ray.get(
-            [
-                layers.remote(calibration, run, shards, checkpoint, path, layer)
-                for path, shards in targets
-                for layer in range(architecture.n_layers)
-            ]
-        )
-
-
-def made_of(calibration: Calibration, shards: Sequence[Shard]) -> str:
-    """Fingerprint of the statistics of some shards."""
-    return fingerprint([calibration.fingerprint(shard) for shard in shards])
-
-
-def merge_records(
-    calibration: Calibration, run: Run, shards: Sequence[Shard], architecture: Architecture, path: StoragePath
-) -> None:
-    """Merge the moments of some shards of a task, site by site, and write them unless they are there already."""
-    if is_whole(path, made_of=made_of(calibration, shards)):
-        return
-    records = _records(calibration, run, shards)
-    statistics: SiteMoments = {}
-    for keys in _key_groups([*sites_of(architecture)], len(records)):
-        merged: SiteMoments = tree_sum((_moments_of(record, keys) for record in records), _added)
-        statistics |= merged
-    tokens = sum(calibration.tokens(shard) for shard in shards)
-    for layer in range(architecture.n_layers):
-        for site in RECORDED:
-            parts = architecture.sites(site)
-            count, times = sum(statistics[layer, one].count for one in parts), 1
-            if len(parts) > 1:  # a token goes to several experts
-                times = architecture.experts_per_token
-            if count != times * tokens:
-                raise DataError(f"{shards[0].task}: layer {layer}, {site}: {count} tokens, the manifest has {tokens}")
-    save_moments(path, statistics, task=shards[0].task, made_of=made_of(calibration, shards))
-
-
-def _records(calibration: Calibration, run: Run, shards: Sequence[Shard]) -> list[StoragePath]:
-    """Raises IncompleteError when one is missing, and says so of a shard that was given up."""
-    task, without = shards[0].task, [shard for shard in shards if not calibration.record(run, shard).is_file()]
-    if poison := [shard for shard in without if calibration.attempts(run, shard) >= ATTEMPTS]:
-        names = ", ".join(shard.shard for shard in poison)
-        raise IncompleteError(
-            f"{task}: shard {names} ended its worker's process {ATTEMPTS} times and was given up; look at its texts, "
-            f"{poison[0].path(run)}, and at the workers' memory; all records are kept, the same command goes on"
-        )
-    if without:
-        lost = calibration.record(run, without[0]).name
-        raise IncompleteError(f"{task}: {len(without)} records are missing ({lost}, ...); run the command again")
-    return [calibration.record(run, shard) for shard in shards]
-
-
-def _key_groups(keys: list[tuple[int, Site]], n_records: int) -> Iterator[list[tuple[int, Site]]]:
-    """So many keys at a time that the tree's open branches and what is being read are ``RECORDS_HELD`` records."""
-    n_groups = -(-(n_records.bit_length() + 2) // RECORDS_HELD)
-    size = -(-len(keys) // n_groups)
-    return (keys[first : first + size] for first in range(0, len(keys), size))
-
-
-def _moments_of(record: StoragePath, keys: Sequence[tuple[int, Site]]) -> SiteMoments:
-    with open_tensors(record) as file:
-        return {key: read_moments(file, key) for key in keys}
-
-
-def _added(one: SiteMoments, other: SiteMoments) -> SiteMoments:
-    return {key: one[key] + other[key] for key in one}
-
-
-def merge_layer(
-    calibration: Calibration, run: Run, shards: Sequence[Shard], checkpoint: Checkpoint, path: StoragePath, layer: int
-) -> None:
-    """Merge the covariances of one layer, two at a time, and choose its ridges: the last shard is held out for that."""
-    if is_whole(covariance_file(path, layer), made_of=made_of(calibration, shards)):
-        return
-    records, merged, ridges = [calibration.record(run, shard) for shard in shards], {}, {}
-    for site, module in checkpoint.architecture.modules.items():
-        *rest, last = (partial(load_covariance, record, (layer, site)) for record in records)
-        merged[site], ridges[site] = last(), USUAL_RIDGE
-        if rest:
-            fitted, held_out = reduce(lambda total, load: total + load(), rest[1:], rest[0]()), merged[site]
-            weight_OD = checkpoint.read(checkpoint.architecture.tensor(layer, module))
-            merged[site] = fitted + held_out
-            if fitted.count > 1 and held_out.count:
-                ridges[site] = choose_ridge(fitted, held_out, weight_OD)
-    save_covariances(path, layer, merged, made_of=made_of(calibration, shards), ridges=ridges)

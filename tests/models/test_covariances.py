@@ -34,7 +34,9 @@ from seap_ray.models.records import (
     to_triangle,
 )
 from seap_ray.pipeline import calibrate
-from seap_ray.pipeline.calibrate import Calibration, Calibrator, merge_layer, merge_records
+from seap_ray.pipeline.calibrate import Calibrator
+from seap_ray.pipeline.merge import TaskStatistics, merge_covariances, merge_moments
+from seap_ray.pipeline.shard_records import ShardRecords
 from seap_ray.pipeline.shards import Shard
 from seap_ray.storage.files import sha256_of
 from seap_ray.storage.run import Run
@@ -183,17 +185,17 @@ def save_shards(run: Run) -> list[Shard]:
     return shards
 
 
-def measure(config: Config, checkpoint: Checkpoint) -> tuple[Calibration, Run, list[Shard]]:
+def measure(config: Config, checkpoint: Checkpoint) -> tuple[ShardRecords, list[Shard]]:
     """What the job's actors do to every shard."""
-    run, calibration = Run.of(config), Calibration.of(config, checkpoint)
-    shards = save_shards(run)
+    records = ShardRecords.of(config, checkpoint, Run.of(config))
+    shards = save_shards(records.run)
     groups = [[asdict(shard) for shard in shards[:2]], [asdict(shard) for shard in shards[2:]]]
-    Calibrator(config, calibration, run)(pa.Table.from_pylist([{"shards": group} for group in groups]))
-    return calibration, run, shards
+    Calibrator(config, records)(pa.Table.from_pylist([{"shards": group} for group in groups]))
+    return records, shards
 
 
-def files_of(run: Run, calibration: Calibration, shard: Shard) -> dict[str, str]:
-    record = calibration.record(run, shard)
+def files_of(records: ShardRecords, shard: Shard) -> dict[str, str]:
+    record = records.path(shard)
     return {path.name: sha256_of(path) for path in (record, *record.with_suffix(".covariances").iterdir())}
 
 
@@ -207,68 +209,70 @@ def test_passes_over_the_layers_give_the_same_bytes_and_the_moments_of_a_run_wit
         "stream": {"placement": "stream"},
         "moments": {"statistics": "moments"},
     }.items():
-        calibration, run, shards = measure(config_of(source, tmp_path / name, **settings_), checkpoint)
+        records, shards = measure(config_of(source, tmp_path / name, **settings_), checkpoint)
         if name != "moments":
-            found.append([files_of(run, calibration, shard) for shard in shards])
+            found.append([files_of(records, shard) for shard in shards])
             assert len(found[-1][0]) == 1 + checkpoint.architecture.n_layers
-        moments = [sha256_of(calibration.record(run, shard)) for shard in shards]
-        found_moments = [files[calibration.record(run, s).name] for files, s in zip(found[0], shards, strict=True)]
+        moments = [sha256_of(records.path(shard)) for shard in shards]
+        found_moments = [files[records.path(s).name] for files, s in zip(found[0], shards, strict=True)]
         assert moments == found_moments
     assert found[0] == found[1] == found[2] == found[3]
 
 
-def merged(calibration: Calibration, run: Run, shards: list[Shard], checkpoint: Checkpoint) -> Path:
-    path = run.statistics("sort")
-    merge_records(calibration, run, shards, checkpoint.architecture, path)
+def merged(records: ShardRecords, shards: list[Shard], checkpoint: Checkpoint) -> TaskStatistics:
+    statistics = TaskStatistics(records, shards, records.run.statistics("sort"))
+    merge_moments(statistics)
     for layer in range(checkpoint.architecture.n_layers):
-        merge_layer(calibration, run, shards, checkpoint, path, layer)
-    return path
+        merge_covariances(statistics, checkpoint, layer)
+    return statistics
 
 
 def test_records_merge_to_the_covariance_of_every_token_and_a_ridge(dense, tmp_path, float64_norms):
     source = dense("llama_biased", torch.float64)
     checkpoint = Checkpoint.open(str(source))
-    calibration, run, shards = measure(config_of(source, tmp_path), checkpoint)
-    path = merged(calibration, run, shards, checkpoint)
+    records, shards = measure(config_of(source, tmp_path), checkpoint)
+    statistics = merged(records, shards, checkpoint)
+    path = statistics.path
     model, seen = load(source), []
     model.model.layers[2].mlp.down_proj.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0][0]))
     with torch.no_grad():
-        for ids in (ids for shard in shards for ids in shard.sequences(run)):
+        for ids in (ids for shard in shards for ids in shard.sequences(records.run)):
             model(torch.tensor([ids]))
     assert_is_two_pass(load_covariance(path, (2, "mlp")), torch.cat(seen), rtol=1e-6)  # stored in float32
     assert set(read_metadata(covariance_file(path, 2))["ridges"]) == set(SITES)
-    assert calibration.is_whole(path, checkpoint.architecture)
+    assert statistics.is_whole()
 
 
 def test_a_task_of_one_shard_has_the_usual_ridge(dense, tmp_path):
     source = dense("llama_mha")
     checkpoint = Checkpoint.open(str(source))
-    calibration, run, shards = measure(config_of(source, tmp_path), checkpoint)
-    path = merged(calibration, run, shards[:1], checkpoint)
+    records, shards = measure(config_of(source, tmp_path), checkpoint)
+    path = merged(records, shards[:1], checkpoint).path
     assert read_metadata(covariance_file(path, 0))["ridges"] == dict.fromkeys(SITES, USUAL_RIDGE)
 
 
 def test_a_damaged_or_missing_covariance_is_known_and_a_missing_record_is_named(dense, tmp_path):
     source = dense("llama_mha")
     checkpoint = Checkpoint.open(str(source))
-    calibration, run, shards = measure(config_of(source, tmp_path), checkpoint)
-    path, architecture = merged(calibration, run, shards, checkpoint), checkpoint.architecture
-    file = covariance_file(path, 3)
+    records, shards = measure(config_of(source, tmp_path), checkpoint)
+    statistics = merged(records, shards, checkpoint)
+    file = covariance_file(statistics.path, 3)
     before = file.read_bytes()
     flipped = bytearray(before)
     flipped[-5] ^= 1
     for damage in (bytes(flipped), before[:-9], b""):
         file.write_bytes(damage)
-        assert not calibration.is_whole(path, architecture)
-        merge_layer(calibration, run, shards, checkpoint, path, 3)
-        assert file.read_bytes() == before and calibration.is_whole(path, architecture)
+        assert not statistics.is_whole()
+        merge_covariances(statistics, checkpoint, 3)
+        assert file.read_bytes() == before and statistics.is_whole()
     file.unlink()
-    assert not calibration.is_whole(path, architecture)
-    assert replace(calibration, covariance=False).is_whole(path, architecture)
-    calibration.record(run, shards[1]).unlink()
-    run.statistics("sort").unlink()
+    assert not statistics.is_whole()
+    without = replace(records, calibration=replace(records.calibration, covariance=False))
+    assert replace(statistics, records=without).is_whole()
+    records.path(shards[1]).unlink()
+    statistics.path.unlink()
     with pytest.raises(IncompleteError, match="sort: 1 records are missing"):
-        merge_records(calibration, run, shards, architecture, path)
+        merge_moments(statistics)
 
 
 def test_covariances_that_do_not_fit_the_disk_are_refused_with_what_would(tmp_path, monkeypatch):
@@ -283,11 +287,11 @@ def test_covariances_that_do_not_fit_the_disk_are_refused_with_what_would(tmp_pa
     )
     disk = SimpleNamespace(free=90 * 10**9)
     monkeypatch.setattr("shutil.disk_usage", lambda _path: disk)
-    calibrate._check_room(Run(tmp_path), llama, n_files=10)  # 88 GB
+    calibrate.check_disk(Run(tmp_path), llama, n_files=10)  # 88 GB
     with pytest.raises(
         IncompleteError, match=r"97\.1 GB.*has 90\.0 \(11 shards and tasks\); make room .*, raise corpus"
     ):
-        calibrate._check_room(Run(tmp_path), llama, n_files=11)
+        calibrate.check_disk(Run(tmp_path), llama, n_files=11)
 
 
 def test_covariances_that_no_node_has_memory_for_are_refused_not_waited_for(monkeypatch):

@@ -21,7 +21,9 @@ from seap_ray.core.moments import RECORDED, Moments, Statistics, tree_sum
 from seap_ray.errors import ConfigError, DataError, IncompleteError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.records import is_whole, load_statistics, read_metadata, save_moments
-from seap_ray.pipeline.calibrate import Calibration, Calibrator, merge_records
+from seap_ray.pipeline.calibrate import Calibrator
+from seap_ray.pipeline.merge import TaskStatistics, merge_moments
+from seap_ray.pipeline.shard_records import Calibration, ShardRecords
 from seap_ray.pipeline.shards import Manifest, Shard
 from seap_ray.storage.files import sha256_of
 from seap_ray.storage.run import Run
@@ -58,8 +60,12 @@ def manifest_of(lengths: list[int] = LENGTHS, task: str = "arithmetic") -> Manif
     return Manifest(task, "print", shards, n_rows=len(lengths), n_blank=0, n_cut=0, prompts="")
 
 
+def records_of(run: Run, calibration: Calibration = CALIBRATION) -> ShardRecords:
+    return ShardRecords(calibration, run, ARCHITECTURE)
+
+
 def save_record(run: Run, shard: Shard, statistics: Statistics, calibration: Calibration = CALIBRATION) -> Path:
-    path = calibration.record(run, shard)
+    path = records_of(run, calibration).path(shard)
     save_moments(path, statistics, task=shard.task, fingerprint=calibration.fingerprint(shard))
     return path
 
@@ -68,14 +74,14 @@ def make_records(run: Run, manifest: Manifest, calibration: Calibration = CALIBR
     """Records of random activations, one seed a shard, written last shard first."""
     made = {}
     for shard in reversed(manifest.shards):
-        made[shard.shard] = statistics_of(activations(calibration.tokens(shard), seed=int(shard.shard)))
+        made[shard.shard] = statistics_of(activations(calibration.n_tokens(shard), seed=int(shard.shard)))
         save_record(run, shard, made[shard.shard], calibration)
     return made
 
 
 def merge(run: Run, manifest: Manifest, calibration: Calibration = CALIBRATION) -> Path:
     path = run.statistics(manifest.task)
-    merge_records(calibration, run, manifest.shards, ARCHITECTURE, path)
+    merge_moments(TaskStatistics(records_of(run, calibration), manifest.shards, path))
     return path
 
 
@@ -196,15 +202,15 @@ def test_a_file_of_something_else_is_not_whole(tmp_path, dense):
 
 def test_a_record_has_another_name_when_anything_that_its_numbers_depend_on_changes(tmp_path):
     run, shard = Run(tmp_path), manifest_of().shards[0]
-    paths = {CALIBRATION.record(run, shard)}
+    paths = {records_of(run).path(shard)}
     for change in ({"model": "other"}, {"dtype": "torch.float16"}, {"skip_first_token": True}, {"batch_tokens": 99}):
-        paths.add(replace(CALIBRATION, **change).record(run, shard))
-    paths.add(replace(CALIBRATION, schema=CALIBRATION.schema + 1).record(run, shard))
-    paths.add(CALIBRATION.record(run, replace(shard, sha256="other")))
+        paths.add(records_of(run, replace(CALIBRATION, **change)).path(shard))
+    paths.add(records_of(run, replace(CALIBRATION, schema=CALIBRATION.schema + 1)).path(shard))
+    paths.add(records_of(run).path(replace(shard, sha256="other")))
     assert len(paths) == 7
     assert {path.parent for path in paths} == {run.records("arithmetic")}
     assert {path.name[:6] for path in paths} == {"00000-"}
-    assert CALIBRATION.record(run, shard) in paths
+    assert records_of(run).path(shard) in paths
 
 
 # --- merging ---------------------------------------------------------------------------------------------------------
@@ -308,7 +314,7 @@ def test_a_count_that_differs_in_one_site_alone_is_refused(tmp_path):
 def test_missing_records_are_named_and_counted(tmp_path):
     run, manifest = Run(tmp_path), manifest_of()
     make_records(run, manifest)
-    lost = [CALIBRATION.record(run, shard) for shard in manifest.shards[3:5]]
+    lost = [records_of(run).path(shard) for shard in manifest.shards[3:5]]
     for record in lost:
         record.unlink()
     with pytest.raises(IncompleteError) as caught:
@@ -366,13 +372,13 @@ def test_records_of_an_actor_merge_to_the_moments_of_every_token(dense, tmp_path
     ]
     manifest = save_shards(run, sequences)
     calibration = Calibration.of(config, checkpoint)
-    actor = Calibrator(config, calibration, run)
+    actor = Calibrator(config, records_of(run, calibration))
     done = actor(table_of(manifest.shards[:2])), actor(table_of(manifest.shards[2:]))
     assert [row for table in done for row in table.to_pylist()] == [
         {"n_tokens": shard.n_tokens} for shard in manifest.shards
     ]
     for shard in manifest.shards:
-        assert is_whole(calibration.record(run, shard), fingerprint=calibration.fingerprint(shard))
+        assert is_whole(records_of(run, calibration).path(shard), fingerprint=calibration.fingerprint(shard))
     merged = load_statistics(merge(run, manifest, calibration), ARCHITECTURE)
 
     model, seen = load(source), []
@@ -392,9 +398,9 @@ def test_a_record_is_the_same_bytes_again(dense, tmp_path):
         config = config_of(source, tmp_path / name)
         run = Run.of(config)
         manifest = save_shards(run, [[[5, 6, 7], [9] * 20]])
-        calibration = Calibration.of(config, Checkpoint.open(str(source)))
-        Calibrator(config, calibration, run)(table_of(manifest.shards))
-        digests.add(sha256_of(calibration.record(run, manifest.shards[0])))
+        records = ShardRecords.of(config, Checkpoint.open(str(source)), run)
+        Calibrator(config, records)(table_of(manifest.shards))
+        digests.add(sha256_of(records.path(manifest.shards[0])))
     assert len(digests) == 1
 
 
@@ -406,14 +412,14 @@ def test_an_actor_names_the_shard_whose_activations_are_not_finite(dense, tmp_pa
     config = config_of(source, tmp_path)
     run = Run.of(config)
     manifest = save_shards(run, [[[5, 6, 7]]])
-    calibration = Calibration.of(config, Checkpoint.open(str(source)))
+    records = ShardRecords.of(config, Checkpoint.open(str(source)), run)
     with pytest.raises(DataError, match="shard sort/00000: activations of layer 1, site attn, are not finite"):
-        Calibrator(config, calibration, run)(table_of(manifest.shards))
+        Calibrator(config, records)(table_of(manifest.shards))
     assert not list(run.records("sort").iterdir())
 
 
 def test_an_actor_refuses_a_model_that_is_not_the_drivers(dense, tmp_path):
     config = config_of(dense("llama_gqa"), tmp_path)
-    calibration = Calibration.of(config, Checkpoint.open(str(dense("llama_mha"))))
+    records = ShardRecords.of(config, Checkpoint.open(str(dense("llama_mha"))), Run.of(config))
     with pytest.raises(ConfigError, match="differs between the nodes"):
-        Calibrator(config, calibration, Run.of(config))
+        Calibrator(config, records)

@@ -12,7 +12,7 @@ from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.loading import load_model
 from seap_ray.pipeline import placement
-from seap_ray.pipeline.calibrate import SHARDS_TOGETHER, grouped, n_workers
+from seap_ray.pipeline.calibrate import MAX_GROUP_SHARDS, group_shards, n_workers
 from seap_ray.pipeline.placement import with_placement
 from seap_ray.pipeline.shards import Shard
 from tests.support.builders import CONFIGS
@@ -139,8 +139,8 @@ def test_a_model_over_several_devices_gives_what_it_gives_on_one(dense, name):
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(0, 200), st.integers(1, 8))
 def test_neighbours_go_together_within_their_tokens_and_every_worker_has_some(tokens, max_tokens, workers):
     shards = [Shard("sort", f"{i:05d}", 1, n, "") for i, n in enumerate(tokens)]
-    groups = grouped(shards, max_tokens, workers)
-    assert len(grouped(shards * 9, 10**9, 1)[0]) == min(SHARDS_TOGETHER, 9 * len(shards))
+    groups = group_shards(shards, max_tokens, workers)
+    assert len(group_shards(shards * 9, 10**9, 1)[0]) == min(MAX_GROUP_SHARDS, 9 * len(shards))
     assert [shard for group in groups for shard in group] == shards
     assert all(len(group) == 1 or sum(shard.n_tokens for shard in group) <= max_tokens for group in groups)
     assert max_tokens or len(groups) == len(shards)
