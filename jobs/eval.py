@@ -1,33 +1,18 @@
 """python jobs/eval.py [study=table] [config=ray_config.yaml] [dotted.key=value ...]
 
-Compares methods and answers questions, one study a command, from one set of statistics, which it makes where they are
-missing. Studies: table, ratio, corpus, allocation, reconstruction, ood, transfer, routing, pooling, paper
-(docs/evaluation.md).
-
-Writes <run>/results/<study>.json and .csv and <run>/report.html. What was judged once is not judged again; the same
-command resumes what was cut short.
-
-Exit codes: 0 done, 2 a key or the model is wrong, 3 a corpus is wrong, 4 cut short or a cell has failed: go on with
-the same command.
+Compare pruning methods in a study; ``seap-ray eval`` does the same.
+``--help`` tells what goes in and what comes out, and lists every key.
 """
 
 import sys
 from collections.abc import Sequence
 
-from seap_ray.cli import command
-from seap_ray.config import Config
-from seap_ray.errors import IncompleteError
-
-
-def evaluate(config: Config) -> None:
-    from seap_ray.studies.studies import run_study
-
-    run_study(config)
+from seap_ray.cli import run_verb
 
 
 def main(arguments: Sequence[str]) -> int:
-    stopped = ("stopped; the same command goes on from here", IncompleteError.exit_code)
-    return command(__doc__ or "", arguments, evaluate, stopped=stopped)
+    """Run the job and return its exit code."""
+    return run_verb("eval", arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
-"""Paper: the tables of arXiv 2503.07605 as data, the settings behind their rows, and ours beside them."""
+"""Study ``paper``: do the numbers of arXiv 2503.07605 come out again?
+
+Its tables are in ``paper.yaml``; here are the settings behind their rows, and ours beside them.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,12 +13,16 @@ import yaml
 
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError
-from seap_ray.report.table import mean_quality
+from seap_ray.judges.quality import Quality
+from seap_ray.pipeline.evaluate import Failure
+from seap_ray.pipeline.results import ModelRow, own_task_rows
+from seap_ray.report.study_rows import PaperRow
+from seap_ray.studies.requests import at_every_ratio, method_specs
+from seap_ray.studies.result import StudyResult, estimate
+from seap_ray.studies.runner import ModelRequest, StudyRunner
 
 CORPUS = "wikitext2"
-"""Task that the paper's baselines are calibrated on."""
-PERPLEXITY = f"{CORPUS} perplexity"
-"""Column of what the paper has as a picture only, without numbers."""
+"""Task that the paper's baselines are calibrated on. Its perplexity the paper has as a picture only."""
 BY_NAME: dict[str, dict[str, Any]] = {
     "WandA-sp (s_W)": {"score": "wifn", "allocation": "logistic", "tasks": (CORPUS,)},
     "SEAP (s_W)": {"score": "wifn", "allocation": "logistic", "per_task": True},
@@ -36,84 +44,142 @@ ALIAS = {
 }
 """Rows of Tables 2 and 3 that are rows of Table 1 under another name."""
 
+Figures = Mapping[str, float | None]
+"""Values of a row by the fields of ``PaperRow``."""
+
+
+def run(runner: StudyRunner) -> StudyResult:
+    """Make Tables 1 (or 4), 2 and 3, ours beside the paper's, and the perplexity that it has a picture of."""
+    config = runner.config
+    wanted = []
+    for name, settings in methods(config):
+        wanted += method_specs(config, name, **settings)
+    tasks = tuple(task for task in (*tables()["tasks"], CORPUS) if task in runner.task_names)
+    requests = []
+    for request in [ModelRequest(), *at_every_ratio(config, wanted)]:
+        requests.append(replace(request, tasks=request.tasks or tasks))
+
+    models = runner.with_speed(runner.evaluate_models(requests))
+    rows = [model.row for model in models]
+    for_all_tasks = [row for row in rows if not row.task]
+    compared = compare(config, [*for_all_tasks, *own_task_rows(rows)])
+    return StudyResult(models, PaperRow.columns(), compared)
+
 
 @cache
 def tables() -> dict[str, Any]:
+    """Read the paper's tables."""
     return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 
 
-def columns() -> list[str]:
-    accuracies = [*tables()["tasks"], "average", "stderr"]
-    return ["table", "method", "ratio", "whose", *accuracies, PERPLEXITY, "tokens/s", "speed-up"]
-
-
 def methods(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name, fit for a file, and baseline settings of every method. Raises ConfigError without the corpus."""
+    """Yield the name, fit for a file, and the baseline settings of every method.
+
+    Raises ConfigError without the corpus that the baselines are calibrated on.
+    """
     names = {task.name for task in config.tasks}
     if CORPUS not in names:
         raise ConfigError(f"tasks: study=paper calibrates WandA-sp and FLAP on {CORPUS}, which is not among them")
     judged = tuple(task for task in tables()["tasks"] if task in names)
-    common = {"compensation": "none", "k": 1.0, "x0": 0.3}
-    for name, own in BY_NAME.items():
-        yield slug(name), {**common, **({"tasks": judged} if own.get("per_task") else {}), **own}
+    for name, settings in BY_NAME.items():
+        common: dict[str, Any] = {"compensation": "none", "k": 1.0, "x0": 0.3}
+        if settings.get("per_task"):
+            common["tasks"] = judged
+        yield slug(name), {**common, **settings}
 
 
 def slug(name: str) -> str:
-    """``SEAP-gen (s_F)`` -> ``SEAP-gen_s_F``."""
+    """Return a name that is fit for a file: ``SEAP-gen (s_F)`` -> ``SEAP-gen_s_F``."""
     return name.replace(" ", "_").replace("(", "").replace(")", "")
 
 
-def compare(config: Config, models: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """Rows ``ours``, ``paper`` and ``difference`` of every row of the paper that has one of ours at its ratio.
+# --- ours beside the paper's -----------------------------------------------------------------------------------------
 
-    Table 3 is of a 13B, so beside a 7B it has no difference.
-    """
+
+def compare(config: Config, models: Sequence[ModelRow]) -> list[PaperRow]:
+    """Return three rows for every row of the paper that has one of ours: ours, the paper's, and the difference."""
     size = "Llama-2-13B" if "13b" in config.model.source.lower() else "Llama-2-7B"
-    by_method = {(model["method"], model["ratio"] or 0.0): model for model in models}
+    by_method = {(model.method, model.ratio or 0.0): model for model in models}
+    return [*_accuracy(size, by_method), *_allocation(size, by_method), *_speed(size, by_method)]
 
-    def ours(name: str, ratio: float) -> Mapping[str, Any] | None:
-        return by_method.get(("dense" if name == "Dense" else slug(ALIAS.get(name, name)), ratio))
 
-    rows: list[list[Any]] = []
+Ours = Mapping[tuple[str, float], ModelRow]
+"""Our models by method and ratio; the dense one has ratio 0."""
+
+
+def _find(ours: Ours, name: str, ratio: float) -> ModelRow | None:
+    """Return our model for a row of the paper, or None."""
+    method = "dense" if name == "Dense" else slug(ALIAS.get(name, name))
+    return ours.get((method, ratio))
+
+
+def _accuracy(size: str, ours: Ours) -> Iterator[PaperRow]:
+    """Yield the rows of Table 1, or for a 13B of Table 4."""
     for name, ratio, *numbers in tables()["accuracy"][size]:
-        if model := ours(name, ratio):
-            theirs = {**dict(zip(tables()["tasks"], numbers, strict=True)), "average": sum(numbers) / len(numbers)}
-            rows += _three(f"accuracy, {size}", name, ratio, _accuracies(model), theirs)
+        if model := _find(ours, name, ratio):
+            theirs = dict(zip(tables()["tasks"], numbers, strict=True))
+            theirs["average"] = sum(numbers) / len(numbers)
+            yield from _three_rows(f"accuracy, {size}", name, ratio, _accuracies(model), theirs)
+
+
+def _allocation(size: str, ours: Ours) -> Iterator[PaperRow]:
+    """Yield the rows of Table 3, which is of a 13B, so that beside a 7B it has no difference."""
     for name, ratio, average in tables()["allocation"]:
-        if model := ours(name, ratio):
-            own = {key: _accuracies(model)[key] for key in ("average", "stderr")}
-            is_same = size == "Llama-2-13B"
-            rows += _three("allocation, Llama-2-13B", name, ratio, own, {"average": average}, is_same=is_same)
-    dense = tables()["speed"][size][0][2]
-    for name, ratio, tokens in tables()["speed"][size]:
-        if (model := ours(name, ratio)) and (speed := model.get("speed")):
-            own = {"tokens/s": speed["decode_tokens_per_s"], "speed-up": speed["decode_speedup"]}
-            rows += _three(f"speed, {size}", name, ratio, own, {"tokens/s": tokens, "speed-up": tokens / dense})
-    return rows
+        if model := _find(ours, name, ratio):
+            accuracies = _accuracies(model)
+            yield from _three_rows(
+                "allocation, Llama-2-13B",
+                name,
+                ratio,
+                {key: accuracies[key] for key in ("average", "stderr")},
+                {"average": average},
+                is_same_size=size == "Llama-2-13B",
+            )
 
 
-def _accuracies(model: Mapping[str, Any]) -> dict[str, float | None]:
-    """Percent by task, their average where all are there, and its standard error; and the perplexity."""
-    quality = model["quality"]
-    cells = {task: quality.get(task, {"error": "not judged"}) for task in tables()["tasks"]}
-    average = mean_quality(cells.values())
-    return {
-        **{task: 100 * cell["value"] for task, cell in cells.items() if "value" in cell},
-        "average": 100 * average[0] if average else None,
-        "stderr": 100 * average[1] if average else None,
-        PERPLEXITY: quality.get(CORPUS, {}).get("value"),
-    }
+def _speed(size: str, ours: Ours) -> Iterator[PaperRow]:
+    """Yield the rows of Table 2."""
+    rows = tables()["speed"][size]
+    _, _, dense = rows[0]
+    for name, ratio, tokens in rows:
+        model = _find(ours, name, ratio)
+        if model and model.speed:
+            yield from _three_rows(
+                f"speed, {size}",
+                name,
+                ratio,
+                {"tokens_per_s": model.speed.decode_tokens_per_s, "speedup": model.speed.decode_speedup},
+                {"tokens_per_s": tokens, "speedup": tokens / dense},
+            )
 
 
-def _three(
-    table: str,
-    name: str,
-    ratio: float,
-    ours: Mapping[str, float | None],
-    theirs: Mapping[str, float],
-    *,
-    is_same: bool = True,
-) -> list[list[Any]]:
-    gap = {key: own - theirs[key] for key in theirs if is_same and (own := ours.get(key)) is not None}
-    three: tuple[tuple[str, Mapping[str, Any]], ...] = (("ours", ours), ("paper", theirs), ("difference", gap))
-    return [[table, name, ratio, whose, *(values.get(key) for key in columns()[4:])] for whose, values in three]
+def _accuracies(model: ModelRow) -> dict[str, float | None]:
+    """Return percent by task, their average where all are there, and its standard error; and the perplexity."""
+    results = {task: model.quality.get(task, Failure("not judged")) for task in tables()["tasks"]}
+    average = estimate(results.values())
+    figures: dict[str, float | None] = {}
+    for task, result in results.items():
+        if isinstance(result, Quality):
+            figures[task] = 100 * result.value
+    figures["average"] = _percent(average.value)
+    figures["stderr"] = _percent(average.stderr)
+
+    on_corpus = model.quality.get(CORPUS)
+    figures["perplexity"] = on_corpus.value if isinstance(on_corpus, Quality) else None
+    return figures
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _three_rows(
+    table: str, name: str, ratio: float, ours: Figures, theirs: Mapping[str, float], *, is_same_size: bool = True
+) -> list[PaperRow]:
+    differences = {}
+    for key, their_value in theirs.items():
+        our_value = ours.get(key)
+        if is_same_size and our_value is not None:
+            differences[key] = our_value - their_value
+    figures: dict[str, Figures] = {"ours": ours, "paper": theirs, "difference": differences}
+    return [PaperRow(table, name, ratio, whose, **values) for whose, values in figures.items()]

@@ -38,7 +38,7 @@ from seap_ray.storage.paths import StoragePath, parse_path
 from seap_ray.storage.run import fingerprint
 from seap_ray.tasks import Task
 
-ModelSource = Checkpoint | PendingCheckpoint | Failure
+PlannedModel = Checkpoint | PendingCheckpoint | Failure
 """Where a model of a study comes from, or why there is no such model."""
 HfConfig = dict[str, Any]
 """Contents of a model's config.json."""
@@ -118,8 +118,8 @@ class StudyRunner:
         return replace(
             planner,
             statistics={**planner.statistics, **merged},
-            made_of={**planner.made_of, **keys},
-            files={**planner.files, **files},
+            statistics_keys={**planner.statistics_keys, **keys},
+            statistics_files={**planner.statistics_files, **files},
         )
 
     # --- models ------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class StudyRunner:
             models.append(_evaluated_model(request, source, quality))
         return models
 
-    def _source(self, request: ModelRequest, planner: Planner) -> ModelSource:
+    def _source(self, request: ModelRequest, planner: Planner) -> PlannedModel:
         if request.spec is None:
             return self.calibrated.checkpoint
         try:
@@ -260,7 +260,7 @@ def _shape(config: HfConfig) -> str:
 # --- rows of the results file ----------------------------------------------------------------------------------------
 
 
-def _evaluated_model(request: ModelRequest, source: ModelSource, quality: dict[str, EvalResult]) -> EvaluatedModel:
+def _evaluated_model(request: ModelRequest, source: PlannedModel, quality: dict[str, EvalResult]) -> EvaluatedModel:
     if isinstance(source, Checkpoint):
         return EvaluatedModel(dense_row(source).with_quality(quality), source.config)
     if isinstance(source, PendingCheckpoint):

@@ -14,8 +14,8 @@ from seap_ray.methods import METHODS, STUDIES
 from seap_ray.pipeline.evaluate import Failure
 from seap_ray.report.table import mean_quality
 from seap_ray.storage.run import Run
-from seap_ray.studies import studies
-from seap_ray.studies.studies import RUNS
+from seap_ray.studies import reconstruction
+from seap_ray.studies.run import RUNS
 from tests.support import DATA, ROOT
 
 pytestmark = pytest.mark.ray
@@ -66,8 +66,8 @@ def finished(cluster, tmp_path_factory) -> Path:
         ratios = ["pruning.ratio=[0.3, 0.5]"] if study == "ratio" else []
         with pytest.MonkeyPatch.context() as fewer:
             if study == "reconstruction":  # all of it is twenty-seven models for each of three seeds
-                fewer.setattr(studies, "SEEDS", range(2))
-                fewer.setattr(studies, "RANKED_BY", ("obs",))
+                fewer.setattr(reconstruction, "SEEDS", range(2))
+                fewer.setattr(reconstruction, "SCORES", ("obs",))
             assert main(arguments(storage, f"study={study}", *ratios)) == 0, study
     return storage
 

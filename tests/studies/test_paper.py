@@ -4,6 +4,10 @@ import pytest
 
 from seap_ray.config import Baseline, Config, load_config
 from seap_ray.errors import ConfigError
+from seap_ray.judges.quality import Quality
+from seap_ray.judges.speed import Speed
+from seap_ray.pipeline.results import ModelRow
+from seap_ray.report.study_rows import PaperRow
 from seap_ray.studies import paper
 
 AVERAGES = {
@@ -39,6 +43,10 @@ def test_every_row_has_settings_and_every_setting_a_row():
     assert names | {paper.ALIAS.get(name, name) for name in others} == paper.BY_NAME.keys()
 
 
+def test_a_row_has_a_column_for_every_task_of_the_paper():
+    assert list(PaperRow.COLUMNS[4:11]) == paper.tables()["tasks"]
+
+
 def test_methods_are_baselines_without_a_bias_calibrated_as_the_paper_says():
     config = load_config(["config=ray_config.yaml", "study=paper"])
     made = {name: Baseline.model_validate(own) for name, own in paper.methods(config)}
@@ -55,17 +63,18 @@ def test_without_wikitext_the_papers_baselines_have_nothing_to_be_calibrated_on(
 
 
 def model(method, ratio, value, speed=None):
-    quality = {task: {"metric": "acc", "value": value, "stderr": 0.01, "n": 9} for task in paper.tables()["tasks"]}
-    return {"method": method, "ratio": ratio, "quality": quality, "speed": speed}
+    quality = {task: Quality("acc", value, 0.01, n=9) for task in paper.tables()["tasks"]}
+    sizes = {"realised_ratio": ratio, "parameters": 10, "bytes": 20, "kv_bytes_per_token": 4}
+    return ModelRow(method, method, "baseline", None, ratio, **sizes, quality=quality, speed=speed)
 
 
 def test_ours_stand_beside_the_papers_with_the_difference():
-    rates = {"decode_tokens_per_s": 80.0, "decode_speedup": 2.0}
+    rates = Speed(700.0, 80.0, 1.5, 2.0)
     models = [model("dense", None, 0.7), model("SEAP_s_F", 0.2, 0.6), model("SEAP-gen_s_F", 0.5, 0.5, rates)]
     rows = paper.compare(load_config(["config=ray_config.yaml"]), models)
     by = {
         (row["table"], row["method"], row["whose"]): row
-        for row in (dict(zip(paper.columns(), r, strict=True)) for r in rows)
+        for row in (dict(zip(PaperRow.columns(), r.to_json(), strict=True)) for r in rows)
     }
     ours, theirs, gap = (by["accuracy, Llama-2-7B", "SEAP (s_F)", whose] for whose in ("ours", "paper", "difference"))
     assert ours["piqa"] == pytest.approx(60) and theirs["piqa"] == 78.07 and gap["piqa"] == pytest.approx(60 - 78.07)
@@ -80,16 +89,16 @@ def test_ours_stand_beside_the_papers_with_the_difference():
 def test_a_model_of_13_billion_is_held_against_the_papers_own():
     config = load_config(["config=ray_config.yaml", "model.source=meta-llama/Llama-2-13b-hf"])
     rows = paper.compare(config, [model("dense", None, 0.7), model("SEAP-gen_s_F", 0.5, 0.5)])
-    assert rows[1][0] == "accuracy, Llama-2-13B" and rows[1][4] == 72.14
-    assert rows[-1][:4] == ["allocation, Llama-2-13B", "SEAP-gen LB", 0.5, "difference"]
-    assert rows[-1][paper.columns().index("average")] == pytest.approx(50 - 60.89)
+    assert rows[1].table == "accuracy, Llama-2-13B" and rows[1].winogrande == 72.14
+    assert rows[-1].to_json()[:4] == ["allocation, Llama-2-13B", "SEAP-gen LB", 0.5, "difference"]
+    assert rows[-1].average == pytest.approx(50 - 60.89)
 
 
 def test_an_average_needs_every_task_and_the_perplexity_stands_beside_it():
     whole = model("dense", None, 0.7)
-    whole["quality"]["wikitext2"] = {"metric": "window_perplexity", "value": 12.5, "stderr": 0.1, "n": 9}
-    row = dict(zip(paper.columns(), paper.compare(Config(), [whole])[0], strict=True))
+    whole.quality["wikitext2"] = Quality("window_perplexity", 12.5, 0.1, n=9)
+    row = dict(zip(PaperRow.columns(), paper.compare(Config(), [whole])[0].to_json(), strict=True))
     assert row["average"] == pytest.approx(70) and row["wikitext2 perplexity"] == 12.5
-    del whole["quality"]["piqa"]
-    row = dict(zip(paper.columns(), paper.compare(Config(), [whole])[0], strict=True))
+    del whole.quality["piqa"]
+    row = dict(zip(PaperRow.columns(), paper.compare(Config(), [whole])[0].to_json(), strict=True))
     assert row["average"] is None and row["piqa"] is None and row["boolq"] == pytest.approx(70)

@@ -12,8 +12,11 @@ from seap_ray.judges.quality import Quality
 from seap_ray.pipeline.evaluate import EvalTask, Failure
 from seap_ray.pipeline.results import ModelRow, own_task_rows
 from seap_ray.pipeline.shards import Shard
-from seap_ray.studies.runner import Asked, Judged
-from seap_ray.studies.studies import _at_random, _check, _first, _picked, _share, _sizes
+from seap_ray.studies.corpus import Draw, _first_samples, _rows
+from seap_ray.studies.pooling import _share
+from seap_ray.studies.routing import _choose_at_random, _routed_quality
+from seap_ray.studies.run import check
+from seap_ray.studies.runner import EvaluatedModel
 from seap_ray.tasks import BUILT_IN
 
 MOMENTS = ("pruning.score=wifv", "pruning.compensation=mean")
@@ -34,8 +37,8 @@ def test_reconstruction_is_not_studied_where_its_scores_would_not_count(allocati
     with pytest.raises(
         ConfigError, match=f"pruning.allocation.kind: .*{allocation} does not .* uniform, logistic, global"
     ):
-        _check(own)
-    _check(load_config(["pruning.allocation.kind=global", "study=reconstruction"]))
+        check(own)
+    check(load_config(["pruning.allocation.kind=global", "study=reconstruction"]))
 
 
 # --- corpus size -----------------------------------------------------------------------------------------------------
@@ -44,34 +47,34 @@ def test_reconstruction_is_not_studied_where_its_scores_would_not_count(allocati
 def test_samples_are_nested_within_a_seed_and_disjoint_between_seeds():
     shards = shards_of([50] * 60)
     for seed in range(3):
-        small, large = _first(shards, 100, seed), _first(shards, 500, seed)
+        small, large = _first_samples(shards, 100, seed), _first_samples(shards, 500, seed)
         assert small == large[:2] and sum(shard.n_sequences for shard in large) == 500
-    names = [{shard.shard for shard in _first(shards, 1000, seed)} for seed in range(3)]
+    names = [{shard.shard for shard in _first_samples(shards, 1000, seed)} for seed in range(3)]
     assert not names[0] & names[1] and not names[1] & names[2] and not names[0] & names[2]
 
 
 def test_a_seed_with_too_few_samples_has_none():
-    assert _first(shards_of([50] * 5), 100, 0) is None  # a share of one shard
-    assert _first(shards_of([50, 43, 7]), 50, 1) is None  # no shards that make up 50
+    assert _first_samples(shards_of([50] * 5), 100, 0) is None  # a share of one shard
+    assert _first_samples(shards_of([50, 43, 7]), 50, 1) is None  # no shards that make up 50
 
 
-def judged(value, stderr=0.01):
+def evaluated(value, stderr=0.01):
     quality = Quality("exact_match", value, stderr, n=10)
     sizes = {"realised_ratio": 0.5, "parameters": 10, "bytes": 20, "kv_bytes_per_token": 4}
     row = ModelRow("m", "m", "baseline", None, 0.5, **sizes, quality={"sort": quality, "logic": quality})
-    return Judged(Asked(), row, {}, None)
+    return EvaluatedModel(row, None)
 
 
 def test_a_size_is_offered_only_where_every_seed_has_it():
     shards = shards_of([50, 50, 2])  # as the demo's 102 facts: the third seed has two
-    assert [bool(_first(shards, 50, seed)) for seed in range(3)] == [True, True, False]
+    assert [bool(_first_samples(shards, 50, seed)) for seed in range(3)] == [True, True, False]
 
 
 def test_the_spread_is_over_seeds_and_the_mean_over_tasks_that_have_the_largest_size():
     values = {0: 0.5, 1: 0.7, 2: 0.6}
-    by_key = {(0.5, "sort", size, seed): judged(value) for size in (50, 100) for seed, value in values.items()}
-    by_key |= {(0.5, "logic", 50, seed): judged(0.0) for seed in range(3)}  # has no 100
-    rows = _sizes(by_key)
+    by_key = {(0.5, Draw("sort", size, seed)): evaluated(value) for size in (50, 100) for seed, value in values.items()}
+    by_key |= {(0.5, Draw("logic", 50, seed)): evaluated(0.0) for seed in range(3)}  # has no 100
+    rows = [row.to_json() for row in _rows(by_key)]
     assert [row[:3] for row in rows] == [[0.5, 50, 1], [0.5, 100, 1]]
     for row in rows:
         assert row[3:] == pytest.approx([0.6, 0.1, 0.01])
@@ -98,7 +101,7 @@ def test_a_share_is_as_near_as_its_order_allows_and_never_empty(tokens, share, s
 SORT = EvalTask(BUILT_IN["sort"], "seap_ray", "", (SimpleNamespace(),) * 4)
 
 
-def cells_of(**values):
+def results_of(**values):
     return {
         (0.5, name): {"sort": own if isinstance(own, Failure) else Quality.of("exact_match", own)}
         for name, own in values.items()
@@ -106,22 +109,22 @@ def cells_of(**values):
 
 
 def test_each_prompt_is_answered_by_the_model_that_it_was_sent_to():
-    cells = cells_of(sort=[1, 1, 0, 0], general=[0, 1, 1, 0])
-    picked = _picked(cells, 0.5, SORT, ["sort", "general", "general", "sort"])
-    assert (picked["value"], picked["n"]) == (0.75, 4)
-    assert _picked(cells, 0.5, SORT, ["sort"] * 4)["value"] == 0.5
+    results = results_of(sort=[1, 1, 0, 0], general=[0, 1, 1, 0])
+    quality = _routed_quality(results, 0.5, SORT, ["sort", "general", "general", "sort"])
+    assert (quality.value, quality.n) == (0.75, 4)
+    assert _routed_quality(results, 0.5, SORT, ["sort"] * 4).value == 0.5
 
 
 def test_a_failed_model_fails_only_where_prompts_were_sent_to_it():
-    cells = cells_of(sort=[1, 1, 0, 0], general=Failure("lost"))
-    assert _picked(cells, 0.5, SORT, ["sort"] * 4)["value"] == 0.5
-    assert _picked(cells, 0.5, SORT, ["sort"] * 3 + ["general"]) == {"error": "lost"}
+    results = results_of(sort=[1, 1, 0, 0], general=Failure("lost"))
+    assert _routed_quality(results, 0.5, SORT, ["sort"] * 4).value == 0.5
+    assert _routed_quality(results, 0.5, SORT, ["sort"] * 3 + ["general"]).brief() == {"error": "lost"}
 
 
 def test_random_routing_is_the_seeds_and_uses_every_task():
     names = ("sort", "logic", "facts")
     exam = EvalTask(BUILT_IN["sort"], "seap_ray", "", (SimpleNamespace(),) * 300)
-    first, again, other = (_at_random(names, [exam], seed)["sort"] for seed in (0, 0, 1))
+    first, again, other = (_choose_at_random(names, [exam], seed)["sort"] for seed in (0, 0, 1))
     assert first == again != other and set(first) == set(names)
     assert all(60 < first.count(name) < 140 for name in names)
 

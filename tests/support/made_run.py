@@ -22,7 +22,7 @@ from seap_ray.pipeline.results import ModelRow, own_task_rows
 from seap_ray.report.table import mean_quality
 from seap_ray.storage.files import write_json
 from seap_ray.storage.run import Run
-from seap_ray.studies.studies import KINDS, RANKED_BY
+from seap_ray.studies.reconstruction import MODEL_GROUPS, SCORES
 from tests.support.builders import CONFIGS, random_statistics
 
 TASKS = ("arithmetic", "sort", "prose")
@@ -188,8 +188,8 @@ def _table(name: str, config: Config, found: dict[str, Any]) -> tuple[list[str],
         ]
     if name == "reconstruction":
         columns = ["ratio", "models", "compensation", "score", "realised", "mean acc", "sd over seeds", "stderr"]
-        rows = [[0.0, kind, "", "", 0.0, 0.98, 0.0, 0.01] for kind in KINDS]
-        for r, kind, way, score in product(ratios, KINDS, get_args(Compensation), RANKED_BY):
+        rows = [[0.0, kind, "", "", 0.0, 0.98, 0.0, 0.01] for kind in MODEL_GROUPS]
+        for r, kind, way, score in product(ratios, MODEL_GROUPS, get_args(Compensation), SCORES):
             rows.append([r, kind, way, score, r, 0.98 - r * rng.uniform(0.1, 1), 0.02, 0.01])
         return columns, rows
     if name == "ood":
