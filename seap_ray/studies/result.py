@@ -1,0 +1,123 @@
+"""Result: what a study has found, as models and as typed rows of its table."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from seap_ray.judges.quality import Quality
+from seap_ray.pipeline.evaluate import EvalResult, EvalTask, Failure
+from seap_ray.pipeline.results import ModelRow, own_task_rows
+from seap_ray.report.rows import TaskRow, cell_from_json
+from seap_ray.report.study_rows import Estimate, ModelComparisonRow, StudyRow
+from seap_ray.report.table import mean_head, mean_quality
+from seap_ray.studies.runner import EvaluatedModel, StudyRunner
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a study has found: its models, and a flat table of its own."""
+
+    models: Sequence[EvaluatedModel]
+    columns: Sequence[str]
+    rows: Sequence[StudyRow]
+
+    @property
+    def cells(self) -> list[list[Any]]:
+        """The values of all rows, as the JSON and the CSV file hold them."""
+        return [row.to_json() for row in self.rows]
+
+    @property
+    def failures(self) -> set[str]:
+        """Reasons why models could not be judged; those of models for which no plan can be made are left out."""
+        # Running the same command again does not mend a plan that cannot be made.
+        planned = [model.row for model in self.models if model.row.folder]
+        reasons: set[str] = set()
+        for row in planned:
+            reasons.update(failure_reasons(row.quality.values()))
+        return reasons
+
+
+def failure_reasons(results: Iterable[EvalResult]) -> list[str]:
+    """Return why models could not be judged, for those results that are failures."""
+    return [result.error for result in results if isinstance(result, Failure)]
+
+
+def estimate(results: Iterable[EvalResult]) -> Estimate:
+    """Return the mean quality over tasks, as ``report.table.mean_quality`` has it."""
+    return Estimate.of(mean_quality([cell_from_json(result.brief()) for result in results]))
+
+
+def mean_column(runner: StudyRunner) -> str:
+    """Return what the column of the mean over the run's tasks is called."""
+    judged = [task for task in runner.eval_tasks.values() if isinstance(task, EvalTask)]
+    return mean_head({task.task.name: TaskRow(task.metric) for task in judged})
+
+
+@dataclass(frozen=True, slots=True)
+class SeedMean:
+    """A quality that was measured once for every seed."""
+
+    mean: float
+    sd: float | None
+    """Standard deviation between seeds; None where only one could be measured."""
+    stderr: float
+    """Mean over the seeds of the standard error."""
+
+    @classmethod
+    def of(cls, estimates: Iterable[Estimate]) -> "SeedMean | None":
+        """Take the mean over those seeds that could be measured; None where there are none."""
+        values = []
+        errors = []
+        for one_seed in estimates:
+            if one_seed.value is not None and one_seed.stderr is not None:
+                values.append(one_seed.value)
+                errors.append(one_seed.stderr)
+        if not values:
+            return None
+        return cls(mean(values), stdev(values) if len(values) > 1 else None, mean(errors))
+
+
+# --- studies whose rows are models -----------------------------------------------------------------------------------
+
+
+def compare_models(runner: StudyRunner, models: Sequence[EvaluatedModel]) -> StudyResult:
+    """Return a table of models; below them, for every method with a model for each task, these as one row."""
+    columns = ModelComparisonRow.columns(mean_column(runner), runner.task_names)
+    return StudyResult(models, columns, comparison_rows(models, runner.task_names))
+
+
+def comparison_rows(models: Sequence[EvaluatedModel], tasks: Sequence[str]) -> list[ModelComparisonRow]:
+    """Return a row for every model, and for every method with a model for each task."""
+    rows = [model.row for model in models]
+    return [_comparison_row(row, tasks) for row in [*rows, *own_task_rows(rows)]]
+
+
+def _comparison_row(row: ModelRow, tasks: Sequence[str]) -> ModelComparisonRow:
+    # A mean over some of the tasks does not compare with one over all.
+    is_judged_on_all = set(tasks) <= row.quality.keys()
+    overall = estimate(row.quality.values()) if is_judged_on_all else Estimate()
+    return ModelComparisonRow(
+        model=row.name,
+        ratio=row.ratio,
+        realised=row.realised_ratio,
+        parameters=row.parameters,
+        bytes=row.bytes,
+        kv_bytes_per_token=row.kv_bytes_per_token,
+        by_task=estimates_by_task(row.quality, tasks),
+        mean=overall.value,
+        stderr=overall.stderr,
+        prefill_tokens_per_s=row.speed.prefill_tokens_per_s if row.speed else None,
+        decode_tokens_per_s=row.speed.decode_tokens_per_s if row.speed else None,
+        prefill_speedup=row.speed.prefill_speedup if row.speed else None,
+        decode_speedup=row.speed.decode_speedup if row.speed else None,
+    )
+
+
+def estimates_by_task(quality: Mapping[str, EvalResult], tasks: Iterable[str]) -> dict[str, Estimate]:
+    """Return the quality on each task as it is; empty for a task that the model was not judged on."""
+    estimates = {}
+    for task in tasks:
+        result = quality.get(task)
+        estimates[task] = Estimate(result.value, result.stderr) if isinstance(result, Quality) else Estimate()
+    return estimates

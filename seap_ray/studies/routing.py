@@ -1,0 +1,133 @@
+"""Study ``routing``: what do the router's errors cost?"""
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from itertools import product
+from statistics import mean, median
+
+from seap_ray.config import GENERAL
+from seap_ray.errors import ConfigError
+from seap_ray.judges.quality import Quality
+from seap_ray.pipeline.evaluate import EvalResult, EvalTask, Failure
+from seap_ray.report.study_rows import Estimate, RoutingRow
+from seap_ray.routing.router import Router
+from seap_ray.studies.requests import SEEDS, at_every_ratio, run_specs
+from seap_ray.studies.result import StudyResult, estimate, mean_column
+from seap_ray.studies.runner import StudyRunner
+
+Choices = Mapping[str, Sequence[str]]
+"""By task, the name of the model that answers each of its prompts."""
+Results = Mapping[tuple[float | None, str], Mapping[str, EvalResult]]
+"""By ratio and model, the results by task."""
+
+
+def run(runner: StudyRunner) -> StudyResult:
+    """Send every evaluation prompt by the run's router, by its true task, at random, and to the general model."""
+    config = runner.config
+    if not runner.calibrated.run.router.is_dir():
+        raise ConfigError("model.source: study=routing needs a router, which this model's tokenizer cannot have")
+    eval_tasks = _with_prompts(runner)
+    if not eval_tasks:
+        raise ConfigError("tasks: study=routing needs one with prompts; windows of a text are none")
+
+    models = runner.evaluate_models(at_every_ratio(config, run_specs(config)))
+    results = {(model.row.ratio, model.row.name): model.row.quality for model in models}
+
+    by_router, seconds = _route(Router.load(runner.calibrated.run.router), eval_tasks)
+    ways: dict[str, list[Choices]] = {
+        "classifier": [by_router],
+        "oracle": [{task.task.name: [task.task.name] * len(task.items) for task in eval_tasks}],
+        "random": [_choose_at_random(runner.task_names, eval_tasks, seed) for seed in SEEDS],
+        "general": [{task.task.name: [GENERAL] * len(task.items) for task in eval_tasks}],
+    }
+    milliseconds = {"classifier": median(seconds) * 1e3}
+    rows = []
+    for ratio, (way, choices) in product(config.pruning.ratio, ways.items()):
+        rows.append(_row(results, ratio, eval_tasks, way, choices, milliseconds.get(way, 0.0)))
+    names = [task.task.name for task in eval_tasks]
+    return StudyResult(models, RoutingRow.columns(mean_column(runner), names), rows)
+
+
+def _with_prompts(runner: StudyRunner) -> list[EvalTask]:
+    """Return the tasks that have prompts to route; windows of a text are none."""
+    eval_tasks = []
+    for task in runner.eval_tasks.values():
+        if isinstance(task, EvalTask) and task.task.metric != "window_perplexity":
+            eval_tasks.append(task)
+    return eval_tasks
+
+
+def _route(router: Router, eval_tasks: Sequence[EvalTask]) -> tuple[dict[str, list[str]], list[float]]:
+    """Return the model of every prompt as the service chooses it, and the seconds of each choice."""
+    chosen: dict[str, list[str]] = {}
+    seconds = []
+    for eval_task in eval_tasks:
+        for item in eval_task.items:
+            started = time.perf_counter()
+            task = router.route(item.question or item.text).task
+            seconds.append(time.perf_counter() - started)
+            chosen.setdefault(eval_task.task.name, []).append(task or GENERAL)
+    return chosen, seconds
+
+
+def _choose_at_random(tasks: Sequence[str], eval_tasks: Sequence[EvalTask], seed: int) -> dict[str, list[str]]:
+    rng = random.Random(seed)
+    chosen = {}
+    for eval_task in eval_tasks:
+        chosen[eval_task.task.name] = [rng.choice(tasks) for _ in eval_task.items]
+    return chosen
+
+
+def _row(
+    results: Results,
+    ratio: float,
+    eval_tasks: Sequence[EvalTask],
+    way: str,
+    choices: Sequence[Choices],
+    milliseconds: float,
+) -> RoutingRow:
+    """Return the quality of one way of routing, as a mean over several choices where it draws at random."""
+    by_choice = [_quality_by_task(results, ratio, eval_tasks, choice) for choice in choices]
+    by_task = {}
+    for eval_task in eval_tasks:
+        name = eval_task.task.name
+        by_task[name] = estimate([qualities[name] for qualities in by_choice])
+
+    overall = _mean_over_choices([estimate(qualities.values()) for qualities in by_choice])
+    return RoutingRow(way, ratio, overall.value, overall.stderr, _share_of_general(choices), by_task, milliseconds)
+
+
+def _quality_by_task(
+    results: Results, ratio: float, eval_tasks: Sequence[EvalTask], choice: Choices
+) -> dict[str, EvalResult]:
+    return {task.task.name: _routed_quality(results, ratio, task, choice[task.task.name]) for task in eval_tasks}
+
+
+def _mean_over_choices(estimates: Sequence[Estimate]) -> Estimate:
+    values = [choice.value for choice in estimates if choice.value is not None]
+    errors = [choice.stderr for choice in estimates if choice.stderr is not None]
+    return Estimate(mean(values), mean(errors)) if values else Estimate()
+
+
+def _share_of_general(choices: Sequence[Choices]) -> float:
+    """Return the share of all prompts that the general model answers."""
+    names: list[str] = []
+    for choice in choices:
+        for chosen in choice.values():
+            names += chosen
+    return mean(name == GENERAL for name in names)
+
+
+def _routed_quality(results: Results, ratio: float, eval_task: EvalTask, names: Sequence[str]) -> EvalResult:
+    """Return a task's quality when each item is answered by the model of ``names``, or why there is none."""
+    by_model = {name: results[ratio, name][eval_task.task.name] for name in set(names)}
+    qualities: dict[str, Quality] = {}
+    for name, result in by_model.items():
+        if isinstance(result, Failure):
+            return result
+        qualities[name] = result
+
+    values = [qualities[name].values[item] for item, name in enumerate(names)]
+    weights = [qualities[name].weights[item] for item, name in enumerate(names)]
+    return Quality.of(eval_task.task.metric, values, weights)

@@ -1,0 +1,108 @@
+"""Run of a study: a config in; models, a table, files and the report out. ``methods.STUDIES`` says what there is."""
+
+import csv
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+from seap_ray.config import Config
+from seap_ray.errors import ConfigError, DataError, IncompleteError
+from seap_ray.judges import lm_eval
+from seap_ray.methods import STUDIES, StudyName
+from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.pipeline.job import calibrate_run, on_cluster, route
+from seap_ray.pipeline.results import results_json
+from seap_ray.progress import say
+from seap_ray.report.page import write_report
+from seap_ray.report.rows import Results, StudyTable
+from seap_ray.report.table import table as models_table
+from seap_ray.report.table import text_table
+from seap_ray.storage.files import atomic_write, write_json
+from seap_ray.storage.run import Run
+from seap_ray.studies import (
+    allocation,
+    corpus,
+    ood,
+    paper,
+    pooling,
+    ratio,
+    reconstruction,
+    routing,
+    table,
+    transfer,
+)
+from seap_ray.studies.result import StudyResult
+from seap_ray.studies.runner import StudyRunner
+
+RUNS: Mapping[StudyName, Callable[[StudyRunner], StudyResult]] = {
+    "table": table.run,
+    "ratio": ratio.run,
+    "corpus": corpus.run,
+    "allocation": allocation.run,
+    "reconstruction": reconstruction.run,
+    "ood": ood.run,
+    "transfer": transfer.run,
+    "routing": routing.run,
+    "pooling": pooling.run,
+    "paper": paper.run,
+}
+"""What each study does; its table and its models are the result."""
+CHECKS: Mapping[StudyName, Callable[[Config], None]] = {
+    "corpus": corpus.check,
+    "ood": ood.check,
+    "reconstruction": reconstruction.check,
+}
+"""What a study needs of a config besides what all need; raises ConfigError before any work."""
+
+
+def run_study(config: Config) -> None:
+    """Calibrate where that is not done, run ``config.study``, print its table; write JSON, CSV and the report.
+
+    Raises ConfigError for what a study cannot do without, and IncompleteError, at the very end, when models could not
+    be judged.
+    """
+    check(config)
+    # A task that cannot be judged costs its own results only.
+    on_cluster(config, _run, check_evaluation_rows=False)
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError, before any work, for what would leave a study without an answer."""
+    if config.evaluation.samples == 0:
+        raise ConfigError("evaluation.samples: 0 leaves a study nothing to judge; null takes all rows")
+    if config.study in CHECKS:
+        CHECKS[config.study](config)
+    for task in config.tasks:
+        if task.lm_eval and _uses_lm_eval(config):
+            with suppress(DataError):  # rows that are missing cost their own results only
+                lm_eval.check(task)
+
+
+def _uses_lm_eval(config: Config) -> bool:
+    """Return whether lm-eval judges its tasks: routing needs each prompt, which lm-eval does not show."""
+    return config.study != "routing"
+
+
+def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
+    study = STUDIES[config.study]
+    runner = StudyRunner(calibrate_run(config, checkpoint, run), lm_eval=_uses_lm_eval(config))
+    router = route(runner.calibrated)
+    say(f"{study.title}: {study.question}")
+    result = RUNS[config.study](runner)
+
+    rows = [model.row for model in result.models]
+    contents = results_json(config, runner.eval_tasks, rows, router)
+    study_table = StudyTable(config.study, study.title, study.question, result.columns, result.cells)
+    write_json(run.study(config.study), {**study_table.to_json(), **contents})
+    csv_path = run.study(config.study).with_suffix(".csv")
+    with atomic_write(csv_path) as path, path.open("w", newline="") as file:
+        csv.writer(file).writerows([result.columns, *result.cells])
+
+    is_about_models = config.study in ("table", "ratio")
+    say("")
+    say(models_table(Results.from_json(contents)) if is_about_models else text_table(result.columns, result.cells))
+    say("")
+    say(f"{write_report(run)} has the pictures")
+    if result.failures:
+        raise IncompleteError(
+            f"{len(result.failures)} reasons for failed cells, first: {min(result.failures)}; mend, run it again"
+        )
