@@ -1,10 +1,11 @@
-"""Planner: statistics and weight norms in, plans out. The driver plans; what reads weights is Ray tasks, a layer each.
+"""Planner: statistics and weight norms in, plans out. The driver plans; Ray tasks, one for each layer, read weights.
 
 A plan takes a second at most, so another ratio or score of a finished run costs seconds.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -19,6 +20,7 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import check_stock
 from seap_ray.models.records import (
     PooledCovariance,
+    TensorFile,
     is_whole,
     load_statistics,
     load_unit_scores,
@@ -29,8 +31,12 @@ from seap_ray.models.records import (
 )
 from seap_ray.pipeline.cluster import work_task
 from seap_ray.pipeline.model_specs import ModelSpec, pruning_section
+from seap_ray.storage.artifact import Artifact
 from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint
+
+ColumnScore = Callable[[Moments, Norms], torch.Tensor]
+"""A score of a site's columns, (D,), from their moments and the norms of the weight that reads them."""
 
 
 @dataclass(frozen=True)
@@ -40,53 +46,71 @@ class Planner:
     config: Config
     checkpoint: Checkpoint
     statistics: dict[str, Statistics]
+    """Moments by name of the statistics: a task's, or those of a part of its shards."""
     norms: WeightNorms
-    made_of: dict[str, str]
-    """Fingerprint of each task's statistics."""
-    files: dict[str, StoragePath]
-    """The statistics' files, with covariances beside them where the run has them."""
+    statistics_keys: dict[str, str]
+    """Fingerprint of each of the statistics."""
+    statistics_files: dict[str, StoragePath]
+    """Files of the statistics, with covariances beside them where the run has them."""
     run: Run
 
     def plan(self, spec: ModelSpec, ratio: float) -> Plan:
-        """Raises ConfigError when floors, caps and protection do not allow the ratio."""
+        """Choose what a model keeps at a ratio.
+
+        Raises ConfigError when floors, caps and protection do not allow the ratio.
+        """
         pruning = pruning_section(self.config, spec.settings)
-        make = self._depth_plan if pruning.allocation.kind == "depth" else self._width_plan
-        plan = make(spec, pruning, ratio)
+        if pruning.allocation.kind == "depth":
+            plan = self._depth_plan(spec, pruning, ratio)
+        else:
+            plan = self._width_plan(spec, pruning, ratio)
         if self.config.export.format == "stock":
             check_stock(plan, self.checkpoint.architecture)
         return plan
 
+    def pooled_moments(self, spec: ModelSpec) -> Statistics:
+        """Return the moments of the spec's tasks as one stream, each task counting by its weight."""
+        parts = [self.statistics[task] for task in spec.weights]
+        return parts[0] if len(parts) == 1 else mixed(parts, list(spec.weights.values()))
+
+    def pooled_covariance(self, spec: ModelSpec) -> PooledCovariance:
+        """Return the covariances of the spec's tasks as one stream, read from files when they are asked for."""
+        ridge = self.config.pruning.ridge
+        files = tuple(self.statistics_files[task] for task in spec.weights)
+        return PooledCovariance(files, tuple(spec.weights.values()), None if ridge == "auto" else ridge)
+
+    # --- plans -------------------------------------------------------------------------------------------------------
+
     def _width_plan(self, spec: ModelSpec, pruning: PruningSection, ratio: float) -> Plan:
-        architecture, of_units = self.checkpoint.architecture, pruning.score in UNIT_SCORES
-        scores_L = self._unit_scores(spec, pruning) if of_units else self._scores(spec)
+        """Choose widths for every layer, then the units with the best scores."""
+        architecture = self.checkpoint.architecture
+        scores_units = pruning.score in UNIT_SCORES
+        scores_L = self._unit_scores(spec, pruning) if scores_units else self._column_scores(spec)
         shapes = choose_shapes(
             architecture,
             pruning,
             ratio=ratio,
             compensated=pruning.compensation != "none",
             scores_L=scores_L,
-            comparable=of_units,
+            comparable=scores_units,
             stock=self.config.export.format == "stock",
         )
         layers = zip(shapes, architecture.layers, scores_L, strict=True)
         kept = tuple(keep(shape, layer.shape, *scores) for shape, layer, scores in layers)
-        about: dict[str, Any] = {"seed": spec.settings.seed} if pruning.score == "random" else {}
-        if of_units:
-            about = {"unit_scores": self._unit_scores_print(spec, pruning)}
-        if of_units or pruning.compensation == "least_squares":
-            about["ridge"] = pruning.ridge
-        provenance = self._provenance(spec, pruning, score=pruning.score, **about)
+        provenance = self._provenance(spec, pruning, score=pruning.score, **self._score_provenance(spec, pruning))
         return Plan(spec.name, ratio, pruning.compensation, kept, provenance)
 
     def _depth_plan(self, spec: ModelSpec, pruning: PruningSection, ratio: float) -> Plan:
-        """Whole layers go, by ShortGPT's Block Influence (arXiv 2403.03853); there is nothing to compensate."""
-        architecture, mixed = self.checkpoint.architecture, self.mixed(spec)
-        influence_L = [1 - float(mixed[layer, "block"].mean_D) for layer in range(architecture.n_layers)]
+        """Drop whole layers by ShortGPT's Block Influence (arXiv 2403.03853); there is nothing to compensate."""
+        architecture = self.checkpoint.architecture
+        moments = self.pooled_moments(spec)
+        influence_L = [1 - float(moments[layer, "block"].mean_D) for layer in range(architecture.n_layers)]
         dropped = choose_dropped(architecture, pruning, ratio=ratio, influence_L=influence_L)
         kept = tuple(Kept.whole(architecture, i) for i in range(architecture.n_layers) if i not in dropped)
         return Plan(spec.name, ratio, "none", kept, self._provenance(spec, pruning, score=None), dropped)
 
     def _provenance(self, spec: ModelSpec, pruning: PruningSection, **scored: Any) -> dict[str, Any]:
+        """Return what a plan is made from and how, as plans and manifests on disk say it."""
         return {
             "kind": spec.kind,
             **scored,
@@ -94,103 +118,139 @@ class Planner:
             "budget": pruning.budget,
             "pooling": spec.pooling,
             "tasks": spec.weights,
-            "statistics": {task: self.made_of[task] for task in spec.weights},
+            "statistics": {task: self.statistics_keys[task] for task in spec.weights},
         }
 
-    def _scores(self, spec: ModelSpec) -> list[LayerScores]:
-        attn, mlp = (self._site_scores(spec, site) for site in SITES)
-        if spec.settings.allocation == "standardised":  # column by column; a layer's own ranking stays as it is
-            attn, mlp = ([standardised(score_D) for score_D in score_L] for score_L in (attn, mlp))
+    def _score_provenance(self, spec: ModelSpec, pruning: PruningSection) -> dict[str, Any]:
+        """Return the settings that only some scores or compensations depend on."""
+        provenance: dict[str, Any] = {}
+        if pruning.score == "random":
+            provenance["seed"] = spec.settings.seed
+        if pruning.score in UNIT_SCORES:
+            provenance["unit_scores"] = self._unit_scores_key(spec, pruning)
+        if pruning.score in UNIT_SCORES or pruning.compensation == "least_squares":
+            provenance["ridge"] = pruning.ridge
+        return provenance
+
+    # --- scores of columns, from moments -----------------------------------------------------------------------------
+
+    def _column_scores(self, spec: ModelSpec) -> list[LayerScores]:
+        """Return scores of every layer's heads and channels, made from scores of single columns."""
+        attn_L, mlp_L = (self._site_scores(spec, site) for site in SITES)
+        # Layers and sites are compared column by column; a layer's own ranking stays as it is.
+        if spec.settings.allocation == "standardised":
+            attn_L = [standardised(score_D) for score_D in attn_L]
+            mlp_L = [standardised(score_D) for score_D in mlp_L]
         head_dim = self.checkpoint.architecture.head_dim
-        return [(head_scores(a, head_dim), m) for a, m in zip(attn, mlp, strict=True)]
+        return [(head_scores(attn, head_dim), mlp) for attn, mlp in zip(attn_L, mlp_L, strict=True)]
 
     def _site_scores(self, spec: ModelSpec, site: Site) -> list[torch.Tensor]:
-        """Scores of a site's columns in every layer: (D,), of a mixture's experts (E, C)."""
+        """Return scores of a site's columns in every layer: (D,), in an MoE model for all its experts (E, C)."""
         layers = range(self.checkpoint.architecture.n_layers)
         if spec.settings.score == "random":
             return [self._random_score(spec.settings.seed or 0, layer, site) for layer in layers]
         score = SCORES[spec.settings.score or ""]
         if spec.pooling == "pooled":
-            mixed = self.mixed(spec)
-            return [self._score(score, mixed, layer, site) for layer in layers]
+            moments = self.pooled_moments(spec)
+            return [self._score(score, moments, layer, site) for layer in layers]
         return [self._summed_score(score, spec, layer, site) for layer in layers]
 
-    def _summed_score(
-        self, score: Callable[[Moments, Norms], torch.Tensor], spec: ModelSpec, layer: int, site: Site
-    ) -> torch.Tensor:
-        """The paper's general score: the sum over tasks, weighted 3 for language-model corpora and 2 for the others."""
-        each = [w * self._score(score, self.statistics[t], layer, site) for t, w in spec.weights.items()]
-        return torch.stack(each).sum(0)
+    def _summed_score(self, score: ColumnScore, spec: ModelSpec, layer: int, site: Site) -> torch.Tensor:
+        """Return the paper's general score: the sum over tasks, by weight.
+
+        The paper weighs language-model corpora 3 and the others 2.
+        """
+        scores = [
+            weight * self._score(score, self.statistics[task], layer, site) for task, weight in spec.weights.items()
+        ]
+        return torch.stack(scores).sum(0)
 
     def _random_score(self, seed: int, layer: int, site: Site) -> torch.Tensor:
-        sites = self.checkpoint.architecture.sites(site)
-        of = [random_score(self.norms[layer, s].l1_D.numel(), seed, layer=layer, site=s) for s in sites]
-        return of[0] if len(of) == 1 else torch.stack(of)
+        """Return random scores of a site's columns, the same for every task."""
+        experts = self.checkpoint.architecture.sites(site)
+        scores = [random_score(self.norms[layer, s].l1_D.numel(), seed, layer=layer, site=s) for s in experts]
+        return scores[0] if len(scores) == 1 else torch.stack(scores)
 
-    def _score(
-        self, score: Callable[[Moments, Norms], torch.Tensor], of: Statistics, layer: int, site: Site
-    ) -> torch.Tensor:
-        keys = [(layer, one) for one in self.checkpoint.architecture.sites(site)]
-        return column_scores(score, of, self.norms, keys)
+    def _score(self, score: ColumnScore, moments: Statistics, layer: int, site: Site) -> torch.Tensor:
+        """Return a score of a site's columns from the moments of its activations."""
+        keys = [(layer, expert) for expert in self.checkpoint.architecture.sites(site)]
+        return column_scores(score, moments, self.norms, keys)
+
+    # --- scores of units, from covariances ---------------------------------------------------------------------------
 
     def _unit_scores(self, spec: ModelSpec, pruning: PruningSection) -> list[LayerScores]:
-        """Scores from covariances, made in Ray tasks, a layer each, and kept for the next plan."""
-        architecture, name = self.checkpoint.architecture, self._unit_scores_print(spec, pruning)
-        path = self.run.unit_scores(name)
-        if not is_whole(path):
-            mixtures = [self.mixture(spec)]
-            if spec.pooling == "score_average":
-                ridge = self.mixture(spec).ridge
-                mixtures = [PooledCovariance((self.files[t],), (w,), ridge) for t, w in spec.weights.items()]
-            score = work_task(_layer_scores, memory=task_memory(architecture))
-            parts = [
-                score.remote(self.checkpoint, mixtures, pruning.score, pruning.attention_unit, layer)
-                for layer in range(architecture.n_layers)
-            ]
-            found = enumerate(ray.get(parts))
-            save_tensors(path, {f"{layer}.{unit}": tensor for layer, part in found for unit, tensor in part.items()})
-        return [(of["heads"], of["channels"]) for of in load_unit_scores(path, range(architecture.n_layers))]
+        """Return scores of every layer's heads and channels, made once and kept for the next plan and the report."""
+        layers = range(self.checkpoint.architecture.n_layers)
+        key = self._unit_scores_key(spec, pruning)
+        scores_file = TensorFile(key_name=None, read=partial(load_unit_scores, layers=layers))
+        artifact = Artifact(self.run.unit_scores(key), key, scores_file)
+        scores_L = artifact.get(lambda: save_tensors(artifact.path, self._score_units(spec, pruning)))
+        return [(scores["heads"], scores["channels"]) for scores in scores_L]
 
-    def _unit_scores_print(self, spec: ModelSpec, pruning: PruningSection) -> str:
-        made_of = {task: (weight, self.made_of[task]) for task, weight in spec.weights.items()}
-        return fingerprint(made_of, spec.pooling, pruning.score, pruning.ridge, pruning.attention_unit)[:20]
+    def _unit_scores_key(self, spec: ModelSpec, pruning: PruningSection) -> str:
+        """Return the fingerprint of everything that scores of units depend on."""
+        sources = {task: (weight, self.statistics_keys[task]) for task, weight in spec.weights.items()}
+        return fingerprint(sources, spec.pooling, pruning.score, pruning.ridge, pruning.attention_unit)[:20]
 
-    def mixture(self, spec: ModelSpec) -> PooledCovariance:
-        """Covariances of the spec's tasks as one stream, read when they are asked for."""
-        ridge = self.config.pruning.ridge
-        files = tuple(self.files[task] for task in spec.weights)
-        return PooledCovariance(files, tuple(spec.weights.values()), None if ridge == "auto" else ridge)
+    def _score_units(self, spec: ModelSpec, pruning: PruningSection) -> dict[str, torch.Tensor]:
+        """Score the units of every layer in Ray tasks, one for each layer; return them by their names in the file."""
+        architecture = self.checkpoint.architecture
+        streams = self._scored_streams(spec)
+        task = work_task(_score_layer, memory=task_memory(architecture))
+        pending = [
+            task.remote(self.checkpoint, streams, pruning.score, pruning.attention_unit, layer)
+            for layer in range(architecture.n_layers)
+        ]
+        tensors = {}
+        for layer, scores in enumerate(ray.get(pending)):
+            for unit, tensor in scores.items():
+                tensors[f"{layer}.{unit}"] = tensor
+        return tensors
 
-    def mixed(self, spec: ModelSpec) -> Statistics:
-        """Moments of the spec's tasks as one stream, each task counting by its weight."""
-        parts, weights = [self.statistics[task] for task in spec.weights], list(spec.weights.values())
-        return parts[0] if len(parts) == 1 else mixed(parts, weights)
+    def _scored_streams(self, spec: ModelSpec) -> list[PooledCovariance]:
+        """Return the covariances to score: of all tasks together, or of each for scores that are averaged."""
+        pooled = self.pooled_covariance(spec)
+        if spec.pooling != "score_average":
+            return [pooled]
+        weights = spec.weights.items()
+        return [PooledCovariance((self.statistics_files[task],), (weight,), pooled.ridge) for task, weight in weights]
 
 
 def make_planner(config: Config, checkpoint: Checkpoint, run: Run, statistics: dict[str, StoragePath]) -> Planner:
     """Read the statistics and the weight norms; norms are computed once per run, in Ray tasks."""
-    made_of = {task: read_metadata(path)["sha256"] for task, path in statistics.items()}
+    keys = {task: read_metadata(path)["sha256"] for task, path in statistics.items()}
     loaded = {task: load_statistics(path, checkpoint.architecture) for task, path in statistics.items()}
-    return Planner(config, checkpoint, loaded, _weight_norms(checkpoint, run), made_of, statistics, run)
+    return Planner(config, checkpoint, loaded, _weight_norms(checkpoint, run), keys, statistics, run)
 
 
-def _layer_scores(
-    checkpoint: Checkpoint, mixtures: Sequence[PooledCovariance], score: str, attention_unit: str, layer: int
+# --- Ray tasks -------------------------------------------------------------------------------------------------------
+
+
+def _score_layer(
+    checkpoint: Checkpoint, streams: Sequence[PooledCovariance], score: str, attention_unit: str, layer: int
 ) -> dict[str, torch.Tensor]:
-    """Scores of one layer's heads and channels, summed over the mixtures by their weights, float64.
+    """Return scores of one layer's ``heads`` (H,) and ``channels`` (C,), float64.
 
     Where whole groups go, a group is a block, and its score is spread evenly over its heads.
     """
     architecture = checkpoint.architecture
-    heads = 1 if attention_unit == "head" else architecture.layers[layer].shape.heads_per_group
-    blocks: dict[Site, int] = {"attn": heads * architecture.head_dim, "mlp": 1}
+    n_heads = 1 if attention_unit == "head" else architecture.layers[layer].shape.heads_per_group
+    block_U = _score_site(checkpoint, streams, score, (layer, "attn"), block=n_heads * architecture.head_dim)
+    channel_C = _score_site(checkpoint, streams, score, (layer, "mlp"), block=1)
+    return {"heads": block_U.repeat_interleave(n_heads) / n_heads, "channels": channel_C}
 
-    def of(site: Site) -> torch.Tensor:
-        weight, key = checkpoint.read(architecture.tensor(layer, architecture.modules[site])), (layer, site)
-        found = [UNIT_SCORES[score](m[key], weight, block=blocks[site], ridge=m.ridge_of(key)) for m in mixtures]
-        return torch.stack([sum(m.weights) * scores for m, scores in zip(mixtures, found, strict=True)]).sum(0)
 
-    return {"heads": of("attn").repeat_interleave(heads) / heads, "channels": of("mlp")}
+def _score_site(
+    checkpoint: Checkpoint, streams: Sequence[PooledCovariance], score: str, key: tuple[int, Site], *, block: int
+) -> torch.Tensor:
+    """Return scores of a site's blocks of columns (U,), summed over the streams by their weights."""
+    layer, site = key
+    architecture = checkpoint.architecture
+    weight_OD = checkpoint.read(architecture.tensor(layer, architecture.modules[site]))
+    unit_score = UNIT_SCORES[score]
+    scores = [unit_score(stream[key], weight_OD, block=block, ridge=stream.ridge_of(key)) for stream in streams]
+    weighted = [sum(stream.weights) * score_U for stream, score_U in zip(streams, scores, strict=True)]
+    return torch.stack(weighted).sum(0)
 
 
 def _weight_norms(checkpoint: Checkpoint, run: Run) -> WeightNorms:

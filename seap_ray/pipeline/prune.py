@@ -105,7 +105,7 @@ def prepare_checkpoint(planner: Planner, run: Run, spec: ModelSpec, plan: Plan) 
     export = planner.config.export
     statistics: Statistics | PooledCovariance | None = None
     if plan.compensation != "none":
-        statistics = planner.mixture(spec) if plan.compensation == "least_squares" else planner.mixed(spec)
+        statistics = planner.pooled_covariance(spec) if plan.compensation == "least_squares" else planner.pooled_moments(spec)
     compaction = Compaction(planner.checkpoint, plan, statistics, stock=export.format == "stock")
     cut = (plan.compensation, plan.kept, plan.dropped)
     key = fingerprint(planner.checkpoint.fingerprint, plan.provenance, cut, export.model_dump(), versions())
@@ -274,7 +274,7 @@ def _manifest(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> dict[str
     return {
         "fingerprint": checkpoint.fingerprint,
         "source": {
-            "model": base.source,
+            "model": base.source.name,
             "model_type": base.config["model_type"],
             # The hub's cache holds a model under snapshots/<commit>.
             "revision": base.folder.name if base.folder.parent.name == "snapshots" else None,

@@ -282,7 +282,7 @@ def test_an_expert_with_a_share_of_all_tasks_has_their_statistics_in_its_own():
         "sort": pytest.approx(0.4 * weights["sort"] / total),
         "facts": pytest.approx(0.6 + 0.4 * weights["facts"] / total),
     }
-    mixed = planner.mixed(spec)[1, "mlp"]
+    mixed = planner.pooled_moments(spec)[1, "mlp"]
     parts = [planner.statistics[task][1, "mlp"] for task in TASKS]
     shares = [spec.weights[task] for task in TASKS]
     torch.testing.assert_close(mixed.mean_D, sum(w * p.mean_D for w, p in zip(shares, parts, strict=True)))

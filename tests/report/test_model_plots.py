@@ -184,7 +184,7 @@ def test_scores_are_those_that_the_plans_were_made_from(tmp_path, model):
     for spec in (spec for spec in model_specs(config) if spec.kind != "baseline"):
         (cut,) = (cut for cut in evidence.cuts[0.4] if cut.name == spec.name)
         found = unit_scores(evidence, architecture, cut)
-        for layer, (heads, channels) in enumerate(planner._scores(spec)):
+        for layer, (heads, channels) in enumerate(planner._column_scores(spec)):
             assert found["heads"][layer] == pytest.approx(heads.numpy())
             assert found["channels"][layer] == pytest.approx(channels.numpy().flatten())
             kept, width = cut.indices(layer, "channels"), architecture.dense.channels
