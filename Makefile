@@ -10,5 +10,5 @@ check:
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 # The variable silences an announcement of the theme.
-docs: ; NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
+docs: ; NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 format: ; .venv/bin/ruff format . && .venv/bin/ruff check --fix .
