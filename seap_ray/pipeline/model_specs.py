@@ -7,54 +7,59 @@ from seap_ray.config import Baseline, Config, PlanSettings, PruningSection
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One model to be cut: its name, the statistics that it uses with their weights, and how."""
+    """One model to be cut: its name, the statistics that it uses with their weights, and how it is cut."""
 
     name: str
     kind: str
     """``expert``, ``general`` or ``baseline``."""
     method: str
-    """Name of the settings; those of several tasks are one method."""
+    """Name of the settings; the models of several tasks with the same settings are one method."""
     weights: dict[str, float]
-    """By name of the statistics: a task's, or a part of them."""
+    """Weights by name of the statistics: a task's, or those of a part of its shards."""
     settings: PlanSettings
     pooling: str = "pooled"
     task: str | None = None
-    """The one task that it is made for."""
+    """The one task that the model is made for."""
 
 
 def model_specs(config: Config) -> list[ModelSpec]:
-    """The general model, one expert per task, and the baselines."""
-    pruning, weights = config.pruning, {task.name: task.weight for task in config.tasks}
-    general, fill = pruning.general, config.plan_settings
-    made = [ModelSpec("general", "general", "general", weights, fill(general), general.pooling)]
-    made += [
-        ModelSpec(task, "expert", "experts", _expert_weights(config, task), fill(pruning.experts), task=task)
-        for task in weights
-    ]
-    for name, baseline in pruning.baselines.items():
-        made += baseline_specs(config, name, baseline)
-    return made
+    """Return the general model, one expert for each task, and the baselines, in this order."""
+    weights = {task.name: task.weight for task in config.tasks}
+    general = config.pruning.general
+    general_settings = config.plan_settings(general)
+    expert_settings = config.plan_settings(config.pruning.experts)
+
+    specs = [ModelSpec("general", "general", "general", weights, general_settings, general.pooling)]
+    for task in weights:
+        own_weights = _expert_weights(config, task)
+        specs.append(ModelSpec(task, "expert", "experts", own_weights, expert_settings, task=task))
+    for name, baseline in config.pruning.baselines.items():
+        specs += baseline_specs(config, name, baseline)
+    return specs
 
 
 def _expert_weights(config: Config, task: str) -> dict[str, float]:
-    """Weights of an expert's statistics: its task alone, or with a share of all tasks."""
-    mix, total = config.pruning.experts.mix, sum(task.weight for task in config.tasks)
-    shares = {other.name: mix * other.weight / total + (1 - mix) * (other.name == task) for other in config.tasks}
-    return {name: share for name, share in shares.items() if share}
+    """Return the weights of an expert's statistics: its task alone, or with a share of all tasks."""
+    mix = config.pruning.experts.mix
+    total = sum(other.weight for other in config.tasks)
+    weights = {other.name: mix * other.weight / total + (1 - mix) * (other.name == task) for other in config.tasks}
+    return {name: weight for name, weight in weights.items() if weight}
 
 
 def baseline_specs(config: Config, name: str, baseline: Baseline) -> list[ModelSpec]:
-    """One model of a baseline, or one for each task."""
-    weights, settings = {task.name: task.weight for task in config.tasks}, config.plan_settings(baseline)
-    chosen = baseline.tasks or tuple(weights)
+    """Return the one model of a baseline, or one for each of its tasks."""
+    weights = {task.name: task.weight for task in config.tasks}
+    settings = config.plan_settings(baseline)
+    tasks = baseline.tasks or tuple(weights)
     if baseline.per_task:
-        return [ModelSpec(f"{name}.{t}", "baseline", name, {t: 1.0}, settings, task=t) for t in chosen]
-    return [ModelSpec(name, "baseline", name, {t: weights[t] for t in chosen}, settings, baseline.pooling)]
+        return [ModelSpec(f"{name}.{task}", "baseline", name, {task: 1.0}, settings, task=task) for task in tasks]
+    chosen = {task: weights[task] for task in tasks}
+    return [ModelSpec(name, "baseline", name, chosen, settings, baseline.pooling)]
 
 
 def pruning_section(config: Config, settings: PlanSettings) -> PruningSection:
-    """The pruning section as one plan has it. ``settings`` leave nothing out (``Config.plan_settings``)."""
-    own = settings.model_dump(include={"score", "compensation", "budget"})
+    """Return the pruning section with one model's settings, which leave nothing out (``Config.plan_settings``)."""
+    replaced = settings.model_dump(include={"score", "compensation", "budget"})
     curve = settings.model_dump(include={"k", "x0"})
     allocation = config.pruning.allocation.model_copy(update={"kind": settings.allocation, **curve})
-    return config.pruning.model_copy(update={**own, "allocation": allocation})
+    return config.pruning.model_copy(update={**replaced, "allocation": allocation})

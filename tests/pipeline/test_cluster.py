@@ -33,7 +33,7 @@ def node(name: str, cpus: float, *, head: bool = False, alive: bool = True) -> d
 
 
 @pytest.mark.parametrize(
-    "nodes, asked",
+    "nodes, selector",
     [
         ([node("h", 2, head=True), node("a", 1)], {"ray.io/node-id": "!h"}),
         ([node("h", 2, head=True)], {}),
@@ -42,8 +42,8 @@ def node(name: str, cpus: float, *, head: bool = False, alive: bool = True) -> d
     ],
     ids=["a head and a node", "one machine", "nobody else has CPUs", "a head without work"],
 )
-def test_work_stays_off_a_head_where_other_nodes_have_cpus(nodes, asked):
-    assert _not_on_head(nodes) == asked
+def test_work_stays_off_a_head_where_other_nodes_have_cpus(nodes, selector):
+    assert _not_on_head(nodes) == selector
 
 
 @pytest.mark.ray
