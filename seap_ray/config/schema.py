@@ -1,4 +1,7 @@
-"""Schema: every key of the configuration, with its type, default and meaning, as one frozen ``Config``."""
+"""Schema: every key of the configuration, with its type, default and meaning, as one frozen ``Config``.
+
+The docstring of a key is its text in ``--help``.
+"""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -34,6 +37,7 @@ NOT_FOR_ENGINES = {
 }
 """Engine arguments that are refused, and why."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Addresses that only clients on the same machine can reach."""
 
 
 def _as_list(value: Any) -> Any:
@@ -41,65 +45,83 @@ def _as_list(value: Any) -> Any:
 
 
 class RunSection(Section):
+    """Where the files of a run lie."""
+
     name: FolderName = "demo"
-    """Name of the run; its files lie in <storage>/<name>."""
+    """Name of the run. Its files lie in <run.storage>/<run.name>; a command with the same name continues the run."""
     storage: str = "runs"
-    """Folder that holds runs, or s3://BUCKET/FOLDER or gs://BUCKET/FOLDER. On several nodes: one that every node sees
-    under this path. A relative one is below the current folder, or in a job submitted with --working-dir, which Ray
-    runs in a copy, below the home folder."""
+    """Folder that holds runs, or s3://BUCKET/FOLDER or gs://BUCKET/FOLDER. On several nodes it must be a bucket, or a
+    folder that every node sees under this path. A relative path starts at the current folder; in a job submitted with
+    --working-dir, which Ray runs in a temporary copy, it starts at the home folder."""
     seed: int = 0
-    """Seed of everything drawn at random."""
+    """Seed of every random draw: calibration rows, evaluation rows and the score `random`."""
 
 
 class ModelSection(Section):
+    """The model to prune."""
+
     source: str = "demo"
-    """`demo`, a folder with safetensors, one in a bucket (s3://..., gs://...), or a hub id such as
-    meta-llama/Llama-3.1-8B. Of a bucket and of the hub every node makes a copy of its own, once."""
+    """The model to prune: `demo` (comes with the package), a folder with config.json and safetensors files, such a
+    folder in a bucket (s3://..., gs://...), or an id on the Hugging Face hub such as meta-llama/Llama-3.1-8B. From a
+    bucket or the hub every node downloads its own copy, once."""
     revision: str | None = None
-    """Revision of a hub model."""
+    """Branch, tag or commit of a hub model; null means its main branch."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type that the model computes in; `auto` is the checkpoint's own."""
+    """Type in which the model computes during calibration and evaluation; `auto` is the type of its
+    weights. Pruned checkpoints always have the type of the source's weights."""
     trust_remote_code: bool = False
-    """Whether code that comes with the model may run. Off unless you have read it."""
+    """Whether Python code that comes with the model may run. Set it only after you have read that code."""
 
 
 class CorpusSection(Section):
+    """The calibration data of a task."""
+
     samples: int = Field(default=200, ge=1)
-    """Rows drawn per task, at random over the whole corpus."""
+    """Rows drawn per task for calibration, at random over the whole corpus."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Token budget per task; the draw ends with the row that reaches it."""
+    """Most tokens drawn per task: the draw ends with the row that reaches this number, even before `samples` rows.
+    null means no limit."""
     sequence_length: int = Field(default=2048, ge=2)
-    """Longest sequence, in tokens; longer texts are cut (never beyond what the model was made for)."""
+    """Longest calibration sequence in tokens. Longer texts are cut there, or earlier where the model's context ends."""
     packing: Literal["bucket", "pack"] = "bucket"
-    """`bucket`: a text is a sequence, and sees no other. `pack`: texts are joined to full sequences."""
+    """How texts become sequences. `bucket`: each text is its own sequence, batched with texts of like length. `pack`
+    (sequence packing): texts are joined, one after another, into full sequences of sequence_length tokens."""
     prompt_format: Literal["clean", "official"] = "clean"
-    """`official` reproduces the texts of the SEAP authors' code, lower-casing included."""
+    """Calibration text of a row. `clean`: the task's question, a space and the right answer. `official`: the text that
+    the SEAP authors' code builds, lower-casing included, to reproduce their results."""
     shard_sequences: int = Field(default=64, ge=1)
-    """Rows per shard. A shard is the unit of work, and all that a fault can cost."""
+    """Rows per shard. A shard is what one worker records at a time, and the most that is lost when a worker dies. With
+    statistics `covariance` every shard takes disk: choose about half of `samples`."""
 
 
 class CalibrationSection(Section):
+    """How statistics of activations are recorded."""
+
     workers: AtLeastOne | Literal["auto"] = "auto"
-    """Model replicas; `auto`: as many as the cluster holds and the shards occupy."""
+    """Model replicas that record at the same time; `auto`: as many as fit on the cluster and have a shard to do."""
     num_cpus: int = Field(default=1, ge=1)
-    """CPUs, and so threads, per worker."""
+    """CPUs, and so threads, of each worker."""
     num_gpus: float = Field(default=0, ge=0)
-    """GPUs per worker; several are for placement `device_map`."""
+    """GPUs of each worker. 0 computes on CPUs; a part such as 0.5 lets workers share a GPU; more than 1 is for
+    placement `device_map`."""
     placement: Placement = "auto"
-    """`single`: the model whole on a worker's device. `device_map`: whole, over a worker's GPUs. `stream`: one decoder
-    layer at a time, read from disk, so any model fits. `auto`: the first of them that the workers have memory for."""
+    """How a worker holds the model. `single`: whole, on its one device. `device_map`: whole, spread over its GPUs.
+    `stream`: one decoder layer at a time, read from disk, for a model larger than the memory. `auto`: the first of
+    these three that the workers have memory for."""
     stream_tokens: AtLeastOne = 262144
-    """Tokens whose hidden states a worker keeps under `stream`: it reads the model once for so many."""
+    """Only for placement `stream`: tokens whose hidden states a worker keeps in memory. The model is read from disk
+    once for this many tokens."""
     statistics: Literal["moments", "covariance"] = "moments"
-    """`covariance`: all pairs of columns, too, for compensation least_squares and the scores block_wifv and obs. Each
-    shard and each task takes disk, 8.8 GB of a Llama-2-7B, so let shards be large; docs/method.md."""
+    """What is recorded. `moments`: mean and variance of every column. `covariance`: covariances of all pairs of
+    columns as well, which compensation `least_squares` and the scores `block_wifv` and `obs` need. Covariances of each
+    shard and each task take disk, for example 8.8 GB each for Llama-2-7B (docs/method.md)."""
     covariance_layers: AtLeastOne | Literal["auto"] = "auto"
-    """Layers whose covariances a worker holds; so many at a time, the model runs over a shard again. `auto`: as many as
-    its memory has room for."""
+    """Layers whose covariances a worker holds at a time. With fewer than the model has, the model runs over each shard
+    again for the next layers. `auto`: as many as the worker's memory has room for."""
     batch_tokens: int = Field(default=4096, ge=1)
-    """Tokens per forward pass, padding included; halved where memory runs out, but not under `stream`."""
+    """Most tokens of one forward pass, padding included. Where memory runs out it is halved, except under `stream`."""
     skip_first_token: bool = False
-    """Leave position 0, where many models put outsized activations, out of the statistics."""
+    """Leave the first token of every sequence out of the statistics; many models have outsized activations there."""
 
     @model_validator(mode="after")
     def _gpus_are_used(self) -> "CalibrationSection":
@@ -111,106 +133,123 @@ class CalibrationSection(Section):
 
 
 class AllocationSection(Section):
-    """How much each layer gives."""
+    """How much of each layer is removed."""
 
     kind: Allocation = "logistic"
-    """`uniform`; `logistic` in depth, the paper's; `global`: by score per parameter over all layers; `standardised`:
-    by standardised score over all layers, as FLAP has it; `depth`: whole layers go, those that change least."""
+    """How the ratio is shared out among layers. `uniform`: every layer equally. `logistic`: more in deeper layers,
+    along a logistic curve, as in the SEAP paper. `global`: units with the lowest score per parameter, in any layer.
+    `standardised`: units with the lowest score after each layer's scores are standardised, as in FLAP. `depth`: whole
+    layers, those that change their input least."""
     k: float = Field(default=1.0, allow_inf_nan=False)
-    """Steepness of the logistic curve."""
+    """Only for `logistic`: steepness of the curve. 0 removes equally from every layer that is not protected; negative
+    values remove more from early layers."""
     x0: float = Field(default=0.3, allow_inf_nan=False)
-    """Midpoint of the logistic curve, as a share of the depth."""
+    """Only for `logistic`: midpoint of the curve, as a share of the depth (0: first layer, 1: last layer)."""
     protect_first: AtLeastZero | Literal["auto"] = "auto"
-    """First layers left whole; `auto`: 2 (1 under 24 layers), fewer where the ratio cannot be met otherwise."""
+    """Number of first layers that stay whole. `auto`: 2 (1 for models under 24 layers), or fewer where the ratio could
+    not be met otherwise."""
     protect_last: AtLeastZero | Literal["auto"] = "auto"
-    """Last layers left whole; `auto` as above."""
+    """Number of last layers that stay whole; `auto` as for protect_first."""
     max_sparsity: float = Field(default=0.9, gt=0, lt=1)
-    """Largest share that one layer gives."""
+    """Largest share of a layer that is removed; what would be beyond it is removed from other layers."""
 
 
 class PlanSettings(Section):
-    """Settings of one kind of plan; what is left out is taken from the pruning section."""
+    """Settings of one kind of model; what is left out is taken from the pruning section."""
 
     score: Score | None = None
-    """Score of heads and channels."""
+    """Score that ranks heads and channels; null: pruning.score."""
     allocation: Allocation | None = None
-    """Allocation of sparsity to layers."""
+    """How the ratio is shared out among layers; null: pruning.allocation.kind."""
     compensation: Compensation | None = None
-    """What stands for the columns that are cut."""
+    """What makes up for removed columns; null: pruning.compensation."""
     budget: Budget | None = None
-    """Whether the ratio is met exactly, or as the authors' schedule does."""
+    """How the ratio is met; null: pruning.budget."""
     k: float | None = Field(default=None, allow_inf_nan=False)
-    """Steepness of the logistic curve."""
+    """Steepness of the logistic curve; null: pruning.allocation.k."""
     x0: float | None = Field(default=None, allow_inf_nan=False)
-    """Midpoint of the logistic curve, as a share of the depth."""
+    """Midpoint of the logistic curve, as a share of the depth; null: pruning.allocation.x0."""
     seed: int | None = None
-    """Seed of the score `random`; left out: run.seed."""
+    """Seed of the score `random`; null: run.seed."""
 
 
 class ExpertSettings(PlanSettings):
-    """The model of each task."""
+    """Settings of the task experts, one model per task."""
 
     mix: float = Field(default=0, ge=0, le=1)
-    """Share of the statistics of all tasks in an expert's own: it forgets less of the others, and does less well."""
+    """Share of all tasks' statistics in those of an expert's own task, from 0 to 1. A larger share keeps more of the
+    other tasks, and less of its own."""
 
 
 class GeneralSettings(PlanSettings):
-    """The one model for all tasks."""
+    """Settings of the general model, one for all tasks."""
 
     score: Score | None = None
-    """Score of heads and channels; left out: energy where nothing is compensated, or else as in pruning."""
+    """Score that ranks heads and channels; null: `energy` where nothing is compensated, else pruning.score."""
     compensation: Compensation | None = None
-    """What stands for the columns that are cut; left out: none where pruning has `mean`, or else as in pruning."""
+    """What makes up for removed columns; null: `none` where pruning.compensation is `mean`, because the mean of many
+    tasks is no task's mean, else pruning.compensation."""
     pooling: Pooling = "pooled"
-    """`pooled`: statistics of all tasks, with what lies between them; `score_average`: the paper's sum of scores."""
+    """How the tasks are combined, each with its weight. `pooled`: their statistics, as of one stream of tokens, the
+    spread between the tasks' means included. `score_average`: the sum of their scores, as in the SEAP paper."""
 
 
 class Baseline(PlanSettings):
-    """A named plan to compare with."""
+    """A named pruned model to compare with."""
 
     tasks: tuple[str, ...] | None = None
-    """Tasks whose statistics it uses; all of them if left out."""
+    """Tasks whose statistics are used; null: all of them."""
     pooling: Pooling = "pooled"
-    """As in general."""
+    """How the tasks are combined; see pruning.general.pooling."""
     per_task: bool = False
-    """One model for each task, from its statistics alone, instead of one for all."""
+    """Whether there is one model for each task, from its statistics alone, instead of one for all tasks."""
 
 
 class PruningSection(Section):
+    """What is removed, and what makes up for it."""
+
     ratio: Annotated[tuple[Ratio, ...], BeforeValidator(_as_list), Field(min_length=1)] = (0.2, 0.5)
-    """Share of the decoder layers' parameters to remove; one number or a list."""
+    """Share of the decoder layers' parameters to remove, at least 0 and below 1: a number, or a list, which gives a set
+    of models for each ratio."""
     budget: Budget = "exact"
-    """`exact` meets the ratio within a tile; `official` repeats the authors' schedule, which removes less."""
+    """How the ratio is met. `exact`: to within one tile of channels. `official`: by the schedule of the SEAP authors'
+    code, which removes less than the ratio says."""
     score: Score = "wifv"
-    """Score of heads and channels."""
+    """Score that ranks query heads and MLP channels; those with the lowest are removed. `wifv`: variance of the
+    activation times squared weight norm, the SEAP paper's default. `obs`: the error that is left after the best repair
+    by the others, usually the best and slowest; it and `block_wifv` need statistics `covariance`. All formulas are in
+    docs/method.md."""
     compensation: Compensation = "mean"
-    """What stands for the columns that are cut: `mean`: their calibration mean, as a bias on o_proj and down_proj;
-    `least_squares`: what the kept columns say of them, in the weight and the bias, from covariances."""
+    """What makes up for removed columns of o_proj and down_proj. `none`: nothing. `mean`: their mean over the
+    calibration tokens, as a bias. `least_squares`: what the kept columns predict of them, in the weight and a bias;
+    needs statistics `covariance`."""
     ridge: Annotated[float, Field(ge=1e-5, le=100)] | Literal["auto"] = "auto"
-    """Regularisation of least_squares and obs, relative to each column's variance; `auto`: chosen for every task, layer
-    and site on the tokens of the task's last shard, which is held out for that."""
+    """Regularisation of `least_squares` and `obs`, relative to each column's variance. `auto`: chosen for every task,
+    layer and site by the error on the task's last shard, which is held out for that."""
     allocation: AllocationSection = AllocationSection()
     attention_unit: Literal["group", "head", "none"] = "group"
-    """`group`: key-value heads with their query heads; `head`: equally many query heads of each; `none`: MLP only."""
+    """What is removed from attention. `group`: key-value heads together with their query heads, which also shrinks the
+    key-value cache. `head`: the same number of query heads from every group. `none`: nothing, the MLP alone is
+    pruned."""
     align: AtLeastOne | Literal["auto"] = "auto"
-    """Kept channels are a multiple of this; `auto`: 128, less for small models."""
+    """The number of kept channels is a multiple of this, so that kernels run at full speed; `auto`: 128, less for small
+    models."""
     tensor_parallel: int = Field(default=1, ge=1)
-    """Tensor-parallel size that the experts must be servable with."""
+    """Tensor-parallel size with which the pruned models will be served: kept heads and channels divide by it."""
     experts: ExpertSettings = ExpertSettings()
     general: GeneralSettings = GeneralSettings()
     baselines: dict[FolderName, Baseline] = {}
-    """Plans to compare with at equal size: {NAME: {tasks, score, allocation, compensation, pooling, ...}}; what is left
-    out is as in pruning. A built-in name stands for its authors' settings: {flap: {}}."""
+    """Pruned models to compare with, at the same ratios: {NAME: {tasks, score, allocation, compensation, pooling,
+    per_task, ...}}; what is left out is taken from pruning. The names wanda_sp, flap, magnitude, random, depth, seap
+    and seap_official stand for their authors' settings: {flap: {}}."""
 
     @field_validator("baselines", mode="before")
     @classmethod
     def _complete_baselines(cls, values: Any) -> Any:
+        """Fill the settings of built-in names; what the user writes beside a name wins."""
         if not isinstance(values, dict):
             return values
-        return {
-            name: {**METHODS.get(name, {}), **(own or {})} if isinstance(own, dict | None) else own
-            for name, own in values.items()
-        }
+        return {name: _completed_baseline(name, settings) for name, settings in values.items()}
 
     @field_validator("ratio")
     @classmethod
@@ -220,104 +259,130 @@ class PruningSection(Section):
         return ratios
 
 
+def _completed_baseline(name: str, settings: Any) -> Any:
+    if not isinstance(settings, dict | None):
+        return settings  # refused by the field's own type
+    return {**METHODS.get(name, {}), **(settings or {})}
+
+
 class ExportSection(Section):
+    """How checkpoints are written."""
+
     format: Literal["seap", "stock"] = "seap"
-    """`seap`: any plan; `stock`: an ordinary checkpoint of the family, where all layers are equal."""
+    """Format of the checkpoints. `seap`: every plan can be written; loading needs trust_remote_code, an import of
+    seap_ray.models.hf, or vLLM with seap_ray installed. `stock`: an ordinary checkpoint of the model's family, which
+    needs a plan that gives all layers the same shape."""
     max_shard_size: str = Field(default="5GB", pattern=r"^\d+(\.\d+)?\s*[KMG]B$")
-    """Largest weight file of a checkpoint."""
+    """Largest weight file of a checkpoint, for example 5GB or 500MB."""
 
 
 class SpeedSection(Section):
-    """How speed is measured; every model in turn, on a machine that does nothing else."""
+    """How generation speed is measured: every model in turn, so leave the machine to it alone."""
 
     rounds: int = Field(default=3, ge=0)
-    """Times that every model is measured, in turn; the median counts. 0 leaves speed out."""
+    """How often every model is measured, in turn; the median counts. 0 measures no speed."""
     batch_size: int = Field(default=1, ge=1)
-    """Sequences at a time."""
+    """Sequences that are generated at a time."""
     prompt_tokens: int = Field(default=128, ge=1)
     """Tokens of each prompt."""
     new_tokens: int = Field(default=32, ge=1)
-    """Tokens that are generated after it."""
+    """Tokens that are generated after each prompt."""
 
 
 class EvaluationSection(Section):
+    """How models are evaluated."""
+
     samples: AtLeastZero | None = 200
-    """Evaluation rows, or windows of text, per task and model, drawn at random; null: all. 0 leaves evaluation out."""
+    """Evaluation rows (or windows of text) per task and model, drawn at random. null uses all of them, 0 evaluates
+    nothing."""
     batch_tokens: int = Field(default=4096, ge=1)
-    """Tokens per forward pass."""
+    """Most tokens of one forward pass."""
     window: int | None = Field(default=None, ge=2)
-    """Tokens per window of the metric window_perplexity; left out: corpus.sequence_length."""
+    """Tokens of each window of the metric window_perplexity; null: corpus.sequence_length."""
     num_fewshot: int | None = Field(default=0, ge=0)
-    """Examples before each question of a task that lm-eval judges; null: as lm-eval has it for the task."""
+    """Solved examples before each question of a task that lm-eval judges; null: as many as lm-eval sets for it."""
     speed: SpeedSection = SpeedSection()
     models: dict[FolderName, str] = {}
-    """Other checkpoints to judge in jobs/eval.py: {NAME: FOLDER}, with the tokenizer of model.source."""
+    """Other checkpoints that seap-ray eval compares with: {NAME: FOLDER}. They must have the tokenizer of
+    model.source."""
 
 
 class RouterSection(Section):
+    """When the router trusts itself."""
+
     threshold: float | None = Field(default=None, ge=0, le=1)
-    """Least probability at which a task's expert answers; below it the general model does. Left out: as fitted."""
+    """Least probability of a task at which its expert answers a request for `auto`; below it the general model answers.
+    null: the value fitted on held-out prompts."""
 
 
 class PackSection(Section):
-    """Experts that share an engine; one of them is in it at a time."""
+    """Shared engines: several models in one vLLM engine, which holds one of them at a time."""
 
     max_wait_s: float = Field(default=2.0, ge=0)
-    """Seconds that a request waits before it may end the turn of the expert in the engine."""
+    """Seconds that a request waits for its model before the shared engine may swap the present one out for it."""
     time_slice_s: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    """Least seconds of a turn while requests of other experts wait as well; `auto`: five times what a swap takes."""
+    """Least seconds that a model stays in the shared engine while requests wait for others; `auto`: five times as long
+    as a swap takes."""
     weights: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Of experts, or `general`, whose waiting counts for more, or less, than 1."""
+    """Weights of models in the choice of the next one: {NAME: WEIGHT}, NAME a task or `general`. Waiting for a model of
+    weight 2 counts twice; others have 1."""
 
 
 class ServeSection(Section):
-    """The service; what a job writes does not depend on it."""
+    """The service. No file of a run depends on it."""
 
     ratio: Ratio | None = None
-    """Ratio of the models to serve; left out: the smallest of pruning.ratio."""
+    """Pruning ratio of the models to serve; null: the smallest of pruning.ratio."""
     experts: tuple[str, ...] | None = None
-    """Tasks whose experts are served; left out: all. Prompts of other tasks go to the general model."""
+    """Tasks whose experts are served, beside the general model; null: all. Prompts of other tasks go to the general
+    model."""
     packing: Literal["auto", "shared", "separate"] = "auto"
-    """`shared`: one engine for all models, which must have equal shapes; `separate`: one each; `auto`: shared where
-    shapes allow it and models outnumber accelerators."""
+    """How models share engines. `separate`: an engine for each model. `shared`: one shared engine for all, which must
+    have equal shapes. `auto`: shared where shapes are equal and there are more models than accelerators."""
     pack: PackSection = PackSection()
     router: RouterSection = RouterSection()
     fallback: Literal["all", "auto"] = "all"
-    """While an expert is down the general model answers for it: `all` its requests, or only those with model `auto`."""
+    """Which requests the general model answers while an expert is down: `all`, or only those for model `auto`; the
+    others then get status 503."""
     host: str = "127.0.0.1"
-    """Address that jobs/deploy.py listens on; `serve run` and `serve deploy` have their own setting."""
+    """Address on which seap-ray deploy listens; 0.0.0.0 is every address of the machine. `serve run` and `serve deploy`
+    have a setting of their own."""
     port: int = Field(default=8000, ge=1, le=65535)
-    """Port that jobs/deploy.py listens on."""
+    """Port on which seap-ray deploy listens."""
     auth: Literal["keys", "none"] = "keys"
-    """`keys`: a request needs one of the API keys. `none`: only clients on this machine are answered."""
+    """Who is answered. `keys`: requests with one of the API keys. `none`: every request, which is allowed only where
+    `host` is an address of this machine alone."""
     api_keys_file: str | None = None
-    """File with an API key on each line; left out: the environment variable SEAP_API_KEYS, separated by commas."""
+    """File with one API key a line; null: keys are taken from the environment variable SEAP_API_KEYS, separated by
+    commas."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """`auto`: what the installed build of vLLM is for."""
+    """What engines run on; `auto`: what the installed build of vLLM is made for."""
     num_cpus: float = Field(default=1, gt=0)
-    """CPUs that each rank of an engine reserves; with device `cpu` also its threads, rounded up."""
+    """CPUs that each rank (process) of an engine reserves; on device `cpu` also its threads, rounded up."""
     num_gpus: float = Field(default=1, gt=0, le=1)
-    """GPUs that each rank of an engine reserves; a part lets models share, engine.gpu_memory_utilization as small."""
+    """GPUs that each rank of an engine reserves. A part such as 0.5 lets engines share a GPU; then set
+    engine.gpu_memory_utilization to no more than that part."""
     ingress_replicas: int = Field(default=1, ge=1)
     """Processes that take requests and route them."""
     min_replicas: int = Field(default=1, ge=1)
-    """Engines per model."""
+    """Engines of each model while there is little to do."""
     max_replicas: int = Field(default=1, ge=1)
-    """Engines per model under load."""
+    """Most engines of each model under load."""
     max_ongoing_requests: int = Field(default=64, ge=1)
-    """Requests that an engine works on at a time."""
+    """Requests that one engine works on at a time."""
     max_queued_requests: int = Field(default=64, ge=1)
-    """Requests that wait for a model, in each ingress; those beyond are answered 429."""
+    """Requests that may wait for a model in each ingress process; further ones get status 429."""
     max_body_bytes: int = Field(default=1 << 20, ge=1)
-    """Largest request body; larger ones are answered 413."""
+    """Largest request body in bytes; larger ones get status 413."""
     max_sequences: int = Field(default=16, ge=1)
-    """Sequences that one request may ask for: its prompts times `n`."""
+    """Most sequences that one request may ask for: its prompts times `n`."""
     timeout_s: float = Field(default=600, gt=0)
-    """Seconds until the first token of a stream, or the whole of a reply that is none."""
+    """Most seconds until the first token of a streamed reply, or until the whole of another one."""
     drain_timeout_s: float = Field(default=120, ge=0)
-    """Seconds that a model which is taken down has to finish what it works on."""
+    """Seconds that a model has to finish its requests when it is taken down."""
     engine: dict[str, Any] = {}
-    """Engine arguments of vLLM: {max_model_len: 4096, tensor_parallel_size: 2, gpu_memory_utilization: 0.3, ...}."""
+    """Arguments for vLLM's engines: {max_model_len: 4096, tensor_parallel_size: 2, gpu_memory_utilization: 0.3, ...}.
+    The model, the tokenizer, and arguments that would let foreign code in are refused."""
 
     @model_validator(mode="after")
     def _is_safe(self) -> "ServeSection":
@@ -331,32 +396,35 @@ class ServeSection(Section):
 
 
 class BenchmarksSection(Section):
-    """What jobs/bench.py measures; no other job looks at it."""
+    """What seap-ray bench measures; no other command reads it."""
 
     rounds: int = Field(default=5, ge=1)
-    """Times that everything is measured, in turns; the median counts."""
+    """How often everything is measured, in turns; the median counts."""
     shape: Literal["7b", "70b"] = "7b"
-    """Llama that records, plans and checkpoints have the shape of."""
+    """Size of the Llama whose shapes the records, plans and checkpoints have."""
     records: int = Field(default=200, ge=1)
-    """Records to merge."""
+    """Number of records that the suite `merge` merges."""
     official: str | None = None
-    """A checkout of the SEAP authors' code, github.com/IAAR-Shanghai/SEAP, to calibrate beside; left out: not."""
+    """Folder with a checkout of the SEAP authors' code, github.com/IAAR-Shanghai/SEAP, to compare the calibration with;
+    null: no comparison."""
     folder: str = "docs/benchmarks"
-    """Folder of the numbers, a file a suite; the page is beside it."""
+    """Folder that the numbers are written to, a file for each suite; the page is <folder>.md."""
 
 
 class Config(Section):
     """The whole configuration of a run."""
 
     study: StudyName = "table"
-    """What jobs/eval.py measures; on the command line it also sets keys, as docs/evaluation.md says."""
+    """The study that seap-ray eval makes (docs/evaluation.md). On the command line it also sets the keys that the study
+    needs, unless they are given there too."""
     run: RunSection = RunSection()
     model: ModelSection = ModelSection()
     tasks: tuple[Task, ...] = Field(
         default=tuple(BUILT_IN[t] for t in ("arithmetic", "reverse", "sort", "logic", "facts", "prose")),
         min_length=1,
     )
-    """Built-in names, or tasks of your own: a list of names and mappings."""
+    """Tasks, each with a corpus and an expert of its own: a list of names of built-in tasks, and of mappings for your
+    own tasks (their keys are below)."""
     corpus: CorpusSection = CorpusSection()
     calibration: CalibrationSection = CalibrationSection()
     pruning: PruningSection = PruningSection()
@@ -374,11 +442,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _names_are_known_and_single(self) -> "Config":
+        """Refuse a task or model name that is used twice, and a baseline's task that is not there."""
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"tasks: {max(names, key=names.count)} is named twice")
         for name in {*names} & {*RESERVED}:
             raise ValueError(f"tasks: {name} is a name that every run uses itself")
+
         taken = {*names, *RESERVED}
         for name, baseline in self.pruning.baselines.items():
             if name in taken:
@@ -387,16 +457,20 @@ class Config(Section):
                 if task not in names:
                     known = nearest(task, names)
                     raise ValueError(f"pruning.baselines.{name}.tasks: {task}{known} (pruning.baselines={{}}: none)")
+
         for name in {*self.evaluation.models} & {*taken, *self.pruning.baselines}:
             raise ValueError(f"evaluation.models: {name} is the name of another model of this run")
         return self
 
     @model_validator(mode="after")
     def _covariances_are_there(self) -> "Config":
-        """Plans that need covariances ask for them, and those that rank columns one by one have scores of columns."""
+        """Refuse plans whose covariances are not recorded, and those that rank columns by scores of whole units."""
         plans: dict[str, PlanSettings] = {"experts": self.pruning.experts, "general": self.pruning.general}
-        for name, of in {**plans, **{f"baselines.{name}": of for name, of in self.pruning.baselines.items()}}.items():
-            settings = self.plan_settings(of)
+        for name, baseline in self.pruning.baselines.items():
+            plans[f"baselines.{name}"] = baseline
+
+        for name, plan in plans.items():
+            settings = self.plan_settings(plan)
             needs = [value for value in (settings.score, settings.compensation) if value in FROM_COVARIANCES]
             if needs and self.calibration.statistics != "covariance":
                 raise ValueError(f"pruning.{name}: {needs[0]} needs calibration.statistics=covariance")
@@ -407,27 +481,32 @@ class Config(Section):
                 )
         return self
 
-    def plan_settings(self, of: PlanSettings) -> PlanSettings:
-        """Fill what ``of`` leaves out from the pruning section.
+    def plan_settings(self, plan: PlanSettings) -> PlanSettings:
+        """Return ``plan`` with what it leaves out taken from the pruning section.
 
-        The mean of many tasks is no task's mean, so the general model has none unless it is told to.
+        The mean of many tasks is no task's mean, so the general model has no compensation by means unless ``plan``
+        says so; where nothing is compensated, its score is ``energy``, the error that a cut then leaves.
         """
-        score, compensation = self.pruning.score, self.pruning.compensation
-        if isinstance(of, GeneralSettings):
-            compensation = of.compensation or ("none" if compensation == "mean" else compensation)
+        score = self.pruning.score
+        compensation = self.pruning.compensation
+        if isinstance(plan, GeneralSettings):
+            compensation = plan.compensation or ("none" if compensation == "mean" else compensation)
             score = "energy" if compensation == "none" else score
+
         return PlanSettings(
-            score=of.score or score,
-            allocation=of.allocation or self.pruning.allocation.kind,
-            compensation=of.compensation or compensation,
-            budget=of.budget or self.pruning.budget,
-            k=self.pruning.allocation.k if of.k is None else of.k,
-            x0=self.pruning.allocation.x0 if of.x0 is None else of.x0,
-            seed=self.run.seed if of.seed is None else of.seed,
+            score=plan.score or score,
+            allocation=plan.allocation or self.pruning.allocation.kind,
+            compensation=plan.compensation or compensation,
+            budget=plan.budget or self.pruning.budget,
+            # Numbers may be 0, so ``or`` would not do.
+            k=self.pruning.allocation.k if plan.k is None else plan.k,
+            x0=self.pruning.allocation.x0 if plan.x0 is None else plan.x0,
+            seed=self.run.seed if plan.seed is None else plan.seed,
         )
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
+    """Return the end of an error message about an unknown word: the most similar known one, or else all of them."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
     return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
 
