@@ -1,4 +1,4 @@
-"""Methods: pruning methods of others as settings of this machinery, and the studies with what each asks of a run."""
+"""Methods: pruning methods of other authors as settings of ours, and the studies with what each needs of a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ StudyName = Literal[
 ]
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    # Each as its authors have it: Wanda (arXiv 2306.11695) in FLAP's structured form, FLAP (2312.11983).
+    # The settings are the authors' own: Wanda (arXiv 2306.11695) in FLAP's structured form, FLAP (2312.11983).
     "wanda_sp": {"score": "wanda_sp", "allocation": "uniform", "compensation": "none"},
     "flap": {"score": "wifv", "allocation": "standardised", "compensation": "mean"},
     "magnitude": {"score": "magnitude", "allocation": "uniform", "compensation": "none"},
@@ -32,7 +32,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Study:
-    """What a study is about, and the keys that it sets where the command line does not."""
+    """A question about pruning, and the config keys that its study sets where the command line does not."""
 
     title: str
     question: str
@@ -40,7 +40,7 @@ class Study:
 
     @property
     def own_run(self) -> bool:
-        """Whether it needs another corpus or other tasks, and so a run of its own, ``<run.name>-<study>``."""
+        """Whether the study needs another corpus or other tasks, and so a run of its own, ``<run.name>-<study>``."""
         return any(key.startswith(("corpus.", "tasks")) for key in self.preset)
 
 

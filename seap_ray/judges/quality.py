@@ -1,4 +1,4 @@
-"""Quality: one model and one task's rows in, accuracy or perplexity with its standard error out.
+"""Quality: one model and one task's rows in; accuracy or perplexity with its standard error out.
 
 Letters: B sequences, T positions, N scored tokens, D hidden size, V vocabulary.
 """
@@ -20,39 +20,45 @@ from seap_ray.tasks import Task, is_perplexity
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """A metric's value on one task with its standard error; for perplexity, that of the mean token loss."""
+    """A metric's value on one task with its standard error.
+
+    The standard error of a perplexity is that of the mean token loss, so relative to the perplexity.
+    """
 
     metric: str
     value: float
     stderr: float
     n: int
-    """Items, or for perplexity tokens."""
+    """Number of items, or for perplexity of tokens."""
     values: tuple[float, ...] = ()
-    """Each item's part: 1 or 0 for right or wrong, or its summed token loss."""
+    """Each item's part: 1 or 0 for right or wrong, or its summed token loss in nats."""
     weights: tuple[int, ...] = ()
-    """Tokens of each item; for an accuracy all 1."""
+    """Number of tokens of each item; for an accuracy all 1."""
 
     @classmethod
     def of(cls, metric: str, values: Sequence[float], weights: Sequence[int] | None = None) -> "Quality":
-        """The weighted mean of ``values / weights``, for perplexity its exponential.
+        """Take the mean ``sum(values) / sum(weights)``, for perplexity its exponential.
 
-        The standard error is that of a ratio of sums over independent items; for an accuracy sqrt(p (1 - p) / (n - 1)),
-        as lm-eval has it.
+        The standard error is that of a ratio of sums over independent items; for an accuracy p over n items it is
+        sqrt(p (1 - p) / (n - 1)), as lm-eval computes it.
         """
         weights = tuple(weights or [1] * len(values))
-        n, total = len(values), sum(weights)
+        n = len(values)
+        total = sum(weights)
         mean = sum(values) / total
+
+        # One item has no spread: the divisor keeps it from dividing by 0.
         squares = sum((value - mean * weight) ** 2 for value, weight in zip(values, weights, strict=True))
         stderr = math.sqrt(squares * n / max(n - 1, 1)) / total
         return cls(metric, math.exp(mean) if is_perplexity(metric) else mean, stderr, total, tuple(values), weights)
 
     @classmethod
     def stored(cls, values: dict[str, Any]) -> "Quality":
-        """Back from the JSON of ``dataclasses.asdict``."""
+        """Read the JSON of ``dataclasses.asdict``."""
         return cls(**{**values, "values": tuple(values["values"]), "weights": tuple(values["weights"])})
 
     def brief(self) -> dict[str, Any]:
-        """What a results file says of it."""
+        """Return what a results file says of it: the value, not each item's part."""
         return {"metric": self.metric, "value": self.value, "stderr": self.stderr, "n": self.n}
 
 
@@ -73,24 +79,37 @@ def measure(
     *,
     batch_tokens: int,
 ) -> Quality:
-    """Judge ``model`` on one task's rows by the task's metric; windows of a text are for ``measure_windows``."""
+    """Judge a model on one task's rows.
+
+    Arguments:
+        model: A causal language model.
+        tokenizer: The model's tokenizer.
+        task: A task with one of our metrics; windows of a text are for ``measure_windows``.
+        items: The task's rows.
+        batch_tokens: Tokens in a batch, padding included.
+    """
     if task.metric == "perplexity":
         scored = score(model, tokenizer, [("", item.text) for item in items], batch_tokens=batch_tokens)
-        return Quality.of(task.metric, [-s.log_likelihood for s in scored], [s.n_tokens for s in scored])
+        return _perplexity(task.metric, scored)
+
     if task.metric == "exact_match":
         pairs = [(item.question, item.answer) for item in items]
         scored = score(model, tokenizer, pairs, batch_tokens=batch_tokens)
         return Quality.of(task.metric, [float(s.is_greedy) for s in scored])
+
     pairs = [(item.question, choice) for item in items for choice in item.choices]
-    rest = iter(score(model, tokenizer, pairs, batch_tokens=batch_tokens))
-    right = [_is_right(item, [next(rest) for _ in item.choices], task.metric) for item in items]
-    return Quality.of(task.metric, [float(r) for r in right])
+    scored_choices = iter(score(model, tokenizer, pairs, batch_tokens=batch_tokens))
+    right = []
+    for item in items:
+        scored = [next(scored_choices) for _ in item.choices]
+        right.append(float(_is_right(item, scored, task.metric)))
+    return Quality.of(task.metric, right)
 
 
 def windows(ids: Sequence[int], window: int, *, samples: int | None, seed: int) -> list[Sequence[int]]:
-    """Cut a text's token ids into windows that do not overlap; ``samples`` of them at random, in order.
+    """Cut a text's token ids into windows that do not overlap, and draw ``samples`` of them at random, in order.
 
-    What is left at the end is dropped; a text shorter than a window is one.
+    What is left at the end is dropped; a text shorter than a window is one window.
     """
     starts = list(range(0, len(ids) - window + 1, window)) or [0]
     if samples is not None and samples < len(starts):
@@ -99,21 +118,28 @@ def windows(ids: Sequence[int], window: int, *, samples: int | None, seed: int) 
 
 
 def measure_windows(model: PreTrainedModel, windows: list[Sequence[int]], *, batch_tokens: int) -> Quality:
-    """Perplexity over windows of one text: each is predicted from its second token on, without those before it.
+    """Measure the perplexity over windows of one text, each predicted from its second token on by itself alone.
 
-    The convention of GPTQ, SparseGPT and Wanda: the text is tokenised as a whole, so only the first window may begin
-    with a special token.
+    This is the convention of GPTQ, SparseGPT and Wanda. The text is tokenised as a whole, so only the first window may
+    begin with a special token.
     """
     scored = _score_encoded(model, [(list(ids), 1) for ids in windows], batch_tokens=batch_tokens)
-    return Quality.of("window_perplexity", [-s.log_likelihood for s in scored], [s.n_tokens for s in scored])
+    return _perplexity("window_perplexity", scored)
+
+
+def _perplexity(metric: str, scored: Sequence[Scored]) -> Quality:
+    return Quality.of(metric, [-s.log_likelihood for s in scored], [s.n_tokens for s in scored])
 
 
 def _is_right(item: Item, scored: list[Scored], metric: str) -> bool:
-    """Whether the likeliest choice is the right one; ``acc_norm`` divides by the choice's bytes, as lm-eval does."""
-    values = [
-        s.log_likelihood / (len(choice.encode()) if metric == "acc_norm" else 1)
-        for s, choice in zip(scored, item.choices, strict=True)
-    ]
+    """Return whether the likeliest choice is the right one.
+
+    The metric ``acc_norm`` divides by the choice's bytes, as lm-eval does.
+    """
+    values = []
+    for choice_scored, choice in zip(scored, item.choices, strict=True):
+        divisor = len(choice.encode()) if metric == "acc_norm" else 1
+        values.append(choice_scored.log_likelihood / divisor)
     return item.choices[values.index(max(values))] == item.answer
 
 
@@ -124,27 +150,33 @@ def score(
     *,
     batch_tokens: int,
 ) -> list[Scored]:
-    """Score each (context, continuation); the text is the two with a space between, tokenised as one."""
+    """Score each (context, continuation), in order; the two are one text with a space between, tokenised as a whole."""
     limit = getattr(model.config, "max_position_embeddings", None) or 2048
     encoded = [_encode(tokenizer, context, continuation, limit) for context, continuation in pairs]
     return _score_encoded(model, encoded, batch_tokens=batch_tokens)
 
 
 def _score_encoded(model: PreTrainedModel, encoded: list[tuple[list[int], int]], *, batch_tokens: int) -> list[Scored]:
-    scored: list[Scored | None] = [None] * len(encoded)
+    scored: dict[int, Scored] = {}
     for group in group_by_length([len(ids) for ids, _ in encoded], batch_tokens):
         for i, result in zip(group, _score_batch(model, [encoded[i] for i in group]), strict=True):
             scored[i] = result
-    return [s for s in scored if s is not None]
+    return [scored[i] for i in range(len(encoded))]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, limit: int) -> tuple[list[int], int]:
-    """Token ids, the last ``limit`` of them, and where the continuation starts (never at 0: something must precede)."""
+    """Return the last ``limit`` token ids, and where the continuation starts in them.
+
+    It never starts at 0, because a first token has nothing that predicts it.
+    """
     ids = tokenizer(f"{context} {continuation}" if context else continuation)["input_ids"]
     start = len(tokenizer(context)["input_ids"])
     if not start:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        ids, start = [first, *ids], 1
+        ids = [first, *ids]
+        start = 1
+
+    # Of a continuation that fills the context its first token is given.
     if len(ids) > limit and start < len(ids) - limit + 1:
         start = len(ids) - limit + 1
     dropped = max(0, len(ids) - limit)
@@ -153,20 +185,26 @@ def _encode(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str,
 
 @torch.inference_mode()
 def _score_batch(model: PreTrainedModel, group: list[tuple[list[int], int]]) -> list[Scored]:
+    """Score the token ids of each pair from its second part, an index, on."""
     longest = max(len(ids) for ids, _ in group)
     ids_BT = torch.zeros(len(group), longest, dtype=torch.int64)
     mask_BT = torch.zeros(len(group), longest, dtype=torch.bool)
     for row, (ids, _) in enumerate(group):
         ids_BT[row, : len(ids)] = torch.tensor(ids)
         mask_BT[row, : len(ids)] = True
-    ids_BT, mask_BT = ids_BT.to(model.device), mask_BT.to(model.device)
+    ids_BT = ids_BT.to(model.device)
+    mask_BT = mask_BT.to(model.device)
+
+    # Logits are made of the scored positions alone: those of a whole batch would not fit beside a large vocabulary.
     hidden_BTD = model.get_decoder()(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
-    return [_scored(model, hidden_BTD[row], ids_BT[row], len(ids), start) for row, (ids, start) in enumerate(group)]
+    return [_score_row(model, hidden_BTD[row], ids_BT[row], len(ids), start) for row, (ids, start) in enumerate(group)]
 
 
-def _scored(model: PreTrainedModel, hidden_TD: torch.Tensor, ids_T: torch.Tensor, length: int, start: int) -> Scored:
+def _score_row(model: PreTrainedModel, hidden_TD: torch.Tensor, ids_T: torch.Tensor, length: int, start: int) -> Scored:
+    # A position predicts the token after it.
     logits_NV = model.get_output_embeddings()(hidden_TD[start - 1 : length - 1]).float()
-    if cap := getattr(model.config, "final_logit_softcapping", None):  # Gemma 2, in its own forward
+    # Gemma 2 caps its logits in its own forward, which is not run here.
+    if cap := getattr(model.config, "final_logit_softcapping", None):
         logits_NV = cap * (logits_NV / cap).tanh()
     target_N = ids_T[start:length].to(logits_NV.device)
     chosen_N = log_softmax(logits_NV, -1).gather(1, target_N[:, None])

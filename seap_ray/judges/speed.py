@@ -1,12 +1,13 @@
-"""Speed: a model's config in, tokens per second of prefill and of decoding out.
+"""Speed: a model's config in; tokens per second of prefill and of decoding out.
 
 Speed depends on shapes, not on values, so the weights are random ones and no checkpoint is read. Letters: B sequences,
 T prompt tokens.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import truediv
 from statistics import median
 from typing import Any
 
@@ -15,10 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from seap_ray.config import SpeedSection
 
+Seconds = tuple[float, float]
+"""Seconds of prefill and of decoding."""
+
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens per second of the whole batch, and how many times the dense model's they are."""
+    """Tokens per second of the whole batch, and their ratio to the dense model's."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
@@ -29,30 +33,39 @@ class Speed:
 def measure_speeds(
     configs: Mapping[str, dict[str, Any]], settings: SpeedSection, *, dense: str, dtype: torch.dtype, device: str
 ) -> dict[str, Speed]:
-    """Speed of every model of ``configs`` (the contents of config.json), by name.
+    """Measure the speed of several models.
 
-    All models take turns, round by round, so that what slows the machine down slows all of them; medians over rounds of
-    the tokens per second, and of the ratio to the ``dense`` one of the same round.
+    All models take turns, round by round, so that what slows the machine down slows all of them. The figures are
+    medians over rounds of the tokens per second, and of the ratio to the dense model of the same round.
+
+    Arguments:
+        configs: Contents of config.json, by name of the model.
+        settings: Rounds, batch size and numbers of tokens.
+        dense: Name of the model that the ratios are to.
+        dtype: Type of the weights.
+        device: ``cpu`` or ``cuda``.
     """
-    rounds = [
-        {name: _once(_empty(config, dtype, device), settings) for name, config in configs.items()}
-        for _ in range(settings.rounds)
-    ]
+    rounds: list[dict[str, Seconds]] = []
+    for _ in range(settings.rounds):
+        # A model is built anew each time, so that no more than one takes memory.
+        rounds.append({name: _time(_random_model(config, dtype, device), settings) for name, config in configs.items()})
 
-    def of(name: str) -> Speed:
-        prefill, decode = zip(*(seconds[name] for seconds in rounds), strict=True)
-        base = [seconds[dense] for seconds in rounds]
-        return Speed(
-            settings.batch_size * settings.prompt_tokens / median(prefill),
-            settings.batch_size * settings.new_tokens / median(decode),
-            median(b[0] / own for b, own in zip(base, prefill, strict=True)),
-            median(b[1] / own for b, own in zip(base, decode, strict=True)),
-        )
-
-    return {name: of(name) for name in configs}
+    dense_rounds = [seconds[dense] for seconds in rounds]
+    return {name: _speed(settings, [seconds[name] for seconds in rounds], dense_rounds) for name in configs}
 
 
-def _empty(config: dict[str, Any], dtype: torch.dtype, device: str) -> PreTrainedModel:
+def _speed(settings: SpeedSection, rounds: Sequence[Seconds], dense_rounds: Sequence[Seconds]) -> Speed:
+    prefill, decode = zip(*rounds, strict=True)
+    dense_prefill, dense_decode = zip(*dense_rounds, strict=True)
+    return Speed(
+        prefill_tokens_per_s=settings.batch_size * settings.prompt_tokens / median(prefill),
+        decode_tokens_per_s=settings.batch_size * settings.new_tokens / median(decode),
+        prefill_speedup=median(map(truediv, dense_prefill, prefill)),
+        decode_speedup=median(map(truediv, dense_decode, decode)),
+    )
+
+
+def _random_model(config: dict[str, Any], dtype: torch.dtype, device: str) -> PreTrainedModel:
     import seap_ray.models.hf  # noqa: F401  makes the compacted families known
 
     loaded = AutoConfig.for_model(**{key: value for key, value in config.items() if key != "auto_map"})
@@ -62,25 +75,26 @@ def _empty(config: dict[str, Any], dtype: torch.dtype, device: str) -> PreTraine
 
 
 @torch.inference_mode()
-def _once(model: PreTrainedModel, settings: SpeedSection) -> tuple[float, float]:
-    """Seconds of one prefill, and of decoding greedily after it; a short prompt warms up."""
+def _time(model: PreTrainedModel, settings: SpeedSection) -> Seconds:
+    """Return the seconds of one prefill, and of decoding greedily after it; a short prompt warms up."""
     shape = settings.batch_size, settings.prompt_tokens
     ids_BT = torch.randint(model.config.vocab_size, shape, device=model.device)
     _generate(model, ids_BT[:, :8], 2)
     return _generate(model, ids_BT, settings.new_tokens)
 
 
-def _generate(model: PreTrainedModel, ids_BT: torch.Tensor, n: int) -> tuple[float, float]:
+def _generate(model: PreTrainedModel, ids_BT: torch.Tensor, n_tokens: int) -> Seconds:
     started = _now()
     out = model(input_ids=ids_BT, use_cache=True, logits_to_keep=1)
     prefilled = _now()
-    for _ in range(n):
+    for _ in range(n_tokens):
         ids_BT = out.logits[:, -1:].argmax(-1)
         out = model(input_ids=ids_BT, past_key_values=out.past_key_values, use_cache=True)
     return prefilled - started, _now() - prefilled
 
 
 def _now() -> float:
+    """Return a clock's reading in seconds, once the GPU has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

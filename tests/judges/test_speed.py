@@ -32,8 +32,8 @@ def test_rates_are_of_the_whole_batch_and_speed_ups_of_the_same_round(monkeypatc
         "dense": iter([(1.0, 2.0), (10.0, 20.0), (3.0, 6.0)]),
         "cut": iter([(0.5, 1.0), (2.5, 10.0), (3.0, 2.0)]),
     }
-    monkeypatch.setattr(speed, "_empty", lambda config, *_: config["name"])
-    monkeypatch.setattr(speed, "_once", lambda name, _: next(seconds[name]))
+    monkeypatch.setattr(speed, "_random_model", lambda config, *_: config["name"])
+    monkeypatch.setattr(speed, "_time", lambda name, _: next(seconds[name]))
     found = measure_speeds(
         {"dense": {"name": "dense"}, "cut": {"name": "cut"}}, SETTINGS, dense="dense", dtype=torch.float32, device="cpu"
     )
@@ -46,10 +46,10 @@ def test_rates_are_of_the_whole_batch_and_speed_ups_of_the_same_round(monkeypatc
 
 def test_prefill_ends_with_the_prompt_and_decoding_takes_a_token_at_a_time(dense, clock):
     clock(1.0)
-    model = speed._empty(json.loads((dense("llama_gqa") / "config.json").read_text()), torch.float32, "cpu")
+    model = speed._random_model(json.loads((dense("llama_gqa") / "config.json").read_text()), torch.float32, "cpu")
     lengths = []
     model.register_forward_pre_hook(lambda _m, _a, k: lengths.append(k["input_ids"].shape[1]), with_kwargs=True)
-    assert speed._once(model, SETTINGS) == (1.0, 1.0)  # one reading after the other
+    assert speed._time(model, SETTINGS) == (1.0, 1.0)  # one reading after the other
     assert lengths == [8, 1, 1, 12, 1, 1, 1, 1]  # a short one to warm up, then what is measured
 
 
@@ -57,6 +57,6 @@ def test_a_compacted_shape_is_measured_as_it_is(dense, tmp_path):
     base = Checkpoint.open(str(dense("llama_gqa")))
     plan = random_plan(base.architecture, seed=1)
     folder = write_compacted(Compaction(base, plan), tmp_path / "cut")
-    model = speed._empty(json.loads((folder / "config.json").read_text()), torch.float32, "cpu")
+    model = speed._random_model(json.loads((folder / "config.json").read_text()), torch.float32, "cpu")
     widths = [layer.mlp.down_proj.in_features for layer in model.model.layers]
     assert widths == [shape.channels for shape in plan.shapes]
