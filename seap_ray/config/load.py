@@ -2,7 +2,7 @@
 
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin
 
@@ -12,16 +12,27 @@ from pydantic import ValidationError
 from seap_ray.config.schema import Baseline, Config, nearest, walk
 from seap_ray.errors import ConfigError
 from seap_ray.methods import STUDIES, StudyName
-from seap_ray.tasks import BUILT_IN, Task
+from seap_ray.tasks import BUILT_IN, Section, Task
 
 DEFAULT_PATH = "ray_config.yaml"
 PATH_VARIABLE = "SEAP_RAY_CONFIG"
+HELP_WIDTH = 100
+HELP_INDENT = " " * 6
 
 
 def load_config(arguments: Sequence[str]) -> Config:
-    """Read the file that ``config=PATH`` names (or the default one) and apply ``dotted.key=value`` arguments.
+    """Read the configuration of a job from a YAML file and the command line.
 
-    Raises ConfigError, one line that names the file, the key and what would be right.
+    Args:
+        arguments: ``dotted.key=value`` overrides, values in YAML. ``config=PATH`` names the file; without it, the
+            environment variable ``SEAP_RAY_CONFIG`` does, or else it is ``ray_config.yaml``. ``study=NAME`` sets the
+            keys that the study needs, unless they are among the overrides.
+
+    Returns:
+        The whole configuration, with defaults for what neither source sets.
+
+    Raises:
+        ConfigError: One line that names the file, the key and what would be right.
     """
     overrides = dict(_split(argument) for argument in arguments)
     path = overrides.pop("config", None) or os.environ.get(PATH_VARIABLE) or DEFAULT_PATH
@@ -35,27 +46,30 @@ def load_config(arguments: Sequence[str]) -> Config:
 
 
 def _preset(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Keys that the study of the command line sets, unless the command line sets them itself."""
+    """Return the keys that the study of the command line sets, unless the command line sets them itself."""
     name: Any = overrides.get("study")
     if not isinstance(name, str) or name not in STUDIES:
         return {}
+
     preset: dict[str, Any] = dict(STUDIES[cast(StudyName, name)].preset)
-    if "tasks" in preset:  # where the file says of one of them where it lies, that holds
-        told = {task["name"]: task for task in values.get("tasks") or () if isinstance(task, dict) and "name" in task}
-        preset["tasks"] = [told.get(task, task) for task in preset["tasks"]]
+    if "tasks" in preset:
+        # A task that the file describes, for example with another path, is taken from there.
+        tasks = values.get("tasks") or ()
+        described = {task["name"]: task for task in tasks if isinstance(task, dict) and "name" in task}
+        preset["tasks"] = [described.get(task, task) for task in preset["tasks"]]
     return preset
 
 
 def _in_own_run(config: Config, overrides: dict[str, Any]) -> Config:
-    """A study of other tasks or another corpus has a run of its own, ``<run.name>-<study>``."""
+    """Give a study of other tasks or another corpus a run of its own, ``<run.name>-<study>``."""
     if "study" not in overrides or not STUDIES[config.study].own_run:
         return config
-    return config.model_copy(
-        update={"run": config.run.model_copy(update={"name": f"{config.run.name}-{config.study}"})}
-    )
+    run = config.run.model_copy(update={"name": f"{config.run.name}-{config.study}"})
+    return config.model_copy(update={"run": run})
 
 
 def _split(argument: str) -> tuple[str, Any]:
+    """Return key and value of an override."""
     key, equals, value = argument.partition("=")
     if not equals or not key:
         raise ConfigError(f"{argument!r} is no override; write dotted.key=value, for example pruning.ratio=0.35")
@@ -66,6 +80,7 @@ def _split(argument: str) -> tuple[str, Any]:
 
 
 def _read(path: str) -> dict[str, Any]:
+    """Return what a YAML file holds."""
     try:
         values = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
@@ -81,30 +96,37 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Set a dotted key, with the sections above it where they are missing."""
     for i, key in enumerate(keys[:-1]):
         inner = values.get(key) or {}
         if not isinstance(inner, dict):
             raise ConfigError(f"{'.'.join(keys)}: {'.'.join(keys[: i + 1])} is {inner!r} and has no keys")
-        values[key] = dict(inner)
+        values[key] = dict(inner)  # a copy: what a study sets is shared by all that read it
         values = values[key]
     values[keys[-1]] = value
 
 
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
 def _one_line(error: ValidationError) -> str:
+    """Return the first fault with its key, and what would be right."""
     first = error.errors()[0]
     where = _where(first["loc"])
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key{nearest(where, _siblings(where))}"
+
     reason = first["msg"].removeprefix("Value error, ")
     if isinstance(first["input"], str | int | float) and where:
         reason += f", not {first['input']!r}"
-    if where == "tasks" or where.endswith(".path") and first["type"] == "missing":
+    # A task without a path is most often a misspelt built-in name.
+    if where == "tasks" or (where.endswith(".path") and first["type"] == "missing"):
         reason += f"; built-in tasks are {', '.join(BUILT_IN)}"
     return f"{where}: {reason}" if where else reason
 
 
 def _where(loc: tuple[int | str, ...]) -> str:
-    """Dotted key of an error, without the name that pydantic gives the alternative of a union."""
+    """Return the dotted key of an error, without the name that pydantic gives the alternative of a union."""
     where = ".".join(str(part) for part in loc)
     above = where.rpartition(".")[0]
     unions = [key for key, field in walk(Config) if get_origin(field.annotation) is Union]
@@ -112,7 +134,7 @@ def _where(loc: tuple[int | str, ...]) -> str:
 
 
 def _siblings(where: str) -> list[str]:
-    """Keys that may have been meant by an unknown one: a task's, a baseline's, or any section and key."""
+    """Return keys that may have been meant by an unknown one: a task's, a baseline's, or any section and key."""
     above = where.rpartition(".")[0]
     for listed, section in (("tasks", Task), ("pruning.baselines", Baseline)):
         if above.rpartition(".")[0] == listed:
@@ -121,29 +143,56 @@ def _siblings(where: str) -> list[str]:
     return [*keys, *sorted({key.rpartition(".")[0] for key in keys} - {""})]
 
 
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
 def help_text(usage: str) -> str:
-    """Every key with its meaning, default and possible values, for ``--help``."""
+    """Return ``usage`` and every key with its meaning, default and possible values, for ``--help``."""
     lines = [usage.strip(), "", "Keys of ray_config.yaml; on the command line: dotted.key=value", ""]
+    titles = dict(_titles(Config))
     for key, field in walk(Config):
-        lines.append(f"  {key} = {_shown(field.default)}{_options(field.annotation)}")
-        lines += textwrap.wrap(field.description or "", 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        section = key.rpartition(".")[0]
+        if title := titles.pop(section, None):  # once, before the section's first key
+            lines += ["", title, ""]
+        elif not section and lines[-1]:  # a key of no section is no part of the one above
+            lines.append("")
+        lines += _key_help(key, f"= {_shown(field.default)}", field)
+
     lines += ["", "A task of your own is a mapping in the list `tasks`, with these keys:", ""]
     for key, field in walk(Task):
-        shown = "(required)" if field.is_required() else f"= {_shown(field.default)}"
-        lines.append(f"  {key} {shown}{_options(field.annotation)}")
-        lines += textwrap.wrap(field.description or "", 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += _key_help(key, "(required)" if field.is_required() else f"= {_shown(field.default)}", field)
     lines += ["", f"Built-in tasks: {', '.join(BUILT_IN)}"]
     return "\n".join(lines)
 
 
+def _titles(section: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every section below ``section`` with its title."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield f"{prefix}{name}", f"{prefix}{name}: {inner.__doc__}"
+            yield from _titles(inner, f"{prefix}{name}.")
+
+
+def _key_help(key: str, default: str, field: Any) -> list[str]:
+    """Return the lines of one key."""
+    text = textwrap.wrap(field.description or "", HELP_WIDTH, initial_indent=HELP_INDENT, subsequent_indent=HELP_INDENT)
+    return [f"  {key} {default}{_options(field.annotation)}", *text]
+
+
 def _shown(default: Any) -> str:
+    """Return a default as it would stand in the file; a list of tasks by their names."""
     if isinstance(default, tuple):
         return "[" + ", ".join(_shown(getattr(item, "name", item)) for item in default) + "]"
-    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+    if default is None:
+        return "null"
+    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def _options(annotation: Any) -> str:
-    literals = [
-        value for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal for value in get_args(part)
-    ]
+    """Return the possible values of a key that has a few, in brackets."""
+    literals: list[Any] = []
+    for part in (annotation, *get_args(annotation)):
+        if get_origin(part) is Literal:
+            literals += get_args(part)
     return f"   ({' | '.join(map(str, literals))})" if len(literals) > 1 else ""
