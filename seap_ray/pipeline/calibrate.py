@@ -38,6 +38,7 @@ class Calibrator:
         checkpoint = Checkpoint.open(config.model.source, config.model.revision)
         if checkpoint.fingerprint != records.calibration.model:
             raise ConfigError(f"model.source: {checkpoint.folder} differs between the nodes of this cluster")
+
         self.records = records
         self.runner = make_runner(config, checkpoint)
 
@@ -46,6 +47,7 @@ class Calibrator:
         groups = [_group_of(row) for row in rows.to_pylist()]
         for group in groups:
             self._attempt(group)
+
         return pa.table({"n_tokens": [_total_tokens(group) for group in groups]})
 
     def _attempt(self, group: list[Shard]) -> None:
@@ -73,10 +75,12 @@ class Calibrator:
     def _measure(self, shards: list[Shard]) -> None:
         """Run the model over shards and write their records; covariances as they come, as they are large."""
         by_name = {f"{shard.task}/{shard.shard}": shard for shard in shards}
+
         sequences = {name: shard.sequences(self.records.run) for name, shard in by_name.items()}
         moments: dict[str, SiteMoments] = {name: {} for name in by_name}
         for name, recorded in self.runner.record(sequences):
             self._save_covariances(by_name[name], recorded)
+            # A record's moments are without the co-moments, which lie in files of their own.
             moments[name] |= {key: Moments(part.count, part.mean_D, part.m2_D) for key, part in recorded.items()}
 
         for name, shard in by_name.items():
@@ -123,6 +127,7 @@ def calibrate(
     """
     records = ShardRecords.of(config, checkpoint, run)
     statistics = [TaskStatistics(records, manifest.shards, run.statistics(manifest.task)) for manifest in manifests]
+
     missing = without_whole_files(statistics)
     shards = [shard for one in missing for shard in one.shards]
     make_records(config, records, shards, progress, n_merged=len(missing))
@@ -146,6 +151,7 @@ def make_records(
     if records.calibration.covariance:
         check_memory(records.architecture)
         check_disk(records.run, records.architecture, n_files=len(missing) + n_merged)
+
     if missing:
         # A new job tries again what another one gave up.
         for shard in missing:
@@ -169,6 +175,7 @@ def check_disk(run: Run, architecture: Architecture, *, n_files: int) -> None:
     needed = n_files * architecture.n_layers * covariance_bytes(architecture) // 2
     run.root.mkdir(parents=True, exist_ok=True)
     free = run.root.free_bytes()
+
     if needed > free:
         raise IncompleteError(
             f"calibration.statistics: covariance takes {needed / 1e9:.1f} GB under {run.root}, which has "
@@ -188,6 +195,8 @@ def _measure_all(config: Config, records: ShardRecords, missing: list[Shard]) ->
 
     max_tokens = settings.stream_tokens if settings.placement == "stream" else 0
     groups = group_shards(missing, max_tokens, workers)
+
+    # A block for each group, and one group at a time on its way to an actor: what an actor's end costs is one group.
     rows = ray.data.from_items([_row_of(group) for group in groups], override_num_blocks=len(groups))
     measured = rows.map_batches(
         Calibrator,
@@ -198,6 +207,7 @@ def _measure_all(config: Config, records: ShardRecords, missing: list[Shard]) ->
         num_cpus=settings.num_cpus,
         num_gpus=settings.num_gpus,
     )
+
     for row in measured.iter_rows():
         yield row["n_tokens"]
 
@@ -209,6 +219,8 @@ def group_shards(shards: Sequence[Shard], max_tokens: int, workers: int) -> list
     """
     max_shards = min(MAX_GROUP_SHARDS, -(-len(shards) // workers))
     groups: list[list[Shard]] = []
+
+    # Neighbours stay together, so that groups depend on the order of the shards alone.
     for shard in shards:
         has_place = groups and len(groups[-1]) < max_shards
         if has_place and _total_tokens(groups[-1]) + shard.n_tokens <= max_tokens:
@@ -225,6 +237,7 @@ def n_workers(config: Config, n_shards: int) -> int:
     """
     settings = config.calibration
     room = sum(workers_that_fit(node["Resources"], settings) for node in ray.nodes() if node["Alive"])
+
     wanted = 1 if settings.workers == "auto" else settings.workers
     if room < wanted:
         total = ray.cluster_resources()
@@ -232,4 +245,5 @@ def n_workers(config: Config, n_shards: int) -> int:
             f"calibration.workers: {wanted} of {settings.num_cpus} CPUs and {settings.num_gpus:g} GPUs do not fit the "
             f"nodes of the cluster, {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs in all"
         )
+
     return min(room, n_shards) if settings.workers == "auto" else wanted

@@ -59,11 +59,13 @@ class Calibration:
 
     def fingerprint(self, shard: Shard) -> str:
         """Return the key of a shard's record."""
+        # The order is part of the key: another one would make all records of older runs again.
         parts = (self.model, self.dtype, self.skip_first_token, self.batch_tokens, self.schema)
         return fingerprint(parts, shard.sha256, RECORDED)
 
     def n_tokens(self, shard: Shard) -> int:
         """Return the number of a shard's tokens that count in its record."""
+        # One first token for each sequence is skipped.
         return shard.n_tokens - self.skip_first_token * shard.n_sequences
 
 
@@ -101,6 +103,7 @@ class ShardRecords:
 
     def files(self, moments: StoragePath, key: str, file_format: TensorFile) -> list[Artifact[Any]]:
         """Return a file of moments with those of the covariances beside it, if this calibration has them."""
+        # A covariance file is as much a part of a record as the moments: its absence has the record made again.
         layers = range(self.architecture.n_layers if self.calibration.covariance else 0)
         paths = [moments, *(covariance_file(moments, layer) for layer in layers)]
         return [Artifact(path, key, file_format) for path in paths]
@@ -119,6 +122,7 @@ class ShardRecords:
         task = shards[0].task
         missing = [shard for shard in shards if not self.path(shard).is_file()]
         given_up = [shard for shard in missing if self.attempts(shard) >= MAX_ATTEMPTS]
+
         if given_up:
             names = ", ".join(shard.shard for shard in given_up)
             raise IncompleteError(
@@ -126,6 +130,7 @@ class ShardRecords:
                 f"texts, {given_up[0].path(self.run)}, and at the workers' memory; all records are kept, the same "
                 "command goes on"
             )
+
         if missing:
             name = self.path(missing[0]).name
             raise IncompleteError(f"{task}: {len(missing)} records are missing ({name}, ...); run the command again")
