@@ -41,7 +41,7 @@ pruning = load_config(["pruning.compensation=mean"]).pruning
 shapes = choose_shapes(architecture, pruning, ratio=RATIO, compensated=True, scores_L=scores)
 layers = zip(shapes, architecture.layers, scores, strict=True)
 kept = tuple(keep(shape, layer.shape, *layer_scores) for shape, layer, layer_scores in layers)
-plan = Plan("arithmetic", RATIO, "mean", kept, provenance={})
+plan = Plan("arithmetic", RATIO, COMPENSATIONS["mean"], kept, provenance={})
 
 # Write the smaller checkpoint; the mean of what is cut becomes a bias.
 export = Compaction(base, plan, statistics)
@@ -54,5 +54,6 @@ finish(export, folder, files, manifest={"ratio": RATIO})
 expert = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 question = skills.rows("arithmetic", 1, split="test", seed=0)[0]["question"]
 reply = expert.generate(**tokenizer(question, return_tensors="pt"), max_new_tokens=4, do_sample=False)
-print(f"{plan.planned(architecture):.1%} of the decoder removed, {base.parameters - expert.num_parameters():,} parameters fewer")
+removed = base.parameters - expert.num_parameters()
+print(f"{plan.planned(architecture):.1%} of the decoder removed, {removed:,} parameters fewer")
 print(tokenizer.decode(reply[0], skip_special_tokens=True))

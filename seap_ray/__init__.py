@@ -32,9 +32,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seap_ray.config import Config, load_config
+    from seap_ray.core.allocation import choose_shapes
     from seap_ray.core.architecture import Architecture
     from seap_ray.core.moments import Moments
-    from seap_ray.core.plan import Plan, choose_shapes, keep
+    from seap_ray.core.plan import Plan, keep
     from seap_ray.core.reconstruction import least_squares
     from seap_ray.models.checkpoint import Checkpoint
     from seap_ray.models.forward import record
@@ -64,11 +65,11 @@ _MODULES = {
     "Moments": "seap_ray.core.moments",
     "Plan": "seap_ray.core.plan",
     "Router": "seap_ray.routing.router",
-    "choose_shapes": "seap_ray.core.plan",
+    "choose_shapes": "seap_ray.core.allocation",
     "keep": "seap_ray.core.plan",
     "least_squares": "seap_ray.core.reconstruction",
     "load_config": "seap_ray.config",
-    "record": "seap_ray.models.recorder",
+    "record": "seap_ray.models.forward",
 }
 """The module that defines each public name."""
 
