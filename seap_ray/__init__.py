@@ -8,8 +8,9 @@ Every folder has one layer and imports only from layers below it (contracts in `
                     job        a config in, a table out: runs the steps below in turn
                     preflight  compare what the machines have with what the config needs
                     shards     corpora -> immutable shards of token ids
-                    calibrate  shards -> records -> statistics of every task
-                    planner    statistics -> scores -> plans
+                    calibrate  shards -> shard_records, by the actors that hold the model
+                    merge      shard_records -> statistics of every task
+                    planner    model_specs and statistics -> scores -> plans, kept as plan_files
                     prune      plans -> checkpoints
                     evaluate   models x tasks -> accuracies and perplexities, cached
                     results    models and their measurements -> a results file
