@@ -1,6 +1,10 @@
-"""Ray Serve deployments of a finished run: ``serve run serve.app:build``.
+"""The service of a finished run as Ray Serve deployments: ``serve run serve.app:build``.
 
-In this repository the bare name ``serve`` always means Ray Serve (``from ray import serve``); what is in this package
-is imported by its full name. The path of a request: ``gate`` (key, size, id), ``ingress`` (which model), ``experts``
-(vLLM), and back.
+In this repository the bare name ``serve`` always means Ray Serve (``from ray import serve``). The modules of this
+package are imported by their full names.
+
+Start-up: ``app`` or ``deployment`` (entry points) -> ``application`` -> ``experts`` (checkpoints to serve) ->
+``engines`` (which of them share an engine) -> ``llm_config`` (settings for ``ray.serve.llm``).
+
+A request: ``gate`` (API key, size) -> ``ingress`` -> ``choice`` (which model) -> ``engine`` or ``shared_engine``.
 """

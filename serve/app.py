@@ -1,9 +1,9 @@
-"""App: what Ray Serve's own commands call.
+"""App: builds the application for Ray Serve's own commands.
 
     serve run serve.app:build run.name=demo
     serve deploy serve.app:build run.name=demo
 
-Arguments are those of every entry point: config=ray_config.yaml and dotted.key=value.
+The arguments are those of every entry point: config=ray_config.yaml and dotted.key=value.
 """
 
 import json
@@ -19,30 +19,36 @@ from seap_ray.vllm_plugin.plugin import check_registered
 
 
 def build(args: Mapping[str, Any]) -> Application:
-    """The application that ``args`` describe; what a user can mend ends ``serve run`` with one line."""
+    """Return the application that ``args`` describe.
+
+    An error that the user can mend ends ``serve run`` with one line.
+    """
     try:
-        config = load_config([f"{key}={value}" for key, value in _flat(args)])
+        config = load_config([f"{key}={value}" for key, value in _dotted(args)])
         check_registered()
-        from serve.application import application, prepare  # these need vLLM, and would not say so in one line
+
+        # These import vLLM. Where it is missing, the check above says so in one line, and an import would not.
+        from serve.application import application, prepare
+        from serve.engines import engine_groups
         from serve.gate import close_environment
-        from serve.packs import packs
 
         service = prepare(config)
     except SeapError as error:
-        if ray.is_initialized():  # inside the cluster, for `serve deploy`: `serve status` shows the error
+        if ray.is_initialized():  # `serve deploy` builds inside the cluster, and `serve status` shows the error
             raise
         raise SystemExit(f"error: {error}") from None
-    if not ray.is_initialized():  # `serve run` starts a cluster, or joins one, after this
+
+    if not ray.is_initialized():  # `serve run` starts or joins a cluster after this
         close_environment()
-    engines, why = packs(config, service.experts)
-    print(why, flush=True)
-    return application(config, service, engines)
+    groups, reason = engine_groups(config, service.experts)
+    print(reason, flush=True)
+    return application(config, service, groups)
 
 
-def _flat(args: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Arguments as they stand on a command line; a YAML file may nest them."""
+def _dotted(args: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield arguments as dotted keys and texts, as on a command line; a YAML file may nest them."""
     for key, value in args.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _dotted(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""Application: a config in, all that can be refused refused, a Ray Serve application out."""
+"""Application: checks a config against its run, and builds the Ray Serve application."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,22 +11,26 @@ from seap_ray.config import Config
 from seap_ray.routing.router import Router
 from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run
-from serve.experts import Expert, find
+from serve.engines import EngineGroup, check_sharing
+from serve.experts import Expert, find_experts
 from serve.gate import key_hashes
 from serve.ingress import Service, make_ingress
 from serve.llm_config import llm_config
-from serve.packs import Pack, check
 
 
 def prepare(config: Config) -> Service:
-    """Everything that can be refused is refused here, before Ray or an engine starts. Raises ConfigError."""
+    """Read what the service needs, before Ray or an engine starts.
+
+    Raises:
+        ConfigError: The keys, the run, its experts or the settings of a shared engine cannot be used.
+    """
     hashes = key_hashes(config.serve)
     run = Run.of(config)
-    experts = find(config, run)
-    check(config, experts)
+    experts = find_experts(config, run)
+    check_sharing(config, experts)
     return Service(
         experts=tuple(experts),
-        router=_router(run, experts),
+        router=_router_folder(run, experts),
         threshold=config.serve.router.threshold,
         fallback_named=config.serve.fallback == "all",
         is_single=config.serve.max_replicas == 1,
@@ -37,18 +41,23 @@ def prepare(config: Config) -> Service:
     )
 
 
-def application(config: Config, service: Service, engines: Sequence[Pack]) -> Application:
-    """One deployment per engine, and the ingress before them."""
-    built = [(pack, build_llm_deployment(llm_config(config, pack))) for pack in engines]
-    deployments = {expert.name: deployment for pack, deployment in built for expert in pack.experts}
-    service = replace(service, is_packed=len(engines) < len(deployments))
-    per_model = config.serve.max_ongoing_requests * config.serve.max_replicas + config.serve.max_queued_requests
+def application(config: Config, service: Service, groups: Sequence[EngineGroup]) -> Application:
+    """Return the application: a deployment per engine, and the ingress in front of them."""
+    deployments = {}
+    for group in groups:
+        deployment = build_llm_deployment(llm_config(config, group))
+        for expert in group.experts:
+            deployments[expert.name] = deployment
+    service = replace(service, is_shared=len(groups) < len(deployments))
+
+    running = config.serve.max_ongoing_requests * config.serve.max_replicas
+    per_model = running + config.serve.max_queued_requests
     ingress = serve.deployment(
         make_ingress(service),
         name="ExpertIngress",
         num_replicas=config.serve.ingress_replicas,
         ray_actor_options={"num_cpus": 0},
-        # More than the models hold: the ingress refuses what is beyond in OpenAI's form, before Serve does in its own.
+        # More than the models hold: so the ingress refuses the rest, in OpenAI's form, before Serve does in its own.
         max_ongoing_requests=per_model * len(deployments) + 1000,
         max_queued_requests=1000,
         health_check_period_s=5,
@@ -57,7 +66,11 @@ def application(config: Config, service: Service, engines: Sequence[Pack]) -> Ap
     return ingress.bind(llm_deployments=deployments, model_cards=dict.fromkeys(deployments), service=service)
 
 
-def _router(run: Run, experts: list[Expert]) -> StoragePath | None:
+def _router_folder(run: Run, experts: list[Expert]) -> StoragePath | None:
+    """Return the folder of the run's router once it has been read; None where no expert is served.
+
+    Raises ConfigError when the router is missing or damaged.
+    """
     if all(expert.kind == "general" for expert in experts):
         return None
     Router.load(run.router)

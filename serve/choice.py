@@ -1,4 +1,4 @@
-"""Choice: a request's model and prompts in, the model that answers and why out."""
+"""Choice: decides which model answers a request, from the model that it names and its prompts."""
 
 import asyncio
 import time
@@ -16,14 +16,17 @@ from serve.watch import Watch
 Prompt = str | list[int]
 """Text or token ids."""
 RESTART_S = 10
-"""For a model that is being started again, in Retry-After."""
+"""Value of Retry-After for a model that is being restarted."""
 ROUTING_THREADS = 2
-"""Routing is short; long prompts of some clients are not to hold up the others."""
+"""Threads that route. Routing is short, and with two a client's long prompt does not hold up the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Which model answers, and why. ``task`` is what the router took the prompt for, None where it did not decide."""
+    """Which model answers, and why.
+
+    ``task`` is the one that the router assigned the prompt to, None where it did not decide.
+    """
 
     model: str
     reason: str
@@ -33,17 +36,20 @@ class Decision:
 
     @property
     def headers(self) -> dict[str, str]:
-        told = {"x-seap-expert": self.model, "x-seap-reason": self.reason}
+        """Response headers that tell the client about the decision."""
+        headers = {"x-seap-expert": self.model, "x-seap-reason": self.reason}
         if self.task is not None:
-            told["x-seap-task"] = self.task
+            headers["x-seap-task"] = self.task
         if self.confidence is not None:
-            told["x-seap-confidence"] = f"{self.confidence:.4f}"
-        return told
+            headers["x-seap-confidence"] = f"{self.confidence:.4f}"
+        return headers
 
 
 class Chooser:
-    """Knows the models, asks the router, and stands in for what is down. ``router`` is None where no expert is served,
-    ``threshold`` where the fitted one holds."""
+    """Chooses a model for every request, and the general model in place of an expert that is down.
+
+    ``router`` is None where no expert is served, ``threshold`` is None where the router's fitted one applies.
+    """
 
     def __init__(
         self,
@@ -54,7 +60,9 @@ class Chooser:
         threshold: float | None,
         fallback_named: bool,
     ):
-        self._models, self._router, self._watch = models, router, watch
+        self._models = models
+        self._router = router
+        self._watch = watch
         self._fallback_named = fallback_named
         self.threshold = router.threshold if router and threshold is None else threshold
         self._routing = ThreadPoolExecutor(ROUTING_THREADS, "routing")
@@ -63,7 +71,11 @@ class Chooser:
         )
 
     async def choose(self, model: str | None, prompts: Sequence[Prompt]) -> Decision:
-        """Raises ApiError 404 for a model that is not served, 503 for one that is down and not stood in for."""
+        """Return the model for a request that names ``model``, or None or ``auto``, and has these prompts.
+
+        Raises:
+            ApiError: 404 for a model that is not served, 503 for one that is down and has no replacement.
+        """
         if model in (None, AUTO):
             decision = await asyncio.get_running_loop().run_in_executor(self._routing, self._route, prompts)
         elif model in self._models:
@@ -71,17 +83,21 @@ class Chooser:
         else:
             names = ", ".join([AUTO, *self._models])
             raise ApiError(404, f"there is no model {model!r}; models are {names}", code="model_not_found")
-        return decision if self._watch.is_up(decision.model) else self.instead(decision)
+        return decision if self._watch.is_up(decision.model) else self.replacement(decision)
 
-    def instead(self, decision: Decision) -> Decision:
-        """The general model, while the one that was chosen is down. Raises ApiError 503 when it cannot stand in."""
-        may = decision.model != GENERAL and (self._fallback_named or decision.reason != "named")
-        if may and self._watch.is_up(GENERAL):
+    def replacement(self, decision: Decision) -> Decision:
+        """Return the general model in place of the chosen one, which is down.
+
+        Raises:
+            ApiError: 503 when the general model may not answer for it, or is down as well.
+        """
+        may_fall_back = self._fallback_named or decision.reason != "named"
+        if decision.model != GENERAL and may_fall_back and self._watch.is_up(GENERAL):
             return replace(decision, model=GENERAL, reason="expert_down")
         raise ApiError(503, f"{decision.model} is being started again", code="model_down", retry_after=RESTART_S)
 
     def _route(self, prompts: Sequence[Prompt]) -> Decision:
-        """One model for all prompts of a request: the general one where their tasks differ."""
+        """Return one model for all prompts of a request: the general one where their tasks differ."""
         if self._router is None:
             return Decision(GENERAL, "no_router")
         started = time.perf_counter()
@@ -89,9 +105,11 @@ class Chooser:
         self._seconds.observe(time.perf_counter() - started)
         if len({decision.model for decision in decisions}) > 1:
             return Decision(GENERAL, "mixed")
+        # The least sure of them speaks for the request.
         return min(decisions, key=lambda decision: decision.confidence or 0)
 
     def _route_one(self, router: Router, prompt: Prompt) -> Decision:
+        """Return the router's decision about one prompt."""
         text = prompt if isinstance(prompt, str) else router.decode(prompt[:MAX_PROMPT_CHARACTERS])
         route = router.route(text, threshold=self.threshold)
         if route.task is None:

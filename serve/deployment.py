@@ -1,4 +1,4 @@
-"""Deployment: a config in, a running service out, on the cluster at hand or on this machine."""
+"""Deployment: starts the service of a run, on the cluster at hand or on this machine."""
 
 import logging
 import math
@@ -15,23 +15,26 @@ from seap_ray.config import Config
 from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.pipeline.cluster import connect
 from serve.application import application, prepare
+from serve.engines import engine_groups, is_cpu, n_ranks
 from serve.gate import KEYS_VARIABLE, close_environment
-from serve.packs import is_cpu, packs, ranks
 from serve.watch import PERIOD_S
 
 NAME = "seap_ray"
+"""Name of the Serve application."""
 POLL_S = 1.0
-MARGIN_S = 30.0
-"""For taking the service down, beside the time that replies have."""
-PATIENCE_S = 60.0
-"""Without a new model, after which Serve's own word on the matter is shown."""
+"""Seconds between two looks at the service's status."""
+SHUTDOWN_MARGIN_S = 30.0
+"""Seconds for taking the service down, after those that replies have."""
+STATUS_EVERY_S = 60.0
+"""Seconds without a new engine after which Serve's own status is printed."""
 
 
 def deploy(config: Config) -> None:
     """Serve a run: on the cluster of RAY_ADDRESS, where it stays, or on this machine until Ctrl-C or SIGTERM.
 
-    Raises ConfigError for what is wrong with the run, the settings or the room in the cluster, IncompleteError when
-    the engines do not start.
+    Raises:
+        ConfigError: The run, a key or the room in the cluster is wrong.
+        IncompleteError: The engines do not start.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     service = prepare(config)
@@ -40,88 +43,101 @@ def deploy(config: Config) -> None:
     close_environment()
     connect(address)
     try:
-        engines, why = packs(config, service.experts)
-        print(why, flush=True)
-        _check_room(config, len(engines))
+        groups, reason = engine_groups(config, service.experts)
+        print(reason, flush=True)
+        _check_room(config, len(groups))
+
         serve.start(http_options={"host": config.serve.host, "port": config.serve.port})
-        target = serve.RunTarget(application(config, service, engines), name=NAME, route_prefix="/")
+        target = serve.RunTarget(application(config, service, groups), name=NAME, route_prefix="/")
         serve.run_many([target], wait_for_applications_running=False)
-        _await_ready([pack.name for pack in engines])
-        _tell(config, models)
-        while address == "local":
+        _await_ready([group.name for group in groups])
+        _print_addresses(config, models)
+        while address == "local":  # the service ends with this process
             time.sleep(POLL_S)
     finally:
         if address == "local":
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the shutdown short
             _take_down(config.serve.drain_timeout_s)
 
 
 def _take_down(drain_timeout_s: float) -> None:
-    """Let what is being answered end, then stop Ray; also where a signal to all of our processes took Ray before."""
+    """Let replies that have begun end, then stop Ray.
+
+    A signal that reached all processes may have ended Ray already, so nothing here waits for it without a bound.
+    """
 
     def drain() -> None:
+        """Delete the application, which waits for its replies, and then stop Serve."""
         serve.delete(NAME)  # `shutdown` alone would cut replies off
         serve.shutdown()
 
     draining = threading.Thread(target=drain, daemon=True)
     draining.start()
-    deadline = time.monotonic() + drain_timeout_s + MARGIN_S
+    deadline = time.monotonic() + drain_timeout_s + SHUTDOWN_MARGIN_S
     while draining.is_alive() and time.monotonic() < deadline and _is_alive():
         draining.join(POLL_S)
     ray.shutdown()
 
 
 def _is_alive() -> bool:
+    """Return whether a node of the cluster still runs."""
     try:
         return any(node["Alive"] for node in ray.nodes())
-    except Exception:  # whatever Ray says where nothing of it is left
+    except Exception:  # Ray raises many kinds once its processes are gone
         return False
 
 
 def _check_room(config: Config, n_engines: int) -> None:
-    """Serve would wait for ever, and say so in its log alone."""
-    n_ranks = ranks(config) * config.serve.min_replicas * n_engines
-    for kind, share in (("CPU", config.serve.num_cpus), ("GPU", 0 if is_cpu(config) else config.serve.num_gpus)):
+    """Raise ConfigError where the engines do not fit the cluster: Serve would wait for ever, and only log it."""
+    total_ranks = n_ranks(config) * config.serve.min_replicas * n_engines
+    shares = {"CPU": config.serve.num_cpus}
+    if not is_cpu(config):
+        shares["GPU"] = config.serve.num_gpus
+
+    for kind, share in shares.items():
         have = ray.cluster_resources().get(kind, 0)
-        if n_ranks * share > have:
-            fitting = math.floor(have / n_ranks * 100) / 100
+        if total_ranks * share > have:
+            fitting = math.floor(have / total_ranks * 100) / 100  # rounded down, so that it does fit
             raise ConfigError(
-                f"serve.num_{kind.lower()}s: {n_engines} engines reserve {n_ranks * share:g} {kind}s, and the cluster "
-                f"has {have:g}; lower it to {fitting:g}, or serve fewer of serve.experts"
+                f"serve.num_{kind.lower()}s: {n_engines} engines reserve {total_ranks * share:g} {kind}s, and the "
+                f"cluster has {have:g}; lower it to {fitting:g}, or serve fewer of serve.experts"
             )
 
 
 def _await_ready(engines: list[str]) -> None:
-    """Print each engine as it comes up. Raises IncompleteError when one cannot."""
-    started = said = time.monotonic()
-    told = set[str]()
+    """Print each engine as it comes up. Raises IncompleteError when one cannot start."""
+    started = time.monotonic()
+    last_line_at = started
+    up: set[str] = set()
     print(f"starting {len(engines)} engine{'s' * (len(engines) > 1)}", flush=True)
     while True:
         status = serve.status().applications[NAME]
         now = time.monotonic()
         for name, deployment in status.deployments.items():
             model = name.partition(":")[2]
-            if model and model not in told and deployment.replica_states.get("RUNNING"):
-                told.add(model)
-                said = now
-                print(f"  {model} is up, {now - started:.0f} s ({len(told)}/{len(engines)})", flush=True)
+            if model and model not in up and deployment.replica_states.get("RUNNING"):
+                up.add(model)
+                last_line_at = now
+                print(f"  {model} is up, {now - started:.0f} s ({len(up)}/{len(engines)})", flush=True)
         if status.status == ApplicationStatus.RUNNING:
-            time.sleep(2 * PERIOD_S)  # by then every ingress has looked, and knows as well
+            time.sleep(2 * PERIOD_S)  # by then every ingress has queried Serve, and knows that all are up
             return
         if status.status == ApplicationStatus.DEPLOY_FAILED:
             raise IncompleteError(f"the service did not start: {_last_line(status.message)}")
-        if now - said > PATIENCE_S:
-            said = now
-            print(f"  {len(told)}/{len(engines)} after {now - started:.0f} s. {_last_line(status.message)}", flush=True)
+        if now - last_line_at > STATUS_EVERY_S:
+            last_line_at = now
+            print(f"  {len(up)}/{len(engines)} after {now - started:.0f} s. {_last_line(status.message)}", flush=True)
         time.sleep(POLL_S)
 
 
 def _last_line(message: str) -> str:
+    """Return the last line of Serve's status message, which is often a traceback."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return lines[-1] if lines else "see Serve's log"
 
 
-def _tell(config: Config, models: list[str]) -> None:
+def _print_addresses(config: Config, models: list[str]) -> None:
+    """Print what is served where, and a first command to try."""
     url = f"http://{config.serve.host}:{config.serve.port}"
     key = "KEY" if config.serve.api_keys_file else f"${KEYS_VARIABLE}"
     header = "" if config.serve.auth == "none" else f' -H "Authorization: Bearer {key}"'

@@ -1,4 +1,4 @@
-"""Engine: one expert's vLLM inside a Serve replica, from its start to its end."""
+"""Engine: runs the vLLM engine of one expert inside a Serve replica, from its start to its end."""
 
 import asyncio
 import logging
@@ -18,20 +18,24 @@ from seap_ray.vllm_plugin.plugin import check_registered
 logger = logging.getLogger("ray.serve")
 
 FOLDER = "folder"
-"""Key of the configuration that says where an expert lies; an engine reads its node's copy of a bucket."""
+"""Key of ``experimental_configs`` with an expert's folder. Where it is in a bucket, an engine reads its node's copy."""
 HEALTH_CHECK_S = 2
-"""Seconds between two looks of Serve at a replica."""
+"""Seconds between two health checks of Serve."""
 
 
 class Engine(VLLMEngine):
-    """vLLM; on one CPU rank in two processes, where ``ray.serve.llm`` asks for a third, which gains nothing there."""
+    """vLLM's engine, started with fewer processes than ``ray.serve.llm`` would start."""
 
     async def start(self) -> None:
-        # The expert lies on this node by now; Ray would start a process, seconds of imports, to hand its path back.
+        """Start the engine without Ray's task that prepares a node.
+
+        The expert is on this node by now, and the task would import vLLM for seconds to return its path.
+        """
         self.llm_config.get_or_create_callback().ctx.run_init_node = False
         await super().start()
 
     def _start_async_llm_engine(self, engine_args: Any, engine_config: Any, placement_group: Any) -> Any:
+        """Start vLLM. One rank on a CPU needs no executor process of its own, which gains nothing there."""
         parallel = engine_config.parallel_config
         if parallel.world_size == 1 and engine_config.device_config.device_type == "cpu":
             parallel.distributed_executor_backend = "uni"
@@ -39,11 +43,16 @@ class Engine(VLLMEngine):
 
 
 class ExpertServer(LLMServer):
-    """An engine that ends with its vLLM: Serve then starts another at once, not after three failed health checks."""
+    """A replica that ends when its engine dies: Serve then starts another at once, not after three health checks."""
 
     _default_engine_cls = Engine
 
     async def start(self) -> None:
+        """Start the engine from this node's copy of the expert, and watch it.
+
+        Raises:
+            ConfigError: The plugin is not installed on this node, or the expert's folder is not there.
+        """
         check_registered()
         folder = parse_path(self._llm_config.experimental_configs[FOLDER])
         if not folder.is_dir():
@@ -52,27 +61,34 @@ class ExpertServer(LLMServer):
             )
         copy = str(stage(folder))
         self._llm_config.model_loading_config.model_source = copy
-        self._llm_config.get_engine_config().hf_model_id = copy  # made on the driver, of the driver's copy
+        # The engine's config was made on the driver, with the path of the driver's copy.
+        self._llm_config.get_engine_config().hf_model_id = copy
         await super().start()
         self._watching = asyncio.create_task(self._watch_engine())
 
     async def _start_engine(self) -> None:
-        await self._while_alive(super()._start_engine())
+        await self._await_unless_engine_dies(super()._start_engine())
 
-    async def _while_alive(self, work: Awaitable[Any]) -> None:
-        """Await what the engine does. Raises EngineDeadError if it dies: vLLM would wait for its answer for ever."""
-        doing = asyncio.ensure_future(work)
+    async def _await_unless_engine_dies(self, work: Awaitable[Any]) -> None:
+        """Await a call to the engine.
+
+        Raises:
+            EngineDeadError: The engine died. vLLM itself would wait for its answer for ever.
+        """
+        call = asyncio.ensure_future(work)
         try:
-            while not (await asyncio.wait({doing}, timeout=HEALTH_CHECK_S / 4))[0]:
-                if self.engine._engine_client:
+            while not call.done():
+                await asyncio.wait({call}, timeout=HEALTH_CHECK_S / 4)
+                if not call.done() and self.engine._engine_client:
                     await self.engine.check_health()
-            if doing.cancelled():  # vLLM closes its sockets when the engine dies, and with them what is being sent
+            if call.cancelled():  # vLLM closes its sockets when the engine dies, which cancels the call
                 raise EngineDeadError
-            await doing
+            await call
         finally:
-            doing.cancel()
+            call.cancel()
 
     async def _watch_engine(self) -> None:
+        """Check the engine's health again and again, and act when it is dead."""
         while True:
             await asyncio.sleep(HEALTH_CHECK_S / 4)
             try:
@@ -81,15 +97,17 @@ class ExpertServer(LLMServer):
                 await self._engine_died(error)
 
     async def _engine_died(self, error: Exception) -> None:
+        """End this replica."""
         logger.error(f"the vLLM engine is dead ({error}); its replica ends, and Serve starts another")
         os._exit(1)
 
     def __del__(self) -> None:
-        """Serve calls this once the last request is done. vLLM's own processes end here, not as orphans."""
+        """End vLLM's processes, which would be orphans otherwise. Serve calls this after the last request."""
         if watching := getattr(self, "_watching", None):
             watching.cancel()
         self._close_engine()
 
     def _close_engine(self) -> None:
+        """End vLLM's processes, if there are any."""
         if engine := getattr(getattr(self, "engine", None), "_engine_client", None):
             engine.shutdown()

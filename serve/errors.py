@@ -1,4 +1,4 @@
-"""Errors: whatever goes wrong in, OpenAI's error form out, without a traceback."""
+"""Errors: turns whatever goes wrong into OpenAI's error form, without a traceback."""
 
 import logging
 from pickle import PicklingError
@@ -20,14 +20,16 @@ TYPES = {
     503: "overloaded_error",
 }
 
+"""OpenAI's error types by HTTP status."""
+
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
-"""What vLLM's own classes trip over while they read a body: nobody's fault but the body's."""
+"""Exceptions of vLLM's own classes while they parse a body: the body is at fault."""
 UNUSABLE = (ValueError, TypeError)
-"""What vLLM raises at values that its validation lets through. Anything else that it raises is a fault of ours."""
+"""Exceptions of vLLM at values that its validation lets through. Any other is a fault of the service."""
 
 
 class ModelDownError(Exception):
-    """No replica of a model is running, or it is in an engine with others and cannot be loaded."""
+    """No replica of a model runs, or the model cannot be loaded into the engine that it shares."""
 
 
 class DeadlyRequestError(Exception):
@@ -35,7 +37,7 @@ class DeadlyRequestError(Exception):
 
 
 class ApiError(Exception):
-    """A refusal that the client gets to read. ``retry_after`` is in seconds."""
+    """A refusal that the client reads. ``retry_after`` is in seconds."""
 
     def __init__(
         self,
@@ -48,25 +50,30 @@ class ApiError(Exception):
         headers: dict[str, str] | None = None,
     ):
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
         self.headers = dict(headers or {})
         if retry_after is not None:
             self.headers["retry-after"] = str(retry_after)
 
     @property
     def body(self) -> dict[str, Any]:
+        """The error as OpenAI's API has it."""
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def response(self) -> JSONResponse:
+        """The error as an HTTP response."""
         return JSONResponse(self.body, self.status, self.headers)
 
 
-def known(error: Exception, request_id: str, *, is_parsed: bool = True) -> ApiError:
-    """The same error as the client may see it; what nobody expected is logged under the request's id.
+def to_api_error(error: Exception, request_id: str, *, is_parsed: bool = True) -> ApiError:
+    """Return an error as the client may see it. One that is not expected is logged under the request's id.
 
-    ``is_parsed`` is False while vLLM's own classes read the request's body.
+    ``is_parsed`` is False while vLLM's own classes parse the request's body.
     """
     if isinstance(error, ApiError):
         return error
@@ -78,7 +85,7 @@ def known(error: Exception, request_id: str, *, is_parsed: bool = True) -> ApiEr
         return ApiError(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
-    if isinstance(error, RecursionError | PicklingError):  # the latter is cloudpickle's word for the former
+    if isinstance(error, RecursionError | PicklingError):  # cloudpickle turns the former into the latter
         return ApiError(400, "the request is nested too deeply")
     if isinstance(error, VLLMClientError):
         return ApiError(400, str(error).splitlines()[0], param=getattr(error, "parameter", None))
@@ -89,8 +96,11 @@ def known(error: Exception, request_id: str, *, is_parsed: bool = True) -> ApiEr
 
 
 def add_handlers(app: FastAPI) -> None:
+    """Have an app answer its errors in OpenAI's form."""
+
     async def respond(request: Request, error: Exception) -> JSONResponse:
-        return known(error, request.headers.get("x-request-id", "")).response
+        """Answer one error."""
+        return to_api_error(error, request.headers.get("x-request-id", "")).response
 
     for kind in (ApiError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, respond)

@@ -1,4 +1,4 @@
-"""Experts: a run's folder in, its checkpoints that are to be served out."""
+"""Experts: finds the checkpoints of a run that are to be served."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ class Expert:
     kind: str
     folder: StoragePath
     shape: str
-    """Hash of what an engine is built from; models of equal ones can take turns in it."""
+    """Hash of config.json, from which an engine is built: models of equal hashes can share an engine."""
     ratio: float
     parameters: int
     kv_bytes_per_token: int
@@ -29,10 +29,11 @@ class Expert:
     created: int
     """Unix time."""
     example: str | None = None
+    """A prompt to try in the playground."""
 
     @property
     def card(self) -> dict[str, Any]:
-        """What ``/v1/models`` says about it."""
+        """Metadata of the model in ``/v1/models``."""
         return {
             "kind": self.kind,
             **({"task": self.name} if self.kind == "expert" else {}),
@@ -43,26 +44,32 @@ class Expert:
         }
 
 
-def find(config: Config, run: Run) -> list[Expert]:
-    """The general model and the experts to serve. Raises ConfigError naming the key, or the folder that is torn."""
+def find_experts(config: Config, run: Run) -> list[Expert]:
+    """Return the general model and the experts to serve.
+
+    Raises:
+        ConfigError: The run, its ratio or an expert is not there, or a folder is damaged. The message names the key.
+    """
     with readable(run.root):
         is_there = run.config.is_file()
     if not is_there:
         raise ConfigError(f"{run.root}: no such run; make it with jobs/prune.py, or name another by run.name")
+
     folder = run.experts(_ratio(config, run))
-    found = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/seap.json"))}
-    kinds = {name: manifest["plan"]["kind"] for name, manifest in found.items() if manifest}
+    manifests = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/seap.json"))}
+    kinds = {name: manifest["plan"]["kind"] for name, manifest in manifests.items() if manifest}
     tasks = [name for name, kind in kinds.items() if kind == "expert"]
-    asked = tasks if config.serve.experts is None else list(config.serve.experts)
-    for name in asked:
+    wanted = tasks if config.serve.experts is None else list(config.serve.experts)
+    for name in wanted:
         if name not in tasks:
             raise ConfigError(f"serve.experts: {folder} holds no expert {name}; it holds {', '.join(tasks) or 'none'}")
     if GENERAL not in kinds:
         raise ConfigError(f"{folder} holds no whole general model; run jobs/prune.py to its end")
-    return [_expert(config, folder / name, kinds[name], found[name]) for name in (GENERAL, *asked)]
+    return [_expert(config, folder / name, kinds[name], manifests[name]) for name in (GENERAL, *wanted)]
 
 
 def _ratio(config: Config, run: Run) -> float:
+    """Return the ratio to serve: ``serve.ratio``, or the smallest one that has a whole general model."""
     there = sorted(path.name for path in run.root.glob("experts/*") if path.is_dir())
     if config.serve.ratio is None:
         whole = [name for name in there if (run.root / "experts" / name / GENERAL / "seap.json").is_file()]
@@ -75,6 +82,7 @@ def _ratio(config: Config, run: Run) -> float:
 
 
 def _expert(config: Config, folder: StoragePath, kind: str, manifest: dict[str, Any]) -> Expert:
+    """Return one checkpoint to serve, checked. Raises ConfigError where vLLM could not load it."""
     check_folder(stage(folder))
     family = FAMILIES.get(read_json(folder / "config.json")["model_type"].removeprefix("seap_"))
     if family and not family.vllm_class:
@@ -88,13 +96,13 @@ def _expert(config: Config, folder: StoragePath, kind: str, manifest: dict[str, 
         parameters=manifest["parameters"],
         kv_bytes_per_token=manifest["kv_bytes_per_token"],
         has_chat_template=_has_chat_template(folder),
-        created=int((folder / "seap.json").stat().st_mtime),  # written last
+        created=int((folder / "seap.json").stat().st_mtime),  # the manifest is written last
         example=_example(config, folder.name),
     )
 
 
 def _example(config: Config, name: str) -> str | None:
-    """A prompt to try. Of the demo's tasks alone: other corpora may hold what not every user is to see."""
+    """Return a prompt to try, for a task of the demo alone: other corpora may hold what not every user may see."""
     for task in config.tasks:
         if task.name == name and task.path.startswith("demo:"):
             return skills.rows(task.path.removeprefix("demo:"), 1, split="test", seed=config.run.seed)[0]["question"]
@@ -102,5 +110,6 @@ def _example(config: Config, name: str) -> str | None:
 
 
 def _has_chat_template(folder: StoragePath) -> bool:
+    """Return whether the tokenizer in a folder has a chat template, in a file of its own or in its settings."""
     settings = read_json(folder / "tokenizer_config.json") or {}
     return (folder / "chat_template.jinja").is_file() or bool(settings.get("chat_template"))

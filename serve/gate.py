@@ -1,4 +1,4 @@
-"""Gate: what every request passes first, before a byte of it is parsed: API key, content type, size."""
+"""Gate: checks API key, content type and size of every request, before a byte of it is parsed."""
 
 import base64
 import binascii
@@ -16,25 +16,26 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from seap_ray.config import LOOPBACK, ServeSection
 from seap_ray.errors import ConfigError
-from serve.errors import ApiError, known
+from serve.errors import ApiError, to_api_error
 
 KEYS_VARIABLE = "SEAP_API_KEYS"
 PROXY_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-"""Serve's own: what its proxies put before themselves. They read it as they start."""
-SHORTEST = 16
-"""Characters of a key; what can be guessed is none."""
-OPEN = ("/healthz", "/readyz")
+"""Ray Serve's variable with the middleware of its proxies, which read it when they start."""
+MIN_KEY_LENGTH = 16
+"""Least characters of a key: a shorter one can be guessed."""
+OPEN_PATHS = ("/healthz", "/readyz")
 """Paths that are answered without a key."""
-FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
-"""Headers of a proxy, which speaks for clients elsewhere."""
+FORWARDED_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+"""Headers of a proxy, which may pass requests on from other machines."""
 UNROUTED = b"Ping http://.../-/routes for available routes."
-"""In Serve's own 404."""
+"""Text in the 404 of Serve's own proxy."""
 
 
 def key_hashes(config: ServeSection) -> tuple[bytes, ...] | None:
-    """SHA-256 of the API keys, which travel in the keys' place; None when authentication is off.
+    """Return the SHA-256 of every API key, to be handed on in place of the keys; None when authentication is off.
 
-    Raises ConfigError when keys are asked for and there are none.
+    Raises:
+        ConfigError: Keys are required and there are none, or one is too short.
     """
     if config.auth == "none":
         return None
@@ -45,7 +46,9 @@ def key_hashes(config: ServeSection) -> tuple[bytes, ...] | None:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{where} cannot be read ({getattr(error, 'strerror', None) or 'no text'})") from None
     else:
-        where, text = KEYS_VARIABLE, os.environ.get(KEYS_VARIABLE, "").replace(",", "\n")
+        where = KEYS_VARIABLE
+        text = os.environ.get(KEYS_VARIABLE, "").replace(",", "\n")
+
     lines = [line.strip() for line in text.splitlines()]
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
@@ -54,36 +57,44 @@ def key_hashes(config: ServeSection) -> tuple[bytes, ...] | None:
             "serve.auth=none"
         )
     for number, key in enumerate(keys, 1):
-        if len(key) < SHORTEST:
+        if len(key) < MIN_KEY_LENGTH:
             raise ConfigError(
-                f"{where}: key {number} has under {SHORTEST} characters; `openssl rand -hex 16` makes a good one"
+                f"{where}: key {number} has under {MIN_KEY_LENGTH} characters; `openssl rand -hex 16` makes a good one"
             )
     return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
 
 
 def close_environment() -> None:
-    """For a cluster that starts here: its proxies get their gate, and none of its processes inherits the keys."""
+    """Prepare the environment of a cluster that starts here.
+
+    Its proxies get ``ProxyGate``, and none of its processes inherits the API keys.
+    """
     os.environ.setdefault(PROXY_VARIABLE, "serve.gate:proxy_middleware")
     os.environ.pop(KEYS_VARIABLE, None)
 
 
 class Gate:
-    """ASGI middleware; the outermost, so that nothing behind it sees a request without a key."""
+    """Outermost ASGI middleware: nothing behind it sees a request without a valid key."""
 
     def __init__(self, app: ASGIApp, *, key_hashes: Sequence[bytes] | None, max_body_bytes: int):
-        self.app, self.key_hashes, self.max_body_bytes = app, key_hashes, max_body_bytes
+        self.app = app
+        self.key_hashes = key_hashes
+        self.max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on if it may be answered, and answer every error before the response has begun."""
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
-        request_id = Headers(scope=scope).get("x-request-id") or uuid.uuid4().hex
-        started = False
 
-        async def noted(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
+        request_id = Headers(scope=scope).get("x-request-id") or uuid.uuid4().hex
+        has_started = False
+
+        async def send_and_note(message: Message) -> None:
+            """Send a message, and note when it begins the response."""
+            nonlocal has_started
+            has_started = has_started or message["type"] == "http.response.start"
             await send(message)
 
         try:
@@ -92,22 +103,24 @@ class Gate:
             if body is None:
                 return
             _check_text(body)
-            await self.app(scope, _replay(body, receive), noted)
+            await self.app(scope, _replay(body, receive), send_and_note)
         except Exception as error:
-            if started:  # the client has a status already; the connection ends
+            if has_started:  # the client has a status already, so all that is left is to close the connection
                 raise
             is_parsed = scope.get("state", {}).get("is_parsed", not _path(scope).endswith("completions"))
-            await known(error, request_id, is_parsed=is_parsed).response(scope, receive, noted)
+            refusal = to_api_error(error, request_id, is_parsed=is_parsed)
+            await refusal.response(scope, receive, send_and_note)
 
     def _admit(self, scope: Scope) -> None:
-        if _path(scope) in OPEN and scope["method"] in ("GET", "HEAD"):
+        """Raise ApiError 401, 403 or 415 for a request that may not pass, from its headers alone."""
+        if _path(scope) in OPEN_PATHS and scope["method"] in ("GET", "HEAD"):
             return
         headers = Headers(scope=scope)
         if self.key_hashes is None:
             _admit_local(scope, headers)
         elif not self._has_key(headers.get("authorization", "")):
             message = "a valid API key is needed: Authorization: Bearer KEY"
-            # A browser that opens the page asks for a password (the key), and then sends it along by itself.
+            # A browser that opens the playground asks for a password (the key), and then sends it by itself.
             basic = 'Basic realm="seap_ray: the API key is the password", charset="UTF-8"'
             challenge = {"www-authenticate": basic if _path(scope) == "/" else "Bearer"}
             raise ApiError(401, message, code="invalid_api_key", headers=challenge)
@@ -115,6 +128,7 @@ class Gate:
             raise ApiError(415, "the request body should be JSON, and say so: Content-Type: application/json")
 
     def _has_key(self, authorization: str) -> bool:
+        """Return whether a header holds a valid key, as a bearer token or as a basic password."""
         scheme, _, credentials = authorization.partition(" ")
         if scheme.lower() == "basic":
             try:
@@ -123,17 +137,21 @@ class Gate:
                 return False
         else:
             key = credentials.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
+
+        # All are compared, each in constant time, so that the time taken says nothing about any key.
         offered = hashlib.sha256(key).digest()
-        # All are compared, each in constant time: how long it takes says nothing about any key.
-        return sum(hmac.compare_digest(offered, known) for known in self.key_hashes or ()) > 0
+        n_equal = sum(hmac.compare_digest(offered, key_hash) for key_hash in self.key_hashes or ())
+        return n_equal > 0
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body; None when the client left before its end. Raises ApiError 413."""
+        """Return the whole body; None when the client left before its end. Raises ApiError 413 when it is too large."""
         too_large = ApiError(413, f"the request body is larger than {self.max_body_bytes:,} bytes")
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > self.max_body_bytes:
             raise too_large
-        chunks, size = [], 0
+
+        chunks: list[bytes] = []
+        size = 0
         while True:
             message = await receive()
             if message["type"] != "http.request":
@@ -148,28 +166,33 @@ class Gate:
 
 
 def _path(scope: Scope) -> str:
-    """Without the prefix that the application is served under."""
+    """Return the path of a request without the prefix that the application is served under."""
     path, prefix = scope["path"], scope.get("root_path", "").rstrip("/")
     return path[len(prefix) :] or "/" if path == prefix or path.startswith(f"{prefix}/") else path
 
 
 def _admit_local(scope: Scope, headers: Headers) -> None:
-    """Without keys only this machine is answered, and no page that another site's script has loaded under a name."""
+    """Raise ApiError 403 for a request that does not come from this machine.
+
+    The host is checked as well: a page of another site may have a name that resolves to this machine.
+    """
     client = (scope.get("client") or ("",))[0]
     host = headers.get("host", "").rsplit(":", 1)[0].strip("[]")
-    if client not in LOOPBACK or host not in LOOPBACK or any(map(headers.get, FORWARDED)):
+    if client not in LOOPBACK or host not in LOOPBACK or any(map(headers.get, FORWARDED_HEADERS)):
         raise ApiError(403, "without API keys (serve.auth=none) only clients on the same machine are answered")
 
 
 def _is_json(content_type: str) -> bool:
+    """Return whether a content type is JSON or a format on top of it."""
     kind = content_type.partition(";")[0].strip().lower()
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
 def _check_text(body: bytes) -> None:
-    """JSON can spell halves of characters that no UTF-8 holds; each layer behind fails on them in its own way.
+    """Raise ApiError 400 for a body that is not UTF-8, or whose JSON escapes a lone surrogate.
 
-    Raises ApiError 400. What is no JSON is left to the parser.
+    JSON can spell half of a surrogate pair, which UTF-8 cannot hold. Each layer behind would fail on it in its own
+    way. A body that is no JSON is left to the parser.
     """
     if not _is_utf8(body):
         raise ApiError(400, "the request body should be JSON in UTF-8")
@@ -184,7 +207,7 @@ def _check_text(body: bytes) -> None:
 
 
 def _is_utf8(body: bytes) -> bool:
-    """The parser would guess at UTF-16 and 32, and let the bytes of halves pass."""
+    """Return whether a body is UTF-8. Python's JSON parser would also accept UTF-16, UTF-32 and surrogates."""
     if not json.detect_encoding(body).startswith("utf-8"):
         return False
     try:
@@ -195,52 +218,60 @@ def _is_utf8(body: bytes) -> bool:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A channel that gives the whole body at once, then whatever comes after (a client that leaves)."""
-    given = False
+    """Return a channel that delivers the whole body at once, then what comes after it (a client that leaves)."""
+    is_delivered = False
 
     async def replay() -> Message:
-        nonlocal given
-        if given:
+        """Receive the next message."""
+        nonlocal is_delivered
+        if is_delivered:
             return await receive()
-        given = True
+        is_delivered = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
 
 
 class ProxyGate:
-    """Before Serve's own proxy, whose ``/-/routes`` would tell what it serves without a key, and whose 404 would tell
-    clients to give up on a service that is being started or taken down."""
+    """Middleware of Serve's own proxy.
+
+    The proxy's ``/-/routes`` would list what is served to anybody, and its 404 would tell clients to give up on a
+    service that is being started or taken down.
+    """
 
     def __init__(self, app: ASGIApp):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hide the proxy's own routes, and answer 503 in place of its 404 for a missing application."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         if scope["path"].startswith("/-/") and scope["path"] != "/-/healthz":
             return await ApiError(404, "Not Found").response(scope, receive, send)
-        held: Message | None = None
+        held_start: Message | None = None
 
-        async def mended(message: Message) -> None:
-            nonlocal held
+        async def send_or_replace(message: Message) -> None:
+            """Hold the start of a 404 back until its body says whether it is the proxy's or the application's."""
+            nonlocal held_start
             if message["type"] == "http.response.start" and message["status"] == 404:
-                held = message  # the body will say whose it is
+                held_start = message
                 return
-            start, held = held, None
+            start = held_start
+            held_start = None
             if start and UNROUTED in message.get("body", b""):
-                return await _away().response(scope, receive, send)
+                return await _service_down().response(scope, receive, send)
             if start:
                 await send(start)
             await send(message)
 
-        await self.app(scope, receive, mended)
+        await self.app(scope, receive, send_or_replace)
 
 
-def _away() -> ApiError:
+def _service_down() -> ApiError:
+    """Return the answer while the application is being started or taken down."""
     return ApiError(503, "the service is being started or taken down", code="service_down", retry_after=10)
 
 
 def proxy_middleware() -> list[Middleware]:
-    """What PROXY_VARIABLE names."""
+    """Return the middleware of Serve's proxies; ``PROXY_VARIABLE`` names this function."""
     return [Middleware(ProxyGate)]

@@ -1,4 +1,4 @@
-"""Ingress: one OpenAI endpoint in front of all models; ``model: "auto"`` goes to the expert of the prompt's task."""
+"""Ingress: one OpenAI-compatible endpoint for all models. ``model: "auto"`` goes to the expert of the prompt's task."""
 
 import asyncio
 import json
@@ -31,30 +31,31 @@ from serve.errors import (
     DeadlyRequestError,
     ModelDownError,
     add_handlers,
-    known,
+    to_api_error,
 )
 from serve.experts import Expert
 from serve.gate import Gate
 from serve.node_metrics import gather
-from serve.replies import error_in, joined, tells_of_death
+from serve.replies import error_in, is_engine_death, joined
 from serve.schedule import QueueFullError
 from serve.watch import Watch
 
 logger = logging.getLogger("ray.serve")
 
 RETRY_AFTER_S = 1
-"""For a queue that is full, in Retry-After."""
+"""Value of Retry-After for a full queue."""
 PATIENCE_S = 1.0
-"""After which a request that waits asks whether its model is there at all."""
+"""Seconds after which a waiting request checks whether its model is there at all."""
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+"""Content security policy of the playground, which fetches nothing from other sites."""
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What the ingress is told about the service. ``key_hashes`` are None when authentication is off."""
+    """Settings of the ingress. ``key_hashes`` is None when authentication is off."""
 
     experts: tuple[Expert, ...]
     router: Path | None
@@ -65,12 +66,12 @@ class Service:
     max_body_bytes: int
     max_sequences: int
     timeout_s: float
-    is_packed: bool = False
-    """Whether all models share an engine, whose server starts it again itself where it dies."""
+    is_shared: bool = False
+    """Whether all models share an engine, whose server restarts it itself when it dies."""
 
 
 class RouteRequest(BaseModel):
-    """A prompt, or the messages of a chat, to be routed and not answered."""
+    """Body of ``/v1/route``: a prompt, or the messages of a chat, to be routed and not answered."""
 
     prompt: str | list[str] | None = None
     messages: list[dict[str, Any]] | None = None
@@ -78,7 +79,7 @@ class RouteRequest(BaseModel):
 
 
 class ExpertIngress(OpenAiIngress):
-    """``ray.serve.llm``'s ingress, with a router, a fallback and limits."""
+    """The ingress of ``ray.serve.llm`` with a router, a fallback and limits."""
 
     def __init__(
         self, llm_deployments: dict[str, DeploymentHandle], model_cards: dict[str, Any], *, service: Service
@@ -87,7 +88,7 @@ class ExpertIngress(OpenAiIngress):
         self._service = service
         self._page = Path(__file__).with_name("playground.html").read_text()
         deployments = {model: handle.deployment_name for model, handle in llm_deployments.items()}
-        is_single = service.is_single and not service.is_packed
+        is_single = service.is_single and not service.is_shared
         self._watch = Watch(deployments, serve.get_replica_context().app_name, is_single=is_single)
         self._chooser = Chooser(
             llm_deployments,
@@ -105,73 +106,84 @@ class ExpertIngress(OpenAiIngress):
     # --- answering ---------------------------------------------------------------------------------------------------
 
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
-        """A chat completion, OpenAI's and vLLM's parameters; `model` may be `auto`."""
+        """Answer a chat completion with OpenAI's and vLLM's parameters; `model` may be `auto`."""
         request.state.is_parsed = True
         for message in body.messages:
-            if not isinstance(message, dict):  # a form of one family's own, which none of ours reads
+            if not isinstance(message, dict):  # a form that vLLM knows for one family, and ours do not read
                 raise ApiError(400, "messages: each should have a role and a content", param="messages")
             for key in ("content", "tool_calls"):
+                # Pydantic leaves an iterator here, which can be read once only and cannot be sent to an engine.
                 if not isinstance(message.get(key), str | None):
-                    message[key] = list(message[key])  # pydantic's iterator can be read once, and not be sent
-        return await self._answer("chat", body, request, [_opening(body.messages)])
+                    message[key] = list(message[key])
+        return await self._answer("chat", body, request, [_first_user_text(body.messages)])
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
-        """A text completion, OpenAI's and vLLM's parameters; `model` may be `auto`."""
+        """Answer a text completion with OpenAI's and vLLM's parameters; `model` may be `auto`."""
         request.state.is_parsed = True
         return await self._answer("completions", body, request, _prompts(body.prompt))
 
     async def _answer(
         self, method: str, body: ChatCompletionRequest | CompletionRequest, request: Request, prompts: list[Prompt]
     ) -> Response:
-        best_of = getattr(body, "best_of", None)  # of a chat it may be anything: it is no field there
-        self._check_number(len(prompts) * max(body.n or 1, best_of if isinstance(best_of, int) else 1))
+        """Choose a model, and return its whole reply or its stream."""
+        best_of = getattr(body, "best_of", None)  # no field of a chat, so there it may be of any type
+        n_each = max(body.n or 1, best_of if isinstance(best_of, int) else 1)
+        self._check_sequences(len(prompts) * n_each)
         try:
-            decision, first, replies = await self._begin(method, body, prompts)
+            decision, first, replies = await self._start_reply(method, body, prompts)
         except ApiError as error:
             if "retry-after" in error.headers:
                 self._refusals.inc(tags={"status": str(error.status)})
             raise
         self._count(decision)
-        if not isinstance(first, str):
+
+        if not isinstance(first, str):  # no stream
             return Response(first.model_dump_json(), media_type="application/json", headers=decision.headers)
         events = self._events(first, replies, decision.model, request)
         return StreamingResponse(events, media_type="text/event-stream", headers=decision.headers)
 
-    async def _begin(
+    async def _start_reply(
         self, method: str, body: Any, prompts: list[Prompt]
     ) -> tuple[Decision, Any, DeploymentResponseGenerator]:
-        """Choose a model and have its first reply; where it turns out to be dead, the one that stands in."""
+        """Choose a model and wait for its first reply; where it turns out to be dead, that of its replacement."""
         decision = await self._chooser.choose(body.model, prompts)
-        is_first = True
+        is_first_attempt = True
         while True:
             try:
-                return decision, *await self._first(method, body, decision.model)
+                first, replies = await self._call(method, body, decision.model)
+                return decision, first, replies
             except _DEAD as error:
-                self._died(decision.model, error)
+                self._note_death(decision.model, error)
                 # A model that is still up has lost one replica of several, and another may answer.
-                if not (is_first and self._watch.is_up(decision.model)):
-                    decision = self._chooser.instead(decision)
-                is_first = False
+                if not (is_first_attempt and self._watch.is_up(decision.model)):
+                    decision = self._chooser.replacement(decision)
+                is_first_attempt = False
 
-    def _check_number(self, n: int) -> None:
+    def _check_sequences(self, n: int) -> None:
+        """Raise ApiError 400 for a request that asks for more sequences than it may."""
         if n > self._service.max_sequences:
             message = f"at most {self._service.max_sequences} sequences (prompts times n) a request"
             raise ApiError(400, message, param="n")
 
-    def _died(self, model: str, error: Exception) -> None:
+    def _note_death(self, model: str, error: Exception) -> None:
+        """Log that a model is down, and have its state queried."""
         logger.warning(f"{model} is down ({type(error).__name__})")
         if not isinstance(error, ModelDownError):
             self._watch.doubt(model)
         self._watch.alarm()
 
-    async def _first(self, method: str, body: Any, model: str) -> tuple[Any, DeploymentResponseGenerator]:
-        """The first of what ``model`` gives, text if it is a stream, and the rest. Raises ApiError for a refusal."""
+    async def _call(self, method: str, body: Any, model: str) -> tuple[Any, DeploymentResponseGenerator]:
+        """Send a request to a model, and return its first reply (text if it is a stream) and the rest.
+
+        Raises:
+            ApiError: The model refuses the request, is busy, or an engine dies at it.
+        """
         body.model = model
-        # No headers go along: engines need none of them, least of all the client's key.
+        # No headers are handed on: engines need none of them, least of all the client's key.
         replies = getattr(self._get_configured_serve_handle(model), method).remote(body, None)
         try:
             async with asyncio.timeout(self._service.timeout_s):
-                first = await self._unless_gone(model, replies)
+                first = await self._first_reply_unless_gone(model, replies)
             first = joined(first)
             if error := error_in(first):
                 raise _refused(error)
@@ -181,7 +193,7 @@ class ExpertIngress(OpenAiIngress):
             if isinstance(error, BackPressureError | QueueFullError):
                 message = f"{model} has as many requests as it can hold"
                 raise ApiError(429, message, code="model_busy", retry_after=RETRY_AFTER_S) from None
-            if isinstance(error, DeadlyRequestError):  # another try would cost everyone another engine
+            if isinstance(error, DeadlyRequestError):  # another attempt would kill another engine
                 raise ApiError(500, "the engine dies at this request", code="engine_died") from None
             if isinstance(error, TimeoutError):
                 message = f"{model} gave no token in {self._service.timeout_s:g} s"
@@ -191,12 +203,18 @@ class ExpertIngress(OpenAiIngress):
                 raise ApiError(400, f"vLLM cannot use this request ({type(error.cause).__name__})") from None
             raise
 
-    async def _unless_gone(self, model: str, replies: DeploymentResponseGenerator) -> Any:
-        """Wait for the first reply, and see now and then that one can come: Serve keeps requests for a model without a
-        replica until there is one. Raises ModelDownError."""
+    async def _first_reply_unless_gone(self, model: str, replies: DeploymentResponseGenerator) -> Any:
+        """Wait for the first reply of a model.
+
+        Raises:
+            ModelDownError: No replica is left. Serve itself would keep the request until there is one again.
+        """
         first = asyncio.ensure_future(anext(replies))
         try:
-            while not (await asyncio.wait({first}, timeout=PATIENCE_S))[0]:
+            while True:
+                done, _ = await asyncio.wait({first}, timeout=PATIENCE_S)
+                if done:
+                    break
                 if self._watch.is_gone(model):
                     raise ModelDownError(model)
                 self._watch.alarm()
@@ -207,7 +225,7 @@ class ExpertIngress(OpenAiIngress):
     async def _events(
         self, first: str, replies: DeploymentResponseGenerator, model: str, request: Request
     ) -> AsyncIterator[str]:
-        """Server-sent events. The status is out already, so an engine that fails now is an event as well."""
+        """Yield server-sent events. The status has been sent already, so an engine that fails now is an event, too."""
         is_whole = False
         try:
             yield first
@@ -219,16 +237,17 @@ class ExpertIngress(OpenAiIngress):
             is_whole = True
             return
         except _DEAD as error:
-            self._died(model, error)
+            self._note_death(model, error)
             refusal = ApiError(503, f"{model} failed while it answered", code="model_down")
         except Exception as error:
-            refusal = known(error, request.headers.get("x-request-id", ""))
+            refusal = to_api_error(error, request.headers.get("x-request-id", ""))
         finally:
             if not is_whole:
                 _abandon(replies)
         yield f"data: {json.dumps(refusal.body)}\n\ndata: [DONE]\n\n"
 
     def _count(self, decision: Decision) -> None:
+        """Add a decision to the metrics."""
         self._routes.inc(tags={"expert": decision.model, "reason": decision.reason})
         if decision.confidence is not None:
             self._confidences.observe(decision.confidence)
@@ -236,13 +255,13 @@ class ExpertIngress(OpenAiIngress):
     # --- everything else ---------------------------------------------------------------------------------------------
 
     async def route(self, body: RouteRequest) -> JSONResponse:
-        """The model that a prompt would go to, and why, without generating."""
+        """Return the model that a prompt would go to, and why, without generating."""
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "one of prompt and messages is needed", param="prompt")
-        prompts = _prompts(body.prompt) if body.messages is None else [_opening(body.messages)]
-        self._check_number(len(prompts))
+        prompts = _prompts(body.prompt) if body.messages is None else [_first_user_text(body.messages)]
+        self._check_sequences(len(prompts))
         decision = await self._chooser.choose(body.model, prompts)
-        told = {
+        content = {
             "model": decision.model,
             "task": decision.task,
             "reason": decision.reason,
@@ -250,14 +269,14 @@ class ExpertIngress(OpenAiIngress):
             "threshold": self._chooser.threshold,
             "probabilities": decision.probabilities,
         }
-        return JSONResponse(told, headers=decision.headers)
+        return JSONResponse(content, headers=decision.headers)
 
     async def models(self) -> JSONResponse:
-        """All models, and `auto`, as OpenAI lists them."""
+        """List all models, and `auto`, in OpenAI's form."""
         return JSONResponse({"object": "list", "data": list((await self._cards()).values())})
 
     async def model_data(self, model: str) -> JSONResponse:
-        """One model."""
+        """Return one model in OpenAI's form."""
         cards = await self._cards()
         if model not in cards:
             names = ", ".join(cards)
@@ -265,97 +284,113 @@ class ExpertIngress(OpenAiIngress):
         return JSONResponse(cards[model])
 
     async def _cards(self) -> dict[str, dict[str, Any]]:
-        experts, shared = self._service.experts, await self._residence()
+        """Return all models in OpenAI's form, by name, with their state as metadata."""
+        experts = self._service.experts
+        shared_states = await self._shared_states()
+
         tasks = [expert.name for expert in experts if expert.kind == "expert"]
         auto = {"kind": "router", "tasks": tasks, "threshold": self._chooser.threshold}
         cards = [_card(AUTO, max(expert.created for expert in experts), auto)]
-        for e in experts:
-            state = {"up": self._watch.is_up(e.name)} | shared.get(e.name, {})
-            cards.append(_card(e.name, e.created, {**e.card, **state}))
+        for expert in experts:
+            state = {"up": self._watch.is_up(expert.name)} | shared_states.get(expert.name, {})
+            cards.append(_card(expert.name, expert.created, {**expert.card, **state}))
         return {card["id"]: card for card in cards}
 
-    async def _residence(self) -> dict[str, dict[str, Any]]:
-        """Of models that share an engine: which is in it, how many requests wait for each, and what is not up."""
-        if not self._service.is_packed:
+    async def _shared_states(self) -> dict[str, dict[str, Any]]:
+        """Return, for models that share an engine, which is in it, how many requests wait, and which are not up."""
+        if not self._service.is_shared:
             return {}
         try:
             handle = self._default_serve_handles[GENERAL]
             state = await asyncio.wait_for(handle.residence.remote(), PATIENCE_S)
-        except Exception:  # it is being started, and has nothing to say
+        except Exception:  # the engine is being started, and cannot answer yet
             return {}
-        found: dict[str, dict[str, Any]] = {
-            model: {"resident": model == state["resident"], "waiting": n} for model, n in state["waiting"].items()
-        }
+        states: dict[str, dict[str, Any]] = {}
+        for model, n_waiting in state["waiting"].items():
+            states[model] = {"resident": model == state["resident"], "waiting": n_waiting}
         for model in state["failed"]:
-            found[model]["up"] = False
-        return found
+            states[model]["up"] = False
+        return states
 
     async def healthz(self) -> PlainTextResponse:
-        """Whether this process answers."""
+        """Answer that this process is alive."""
         return PlainTextResponse("ok\n")
 
     async def readyz(self) -> JSONResponse:
-        """Whether prompts are answered: the general model is up. 503 while it is not."""
-        self._watch.alarm()  # for the next one who asks
+        """Answer whether prompts are answered, that is whether the general model is up; 503 while it is not."""
+        self._watch.alarm()  # so that the next request gets a newer state
         is_ready = self._watch.is_up(GENERAL)
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
     async def metrics(self) -> PlainTextResponse:
-        """Prometheus metrics of the service, gathered from Ray's agent on every node."""
+        """Return the Prometheus metrics of the service, gathered from Ray's agent on every node."""
         return PlainTextResponse(
             await gather(await asyncio.to_thread(ray.nodes)), media_type="text/plain; version=0.0.4"
         )
 
     async def playground(self) -> HTMLResponse:
-        """A page to try it out."""
+        """Return the playground, a page to try the service."""
         return HTMLResponse(self._page, headers={"content-security-policy": PAGE_POLICY})
 
 
 _DEAD = (ModelDownError, EngineDeadError, RayActorError, ActorUnavailableError, DeploymentUnavailableError)
-"""What a call to a replica whose engine or process died raises."""
+"""Exceptions of a call to a replica whose engine or process died."""
 
 
 def _abandon(replies: DeploymentResponseGenerator) -> None:
-    """End what vLLM does for a request that nobody waits for any more."""
-    with suppress(Exception):  # of a call that failed by itself, which `cancel` raises once more
+    """Have vLLM stop working on a request that nobody waits for any more."""
+    with suppress(Exception):  # `cancel` raises the error of a call that has failed by itself once more
         replies.cancel()
 
 
 def _card(name: str, created: int, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return one entry of OpenAI's list of models."""
     return {"id": name, "object": "model", "created": created, "owned_by": "seap_ray", "metadata": metadata}
 
 
 def _prompts(prompt: Any) -> list[Prompt]:
-    """OpenAI's four kinds as one: text and token ids, alone or in a list."""
+    """Return the prompts of a completion as a list. OpenAI allows text or token ids, alone or in a list."""
     if not isinstance(prompt, list):
         return [prompt or ""]
-    return [prompt] if prompt and isinstance(prompt[0], int) else prompt
+    is_token_ids = bool(prompt) and isinstance(prompt[0], int)
+    return [prompt] if is_token_ids else prompt
 
 
-def _opening(messages: Iterable[Any]) -> str:
-    """The first message of the user: what a conversation is routed by, so that it stays with its expert."""
+def _first_user_text(messages: Iterable[Any]) -> str:
+    """Return the user's first message, by which a conversation is routed, so that it stays with its expert."""
     for message in messages:
         if isinstance(message, dict) and message.get("role") == "user":
-            content = message.get("content")
-            if not isinstance(content, list):
-                return content if isinstance(content, str) else ""
-            parts = [part.get("text") for part in content if isinstance(part, dict)]
-            return "\n".join(part for part in parts if isinstance(part, str))
+            return _text_of(message.get("content"))
     return ""
 
 
+def _text_of(content: Any) -> str:
+    """Return the text of a message's content, which may be a list of parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return ""
+    parts = [part.get("text") for part in content if isinstance(part, dict)]
+    return "\n".join(part for part in parts if isinstance(part, str))
+
+
 def _refused(error: dict[str, Any]) -> Exception:
-    """What vLLM refuses, in its own words; where it fails, its words are for the log."""
-    code, message = error["code"], error["message"]
+    """Return the exception for an error of vLLM.
+
+    The client reads vLLM's words where it refuses a request. Where vLLM itself fails, they go to the log alone.
+    """
+    code = error["code"]
+    message = error["message"]
     if code < 500:
         return ApiError(code, message, param=error.get("param"))
-    if tells_of_death(error):
+    if is_engine_death(error):
         return EngineDeadError()
-    logger.error(f"vLLM failed at a request, and lives: {message}")
+    logger.error(f"vLLM failed at a request, and its engine is alive: {message}")
     return ApiError(code, "vLLM failed at this request", retry_after=RETRY_AFTER_S if code == 503 else None)
 
 
 ENDPOINTS = {
+    # Method of ExpertIngress -> its route.
     "chat": lambda app: app.post("/v1/chat/completions"),
     "completions": lambda app: app.post("/v1/completions"),
     "models": lambda app: app.get("/v1/models"),
@@ -369,7 +404,7 @@ ENDPOINTS = {
 
 
 def make_ingress(service: Service) -> type:
-    """The deployment class with its routes; only they exist."""
+    """Return the deployment class of the ingress. It has the routes of ``ENDPOINTS`` and no others."""
     app = FastAPI(title="seap_ray", docs_url=None, redoc_url=None)
     add_handlers(app)
     app.add_middleware(Gate, key_hashes=service.key_hashes, max_body_bytes=service.max_body_bytes)

@@ -1,4 +1,4 @@
-"""LLM config: a pack in, what ``ray.serve.llm`` is to do with it out."""
+"""LLM config: settings of an engine for ``ray.serve.llm``, from the service's config."""
 
 import math
 from typing import Any
@@ -10,57 +10,44 @@ from seap_ray.config import Config
 from seap_ray.storage.files import read_json, stage
 from seap_ray.vllm_plugin.plugin import END_WITH_PARENT, LOAD_FORMAT
 from serve.engine import FOLDER, HEALTH_CHECK_S, ExpertServer
+from serve.engines import EngineGroup, is_cpu
 from serve.experts import Expert
-from serve.pack_server import PACK, PackServer
-from serve.packs import Pack, is_cpu
+from serve.shared_engine import SHARED_ENGINE, SharedEngineServer
 
 CPU_KV_CACHE_BYTES = 1 << 30
-"""Most that an engine on a CPU takes for its cache where serve.engine does not say; vLLM would take all memory."""
+"""Largest key-value cache of an engine on a CPU, where serve.engine sets none. vLLM would take all memory."""
+STATUS_REQUESTS = 100
+"""Requests for its state that a shared engine may answer at a time, beside those for replies."""
 
 
-def llm_config(config: Config, pack: Pack) -> LLMConfig:
-    """How ``ray.serve.llm`` is to run an engine. Every limit is set: its own defaults are a thousand million."""
-    serve, expert, on_cpu, is_shared = config.serve, pack.experts[0], is_cpu(config), len(pack.experts) > 1
-    engine: dict[str, Any] = {"dtype": config.model.dtype}
-    at_a_time, queued = serve.max_ongoing_requests, serve.max_queued_requests
-    if is_shared:
-        engine |= {"load_format": LOAD_FORMAT, "enable_prefix_caching": True}
-        queued *= len(pack.experts)
-        at_a_time += queued + 100  # all wait in the server, by expert; the hundred ask how it stands
-    if on_cpu:
-        engine |= {"enforce_eager": True, "kv_cache_memory_bytes": _kv_cache_bytes(config, expert)}
+def llm_config(config: Config, group: EngineGroup) -> LLMConfig:
+    """Return how ``ray.serve.llm`` runs an engine. Every limit is set: Ray's own default is 10^9 requests."""
+    expert = group.experts[0]
     return LLMConfig(
-        model_loading_config={"model_id": pack.name, "model_source": str(stage(expert.folder))},
-        experimental_configs={FOLDER: str(expert.folder)} | ({PACK: _about(config, pack)} if is_shared else {}),
-        accelerator_config={"kind": "cpu" if on_cpu else "gpu"},
-        placement_group_config={
-            "bundle_per_worker": {"CPU": serve.num_cpus} | ({} if on_cpu else {"GPU": serve.num_gpus})
-        },
-        engine_kwargs=engine | serve.engine,
+        model_loading_config={"model_id": group.name, "model_source": str(stage(expert.folder))},
+        experimental_configs=_experimental_configs(config, group),
+        accelerator_config={"kind": "cpu" if is_cpu(config) else "gpu"},
+        placement_group_config={"bundle_per_worker": _resources(config)},
+        engine_kwargs=_engine_arguments(config, group),
         runtime_env={"env_vars": _environment(config)},
-        server_cls=PackServer if is_shared else ExpertServer,
-        deployment_config={
-            "autoscaling_config": {
-                "min_replicas": serve.min_replicas,
-                "max_replicas": serve.max_replicas,
-                "target_ongoing_requests": max(1, serve.max_ongoing_requests * 0.7),
-            },
-            "ray_actor_options": {"num_cpus": 0},
-            "max_ongoing_requests": at_a_time,
-            "max_queued_requests": queued,
-            "health_check_period_s": HEALTH_CHECK_S,
-            "health_check_timeout_s": 30,
-            "graceful_shutdown_wait_loop_s": 1,
-            "graceful_shutdown_timeout_s": serve.drain_timeout_s,
-        },
+        server_cls=SharedEngineServer if group.is_shared else ExpertServer,
+        deployment_config=_deployment_config(config, group),
     )
 
 
-def _about(config: Config, pack: Pack) -> dict[str, Any]:
-    """What a pack's server is told."""
+def _experimental_configs(config: Config, group: EngineGroup) -> dict[str, Any]:
+    """Return what the server of an engine reads at its start; ``ray.serve.llm`` hands it on."""
+    configs: dict[str, Any] = {FOLDER: str(group.experts[0].folder)}
+    if group.is_shared:
+        configs[SHARED_ENGINE] = _sharing(config, group)
+    return configs
+
+
+def _sharing(config: Config, group: EngineGroup) -> dict[str, Any]:
+    """Return the folders, the limits and the time slice of a shared engine."""
     serve = config.serve
     return {
-        "folders": {expert.name: str(expert.folder) for expert in pack.experts},
+        "folders": {expert.name: str(expert.folder) for expert in group.experts},
         "time_slice_s": serve.pack.time_slice_s,
         "limits": {
             "running": serve.max_ongoing_requests,
@@ -71,20 +58,71 @@ def _about(config: Config, pack: Pack) -> dict[str, Any]:
     }
 
 
+def _resources(config: Config) -> dict[str, float]:
+    """Return what each rank of an engine reserves."""
+    resources = {"CPU": config.serve.num_cpus}
+    if not is_cpu(config):
+        resources["GPU"] = config.serve.num_gpus
+    return resources
+
+
+def _engine_arguments(config: Config, group: EngineGroup) -> dict[str, Any]:
+    """Return vLLM's engine arguments; those of ``serve.engine`` come last and so take precedence."""
+    arguments: dict[str, Any] = {"dtype": config.model.dtype}
+    if group.is_shared:
+        arguments |= {"load_format": LOAD_FORMAT, "enable_prefix_caching": True}
+    if is_cpu(config):
+        cache_bytes = _kv_cache_bytes(config, group.experts[0])
+        arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": cache_bytes}
+    return arguments | config.serve.engine
+
+
 def _kv_cache_bytes(config: Config, expert: Expert) -> int:
-    """Room for every request at its longest, up to the limit; twice, since a cache may be of a wider type."""
-    longest = (
-        config.serve.engine.get("max_model_len") or read_json(expert.folder / "config.json")["max_position_embeddings"]
-    )
+    """Return room for every request at its longest, up to ``CPU_KV_CACHE_BYTES``."""
+    longest = config.serve.engine.get("max_model_len")
+    if not longest:
+        longest = read_json(expert.folder / "config.json")["max_position_embeddings"]
+
+    # Twice, since the cache may be of a wider type than the checkpoint.
     needed = 2 * config.serve.max_ongoing_requests * longest * expert.kv_bytes_per_token
     return min(CPU_KV_CACHE_BYTES, needed)
 
 
+def _deployment_config(config: Config, group: EngineGroup) -> dict[str, Any]:
+    """Return Ray Serve's settings of an engine's deployment."""
+    serve = config.serve
+    ongoing = serve.max_ongoing_requests
+    queued = serve.max_queued_requests
+    if group.is_shared:
+        # All requests wait inside the server, by expert, and not in Serve's queue.
+        queued *= len(group.experts)
+        ongoing += queued + STATUS_REQUESTS
+    return {
+        "autoscaling_config": {
+            "min_replicas": serve.min_replicas,
+            "max_replicas": serve.max_replicas,
+            "target_ongoing_requests": max(1, serve.max_ongoing_requests * 0.7),
+        },
+        "ray_actor_options": {"num_cpus": 0},
+        "max_ongoing_requests": ongoing,
+        "max_queued_requests": queued,
+        "health_check_period_s": HEALTH_CHECK_S,
+        "health_check_timeout_s": 30,
+        "graceful_shutdown_wait_loop_s": 1,
+        "graceful_shutdown_timeout_s": serve.drain_timeout_s,
+    }
+
+
 def _environment(config: Config) -> dict[str, str]:
-    """Ray replaces the job's variables by a deployment's, so they are repeated."""
-    job = ray.get_runtime_context().runtime_env.get("env_vars") or {} if ray.is_initialized() else {}
-    if not is_cpu(config):
-        # The older runner shares attention metadata between layers with other numbers of query heads.
-        return {**job, END_WITH_PARENT: "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
-    threads = str(math.ceil(config.serve.num_cpus))
-    return {**job, END_WITH_PARENT: "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads}
+    """Return an engine's environment variables, with the job's: Ray replaces those by a deployment's own."""
+    variables: dict[str, str] = {}
+    if ray.is_initialized():
+        variables |= ray.get_runtime_context().runtime_env.get("env_vars") or {}
+    variables[END_WITH_PARENT] = "1"
+    if is_cpu(config):
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        variables["OMP_NUM_THREADS"] = str(math.ceil(config.serve.num_cpus))
+    else:
+        # The older runner shares attention metadata between layers with unequal numbers of query heads.
+        variables["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    return variables

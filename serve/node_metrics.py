@@ -1,4 +1,4 @@
-"""Node metrics: what Ray's agent on every node exports about this service, as one page for Prometheus."""
+"""Node metrics: joins what Ray's agent on every node exports about this service to one page for Prometheus."""
 
 import asyncio
 import re
@@ -7,12 +7,17 @@ from typing import Any
 
 import httpx
 
-OURS = re.compile(r"ray_(seap_|vllm|serve_)")
+EXPORTED = re.compile(r"ray_(seap_|vllm|serve_)")
+"""Names of the metrics that are shown."""
 TIMEOUT_S = 5.0
+"""Seconds that a node's agent may take to answer."""
 
 
 async def gather(nodes: list[dict[str, Any]]) -> str:
-    """Lines of all nodes, by metric. Ours lose Ray's prefix: ``seap_route_total``. A silent node is left out."""
+    """Fetch the metrics of all nodes. A node that does not answer is left out.
+
+    Metrics of this service lose Ray's prefix: ``seap_route_total``.
+    """
     addresses = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes if node["Alive"]]
     async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
         pages = await asyncio.gather(*(client.get(address) for address in addresses), return_exceptions=True)
@@ -20,7 +25,7 @@ async def gather(nodes: list[dict[str, Any]]) -> str:
 
 
 def merged(pages: list[str]) -> str:
-    """One page of several: a metric's HELP and TYPE once, then its samples from everywhere."""
+    """Return one page from several: each metric's HELP and TYPE once, then its samples of all pages."""
     about: dict[str, dict[str, str]] = defaultdict(dict)
     samples: dict[str, list[str]] = defaultdict(list)
     for page in pages:
@@ -31,6 +36,10 @@ def merged(pages: list[str]) -> str:
                 about[family].setdefault(kind, line)
             else:
                 samples[family].append(line)
-    ours = sorted(filter(OURS.match, about))
-    text = "".join(f"{line}\n" for family in ours for line in (*about[family].values(), *samples[family]))
+
+    lines: list[str] = []
+    for family in sorted(filter(EXPORTED.match, about)):
+        lines += about[family].values()
+        lines += samples[family]
+    text = "".join(f"{line}\n" for line in lines)
     return re.sub(r"(?m)^((?:# \w+ )?)ray_(seap_)", r"\1\2", text)

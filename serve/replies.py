@@ -1,4 +1,4 @@
-"""Replies: what vLLM gives, whole or in pieces of a stream, and the errors that are in it."""
+"""Replies: reads vLLM's replies, whole or in chunks of a stream, and the errors in them."""
 
 import json
 from typing import Any
@@ -7,21 +7,25 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 
 def joined(reply: Any) -> Any:
-    """A piece of a stream as one text; what is no stream stays."""
+    """Return a chunk of a stream as one text; a reply that is no stream is returned as it is."""
     if isinstance(reply, list):
-        return "".join(map(str, reply)) if all(isinstance(item, str) for item in reply) else reply[0]
+        is_text = all(isinstance(item, str) for item in reply)
+        return "".join(reply) if is_text else reply[0]
     return reply
 
 
 def error_in(reply: Any) -> dict[str, Any] | None:
-    """vLLM's error, whether it is a reply or an event of a stream."""
+    """Return the error that a reply, or an event of a stream, consists of; None where there is none."""
     if isinstance(reply, str):
         start = reply.find('data: {"error"')
-        return json.loads(reply[start + 6 :].partition("\n\n")[0])["error"] if start >= 0 else None
+        if start < 0:
+            return None
+        event = reply[start + len("data: ") :].partition("\n\n")[0]
+        return json.loads(event)["error"]
     error = getattr(reply, "error", None)
     return error and error.model_dump()
 
 
-def tells_of_death(error: dict[str, Any]) -> bool:
-    """Whether vLLM's error says that its engine is dead."""
+def is_engine_death(error: dict[str, Any]) -> bool:
+    """Return whether an error of vLLM says that its engine is dead."""
     return str(EngineDeadError()) in error["message"]

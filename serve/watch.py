@@ -1,4 +1,4 @@
-"""Watch: which models can answer right now, from Serve's own status and from requests that just failed."""
+"""Watch: knows which models can answer right now, from Serve's own status and from requests that just failed."""
 
 import logging
 import threading
@@ -10,20 +10,24 @@ from ray import serve
 logger = logging.getLogger("ray.serve")
 
 PERIOD_S = 2.0
-"""Between two looks at Serve's status, each a tenth of a second of CPU: there are none without an alarm."""
+"""Seconds between two queries of Serve's status. A query takes a tenth of a CPU second, so none is made without an
+alarm."""
 DOUBT_S = 5.0
-"""How long a failed request is believed over the status, which learns of a death a little later."""
+"""Seconds for which a failed request counts more than the status, which learns of a death a little later."""
 
 
 class Watch:
-    """What is known of the models. Nobody waits for it: its own thread asks Serve, from an alarm until all is well.
+    """The state of the models, without waiting: a thread of its own queries Serve, from an alarm until all are up.
 
-    ``is_single`` says that a model has one replica, so that a failed request speaks for the model.
+    ``is_single`` says that every model has one replica, so that a failed request is evidence about the model.
     """
 
     def __init__(self, deployments: Mapping[str, str], app_name: str, *, is_single: bool):
-        self._deployments, self._app_name, self._is_single = dict(deployments), app_name, is_single
-        self._down = frozenset(deployments)  # until the first look: the ingress may start before its models
+        self._deployments = dict(deployments)
+        self._app_name = app_name
+        self._is_single = is_single
+        # Until the first query all count as down: the ingress may start before its models.
+        self._down = frozenset(deployments)
         self._gone: frozenset[str] = frozenset()
         self._doubted: dict[str, float] = {}
         self._alarm = threading.Event()
@@ -31,37 +35,39 @@ class Watch:
         threading.Thread(target=self._follow, name="watch", daemon=True).start()
 
     def is_up(self, model: str) -> bool:
-        """Whether a new request may go there."""
+        """Return whether a new request may go to the model."""
         return model not in self._down and self._doubted.get(model, 0) < time.monotonic()
 
     def is_gone(self, model: str) -> bool:
-        """Whether no replica is left that could still answer what was sent before: a stopping one does."""
+        """Return whether no replica is left to answer requests sent earlier. One that is stopping still does."""
         return model in self._gone
 
     def doubt(self, model: str) -> None:
-        """A request to ``model`` failed as one does whose engine died."""
+        """Note that a request to ``model`` failed in the way of one whose engine died."""
         if self._is_single:
             self._doubted[model] = time.monotonic() + DOUBT_S
         self._alarm.set()
 
     def alarm(self) -> None:
-        """Something takes long: have Serve asked."""
+        """Have Serve queried, because something takes long."""
         self._alarm.set()
 
     def _follow(self) -> None:
+        """Query Serve after every alarm, and again until all models are up."""
         while self._alarm.wait():
             self._alarm.clear()
             try:
-                self._look()
-            except Exception as error:  # the controller restarts; what was known stays
+                self._query()
+            except Exception as error:  # the controller is being restarted; the last state stays
                 logger.warning(f"no status from Serve ({error})")
                 self._alarm.set()
             if not all(map(self.is_up, self._deployments)):
                 self._alarm.set()
             time.sleep(PERIOD_S)
 
-    def _look(self) -> None:
+    def _query(self) -> None:
+        """Read the state of every model from Serve."""
         status = serve.status().applications[self._app_name].deployments
-        states = {model: status[name].replica_states for model, name in self._deployments.items() if name in status}
-        self._down = frozenset(model for model, of in states.items() if not of.get("RUNNING"))
-        self._gone = frozenset(model for model in self._down if not states[model].get("STOPPING"))
+        replicas = {model: status[name].replica_states for model, name in self._deployments.items() if name in status}
+        self._down = frozenset(model for model, states in replicas.items() if not states.get("RUNNING"))
+        self._gone = frozenset(model for model in self._down if not replicas[model].get("STOPPING"))

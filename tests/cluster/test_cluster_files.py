@@ -18,7 +18,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from seap_ray.config import load_config
-from serve.app import _flat
+from serve.app import _dotted
 from tests.support import ROOT
 
 CLUSTER = ROOT / "cluster"
@@ -146,7 +146,7 @@ def test_serve_accepts_its_configs_and_so_do_we(name):
     (application,) = ServeDeploySchema.model_validate(serve_configs()[name]).applications
     assert application.import_path == "serve.app:build" and application.args["config"] == "/app/ray_config.yaml"
     arguments = {**application.args, "config": str(ROOT / "ray_config.yaml")}
-    config = load_config([f"{key}={value}" for key, value in _flat(arguments)])
+    config = load_config([f"{key}={value}" for key, value in _dotted(arguments)])
     assert config.serve.num_gpus == 1 and config.run.name == "llama8b"
 
 

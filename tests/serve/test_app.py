@@ -12,7 +12,7 @@ from seap_ray.config import load_config
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import Compaction
-from serve.app import _flat
+from serve.app import _dotted
 from serve.node_metrics import merged
 from tests.support import ROOT
 from tests.support.builders import random_plan, write_compacted
@@ -55,10 +55,10 @@ def config(run, *arguments):
 
 
 def names(app, run, *arguments):
-    from serve.experts import find
+    from serve.experts import find_experts
 
     made = config(run, *arguments)
-    return [(expert.name, expert.ratio) for expert in find(made, app.Run.of(made))]
+    return [(expert.name, expert.ratio) for expert in find_experts(made, app.Run.of(made))]
 
 
 def test_the_general_model_and_all_experts_of_the_smallest_ratio_are_served_and_no_baseline(app, run):
@@ -119,23 +119,23 @@ def test_settings_that_contradict_or_endanger_are_refused(run, arguments, messag
 
 
 def test_engines_are_told_every_limit(app, run):
-    from serve.experts import find
+    from serve.engines import EngineGroup
+    from serve.experts import find_experts
     from serve.llm_config import llm_config
-    from serve.packs import Pack
 
     made = config(run, "serve.engine.max_model_len=32", "serve.device=gpu", "serve.num_gpus=0.5", "model.dtype=float16")
-    experts = find(made, app.Run.of(made))
-    pack = Pack((experts[0],))
+    experts = find_experts(made, app.Run.of(made))
+    pack = EngineGroup((experts[0],))
     told = llm_config(made, pack)
     assert told.engine_kwargs == {"dtype": "float16", "max_model_len": 32}
     assert told.placement_group_config == {"bundle_per_worker": {"CPU": 1.0, "GPU": 0.5}}
     assert told.deployment_config["max_ongoing_requests"] == told.deployment_config["max_queued_requests"] == 64
     on_cpu = llm_config(config(run, "serve.device=cpu", "serve.engine.max_model_len=32"), pack).engine_kwargs
     assert on_cpu["kv_cache_memory_bytes"] == 2 * 64 * 32 * 64, "of 64 requests, 32 tokens and 64 bytes; twice"
-    shared = llm_config(made, Pack(tuple(experts)))
-    assert shared.engine_kwargs["load_format"] == "seap_ray" and shared.model_id == "pack"
+    shared = llm_config(made, EngineGroup(tuple(experts)))
+    assert shared.engine_kwargs["load_format"] == "seap_ray" and shared.model_id == "shared_engine"
     assert shared.deployment_config["max_ongoing_requests"] > 64 + 3 * 64, "all may wait in the server"
-    about = shared.experimental_configs["pack"]
+    about = shared.experimental_configs["shared_engine"]
     assert [*about["folders"]] == ["general", "alpha", "beta"] and about["limits"]["running"] == 64
 
 
@@ -158,25 +158,25 @@ def test_models_share_an_engine_where_they_outnumber_accelerators(
 ):
     import torch
 
-    from serve.experts import find
-    from serve.packs import packs
+    from serve.engines import engine_groups
+    from serve.experts import find_experts
 
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # the cluster of tests before has no GPU
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     made = config(run, *arguments)
-    found, why = packs(made, find(made, app.Run.of(made)))
+    found, why = engine_groups(made, find_experts(made, app.Run.of(made)))
     assert len(found) == engines and re.fullmatch(reason, why), why
 
 
 def test_models_of_other_shapes_do_not_share_an_engine(app, run):
-    from serve.experts import find
-    from serve.packs import packs
+    from serve.engines import engine_groups
+    from serve.experts import find_experts
 
     path = run / "experts/0.20/beta/config.json"
     about = json.loads(path.read_text())
     path.write_text(json.dumps(about | {"rope_theta": 5e5}))
     made = config(run, "serve.device=cpu")
-    found, why = packs(made, find(made, app.Run.of(made)))
+    found, why = engine_groups(made, find_experts(made, app.Run.of(made)))
     assert len(found) == 3 and why == "an engine for each model, since beta has another config.json than general"
     with pytest.raises(ConfigError, match="serve.packing: shared is not possible, since beta has another config.json"):
         app.prepare(config(run, "serve.packing=shared"))
@@ -217,7 +217,7 @@ def test_the_command_that_is_told_has_the_key_from_where_it_is(run, capsys, sett
 
 def test_arguments_may_be_nested_as_in_a_file():
     args = {"config": "c.yaml", "serve": {"engine": {"max_model_len": 8}, "experts": ["a"]}, "run": {"name": "x"}}
-    assert dict(_flat(args)) == {
+    assert dict(_dotted(args)) == {
         "config": "c.yaml",
         "serve.engine.max_model_len": "8",
         "serve.experts": '["a"]',

@@ -127,7 +127,7 @@ def test_an_engine_that_is_killed_under_load_comes_back_and_every_request_is_ans
     asked = [*itertools.product(TEXTS, MODELS)] * 3
     asked = [(model, text) for text, model in asked]
     assert asyncio.run(load(service, asked, meanwhile=kill())) == [expected[pair] for pair in asked]
-    servers = service.processes("PackServer")
+    servers = service.processes("SharedEngineServer")
     assert len(servers) == 1 and any("EngineCore" in " ".join(command_of(p)) for p in servers[0].children(True))
 
 

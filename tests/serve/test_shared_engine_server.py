@@ -89,15 +89,15 @@ def folders(tmp_path):
 
 @asynccontextmanager
 async def serving(folders, monkeypatch, faults=(), engine_cls=PlayedEngine, **limits):
-    from serve import engine, pack_server
+    from serve import engine, shared_engine
 
     monkeypatch.setattr(engine, "check_registered", lambda: None)
     monkeypatch.setattr(PlayedEngine, "faults", list(faults))
     monkeypatch.setattr(PlayedEngine, "made", [])
     pack = {"folders": folders, "time_slice_s": 0.01, "limits": LIMITS | limits}
     config = SimpleNamespace(
-        model_id="pack",
-        experimental_configs={engine.FOLDER: folders["general"], pack_server.PACK: pack},
+        model_id="shared_engine",
+        experimental_configs={engine.FOLDER: folders["general"], shared_engine.SHARED_ENGINE: pack},
         model_loading_config=SimpleNamespace(model_source=None),
         get_engine_config=lambda: SimpleNamespace(),
         multiplex_config=lambda: None,
@@ -105,7 +105,7 @@ async def serving(folders, monkeypatch, faults=(), engine_cls=PlayedEngine, **li
 
     monkeypatch.setattr(engine.LLMServer, "_start_engine", lambda self: self.engine.start())
 
-    class Server(pack_server.PackServer):
+    class Server(shared_engine.SharedEngineServer):
         def _batch_output_stream(self, stream):
             return stream
 

