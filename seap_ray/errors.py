@@ -1,10 +1,11 @@
-"""Errors that a user can mend: one line each, with the exit code of the job that meets them."""
+"""Errors that a user can correct: one line each, with the exit code of the job that meets them."""
 
 
 class SeapError(Exception):
-    """Base of all expected failures. ``exit_code`` is what a job ends with."""
+    """Base of all expected failures."""
 
     exit_code = 1
+    """Exit code of a job that meets the error."""
 
 
 class ConfigError(SeapError):
@@ -20,6 +21,6 @@ class DataError(SeapError):
 
 
 class IncompleteError(SeapError):
-    """Work was cut short; what is done is kept, and the same command goes on from there."""
+    """Work that was cut short; what is done is kept, and the same command goes on from there."""
 
     exit_code = 4

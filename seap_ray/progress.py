@@ -1,4 +1,4 @@
-"""Progress: what a job says while it runs."""
+"""Progress: what a job says while it runs, and how it writes numbers and sizes."""
 
 import sys
 import time
@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
-PLAIN_EVERY = 10.0
+LINE_EVERY_S = 10.0
 """Seconds between two progress lines where there is no terminal."""
 
 
 def say(text: str) -> None:
+    """Print a line at once, also where output goes to a file."""
     print(text, flush=True)
 
 
@@ -22,7 +23,9 @@ def progress(steps: Iterable[int], total: int, label: str, unit: str = "") -> It
                 bar.update(step)
                 yield step
         return
-    started = said = time.monotonic()
+
+    started = time.monotonic()
+    last_line = started
     first: tuple[float, int] | None = None
     done = 0
     for step in steps:
@@ -30,32 +33,33 @@ def progress(steps: Iterable[int], total: int, label: str, unit: str = "") -> It
         now = time.monotonic()
         first = first or (now, done)
         yield step
-        if now - said > PLAIN_EVERY and done < total:
-            said = now
+        if now - last_line > LINE_EVERY_S and done < total:
+            last_line = now
             share = f"{count(done)}/{count(total)}{unit} ({done / total:.0%})"
             say(f"{label} {share}{_rate(first, now, done, total, unit)}")
     say(f"{label} {count(done)}{unit} in {time.monotonic() - started:.1f} s")
 
 
 def _rate(first: tuple[float, int], now: float, done: int, total: int, unit: str) -> str:
-    """Rate and remaining time, counted from the first step: before it models were loaded, which says nothing."""
+    """Return rate and remaining time, counted from the first step: loading models before it says nothing of either."""
     if done == first[1]:
         return ""
     rate = (done - first[1]) / (now - first[0])
     return f", {count(rate)}{unit}/s, {(total - done) / rate:.0f} s left"
 
 
-def count(n: float) -> str:
-    """A number in three digits: 2.74M."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if n >= size:
-            return f"{n / size:.3g}{letter}"
-    return f"{n:.3g}"
+def count(number: float) -> str:
+    """Return a number in three digits: 2.74M."""
+    for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= scale:
+            return f"{number / scale:.3g}{letter}"
+    return f"{number:.3g}"
 
 
 def size(n_bytes: float) -> str:
-    """Three digits: 168 GB, 13.1 MB."""
-    for unit, of in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if n_bytes >= 0.9995 * of:
-            return f"{n_bytes / of:.3g} {unit}"
+    """Return bytes in three digits with their unit: 168 GB, 13.1 MB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        # What would be rounded to 1000 of the smaller unit is 1 of this one.
+        if n_bytes >= 0.9995 * scale:
+            return f"{n_bytes / scale:.3g} {unit}"
     return f"{n_bytes / 1e3:.3g} kB"

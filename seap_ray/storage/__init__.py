@@ -1,1 +1,1 @@
-"""Storage: paths, whole files, locks and the run directory, on a disk or in a bucket."""
+"""Storage: paths, files that are whole or absent, artifacts, locks and the run's folder, on a disk or in a bucket."""

@@ -17,7 +17,7 @@ from seap_ray.storage.paths import LocalPath, StoragePath, storage_path
 
 
 def _file_mode() -> int:
-    """Mode of an ordinary new file, by the process's umask, which can be read only by setting it."""
+    """Return the mode of an ordinary new file by the process's umask, which can be read only by setting it."""
     umask = os.umask(0o077)
     os.umask(umask)
     return 0o666 & ~umask
@@ -28,7 +28,7 @@ _MODE = _file_mode()
 
 @contextmanager
 def atomic_write(path: StoragePath | Path) -> Iterator[Path]:
-    """Yield a local file to be written, which is at ``path`` if the block ends well; racing writers are harmless.
+    """Yield a local file to write, which is at ``path`` only if the block ends well; racing writers are harmless.
 
     Raises IncompleteError, and leaves nothing, when the storage is full or cannot be written to.
     """
@@ -39,7 +39,7 @@ def atomic_write(path: StoragePath | Path) -> Iterator[Path]:
         with writable(path):
             folder.mkdir(parents=True, exist_ok=True)
             yield temporary
-            temporary.chmod(_MODE)  # safetensors' own files are for nobody but their owner
+            temporary.chmod(_MODE)  # safetensors makes files that their owner alone can read
             target.commit(temporary)
     finally:
         with suppress(OSError):  # a folder that could not be made holds nothing to remove
@@ -48,7 +48,7 @@ def atomic_write(path: StoragePath | Path) -> Iterator[Path]:
 
 @contextmanager
 def writable(path: StoragePath | Path) -> Iterator[None]:
-    """Raises IncompleteError where the disk is full or cannot be written to."""
+    """Turn errors of writing to ``path`` inside the block into IncompleteError, one line for the user."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -60,7 +60,7 @@ def writable(path: StoragePath | Path) -> Iterator[None]:
 
 @contextmanager
 def readable(path: StoragePath | Path) -> Iterator[None]:
-    """Raises IncompleteError where storage does not answer, or not to us; what is not there is left to the caller."""
+    """Turn errors of reading ``path`` inside the block into IncompleteError, except those that say it is not there."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
@@ -70,12 +70,13 @@ def readable(path: StoragePath | Path) -> Iterator[None]:
 
 
 def write_json(path: StoragePath | Path, value: Any) -> None:
+    """Write a value as a JSON file, whole or not at all; what JSON does not know is written as text."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
 
 
 def read_json(path: StoragePath | Path) -> Any:
-    """Contents of a JSON file, or None when it is missing or torn."""
+    """Return the content of a JSON file, or None when it is missing or torn. Raises IncompleteError."""
     try:
         with readable(path):
             return json.loads(path.read_text())
@@ -84,8 +85,9 @@ def read_json(path: StoragePath | Path) -> Any:
 
 
 def sha256_of(path: StoragePath | Path) -> str:
+    """Return the sha256 of a file's bytes in hexadecimal. Raises OSError."""
     with path.open("rb") as file:
-        content: Any = file
+        content: Any = file  # a bucket's file has what file_digest needs, but not the declared type
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 

@@ -15,88 +15,109 @@ from seap_ray.progress import say
 from seap_ray.storage.files import writable
 from seap_ray.storage.paths import BucketPath, LocalPath, StoragePath, storage_path
 
-BEAT_S = 10.0
-"""Seconds between two changes of the file in a bucket. One that does not change for three of them is nobody's."""
+HEARTBEAT_S = 10.0
+"""Seconds between two changes of the lock file in a bucket. One that does not change for three of them is nobody's."""
 SETTLE_S = 2.0
 """Of two jobs that come at the same time, the last one that wrote within this time has the lock."""
 
 
 def lock(root: StoragePath | Path) -> AbstractContextManager[None]:
-    """While inside, no other job works on the run at ``root``, however this process ends.
+    """Keep other jobs off the run at ``root`` inside the block; the lock ends with this process, however that ends.
 
-    Raises ConfigError while another one does, IncompleteError where nothing can be written. A file system without
-    locks has none.
+    Raises ConfigError while another job has the lock, IncompleteError where nothing can be written. On a file system
+    without locks nothing is locked.
     """
     path = storage_path(root)
-    return _in_bucket(path) if path.is_remote else _on_disk(path)
+    return _lock_in_bucket(path) if path.is_remote else _lock_on_disk(path)
 
 
-def _taken(root: StoragePath, by: str) -> ConfigError:
-    other = by or "another one"
+def _locked_error(root: StoragePath, owner: str) -> ConfigError:
+    other = owner or "another one"
     return ConfigError(f"{root}: a job works on this run ({other}); wait for its end, or choose another run.name")
 
 
-def _me() -> str:
+def _process_name() -> str:
     return f"{platform.node()}, process {os.getpid()}"
 
 
 @contextmanager
-def _on_disk(root: LocalPath) -> Iterator[None]:
+def _lock_on_disk(root: LocalPath) -> Iterator[None]:
     with writable(root):
         root.mkdir(parents=True, exist_ok=True)
         file = (root / ".lock").open("a+")
+
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise _taken(root, file.read().strip()) from None
+            raise _locked_error(root, file.read().strip()) from None
         except OSError:
-            pass
+            pass  # a file system without locks
         with writable(root):
             file.truncate(0)
-            print(_me(), file=file, flush=True)
+            print(_process_name(), file=file, flush=True)
         yield
 
 
 @contextmanager
-def _in_bucket(root: BucketPath) -> Iterator[None]:
-    path, mine, ended = root / ".lock", f"{_me()}, {uuid.uuid4().hex}", threading.Event()
-    before = _read(path)
-    if before:
-        say(f"{root} is marked as worked on by {_owner(before)}; seeing whether it still is")
-        time.sleep(3 * BEAT_S)
-        if (now := _read(path)) not in (before, ""):
-            raise _taken(root, _owner(now))
-    with writable(path):
-        path.write_bytes(mine.encode())
-    time.sleep(SETTLE_S)
-    if (now := _read(path)) != mine:
-        raise _taken(root, _owner(now))
+def _lock_in_bucket(root: BucketPath) -> Iterator[None]:
+    path = root / ".lock"
+    mark = f"{_process_name()}, {uuid.uuid4().hex}"
+    _wait_until_free(root, path)
+    _acquire(root, path, mark)
 
-    def beat() -> None:
-        while not ended.wait(BEAT_S):
-            with suppress(OSError):
-                if path.read_text().startswith(mine):  # another may have taken it after a silence of ours
-                    path.write_bytes(f"{mine}, {time.monotonic()}".encode())
-
-    beating = threading.Thread(target=beat, daemon=True)
-    beating.start()
+    ended = threading.Event()
+    heartbeat = threading.Thread(target=_keep_changing, args=(path, mark, ended), daemon=True)
+    heartbeat.start()
     try:
         yield
     finally:
         ended.set()
-        beating.join()
+        heartbeat.join()
         with suppress(OSError):
-            if path.read_text().startswith(mine):
+            if path.read_text().startswith(mark):
                 path.unlink(missing_ok=True)
 
 
+def _wait_until_free(root: BucketPath, path: BucketPath) -> None:
+    """Raise ConfigError if the lock file still changes; one that does not was left by a job that was killed."""
+    before = _read(path)
+    if not before:
+        return
+    say(f"{root} is marked as worked on by {_owner(before)}; seeing whether it still is")
+    time.sleep(3 * HEARTBEAT_S)
+    now = _read(path)
+    if now not in (before, ""):
+        raise _locked_error(root, _owner(now))
+
+
+def _acquire(root: BucketPath, path: BucketPath, mark: str) -> None:
+    """Write the mark, and raise ConfigError if another job wrote its own at the same time and later."""
+    with writable(path):
+        path.write_bytes(mark.encode())
+    time.sleep(SETTLE_S)
+    now = _read(path)
+    if now != mark:
+        raise _locked_error(root, _owner(now))
+
+
+def _keep_changing(path: BucketPath, mark: str, ended: threading.Event) -> None:
+    """Change the lock file until the lock ends, to show other jobs that this one lives."""
+    while not ended.wait(HEARTBEAT_S):
+        with suppress(OSError):
+            # Another job may have taken the lock after this one could not write for a while.
+            if path.read_text().startswith(mark):
+                path.write_bytes(f"{mark}, {time.monotonic()}".encode())
+
+
 def _read(path: BucketPath) -> str:
+    """Return the text of the lock file, or nothing where there is none."""
     with writable(path), suppress(FileNotFoundError):
         return path.read_text()
     return ""
 
 
 def _owner(text: str) -> str:
+    """Return node and process of a lock file's text, which are its first two words."""
     return ", ".join(text.split(", ")[:2])

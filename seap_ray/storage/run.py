@@ -1,4 +1,4 @@
-"""Run: the run directory is the state. Where everything lies.
+"""Run: the run's folder is its state. This file says where everything in it lies.
 
 A file that is there is complete; a folder is complete when its manifest, written last, is there.
 """
@@ -17,6 +17,8 @@ from seap_ray.storage.paths import StoragePath, parse_path, storage_path
 
 FIXED = ("run.seed", "model.source", "model.revision", "model.dtype", "calibration.skip_first_token")
 """Keys that a run keeps for life, besides ``corpus`` and every task: its statistics depend on them."""
+AFTER_STATISTICS = (".weight", ".metric", ".lm_eval", ".choices", ".evaluation_path", ".evaluation_split")
+"""Ends of a task's keys that may change in a run: they are read after its statistics are recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,68 +33,82 @@ class Run:
 
     @classmethod
     def of(cls, config: Config) -> "Run":
+        """Return the run that a config names."""
         return cls(parse_path(config.run.storage).storage_root() / config.run.name)
 
     @property
     def config(self) -> StoragePath:
+        """The resolved config that the run was made with."""
         return self.root / "config.json"
 
     def shards(self, task: str) -> StoragePath:
+        """Return the folder of a task's tokenised calibration rows."""
         return self.root / "shards" / task
 
     def records(self, task: str) -> StoragePath:
+        """Return the folder of a task's statistics, one file a shard."""
         return self.root / "records" / task
 
     def statistics(self, task: str) -> StoragePath:
+        """Return the file of a task's statistics, merged over its shards."""
         return self.root / "statistics" / f"{task}.safetensors"
 
     def part(self, name: str) -> StoragePath:
-        """Statistics of some of a task's shards, which a study compares."""
+        """Return the file of statistics of some of a task's shards, which a study compares."""
         return self.root / "statistics" / "parts" / f"{name}.safetensors"
 
     def unit_scores(self, name: str) -> StoragePath:
-        """Scores of units that were made from covariances, for a second plan and for the report."""
+        """Return the file of scores of units made from covariances, kept for a second plan and for the report."""
         return self.root / "statistics" / "scores" / f"{name}.safetensors"
 
     def plan(self, ratio: float, name: str) -> StoragePath:
+        """Return the file that says what a model keeps."""
         return self.root / "plans" / ratio_name(ratio) / f"{name}.json"
 
     def experts(self, ratio: float) -> StoragePath:
+        """Return the folder of all checkpoints of a ratio."""
         return self.root / "experts" / ratio_name(ratio)
 
     def expert(self, ratio: float, name: str) -> StoragePath:
+        """Return the folder of a checkpoint."""
         return self.experts(ratio) / name
 
     @property
     def shared(self) -> StoragePath:
-        """What experts have of the base, once; those on a disk are hard links to it."""
+        """Files that experts have of the base, once; those in experts' folders on a disk are hard links to them."""
         return self.root / "shared"
 
     @property
     def router(self) -> StoragePath:
+        """Folder of the router."""
         return self.root / "router"
 
     @property
     def cells(self) -> StoragePath:
+        """Folder of evaluation results, one file for a model on a task."""
         return self.root / "cells"
 
     @property
     def results(self) -> StoragePath:
+        """Results of the main job."""
         return self.root / "results.json"
 
     def study(self, name: str) -> StoragePath:
+        """Return the file of a study's results."""
         return self.root / "results" / f"{name}.json"
 
     @property
     def report(self) -> StoragePath:
+        """The page of the run."""
         return self.root / "report.html"
 
     @property
     def pictures(self) -> StoragePath:
+        """Folder of the page's pictures as files."""
         return self.root / "pictures"
 
-    def held(self) -> AbstractContextManager[None]:
-        """While inside, no other job works on this run. Raises ConfigError while another one does."""
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other jobs off this run inside the block. Raises ConfigError while another job has it."""
         return lock(self.root)
 
     def claim(self, config: Config) -> None:
@@ -102,7 +118,9 @@ class Run:
         write_json(self.config, config.model_dump(mode="json"))
 
     def _refuse_another(self, made_with: dict[str, Any], config: Config) -> None:
-        old, new = flat(made_with), flat(config.model_dump(mode="json"))
+        """Raise ConfigError for the first key on which statistics depend and which differs."""
+        old = flatten(made_with)
+        new = flatten(config.model_dump(mode="json"))
         for key in sorted(old.keys() & new.keys()):
             if old[key] != new[key] and _is_fixed(key):
                 raise ConfigError(
@@ -111,15 +129,16 @@ class Run:
 
 
 def _is_fixed(key: str) -> bool:
-    after_statistics = key.endswith(
-        (".weight", ".metric", ".lm_eval", ".choices", ".evaluation_path", ".evaluation_split")
-    )
-    return key in FIXED or (key.startswith(("corpus.", "tasks.")) and not after_statistics)
+    """Return whether the run's statistics depend on a dotted key."""
+    return key in FIXED or (key.startswith(("corpus.", "tasks.")) and not key.endswith(AFTER_STATISTICS))
 
 
-def flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys of a dumped config; tasks by name, so that tasks may be added and left out."""
-    flat = {f"tasks.{task['name']}.{key}": value for task in values["tasks"] for key, value in task.items()}
+def flatten(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a dumped config by dotted keys; a task's keys have its name, so that tasks may be added and left out."""
+    flat: dict[str, Any] = {}
+    for task in values["tasks"]:
+        flat |= {f"tasks.{task['name']}.{key}": value for key, value in task.items()}
+
     for key, _ in walk(Config):
         value: Any = values
         for part in key.split("."):
@@ -130,11 +149,11 @@ def flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def ratio_name(ratio: float) -> str:
-    """Folder name of a ratio: 0.5 -> ``0.50``, 0.125 -> ``0.125``."""
+    """Return the folder name of a ratio: 0.5 -> ``0.50``, 0.125 -> ``0.125``."""
     short = f"{ratio:.2f}"
     return short if float(short) == ratio else repr(ratio)
 
 
 def fingerprint(*parts: Any) -> str:
-    """Hash of JSON-able values: equal for equal values, whatever the process."""
+    """Return the sha256 of JSON-able values: equal for equal values, in every process."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from seap_ray.errors import ConfigError, DataError, IncompleteError
-from seap_ray.models import checkpoint as checkpoint_module
+from seap_ray.models import model_sources
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.corpus import check_source, corpus_files, is_files
+from seap_ray.models.corpus import check_source
 from seap_ray.models.records import is_whole, save_tensors
+from seap_ray.models.row_sources import RowFiles, calibration_rows
 from seap_ray.storage import lock as lock_module
 from seap_ray.storage import paths as paths_module
 from seap_ray.storage.files import atomic_write, read_json, sha256_of, stage, write_json
@@ -182,7 +183,8 @@ def test_a_checkpoint_travels_as_its_name_and_is_read_where_it_arrives(bucket, d
     monkeypatch.setenv("SEAP_RAY_CACHE", str(tmp_path / "another node"))
     there = pickle.loads(parcel)
     assert there.folder.is_relative_to(tmp_path) and there.fingerprint == base.fingerprint
-    assert there.is_copy and not Checkpoint.open(str(dense("qwen2"))).is_copy and not Checkpoint.open("demo").is_copy
+    local, built_in = Checkpoint.open(str(dense("qwen2"))), Checkpoint.open("demo")
+    assert there.source.is_copied and not local.source.is_copied and not built_in.source.is_copied
     assert len(parcel) < 500, "no weights' places, which differ from node to node"
 
 
@@ -194,11 +196,11 @@ def test_a_hubs_model_is_asked_for_on_the_node_that_it_arrives_at(dense, monkeyp
         return str(dense("llama_tied"))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    checkpoint_module._download.cache_clear()
+    model_sources._download.cache_clear()
     parcel = pickle.dumps(Checkpoint.open("lab/model", "main"))
-    checkpoint_module._download.cache_clear()  # another process
-    assert [pickle.loads(parcel).is_copy for _ in range(2)] == [True, True] and asked == ["lab/model"] * 2
-    checkpoint_module._download.cache_clear()
+    model_sources._download.cache_clear()  # another process
+    assert [pickle.loads(parcel).source.is_copied for _ in range(2)] == [True, True] and asked == ["lab/model"] * 2
+    model_sources._download.cache_clear()
 
 
 @pytest.mark.parametrize("source, said", [("s3://lab/nothing", "holds no model"), ("s3://none/x", "NO_SUCH_BUCKET|no")])
@@ -215,7 +217,7 @@ def test_corpora_in_a_bucket_are_a_file_a_pattern_or_a_folder_with_splits(bucket
         (bucket / "data" / name).write_bytes(b'{"text": "a"}\n')
     folder = str(bucket / "data")
     found = {
-        (path, split): [file.name for file in corpus_files(task(path), path, split)]
+        (path, split): [file.name for file in RowFiles("mine", path, split).files()]
         for path, split in [
             (folder, "train"),
             (folder, "validation"),
@@ -225,21 +227,21 @@ def test_corpora_in_a_bucket_are_a_file_a_pattern_or_a_folder_with_splits(bucket
     }
     both = ["train-0.jsonl", "train-1.jsonl"]
     assert [*found.values()] == [both, ["validation.jsonl"], both, ["train-1.jsonl"]]
-    assert is_files(folder)
+    assert isinstance(calibration_rows(task(folder)), RowFiles)
     check_source(task(folder), official=False)
     with pytest.raises(DataError, match="tasks.mine: no file of split 'test' under s3://lab"):
-        corpus_files(task(folder), folder, "test")
+        RowFiles("mine", folder, "test").files()
 
 
 # --- one job at a time -----------------------------------------------------------------------------------------------
 
 HOLD = "import sys, time; from seap_ray.storage import lock; from seap_ray.storage.paths import parse_path\n"
-HOLD += "lock.BEAT_S, lock.SETTLE_S = 0.3, 0.3\n"
+HOLD += "lock.HEARTBEAT_S, lock.SETTLE_S = 0.3, 0.3\n"
 HOLD += "with lock.lock(parse_path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 
 
 def test_a_run_in_a_bucket_is_refused_to_a_second_job_and_free_when_the_first_is_killed(bucket, monkeypatch, capsys):
-    monkeypatch.setattr(lock_module, "BEAT_S", 0.3)
+    monkeypatch.setattr(lock_module, "HEARTBEAT_S", 0.3)
     monkeypatch.setattr(lock_module, "SETTLE_S", 0.3)
     start = [sys.executable, "-c", HOLD, str(bucket)]
     other = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -273,7 +275,7 @@ def test_of_two_jobs_that_come_at_once_one_is_refused(bucket, monkeypatch):
 
 
 def test_a_job_that_lost_its_mark_leaves_that_of_another(bucket, monkeypatch):
-    monkeypatch.setattr(lock_module, "BEAT_S", 0.2)
+    monkeypatch.setattr(lock_module, "HEARTBEAT_S", 0.2)
     monkeypatch.setattr(lock_module, "SETTLE_S", 0.1)
     with lock(bucket):
         (bucket / ".lock").write_bytes(b"another, process 1, 0123")

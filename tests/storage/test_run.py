@@ -249,7 +249,7 @@ def test_what_is_published_is_as_readable_as_any_other_file(tmp_path):
 # --- one job at a time -----------------------------------------------------------------------------------------------
 
 HOLD = "import sys, time; from pathlib import Path; from seap_ray.storage.run import Run\n"
-HOLD += "with Run(Path(sys.argv[1])).held(): print('held', flush=True); time.sleep(60)"
+HOLD += "with Run(Path(sys.argv[1])).locked(): print('held', flush=True); time.sleep(60)"
 
 
 def test_a_run_that_a_job_works_on_is_refused_to_another_until_that_ends_however_it_ends(tmp_path):
@@ -257,19 +257,22 @@ def test_a_run_that_a_job_works_on_is_refused_to_another_until_that_ends_however
     other = subprocess.Popen([sys.executable, "-c", HOLD, run.root], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout and other.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match=rf"a job works on this run \(.*process {other.pid}\); wait"), run.held():
+        with (
+            pytest.raises(ConfigError, match=rf"a job works on this run \(.*process {other.pid}\); wait"),
+            run.locked(),
+        ):
             raise AssertionError("two at once")
         other.kill()
         other.wait(30)
-        with run.held():
+        with run.locked():
             pass
     finally:
         other.kill()
-    with run.held(), Run(tmp_path / "another").held():
+    with run.locked(), Run(tmp_path / "another").locked():
         pass
 
 
 def test_a_run_where_nothing_can_be_written_is_told(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(IncompleteError, match="cannot be written"), Run(tmp_path / "file" / "run").held():
+    with pytest.raises(IncompleteError, match="cannot be written"), Run(tmp_path / "file" / "run").locked():
         pass
