@@ -47,16 +47,19 @@ def measure_speeds(
     """
     rounds: list[dict[str, Seconds]] = []
     for _ in range(settings.rounds):
-        # A model is built anew each time, so that no more than one takes memory.
-        rounds.append({name: _time(_random_model(config, dtype, device), settings) for name, config in configs.items()})
+        seconds = {}
+        for name, config in configs.items():
+            # A model is built anew each time, so that no more than one takes memory.
+            seconds[name] = _time(_random_model(config, dtype, device), settings)
+        rounds.append(seconds)
 
-    dense_rounds = [seconds[dense] for seconds in rounds]
-    return {name: _speed(settings, [seconds[name] for seconds in rounds], dense_rounds) for name in configs}
+    return {name: _speed(settings, rounds, name, dense) for name in configs}
 
 
-def _speed(settings: SpeedSection, rounds: Sequence[Seconds], dense_rounds: Sequence[Seconds]) -> Speed:
-    prefill, decode = zip(*rounds, strict=True)
-    dense_prefill, dense_decode = zip(*dense_rounds, strict=True)
+def _speed(settings: SpeedSection, rounds: Sequence[dict[str, Seconds]], name: str, dense: str) -> Speed:
+    """Return the medians over rounds of one model."""
+    prefill, decode = zip(*(seconds[name] for seconds in rounds), strict=True)
+    dense_prefill, dense_decode = zip(*(seconds[dense] for seconds in rounds), strict=True)
     return Speed(
         prefill_tokens_per_s=settings.batch_size * settings.prompt_tokens / median(prefill),
         decode_tokens_per_s=settings.batch_size * settings.new_tokens / median(decode),

@@ -1,6 +1,6 @@
 """Study ``allocation``: is the logistic curve better than equal shares, and which curve?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -26,13 +26,20 @@ class _Curve:
     x0: float | None = None
 
     @property
-    def name(self) -> str:
+    def experts(self) -> str:
+        """Name of the experts' method."""
         if self.k is None:
             return self.allocation
         return f"{self.allocation}.k{self.k:g}.x{self.x0:g}"
 
     @property
+    def general(self) -> str:
+        """Name of the general model."""
+        return f"{self.experts}.general"
+
+    @property
     def settings(self) -> dict[str, Any]:
+        """Settings of a model that set this curve."""
         if self.k is None:
             return {"allocation": self.allocation}
         return {"allocation": self.allocation, "k": self.k, "x0": self.x0}
@@ -43,6 +50,7 @@ CURVES = (
     _Curve("global"),
     *(_Curve("logistic", k, x0) for k, x0 in product(STEEPNESSES, MIDPOINTS)),
 )
+"""All that is compared."""
 
 
 def run(runner: StudyRunner) -> StudyResult:
@@ -51,34 +59,30 @@ def run(runner: StudyRunner) -> StudyResult:
     wanted = []
     for curve in CURVES:
         for spec in run_specs(config):
-            method = curve.name if spec.task else _general(curve)
+            method = curve.experts if spec.task else curve.general
             wanted.append(variant(spec, method, **curve.settings))
     models = runner.evaluate_models(at_every_ratio(config, wanted))
 
     by_method = _by_method([model.row for model in models])
-    rows = []
-    for ratio, curve in product(config.pruning.ratio, CURVES):
-        summary = by_method.get((curve.name, ratio))
-        experts = estimate(summary.quality.values()) if summary else Estimate()
-        general = estimate(by_method[_general(curve), ratio].quality.values())
-        rows.append(
-            AllocationRow(
-                ratio,
-                curve.allocation,
-                curve.k,
-                curve.x0,
-                experts.value,
-                experts.stderr,
-                general.value,
-                general.stderr,
-            )
-        )
+    rows = [_row(ratio, curve, by_method) for ratio, curve in product(config.pruning.ratio, CURVES)]
     return StudyResult(models, AllocationRow.columns(mean_column(runner)), rows)
 
 
-def _general(curve: _Curve) -> str:
-    """Return the name of the general model; that of the experts is the curve's own."""
-    return f"{curve.name}.general"
+def _row(ratio: float, curve: _Curve, by_method: Mapping[tuple[str, float | None], ModelRow]) -> AllocationRow:
+    # Where no expert could be judged, there is no row of the experts together.
+    experts_row = by_method.get((curve.experts, ratio))
+    experts = estimate(experts_row.quality.values()) if experts_row else Estimate()
+    general = estimate(by_method[curve.general, ratio].quality.values())
+    return AllocationRow(
+        ratio=ratio,
+        allocation=curve.allocation,
+        k=curve.k,
+        x0=curve.x0,
+        experts_mean=experts.value,
+        experts_stderr=experts.stderr,
+        general_mean=general.value,
+        general_stderr=general.stderr,
+    )
 
 
 def _by_method(rows: Sequence[ModelRow]) -> dict[tuple[str, float | None], ModelRow]:

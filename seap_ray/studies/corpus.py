@@ -12,7 +12,7 @@ from seap_ray.config import Config
 from seap_ray.errors import ConfigError
 from seap_ray.pipeline.model_specs import ModelSpec
 from seap_ray.pipeline.shards import Shard
-from seap_ray.report.study_rows import CorpusRow
+from seap_ray.report.study_rows import CorpusRow, Estimate
 from seap_ray.studies.requests import SEEDS, on_own_task
 from seap_ray.studies.result import SeedMean, StudyResult, estimate, mean_column
 from seap_ray.studies.runner import EvaluatedModel, ModelRequest, StudyRunner
@@ -65,6 +65,8 @@ def _parts(runner: StudyRunner) -> dict[Draw, Sequence[Shard]]:
         for seed in SEEDS:
             if shards := _first_samples(runner.manifest(task).shards, size, seed):
                 by_seed[Draw(task, size, seed)] = shards
+
+        # A spread over some of the seeds would not compare with one over all.
         if len(by_seed) == len(SEEDS):
             parts |= by_seed
     if not parts:
@@ -95,17 +97,27 @@ def _expert(config: Config, draw: Draw) -> ModelSpec:
 def _rows(models: Mapping[tuple[float, Draw], EvaluatedModel]) -> list[CorpusRow]:
     """Return a row for every ratio and size: the mean over those tasks that have the largest size."""
     sizes = sorted({draw.size for _, draw in models})
+    # Dicts keep the order of first appearance.
+    ratios = dict.fromkeys(ratio for ratio, _ in models)
+    names = dict.fromkeys(draw.task for _, draw in models)
+
     rows = []
-    # A dict keeps the order of first appearance.
-    for ratio in dict.fromkeys(ratio for ratio, _ in models):
-        names = dict.fromkeys(draw.task for _, draw in models)
+    for ratio in ratios:
+        # Means over other tasks would not compare.
         tasks = [task for task in names if (ratio, Draw(task, sizes[-1], 0)) in models]
         for size in sizes:
-            by_seed = []
-            for seed in SEEDS:
-                drawn = [models[ratio, Draw(task, size, seed)] for task in tasks]
-                qualities = [model.row.quality[task] for model, task in zip(drawn, tasks, strict=True)]
-                by_seed.append(estimate(qualities))
+            by_seed = [_quality(models, ratio, tasks, size, seed) for seed in SEEDS]
             if overall := SeedMean.of(by_seed):
                 rows.append(CorpusRow(ratio, size, len(tasks), overall.mean, overall.sd, overall.stderr))
     return rows
+
+
+def _quality(
+    models: Mapping[tuple[float, Draw], EvaluatedModel], ratio: float, tasks: Sequence[str], size: int, seed: int
+) -> Estimate:
+    """Return the mean over ``tasks`` of each expert on its own task."""
+    results = []
+    for task in tasks:
+        expert = models[ratio, Draw(task, size, seed)]
+        results.append(expert.row.quality[task])
+    return estimate(results)

@@ -35,6 +35,7 @@ def run(runner: StudyRunner) -> StudyResult:
             estimate([quality[_without(task), ratio][task]]),
             estimate(others),
         )
+
         cells = []
         for model in compared:
             cells += [model.value, model.stderr]
@@ -46,6 +47,7 @@ def _left_out(config: Config, tasks: tuple[str, ...]) -> list[ModelRequest]:
     """Request, for each task, a general model that is calibrated on the others and judged on that task."""
     general = config.pruning.general
     settings = config.plan_settings(general).model_dump()
+
     specs_by_task = {}
     for task in tasks:
         others = tuple(other for other in tasks if other != task)

@@ -54,6 +54,8 @@ def run(runner: StudyRunner) -> StudyResult:
     wanted = []
     for name, settings in methods(config):
         wanted += method_specs(config, name, **settings)
+
+    # Models for one task have that task already; all others are judged on what the paper judges them on.
     tasks = tuple(task for task in (*tables()["tasks"], CORPUS) if task in runner.task_names)
     requests = []
     for request in [ModelRequest(), *at_every_ratio(config, wanted)]:
@@ -81,6 +83,7 @@ def methods(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
     if CORPUS not in names:
         raise ConfigError(f"tasks: study=paper calibrates WandA-sp and FLAP on {CORPUS}, which is not among them")
     judged = tuple(task for task in tables()["tasks"] if task in names)
+
     for name, settings in BY_NAME.items():
         common: dict[str, Any] = {"compensation": "none", "k": 1.0, "x0": 0.3}
         if settings.get("per_task"):
@@ -161,6 +164,8 @@ def _accuracies(model: ModelRow) -> dict[str, float | None]:
     for task, result in results.items():
         if isinstance(result, Quality):
             figures[task] = 100 * result.value
+
+    # There is an average only where there are all tasks: other averages do not compare with the paper's.
     figures["average"] = _percent(average.value)
     figures["stderr"] = _percent(average.stderr)
 
@@ -181,5 +186,6 @@ def _three_rows(
         our_value = ours.get(key)
         if is_same_size and our_value is not None:
             differences[key] = our_value - their_value
+
     figures: dict[str, Figures] = {"ours": ours, "paper": theirs, "difference": differences}
     return [PaperRow(table, name, ratio, whose, **values) for whose, values in figures.items()]

@@ -1,7 +1,7 @@
 """Study ``pooling``: is an expert better for its task's data, or only for having more data?"""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import product
 from statistics import mean
@@ -10,7 +10,7 @@ from typing import get_args
 from seap_ray.config import Config, Pooling
 from seap_ray.pipeline.model_specs import ModelSpec, model_specs
 from seap_ray.pipeline.shards import Shard
-from seap_ray.report.study_rows import PoolingRow
+from seap_ray.report.study_rows import ModelComparisonRow, PoolingRow
 from seap_ray.studies.requests import SEEDS, at_every_ratio, on_own_task
 from seap_ray.studies.result import StudyResult, comparison_rows, mean_column
 from seap_ray.studies.runner import StudyRunner
@@ -20,33 +20,44 @@ def run(runner: StudyRunner) -> StudyResult:
     """Compare the experts with general models from as many tokens as an expert has on average, and from all tokens."""
     config = runner.config
     tasks = runner.task_names
-    shares = {
-        f"{task}.{seed}": _share(runner.manifest(task).shards, 1 / len(tasks), seed)
-        for task, seed in product(tasks, SEEDS)
-    }
+    shards = {task: runner.manifest(task).shards for task in tasks}
+    # As many tokens as an expert has on average, in all tasks together.
+    shares = {f"{task}.{seed}": _share(shards[task], 1 / len(tasks), seed) for task, seed in product(tasks, SEEDS)}
+
     wanted = [spec for spec in model_specs(config) if spec.kind == "expert"]
     for like in ("general", "experts"):
         wanted += _general_models(config, like)
-
     planner = runner.planner_with_parts(shares)
     models = runner.evaluate_models(on_own_task(at_every_ratio(config, wanted)), planner)
 
-    shards = {**shares, **{task: runner.manifest(task).shards for task in tasks}}
-    tokens = {spec.name: sum(_n_tokens(shards[part]) for part in spec.weights) for spec in wanted}
-    # The one row of all experts, each on its own task, has the mean of their tokens.
-    of_an_expert = round(mean(tokens[task] for task in tasks))
+    tokens = _tokens_by_model(wanted, {**shares, **shards})
+    expert_tokens = round(mean(tokens[task] for task in tasks))
     rows = []
     for row in comparison_rows(models, tasks):
+        # The experts have one row together, each on its own task, with the mean of their tokens.
         if row.model not in tasks:
-            columns = {column.name: getattr(row, column.name) for column in fields(row)}
-            rows.append(PoolingRow(tokens=tokens.get(row.model, of_an_expert), **columns))
+            rows.append(_pooling_row(row, tokens.get(row.model, expert_tokens)))
     return StudyResult(models, PoolingRow.columns(mean_column(runner), tasks), rows)
+
+
+def _tokens_by_model(wanted: Iterable[ModelSpec], shards: Mapping[str, Sequence[Shard]]) -> dict[str, int]:
+    """Return the number of tokens that each model is calibrated on; ``shards`` has those of all statistics."""
+    tokens = {}
+    for spec in wanted:
+        tokens[spec.name] = sum(_n_tokens(shards[name]) for name in spec.weights)
+    return tokens
+
+
+def _pooling_row(row: ModelComparisonRow, tokens: int) -> PoolingRow:
+    columns = {column.name: getattr(row, column.name) for column in fields(row)}
+    return PoolingRow(tokens=tokens, **columns)
 
 
 def _general_models(config: Config, like: str) -> list[ModelSpec]:
     """Return general models with the settings of the ``general`` one or of the ``experts``, by pooling and tokens."""
     settings = config.plan_settings(config.pruning.general if like == "general" else config.pruning.experts)
     weights = {task.name: task.weight for task in config.tasks}
+
     wanted = []
     for pooling in get_args(Pooling):
         method = f"general_like_{like}.{pooling}"
@@ -61,6 +72,7 @@ def _share(shards: Sequence[Shard], share: float, seed: int) -> list[Shard]:
     """Return shards, drawn by ``seed``, whose tokens come nearest to that share of all tokens; at least one."""
     order = random.Random(seed).sample(list(shards), len(shards))
     wanted = share * _n_tokens(shards)
+
     # Of two numbers of shards that are equally near, the smaller one is taken.
     n_shards = min(range(1, len(order) + 1), key=lambda n: abs(_n_tokens(order[:n]) - wanted))
     return order[:n_shards]

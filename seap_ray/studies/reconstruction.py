@@ -51,9 +51,11 @@ def run(runner: StudyRunner) -> StudyResult:
             models.setdefault((key, seed), []).append(model)
 
     rows = []
+    # A dict keeps the order of first appearance.
     for key in dict.fromkeys(key for key, _ in models):
         if row := _row(key, [models[key, seed] for seed in SEEDS]):
             rows.append(row)
+
     every_model = [model for group in models.values() for model in group]
     return StudyResult(every_model, ReconstructionRow.columns(mean_column(runner)), rows)
 
@@ -62,6 +64,7 @@ def _requests(config: Config, seed: int) -> list[tuple[RowKey, ModelRequest]]:
     """Request the dense model, and the experts and the general model by every compensation and score."""
     requests = [(RowKey(0.0, models), ModelRequest()) for models in MODEL_GROUPS]
     settings = product(config.pruning.ratio, get_args(Compensation), SCORES)
+
     for (ratio, compensation, score), spec in product(settings, run_specs(config)):
         changed = variant(spec, f"{compensation}.{score}.{seed}", compensation=compensation, score=score)
         models = MODEL_GROUPS[0] if spec.task else MODEL_GROUPS[1]
@@ -76,6 +79,7 @@ def _with_seed(runner: StudyRunner, seed: int) -> StudyRunner:
     settings = runner.config.run
     seeded = settings.model_copy(update={"name": f"{settings.name}-seed{seed}", "seed": settings.seed + seed})
     config = runner.config.model_copy(update={"run": seeded})
+
     run = Run.of(config)
     run.claim(config)
     calibrated = calibrate_run(config, runner.calibrated.checkpoint, run)
@@ -89,6 +93,7 @@ def _row(key: RowKey, by_seed: Iterable[list[EvaluatedModel]]) -> Reconstruction
     for models in by_seed:
         qualities.append(_quality(models))
         realised += [model.row.realised_ratio or 0.0 for model in models]
+
     overall = SeedMean.of(qualities)
     if overall is None:
         return None

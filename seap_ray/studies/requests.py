@@ -18,11 +18,13 @@ ALLOCATIONS = ("uniform", "logistic", "global")
 def at_every_ratio(config: Config, wanted: Iterable[ModelSpec]) -> list[ModelRequest]:
     """Request each spec at each of ``pruning.ratio``; a baseline for one task is judged on that task only."""
     wanted = list(wanted)
+
     requests = []
     for ratio in config.pruning.ratio:
         for spec in wanted:
-            is_for_one_task = spec.task is not None and spec.kind == "baseline"
-            requests.append(ModelRequest(spec, ratio, (spec.task,) if spec.task and is_for_one_task else None))
+            # The run's experts are judged on all tasks: the tables show what they still do on the others.
+            tasks = (spec.task,) if spec.task and spec.kind == "baseline" else None
+            requests.append(ModelRequest(spec, ratio, tasks))
     return requests
 
 

@@ -30,8 +30,9 @@ class StudyResult:
     @property
     def failures(self) -> set[str]:
         """Reasons why models could not be judged; those of models for which no plan can be made are left out."""
-        # Running the same command again does not mend a plan that cannot be made.
+        # A model without a plan has no folder, and running the same command again does not mend that.
         planned = [model.row for model in self.models if model.row.folder]
+
         reasons: set[str] = set()
         for row in planned:
             reasons.update(failure_reasons(row.quality.values()))
@@ -73,8 +74,10 @@ class SeedMean:
             if one_seed.value is not None and one_seed.stderr is not None:
                 values.append(one_seed.value)
                 errors.append(one_seed.stderr)
+
         if not values:
             return None
+        # One value has no spread.
         return cls(mean(values), stdev(values) if len(values) > 1 else None, mean(errors))
 
 

@@ -34,6 +34,7 @@ def run(runner: StudyRunner) -> StudyResult:
     models = runner.evaluate_models(at_every_ratio(config, run_specs(config)))
     results = {(model.row.ratio, model.row.name): model.row.quality for model in models}
 
+    # A choice says who answers; only random choices differ from seed to seed.
     by_router, seconds = _route(Router.load(runner.calibrated.run.router), eval_tasks)
     ways: dict[str, list[Choices]] = {
         "classifier": [by_router],
@@ -41,10 +42,13 @@ def run(runner: StudyRunner) -> StudyResult:
         "random": [_choose_at_random(runner.task_names, eval_tasks, seed) for seed in SEEDS],
         "general": [{task.task.name: [GENERAL] * len(task.items) for task in eval_tasks}],
     }
+    # The other ways are told the answer, so that choosing takes them no time.
     milliseconds = {"classifier": median(seconds) * 1e3}
+
     rows = []
     for ratio, (way, choices) in product(config.pruning.ratio, ways.items()):
-        rows.append(_row(results, ratio, eval_tasks, way, choices, milliseconds.get(way, 0.0)))
+        qualities = [_quality_by_task(results, ratio, eval_tasks, choice) for choice in choices]
+        rows.append(_row(way, ratio, qualities, _share_of_general(choices), milliseconds.get(way, 0.0)))
     names = [task.task.name for task in eval_tasks]
     return StudyResult(models, RoutingRow.columns(mean_column(runner), names), rows)
 
@@ -72,6 +76,7 @@ def _route(router: Router, eval_tasks: Sequence[EvalTask]) -> tuple[dict[str, li
 
 
 def _choose_at_random(tasks: Sequence[str], eval_tasks: Sequence[EvalTask], seed: int) -> dict[str, list[str]]:
+    """Return an expert drawn for every prompt."""
     rng = random.Random(seed)
     chosen = {}
     for eval_task in eval_tasks:
@@ -80,31 +85,28 @@ def _choose_at_random(tasks: Sequence[str], eval_tasks: Sequence[EvalTask], seed
 
 
 def _row(
-    results: Results,
-    ratio: float,
-    eval_tasks: Sequence[EvalTask],
-    way: str,
-    choices: Sequence[Choices],
-    milliseconds: float,
+    way: str, ratio: float, by_choice: Sequence[Mapping[str, EvalResult]], to_general: float, milliseconds: float
 ) -> RoutingRow:
-    """Return the quality of one way of routing, as a mean over several choices where it draws at random."""
-    by_choice = [_quality_by_task(results, ratio, eval_tasks, choice) for choice in choices]
-    by_task = {}
-    for eval_task in eval_tasks:
-        name = eval_task.task.name
-        by_task[name] = estimate([qualities[name] for qualities in by_choice])
+    """Return one way of routing as a row: the mean over several choices where it draws at random.
 
-    overall = _mean_over_choices([estimate(qualities.values()) for qualities in by_choice])
-    return RoutingRow(way, ratio, overall.value, overall.stderr, _share_of_general(choices), by_task, milliseconds)
+    ``by_choice`` has the quality by task for each choice.
+    """
+    by_task = {}
+    for task in by_choice[0]:
+        by_task[task] = estimate([quality[task] for quality in by_choice])
+    overall = _mean_over_choices([estimate(quality.values()) for quality in by_choice])
+    return RoutingRow(way, ratio, overall.value, overall.stderr, to_general, by_task, milliseconds)
 
 
 def _quality_by_task(
     results: Results, ratio: float, eval_tasks: Sequence[EvalTask], choice: Choices
 ) -> dict[str, EvalResult]:
+    """Return the quality on every task when each prompt is answered by the model of ``choice``."""
     return {task.task.name: _routed_quality(results, ratio, task, choice[task.task.name]) for task in eval_tasks}
 
 
 def _mean_over_choices(estimates: Sequence[Estimate]) -> Estimate:
+    """Return the mean over those choices that could be measured."""
     values = [choice.value for choice in estimates if choice.value is not None]
     errors = [choice.stderr for choice in estimates if choice.stderr is not None]
     return Estimate(mean(values), mean(errors)) if values else Estimate()
@@ -128,6 +130,7 @@ def _routed_quality(results: Results, ratio: float, eval_task: EvalTask, names: 
             return result
         qualities[name] = result
 
+    # Every model was judged on the same items in the same order.
     values = [qualities[name].values[item] for item, name in enumerate(names)]
     weights = [qualities[name].weights[item] for item, name in enumerate(names)]
     return Quality.of(eval_task.task.metric, values, weights)

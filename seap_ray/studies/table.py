@@ -24,6 +24,7 @@ SCORED_METHODS = (
 def run(runner: StudyRunner) -> StudyResult:
     """Compare the run's models, every built-in method, and the checkpoints of ``evaluation.models``."""
     run_models = model_specs(runner.config)
+    # A baseline of the run may be one of the built-in methods; it is there once.
     names = {spec.name for spec in run_models}
     others = [spec for spec in _all_methods(runner.config) if spec.name not in names]
 
