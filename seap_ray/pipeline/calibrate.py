@@ -17,7 +17,7 @@ from seap_ray.models.forward import make_runner
 from seap_ray.models.recorder import SiteMoments
 from seap_ray.models.records import covariance_bytes, save_covariances, save_moments, task_memory
 from seap_ray.pipeline.cluster import working_nodes
-from seap_ray.pipeline.merge import TaskStatistics, merge_all, without_whole_files
+from seap_ray.pipeline.merge import TaskStatistics, find_unmerged, merge_all
 from seap_ray.pipeline.placement import workers_that_fit
 from seap_ray.pipeline.shard_records import MAX_ATTEMPTS, ShardRecords
 from seap_ray.pipeline.shards import Manifest, Shard
@@ -128,10 +128,10 @@ def calibrate(
     records = ShardRecords.of(config, checkpoint, run)
     statistics = [TaskStatistics(records, manifest.shards, run.statistics(manifest.task)) for manifest in manifests]
 
-    missing = without_whole_files(statistics)
-    shards = [shard for one in missing for shard in one.shards]
-    make_records(config, records, shards, progress, n_merged=len(missing))
-    merge_all(missing, checkpoint)
+    unmerged = find_unmerged(statistics)
+    shards = [shard for one in unmerged for shard in one.shards]
+    make_records(config, records, shards, progress, n_merged=len(unmerged))
+    merge_all(unmerged, checkpoint)
     return {manifest.task: run.statistics(manifest.task) for manifest in manifests}
 
 
