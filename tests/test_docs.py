@@ -1,0 +1,318 @@
+"""Documentation: README's code blocks run as they stand, each in a fresh process, and what documents name exists."""
+
+import os
+import re
+import shlex
+import stat
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+import yaml
+
+from seap_ray.config import load_config
+from seap_ray.errors import ConfigError
+from seap_ray.models.corpus import check_evaluation, check_source
+from seap_ray.pipeline.needs import ModelSize, needs
+from seap_ray.progress import size
+from tests.support import ROOT
+from tests.support.served import START_S, free_port
+
+README = ROOT / "README.md"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "cluster" / "README.md"])
+CONFIGS = sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("examples/*.yaml")])
+KEY = "the-key-that-openssl-would-draw"
+RUNS_THE_DEMO = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+SERVES = [*RUNS_THE_DEMO, pytest.mark.vllm]
+
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+class Block(NamedTuple):
+    """A fenced code block of a document."""
+
+    language: str
+    text: str
+
+
+def blocks(path, language=None):
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
+    return [Block(*block) for block in fenced if language in (None, block[0])]
+
+
+def block_with(words, language):
+    """The one block of README in ``language`` that holds ``words``."""
+    (block,) = (block for block in blocks(README, language) if words in block.text)
+    return block.text
+
+
+# --- what documents name ---------------------------------------------------------------------------------------------
+
+
+def command_lines(path):
+    """Commands of a document, each as its words: in blocks, in indented lines and between backticks."""
+    text = path.read_text().replace("\\\n", " ")
+    for line in text.splitlines():
+        for code in re.findall(r"`([^`]+)`", line) or [line]:
+            if re.search(r"jobs/\w+\.py|-m benchmarks|\bseap-ray \w|^make \w", code):
+                yield code
+
+
+def words_of(command):
+    return shlex.split(command, comments=True)
+
+
+def usable(words):
+    """Arguments that can be checked: not those with a variable, an ellipsis or a choice in the place of a value."""
+    arguments = [word for word in words if "=" in word and not re.search(r"\$|\.\.\.|^\[|^-|^[A-Z_]+=", word)]
+    # Images and nodes have the tree under a path of their own.
+    return [re.sub("^config=/(app|srv/seap_ray)/", "config=", argument) for argument in arguments]
+
+
+@each_document
+def test_every_job_that_a_document_names_exists_and_takes_the_arguments(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for command in command_lines(path):
+        for job, arguments in re.findall(r"jobs/(\w+)\.py([^|;&)]*)", command):
+            assert (ROOT / "jobs" / f"{job}.py").is_file(), command
+            if "'" in arguments and arguments.count("'") % 2:
+                continue  # prose between two commands
+            try:
+                load_config(usable(words_of(arguments)))
+            except ConfigError as error:
+                pytest.fail(f"{command}: {error}")
+
+
+@each_document
+def test_every_module_verb_and_target_that_a_document_names_exists(path):
+    makefile = (ROOT / "Makefile").read_text()
+    for command in command_lines(path):
+        for module in re.findall(r"-m (benchmarks[\w.]*)", command):
+            assert find_spec(module), command
+        for verb in re.findall(r"\bseap-ray (\w+)", command):
+            assert (ROOT / "jobs" / f"{verb}.py").is_file(), command
+        for target in re.findall(r"^make ([\w-]+)", command):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), command
+
+
+@each_document
+def test_every_path_that_a_document_names_exists(path):
+    for name in re.findall(
+        r"`((?:seap_ray|tests|benchmarks|jobs|serve|examples|configs|docs)/[\w./-]+)`", path.read_text()
+    ):
+        assert (ROOT / name).exists(), name
+
+
+@each_document
+def test_every_relative_link_leads_to_a_file(path):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+        assert target.startswith("http") or (path.parent / target).exists(), target
+
+
+def test_the_extras_of_the_test_command_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    _, tests, *_ = blocks(README, "bash")
+    (extras,) = re.findall(r"--extras (\S+)", tests.text)
+    assert set(extras.split(",")) <= {*project["optional-dependencies"]}
+    assert tests.text.rstrip().endswith(".venv/bin/python -m pytest")
+
+
+@pytest.mark.parametrize("block", blocks(README, "yaml"), ids=lambda block: block.text.split(":")[0])
+def test_yaml_blocks_are_configurations(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    file = tmp_path / "config.yaml"
+    file.write_text(block.text)
+    check_own_tasks(load_config([f"config={file}"]))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_configurations_load_and_fit_their_files(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    check_own_tasks(load_config([f"config={path}"]))
+
+
+LLAMA_3_1_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+"""What the model's config.json says of its dimensions."""
+(LEAST_SQUARES,) = re.findall(r"`(calibration\.[^`]+compensation=least_squares[^`]*)`", README.read_text())
+
+
+@pytest.mark.parametrize(("column", "overrides"), [(0, ""), (1, LEAST_SQUARES)], ids=["as configured", "least squares"])
+def test_the_needs_of_the_8b_model_are_those_of_the_doctors_formulas(column, overrides, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    model = ModelSize.from_config(LLAMA_3_1_8B)
+    needed = needs(model, load_config(["config=configs/llama-3.1-8b.yaml", *overrides.split()]))
+    memory, time_s = needed.memory, needed.time
+    host = f"{size(memory.host)} / {size(memory.covariance_task) if memory.covariance_task else ''}"
+    hours = [f"{seconds / 3600:.2g}" for seconds in (time_s.calibration, time_s.judging, time_s.writing)]
+    expected = [
+        f"{size(memory.single)} / {size(memory.stream)}",
+        host.strip(),
+        size(needed.disk.total),
+        ", ".join(hours),
+    ]
+    rows = README.read_text().partition("| | as configured |")[2].partition("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[1 + column] for row in cells] == expected
+    assert size(model.n_bytes) in cells[2][0]
+
+
+def check_own_tasks(config):
+    """Render a row of every task whose files are in the tree."""
+    for task in config.tasks:
+        if Path(task.path).exists():
+            check_source(task, official=False)
+            check_evaluation(task)
+
+
+# --- blocks that run -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clone:
+    """A folder that looks like a fresh clone with its environment, and has a demo of two tasks and few rows."""
+
+    folder: Path
+    port: int
+
+    @classmethod
+    def make(cls, folder):
+        for name in ("jobs", "configs", "examples", "docs"):
+            if (ROOT / name).exists():
+                (folder / name).symlink_to(ROOT / name)
+        port = free_port()
+        config = yaml.safe_load((ROOT / "ray_config.yaml").read_text())
+        config |= {"tasks": ["arithmetic", "reverse"], "corpus": {"samples": 150}}
+        config |= {"evaluation": {"samples": 20, "speed": {"rounds": 0}}}
+        config["pruning"] |= {"ratio": 0.2, "baselines": {}}
+        config["serve"] |= {"num_cpus": 0.25, "port": port, "engine": {"kv_cache_memory_bytes": 1 << 26}}
+        (folder / "ray_config.yaml").write_text(yaml.safe_dump(config))
+        clone = cls(folder, port)
+        clone._make_environment()
+        return clone
+
+    def _make_environment(self):
+        """The running Python under the names that README uses, and commands that would change the machine played."""
+        bin = self.folder / ".venv" / "bin"
+        bin.mkdir(parents=True)
+        (bin / "activate").write_text(f"PATH={bin}:$PATH\n")
+        write_script(bin / "python", f'exec {sys.executable} "$@"')
+        played = self.folder / "played"
+        played.mkdir()
+        # The environment is there, so the installer only says which arguments it takes.
+        write_script(played / "python3", f'exec {sys.executable} "$@" --help')
+        write_script(played / "openssl", f"echo {KEY}")
+
+    def environment(self):
+        path = f"{self.folder / 'played'}:{os.environ['PATH']}"
+        offline = {"HF_HUB_OFFLINE": "1", "RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT), "SEAP_API_KEYS": KEY}
+        return {**os.environ, **offline, "PATH": path}
+
+    def popen(self, *command, **kwargs):
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.environment(), stdin=subprocess.DEVNULL, text=True, **kwargs
+        )
+
+    def run(self, *command):
+        """Run to the end without a terminal, and return what was printed."""
+        process = self.popen(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output
+        return output
+
+    def bash(self, text):
+        return self.run("bash", "-euo", "pipefail", "-c", self.at_port(text))
+
+    def python(self, text):
+        return self.run(sys.executable, "-c", self.at_port(text))
+
+    def at_port(self, text):
+        return text.replace(":8000/", f":{self.port}/")
+
+
+def write_script(path, line):
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A clone in which README's first block has run."""
+    clone = Clone.make(tmp_path_factory.mktemp("clone"))
+    output = clone.bash(blocks(README, "bash")[0].text)
+    assert "experts, own task" in output
+    return clone
+
+
+@pytest.mark.slow
+def test_the_example_prunes_on_one_machine_without_ray(tmp_path):
+    command = [sys.executable, "examples/one_machine.py", str(tmp_path / "expert")]
+    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "20.1% of the decoder removed" in done.stdout
+    assert re.search(r"\d+ [+-] \d+ = \d+", done.stdout), done.stdout
+    assert len((ROOT / "examples" / "one_machine.py").read_text().splitlines()) < 70
+
+
+class TestWithARun:
+    pytestmark = RUNS_THE_DEMO
+
+    def test_an_expert_loads_and_generates(self, clone):
+        assert "20 - 14 =" in clone.python(block_with("from_pretrained(folder)", "python"))
+
+    def test_a_study_and_the_report(self, clone):
+        output = clone.bash(block_with("study=transfer", "bash"))
+        assert "report.html" in output
+        assert (clone.folder / "runs" / "demo" / "report.html").is_file()
+
+
+class TestServed:
+    pytestmark = SERVES
+
+    @pytest.fixture(scope="class")
+    def served(self, clone, tmp_path_factory):
+        log = tmp_path_factory.mktemp("deploy") / "log"
+        block = block_with("export SEAP_API_KEYS", "bash")
+        with log.open("w") as out:
+            process = clone.popen("bash", "-euo", "pipefail", "-c", block, stdout=out, stderr=out)
+        deadline = time.monotonic() + START_S
+        while "are served at" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        yield clone
+        stop_deploy(process)
+
+    def test_curl_is_answered_by_the_expert_of_the_prompt(self, served):
+        reply = served.bash(block_with("curl", "bash"))
+        assert "x-seap-expert: arithmetic" in reply and '"model":"arithmetic"' in reply
+
+    def test_the_openai_client_is_answered(self, served):
+        pytest.importorskip("openai")
+        lines = served.python(block_with("openai.OpenAI", "python")).splitlines()
+        assert lines[0].startswith("'20 - 14 =' -> arithmetic:") and len(lines) == 2
+
+
+def stop_deploy(process):
+    """End the job itself, as Ctrl-C in its terminal would; the shell above it ends with it."""
+    for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        if "jobs/deploy.py" in " ".join(child.cmdline()) and "bash" not in child.cmdline()[0]:
+            child.terminate()
+            break
+    process.wait(120)
