@@ -162,7 +162,7 @@ Exit codes: 0 done, 2 there is no such run, or a key is wrong.
 
 
 def _report(request: Request) -> None:
-    from seap_ray.report.page import save_pictures, write_report
+    from seap_ray.report.page import save_figures, write_report
     from seap_ray.report.summary import compare, find, summary
 
     if request.words[:1] == ["compare"]:
@@ -173,7 +173,7 @@ def _report(request: Request) -> None:
     for name in request.words or [request.config.run.name]:
         run = find(request.config, name)
         print(summary(run))
-        save_pictures(run, run.pictures)
+        save_figures(run, run.pictures)
         print(f"\n{write_report(run)}")
 
 
@@ -240,7 +240,7 @@ Exit codes: 0 a job can run, 2 something is wrong, 3 a corpus is wrong, 4 storag
 
 
 def _doctor(request: Request) -> None:
-    from seap_ray.pipeline.job import diagnose
+    from seap_ray.pipeline.doctor import diagnose
 
     diagnose(request.config)
 

@@ -1,122 +1,119 @@
-"""Pictures: panels of numbers in, SVG text out, for light and dark pages, narrow screens and grey paper.
+"""Charts: frozen descriptions of line charts and heat maps, and how each is drawn with Matplotlib.
 
-Text and axes take the colour of the text around them. A series has a marker and a line of its own besides its colour,
-and a cell its number. The same numbers give the same bytes.
+A chart can be read on light and dark pages, narrow screens and grey paper: text and axes take the colour of the text
+around them, every series has a marker and a line style besides its colour, and every cell of a heat map its number.
 """
 
-import io
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-Line = Literal["-", "none"] | tuple[float, Sequence[float]]
-"""Solid, none at all, or dashes."""
+LineStyle = Literal["-", "none"] | tuple[float, Sequence[float]]
+"""A solid line, none at all, or dashes as Matplotlib has them: an offset and the lengths of dashes and gaps."""
 INK = "#010203"
-"""Stands for the colour of the text around a picture."""
-PAPER = "background:#fff;color:#1f2328"
-"""Style of a picture that stands alone: light wherever it is shown."""
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+"""Stands for the colour of the text around a figure; no series has it."""
 COLOURS = ("#0072b2", "#d55e00", "#00875f", "#b8579b", "#8f6f00", "#3f7fd0", "#7a6a5f")
-"""After Okabe and Ito, the light ones darkened: 3 to 1 or better on white and on near black."""
+"""After Okabe and Ito, the light ones darkened: a contrast of 3 to 1 or better on white and on near black."""
 MARKERS = "osD^vPX*<"
-LINES: tuple[Line, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
-RC = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "seap_ray",
-    "text.parse_math": False,
-    "font.size": 11,
-    "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "axes.labelsize": 11,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "lines.linewidth": 1.6,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-}
+LINE_STYLES: tuple[LineStyle, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
 Numbers = Sequence[float]
 Range = tuple[Numbers, Numbers]
 """Lower and upper ends."""
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """What tells a series from the others."""
+class SeriesStyle:
+    """The colour, marker and line that tell a series from the others."""
 
     colour: str
     marker: str = ""
-    line: Line = "-"
+    line: LineStyle = "-"
     hollow: bool = False
+    """Whether the marker is only an outline, so that what lies below it is seen."""
 
-    def sample(self, x: Numbers, y: Numbers) -> Line2D:
-        """A line or points that look so."""
-        bar = self.marker == "_"
+    def line_2d(self, x: Numbers, y: Numbers) -> Line2D:
+        """Return a line, or points, in this style."""
+        # A dash is wide and thick; an outline is larger than what may lie below it.
+        size = 5.5
+        edge_width = 0.8
+        if self.hollow:
+            size = 7
+            edge_width = 1.3
+        if self.marker == "_":
+            size = 12
+            edge_width = 2.2
         return Line2D(
             x,
             y,
             color=self.colour,
             linestyle=self.line,
             marker=self.marker,
-            markersize=12 if bar else 7 if self.hollow else 5.5,
-            markeredgewidth=2.2 if bar else 1.3 if self.hollow else 0.8,
+            markersize=size,
+            markeredgewidth=edge_width,
             markerfacecolor="none" if self.hollow else self.colour,
         )
 
 
-REFERENCE = Look(INK, line=(0, (4, 2)))
-"""What the others are held against: a request, chance, an ideal."""
-SECOND_REFERENCE = Look(INK, line=(0, (1, 1.5)))
+REFERENCE = SeriesStyle(INK, line=(0, (4, 2)))
+"""Style of what the other series are compared with: a target, chance, an ideal."""
+SECOND_REFERENCE = SeriesStyle(INK, line=(0, (1, 1.5)))
+LOWER_BOUND = SeriesStyle(INK, "_", "none")
+"""Style of a bound at every x: a short dash."""
 
 
-LOWER_BOUND = Look(INK, "_", "none")
-
-
-def look(i: int) -> Look:
-    """The looks repeat, but not before many. Every other one is hollow, so that what lies below it is seen."""
-    return Look(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINES[i % len(LINES)], hollow=i % 2 == 1)
+def series_style(i: int) -> SeriesStyle:
+    """Return the style of a chart's i-th series; the first 9 have different markers, the first 7 different colours."""
+    return SeriesStyle(
+        COLOURS[i % len(COLOURS)],
+        MARKERS[i % len(MARKERS)],
+        LINE_STYLES[i % len(LINE_STYLES)],
+        hollow=i % 2 == 1,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A line, or with the line ``none`` points. ``errors`` are bars, ``bands`` areas, the widest first."""
+    """A line through points, or with the line style ``none`` the points alone."""
 
     label: str
     x: Numbers
     y: Numbers
-    look: Look
+    style: SeriesStyle
     errors: Range | None = None
+    """Ends of an error bar at every point."""
     bands: tuple[Range, ...] = ()
+    """Areas around the line, the widest first."""
 
     def draw(self, axes: Axes) -> None:
-        colour = self.look.colour
+        """Draw bands, error bars and the line, each over the one before."""
+        colour = self.style.colour
         for low, high in self.bands:
             axes.fill_between(self.x, low, high, color=colour, alpha=0.22, linewidth=0)
         if self.errors:
             low, high = self.errors
             axes.vlines(self.x, low, high, colors=colour, linewidth=1)
-        axes.add_line(self.look.sample(self.x, self.y))
+        axes.add_line(self.style.line_2d(self.x, self.y))
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Series over an axis."""
+    """Series over a common x axis."""
 
     title: str
     x_label: str
     y_label: str
     series: tuple[Series, ...]
     x_integer: bool = False
+    """Whether ticks lie on whole numbers only."""
     x_log: bool = False
     y_log: bool = False
     y_range: tuple[float, float | None] | None = None
@@ -124,35 +121,41 @@ class Chart:
 
     @property
     def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
         return (440, 300) if self.wide else (350, 250)
 
     @property
-    def legend(self) -> dict[str, Look]:
-        return {series.label: series.look for series in self.series if series.label}
+    def legend(self) -> dict[str, SeriesStyle]:
+        """The style of every labelled series."""
+        return {series.label: series.style for series in self.series if series.label}
 
     def draw(self, axes: Axes) -> None:
+        """Draw the series, then the axes around them."""
         axes.set_xscale("log" if self.x_log else "linear")
         axes.set_yscale("log" if self.y_log else "linear")
         for series in self.series:
             series.draw(axes)
         axes.autoscale_view()
+
         axes.set(xlabel=self.x_label, ylabel=self.y_label)
         if self.y_range:
             axes.set_ylim(*self.y_range)
         axes.set_title(self.title, loc="left")
         axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.6)
         axes.set_axisbelow(True)
+
+        # Ticks depend on the limits, which are final only now.
         if self.x_integer:
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         if self.x_log:
-            _log_ticks(axes.xaxis, axes.get_xlim())
+            _set_log_ticks(axes.xaxis, axes.get_xlim())
         if self.y_log:
-            _log_ticks(axes.yaxis, axes.get_ylim())
+            _set_log_ticks(axes.yaxis, axes.get_ylim())
 
 
 @dataclass(frozen=True, slots=True)
 class HeatMap:
-    """Rows and columns of numbers, the colour the stronger the nearer to the scale's end. An empty cell is None."""
+    """A grid of numbers; a cell's colour is the stronger the nearer its number is to the scale's second end."""
 
     title: str
     x_label: str
@@ -160,36 +163,49 @@ class HeatMap:
     columns: Sequence[str]
     rows: Sequence[str]
     values: Sequence[Sequence[float | None]]
+    """Numbers by row and column; None leaves a cell empty."""
     scale: tuple[float, float] = (0, 1)
+    """Numbers of the faintest and of the strongest colour; the first is the larger where lower is better."""
     digits: int = 2
+    """Decimals of the numbers in the cells."""
     framed: frozenset[tuple[int, int]] = frozenset()
     """Cells (row, column) with a frame."""
 
     @property
-    def legend(self) -> dict[str, Look]:
+    def legend(self) -> dict[str, SeriesStyle]:
+        """Nothing: a cell shows its number."""
         return {}
 
     @property
-    def longest(self) -> int:
+    def longest_column_name(self) -> int:
+        """Characters of the longest name of a column."""
         return max(map(len, self.columns))
 
     @property
     def slanted(self) -> bool:
         """Whether the columns' names are too long to stand beside each other."""
-        return self.longest > 6
+        return self.longest_column_name > 6
 
     @property
     def size(self) -> tuple[int, int]:
-        """Every cell has the same room, whatever its labels."""
-        across, up = (4 * self.longest, 5 * self.longest) if self.slanted else (0, 16)
-        width = 40 + 7 * max(map(len, self.rows)) + 46 * len(self.columns) + across
-        return max(width, 9 * len(self.title)), 56 + 28 * len(self.rows) + up
+        """Width and height in pixels; every cell has the same room, whatever the names."""
+        if self.slanted:
+            beside = 4 * self.longest_column_name
+            above = 5 * self.longest_column_name
+        else:
+            beside = 0
+            above = 16
+        width = 40 + 7 * max(map(len, self.rows)) + 46 * len(self.columns) + beside
+        return max(width, 9 * len(self.title)), 56 + 28 * len(self.rows) + above
 
     def draw(self, axes: Axes) -> None:
+        """Draw the cells, then the names of rows and columns."""
         for row, values in enumerate(self.values):
             for column, value in enumerate(values):
                 if value is not None:
                     self._draw_cell(axes, row, column, value)
+
+        # The first row is at the top, so y runs downwards.
         axes.set(xlim=(0, len(self.columns)), ylim=(len(self.rows), 0), xlabel=self.x_label, ylabel=self.y_label)
         axes.set_title(self.title, loc="left", pad=8)
         axes.xaxis.tick_top()
@@ -204,6 +220,7 @@ class HeatMap:
     def _draw_cell(self, axes: Axes, row: int, column: int, value: float) -> None:
         low, high = self.scale
         share = min(max((value - low) / (high - low), 0), 1) if high != low else 0
+        # At full strength the number could not be read on either a light or a dark page.
         axes.add_patch(
             Rectangle((column + 0.03, row + 0.03), 0.94, 0.94, color=COLOURS[0], alpha=0.05 + 0.5 * share, linewidth=0)
         )
@@ -213,135 +230,54 @@ class HeatMap:
 
 
 Panel = Chart | HeatMap
+"""One set of axes of a figure."""
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """Panels that share a legend."""
+class Figure:
+    """Panels side by side that share a legend."""
 
     label: str
-    """What it shows, for those who cannot see it."""
+    """What the figure shows, for readers who cannot see it."""
     panels: tuple[Panel, ...]
 
     @property
-    def legend(self) -> dict[str, Look]:
-        entries: dict[str, Look] = {}
+    def legend(self) -> dict[str, SeriesStyle]:
+        """The style of every series by its label; empty where there is only one series to name."""
+        entries: dict[str, SeriesStyle] = {}
         for panel in self.panels:
             entries |= panel.legend
         return entries if len(entries) > 1 else {}
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Rows in groups, each under a heading or none; the first cell of a row names it."""
-
-    caption: str
-    columns: Sequence[str]
-    groups: Sequence[tuple[str, Sequence[Sequence[str]]]]
-    notes: Sequence[str] = ()
-    """What the numbers in its cells stand for."""
+# --- logarithmic axes ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A question with its answer: how to read the picture, what it shows, and the numbers."""
+def _set_log_ticks(axis: Axis, limits: tuple[float, float]) -> None:
+    """Put ticks at round numbers within one decade, at 1, 2 and 5 within a few, else at powers of ten.
 
-    key: str
-    question: str
-    how: str
-    shows: str = ""
-    picture: Picture | None = None
-    tables: tuple[Table, ...] = ()
-
-
-# --- SVG -------------------------------------------------------------------------------------------------------------
-
-
-def panel_svg(panel: Panel, label: str) -> str:
-    """One panel, in the colour of the text around it; its legend is the page's."""
-    with style.context(["default", RC]):
-        figure = _figure(*panel.size)
-        panel.draw(figure.add_subplot())
-        return _svg(figure, f"{label} {panel.title}".strip())
-
-
-def swatch_svg(of: Look) -> str:
-    """A legend's sample of a look; decoration, for the label says it."""
-    with style.context(["default", RC]):
-        figure = Figure(figsize=(36 / 72, 14 / 72))
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.set_axis_off()
-        line = of.sample([0, 0.5, 1], [0, 0, 0])
-        line.set_markevery([1])
-        axes.add_line(line)
-        axes.set(xlim=(-0.05, 1.05), ylim=(-1, 1))
-        return _svg(figure, "")
-
-
-def whole_svg(picture: Picture) -> str:
-    """All panels with their legend, three or two beside each other, on a ground of its own."""
-    panels, legend = picture.panels, picture.legend
-    n_columns = 2 if len(panels) == 4 else min(len(panels), 3)
-    n_rows = math.ceil(len(panels) / n_columns)
-    width, height = (max(sizes) for sizes in zip(*(panel.size for panel in panels), strict=True))
-    across = _across(list(legend), n_columns * width)
-    with style.context(["default", RC]):
-        figure = _figure(n_columns * width, n_rows * height + 24 * math.ceil(len(legend) / across))
-        for i, panel in enumerate(panels):
-            panel.draw(figure.add_subplot(n_rows, n_columns, i + 1))
-        if legend:
-            handles = [of.sample([], []) for of in legend.values()]
-            figure.legend(handles, list(legend), loc="outside lower center", ncols=across, frameon=False)
-        svg = _svg(figure, picture.label)
-    return svg.replace("<svg ", f'<svg style="{PAPER}" font-family="{FONT}" ', 1)
-
-
-def _across(labels: Sequence[str], width: float) -> int:
-    """Entries of a legend that fit beside each other, each a line of 60 pixels and its label."""
-    longest = max(map(len, labels), default=0)
-    return max(1, min(len(labels), 5, int(width // (60 + 8 * longest))))
-
-
-def _figure(width: float, height: float) -> Figure:
-    """One unit of the SVG is one pixel of the page."""
-    return Figure(figsize=(width / 72, height / 72), layout="constrained")
-
-
-def _svg(figure: Figure, label: str) -> str:
-    buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    )
-    svg = buffer.getvalue()
-    width, height = (round(72 * inches) for inches in figure.get_size_inches())
-    svg = svg[svg.index(">", svg.index("<svg")) + 1 :]
-    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.S)  # it would hold for the whole page
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r"; font-family: [^;\"]*|font-family: [^;\"]*; ?", "", svg)
-    svg = svg.replace(INK, "currentColor")
-    named = f'role="img" aria-label="{_escaped(label)}"' if label else 'aria-hidden="true"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {named}'
-    return f'{head} viewBox="0 0 {width} {height}" stroke-linejoin="round">{svg.strip()}'
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-
-
-def _log_ticks(axis: Axis, limits: tuple[float, float]) -> None:
-    """Round numbers within a decade, else 1, 2 and 5, or powers of ten; as text, for formulas bring fonts along."""
+    Labels are plain text, for Matplotlib's formulas bring fonts along.
+    """
     low, high = limits
-    decades = math.log10(high / low)
-    even = [tick for tick in MaxNLocator(5, steps=(1, 2, 5, 10)).tick_values(low, high) if low <= tick <= high]
-    subs = (1, 2, 5) if decades < 2.5 else (1,)
-    axis.set_major_locator(FixedLocator(even) if decades < 1 else LogLocator(subs=subs, numticks=6))
+    n_decades = math.log10(high / low)
+    if n_decades < 1:
+        axis.set_major_locator(FixedLocator(_round_ticks(low, high)))
+    else:
+        steps = (1, 2, 5) if n_decades < 2.5 else (1,)
+        axis.set_major_locator(LogLocator(subs=steps, numticks=6))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(_plain))
+    axis.set_major_formatter(FuncFormatter(_plain_number))
 
 
-def _plain(value: float, _: int | None = None) -> str:
+def _round_ticks(low: float, high: float) -> list[float]:
+    ticks: Iterable[float] = MaxNLocator(5, steps=(1, 2, 5, 10)).tick_values(low, high)
+    return [tick for tick in ticks if low <= tick <= high]
+
+
+def _plain_number(value: float, _: int | None = None) -> str:
+    """Return a number as text: ``0.1``, ``10⁻⁵``, ``1.6·10⁻⁴``."""
     if 1e-3 <= value < 1e5:
         return f"{value:g}"
-    exponent = math.floor(math.log10(value) + 1e-9)
+    exponent = math.floor(math.log10(value) + 1e-9)  # a tick a little below its power of ten belongs to it
     factor = f"{value / 10**exponent:.3g}"
     return ("" if factor == "1" else f"{factor}·") + "10" + str(exponent).translate(SUPERSCRIPTS)

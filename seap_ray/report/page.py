@@ -1,4 +1,4 @@
-"""Report: a run's folder in, one page out, with all it needs inside. What the run has no files for is left out."""
+"""Page: a run's report as one HTML file with all that it needs inside. What the run has no files for is left out."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,138 +8,175 @@ import jinja2
 from markupsafe import Markup
 
 from seap_ray.progress import count
-from seap_ray.report import model_plots, study_plots
-from seap_ray.report.artifacts import Evidence, compared, mean_of, percent
-from seap_ray.report.charts import Look, Panel, Part, Table, panel_svg, swatch_svg, whole_svg
-from seap_ray.report.table import Model
+from seap_ray.report.charts import Panel, SeriesStyle
+from seap_ray.report.plots.activations import clusters_section
+from seap_ray.report.plots.allocation import allocation_section
+from seap_ray.report.plots.corpus import corpus_section
+from seap_ray.report.plots.overlap import overlap_section
+from seap_ray.report.plots.quality import MEAN_NAMES, quality_section
+from seap_ray.report.plots.reconstruction import reconstruction_section
+from seap_ray.report.plots.router import router_section
+from seap_ray.report.plots.scores import scores_section
+from seap_ray.report.plots.sparsity import sparsity_section
+from seap_ray.report.plots.speed import speed_section
+from seap_ray.report.plots.studies import ood_section, paper_section, pooling_section, routing_section
+from seap_ray.report.plots.transfer import transfer_section
+from seap_ray.report.rows import FailedCell, ModelRow, QualityCell, TaskRow
+from seap_ray.report.run_data import RunData, compared, mean_of, percent
+from seap_ray.report.section import Section, Table
+from seap_ray.report.svg import figure_svg, legend_key_svg, panel_svg
 from seap_ray.storage.files import atomic_write, read_json
 from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run
 from seap_ray.tasks import is_perplexity
 
-PARTS = (
-    study_plots.quality,
-    study_plots.transfer,
-    model_plots.sparsity,
-    model_plots.overlap,
-    model_plots.clusters,
-    model_plots.scores,
-    study_plots.router,
-    study_plots.speed,
-    study_plots.corpus,
-    study_plots.allocation,
-    study_plots.reconstruction,
-    study_plots.ood,
-    study_plots.routing,
-    study_plots.pooling,
-    study_plots.paper,
+SECTIONS = (
+    quality_section,
+    transfer_section,
+    sparsity_section,
+    overlap_section,
+    clusters_section,
+    scores_section,
+    router_section,
+    speed_section,
+    corpus_section,
+    allocation_section,
+    reconstruction_section,
+    ood_section,
+    routing_section,
+    pooling_section,
+    paper_section,
 )
 """In the order of the page."""
 
 
 def write_report(run: Run) -> StoragePath:
-    """Write ``report.html``. Raises ConfigError for a run that nothing was measured with."""
-    page = render(Evidence.of(run))
+    """Write ``report.html`` and return its path.
+
+    Raises:
+        ConfigError: Nothing was measured with the run.
+    """
+    page = render(RunData.of(run))
     with atomic_write(run.report) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return run.report
 
 
-def save_pictures(run: Run, folder: StoragePath) -> list[StoragePath]:
-    """Write the pictures of the report as SVG files that stand alone."""
-    pictures = {part.key: part.picture for part in parts(Evidence.of(run)) if part.picture}
-    for key, picture in pictures.items():
-        with atomic_write(folder / f"{key}.svg") as temporary:
-            temporary.write_text(whole_svg(picture), encoding="utf-8")
-    return [folder / f"{key}.svg" for key in pictures]
+def save_figures(run: Run, folder: StoragePath) -> list[StoragePath]:
+    """Write every figure of the report as an SVG file of its own, and return their paths."""
+    paths = []
+    for section in sections(RunData.of(run)):
+        if section.figure:
+            path = folder / f"{section.key}.svg"
+            with atomic_write(path) as temporary:
+                temporary.write_text(figure_svg(section.figure), encoding="utf-8")
+            paths.append(path)
+    return paths
 
 
-def parts(evidence: Evidence) -> list[Part]:
-    return [part for make in PARTS if (part := make(evidence))]
+def sections(data: RunData) -> list[Section]:
+    """Return the sections that the run has files for."""
+    return [section for make in SECTIONS if (section := make(data))]
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def summary_table(evidence: Evidence) -> Table:
-    """Every model on every task; sizes that nobody knows are blank, and why a cell has failed is a note below."""
-    results, notes = evidence.summary, list[str]()
-    models = [model for model in results["models"] if model["kind"] == "expert" or compared([model])]
-    means = [perplexity for perplexity in study_plots.KINDS if any(mean_of(m, perplexity=perplexity) for m in models)]
-    columns = ["model", "removed", "weights", *(study_plots.KINDS[perplexity] for perplexity in means)]
-    tasks = [task for task in results["tasks"] if any(task in model["quality"] for model in models)]
-    columns += [f"{task} {results['tasks'][task]['short']}" for task in tasks]
+def summary_table(data: RunData) -> Table:
+    """Return every model on every task; sizes that nobody knows are blank, and why a cell has failed is a note."""
+    results = data.comparison
+    notes: list[str] = []
+    models = [model for model in results.models if model.kind == "expert" or compared([model])]
+    means = [p for p in MEAN_NAMES if any(mean_of(model, perplexity=p) for model in models)]
+    tasks = [task for task in results.tasks if any(task in model.quality for model in models)]
 
-    def row(model: Model) -> list[str]:
-        found = [(mean_of(model, perplexity=perplexity), perplexity) for perplexity in means]
-        return [
-            model["name"],
-            "" if model["ratio"] is None or model["realised_ratio"] is None else f"{model['realised_ratio']:.4f}",
-            "" if model["parameters"] is None else count(model["parameters"]),
-            *(_shown(*mean, perplexity=perplexity) if mean else "" for mean, perplexity in found),
-            *(_cell(model, task, notes) for task in tasks),
-        ]
+    columns = ["model", "removed", "weights", *(MEAN_NAMES[perplexity] for perplexity in means)]
+    columns += [f"{task} {results.tasks[task].short}" for task in tasks]
 
-    ratios = sorted({m["ratio"] for m in models}, key=lambda ratio: -1 if ratio is None else ratio)
-    groups = [(_heading(ratio), [row(m) for m in models if m["ratio"] == ratio]) for ratio in ratios]
+    # The dense model, which has no ratio, is first.
+    groups = []
+    for ratio in sorted({model.ratio for model in models}, key=lambda ratio: -1 if ratio is None else ratio):
+        rows = [_summary_row(model, means, tasks, notes) for model in models if model.ratio == ratio]
+        groups.append((_heading(ratio), rows))
     return Table("Value ± standard error; an expert's own task in bold", columns, groups, notes)
+
+
+def _summary_row(model: ModelRow, means: list[bool], tasks: list[str], notes: list[str]) -> list[str]:
+    is_planned = model.ratio is not None and model.realised_ratio is not None
+    row = [
+        model.name,
+        f"{model.realised_ratio:.4f}" if is_planned else "",
+        "" if model.parameters is None else count(model.parameters),
+    ]
+    for perplexity in means:
+        mean = mean_of(model, perplexity=perplexity)
+        row.append(_with_error(*mean, perplexity=perplexity) if mean else "")
+    for task in tasks:
+        row.append(_cell(model, task, notes))
+    return row
 
 
 def _heading(ratio: float | None) -> str:
     return "" if ratio is None else f"{percent(ratio)} asked for"
 
 
-def _cell(model: Model, task: str, notes: list[str]) -> str:
-    cell = model["quality"].get(task)
+def _cell(model: ModelRow, task: str, notes: list[str]) -> str:
+    """Return a cell of the summary; why it has failed is added to the notes, each reason once."""
+    cell = model.quality.get(task)
     if cell is None:
         return ""
-    if "error" in cell:
-        if cell["error"] not in notes:
-            notes.append(cell["error"])
-        return Markup("failed<sup>{}</sup>").format(notes.index(cell["error"]) + 1)
-    text = _shown(cell["value"], cell["stderr"], perplexity=is_perplexity(cell["metric"]))
-    own = model["kind"] == "expert" and model["name"] == task
-    return Markup("<strong>{}</strong>").format(text) if own else text
+    if isinstance(cell, FailedCell):
+        if cell.error not in notes:
+            notes.append(cell.error)
+        return Markup("failed<sup>{}</sup>").format(notes.index(cell.error) + 1)
+
+    text = _with_error(cell.value, cell.stderr, perplexity=is_perplexity(cell.metric))
+    is_own_task = model.kind == "expert" and model.name == task
+    return Markup("<strong>{}</strong>").format(text) if is_own_task else text
 
 
-def _shown(value: float, stderr: float, *, perplexity: bool) -> str:
-    """The standard error of a perplexity is that of its logarithm, so relative."""
+def _with_error(value: float, stderr: float, *, perplexity: bool) -> str:
+    """Return a value with its standard error; that of a perplexity is stored as that of its logarithm, so relative."""
     return f"{value:.2f} ± {value * stderr:.2f}" if perplexity else f"{value:.3f} ± {stderr:.3f}"
 
 
-def tasks_table(evidence: Evidence) -> Table:
-    """What every task was calibrated and judged with."""
+def tasks_table(data: RunData) -> Table:
+    """Return what every task was calibrated and evaluated with."""
     columns = ["task", "metric", "judge", "calibration sequences", "calibration tokens", "judged on"]
-    rows = [_task_row(evidence, task, about) for task, about in evidence.summary["tasks"].items()]
+    rows = [_task_row(data, name, task) for name, task in data.comparison.tasks.items()]
     return Table("What every task was calibrated and judged with", columns, [("", rows)])
 
 
-def _task_row(evidence: Evidence, task: str, about: Mapping[str, Any]) -> list[str]:
-    manifest = read_json(evidence.run.shards(task) / "manifest.json") or {"shards": []}
-    sums = [sum(shard[key] for shard in manifest["shards"]) for key in ("n_sequences", "n_tokens")]
-    judged = (evidence.dense or {"quality": {}})["quality"].get(task, {}).get("n")
-    unit = "tokens" if is_perplexity(about["metric"]) else "items"
-    sizes = [f"{n:,}" if n else "" for n in sums]
-    return [task, about["metric"], about.get("judge", ""), *sizes, f"{judged:,} {unit}" if judged else ""]
+def _task_row(data: RunData, name: str, task: TaskRow) -> list[str]:
+    manifest = read_json(data.run.shards(name) / "manifest.json") or {"shards": []}
+    n_sequences = sum(shard["n_sequences"] for shard in manifest["shards"])
+    n_tokens = sum(shard["n_tokens"] for shard in manifest["shards"])
+
+    cell = data.dense.quality.get(name) if data.dense else None
+    n_judged = cell.n if isinstance(cell, QualityCell) else None
+    unit = "tokens" if is_perplexity(task.metric) else "items"
+    sizes = [f"{n:,}" if n else "" for n in (n_sequences, n_tokens)]
+    return [name, task.metric, task.judge, *sizes, f"{n_judged:,} {unit}" if n_judged else ""]
 
 
 # --- facts -----------------------------------------------------------------------------------------------------------
 
 
-def facts(evidence: Evidence) -> dict[str, str]:
-    """What the run was made with, as far as it says."""
-    config, dense = evidence.config, evidence.dense
-    model, versions = config.get("model", {}), evidence.main.get("versions", {})
-    found = {
+def facts(data: RunData) -> dict[str, str]:
+    """Return what the run was made with, as far as it says."""
+    config = data.config
+    model = config.get("model", {})
+    versions = data.main.versions
+    entries = {
         "Model": " ".join(filter(None, (model.get("source"), model.get("revision")))),
-        "Weights": f"{dense['parameters']:,}" if dense else "",
+        "Weights": f"{data.dense.parameters:,}" if data.dense else "",
         "Computed in": model.get("dtype", ""),
-        "Asked to remove": ", ".join(map(percent, evidence.ratios)),
+        "Asked to remove": ", ".join(map(percent, data.ratios)),
         "Cut by": _method(config["pruning"]) if "pruning" in config else "",
         "Seed": str(config["run"]["seed"]) if "run" in config else "",
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
-    return {name: value for name, value in found.items() if value}
+    return {name: value for name, value in entries.items() if value}
 
 
 def _method(pruning: Mapping[str, Any]) -> str:
@@ -148,37 +185,42 @@ def _method(pruning: Mapping[str, Any]) -> str:
     return f"score {pruning['score']}, allocation {allocation['kind']}{curve}, compensation {pruning['compensation']}"
 
 
-def commands(evidence: Evidence) -> list[str]:
-    sources = (evidence.main, *evidence.studies.values())
-    return list(dict.fromkeys(source["command"] for source in sources if source.get("command")))
+def commands(data: RunData) -> list[str]:
+    """Return the commands that measured what the page shows, each once."""
+    results = (data.main, *data.studies.values())
+    return list(dict.fromkeys(each.command for each in results if each.command))
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def render(evidence: Evidence) -> str:
+def render(data: RunData) -> str:
+    """Return the page as HTML."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(Path(__file__).with_name("template.html.jinja").read_text(encoding="utf-8"))
-    drawn: list[str] = []
+    n_drawn = 0
 
-    def draw(of: Panel | Look, label: str = "") -> str:
-        drawn.append(swatch_svg(of) if isinstance(of, Look) else panel_svg(of, label))
-        return Markup(_with_own_ids(drawn[-1], f"p{len(drawn)}-"))
+    def draw(drawable: Panel | SeriesStyle, label: str = "") -> str:
+        """Return a panel, or a legend's key, as SVG; every SVG of the page has ids of its own."""
+        nonlocal n_drawn
+        n_drawn += 1
+        svg = legend_key_svg(drawable) if isinstance(drawable, SeriesStyle) else panel_svg(drawable, label)
+        return Markup(_with_id_prefix(svg, f"p{n_drawn}-"))
 
     return template.render(
-        name=evidence.run.root.name,
-        facts=facts(evidence),
-        commands=commands(evidence),
-        tables=[table for table in (summary_table(evidence), tasks_table(evidence)) if table.groups],
-        parts=parts(evidence),
+        name=data.run.root.name,
+        facts=facts(data),
+        commands=commands(data),
+        tables=[table for table in (summary_table(data), tasks_table(data)) if table.groups],
+        sections=sections(data),
         draw=draw,
     )
 
 
-def _with_own_ids(svg: str, prefix: str) -> str:
-    """What two SVGs of a page have alike, such as a marker, has the same id in both."""
+def _with_id_prefix(svg: str, prefix: str) -> str:
+    """Return an SVG with a prefix before its ids and what refers to them: two SVGs may have the same marker."""
     for before in (' id="', 'href="#', "url(#"):
         svg = svg.replace(before, f"{before}{prefix}")
     return svg

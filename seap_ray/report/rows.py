@@ -58,6 +58,14 @@ class SpeedCell:
     prefill_speedup: float
     decode_speedup: float
 
+    def tokens_per_s(self, stage: str) -> float:
+        """Return the tokens per second of a stage, ``prefill`` or ``decode``."""
+        return self.prefill_tokens_per_s if stage == "prefill" else self.decode_tokens_per_s
+
+    def speedup(self, stage: str) -> float:
+        """Return the ratio to the dense model's tokens per second in a stage, ``prefill`` or ``decode``."""
+        return self.prefill_speedup if stage == "prefill" else self.decode_speedup
+
     def to_json(self) -> dict[str, float]:
         """Return the speed as a results file holds it."""
         return asdict(self)

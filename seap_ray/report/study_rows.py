@@ -123,6 +123,11 @@ def mean_head_of(columns: Sequence[str]) -> str | None:
     return None
 
 
+def mean_column_of(columns: Sequence[str]) -> str | None:
+    """Return the first column with a mean, or None."""
+    return next((column for column in columns if column.endswith(MEAN_HEADS)), None)
+
+
 # --- the studies -----------------------------------------------------------------------------------------------------
 
 _SIZE = ("ratio", "realised", "parameters", "bytes", "kv_bytes_per_token")
@@ -184,7 +189,7 @@ class CorpusRow(StudyRow):
     samples: int
     tasks: int
     """Number of tasks that the mean is over."""
-    mean: float | None
+    mean: float
     sd_over_seeds: float | None
     """Standard deviation between disjoint draws of samples."""
     stderr: float

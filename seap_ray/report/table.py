@@ -1,32 +1,41 @@
-"""Table: the models of a results file as text, rows and columns."""
+"""Table: the models of a results file as text, in rows and columns; and means of quality."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from seap_ray.progress import count
+from seap_ray.report.rows import Cell, FailedCell, ModelRow, QualityCell, Results, TaskRow, cell_from_json
 from seap_ray.tasks import is_perplexity
 
-Model = Mapping[str, Any]
+STAGES = ("prefill", "decode")
+"""Stages of generation whose speed is measured."""
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns side by side, the first to the left, the others to the right; those without any value are left out."""
-    told = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
-    shown = [[columns[i] for i in told], *([show(row[i]) for i in told] for row in rows)]
-    widths = [max(len(row[column]) for row in shown) for column in range(len(told))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in shown
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    """Return columns side by side, the first to the left, the others to the right.
+
+    Columns without any value are left out.
+    """
+    shown = [column for column in range(len(columns)) if any(row[column] is not None for row in rows)]
+    lines = [[columns[column] for column in shown]]
+    for row in rows:
+        lines.append([show(row[column]) for column in shown])
+
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    head, *body = [_aligned(line, widths) for line in lines]
+    return "\n".join([head, "-" * len(head), *body])
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    aligned = []
+    for i, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+        aligned.append(cell.ljust(width) if i == 0 else cell.rjust(width))
+    return "  ".join(aligned)
 
 
 def show(value: Any) -> str:
-    """A value as a cell of text: three decimals, fewer for large numbers."""
+    """Return a value as a cell of text: three decimals, one for 10 and more, nothing for None."""
     if value is None:
         return ""
     if not isinstance(value, float):
@@ -34,84 +43,104 @@ def show(value: Any) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
-def table(results: Mapping[str, Any]) -> str:
-    """The models as rows, the tasks as columns; below, why cells have failed. In brackets: an expert's own task."""
-    tasks, models = results["tasks"], results["models"]
-    with_speed = any(model.get("speed") for model in models)
+def table(results: Results) -> str:
+    """Return the models as rows and the tasks as columns; below, why cells have failed.
+
+    An expert's own task is in brackets.
+    """
+    results = results if isinstance(results, Results) else Results.from_json(results)
+    tasks = results.tasks
+    models = results.models
+    with_speed = any(model.speed for model in models)
+
     columns = ["model", "ratio", "realised", "params"]
-    columns += [f"{name} {about['short']}" for name, about in tasks.items()]
+    columns += [f"{name} {task.short}" for name, task in tasks.items()]
     columns.append(mean_head(tasks))
     columns += ["weights", "KV B/token", "prefill tok/s", "decode tok/s"] if with_speed else []
     text = text_table(columns, [_row(model, tasks, with_speed) for model in models])
     return "\n".join([text, *_failures(models)])
 
 
-def mean_head(tasks: Mapping[str, Mapping[str, Any]]) -> str:
-    """Head of the column of ``mean_quality``."""
-    return "mean ppl" if all(is_perplexity(about["metric"]) for about in tasks.values()) else "mean acc"
+def mean_head(tasks: Mapping[str, TaskRow]) -> str:
+    """Return the name of the column that ``mean_quality`` fills for these tasks: ``mean acc`` or ``mean ppl``."""
+    tasks = {n: t if isinstance(t, TaskRow) else TaskRow.from_json(t) for n, t in tasks.items()}
+    return "mean ppl" if all(is_perplexity(task.metric) for task in tasks.values()) else "mean acc"
 
 
-def _row(model: Model, tasks: Iterable[str], with_speed: bool) -> list[str]:
+def _row(model: ModelRow, tasks: Iterable[str], with_speed: bool) -> list[str]:
+    is_planned = model.ratio is not None and model.realised_ratio is not None
     cells = [
-        model["name"],
-        "" if model["ratio"] is None else f"{model['ratio']:g}",
-        "" if model["ratio"] is None or model["realised_ratio"] is None else f"{model['realised_ratio']:.4f}",
-        "" if model["parameters"] is None else count(model["parameters"]),
+        model.name,
+        "" if model.ratio is None else f"{model.ratio:g}",
+        f"{model.realised_ratio:.4f}" if is_planned else "",
+        "" if model.parameters is None else count(model.parameters),
     ]
+
     for task in tasks:
-        cell = _cell(model["quality"].get(task))
-        cells.append(f"[{cell}]" if task == model.get("task") and cell else cell)
+        cell = _cell(model.quality.get(task))
+        cells.append(f"[{cell}]" if task == model.task and cell else cell)
+
     mean = mean_over(model, tasks)
     cells.append("" if mean is None else f"{show(mean[0])} ±{mean[1]:.3f}")
     if with_speed:
-        cells += ["" if model["bytes"] is None else f"{count(model['bytes'])}B", show(model["kv_bytes_per_token"])]
-        cells += [_speed(model, stage) for stage in ("prefill", "decode")]
+        cells += ["" if model.bytes is None else f"{count(model.bytes)}B", show(model.kv_bytes_per_token)]
+        cells += [_speed(model, stage) for stage in STAGES]
     return cells
 
 
-def _speed(model: Model, stage: str) -> str:
-    """Tokens per second, and times the dense model's."""
-    speed = model.get("speed")
-    return f"{count(speed[f'{stage}_tokens_per_s'])} x{speed[f'{stage}_speedup']:.2f}" if speed else ""
-
-
-def _cell(quality: Mapping[str, Any] | None) -> str:
-    if quality is None:
+def _speed(model: ModelRow, stage: str) -> str:
+    """Return tokens per second, and their ratio to the dense model's."""
+    if model.speed is None:
         return ""
-    if "error" in quality:
+    return f"{count(model.speed.tokens_per_s(stage))} x{model.speed.speedup(stage):.2f}"
+
+
+def _cell(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    if isinstance(cell, FailedCell):
         return "failed"
-    return f"{quality['value']:.{1 if is_perplexity(quality['metric']) else 3}f}"
+    return f"{cell.value:.{1 if is_perplexity(cell.metric) else 3}f}"
 
 
-def _failures(models: Iterable[Model]) -> list[str]:
-    """One line for every reason, with the cells that it has cost."""
-    where: dict[str, list[str]] = {}
+def _failures(models: Iterable[ModelRow]) -> list[str]:
+    """Return one line for every reason, with the cells that it has cost."""
+    cells_of: dict[str, list[str]] = {}
     for model in models:
-        for task, cell in model["quality"].items():
-            if "error" in cell:
-                where.setdefault(cell["error"], []).append(f"{model['name']} on {task}")
-    return [
-        f"failed: {cells[0]}{f' and {len(cells) - 1} others' if len(cells) > 1 else ''}: {error}"
-        for error, cells in where.items()
-    ]
+        for task, error in model.failures.items():
+            cells_of.setdefault(error, []).append(f"{model.name} on {task}")
+
+    lines = []
+    for error, cells in cells_of.items():
+        others = f" and {len(cells) - 1} others" if len(cells) > 1 else ""
+        lines.append(f"failed: {cells[0]}{others}: {error}")
+    return lines
 
 
-def mean_over(model: Model, tasks: Iterable[str]) -> tuple[float, float] | None:
-    """``mean_quality`` of a model; None where it was not judged on all ``tasks``: other means do not compare."""
-    return mean_quality(model["quality"].values()) if {*tasks} <= model["quality"].keys() else None
+def mean_over(model: ModelRow, tasks: Iterable[str]) -> tuple[float, float] | None:
+    """Return the mean of a model that was judged on all ``tasks``, else None: means over other tasks do not compare."""
+    model = model if isinstance(model, ModelRow) else ModelRow.from_json(model)
+    return mean_quality(model.quality.values()) if {*tasks} <= model.quality.keys() else None
 
 
-def mean_quality(cells: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:
-    """Mean accuracy of those cells that have one, else the geometric mean of the perplexities, and its standard error.
+def mean_quality(cells: Iterable[Cell]) -> tuple[float, float] | None:
+    """Return the mean of cells and its standard error; None without cells, or where one has failed.
 
-    The error of a perplexity is that of its logarithm, as in a cell. None without cells, or where one has failed.
+    The mean is that of the accuracies, and where there are none the geometric mean of the perplexities. The standard
+    error of a perplexity is that of its logarithm, as in a cell.
     """
-    cells = list(cells)
-    if not cells or any("error" in cell for cell in cells):
+    qualities: list[QualityCell] = []
+    for cell in cells:
+        cell = cell_from_json(cell) if isinstance(cell, Mapping) else cell
+        if isinstance(cell, FailedCell):
+            return None
+        qualities.append(cell)
+    if not qualities:
         return None
-    accuracies = [cell for cell in cells if not is_perplexity(cell["metric"])]
-    chosen = accuracies or cells
-    error = math.sqrt(sum(cell["stderr"] ** 2 for cell in chosen)) / len(chosen)
-    values = [cell["value"] if accuracies else math.log(cell["value"]) for cell in chosen]
+
+    accuracies = [cell for cell in qualities if not is_perplexity(cell.metric)]
+    chosen = accuracies or qualities
+    error = math.sqrt(sum(cell.stderr**2 for cell in chosen)) / len(chosen)
+    values = [cell.value if accuracies else math.log(cell.value) for cell in chosen]
     mean = sum(values) / len(values)
     return (mean if accuracies else math.exp(mean)), error

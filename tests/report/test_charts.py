@@ -8,32 +8,32 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 
-from seap_ray.report import charts as pictures
+from seap_ray.report import charts
 from seap_ray.report.charts import (
     COLOURS,
     INK,
     MARKERS,
     REFERENCE,
     Chart,
+    Figure,
     HeatMap,
-    Picture,
     Series,
-    _across,
-    look,
-    panel_svg,
-    swatch_svg,
-    whole_svg,
+    series_style,
 )
+from seap_ray.report.svg import _legend_columns, figure_svg, legend_key_svg, panel_svg
 from tests.support import ROOT
 from tests.support.colours import contrast
 
 ODD = 'a<b> & "c" $x_1$'
-PAGES = re.findall(r"--page: (#\w+)", Path(pictures.__file__).with_name("template.html.jinja").read_text())
+PAGES = re.findall(r"--page: (#\w+)", Path(charts.__file__).with_name("template.html.jinja").read_text())
 
 
 def chart(**changes):
     x, y = (1.0, 2.0, 4.0), (0.2, 0.5, 0.9)
-    series = (Series("one", x, y, look(0)), Series("two", x, y[::-1], look(1), errors=((0.8, 0.4, 0.1), (1, 0.6, 0.3))))
+    series = (
+        Series("one", x, y, series_style(0)),
+        Series("two", x, y[::-1], series_style(1), errors=((0.8, 0.4, 0.1), (1, 0.6, 0.3))),
+    )
     return Chart(**{"title": "Chart", "x_label": "x", "y_label": "y", "series": series, **changes})
 
 
@@ -57,7 +57,7 @@ def test_a_panel_is_one_labelled_svg_in_the_colour_of_the_text_around_it(panel):
     assert "currentColor" in svg and INK not in svg
 
 
-@pytest.mark.parametrize("svg", [panel_svg(chart(), "x"), panel_svg(heat_map(), "x"), swatch_svg(look(0))])
+@pytest.mark.parametrize("svg", [panel_svg(chart(), "x"), panel_svg(heat_map(), "x"), legend_key_svg(series_style(0))])
 def test_an_svg_brings_no_style_script_font_or_address_of_its_own(svg):
     namespaces = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert set(re.findall(r'https?://[^"\s]*', svg)) == namespaces
@@ -71,20 +71,20 @@ def test_text_stays_text_and_odd_names_are_no_markup_and_no_formula():
 
 
 def test_a_logarithmic_axis_has_plain_numbers():
-    series = (Series("", (0, 1, 2), (2e-6, 3e-2, 40.0), look(0)),)
+    series = (Series("", (0, 1, 2), (2e-6, 3e-2, 40.0), series_style(0)),)
     found = texts(panel_svg(chart(series=series, y_log=True), ""))
     assert {"10⁻⁵", "0.1"} <= set(found) or {"10⁻⁴", "0.01"} <= set(found)
-    narrow = texts(panel_svg(chart(series=(Series("", (0, 1), (11.0, 45.0), look(0)),), y_log=True), ""))
+    narrow = texts(panel_svg(chart(series=(Series("", (0, 1), (11.0, 45.0), series_style(0)),), y_log=True), ""))
     assert {"20", "30", "40"} <= set(narrow)
-    tiny = texts(panel_svg(chart(series=(Series("", (0, 1), (1.5e-4, 1.9e-4), look(0)),), y_log=True), ""))
+    tiny = texts(panel_svg(chart(series=(Series("", (0, 1), (1.5e-4, 1.9e-4), series_style(0)),), y_log=True), ""))
     assert {"1.6·10⁻⁴", "1.8·10⁻⁴"} <= set(tiny)
-    decades = texts(panel_svg(chart(series=(Series("", (0, 1), (1.5, 90.0), look(0)),), y_log=True), ""))
+    decades = texts(panel_svg(chart(series=(Series("", (0, 1), (1.5, 90.0), series_style(0)),), y_log=True), ""))
     assert {"2", "5", "10", "20", "50"} <= set(decades)
 
 
 def test_a_line_goes_through_its_points():
     x, y = (0.0, 1.0, 5.0), (2.0, 8.0, 3.0)
-    svg = panel_svg(chart(series=(Series("", x, y, look(0)),)), "")
+    svg = panel_svg(chart(series=(Series("", x, y, series_style(0)),)), "")
     path = re.search(rf'<path d="([^"]*)" clip-path="[^"]*" style="fill: none; stroke: {COLOURS[0]}', svg)
     drawn = [tuple(map(float, point)) for point in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path.group(1))]
     for values, at in ((x, [p[0] for p in drawn]), (y, [-p[1] for p in drawn])):
@@ -112,9 +112,9 @@ def test_every_colour_can_be_told_from_the_page(page):
 
 
 def test_series_can_be_told_apart_without_colour():
-    looks = [look(i) for i in range(len(MARKERS))]
-    assert all(a.marker != b.marker for a, b in combinations(looks, 2))
-    assert all(a.line != b.line for a, b in combinations(looks[:4], 2))
+    styles = [series_style(i) for i in range(len(MARKERS))]
+    assert all(a.marker != b.marker for a, b in combinations(styles, 2))
+    assert all(a.line != b.line for a, b in combinations(styles[:4], 2))
     assert REFERENCE.marker == ""
 
 
@@ -134,18 +134,20 @@ def test_the_same_numbers_give_the_same_bytes_in_another_process_with_other_sett
 
 
 def test_a_legend_names_each_look_once_and_one_series_needs_none():
-    assert list(Picture("", (chart(), chart(), heat_map())).legend) == ["one", "two"]
-    assert Picture("", (chart(series=chart().series[:1]),)).legend == {}
+    assert list(Figure("", (chart(), chart(), heat_map())).legend) == ["one", "two"]
+    assert Figure("", (chart(series=chart().series[:1]),)).legend == {}
 
 
 def test_a_picture_stands_alone_with_its_legend_on_a_ground_of_its_own():
-    svg = whole_svg(Picture("Both.", (chart(), heat_map())))
+    svg = figure_svg(Figure("Both.", (chart(), heat_map())))
     assert {"one", "two", "Chart", "Map"} <= set(texts(svg))
     assert "background:#fff;color:#1f2328" in ElementTree.fromstring(svg).get("style")
 
 
 def test_a_legend_is_no_wider_than_its_picture():
-    assert _across(["experts", "wanda_sp", "magnitude", "random"], 440) == 3  # 60 + 8 * 9 pixels each
+    assert _legend_columns(["experts", "wanda_sp", "magnitude", "random"], 440) == 3  # 60 + 8 * 9 pixels each
     assert (
-        _across(["a"] * 9, 2000) == 5 and _across(["a label as long as this one"], 100) == 1 and _across([], 440) == 1
+        _legend_columns(["a"] * 9, 2000) == 5
+        and _legend_columns(["a label as long as this one"], 100) == 1
+        and _legend_columns([], 440) == 1
     )

@@ -8,14 +8,13 @@ from html.parser import HTMLParser
 import pytest
 
 from seap_ray.errors import ConfigError
-from seap_ray.report.artifacts import Evidence
-from seap_ray.report.page import parts, save_pictures, write_report
+from seap_ray.report.page import save_figures, sections, write_report
+from seap_ray.report.run_data import RunData
 from seap_ray.storage.run import Run
 from tests.support.browser import MISSING, chromium
 from tests.support.colours import contrast
-from tests.support.made_run import edit, make_run
+from tests.support.made_run import REPORT_STUDIES, edit, make_run
 
-STUDIES = ("table", "ratio", "corpus", "allocation", "ood", "transfer", "routing", "pooling", "paper")
 VOID = {"meta", "link", "br", "use", "path"}
 
 
@@ -62,7 +61,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
-    run = make_run(tmp_path_factory.mktemp("runs") / "demo", studies=STUDIES)
+    run = make_run(tmp_path_factory.mktemp("runs") / "demo", studies=REPORT_STUDIES)
     write_report(run)
     return run
 
@@ -75,11 +74,11 @@ def page_of(run):
 
 
 def test_the_numbers_are_those_of_the_results(run):
-    evidence, page = Evidence.of(run), page_of(run)
+    data, page = RunData.of(run), page_of(run)
     head, *rows = page.tables[0]
     names = [row[0] for row in rows if len(row) > 1]
-    models = evidence.main["models"]
-    assert sorted(names) == sorted(model["name"] for model in models)
+    models = data.main.models
+    assert sorted(names) == sorted(model.name for model in models)
     by_ratio, ratio = {}, None
     for row in rows:
         if len(row) == 1:
@@ -87,12 +86,12 @@ def test_the_numbers_are_those_of_the_results(run):
         else:
             by_ratio[row[0], ratio] = dict(zip(head, row, strict=True))
     for model in models:
-        row = by_ratio[model["name"], model["ratio"]]
-        for task, cell in model["quality"].items():
-            assert row[f"{task} em"] == f"{cell['value']:.3f} ± {cell['stderr']:.3f}"
-        mean = sum(cell["value"] for cell in model["quality"].values()) / len(model["quality"])
+        row = by_ratio[model.name, model.ratio]
+        for task, cell in model.quality.items():
+            assert row[f"{task} em"] == f"{cell.value:.3f} ± {cell.stderr:.3f}"
+        mean = sum(cell.value for cell in model.quality.values()) / len(model.quality)
         assert row["mean accuracy"].split(" ±")[0] == f"{mean:.3f}"
-        assert row["removed"] == ("" if model["ratio"] is None else f"{model['realised_ratio']:.4f}")
+        assert row["removed"] == ("" if model.ratio is None else f"{model.realised_ratio:.4f}")
 
 
 def test_the_facts_of_the_run_are_told(run):
@@ -104,7 +103,7 @@ def test_the_facts_of_the_run_are_told(run):
 def test_what_was_not_measured_leaves_no_heading_behind(run, studied):
     few, many = (re.findall(r'<h2 id="(\w+)"', write_report(one).read_text()) for one in (run, studied))
     assert few == ["summary", "quality", "transfer", "sparsity", "overlap", "clusters", "scores", "router"]
-    assert many == [*few, "speed", "corpus", "allocation", "ood", "routing", "pooling", "paper"]
+    assert many == [*few, "speed", "corpus", "allocation", "reconstruction", "ood", "routing", "pooling", "paper"]
 
 
 def test_a_run_of_one_study_alone_has_a_page(run, tmp_path):
@@ -122,7 +121,7 @@ def test_a_run_without_results_is_one_line(tmp_path):
 def test_a_run_that_was_not_evaluated_shows_what_was_cut(tmp_path):
     run = make_run(tmp_path / "demo")
     edit(run.results, lambda results: [model.update(quality={}) for model in results["models"]])
-    keys = [part.key for part in parts(Evidence.of(run))]
+    keys = [section.key for section in sections(RunData.of(run))]
     assert keys == ["sparsity", "overlap", "clusters", "scores", "router"]
     assert "general" in page_of(run).text
 
@@ -208,7 +207,7 @@ def test_pictures_and_tables_can_be_read_without_eyes(studied):
 
 
 def test_pictures_are_saved_one_a_file(run, tmp_path):
-    paths = save_pictures(run, tmp_path / "pictures")
+    paths = save_figures(run, tmp_path / "pictures")
     assert [path.name for path in paths] == [
         f"{name}.svg" for name in ("quality", "transfer", "sparsity", "overlap", "clusters", "scores", "router")
     ]

@@ -28,6 +28,11 @@ from tests.support.builders import CONFIGS, random_statistics
 TASKS = ("arithmetic", "sort", "prose")
 RATIOS = (0.2, 0.4)
 N_SHARDS = 3
+REPORT_STUDIES = (
+    *("table", "ratio", "corpus", "allocation", "reconstruction"),
+    *("ood", "transfer", "routing", "pooling", "paper"),
+)
+"""Studies that the report shows."""
 ARCHITECTURE = Architecture.of(CONFIGS["llama_gqa"]().to_dict())
 
 

@@ -1,0 +1,103 @@
+"""Activations: whether the shards of different tasks activate different channels.
+
+Letters: P shards, D channels, R principal components.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from seap_ray.core.moments import Site
+from seap_ray.models.records import open_tensors, read_moments
+from seap_ray.report.charts import Chart, Figure, Series, series_style
+from seap_ray.report.run_data import RunData, percent
+from seap_ray.report.section import Section
+from seap_ray.storage.paths import StoragePath
+
+
+def clusters_section(data: RunData) -> Section | None:
+    """Return the mean activations of every shard in the first, a middle and the last layer."""
+    records: list[StoragePath] = []
+    tasks: list[str] = []
+    for task in data.main.tasks:
+        for path in data.run.records(task).sorted_glob("*.safetensors"):
+            records.append(path)
+            tasks.append(task)
+    if data.architecture is None or len(set(tasks)) < 2 or len(tasks) < 3:
+        return None
+
+    last = data.architecture.n_layers - 1
+    panels = []
+    shares = []
+    for layer in dict.fromkeys((0, (last + 1) // 2, last)):  # of a shallow model they may be the same
+        keys = [(layer, site) for site in data.architecture.sites("mlp")]
+        x_PD = standardised(np.array([_mean_activations(path, keys) for path in records]))
+        panels.append(_scatter_chart(layer, x_PD, tasks))
+        share = nearest_of_same_label(x_PD, tasks)
+        if share is not None:
+            shares.append(f"{percent(share)} in layer {layer}")
+
+    finding = ""
+    if shares:
+        finding = f"Shards whose nearest neighbour, over all channels, is of the same task: {', '.join(shares)}."
+    return Section(
+        "clusters",
+        "Do tasks activate different neurons?",
+        "A point is the mean activation of the MLP channels over a shard, standardised, on the first two principal "
+        "components. Tasks that use different neurons lie apart.",
+        finding,
+        Figure("Mean activations of the MLP channels over every shard, by task.", tuple(panels)),
+    )
+
+
+def _mean_activations(path: StoragePath, keys: Sequence[tuple[int, Site]]) -> np.ndarray:
+    with open_tensors(path) as file:
+        return np.concatenate([read_moments(file, key).mean_D.numpy() for key in keys])
+
+
+def standardised(x_PD: np.ndarray) -> np.ndarray:
+    """Return every column with mean 0 and variance 1; a constant one is all zeros."""
+    centred_PD = x_PD - x_PD.mean(0)
+    spread_D = centred_PD.std(0)
+    return centred_PD / np.where(spread_D > 0, spread_D, 1)
+
+
+def principal_components(x_PD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first two principal components of centred points [P, 2], and the share of the variance of each [2].
+
+    A component's sign is free; its largest coordinate is made positive, so that a figure comes out the same.
+    """
+    u_PR, s_R, _ = np.linalg.svd(x_PD, full_matrices=False)
+    at_P2 = (u_PR * s_R)[:, :2]
+    at_P2 *= np.sign(at_P2[np.abs(at_P2).argmax(0), [0, 1]])
+    return at_P2, s_R[:2] ** 2 / max(float((s_R**2).sum()), 1e-300)
+
+
+def nearest_of_same_label(x_PD: np.ndarray, labels: Sequence[str]) -> float | None:
+    """Return the share of the points whose nearest neighbour has their label.
+
+    Points whose label no other point has do not count; None where no points count.
+    """
+    distance_PP = np.linalg.norm(x_PD[:, None] - x_PD, axis=-1)
+    np.fill_diagonal(distance_PP, np.inf)  # no point is its own neighbour
+    nearest_P = distance_PP.argmin(1)
+
+    is_same = []
+    for point, label in enumerate(labels):
+        if labels.count(label) > 1:
+            is_same.append(labels[nearest_P[point]] == label)
+    return sum(is_same) / len(is_same) if is_same else None
+
+
+def _scatter_chart(layer: int, x_PD: np.ndarray, tasks: Sequence[str]) -> Chart:
+    """Return a point for every shard, in its task's style."""
+    at_P2, (first, second) = principal_components(x_PD)
+    series = []
+    for i, task in enumerate(dict.fromkeys(tasks)):
+        is_of_task = [other == task for other in tasks]
+        x, y = at_P2[is_of_task].T.tolist()
+        series.append(Series(task, x, y, replace(series_style(i), line="none")))
+    x_label = f"1st component ({percent(first)})"
+    y_label = f"2nd component ({percent(second)})"
+    return Chart(f"layer {layer}", x_label, y_label, tuple(series))

@@ -1,0 +1,60 @@
+"""Corpus: quality against the number of samples that the models were calibrated on."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from seap_ray.report.charts import Chart, Figure, Series, series_style
+from seap_ray.report.plots.studies import study_section
+from seap_ray.report.run_data import RunData, percent
+from seap_ray.report.section import Section
+from seap_ray.report.study_rows import CorpusRow, mean_column_of
+
+
+def corpus_section(data: RunData) -> Section | None:
+    """Return quality against the number of samples, with its spread over seeds."""
+    section = study_section(data, "corpus")
+    table = data.study_table("corpus")
+    if section is None or table is None:
+        return None
+    mean = mean_column_of(table.columns)
+    if mean is None:
+        return section
+
+    rows = [row for row in CorpusRow.from_table(table) if row.mean is not None]
+    ratios = list(dict.fromkeys(row.ratio for row in rows))
+    by_ratio = {ratio: [row for row in rows if row.ratio == ratio] for ratio in ratios}
+    series = [_series(ratio, by_ratio[ratio], i) for i, ratio in enumerate(ratios)]
+    chart = Chart(mean, "samples per task", "", tuple(series), x_log=True, wide=True)
+    how_to_read = (
+        "Points are means over seeds, bands one standard deviation between them. Where a line is flat, more samples "
+        "do not help."
+    )
+    figure = Figure(f"{mean} against the number of samples.", (chart,))
+    finding = _smallest_stable(by_ratio, is_perplexity=mean.endswith("ppl"))
+    return replace(section, finding=finding, how_to_read=how_to_read, figure=figure)
+
+
+def _series(ratio: float, rows: Sequence[CorpusRow], i: int) -> Series:
+    low = [row.mean - (row.sd_over_seeds or 0) for row in rows]
+    high = [row.mean + (row.sd_over_seeds or 0) for row in rows]
+    samples = [row.samples for row in rows]
+    means = [row.mean for row in rows]
+    return Series(f"{percent(ratio)} removed", samples, means, series_style(i), bands=((low, high),))
+
+
+def _smallest_stable(by_ratio: dict[float, list[CorpusRow]], *, is_perplexity: bool) -> str:
+    """Say, for every ratio, from how many samples on no mean is further from the last than one standard error."""
+    clauses = []
+    for ratio, rows in by_ratio.items():
+        largest = rows[-1]
+        stable = largest
+        for row in reversed(rows):
+            # The standard error of a perplexity is relative.
+            tolerance = row.stderr * (row.mean if is_perplexity else 1)
+            if abs(row.mean - largest.mean) > tolerance:
+                break
+            stable = row
+        clauses.append(f"{stable.samples} with {percent(ratio)} removed")
+    if not clauses:
+        return ""
+    return f"Within one standard error of the largest from so many samples on: {', '.join(clauses)}."

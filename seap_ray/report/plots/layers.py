@@ -1,0 +1,15 @@
+"""Layers: what the charts of plans and scores have in common."""
+
+from seap_ray.core.architecture import Architecture
+
+BLOCKS = {"heads": "attention", "channels": "MLP"}
+"""Blocks of a layer by the units that plans remove from them."""
+
+UnitGroup = tuple[int, str, int]
+"""Layer, kind of unit, and how many of them the layer has before it is pruned."""
+
+
+def unit_groups(architecture: Architecture, unit: str) -> list[UnitGroup]:
+    """Return the units of one kind in every layer; the channels of all MoE experts count."""
+    n_experts = max(architecture.n_experts, 1) if unit == "channels" else 1
+    return [(i, unit, n_experts * getattr(layer.shape, unit)) for i, layer in enumerate(architecture.layers)]

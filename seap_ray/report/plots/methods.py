@@ -1,0 +1,22 @@
+"""Methods: what charts that compare methods have in common."""
+
+from collections.abc import Iterable
+
+from seap_ray.report.rows import Results
+from seap_ray.report.run_data import RunData
+
+REMOVED_LABEL = "removed from the decoder layers, %"
+MAX_METHODS = 9
+"""Lines that one chart can hold, which is as many as there are markers."""
+_FIRST = {"experts": 0, "general": 1}
+
+
+def experts_first(methods: Iterable[str]) -> list[str]:
+    """Return each method once: the experts, the general model, then the others in their order."""
+    return sorted(dict.fromkeys(methods), key=lambda name: _FIRST.get(name, len(_FIRST)))
+
+
+def widest_comparisons(data: RunData) -> list[Results]:
+    """Return the results that compare many methods, those with the most ratios first."""
+    results = [data.studies[name] for name in ("ratio", "table") if name in data.studies]
+    return [*results, data.main]

@@ -1,0 +1,127 @@
+"""Scores: how unequal the scores of heads and channels are in every layer.
+
+Letters: U units (query heads or channels of a layer), L layers.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from seap_ray.core.architecture import Architecture
+from seap_ray.core.moments import SITES, Site, pooled_statistics
+from seap_ray.core.scores import SCORES, Norms, column_scores, head_scores
+from seap_ray.models.records import is_whole, load_statistics, load_unit_scores
+from seap_ray.report.charts import LOWER_BOUND, Chart, Figure, Series, series_style
+from seap_ray.report.run_data import UNITS, RunData, StoredPlan, percent
+from seap_ray.report.section import Section
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+UnitScores = dict[str, list[np.ndarray]]
+"""Scores [U] of every layer, by kind of unit; in a mixture those of all MoE experts, one after another."""
+
+
+def scores_section(data: RunData) -> Section | None:
+    """Return quantiles of the scores in every layer: of the general model, the first expert and the last one."""
+    if data.architecture is None or not data.plans:
+        return None
+    ratio, plans = list(data.plans.items())[-1]
+    experts = [plan for plan in plans if plan.kind == "expert"]
+    shown = [plan for plan in plans if plan.kind == "general"] + experts[:1] + experts[1:][-1:]
+
+    scored = []
+    for plan in shown:
+        if scores := unit_scores(data, data.architecture, plan):
+            scored.append((plan, scores))
+    if not scored:
+        return None
+
+    panels = []
+    for unit in reversed(UNITS):  # channels first: they are most of the weights
+        panels += [_score_chart(plan, unit, scores[unit]) for plan, scores in scored]
+    held = [f"{percent(_share_of_best_tenth(scores['channels']))} in {plan.name}" for plan, scores in scored]
+    return Section(
+        "scores",
+        "How unequal are the scores?",
+        "The line is the median of a layer's scores, in a mixture those of all its experts, the bands hold half and "
+        f"90 % of them; a dash is the lowest score that stays with {percent(ratio)} removed. The taller the bands, the "
+        "less goes with what lies low.",
+        f"Of all of a layer's scores, the best tenth of its channels holds on average {', '.join(held)}.",
+        Figure("Quantiles of the scores of channels and heads in every layer.", tuple(panels)),
+    )
+
+
+def unit_scores(data: RunData, architecture: Architecture, plan: StoredPlan) -> UnitScores | None:
+    """Return the scores that a plan was made from; None where they cannot be computed again."""
+    if "unit_scores" in plan.metadata:
+        return _stored_scores(data, architecture, plan.metadata["unit_scores"])
+    return _computed_scores(data, architecture, plan)
+
+
+def _stored_scores(data: RunData, architecture: Architecture, name: str) -> UnitScores | None:
+    """Read scores that took covariances to compute, and so were stored."""
+    path = data.run.unit_scores(name)
+    if not is_whole(path):
+        return None
+    by_layer = load_unit_scores(path, range(architecture.n_layers))
+    return {unit: [scores[unit].numpy() for scores in by_layer] for unit in UNITS} if by_layer else None
+
+
+def _computed_scores(data: RunData, architecture: Architecture, plan: StoredPlan) -> UnitScores | None:
+    """Compute scores from the run's statistics, as the planner does."""
+    metadata = plan.metadata
+    paths = [data.run.statistics(name) for name in (*metadata["tasks"], "weight_norms")]
+    if metadata["score"] not in SCORES or not all(path.is_file() for path in paths):
+        return None
+
+    *parts, stored = (load_statistics(path, architecture, sites=SITES) for path in paths)
+    norms = {key: Norms(moments.mean_D, moments.m2_D) for key, moments in stored.items()}
+    score = SCORES[metadata["score"]]
+    weights = list(metadata["tasks"].values())
+    streams = list(zip(weights, parts, strict=True))
+    if metadata["pooling"] == "pooled":
+        streams = [(1.0, pooled_statistics(parts, weights))]
+
+    def site_scores(layer: int, site: Site) -> torch.Tensor:
+        keys = [(layer, member) for member in architecture.sites(site)]
+        weighted = [weight * column_scores(score, part, norms, keys) for weight, part in streams]
+        return torch.stack(weighted).sum(0)
+
+    heads = []
+    channels = []
+    for layer in range(architecture.n_layers):
+        heads.append(head_scores(site_scores(layer, "attn"), architecture.head_dim).numpy())
+        channels.append(site_scores(layer, "mlp").flatten().numpy())
+    return {"heads": heads, "channels": channels}
+
+
+def _score_chart(plan: StoredPlan, unit: str, scores: Sequence[np.ndarray]) -> Chart:
+    """Return the quantiles of every layer's scores, and the lowest score that stays."""
+    # A logarithmic axis has no place for zero: it is drawn at the smallest positive score.
+    positive = np.concatenate([score_U[score_U > 0] for score_U in scores])
+    floor = positive.min() if len(positive) else 1.0
+    quantiles_LQ = np.array([np.quantile(np.maximum(score_U, floor), QUANTILES) for score_U in scores])
+    low, below, median, above, high = quantiles_LQ.T.tolist()
+
+    lowest_kept = {}
+    for layer, score_U in enumerate(scores):
+        kept = plan.indices(layer, unit)
+        if 0 < len(kept) < len(score_U):
+            lowest_kept[layer] = max(float(score_U[kept].min()), floor)
+
+    series = (
+        Series("median", range(len(scores)), median, series_style(0), bands=((low, high), (below, above))),
+        Series("lowest that stays", list(lowest_kept), list(lowest_kept.values()), LOWER_BOUND),
+    )
+    return Chart(f"{plan.name}: {unit}", "layer", plan.metadata["score"], series, x_integer=True, y_log=True)
+
+
+def _share_of_best_tenth(scores: Sequence[np.ndarray]) -> float:
+    """Return the share of a layer's sum that its best tenth has, on average over the layers."""
+    shares = []
+    for score_U in scores:
+        n_best = max(len(score_U) // 10, 1)
+        best = np.sort(score_U)[-n_best:].sum()
+        shares.append(best / max(score_U.sum(), 1e-300))
+    return float(np.mean(shares))

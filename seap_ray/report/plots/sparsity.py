@@ -1,0 +1,85 @@
+"""Sparsity: how much every layer gives of its attention and its MLP, requested and realised."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from seap_ray.config import AllocationSection, PruningSection
+from seap_ray.core.allocation import layer_sparsity
+from seap_ray.core.architecture import Architecture
+from seap_ray.core.compensation import COMPENSATIONS
+from seap_ray.core.widths import WidthConstraints
+from seap_ray.report.charts import REFERENCE, Chart, Figure, Series, series_style
+from seap_ray.report.plots.layers import BLOCKS
+from seap_ray.report.run_data import UNITS, RunData, StoredPlan, percent
+from seap_ray.report.section import Section, as_sentence
+
+
+def sparsity_section(data: RunData) -> Section | None:
+    """Return the shares that the layers give, as the allocation requests them and as the plans realise them."""
+    architecture = data.architecture
+    if architecture is None or not data.plans:
+        return None
+
+    panels = []
+    for ratio in data.shown_ratios:
+        panels += [_sparsity_chart(data, architecture, ratio, unit) for unit in UNITS]
+    return Section(
+        "sparsity",
+        "How much does each layer give?",
+        "The dashed line is the share of its weights that the allocation asks of a layer. Heads go by whole groups, so "
+        "the attention moves in steps and the MLP makes up for them.",
+        as_sentence([_finding(data, ratio, architecture) for ratio in data.shown_ratios]),
+        Figure("Share that every layer gives of its attention and its MLP, asked for and realised.", tuple(panels)),
+    )
+
+
+def _sparsity_chart(data: RunData, architecture: Architecture, ratio: float, unit: str) -> Chart:
+    plans = data.plans[ratio]
+    series = [*_requested_shares(data, architecture, plans[0]), *_realised_shares(plans, unit, architecture)]
+    title = f"{BLOCKS[unit]}, {percent(ratio)} removed"
+    return Chart(title, "layer", "removed, %", tuple(series), x_integer=True, y_range=(-4, 104))
+
+
+def _requested_shares(data: RunData, architecture: Architecture, plan: StoredPlan) -> list[Series]:
+    """Return the allocation's share of every layer; nothing where it depends on the scores."""
+    metadata = plan.metadata
+    allocation = AllocationSection.model_validate(metadata["allocation"])
+    if metadata.get("budget", "exact") != "exact" or allocation.kind not in ("uniform", "logistic"):
+        return []
+    pruning = PruningSection.model_validate(data.config["pruning"])
+    compensated = COMPENSATIONS[metadata["compensation"]].adds_biases
+    constraints_L = WidthConstraints.of(architecture, pruning, compensated=compensated)
+    shares = layer_sparsity(constraints_L, allocation, metadata["requested_ratio"])
+    return [Series("asked of the layer", range(len(shares)), [100 * share for share in shares], REFERENCE)]
+
+
+def _realised_shares(plans: Sequence[StoredPlan], unit: str, architecture: Architecture) -> Iterator[Series]:
+    """Yield the experts' mean with the range between them, and the general model."""
+    for i, (label, kind) in enumerate((("experts", "expert"), ("general", "general"))):
+        shares = [plan.removed_shares(unit, architecture) for plan in plans if plan.kind == kind]
+        if shares:
+            percent_ML = 100 * np.array(shares)
+            low = percent_ML.min(0).tolist()
+            high = percent_ML.max(0).tolist()
+            bands = ((low, high),) if low != high else ()
+            layers = range(percent_ML.shape[1])
+            yield Series(label, layers, percent_ML.mean(0).tolist(), series_style(i), bands=bands)
+
+
+def _finding(data: RunData, ratio: float, architecture: Architecture) -> str:
+    """Say what was realised of a ratio, and which layer gives most."""
+    plans = data.plans[ratio]
+    names = {plan.name for plan in plans}
+    realised = []
+    for model in data.main.models:
+        if model.ratio == ratio and model.name in names and model.realised_ratio is not None:
+            realised.append(model.realised_ratio)
+    ends = dict.fromkeys(f"{end:.4f}" for end in (min(realised), max(realised)))
+
+    shares = plans[0].removed_shares("channels", architecture)
+    most = shares.index(max(shares))
+    return (
+        f"of {ratio:g} asked for, {' to '.join(ends)} is gone, most in layer {most}, where {plans[0].name} loses "
+        f"{percent(shares[most])} of its channels"
+    )
