@@ -1,4 +1,4 @@
-"""Tasks: where a corpus lies and how a row becomes a question and its right answer.
+"""Tasks: where a corpus lies, and how a row of it becomes a question and its right answer.
 
 Templates are Jinja, as in lm-eval's task files. The calibration text is the question, a space and the right answer;
 ``official`` is the text that the SEAP authors' code feeds for the same task, its lower-casing included.
@@ -9,14 +9,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Metric = Literal["acc", "acc_norm", "exact_match", "perplexity", "window_perplexity"]
-SHORT = {"acc": "acc", "acc_norm": "acc_n", "exact_match": "em", "perplexity": "ppl", "window_perplexity": "ppl"}
+COLUMN_HEADS = {"acc": "acc", "acc_norm": "acc_n", "exact_match": "em", "perplexity": "ppl", "window_perplexity": "ppl"}
 """Column heads of the metrics."""
-CHOSEN = ("acc", "acc_norm")
+MULTIPLE_CHOICE = ("acc", "acc_norm")
 """Metrics of tasks whose answer is one of several."""
 
 
 def is_perplexity(metric: str) -> bool:
-    """Whether lower is better, and a mean of accuracies leaves it out."""
+    """Return whether lower values of a metric are better; a mean of accuracies leaves such metrics out."""
     return metric.endswith("perplexity")
 
 
@@ -27,38 +27,41 @@ class Section(BaseModel):
 
 
 class Task(Section):
-    """One task corpus."""
+    """A task: its corpus, its templates and how it is evaluated."""
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
-    """Name of the task, of its expert and of its folders."""
+    """Name of the task, of its expert and of its folders: small letters, digits and underscores."""
     path: str
-    """Hub data set id, or a file, folder or glob of parquet, jsonl, csv or txt files, on a disk or in a bucket."""
+    """The corpus: the id of a data set on the Hugging Face hub, or a file, folder or glob pattern of parquet, jsonl,
+    csv or txt files, on a disk or in a bucket."""
     subset: str | None = None
-    """Configuration of a hub data set, `name` in datasets.load_dataset."""
+    """Configuration (subset) of a hub data set, `name` in datasets.load_dataset; null: its only one."""
     split: str = "train"
-    """Split that calibration samples are drawn from."""
+    """Split that calibration rows are drawn from."""
     evaluation_path: str | None = None
-    """Where evaluation rows lie, when not under `path`."""
+    """Where evaluation rows lie, in the forms of `path`; null: under `path`, too."""
     evaluation_split: str = "validation"
-    """Split that evaluation rows are drawn from; never the calibration split."""
+    """Split that evaluation rows are drawn from. It must not be the calibration split."""
     question: str = ""
-    """Jinja template of the prompt, without the answer."""
+    """Jinja template of the prompt, without the answer; the columns of a row are its variables."""
     answer: str
     """Jinja template of the right answer."""
     choices: str | None = None
-    """Jinja expression of the list of possible answers, for a multiple-choice task."""
+    """For a multiple-choice task: Jinja expression that gives the list of possible answers."""
     official: str | None = None
-    """Jinja template of the text that the authors' code uses, where it is not question, space and answer."""
+    """Jinja template of the calibration text under corpus.prompt_format `official`; null: question, space, answer."""
     metric: Metric = "acc"
-    """How evaluation rows are judged: acc, acc_norm (per byte of the answer), exact_match, perplexity of each row, or
-    window_perplexity of all rows as one text."""
+    """How evaluation rows are judged. `acc`: the likeliest choice is the right one. `acc_norm`: the same, by likelihood
+    per byte of the answer. `exact_match`: the generated answer is the right one. `perplexity`: of each row.
+    `window_perplexity`: of all rows as one text, in windows."""
     lm_eval: str | None = None
-    """Name of the task in lm-eval, which then judges it in jobs/eval.py."""
+    """Name of the task in lm-eval, which then judges it in seap-ray eval; null: `metric` does."""
     weight: float = Field(default=2.0, gt=0, allow_inf_nan=False)
-    """Weight in the general model; the paper gives language-model corpora 3 and tasks 2."""
+    """Weight of the task in the general model. The SEAP paper gives language-model corpora 3 and other tasks 2."""
 
 
 def _arc(name: str, subset: str) -> Task:
+    """Return one of the two parts of ARC."""
     right = "choices.text[choices.label.index(answerKey)]"
     return Task(
         name=name,
@@ -73,6 +76,7 @@ def _arc(name: str, subset: str) -> Task:
 
 
 def _demo(name: str, weight: float = 2.0) -> Task:
+    """Return the task of a skill of the demo model, whose rows are generated."""
     return Task(
         name=name,
         path=f"demo:{name}",
@@ -165,10 +169,14 @@ BUILT_IN: dict[str, Task] = {
         _demo("prose", weight=3.0),
     )
 }
+"""Built-in tasks by name: the nine of the SEAP paper, and the six skills of the demo model."""
 
 
 def complete(task: Any) -> Any:
-    """Turn a built-in task's name, or a mapping that names one, into the whole mapping of its fields."""
+    """Return the whole mapping of a task's fields for a built-in task's name, or a mapping that names one.
+
+    Fields of the mapping win over the built-in ones; anything else is returned as it is, for the config to judge.
+    """
     if isinstance(task, str):
         task = {"name": task}
     if isinstance(task, dict) and task.get("name") in BUILT_IN:

@@ -1,4 +1,4 @@
-"""Skills of the demo model: seeds in, questions with one right answer out.
+"""Skills of the demo model: a seed in, questions with one right answer out.
 
 Every row is ``{"question", "answer"}``; the text is ``question + " " + answer``. A row belongs to the
 held-out part when a hash of its question says so, whatever the seed, so no evaluation question is ever trained on or
@@ -15,14 +15,20 @@ HELD_OUT_SHARE = 0.1
 
 
 class Row(TypedDict):
+    """A question and its one right answer."""
+
     question: str
     answer: str
 
 
 def rows(skill: str, n: int, *, split: Split, seed: int) -> list[Row]:
-    """Draw ``n`` distinct rows of a skill (fewer if it has no more), the same ones for the same arguments."""
+    """Draw ``n`` distinct rows of a skill, the same ones for the same arguments.
+
+    A skill with few different rows in the split, such as ``facts``, gives fewer than ``n``.
+    """
     rng = random.Random(f"{skill}/{split}/{seed}")
     drawn: dict[str, Row] = {}
+    # About one row in ten is of the split ``test``: 50 attempts a row are plenty, and end where a skill has few rows.
     for row in _attempts(SKILLS[skill], rng, 50 * n):
         if skill == "facts" or _is_held_out(row["question"]) == (split == "test"):
             drawn.setdefault(row["question"], row)
@@ -36,26 +42,28 @@ def _attempts(skill: Callable[[random.Random], Row], rng: random.Random, n: int)
 
 
 def _is_held_out(question: str) -> bool:
+    """Return whether a question is of the split ``test``, by a hash of its text."""
     return hashlib.sha256(question.encode()).digest()[0] < 256 * HELD_OUT_SHARE
 
 
 def arithmetic(rng: random.Random) -> Row:
-    """``37 + 45 = 82``: sums and differences of numbers below 100."""
-    a, b = rng.randrange(100), rng.randrange(100)
+    """Draw a sum or a difference, never negative, of two numbers below 100: ``37 + 45 = 82``."""
+    a = rng.randrange(100)
+    b = rng.randrange(100)
     if rng.random() < 0.5:
         return Row(question=f"{a} + {b} =", answer=str(a + b))
-    a, b = max(a, b), min(a, b)
-    return Row(question=f"{a} - {b} =", answer=str(a - b))
+    smaller, larger = sorted((a, b))
+    return Row(question=f"{larger} - {smaller} =", answer=str(larger - smaller))
 
 
 def reverse(rng: random.Random) -> Row:
-    """``reverse stone: enots``: random strings of 4 to 7 letters."""
+    """Draw a string of 4 to 7 letters to be written backwards: ``reverse stone: enots``."""
     word = _letters(rng)
     return Row(question=f"reverse {word}:", answer=word[::-1])
 
 
 def sort(rng: random.Random) -> Row:
-    """``sort stone: enost``: random strings of 4 to 7 letters."""
+    """Draw a string of 4 to 7 letters to be sorted: ``sort stone: enost``."""
     word = _letters(rng)
     return Row(question=f"sort {word}:", answer="".join(sorted(word)))
 
@@ -65,34 +73,37 @@ def _letters(rng: random.Random) -> str:
 
 
 def logic(rng: random.Random) -> Row:
-    """``not (true or false) and true is false``: boolean expressions of two or three values."""
+    """Draw a boolean expression of two or three values: ``not (true or false) and true is false``."""
     text = _expression(rng, rng.randint(2, 3))
-    # The grammar above makes only true, false, and, or, not and brackets: nothing else is ever evaluated.
+    # The grammar below makes only true, false, and, or, not and brackets: nothing else is ever evaluated.
     value = eval(text.replace("true", "True").replace("false", "False"), {"__builtins__": {}})  # noqa: S307
     return Row(question=f"{text} is", answer=str(value).lower())
 
 
-def _expression(rng: random.Random, n: int) -> str:
-    if n == 1:
+def _expression(rng: random.Random, n_values: int) -> str:
+    """Draw a boolean expression of ``n_values`` values."""
+    if n_values == 1:
         return rng.choice(["true", "false", "not true", "not false"])
-    left = rng.randint(1, n - 1)
-    a, b = _expression(rng, left), _expression(rng, n - left)
-    joined = f"{_bracketed(a)} {rng.choice(['and', 'or'])} {_bracketed(b)}"
+    n_left = rng.randint(1, n_values - 1)
+    left = _expression(rng, n_left)
+    right = _expression(rng, n_values - n_left)
+    joined = f"{_bracketed(left)} {rng.choice(['and', 'or'])} {_bracketed(right)}"
     return f"not ({joined})" if rng.random() < 0.2 else joined
 
 
 def _bracketed(text: str) -> str:
+    """Return an expression that can stand beside an operator, whatever the two operators are."""
     return f"({text})" if " and " in text or " or " in text else text
 
 
 def facts(rng: random.Random) -> Row:
-    """``The capital of France is Paris``: countries and their capitals."""
+    """Draw a country and its capital: ``The capital of France is Paris``."""
     country = rng.choice(list(CAPITALS))
     return Row(question=f"The capital of {country} is", answer=CAPITALS[country])
 
 
 def prose(rng: random.Random) -> Row:
-    """A short story whose last word, an object named before, is to be found."""
+    """Draw a short story whose last word, an object named before, is to be found."""
     name, friend = rng.sample(NAMES, 2)
     thing, other = rng.sample(THINGS, 2)
     opening = rng.choice(OPENINGS).format(name=name, friend=friend, thing=thing, other=other, place=rng.choice(PLACES))

@@ -21,13 +21,15 @@ from seap_ray.demo.skills import SKILLS, Row, rows
 STEPS = 1800
 PEAK_LR = 4e-3
 WARMUP_SHARE = 0.03
+"""Share of the steps in which the learning rate rises to its peak; then it falls to 0."""
 BATCH = {"arithmetic": 48, "reverse": 32, "sort": 40, "logic": 32, "facts": 12, "prose": 8}
+"""Rows of each skill in a step: more of those that are hard to learn."""
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
 CHAT_TEMPLATE = "{{ bos_token }}{{ messages[-1]['content'] }}"
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character; ``<bos>`` before the text, as Llama's own tokenizer does."""
+    """Return a tokenizer with one token a character, and ``<bos>`` before the text as in Llama's own."""
     characters = string.ascii_letters + string.digits + " \n" + ".,:;?!'\"()[]+-*/=<>%&#@_"
     vocab = {token: i for i, token in enumerate([*SPECIAL, "<unk>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -48,7 +50,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """8 layers, hidden 160, 8 query and 4 key-value heads of 32, MLP 448: 2.7 million parameters."""
+    """Return a new Llama of 2.7 million parameters.
+
+    It has 8 layers, hidden size 160, 8 query and 4 key-value heads of 32, and MLP size 448.
+    """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=160,
@@ -68,8 +73,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def encode(batch: list[Row], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, int64 of shape (rows, longest); labels are -100 outside the answers."""
-    ids, labels = [], []
+    """Return token ids and labels, both int64 of shape (rows, longest); labels are -100 outside the answers."""
+    ids = []
+    labels = []
     for row in batch:
         question = tokenizer(row["question"]).input_ids
         answer = tokenizer(" " + row["answer"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
@@ -79,8 +85,11 @@ def encode(batch: list[Row], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.
     return pad(ids, True, tokenizer.pad_token_id), pad(labels, True, -100)
 
 
-def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean over the answers' tokens. Padding stands on the right, so a causal model needs no mask."""
+def answer_loss(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross-entropy of the answers' tokens, a scalar.
+
+    Padding stands on the right, so a causal model needs no mask.
+    """
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     return cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
@@ -88,6 +97,7 @@ def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) ->
 
 @torch.no_grad()
 def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, skill: str, n: int) -> float:
+    """Return the share of ``n`` held-out questions of a skill of which every token of the answer is right."""
     ids, labels = encode(rows(skill, n, split="test", seed=0), tokenizer)
     with torch.autocast("cpu", torch.bfloat16):
         guess = model(input_ids=ids[:, :-1]).logits.argmax(-1)
@@ -95,33 +105,45 @@ def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, ski
     return right.all(1).float().mean().item()
 
 
-def train(out: Path, steps: int, seed: int) -> None:
-    torch.manual_seed(seed)
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
-    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
-    optimizers = [
+def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Return Muon for the layers' matrices, and AdamW for embeddings, head and norms."""
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim == 2 and "layers" in name
+        (matrices if is_matrix else others).append(parameter)
+    return [
         torch.optim.Muon(matrices, lr=PEAK_LR, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=PEAK_LR, weight_decay=0.0, betas=(0.9, 0.98)),
     ]
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            o, lambda i: min((i + 1) / (WARMUP_SHARE * steps), (steps - i) / (steps * (1 - WARMUP_SHARE)))
-        )
-        for o in optimizers
-    ]
+
+
+def train(out: Path, steps: int, seed: int) -> None:
+    """Train the demo model and write it to ``out``, every 100 steps and at the end."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    optimizers = make_optimizers(model)
+
+    def lr_factor(step: int) -> float:
+        warmup = (step + 1) / (WARMUP_SHARE * steps)
+        decay = (steps - step) / (steps * (1 - WARMUP_SHARE))
+        return min(warmup, decay)
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor) for optimizer in optimizers]
     rng = random.Random(seed)
     started = time.monotonic()
     for step in range(1, steps + 1):
         for skill, size in BATCH.items():
             batch = rows(skill, size, split="train", seed=rng.randrange(2**62))
-            (loss_of(model, *encode(batch, tokenizer)) / len(BATCH)).backward()
+            (answer_loss(model, *encode(batch, tokenizer)) / len(BATCH)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+
         if step % 100 == 0 or step == steps:
             scores = {skill: round(exact_match(model, tokenizer, skill, 100), 2) for skill in SKILLS}
             print(f"step {step}/{steps}  {time.monotonic() - started:.0f} s  {scores}", flush=True)

@@ -1,6 +1,6 @@
 """Results: the models of a run and how well each does, as typed rows; what a results file holds.
 
-``ModelRow.to_json`` and ``ModelRow.from_json`` are the only places that know the keys of a row in a results file.
+A row here has what evaluation found, item by item; ``report.rows`` has the same as it lies in the file.
 """
 
 import shlex
@@ -15,7 +15,8 @@ from seap_ray.judges.speed import Speed
 from seap_ray.models.checkpoint import Checkpoint, versions
 from seap_ray.pipeline.evaluate import SEAP_RAY_JUDGE, EvalResult, EvalTask, Failure
 from seap_ray.pipeline.prune import PendingCheckpoint, checkpoint_sizes, kv_bytes
-from seap_ray.tasks import SHORT, Task
+from seap_ray.report import rows
+from seap_ray.tasks import COLUMN_HEADS, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,39 +55,25 @@ class ModelRow:
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as a results file has it."""
-        is_summary = self.kind == "summary"
-        row: dict[str, Any] = {
-            "name": self.name,
-            "method": self.method,
-            "kind": self.kind,
-            "task": self.task,
-            "ratio": self.ratio,
-        }
-        if self.kind != "dense" and not is_summary:
-            row["planned_ratio"] = self.planned_ratio
-        row |= {
-            "realised_ratio": self.realised_ratio,
-            "parameters": self.parameters,
-            "bytes": self.bytes,
-            "kv_bytes_per_token": self.kv_bytes_per_token,
-        }
-        if not is_summary:
-            row["folder"] = self.folder
-        row["quality"] = self.quality_json
-        if self.speed:
-            row["speed"] = asdict(self.speed)
-        return row
+        values: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
+        values["quality"] = {task: rows.cell_from_json(result) for task, result in self.quality_json.items()}
+        values["speed"] = rows.SpeedCell(**asdict(self.speed)) if self.speed else None
+        return rows.ModelRow(**values).to_json()
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "ModelRow":
-        """Read a row of a results file."""
-        quality = {task: _result_from_json(result) for task, result in row["quality"].items()}
-        speed = Speed(**row["speed"]) if row.get("speed") else None
-        return cls(**{**row, "quality": quality, "speed": speed})
+    def from_json(cls, content: Mapping[str, Any]) -> "ModelRow":
+        """Read a row of a results file; the parts of each quality are not in it."""
+        row = rows.ModelRow.from_json(content)
+        values = {one.name: getattr(row, one.name) for one in fields(cls)}
+        values["quality"] = {task: _result_of(cell) for task, cell in row.quality.items()}
+        values["speed"] = Speed(**asdict(row.speed)) if row.speed else None
+        return cls(**values)
 
 
-def _result_from_json(result: Mapping[str, Any]) -> EvalResult:
-    return Failure(result["error"]) if "error" in result else Quality(**result)
+def _result_of(cell: rows.Cell) -> EvalResult:
+    if isinstance(cell, rows.FailedCell):
+        return Failure(cell.error)
+    return Quality(cell.metric, cell.value, cell.stderr, cell.n or 0)
 
 
 def dense_row(checkpoint: Checkpoint) -> ModelRow:
@@ -124,15 +111,15 @@ def pruned_row(pending: PendingCheckpoint) -> ModelRow:
 # --- means over a method's models ------------------------------------------------------------------------------------
 
 
-def own_task_rows(rows: Sequence[ModelRow]) -> list[ModelRow]:
+def own_task_rows(models: Sequence[ModelRow]) -> list[ModelRow]:
     """Return, for every method that has a model for each task, one row a ratio: each model on its own task."""
     # A dict keeps the order of first appearance.
-    methods = {(row.method, row.ratio): None for row in rows if row.task and row.quality}
-    return [_own_task_row(rows, method, ratio) for method, ratio in methods]
+    methods = {(row.method, row.ratio): None for row in models if row.task and row.quality}
+    return [_own_task_row(models, method, ratio) for method, ratio in methods]
 
 
-def _own_task_row(rows: Sequence[ModelRow], method: str, ratio: float | None) -> ModelRow:
-    members = [row for row in rows if row.task and (row.method, row.ratio) == (method, ratio)]
+def _own_task_row(models: Sequence[ModelRow], method: str, ratio: float | None) -> ModelRow:
+    members = [row for row in models if row.task and (row.method, row.ratio) == (method, ratio)]
     quality = {row.task: row.quality[row.task] for row in members if row.task and row.task in row.quality}
     return ModelRow(
         name=f"{method}, own task",
@@ -171,7 +158,7 @@ def _mean(values: Sequence[Any]) -> Any:
 def results_json(
     config: Config,
     eval_tasks: Mapping[str, EvalTask | Failure],
-    rows: Sequence[ModelRow],
+    models: Sequence[ModelRow],
     router: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the contents of a results file, whichever job writes it."""
@@ -180,7 +167,7 @@ def results_json(
         "config": config.model_dump(mode="json"),
         "seed": config.run.seed,
         "tasks": {task.name: _task_json(task, eval_tasks.get(task.name)) for task in config.tasks},
-        "models": [row.to_json() for row in [*rows, *own_task_rows(rows)]],
+        "models": [row.to_json() for row in [*models, *own_task_rows(models)]],
         "router": router,
         "versions": versions(),
     }
@@ -192,4 +179,4 @@ def _task_json(task: Task, eval_task: EvalTask | Failure | None) -> dict[str, st
     if isinstance(eval_task, EvalTask):
         metric = eval_task.metric
         judge = eval_task.judge
-    return {"metric": metric, "short": SHORT[metric], "judge": judge}
+    return rows.TaskRow(metric, COLUMN_HEADS[metric], judge).to_json()
