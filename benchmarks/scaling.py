@@ -28,7 +28,7 @@ from seap_ray.models.recorder import SiteMoments
 from seap_ray.models.records import sites_of
 from seap_ray.pipeline import calibrate
 from seap_ray.pipeline.calibrate import Calibrator, make_records
-from seap_ray.pipeline.job import _connect
+from seap_ray.pipeline.cluster import connect_driver
 from seap_ray.pipeline.shard_records import ShardRecords
 from seap_ray.pipeline.shards import Shard
 from seap_ray.storage.files import sha256_of
@@ -68,7 +68,7 @@ def main(n_shards: int, seconds: float) -> None:
     for _ in range(max(WORKERS)):
         cluster.add_node(num_cpus=1)
     os.environ["RAY_ADDRESS"] = cluster.address
-    _connect()
+    connect_driver()
     found = {}
     try:
         with tempfile.TemporaryDirectory() as folder:

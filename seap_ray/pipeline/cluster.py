@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.data import DataContext
 
 HEAD = "node:__internal_head__"
 """Resource that Ray gives to the head alone."""
@@ -38,6 +39,17 @@ def connect(address: str | None = None) -> None:
             ray.init(address, logging_level=logging.ERROR, log_to_driver=bool(os.environ.get("RAY_LOG_TO_DRIVER")))
         threading.Thread(target=_watch_head, args=(ray.get_runtime_context().gcs_address,), daemon=True).start()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # after ray.init, which sets its own
+
+
+def connect_driver() -> None:
+    """Connect the process that drives a job, and keep Ray's own lines off its terminal."""
+    # The first error ends the job with one line; those of tasks beside it would add a traceback each.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    connect()
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def work_task(function: Callable[..., Any], **options: Any) -> Any:

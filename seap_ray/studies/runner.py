@@ -20,14 +20,16 @@ from seap_ray.judges.speed import Speed, measure_speeds
 from seap_ray.models.checkpoint import Checkpoint, versions
 from seap_ray.models.corpus import tokenizer_hash
 from seap_ray.models.loading import model_dtype
+from seap_ray.models.model_sources import parse_model_source
 from seap_ray.models.records import load_statistics
 from seap_ray.pipeline.calibrate import make_records
 from seap_ray.pipeline.evaluate import EvalResult, EvalTarget, EvalTask, Failure, eval_target, eval_task, evaluate
-from seap_ray.pipeline.job import CalibratedRun, known_error
+from seap_ray.pipeline.job import CalibratedRun
 from seap_ray.pipeline.merge import TaskStatistics, merge_all
 from seap_ray.pipeline.model_specs import ModelSpec
 from seap_ray.pipeline.planner import Planner
 from seap_ray.pipeline.prune import PendingCheckpoint, prepare_checkpoint
+from seap_ray.pipeline.ray_errors import known_error
 from seap_ray.pipeline.results import ModelRow, dense_row, pruned_row
 from seap_ray.pipeline.shard_records import ShardRecords
 from seap_ray.pipeline.shards import Manifest, Shard
@@ -162,6 +164,7 @@ class StudyRunner:
         """Judge the checkpoints of ``evaluation.models``; one that cannot be read says so in its results."""
         folders = {name: parse_path(path).absolute() for name, path in self.config.evaluation.models.items()}
         opened = {name: _open(folder) for name, folder in folders.items()}
+        # What cannot be read is no target, so each other checkpoint takes the next result.
         targets = [
             EvalTarget(name, _fingerprint(checkpoint), self.task_names, checkpoint)
             for name, checkpoint in opened.items()
@@ -189,6 +192,7 @@ class StudyRunner:
             return list(models)
         configs = {_shape(model.config): model.config for model in models if model.config}
         speeds = self._speeds(configs)
+
         timed = []
         for model in models:
             if model.config:
@@ -199,6 +203,7 @@ class StudyRunner:
 
     def _speeds(self, configs: dict[str, HfConfig]) -> dict[str, Speed]:
         """Return speeds by shape: those that were stored, or measured now; none where they cannot be measured."""
+        # What was measured on another machine, or with other versions, is measured again.
         calibration = self.config.calibration
         machine = platform.node(), calibration.num_cpus, calibration.num_gpus, versions()
         dtype = model_dtype(self.config.model, self.calibrated.checkpoint)
@@ -206,6 +211,7 @@ class StudyRunner:
         key = fingerprint(sorted(configs), settings, str(dtype), machine)
         path = self.calibrated.run.cells / f"speed-{key[:20]}.json"
         stored: Artifact[dict[str, Any]] = Artifact(path, key, JsonFile(key_in_name=True))
+
         try:
             rates_by_shape = stored.get(partial(self._measure_speeds, configs, dtype, path))
         except RayError as error:  # too large for the device at this batch, say: what was judged stays
@@ -217,6 +223,7 @@ class StudyRunner:
         calibration = self.config.calibration
         settings = self.config.evaluation.speed
         say(f"measuring the speed of {len(configs)} shapes in {settings.rounds} rounds")
+
         dense = self.calibrated.checkpoint.config
         measure = ray.remote(num_cpus=calibration.num_cpus, num_gpus=calibration.num_gpus)(_measure_in_worker)
         speeds = ray.get(
@@ -230,6 +237,7 @@ class StudyRunner:
                 calibration.num_cpus,
             )
         )
+
         write_json(path, {shape: asdict(speed) for shape, speed in speeds.items()})
 
 
@@ -264,7 +272,7 @@ def _evaluated_model(request: ModelRequest, source: PlannedModel, quality: dict[
     if isinstance(source, Checkpoint):
         return EvaluatedModel(dense_row(source).with_quality(quality), source.config)
     if isinstance(source, PendingCheckpoint):
-        return EvaluatedModel(pruned_row(source).with_quality(quality), source.compaction.config())
+        return EvaluatedModel(pruned_row(source).with_quality(quality), source.export.config())
     assert request.spec is not None, "the dense model needs no plan, so it cannot fail here"
     return EvaluatedModel(_unplanned_row(request.spec, request.ratio).with_quality(quality), None)
 
@@ -291,13 +299,14 @@ def _checkpoint_row(name: str, folder: StoragePath, opened: Checkpoint | Failure
     sizes: dict[str, Any] = {key: manifest.get(key) for key in keys}
     if isinstance(opened, Checkpoint):
         sizes |= {"parameters": opened.parameters, "bytes": opened.n_bytes}
+
     ratio = manifest.get("requested_ratio")
     return ModelRow(name, name, kind="baseline", task=None, ratio=ratio, folder=str(folder), **sizes)
 
 
 def _open(folder: StoragePath) -> Checkpoint | Failure:
     try:
-        return Checkpoint.at(stage(folder), str(folder))
+        return Checkpoint.at(stage(folder), parse_model_source(str(folder)))
     except OSError as error:
         return Failure(f"{folder} cannot be read ({error})")
     except ConfigError as error:

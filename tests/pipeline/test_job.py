@@ -25,12 +25,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import seap_ray.models.hf  # noqa: F401
-from seap_ray.config import Config
+from seap_ray.config import Config, load_config
 from seap_ray.errors import DataError, IncompleteError, SeapError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import SHARED as BASE_FILES
 from seap_ray.pipeline.calibrate import Calibrator
-from seap_ray.pipeline.job import CalibratedRun, known_error, route
+from seap_ray.pipeline.job import CalibratedRun, route
+from seap_ray.pipeline.needs import ModelSize, disk_needs
+from seap_ray.pipeline.preflight import corpus_sizes
+from seap_ray.pipeline.ray_errors import known_error
 from seap_ray.routing.router import Router
 from seap_ray.storage.run import Run
 from tests.support import DATA, ROOT
@@ -83,6 +86,29 @@ def finished(cluster, tmp_path_factory) -> Path:
     storage = tmp_path_factory.mktemp("finished")
     assert main(arguments(storage, "calibration.workers=1")) == 0
     return storage
+
+
+def test_the_run_takes_the_disk_that_its_needs_say(finished):
+    config = load_config(arguments(finished))
+    model = ModelSize.from_checkpoint(Checkpoint.open("demo"))
+    needed = disk_needs(model, config, corpus_sizes(config, model, run_of(finished)))
+    folder = run_of(finished).root
+    covariances = bytes_of(folder / "records", "*/*.covariances/*") + bytes_of(folder / "statistics", "*.covariances/*")
+    assert needed.covariances == pytest.approx(covariances, rel=0.02)
+    assert needed.records == pytest.approx(bytes_of(folder / "records", "*/*.safetensors"), rel=0.02)
+    moments = bytes_of(folder / "statistics", "*.safetensors") + bytes_of(folder / "statistics", "scores/*.safetensors")
+    assert needed.statistics == pytest.approx(moments, rel=0.02)
+    weights = bytes_of(folder / "experts", "*/*/*.safetensors")
+    assert needed.checkpoints == pytest.approx(weights, rel=0.02)
+    assert bytes_of(folder / "shards", "*/*.parquet") < needed.shards + 10_000, (
+        "at most, but for what a file has anyway"
+    )
+
+
+def bytes_of(folder: Path, pattern: str) -> int:
+    """Files by their inodes: what models share is there once."""
+    statuses = [path.stat() for path in folder.glob(pattern) if path.is_file()]
+    return sum({status.st_ino: status.st_size for status in statuses}.values())
 
 
 def test_the_job_leaves_results_of_dense_general_and_every_expert(finished):
@@ -227,10 +253,10 @@ def test_killed_workers_lose_nothing_but_the_shard_in_flight(finished, tmp_path)
 
 def test_a_shard_that_kills_every_worker_is_given_up_named_and_costs_no_other(finished, tmp_path, capsys, monkeypatch):
     class Poisoned(Calibrator):
-        def _measure(self, together):
-            if any((shard.task, shard.shard) == ("logic", "00002") for shard in together):
+        def _measure(self, shards):
+            if any((shard.task, shard.shard) == ("logic", "00002") for shard in shards):
                 os.kill(os.getpid(), signal.SIGKILL)
-            super()._measure(together)
+            super()._measure(shards)
 
     with monkeypatch.context() as poisoned:
         poisoned.setattr("seap_ray.pipeline.calibrate.Calibrator", Poisoned)
@@ -268,11 +294,11 @@ def test_a_stopped_job_ends_with_4_and_says_that_it_can_go_on(tmp_path):
     job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         when_records(tmp_path, 1, job.terminate).join(240)
-        _, said = job.communicate(timeout=60)
+        _, errors = job.communicate(timeout=60)
     finally:
         job.kill()
     assert job.returncode == 4
-    assert said.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert errors.splitlines()[-1] == "stopped; the same command goes on from here"
 
 
 def test_a_damaged_record_or_weight_file_is_found_by_its_hash_and_made_again(finished, tmp_path):
@@ -309,16 +335,16 @@ def test_another_ratio_of_a_finished_run_never_touches_the_model(finished, monke
 
     monkeypatch.setattr("seap_ray.pipeline.calibrate.Calibrator", calibrator)
     assert main(arguments(finished, "pruning.ratio=0.35")) == 0
-    said = capsys.readouterr().out
-    assert "calibrating" not in said and "reading" not in said
+    output = capsys.readouterr().out
+    assert "calibrating" not in output and "reading" not in output
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert run_of(finished).expert(0.35, "general").is_dir()
 
 
 def test_the_same_command_on_a_finished_run_does_nothing(finished, capsys):
     assert main(arguments(finished)) == 0
-    said = capsys.readouterr().out
-    assert not any(word in said for word in ("reading", "calibrating", "writing", "evaluating"))
+    output = capsys.readouterr().out
+    assert not any(word in output for word in ("reading", "calibrating", "writing", "evaluating"))
 
 
 def refused(capsys, arguments: list[str]) -> tuple[int, str]:
@@ -335,7 +361,7 @@ def corpus(path: Path, rows: list[dict]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("override", "code", "said"),
+    ("override", "code", "message"),
     [
         ("pruning.ration=0.5", 2, "pruning.ration: unknown key; did you mean pruning.ratio?"),
         ("corpus.samples=many", 2, "corpus.samples: Input should be a valid integer"),
@@ -347,10 +373,10 @@ def corpus(path: Path, rows: list[dict]) -> str:
     ],
 )
 def test_bad_input_is_one_line_with_its_exit_code_and_nothing_is_written(
-    cluster, tmp_path, capsys, override, code, said
+    cluster, tmp_path, capsys, override, code, message
 ):
-    got, line = refused(capsys, arguments(tmp_path, override))
-    assert got == code and said in line
+    exit_code, line = refused(capsys, arguments(tmp_path, override))
+    assert exit_code == code and message in line
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.parquet"))
 
 
@@ -362,17 +388,17 @@ def test_a_model_of_another_family_is_refused_with_those_that_are_supported(tmp_
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "said"),
+    ("rows", "columns", "message"),
     [
         ([], "q", "has no rows"),
         ([{"q": "1", "a": "2"}], "nothing", "'nothing' is undefined; the columns are q, a"),
         ([{"q": " ", "a": ""}] * 3, "q", "all 3 rows of the corpus are blank"),
     ],
 )
-def test_a_corpus_that_does_not_fit_is_refused_by_task(cluster, tmp_path, capsys, rows, columns, said):
+def test_a_corpus_that_does_not_fit_is_refused_by_task(cluster, tmp_path, capsys, rows, columns, message):
     override = corpus(tmp_path / "train.parquet", rows).replace("{ q }", f"{{ {columns} }}")
     code, line = refused(capsys, arguments(tmp_path, override))
-    assert code == 3 and "tasks.mine: " in line and said in line
+    assert code == 3 and "tasks.mine: " in line and message in line
 
 
 def test_a_run_of_another_model_or_corpus_is_refused_with_the_field(finished, capsys):
@@ -419,13 +445,13 @@ def test_what_a_function_of_rows_raised_is_known_by_its_words(cluster):
 
     with pytest.raises(RayError) as caught:
         ray.data.range(1).map(raised).materialize()
-    found = known_error(caught.value)
-    assert type(found) is DataError and str(found) == "tasks.mine: a row that does not fit"
+    known = known_error(caught.value)
+    assert type(known) is DataError and str(known) == "tasks.mine: a row that does not fit"
 
 
 def test_what_the_cluster_lost_is_one_line_that_says_to_go_on():
-    found = known_error(WorkerCrashedError())
-    assert type(found) is IncompleteError and "run the same command again" in str(found) and "\n" not in str(found)
+    known = known_error(WorkerCrashedError())
+    assert type(known) is IncompleteError and "run the same command again" in str(known) and "\n" not in str(known)
     assert known_error(RayTaskError("f", "a traceback", ValueError())) is None, "a fault of ours is not hidden"
 
 

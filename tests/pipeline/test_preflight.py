@@ -1,5 +1,6 @@
 """What the doctor says of nodes, versions, storage and keys, and what keeps a job from starting."""
 
+import json
 import os
 import re
 import runpy
@@ -15,18 +16,21 @@ from ray.cluster_utils import Cluster
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.model_sources import parse_model_source
 from seap_ray.pipeline import preflight as doctor
+from seap_ray.pipeline.needs import CorpusSize, ModelSize, disk_needs, largest_corpora
 from seap_ray.pipeline.preflight import (
     Finding,
     Node,
-    _alike,
-    _clocks,
-    _corpora,
-    _model,
-    _storage,
+    _check_clocks,
+    _check_corpora,
+    _check_model,
+    _check_storage,
+    _check_versions_alike,
+    corpus_sizes,
     local_checks,
+    needs_findings,
     raise_on_error,
-    run_bytes,
 )
 from seap_ray.storage.run import Run
 from tests.support import ROOT
@@ -57,24 +61,26 @@ def only(findings) -> Finding:
 
 
 def test_nodes_that_are_alike_say_nothing():
-    for check in (_alike, _corpora, _clocks):
+    for check in (_check_versions_alike, _check_corpora, _check_clocks):
         assert not list(check([NODE, OTHER]))
 
 
 def test_another_release_on_a_node_is_wrong_for_its_bits_would_differ():
     strange = replace(OTHER, versions={**NODE.versions, "torch": "2.12.0"})
-    assert only(_alike([NODE, strange])).level == "error"
-    assert "torch is 2.13.0 on a, and 2.12.0 on b" in only(_alike([NODE, strange])).message
-    assert not list(_alike([NODE, replace(OTHER, versions={**NODE.versions, "torch": "2.13.0+cpu"})])), "another build"
+    assert only(_check_versions_alike([NODE, strange])).level == "error"
+    assert "torch is 2.13.0 on a, and 2.12.0 on b" in only(_check_versions_alike([NODE, strange])).message
+    assert not list(_check_versions_alike([NODE, replace(OTHER, versions={**NODE.versions, "torch": "2.13.0+cpu"})])), (
+        "another build"
+    )
 
 
 def test_a_node_without_the_plugin_is_a_warning():
-    found = only(_alike([NODE, replace(OTHER, has_plugin=False)]))
+    found = only(_check_versions_alike([NODE, replace(OTHER, has_plugin=False)]))
     assert found.level == "warning" and "no vLLM plugin on b" in found.message
 
 
 def test_a_node_that_does_not_see_the_runs_folder_is_wrong(tmp_path):
-    found = only(_storage(Config(), DEMO, Run(tmp_path), [NODE, replace(OTHER, sees_storage=False)]))
+    found = only(_check_storage(Config(), DEMO, Run(tmp_path), [NODE, replace(OTHER, sees_storage=False)]))
     assert found.level == "error" and f"run.storage: {tmp_path} is not seen by b" in found.message
 
 
@@ -87,23 +93,25 @@ def test_a_node_that_does_not_see_the_runs_folder_is_wrong(tmp_path):
     ],
 )
 def test_the_model_is_to_be_the_same_on_every_node(model, level, said):
-    found = only(_model(DEMO, [NODE, replace(OTHER, model=model)]))
+    found = only(_check_model(DEMO, [NODE, replace(OTHER, model=model)]))
     assert found.level == level and said in found.message
 
 
 def test_a_model_of_the_hub_comes_to_the_nodes_that_do_not_have_it():
-    cached = replace(DEMO, folder=Path("/cache/models--a--b/snapshots/0123"), source="a/b")
-    found = only(_model(cached, [NODE, replace(OTHER, model=None)]))
+    cached = replace(DEMO, folder=Path("/cache/models--a--b/snapshots/0123"), source=parse_model_source("a/b"))
+    found = only(_check_model(cached, [NODE, replace(OTHER, model=None)]))
     assert (found.level, found.message) == ("warning", "b will first copy 5.47 MB of a/b")
 
 
 def test_a_corpus_that_a_node_does_not_have_is_wrong():
-    assert "tasks: /data/x is not on b" in only(_corpora([NODE, replace(OTHER, unseen=("/data/x", "/y"))])).message
+    assert (
+        "tasks: /data/x is not on b" in only(_check_corpora([NODE, replace(OTHER, unseen=("/data/x", "/y"))])).message
+    )
 
 
 def test_a_clock_that_is_off_is_worth_a_word():
-    assert levels(_clocks([NODE, replace(OTHER, skew=4.0)])) == []
-    assert "b is 90 s off" in only(_clocks([NODE, replace(OTHER, skew=90.0)])).message
+    assert levels(_check_clocks([NODE, replace(OTHER, skew=4.0)])) == []
+    assert "b is 90 s off" in only(_check_clocks([NODE, replace(OTHER, skew=90.0)])).message
 
 
 # --- disk ------------------------------------------------------------------------------------------------------------
@@ -111,29 +119,36 @@ def test_a_clock_that_is_off_is_worth_a_word():
 
 def test_a_disk_that_the_run_may_fill_is_a_warning_less_what_is_there(tmp_path, monkeypatch):
     config = Config()
-    needed = run_bytes(config, DEMO)
+    model = ModelSize.from_checkpoint(DEMO)
+    needed = disk_needs(model, config, largest_corpora(config, model.architecture)).total
     monkeypatch.setattr("shutil.disk_usage", lambda _path: type("Usage", (), {"free": int(needed) - 1000}))
-    assert only(_storage(config, DEMO, Run(tmp_path), [NODE])).level == "warning"
+    assert only(_check_storage(config, DEMO, Run(tmp_path), [NODE])).level == "warning"
     (tmp_path / "records").write_bytes(bytes(1000))
-    assert only(_storage(config, DEMO, Run(tmp_path), [NODE])).level == "ok"
+    assert only(_check_storage(config, DEMO, Run(tmp_path), [NODE])).level == "ok"
 
 
-def test_the_bytes_of_a_run_are_its_records_statistics_and_checkpoints():
-    config = Config.model_validate(
-        {
-            "tasks": ["sort", "logic"],
-            "corpus": {"samples": 100, "shard_sequences": 30},
-            "pruning": {"ratio": [0.2, 0.5]},
-        }
-    )
-    per_column = 16 * 8 * sum(DEMO.architecture.widths)  # float64 mean and m2, eight layers
-    records = 2 * (4 + 1) * per_column
-    assert run_bytes(config, DEMO) == pytest.approx(records + (0.8 + 0.5) * 3 * DEMO.n_bytes)
-    with_pairs = config.model_copy(
-        update={"calibration": config.calibration.model_copy(update={"statistics": "covariance"})}
-    )
-    triangles = 8 * sum(width**2 for width in DEMO.architecture.widths) * 4 // 2
-    assert run_bytes(with_pairs, DEMO) - run_bytes(config, DEMO) == pytest.approx(2 * 5 * triangles)
+# --- needs -----------------------------------------------------------------------------------------------------------
+
+
+def test_needs_of_a_model_are_told_from_its_config_alone(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(DEMO.config))
+    lines = needs_findings(Config.model_validate({"model": {"source": str(tmp_path)}}), Run(tmp_path / "run"))
+    assert [line.subject for line in lines] == ["needs"] * 4 and levels(lines) == ["ok"] * 4
+    assert lines == needs_findings(Config(), Run(tmp_path / "run")), "the same as with the weights"
+    assert lines[0].message.startswith("memory of a worker 6.57 MB (placement single)")
+    assert needs_findings(Config.model_validate({"model": {"source": str(tmp_path / "none")}}), Run(tmp_path)) == []
+
+
+def test_the_shards_of_a_run_count_in_place_of_the_longest_possible(tmp_path):
+    run = Run(tmp_path)
+    model = ModelSize.from_checkpoint(DEMO)
+    folder = run.shards("sort")
+    folder.mkdir(parents=True)
+    shards = [{"n_sequences": 64, "n_tokens": 1200}, {"n_sequences": 36, "n_tokens": 700}]
+    (folder / "manifest.json").write_text(json.dumps({"shards": shards}))
+    sizes = corpus_sizes(Config(), model, run)
+    assert sizes["sort"] == CorpusSize(100, 1900, 2)
+    assert sizes["logic"] == CorpusSize(200, 200 * 256, 4), "the demo's longest sequence is 256"
 
 
 # --- here ------------------------------------------------------------------------------------------------------------
@@ -182,6 +197,7 @@ def test_the_doctor_says_what_one_machine_has(cluster, tmp_path, capsys):
         "model",
         "workers",
     ]
+    assert subjects.count("needs") == 4
     assert any("2, each of 1 CPUs and 0 GPUs; placement single" in line for line in lines)
     assert not list((tmp_path / "demo").glob(".probe*"))
 
@@ -211,7 +227,7 @@ def test_a_job_is_refused_where_a_node_has_another_disk_under_the_same_path(tmp_
         if node.poll() is not None:
             pytest.skip("mounting is not allowed here")
         assert done.returncode == 2, done.stdout + done.stderr
-        assert re.search(r"wrong +storage +run.storage: .*storage/demo is not seen by .*; choose a folder", done.stdout)
+        assert re.search(r"error +storage +run.storage: .*storage/demo is not seen by .*; choose a folder", done.stdout)
         job = subprocess.run(
             [sys.executable, "jobs/prune.py", f"run.storage={storage}"],
             cwd=ROOT,

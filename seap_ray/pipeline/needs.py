@@ -1,0 +1,447 @@
+"""Needs: the memory, disk and time that a run of a config takes, from the model's dimensions alone.
+
+These are formulas of an ``Architecture`` and a ``Config``: no weight, corpus or cluster is looked at. The doctor prints
+them, the check before calibration refuses by them, and benchmarks/cost.py sets them beside measurements.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from seap_ray.config import Config, PruningSection
+from seap_ray.core.allocation import choose_shapes
+from seap_ray.core.architecture import Architecture, Layer, Shape
+from seap_ray.core.compensation import COMPENSATIONS
+from seap_ray.core.moments import RECORDED
+from seap_ray.core.reconstruction import UNIT_SCORES
+from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.forward import COVARIANCE_COPIES
+from seap_ray.models.records import covariance_bytes, task_memory
+from seap_ray.pipeline.model_specs import ModelSpec, model_specs, pruning_section
+from seap_ray.pipeline.placement import MEMORY_FACTOR
+from seap_ray.storage.paths import is_uri
+from seap_ray.tasks import Task
+
+FLOAT64_BYTES = 8
+FLOAT32_BYTES = 4
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number, by the names that a config.json has."""
+TENSOR_HEADER_BYTES = 83
+"""What a tensor of a statistics file adds to the file's header: name, type, shape and offsets, measured."""
+SHARD_TOKEN_BYTES = 12
+"""An int32 id, and some four characters of text, which the file of prompts holds again; compression is left out."""
+CHOICES = 4
+"""Texts that are scored for a row of a multiple-choice task, at most in the built-in tasks."""
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """A model by its dimensions; its weights need not be here."""
+
+    architecture: Architecture
+    outer_parameters: int
+    """Weights outside the decoder layers: embeddings, head, last norm."""
+    item_bytes: float
+    """Mean bytes of a stored weight."""
+    dtype: str = "float32"
+    """Type in the model's config, which ``model.dtype=auto`` computes in."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "ModelSize":
+        """Read the dimensions from the contents of a ``config.json``.
+
+        Raises ConfigError for a family that is not supported.
+        """
+        architecture = Architecture.of(config)
+        dtype = _dtype_of(config)
+        # Gemma's configs leave the key out, and their models share the embedding with the head.
+        is_tied = config.get("tie_word_embeddings", architecture.family.startswith("gemma"))
+        embeddings = config["vocab_size"] * architecture.hidden_size * (1 if is_tied else 2)
+        return cls(architecture, embeddings + architecture.hidden_size, ITEM_BYTES[dtype], dtype)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> "ModelSize":
+        """Count the weights of a checkpoint."""
+        parameters = checkpoint.parameters
+        outer = parameters - checkpoint.architecture.decoder_parameters
+        return cls(checkpoint.architecture, outer, checkpoint.n_bytes / parameters, _dtype_of(checkpoint.config))
+
+    @property
+    def parameters(self) -> int:
+        """All weights of the model."""
+        return self.architecture.decoder_parameters + self.outer_parameters
+
+    @property
+    def n_bytes(self) -> float:
+        """Bytes of the stored weights."""
+        return self.parameters * self.item_bytes
+
+    def compute_bytes(self, config: Config) -> int:
+        """Return the bytes of a weight in the type that ``config`` computes in."""
+        return ITEM_BYTES[self.dtype if config.model.dtype == "auto" else config.model.dtype]
+
+
+def _dtype_of(config: Mapping[str, Any]) -> str:
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+
+
+def columns_per_layer(architecture: Architecture) -> int:
+    """Return the columns of a layer's ``o_proj`` and ``down_proj``; of a mixture of experts those of every expert."""
+    attn, mlp = architecture.widths
+    return attn + mlp * max(architecture.n_experts, 1)
+
+
+# --- the corpora -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusSize:
+    """The sequences, tokens and shards of one task."""
+
+    sequences: int
+    tokens: int
+    shards: int
+
+
+def largest_corpora(config: Config, architecture: Architecture) -> dict[str, CorpusSize]:
+    """Return by task what a config draws at most: every row there, and as long as the longest sequence."""
+    corpus = config.corpus
+    longest = min(corpus.sequence_length, architecture.max_position_embeddings)
+    tokens = corpus.samples * longest
+    if corpus.max_tokens is not None:  # the draw ends with the row that reaches the budget
+        tokens = min(tokens, corpus.max_tokens + longest)
+    shards = -(-corpus.samples // corpus.shard_sequences)
+    return {task.name: CorpusSize(corpus.samples, tokens, shards) for task in config.tasks}
+
+
+# --- disk ------------------------------------------------------------------------------------------------------------
+
+
+def moments_bytes(architecture: Architecture) -> int:
+    """Return the bytes of a record's numbers: mean and squares of every column and of each layer's cosine, float64."""
+    return 2 * FLOAT64_BYTES * architecture.n_layers * (columns_per_layer(architecture) + 1)
+
+
+def record_bytes(architecture: Architecture) -> int:
+    """Return the size of a record, or of a task's statistics, without covariances."""
+    sites = sum(len(architecture.sites(site)) for site in RECORDED)
+    # Mean, squares and count of every site are a tensor each.
+    return moments_bytes(architecture) + 3 * architecture.n_layers * sites * TENSOR_HEADER_BYTES
+
+
+def covariance_files_bytes(architecture: Architecture) -> int:
+    """Return the size of the covariances of one shard, or one task: a triangle for each layer and site, float32."""
+    triangles = sum(width * (width + 1) // 2 for width in architecture.widths)
+    return FLOAT32_BYTES * architecture.n_layers * triangles
+
+
+@dataclass(frozen=True, slots=True)
+class DiskNeeds:
+    """Bytes that a run leaves in its folder, by kind. The report and the tables are small beside them."""
+
+    shards: int
+    """At most: parquet compresses them."""
+    records: int
+    covariances: int
+    """Of every shard and every task."""
+    statistics: int
+    """Of every task, with the weights' norms and the scores that were made from covariances."""
+    checkpoints: int
+
+    @property
+    def total(self) -> int:
+        """The sum over all kinds."""
+        return sum(getattr(self, kind.name) for kind in fields(self))
+
+
+def disk_needs(model: ModelSize, config: Config, corpora: Mapping[str, CorpusSize]) -> DiskNeeds:
+    """Return what the files of a run take."""
+    architecture = model.architecture
+    n_shards = sum(size.shards for size in corpora.values())
+    n_tasks = len(corpora)
+
+    covariances = 0
+    if config.calibration.statistics == "covariance":
+        covariances = (n_shards + n_tasks) * covariance_files_bytes(architecture)
+    # The norms of the weights are one more file of the same form.
+    statistics = (n_tasks + 1) * record_bytes(architecture) + _unit_score_bytes(architecture, config)
+    return DiskNeeds(
+        shards=SHARD_TOKEN_BYTES * sum(size.tokens for size in corpora.values()),
+        records=n_shards * record_bytes(architecture),
+        covariances=covariances,
+        statistics=statistics,
+        checkpoints=checkpoint_bytes(model, config),
+    )
+
+
+def _unit_score_bytes(architecture: Architecture, config: Config) -> int:
+    """Return the size of scores from covariances, which are made once for every set of tasks, whatever the ratio."""
+    scored = set()
+    for spec in model_specs(config):
+        if spec.settings.score in UNIT_SCORES:
+            scored.add((spec.settings.score, spec.pooling, tuple(spec.weights.items())))
+    numbers = sum(layer.shape.heads + layer.shape.channels for layer in architecture.layers)
+    per_file = FLOAT64_BYTES * numbers + 2 * architecture.n_layers * TENSOR_HEADER_BYTES
+    return len(scored) * per_file
+
+
+def checkpoint_bytes(model: ModelSize, config: Config) -> int:
+    """Return the size of all checkpoints of a run: every model at every ratio.
+
+    On a disk the tensors that models have unchanged from the base are there once; in a bucket in every checkpoint.
+    """
+    parameters = 0
+    shared: dict[frozenset[int], int] = {}
+    for ratio in config.pruning.ratio:
+        for spec in model_specs(config):
+            size = _pruned_size(model, config, spec, ratio)
+            parameters += size.own
+            if is_uri(config.run.storage):
+                parameters += size.carried
+            else:
+                shared[size.whole_layers] = size.carried
+    return round(model.item_bytes * (parameters + sum(shared.values())))
+
+
+@dataclass(frozen=True, slots=True)
+class _PrunedSize:
+    """Weights of a pruned model."""
+
+    own: int
+    carried: int
+    """Those that it has unchanged from the base."""
+    whole_layers: frozenset[int]
+    """Layers that are not cut: models with the same ones share their files."""
+
+
+def _pruned_size(model: ModelSize, config: Config, spec: ModelSpec, ratio: float) -> _PrunedSize:
+    architecture = model.architecture
+    compensated = COMPENSATIONS[spec.settings.compensation or "none"].adds_biases
+    shapes = _shapes(architecture, pruning_section(config, spec.settings), config, ratio, compensated=compensated)
+    if not shapes:
+        own = round((1 - ratio) * architecture.decoder_parameters)
+        return _PrunedSize(own, model.outer_parameters, frozenset())
+
+    is_stock = config.export.format == "stock"
+    own = 0
+    carried = model.outer_parameters
+    whole_layers = []
+    for i, (given, shape) in enumerate(zip(architecture.layers, shapes, strict=True)):
+        after = architecture.layer_parameters(architecture.resized(i, shape, compensated=compensated))
+        if shape == given.shape and not is_stock:
+            carried += after
+            whole_layers.append(i)
+        else:
+            unchanged = _unchanged_parameters(architecture, given)
+            carried += unchanged
+            own += after - unchanged
+    return _PrunedSize(own, carried, frozenset(whole_layers))
+
+
+def _shapes(
+    architecture: Architecture, pruning: PruningSection, config: Config, ratio: float, *, compensated: bool
+) -> Sequence[Shape]:
+    """Return the widths of every layer where they do not depend on scores; else none.
+
+    Raises ConfigError for a ratio that cannot be met.
+    """
+    if pruning.allocation.kind not in ("uniform", "logistic"):
+        return []
+    stock = config.export.format == "stock"
+    return choose_shapes(architecture, pruning, ratio=ratio, compensated=compensated, scores_L=(), stock=stock)
+
+
+def _unchanged_parameters(architecture: Architecture, layer: Layer) -> int:
+    """Return the weights of a layer that a cut leaves as they are: norms, and the router of a mixture."""
+    cut = architecture.attention_parameters(layer.shape) + layer.shape.channels * architecture.channel_cost
+    return architecture.layer_parameters(layer) - cut
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeeds:
+    """Bytes of memory, by process. Of ``single``, ``device_map`` and ``stream`` a worker has one."""
+
+    single: int
+    """Device memory of a worker that holds the whole model, with a batch."""
+    device_map: int
+    """Device memory of each GPU of a worker that spreads the model over its GPUs."""
+    stream: int
+    """Device memory of a worker that holds two decoder layers and the hidden states."""
+    host: int
+    """Host memory of a worker with a GPU, while the model is loaded through it."""
+    driver: int
+    """Host memory of the job's own process: the statistics of all tasks."""
+    covariance_task: int
+    """Host memory of a task on one layer's covariances; 0 where none are recorded."""
+
+
+def memory_needs(model: ModelSize, config: Config, corpora: Mapping[str, CorpusSize]) -> MemoryNeeds:
+    """Return the memory that processes of a job need, beside what Python and torch themselves take (about 1 GB)."""
+    architecture = model.architecture
+    item_bytes = model.compute_bytes(config)
+    has_covariances = config.calibration.statistics == "covariance"
+    # One layer's covariances at least; where there is room a worker takes more of them in one pass.
+    recording = COVARIANCE_COPIES * covariance_bytes(architecture) if has_covariances else 0
+    weights = model.parameters * item_bytes
+
+    largest_layer = max(architecture.layer_parameters(layer) for layer in architecture.layers)
+    n_tokens = min(config.calibration.stream_tokens, sum(size.tokens for size in corpora.values()))
+    hidden_states = n_tokens * architecture.hidden_size * item_bytes
+    # The input embedding goes before the first layer comes.
+    streamed = max(2 * largest_layer, model.outer_parameters // 2) * item_bytes
+    return MemoryNeeds(
+        single=round(MEMORY_FACTOR * weights) + recording,
+        device_map=round(MEMORY_FACTOR * weights / max(1, config.calibration.num_gpus)) + recording,
+        stream=round(MEMORY_FACTOR * streamed) + hidden_states + recording,
+        host=weights,
+        # One more for the weights' norms, one for a mean over tasks.
+        driver=(len(corpora) + 2) * moments_bytes(architecture),
+        covariance_task=task_memory(architecture) if has_covariances else 0,
+    )
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What one worker and the run's storage do in a second."""
+
+    name: str
+    flops: float
+    """FLOP of products of matrices in the model's type."""
+    read: float
+    """Bytes of weights that are read from storage."""
+    write: float
+    """Bytes of checkpoints that are written to storage."""
+
+
+H100 = Rates("an H100 at 40 % of 989 TFLOP/s, storage 2 GB/s read and 1 GB/s written", 0.4 * 989e12, 2e9, 1e9)
+"""Assumed rates of a GPU; an H200 calibrates a Llama-2-7B at 44 % (docs/benchmarks.md)."""
+CPU_CORE_FLOPS = 40e9
+"""Assumed FLOP of a CPU core in float32."""
+
+
+def assumed_rates(config: Config) -> Rates:
+    """Return the rates of a worker as the config describes it."""
+    if config.calibration.num_gpus:
+        return H100
+    n_cores = config.calibration.num_cpus
+    return Rates(f"{n_cores} cores at 40 GFLOP/s, storage 2 GB/s read and 1 GB/s written", n_cores * 40e9, 2e9, 1e9)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFlops:
+    """FLOP of a token on its way through the decoder layers."""
+
+    products: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        """Products and attention."""
+        return self.products + self.attention
+
+
+def token_flops(architecture: Architecture, sequence: int) -> TokenFlops:
+    """Return the FLOP of a token in a sequence: 2 a weight, and 2 A n of a layer's attention over n tokens.
+
+    A is the width of ``o_proj``; attention is half of 4 A n, as it is causal. All experts of a mixture count here,
+    though a token goes to some of them only.
+    """
+    attn, _ = architecture.widths
+    return TokenFlops(2 * architecture.decoder_parameters, 2 * architecture.n_layers * attn * sequence)
+
+
+@dataclass(frozen=True, slots=True)
+class TimeNeeds:
+    """Seconds of one worker by stage, at most; None for judging where all rows of a corpus are judged."""
+
+    calibration: float
+    judging: float | None
+    writing: float
+
+
+def time_needs(model: ModelSize, config: Config, corpora: Mapping[str, CorpusSize], rates: Rates) -> TimeNeeds:
+    """Return the seconds of one worker. Starting processes, reading corpora and planning are not counted."""
+    architecture = model.architecture
+    longest = min(config.corpus.sequence_length, architecture.max_position_embeddings)
+    flops = token_flops(architecture, longest).total
+    reading = model.n_bytes / rates.read
+
+    n_tokens = sum(size.tokens for size in corpora.values())
+    recording = 0
+    if config.calibration.statistics == "covariance":  # on a GPU two products of each site's columns
+        recording = 4 * architecture.n_layers * sum(width**2 for width in architecture.widths)
+    calibration = n_tokens * (flops + recording) / rates.flops + reading
+
+    judging = None
+    judged_tokens = _judged_tokens(config, corpora)
+    if judged_tokens is not None:
+        n_models = 1 + len(model_specs(config)) * len(config.pruning.ratio)
+        judging = n_models * (judged_tokens * flops / rates.flops + reading) if judged_tokens else 0.0
+
+    # The base is read about once for all models of a run (docs/scale.md).
+    writing = checkpoint_bytes(model, config) / rates.write + reading
+    return TimeNeeds(calibration, judging, writing)
+
+
+def _judged_tokens(config: Config, corpora: Mapping[str, CorpusSize]) -> int | None:
+    """Return the tokens that a model is judged on, rows as long as those of the calibration; None for all rows."""
+    n_rows = config.evaluation.samples
+    if n_rows is None:
+        return None
+    return sum(_row_tokens(config, task, corpora[task.name]) * n_rows for task in config.tasks)
+
+
+def _row_tokens(config: Config, task: Task, corpus: CorpusSize) -> int:
+    if task.metric == "window_perplexity":
+        return config.evaluation.window or config.corpus.sequence_length
+    mean_length = -(-corpus.tokens // max(corpus.sequences, 1))
+    return mean_length * CHOICES if task.metric in ("acc", "acc_norm") else mean_length
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """The memory, disk and time that a run takes."""
+
+    memory: MemoryNeeds
+    disk: DiskNeeds
+    time: TimeNeeds
+    rates: Rates
+
+
+def needs(
+    model: ModelSize,
+    config: Config,
+    corpora: Mapping[str, CorpusSize] | None = None,
+    rates: Rates | None = None,
+) -> Needs:
+    """Return the memory, disk and time that a run of a config takes.
+
+    Args:
+        model: The model to prune; ``ModelSize.from_config`` makes one without weights.
+        config: The run's configuration.
+        corpora: Sizes of the tasks' corpora, where they are known; else the largest that the config allows.
+        rates: What a worker does in a second; else ``assumed_rates``.
+
+    Raises:
+        ConfigError: A ratio of the config cannot be met by this model.
+    """
+    corpora = corpora or largest_corpora(config, model.architecture)
+    rates = rates or assumed_rates(config)
+    return Needs(
+        memory_needs(model, config, corpora),
+        disk_needs(model, config, corpora),
+        time_needs(model, config, corpora, rates),
+        rates,
+    )

@@ -1,0 +1,45 @@
+"""Ray errors: an error that Ray wrapped in, the error that a user can mend out."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray.exceptions import OutOfDiskError, RayError, RayTaskError, RuntimeEnvSetupError
+
+from seap_ray import errors
+from seap_ray.errors import IncompleteError, SeapError
+
+RAY_DATA_ERROR = re.compile(r"^seap_ray\.errors\.(\w+): (.+)$", re.MULTILINE)
+"""A line in the text of Ray Data's error: type and message of ours, which a function of rows raised."""
+
+
+@contextmanager
+def unwrap_ray_errors() -> Iterator[None]:
+    """While inside, raise errors that a user can mend as they are; Ray's own text of one is a traceback."""
+    try:
+        yield
+    except Exception as error:
+        known = known_error(error)
+        if known is None:
+            raise
+        raise known from None
+
+
+def known_error(error: BaseException | None) -> SeapError | None:
+    """Return what a Ray task, actor or Ray Data function met, out of Ray's wrappers; None if no user can mend it."""
+    while error is not None:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, SeapError):
+            return cause
+        if isinstance(error, SeapError):
+            return error
+        if isinstance(error, RayTaskError) and (match := RAY_DATA_ERROR.search(str(error))):
+            name, message = match.groups()
+            return getattr(errors, name)(message)
+        if isinstance(error, OutOfDiskError):
+            return IncompleteError("the disk of a node is full; make room and run the same command again")
+        if isinstance(error, RayError) and not isinstance(error, (RayTaskError, RuntimeEnvSetupError)):
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            return IncompleteError(f"the cluster lost a part of the job ({reason}); run the same command again")
+        error = cause or error.__cause__
+    return None
