@@ -30,7 +30,7 @@ import torch
 
 from seap_ray.config import GENERAL, Config, load_config
 from seap_ray.core.plan import Kept
-from seap_ray.core.slicing import compact
+from seap_ray.core.slicing import slice_tensor
 from seap_ray.demo import skills
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import SHARED
@@ -158,7 +158,7 @@ class Served:
     def memory(self) -> int:
         """Bytes of the engines and their servers; what processes share is divided among them."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        names = ("ExpertServer", "PackServer", "EngineCore")
+        names = ("ExpertServer", "SharedEngineServer", "EngineCore")
         return sum(p.memory_full_info().pss for p in children if any(name in " ".join(p.cmdline()) for name in names))
 
     def swaps(self) -> float:
@@ -274,7 +274,7 @@ def gather(config: Config, run: Run, folder: Path, found: dict[str, list[float]]
             kept = Kept(**units)
             for module in (*architecture.layout.rows, *architecture.layout.columns):
                 dense = tensors[architecture.tensor(layer, module)]
-                torch.cat([*compact(architecture, layer, module, "weight", dense, kept)])
+                torch.cat([*slice_tensor(architecture, layer, module, "weight", dense, kept)])
 
     for _ in range(rounds):
         timed(found, "gather from the dense model in memory", once)

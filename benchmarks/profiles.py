@@ -1,4 +1,4 @@
-"""Where the time of calibration and compaction goes.
+"""Where the time of calibration and export goes.
 
     python -m benchmarks.profiles calibrate [bfloat16]       a table by operation, of torch's profiler
     py-spy record -t -o compact.svg -- python -m benchmarks.profiles compact       a flame graph
@@ -18,9 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.calibrate import BATCH_TOKENS, MODELS, _sequences
 from benchmarks.merge import random_statistics
 from benchmarks.shapes import SHAPES, sparse_checkpoint
+from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.plan import Kept, Plan
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.export import Compaction, write_tensors
+from seap_ray.models.export import CheckpointExport, write_tensors
 from seap_ray.models.forward import record
 
 ROUNDS, ROWS = 3, 14
@@ -46,13 +47,13 @@ def compact() -> None:
     with tempfile.TemporaryDirectory() as folder:
         shape = LlamaConfig.from_dict({**SHAPES["7b"].to_dict(), "num_hidden_layers": 4})
         base = Checkpoint.open(str(sparse_checkpoint(Path(folder) / "base", shape)))
-        plan = Plan("expert", 0.5, "mean", tuple(_half(base, layer) for layer in range(4)), {})
-        compaction = Compaction(base, plan, random_statistics(base.architecture))
+        plan = Plan("expert", 0.5, COMPENSATIONS["mean"], tuple(_half(base, layer) for layer in range(4)), {})
+        export = CheckpointExport(base, plan, random_statistics(base.architecture))
         for i in range(ROUNDS):
             out, started = Path(folder) / str(i), time.perf_counter()
             out.mkdir()
-            for name, outputs in compaction.files(10**10).items():
-                write_tensors(compaction, outputs, out / name)
+            for name, outputs in export.files(10**10).items():
+                write_tensors(export, outputs, out / name)
             seconds = time.perf_counter() - started
             print(f"{sum(file.stat().st_size for file in out.iterdir()) / seconds / 1e6:.0f} MB/s")
 
@@ -62,7 +63,7 @@ def _half(base: Checkpoint, seed: int) -> Kept:
     heads, channels = (
         tuple(sorted(torch.randperm(n, generator=generator)[: n // 2].tolist())) for n in (whole.heads, whole.channels)
     )
-    return Kept(heads, heads, channels)
+    return Kept(heads, heads, (channels,))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from benchmarks.merge import random_statistics
 from benchmarks.shapes import plan_of
 from seap_ray.config import Config
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.export import Compaction, finish, write_tensors
+from seap_ray.models.export import CheckpointExport, finish, write_tensors
 
 SUITE = "serve"
 MODEL = LlamaConfig(
@@ -115,8 +115,8 @@ def dense(folder: Path) -> Path:
 
 def _cut(folder: Path, ratio: float, kind: str, align: int | Literal["auto"]) -> Path:
     base = Checkpoint.open(str(folder))
-    compaction = Compaction(base, plan_of(MODEL, ratio, kind, align), random_statistics(base.architecture))
+    export = CheckpointExport(base, plan_of(MODEL, ratio, kind, align), random_statistics(base.architecture))
     out = folder.with_name(f"{ratio}-{kind}-{align}")
-    files = compaction.files(10**10)
-    finish(compaction, out, files, {"files": {n: write_tensors(compaction, of, out / n) for n, of in files.items()}})
+    files = export.files(10**10)
+    finish(export, out, files, {"files": {n: write_tensors(export, of, out / n) for n, of in files.items()}})
     return out

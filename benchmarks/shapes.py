@@ -11,8 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from seap_ray.config import AllocationSection, PruningSection
+from seap_ray.core.allocation import choose_shapes
 from seap_ray.core.architecture import Architecture, Shape
-from seap_ray.core.plan import Kept, Plan, choose_shapes
+from seap_ray.core.compensation import COMPENSATIONS
+from seap_ray.core.plan import Kept, Plan
 
 LLAMA_2_7B = LlamaConfig(
     hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=32, vocab_size=32000
@@ -47,8 +49,8 @@ def shapes_of(config: LlamaConfig, ratio: float, kind: str, align: int | Literal
 def plan_of(config: LlamaConfig, ratio: float, kind: str, align: int | Literal["auto"] = "auto") -> Plan:
     """A plan that keeps the first units of every layer: for speed it does not matter which."""
     shapes = shapes_of(config, ratio, kind, align)
-    kept = tuple(Kept(tuple(range(s.groups)), tuple(range(s.heads)), tuple(range(s.channels))) for s in shapes)
-    return Plan("expert", ratio, "mean", kept, {})
+    kept = tuple(Kept(tuple(range(s.groups)), tuple(range(s.heads)), (tuple(range(s.channels)),)) for s in shapes)
+    return Plan("expert", ratio, COMPENSATIONS["mean"], kept, {})
 
 
 def sparse_checkpoint(folder: Path, config: LlamaConfig, *, max_bytes: int = 5 * 10**9) -> Path:

@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seap_ray import Checkpoint, Plan, choose_shapes, keep, load_config, record
+from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.scores import Norms, head_scores, wifv
 from seap_ray.demo import skills
-from seap_ray.models.export import Compaction, finish, parse_size, write_tensors
+from seap_ray.models.export import CheckpointExport, finish, parse_size, write_tensors
 
 RATIO = 0.2
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/one_machine")
@@ -44,7 +45,7 @@ kept = tuple(keep(shape, layer.shape, *layer_scores) for shape, layer, layer_sco
 plan = Plan("arithmetic", RATIO, COMPENSATIONS["mean"], kept, provenance={})
 
 # Write the smaller checkpoint; the mean of what is cut becomes a bias.
-export = Compaction(base, plan, statistics)
+export = CheckpointExport(base, plan, statistics)
 files = export.files(parse_size("5GB"))
 for name, tensors in files.items():
     write_tensors(export, tensors, folder / name)

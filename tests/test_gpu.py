@@ -7,7 +7,7 @@ from torch.nn.functional import cosine_similarity
 from seap_ray.core.moments import Covariance, Moments
 from seap_ray.models import forward
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.export import Compaction
+from seap_ray.models.export import CheckpointExport
 from seap_ray.models.forward import record
 from seap_ray.models.layerwise import LayerwiseModel
 from seap_ray.models.loading import attention_of
@@ -91,7 +91,9 @@ def test_layer_by_layer_gives_the_bytes_of_the_whole_model(dense, name, dtype):
 def test_a_compacted_model_gives_the_logits_of_the_cpu(dense, tmp_path, name, dtype, tolerance):
     base = Checkpoint.open(str(dense(name, dtype)))
     plan = random_plan(base.architecture, seed=1, compensation="mean")
-    folder = write_compacted(Compaction(base, plan, random_statistics(base.architecture, seed=2)), tmp_path / "expert")
+    folder = write_compacted(
+        CheckpointExport(base, plan, random_statistics(base.architecture, seed=2)), tmp_path / "expert"
+    )
     model = load(folder)
     expected = logits(model, random_ids())
     found = logits(model.cuda(), random_ids().cuda()).cpu()

@@ -19,7 +19,7 @@ from benchmarks.gpu.device import DEVICE, DTYPE, HAS_GPU, SIZES, Ceilings, built
 from benchmarks.measure import Row, alternate
 from benchmarks.shapes import plan_of
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.export import Compaction
+from seap_ray.models.export import CheckpointExport
 
 CAUSAL = "causal_sdpa"
 """Attention that is given no mask, since all positions are real; while a graph is captured, transformers makes one."""
@@ -53,8 +53,8 @@ def prefill_rows(of: Ceilings) -> Iterator[Row]:
 def compacted(config: LlamaConfig, ratio: float, kind: str) -> Any:
     """The configuration of an expert; which units it keeps does not matter."""
     values = {**config.to_dict(), "model_type": "llama"}
-    compaction = Compaction(Checkpoint(Path(), values, {}, ""), plan_of(config, ratio, kind))
-    return AutoConfig.for_model(**{key: value for key, value in compaction.config().items() if key != "auto_map"})
+    export = CheckpointExport(Checkpoint(Path(), values, {}, ""), plan_of(config, ratio, kind))
+    return AutoConfig.for_model(**{key: value for key, value in export.config().items() if key != "auto_map"})
 
 
 def decoding_limit(model: Any, B: int, of: Ceilings) -> float:

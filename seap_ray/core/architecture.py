@@ -10,14 +10,15 @@ from seap_ray.core.moments import Site
 from seap_ray.errors import ConfigError
 
 Unit = Literal["heads", "groups", "channels"]
-"""What is cut: query heads, key-value heads, MLP channels."""
+"""What is cut: query heads, key-value heads (groups), MLP channels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What the rows of a module are, in order: all of each unit, one block after another."""
+    """What the rows of a module are, in order: all of each kind of unit, one block after another."""
 
     units: tuple[Unit, ...]
+    """Kind of unit of each block."""
     times: int = 1
     """Rows of a unit, in head sizes or channels: 3 where query, key and value of a head lie together."""
 
@@ -38,27 +39,33 @@ class Family:
     """
 
     config_class: str
-    """Names of the classes in ``seap_ray.models.hf`` that load a compacted checkpoint."""
+    """Name of the class in ``seap_ray.models.hf`` that holds a compacted checkpoint's configuration."""
     model_class: str
+    """Name of the class in ``seap_ray.models.hf`` that loads a compacted checkpoint."""
     vllm_class: str | None = "SeapForCausalLM"
     """Name of the class in ``seap_ray.vllm_plugin.model`` that serves it; None where vLLM has no such family itself."""
     layers: str = "model.layers."
     """Beginning of the names of a decoder layer's tensors."""
     embedding: str = "model.embed_tokens.weight"
+    """Name of the input embedding's tensor."""
     rows: Mapping[str, Rows] = field(default_factory=lambda: SPLIT_ATTENTION | GATED_MLP)
     """Modules whose rows (and biases) are cut."""
     o_proj: str = "self_attn.o_proj"
-    """The modules whose weight's columns are cut; their own bias stays whole."""
+    """Attention's output module: its weight's columns are cut, its own bias stays whole."""
     down_proj: str = "mlp.down_proj"
+    """The MLP's output module: its weight's columns are cut, its own bias stays whole."""
     qkv_bias: bool | tuple[str, bool] = False
+    """Biases of queries, keys and values."""
     o_bias: bool | tuple[str, bool] = False
+    """Bias of ``o_proj``."""
     mlp_bias: bool | tuple[str, bool] = False
+    """Biases of the MLP's modules."""
     norms: tuple[int, int] = (2, 0)
     """Weights of a layer's norms, in hidden sizes and in head sizes."""
     channels_key: str = "intermediate_size"
     """Config key of the MLP's width."""
-    is_mixture: bool = False
-    """Whether the MLP is a mixture of experts; ``{e}`` in the names of modules stands for one of them."""
+    is_moe: bool = False
+    """Whether the MLP is a mixture of experts; ``{e}`` in the names of modules stands for an MoE expert's number."""
     groups_key: str | None = "num_key_value_heads"
     """Config key of the key-value heads; None where every query head has its own."""
     has_head_dim: bool = True
@@ -77,10 +84,11 @@ class Family:
 
     @property
     def channel_modules(self) -> int:
-        """Matrices that have a row for each channel (of an expert)."""
+        """Number of matrices that have a row for each channel (of an MoE expert)."""
         return sum(rows.units.count("channels") for rows in self.rows.values())
 
 
+# A new family is a row here, two classes in ``seap_ray.models.hf``, and one in ``seap_ray.vllm_plugin.model``.
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         "SeapLlamaConfig",
@@ -137,7 +145,7 @@ FAMILIES: dict[str, Family] = {
             "block_sparse_moe.experts.{e}.w3": Rows(("channels",)),
         },
         down_proj="block_sparse_moe.experts.{e}.w2",
-        is_mixture=True,
+        is_moe=True,
     ),
     "qwen3_moe": Family(
         "SeapQwen3MoeConfig",
@@ -150,7 +158,7 @@ FAMILIES: dict[str, Family] = {
         o_bias=("attention_bias", False),
         norms=(2, 2),
         channels_key="moe_intermediate_size",
-        is_mixture=True,
+        is_moe=True,
     ),
     "opt": Family(
         "SeapOPTConfig",
@@ -189,11 +197,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-EXPERT = re.compile(r"(\.experts\.)(\d+)(\.)")
+MOE_EXPERT = re.compile(r"(\.experts\.)(\d+)(\.)")
 
 
 def family_of(model_type: str) -> Family:
-    """The row of a dense or a compacted model."""
+    """Return the row of ``FAMILIES`` for the ``model_type`` of a dense or a compacted model."""
     return FAMILIES[model_type.removeprefix("seap_")]
 
 
@@ -210,14 +218,20 @@ class Shape:
 
     @property
     def heads(self) -> int:
+        """Query heads of all groups."""
         return self.groups * self.heads_per_group
+
+    def count(self, unit: Unit) -> int:
+        """Return the number of units of one kind."""
+        return {"heads": self.heads, "groups": self.groups, "channels": self.channels}[unit]
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A decoder layer of the model as it is given. In a dense model all are alike."""
+    """A decoder layer. In a dense model all are alike."""
 
     shape: Shape
+    """Widths of its attention and MLP."""
     biases: tuple[str, ...] = ()
     """Config keys of output biases that its family has not: an earlier compensation put them there."""
 
@@ -227,51 +241,70 @@ class Architecture:
     """Dimensions of a model, dense or compacted already. Sizes are in numbers of weights."""
 
     family: str
+    """Key of ``FAMILIES``."""
     layers: tuple[Layer, ...]
+    """Every decoder layer, in order."""
     hidden_size: int
+    """Width of the residual stream."""
     head_dim: int
+    """Width of an attention head."""
     dense: Shape
     """Widths by the config's top level: of a dense model those of all layers."""
     qkv_bias: bool
+    """Whether queries, keys and values have biases."""
     o_bias: bool
+    """Whether ``o_proj`` has a bias of its family's own."""
     mlp_bias: bool
+    """Whether the MLP's modules have biases of their family's own."""
     max_position_embeddings: int
+    """Longest sequence, in tokens."""
     has_windows: bool = False
     """Whether layers attend to a sliding window."""
     mixes_windows: bool = False
     """Whether some layers do, and others attend to everything."""
     has_norm_weights: bool = True
+    """Whether the norms have weights."""
     has_free_heads: bool = True
     """Whether the family's own config may have another number of heads: Phi-3's long ropes tell it by them."""
     n_experts: int = 0
-    """Of a mixture of experts, in every layer; a layer's channels are then the width of each. 0: no mixture."""
+    """MoE experts of every layer; a layer's channels are then the width of each. 0: no mixture of experts."""
     experts_per_token: int = 0
+    """MoE experts that the router chooses for a token."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Architecture":
         """Read the dimensions from a Hugging Face ``config.json``.
 
-        Raises ConfigError for a family that is not supported, or a layout of it that is not.
+        Args:
+            config: The file's content, of a dense or a compacted model.
+
+        Returns:
+            The architecture.
+
+        Raises:
+            ConfigError: The family, or the layout that the config says, is not supported, or the model is quantised.
         """
         model_type = config.get("model_type")
         name = str(model_type).removeprefix("seap_")
         if name not in FAMILIES:
             raise ConfigError(f"model family {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+        family = FAMILIES[name]
         if config.get("quantization_config"):
             raise ConfigError("model is quantised; prune the unquantised checkpoint, then quantise the result")
-        family = FAMILIES[name]
         if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
             raise ConfigError("model has layers without experts beside layers with them, which is not supported")
 
         def flag(value: bool | tuple[str, bool]) -> bool:
             return bool(config.get(*value)) if isinstance(value, tuple) else value
 
-        own = config.get("per_layer_config") or {}
+        overrides = config.get("per_layer_config") or {}
+        layers: list[Layer] = []
+        for layer in range(config["num_hidden_layers"]):
+            layers.append(_layer({**config, **overrides.get(str(layer), {})}, family))
+
         return cls(
             family=name,
-            layers=tuple(
-                _layer({**config, **own.get(str(layer), {})}, family) for layer in range(config["num_hidden_layers"])
-            ),
+            layers=tuple(layers),
             hidden_size=config["hidden_size"],
             head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
             dense=_layer(config, family).shape,
@@ -284,33 +317,35 @@ class Architecture:
             has_norm_weights=config.get("layer_norm_elementwise_affine") is not False,
             has_free_heads="short_factor" not in (config.get("rope_parameters") or config.get("rope_scaling") or {}),
             # Qwen's own configs say num_experts, those that transformers writes num_local_experts.
-            n_experts=(config.get("num_local_experts") or config["num_experts"]) if family.is_mixture else 0,
-            experts_per_token=config["num_experts_per_tok"] if family.is_mixture else 0,
+            n_experts=(config.get("num_local_experts") or config["num_experts"]) if family.is_moe else 0,
+            experts_per_token=config["num_experts_per_tok"] if family.is_moe else 0,
         )
 
     @property
     def n_layers(self) -> int:
+        """Number of decoder layers."""
         return len(self.layers)
 
     @property
     def layout(self) -> Family:
+        """The family's row of ``FAMILIES``."""
         return FAMILIES[self.family]
 
     @property
     def modules(self) -> dict[Site, str]:
-        """The module whose input each site is; attention first, then the MLP or every expert of it."""
+        """The module whose input each site is; attention first, then the MLP or every MoE expert of it."""
         down_proj = self.layout.down_proj
         if not self.n_experts:
             return {"attn": self.layout.o_proj, "mlp": down_proj}
         return {"attn": self.layout.o_proj} | {f"mlp.{e}": down_proj.format(e=e) for e in range(self.n_experts)}
 
     def sites(self, site: Site) -> list[Site]:
-        """``mlp`` as the sites of its experts, where it has some."""
+        """Return a site itself, or in a mixture of experts for ``mlp`` the sites of all MoE experts."""
         return [f"mlp.{e}" for e in range(self.n_experts)] if site == "mlp" and self.n_experts else [site]
 
     @property
     def compensated(self) -> tuple[str, ...]:
-        """Modules that compensation gives a bias: an expert has none, since what it gives is weighted by the router."""
+        """Modules that compensation may change; an MoE expert is none, since the router weighs what it gives."""
         return (self.layout.o_proj,) if self.n_experts else tuple(self.layout.columns)
 
     @property
@@ -321,7 +356,7 @@ class Architecture:
 
     @property
     def is_compensated(self) -> bool:
-        """Whether layers have biases already that their family has not."""
+        """Whether layers have output biases already that their family has not."""
         return any(layer.biases for layer in self.layers)
 
     @property
@@ -344,36 +379,48 @@ class Architecture:
     def channel_cost(self) -> int:
         """Weights of one MLP channel: a row of gate_proj (if there is one) and up_proj, a column of down_proj.
 
-        Of a mixture, one of each expert, since all of a layer are equally wide.
+        In a mixture of experts one channel of each MoE expert, since all of a layer are equally wide.
         """
-        of_one = self.layout.channel_modules * (self.hidden_size + self.mlp_bias) + self.hidden_size
-        return of_one * max(self.n_experts, 1)
+        per_mlp = self.layout.channel_modules * (self.hidden_size + self.mlp_bias) + self.hidden_size
+        return per_mlp * max(self.n_experts, 1)
 
     def attention_parameters(self, shape: Shape) -> int:
-        """Weights of a layer's attention that its shape decides."""
+        """Return the weights of a layer's attention that its shape decides."""
         return shape.heads * self.head_cost + shape.groups * self.kv_cost
 
     def layer_parameters(self, layer: Layer) -> int:
-        """All weights of a decoder layer: attention, MLP, biases, norms and router."""
-        of_hidden, of_head = self.layout.norms if self.has_norm_weights else (0, 0)
-        of_hidden += self.o_bias + self.mlp_bias + len(layer.biases) + self.n_experts
-        fixed = self.hidden_size * of_hidden + self.head_dim * of_head
+        """Return all weights of a decoder layer: attention, MLP, biases, norms and router."""
+        # Vectors as long as the hidden size, and as a head: norms, output biases, and rows of the router.
+        n_hidden, n_head = self.layout.norms if self.has_norm_weights else (0, 0)
+        n_hidden += self.o_bias + self.mlp_bias + len(layer.biases) + self.n_experts
+        fixed = self.hidden_size * n_hidden + self.head_dim * n_head
         return self.attention_parameters(layer.shape) + layer.shape.channels * self.channel_cost + fixed
 
     @property
     def decoder_parameters(self) -> int:
-        """All weights of the decoder layers as they are given: what a ratio is a share of."""
+        """All weights of the decoder layers: what a ratio is a share of."""
         return sum(map(self.layer_parameters, self.layers))
 
-    def cut(self, layer: int, shape: Shape, *, compensated: bool) -> Layer:
-        """A layer with other widths, and where they are others, with the biases that compensation gives it."""
-        given = self.layers[layer]
-        return Layer(shape, self.bias_keys if compensated and shape != given.shape else given.biases)
+    def resized(self, layer: int, shape: Shape, *, compensated: bool) -> Layer:
+        """Return a layer with other widths.
+
+        Args:
+            layer: Number of the layer.
+            shape: Its new widths.
+            compensated: Whether it gets output biases if its widths change; otherwise it has those that it had.
+
+        Returns:
+            The layer after the cut.
+        """
+        original = self.layers[layer]
+        gets_biases = compensated and shape != original.shape
+        return Layer(shape, self.bias_keys if gets_biases else original.biases)
 
     def align(self, setting: int | str) -> int:
-        """Tile of channels; ``auto`` is 128, or for a small MLP the power of two that leaves 16 tiles or more.
+        """Return the tile that kept channels are a multiple of.
 
-        Of a mixture 8 at least: torch's grouped products want rows of 16 bytes.
+        ``auto`` is 128, or for a small MLP the power of two that leaves 16 tiles or more, for a mixture of experts 8 at
+        least: torch's grouped products want rows of 16 bytes.
         """
         if isinstance(setting, int):
             return setting
@@ -381,13 +428,13 @@ class Architecture:
         return min(128, 2 ** max(least, int(math.log2(self.dense.channels / 16))))
 
     def tensor(self, layer: int, module: str, kind: str = "weight") -> str:
-        """Checkpoint name of a decoder layer's tensor."""
+        """Return the checkpoint's name of a decoder layer's tensor."""
         return f"{self.layout.layers}{layer}.{module}.{kind}"
 
     def split(self, name: str) -> tuple[int | None, str, str]:
-        """The reverse: ``model.layers.3.mlp.up_proj.weight`` -> (3, ``mlp.up_proj``, ``weight``).
+        """Split a tensor's name: ``model.layers.3.mlp.up_proj.weight`` -> (3, ``mlp.up_proj``, ``weight``).
 
-        Layer None for all tensors of no layer.
+        A tensor of no layer gives (None, its name, "").
         """
         if not name.startswith(self.layout.layers):
             return None, name, ""
@@ -397,24 +444,32 @@ class Architecture:
 
 
 def _layer(config: Mapping[str, Any], family: Family) -> Layer:
+    """Read a layer from the config that holds for it."""
     heads = config["num_attention_heads"]
     groups = (family.groups_key and config.get(family.groups_key)) or heads
     biases = tuple(key for key in ("o_proj_bias", "down_proj_bias") if config.get(key))
     return Layer(Shape(groups, heads // groups, config[family.channels_key]), biases)
 
 
-def expert_of(module: str) -> tuple[str, int | None]:
-    """``mlp.experts.5.up_proj`` -> (``mlp.experts.{e}.up_proj``, 5), as the rows of ``FAMILIES`` have it."""
-    found = EXPERT.search(module)
-    return (EXPERT.sub(r"\1{e}\3", module), int(found[2])) if found else (module, None)
+def split_moe_expert(module: str) -> tuple[str, int | None]:
+    """Split an MoE expert's number off a module's name, as the rows of ``FAMILIES`` have it.
+
+    ``mlp.experts.5.up_proj`` -> (``mlp.experts.{e}.up_proj``, 5); a module of no MoE expert gives (its name, None).
+    """
+    match = MOE_EXPERT.search(module)
+    if match is None:
+        return module, None
+    return MOE_EXPERT.sub(r"\1{e}\3", module), int(match[2])
 
 
 def _has_windows(config: Mapping[str, Any], family: Family) -> bool:
+    """Return whether layers attend to a sliding window."""
     return bool(config.get("sliding_window")) and config.get("use_sliding_window", True) or family.mixes_windows
 
 
 def _mixes_windows(config: Mapping[str, Any], family: Family) -> bool:
-    kinds = config.get("layer_types")
-    if kinds:
-        return len(set(kinds)) > 1
+    """Return whether some layers attend to a sliding window and others to everything."""
+    layer_types = config.get("layer_types")
+    if layer_types:
+        return len(set(layer_types)) > 1
     return family.mixes_windows or bool(config.get("use_sliding_window"))

@@ -22,18 +22,28 @@ RECORDED: tuple[Site, ...] = (*SITES, "block")
 
 
 BLOCK = {"cpu": 1 << 16}
-"""Elements that are made float64 at a time: half a megabyte, which a core's cache holds. Other devices: 2^26."""
+"""Elements that are made float64 at a time, by device: half a megabyte, which a core's cache holds."""
+DEFAULT_BLOCK = 1 << 26
+"""Elements of a block on other devices."""
 
 
 def blocks(x_ND: Tensor, rows_N: Tensor | None = None) -> Iterator[Tensor]:
-    """``x_ND``, or some of its rows (ascending), block by block of rows, in float64: copies, the caller's to change."""
-    n_rows = max(1, BLOCK.get(x_ND.device.type, 1 << 26) // x_ND.shape[1])
+    """Yield a tensor in float64, some rows at a time; the blocks are copies, the caller's to change.
+
+    Args:
+        x_ND: The tensor, (N, D), in any floating dtype.
+        rows_N: Indices of the rows to yield, ascending; None for all.
+
+    Yields:
+        Blocks of at most ``BLOCK`` elements, (rows, D).
+    """
+    n_rows = max(1, BLOCK.get(x_ND.device.type, DEFAULT_BLOCK) // x_ND.shape[1])
     parts_ND = (part_ND for run_ND in _runs(x_ND, rows_N) for part_ND in run_ND.split(n_rows))
     yield from (part_ND.to(torch.float64, copy=True) for part_ND in parts_ND if len(part_ND))
 
 
 def _runs(x_ND: Tensor, rows_N: Tensor | None) -> Iterable[Tensor]:
-    """The rows, on a CPU run by run of neighbours, which padding alone interrupts: nothing is gathered."""
+    """Return the rows, on a CPU run by run of neighbours, which padding alone interrupts: nothing is gathered."""
     if rows_N is None:
         return [x_ND]
     if not x_ND.is_cpu:
@@ -47,22 +57,31 @@ class Moments:
     """Count, mean and summed squared deviations of D columns over ``count`` tokens."""
 
     count: int
+    """Number of tokens."""
     mean_D: Tensor
-    """float64"""
+    """Mean of each column, (D,), float64."""
     m2_D: Tensor
-    """float64, sum over tokens of (x - mean)^2"""
+    """Sum over tokens of (x - mean)^2, (D,), float64."""
 
     @classmethod
     def of(cls, x_ND: Tensor, rows_N: Tensor | None = None) -> "Moments":
-        """Moments of one batch, or of the tokens in it that ``rows_N`` names, in float64 on the device of ``x_ND``.
+        """Compute the moments of one batch.
 
-        On a CPU one pass over the memory, a block at a time, less the first block's mean. That of a part of the data is
-        so near the whole's that the final subtraction costs no more digits than there are blocks.
+        On a CPU this is one pass over the memory, a block at a time, less the first block's mean. The mean of a part of
+        the data is so near that of all that the final subtraction costs no more digits than there are blocks.
+
+        Args:
+            x_ND: Activations, (N, D), in any floating dtype.
+            rows_N: Indices of the tokens that count, ascending; None for all.
+
+        Returns:
+            Moments in float64 on the device of ``x_ND``.
         """
         if x_ND.is_cuda:
             from seap_ray.core import kernels  # Triton is there with a GPU alone
 
             return cls(len(x_ND if rows_N is None else rows_N), *kernels.moments(x_ND, rows_N))
+
         shift_D = total_D = square_D = x_ND.new_zeros(x_ND.shape[1], dtype=torch.float64)
         n = 0
         for block_ND in blocks(x_ND, rows_N):
@@ -75,28 +94,30 @@ class Moments:
         return cls(n, shift_D + offset_D, (square_D - total_D * offset_D).clamp_(min=0))
 
     def __add__(self, other: Self) -> Self:
-        """Moments of both streams together (Chan, Golub & LeVeque, the parallel variance)."""
+        """Return the moments of both streams together (Chan, Golub & LeVeque, the parallel variance)."""
         if not self.count or not other.count:
             return self if self.count else other
+
         n = self.count + other.count
         delta_D = other.mean_D - self.mean_D
         mean_D = torch.add(self.mean_D, delta_D, alpha=other.count / n)
         m2_D = (self.m2_D + other.m2_D).addcmul_(delta_D, delta_D, value=self.count * other.count / n)
         return replace(self, count=n, mean_D=mean_D, m2_D=m2_D)
 
-    def coming(self) -> Self:
-        """The same on the CPU; from a GPU it is there when the current stream has been waited for."""
-        mean_D, m2_D = (part.to("cpu", non_blocking=True) for part in (self.mean_D, self.m2_D))
+    def to_cpu_async(self) -> Self:
+        """Start a copy to the CPU and return it; from a GPU it is there when the current stream has been waited for."""
+        mean_D = self.mean_D.to("cpu", non_blocking=True)
+        m2_D = self.m2_D.to("cpu", non_blocking=True)
         return replace(self, mean_D=mean_D, m2_D=m2_D)
 
     @property
     def var_D(self) -> Tensor:
-        """Population variance, float64; of no tokens, zero."""
+        """Population variance, (D,), float64; of no tokens, zero."""
         return self.m2_D / max(self.count, 1)
 
     @property
     def square_D(self) -> Tensor:
-        """Mean square, E[x^2] = Var[x] + E[x]^2, float64."""
+        """Mean square, E[x^2] = Var[x] + E[x]^2, (D,), float64."""
         return self.var_D + self.mean_D.square()
 
 
@@ -105,15 +126,25 @@ class Covariance(Moments):
     """Moments with all pairs of columns: what least squares and the optimal brain surgeon need."""
 
     comoment_DD: Tensor
-    """Sum over tokens of (x - mean) (x - mean)^T, float64 when merged; its diagonal is ``m2_D`` but for rounding."""
+    """Sum over tokens of (x - mean) (x - mean)^T, (D, D), float64 when merged; its diagonal is ``m2_D`` but for
+    rounding."""
 
     @classmethod
     def of(cls, x_ND: Tensor, rows_N: Tensor | None = None) -> "Covariance":
-        """Of one batch: its moments, as ever, and the product of the deviations in float32 (float64 for float64).
+        """Compute the covariance of one batch.
 
-        Of bfloat16 on a GPU, where that product would take several times as long as the layer, ``split_product``.
+        Moments are those of ``Moments.of``. The product of the deviations is in float32 (float64 for float64). For
+        bfloat16 on a GPU, where that product would take several times as long as the layer, it is ``split_product``.
+
+        Args:
+            x_ND: Activations, (N, D), in any floating dtype.
+            rows_N: Indices of the tokens that count, ascending; None for all.
+
+        Returns:
+            The covariance on the device of ``x_ND``.
         """
-        moments, dtype = Moments.of(x_ND, rows_N), torch.promote_types(x_ND.dtype, torch.float32)
+        moments = Moments.of(x_ND, rows_N)
+        dtype = torch.promote_types(x_ND.dtype, torch.float32)
         parts = [block_ND.sub_(moments.mean_D).to(dtype) for block_ND in blocks(x_ND, rows_N)]
         deviation_ND = torch.cat([x_ND.new_empty(0, x_ND.shape[1], dtype=dtype), *parts])
         is_split = x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and moments.count
@@ -121,9 +152,10 @@ class Covariance(Moments):
         return cls(moments.count, moments.mean_D, moments.m2_D, comoment_DD)
 
     def __add__(self, other: Self) -> Self:
-        """Covariance of both streams together: Chan's update, with an outer product for the square."""
+        """Return the covariance of both streams together: Chan's update, with an outer product for the square."""
         if not self.count or not other.count:
             return self if self.count else other
+
         moments = Moments.__add__(self, other)
         delta_D = (other.mean_D - self.mean_D).to(self.comoment_DD.dtype)
         comoment_DD = (self.comoment_DD + other.comoment_DD).addr_(
@@ -131,20 +163,22 @@ class Covariance(Moments):
         )
         return replace(moments, comoment_DD=comoment_DD)
 
-    def coming(self) -> Self:
-        # The matrix is waited for: it is too large for the pinned memory that a copy without waiting would keep.
-        return replace(Moments.coming(self), comoment_DD=self.comoment_DD.cpu())
+    def to_cpu_async(self) -> Self:
+        """Start a copy of the moments to the CPU, and wait for the matrix."""
+        # The matrix is too large for the pinned memory that a copy without waiting would keep.
+        return replace(Moments.to_cpu_async(self), comoment_DD=self.comoment_DD.cpu())
 
     @property
     def covariance_DD(self) -> Tensor:
-        """Population covariance, in the dtype of the co-moment."""
+        """Population covariance, (D, D), in the dtype of the co-moment."""
         return self.comoment_DD / self.count
 
 
 def split_product(x_ND: Tensor) -> Tensor:
-    """``x_ND.T @ x_ND`` of float32 on a GPU, each number as a sum of two in bfloat16, without the product of the small.
+    """Return ``x_ND.T @ x_ND`` of float32 on a GPU by three products in bfloat16.
 
-    An element is off by up to 1.6e-4 of the two columns' lengths (8192 tokens on an H200), in float32 by 0.7e-4 in five
+    Each number is taken as a sum of a large and a small one in bfloat16; the product of the small ones is left out. An
+    element is off by up to 1.6e-4 of the two columns' lengths (8192 tokens on an H200), in float32 by 0.7e-4 in five
     times the time. The error of a correlation that is estimated from as many tokens is some 1e-2.
     """
     large_ND = x_ND.bfloat16()
@@ -159,10 +193,21 @@ Part = TypeVar("Part")
 
 
 def tree_sum(parts: Iterable[Part], add: Callable[[Part, Part], Part] = add) -> Part:
-    """Add up in a tree whose shape depends on the number of parts alone, holding log2(parts) of them at a time.
+    """Add parts up in a tree whose shape depends on their number alone.
 
-    A fixed shape gives the same bytes whatever finished first. Raises ValueError for no parts.
+    A fixed shape gives the same bytes whatever finished first.
+
+    Args:
+        parts: What to add, taken one after another; log2 of their number are held at a time.
+        add: Adds two parts.
+
+    Returns:
+        The sum.
+
+    Raises:
+        ValueError: There are no parts.
     """
+    # Sums of 2^height parts, the highest first.
     stack: list[tuple[int, Part]] = []
     for part in parts:
         height = 0
@@ -179,9 +224,16 @@ def tree_sum(parts: Iterable[Part], add: Callable[[Part, Part], Part] = add) -> 
 
 
 def pooled(parts: list[Moments], weights: list[float]) -> Moments:
-    """Moments of the weighted mixture of several streams, the spread between their means included.
+    """Return the moments of the weighted mixture of several streams, the spread between their means included.
 
     Each stream counts by its weight, not by its length: var = sum w (var_i + (mean_i - mean)^2), w normalised to 1.
+
+    Args:
+        parts: Moments of each stream.
+        weights: Weight of each stream.
+
+    Returns:
+        Moments with the streams' tokens added up as ``count``.
     """
     shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     means_PD = torch.stack([part.mean_D for part in parts])
@@ -192,26 +244,57 @@ def pooled(parts: list[Moments], weights: list[float]) -> Moments:
     return Moments(count, mean_D, var_D * count)
 
 
-def mixed(parts: Sequence[Statistics], weights: Sequence[float]) -> Statistics:
-    """``pooled``, of every site of several tasks' statistics."""
-    return {key: pooled([part[key] for part in parts], shares(parts, weights, key)) for key in parts[0]}
+def pooled_statistics(parts: Sequence[Statistics], weights: Sequence[float]) -> Statistics:
+    """Return the moments (``pooled``) of every (layer, site) of several tasks' statistics.
+
+    Args:
+        parts: Statistics of each task.
+        weights: Weight of each task.
+
+    Returns:
+        Statistics of the tasks as one stream.
+    """
+    statistics: dict[tuple[int, Site], Moments] = {}
+    for key in parts[0]:
+        moments = [part[key] for part in parts]
+        statistics[key] = pooled(moments, stream_shares(parts, weights, key))
+    return statistics
 
 
-def shares(parts: Sequence[Statistics], weights: Sequence[float], key: tuple[int, Site]) -> list[float]:
-    """What each stream is of the mixture at a site: of an expert's, by how much of the stream is routed to it."""
+def stream_shares(parts: Sequence[Statistics], weights: Sequence[float], key: tuple[int, Site]) -> list[float]:
+    """Return how much of the mixture at a site each stream is.
+
+    At a site of an MoE expert a stream counts by how much of it is routed there.
+    """
     layer, _ = key
     routed = [w * part[key].count / part[layer, "attn"].count for w, part in zip(weights, parts, strict=True)]
     return routed if sum(routed) else list(weights)
 
 
 def pooled_covariance(parts: Iterable[Covariance], weights: Sequence[float]) -> Covariance:
-    """As ``pooled``, of covariances: C = sum w (C_i + (mean_i - mean) (mean_i - mean)^T); two matrices at a time."""
+    """Return the covariance of the weighted mixture of several streams: the sum of
+    w (C_i + (mean_i - mean) (mean_i - mean)^T).
+
+    Args:
+        parts: Covariance of each stream, taken one after another, so that two matrices are held at a time.
+        weights: Weight of each stream.
+
+    Returns:
+        Covariance with the streams' tokens added up as ``count``.
+    """
     pairs = zip(parts, weights, strict=True)
-    first, so_far = next(pairs)
-    count, mean_D, covariance_DD = first.count, first.mean_D, first.covariance_DD
+    first, total_weight = next(pairs)
+    count = first.count
+    mean_D = first.mean_D
+    covariance_DD = first.covariance_DD
+
     for part, weight in pairs:
-        share, delta_D = weight / (so_far + weight), part.mean_D - mean_D
+        share = weight / (total_weight + weight)
+        delta_D = part.mean_D - mean_D
         covariance_DD.lerp_(part.covariance_DD, share).addr_(delta_D, delta_D, alpha=share * (1 - share))
-        count, mean_D, so_far = count + part.count, mean_D + share * delta_D, so_far + weight
+        count += part.count
+        mean_D = mean_D + share * delta_D
+        total_weight += weight
+
     comoment_DD = covariance_DD * count
     return Covariance(count, mean_D, comoment_DD.diagonal().clone(), comoment_DD)

@@ -16,35 +16,49 @@ from seap_ray.core.moments import Covariance
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Relative ridges to choose from."""
-USUAL_RIDGE = 1e-2
-"""Where there are no held-out tokens to choose on: near the best from two tokens a column on."""
-STEPS = 64
+DEFAULT_RIDGE = 1e-2
+"""Relative ridge where there are no held-out tokens to choose on: near the best from two tokens a column on."""
+OBS_STEPS = 64
 """Steps in which the optimal brain surgeon goes through a site of many columns."""
 JUDGED_OUTPUTS = 256
 """Outputs that a ridge is chosen on: the error is a sum over outputs, and a share of them ranks ridges alike."""
 
 
 def ridged(covariance_DD: Tensor, ridge: float) -> Tensor:
-    """C + R, where R is every column's own variance times ``ridge``, so that no column's unit matters.
+    """Return C + R, where R is every column's own variance times ``ridge``, so that no column's unit matters.
 
-    It makes C positive definite, also for fewer tokens than columns, from 1e-5 on, where the rounding of float32
-    co-moments no longer counts. Columns that never vary have 1: they say nothing, whatever they have.
+    It makes C positive definite, also for fewer tokens than columns, from a ridge of 1e-5 on, where the rounding of
+    float32 co-moments no longer counts. Columns that never vary get 1: they say nothing, whatever they get.
     """
     variance_D = covariance_DD.diagonal()
     return covariance_DD + torch.diag(torch.where(variance_D > 0, variance_D * ridge, 1.0))
 
 
 def least_squares(covariance: Covariance, weight_OD: Tensor, kept_S: Tensor, *, ridge: float) -> tuple[Tensor, Tensor]:
-    """Weight (O, S) of the kept columns and bias (O,) that stand for all: float64.
+    """Return the weight of the kept columns and the bias that stand for all columns.
 
-    W_S + X and W_P mu_P - X mu_S, with X = W_P C_PS (C_SS + R)^-1: the affine map of x_S that is nearest to W x over
-    the calibration tokens, but for the ridge. With all columns kept: the weight itself, and zero.
+    They are W_S + X and W_P mu_P - X mu_S, with X = W_P C_PS (C_SS + R)^-1: the affine map of x_S that is nearest to
+    W x over the calibration tokens, but for the ridge R. With all columns kept: the weight itself, and zero.
+
+    Args:
+        covariance: Moments and co-moments of the module's input, D columns.
+        weight_OD: The unpruned weight, (O, D).
+        kept_S: Indices of the columns that stay, int64.
+        ridge: Ridge relative to each column's variance.
+
+    Returns:
+        Weight, (O, S), and bias, (O,), float64.
+
+    Raises:
+        torch.linalg.LinAlgError: C_SS + R is not positive definite: the ridge is too small.
     """
-    cut_P = _others(kept_S, weight_OD.shape[1])
+    cut_P = _complement(kept_S, weight_OD.shape[1])
     weight_OD = weight_OD.double()
-    weight_OS, weight_OP = weight_OD[:, kept_S], weight_OD[:, cut_P]
+    weight_OS = weight_OD[:, kept_S]
+    weight_OP = weight_OD[:, cut_P]
     if not cut_P.numel():
         return weight_OS, weight_OD.new_zeros(weight_OD.shape[0])
+
     C_DD = covariance.covariance_DD.double()
     factor_SS = torch.linalg.cholesky(ridged(C_DD[kept_S[:, None], kept_S], ridge))
     added_OS = torch.cholesky_solve((weight_OP @ C_DD[cut_P[:, None], kept_S]).T, factor_SS).T
@@ -52,20 +66,30 @@ def least_squares(covariance: Covariance, weight_OD: Tensor, kept_S: Tensor, *, 
     return weight_OS + added_OS, bias_O
 
 
-def _others(kept_S: Tensor, width: int) -> Tensor:
+def _complement(kept_S: Tensor, width: int) -> Tensor:
+    """Return the indices below ``width`` that are not in ``kept_S``, ascending."""
     cut_D = torch.ones(width, dtype=torch.bool)
     cut_D[kept_S] = False
     return cut_D.nonzero().squeeze(1)
 
 
 def choose_ridge(fitted: Covariance, held_out: Covariance, weight_OD: Tensor) -> float:
-    """The ridge with the least error on the tokens of ``held_out``, for the better half of the columns by ``wifv``.
+    """Choose the ridge with the least error on held-out tokens, for the better half of the columns by ``wifv``.
 
-    On ``JUDGED_OUTPUTS`` of the outputs, evenly spread.
+    The error is measured on ``JUDGED_OUTPUTS`` of the outputs, evenly spread.
+
+    Args:
+        fitted: Covariance of the tokens that the map is fitted on.
+        held_out: Covariance of the other tokens.
+        weight_OD: The unpruned weight, (O, D).
+
+    Returns:
+        One of ``RIDGES``.
     """
     weight_OD = weight_OD[:: max(1, weight_OD.shape[0] // JUDGED_OUTPUTS)]
     order_D = (fitted.var_D * weight_OD.double().square().sum(0)).argsort(stable=True)
     kept_S = order_D[order_D.numel() // 2 :].sort().values
+
     errors = {
         ridge: error_of(held_out, weight_OD, kept_S, least_squares(fitted, weight_OD, kept_S, ridge=ridge))
         for ridge in RIDGES
@@ -74,7 +98,17 @@ def choose_ridge(fitted: Covariance, held_out: Covariance, weight_OD: Tensor) ->
 
 
 def error_of(covariance: Covariance, weight_OD: Tensor, kept_S: Tensor, repaired: tuple[Tensor, Tensor]) -> float:
-    """Mean square of W x - (W' x_S + b') over the tokens of ``covariance``, summed over outputs."""
+    """Return the mean square of W x - (W' x_S + b') over the tokens of ``covariance``, summed over outputs.
+
+    Args:
+        covariance: Covariance of the module's input.
+        weight_OD: The unpruned weight W, (O, D).
+        kept_S: Indices of the columns that stay.
+        repaired: W', (O, S), and b', (O,).
+
+    Returns:
+        The error, in squared units of the output.
+    """
     new_OS, bias_O = repaired
     gap_OD = weight_OD.double().clone()
     gap_OD[:, kept_S] -= new_OS.double()
@@ -83,51 +117,76 @@ def error_of(covariance: Covariance, weight_OD: Tensor, kept_S: Tensor, repaired
 
 
 def _total(covariance_DD: Tensor, weight_OD: Tensor) -> Tensor:
-    """Variance of the site's output, summed over outputs: tr(W C W^T)."""
+    """Return the variance of the site's output, summed over outputs: tr(W C W^T)."""
     return ((weight_OD @ covariance_DD) * weight_OD).sum().clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _blocks(width: int, block: int) -> list[slice]:
+    """Return the columns of every unit as slices."""
     return [slice(start, start + block) for start in range(0, width, block)]
 
 
 def block_wifv(covariance: Covariance, weight_OD: Tensor, *, block: int, ridge: float) -> Tensor:
-    """Error of cutting each block with the best constant repair: tr(W_B C_BB W_B^T), what ``wifv`` is the diagonal of.
+    """Return the error of cutting each block with the best constant repair: tr(W_B C_BB W_B^T).
 
-    (U,) float64, as a share of the variance of the site's output. ``ridge`` does not matter.
+    ``wifv`` is the diagonal of this.
+
+    Args:
+        covariance: Covariance of the module's input.
+        weight_OD: The unpruned weight, (O, D).
+        block: Columns of a unit.
+        ridge: Not used: every score of ``UNIT_SCORES`` is called alike.
+
+    Returns:
+        Error of each unit, (U,), float64, as a share of the variance of the site's output.
     """
-    C_DD, weight_OD = covariance.covariance_DD.double(), weight_OD.double()
+    C_DD = covariance.covariance_DD.double()
+    weight_OD = weight_OD.double()
     error_U = torch.stack([_total(C_DD[at, at], weight_OD[:, at]) for at in _blocks(weight_OD.shape[1], block)])
     return error_U / _total(C_DD, weight_OD)
 
 
 def obs(covariance: Covariance, weight_OD: Tensor, *, block: int, ridge: float) -> Tensor:
-    """Error that each block adds when it goes, in the greedy order of a structured optimal brain surgeon.
+    """Return the error that each block adds when it goes, in the greedy order of a structured optimal brain surgeon.
 
-    (U,) float64, as a share of the variance of the site's output. After every step the weights that are left are the
-    least squares ones, so what a block adds is what the others cannot say: tr(W_B ((C + R)^-1_BB)^-1 W_B^T) (Hassibi
-    & Stork 1993; for blocks ZipLM, arXiv 2302.04089). Scores rise strictly along the order, so the best k of them are
-    what is left when all others are gone. One block goes at a time; of many single columns one in ``STEPS``.
+    After every step the weights that are left are the least squares ones, so what a block adds is what the others
+    cannot say: tr(W_B ((C + R)^-1_BB)^-1 W_B^T) (Hassibi & Stork 1993; for blocks ZipLM, arXiv 2302.04089). Scores rise
+    strictly along the order, so the best k of them are what is left when all others are gone. One block goes at a time;
+    of many single columns one in ``OBS_STEPS``.
+
+    Args:
+        covariance: Covariance of the module's input.
+        weight_OD: The unpruned weight, (O, D).
+        block: Columns of a unit.
+        ridge: Ridge relative to each column's variance.
+
+    Returns:
+        Error of each unit, (U,), float64, as a share of the variance of the site's output.
     """
-    C_DD, weight_OD = covariance.covariance_DD.double(), weight_OD.double()
+    C_DD = covariance.covariance_DD.double()
+    weight_OD = weight_OD.double()
     total = _total(C_DD, weight_OD)
     inverse_DD = torch.cholesky_inverse(torch.linalg.cholesky(ridged(C_DD, ridge)))
     left_U = torch.arange(weight_OD.shape[1] // block)
-    at_a_time = max(1, left_U.numel() // STEPS)
-    scores_U, reached = torch.zeros(left_U.numel(), dtype=torch.float64), 0.0
+    at_a_time = max(1, left_U.numel() // OBS_STEPS)
+    scores_U = torch.zeros(left_U.numel(), dtype=torch.float64)
+    reached = 0.0
+
     while left_U.numel():
         error_U = _added_errors(inverse_DD, weight_OD, block)
         go_U = torch.sort(error_U, stable=True).indices[:at_a_time]
         for u in go_U.tolist():
+            # Later scores are above earlier ones, also where rounding says otherwise.
             reached = max(float(error_U[u] / total), reached * (1 + 1e-12))
             scores_U[left_U[u]] = reached
-        stay_U = _others(go_U, left_U.numel())
+        stay_U = _complement(go_U, left_U.numel())
         inverse_DD, weight_OD = _without(inverse_DD, weight_OD, _columns(go_U, block), _columns(stay_U, block))
         left_U = left_U[stay_U]
     return scores_U
 
 
 def _added_errors(inverse_DD: Tensor, weight_OD: Tensor, block: int) -> Tensor:
+    """Return what each block that is left would add to the error if it went next."""
     if block == 1:
         return weight_OD.square().sum(0) / inverse_DD.diagonal()
     inverse_UBB = torch.stack([inverse_DD[at, at] for at in _blocks(weight_OD.shape[1], block)])
@@ -136,7 +195,7 @@ def _added_errors(inverse_DD: Tensor, weight_OD: Tensor, block: int) -> Tensor:
 
 
 def _without(inverse_DD: Tensor, weight_OD: Tensor, go_D: Tensor, stay_D: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse covariance and least squares weight of the columns that stay, by block elimination."""
+    """Return the inverse covariance and least squares weight of the columns that stay, by block elimination."""
     gone_BD = inverse_DD[go_D]
     solved_BD = torch.linalg.solve(gone_BD[:, go_D], gone_BD[:, stay_D])
     weight_OS = weight_OD[:, stay_D] - weight_OD[:, go_D] @ solved_BD
@@ -144,6 +203,7 @@ def _without(inverse_DD: Tensor, weight_OD: Tensor, go_D: Tensor, stay_D: Tensor
 
 
 def _columns(units_U: Tensor, block: int) -> Tensor:
+    """Return the columns of some units."""
     return (units_U[:, None] * block + torch.arange(block)).flatten()
 
 

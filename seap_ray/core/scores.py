@@ -1,7 +1,6 @@
 """Scores: moments and weight norms in, importance per column, query head and channel out.
 
-Letters: D columns of a site, H query heads, d head dimension. ``l1_D`` and ``l2_D`` are the L1 and the squared L2 norm
-of each column of the ``o_proj`` or ``down_proj`` weight, float64.
+Letters: O output features, D columns of a site, H query heads, d head dimension, E MoE experts, C channels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,117 +12,148 @@ from torch import Tensor
 
 from seap_ray.core.moments import Moments, Site, Statistics, blocks
 
-PRIOR = 64
-"""Tokens at which an expert's own statistics and the average of all count the same."""
+LayerScores = tuple[Tensor, Tensor]
+"""Scores of one layer's query heads (H,) and channels: (C,), of a mixture of experts (E, C)."""
+PRIOR_TOKENS = 64
+"""Tokens at which an MoE expert's own statistics and the average of all count the same."""
 
 
 @dataclass(frozen=True, slots=True)
 class Norms:
-    """Column norms of one weight of shape (out, D)."""
+    """Column norms of one ``o_proj`` or ``down_proj`` weight, (D,), float64."""
 
     l1_D: Tensor
-    l2_D: Tensor
-    """Squared L2 norm."""
+    """L1 norm of each column."""
+    l2_squared_D: Tensor
+    """Squared L2 norm of each column."""
 
     @classmethod
     def of(cls, weight_OD: Tensor) -> "Norms":
-        """In float64: float16 norms of 4,096 columns take only some 200 distinct values, and tie."""
-        l1_D = l2_D = weight_OD.new_zeros(weight_OD.shape[1], dtype=torch.float64)
+        """Compute the norms of a weight's columns.
+
+        Args:
+            weight_OD: The weight, (O, D), in any floating dtype.
+
+        Returns:
+            Norms in float64: float16 norms of 4,096 columns take only some 200 distinct values, and tie.
+        """
+        l1_D = weight_OD.new_zeros(weight_OD.shape[1], dtype=torch.float64)
+        l2_squared_D = l1_D
         for rows_OD in blocks(weight_OD):
             l1_D = l1_D + rows_OD.abs().sum(0)
-            l2_D = l2_D + rows_OD.square_().sum(0)
-        return cls(l1_D, l2_D)
+            l2_squared_D = l2_squared_D + rows_OD.square_().sum(0)
+        return cls(l1_D, l2_squared_D)
 
 
 WeightNorms = Mapping[tuple[int, Site], Norms]
 """Norms of every (layer, site)."""
+Score = Callable[[Moments, Norms], Tensor]
+"""Importance of each column, (D,), float64, by its moments and its weight's norms."""
 
 
 def wifv(moments: Moments, norms: Norms) -> Tensor:
-    """SEAP's s_F and FLAP's weighted input feature variance: Var[x] ||w||_2^2 (arXiv 2503.07605, eq. 11)."""
-    return moments.var_D * norms.l2_D
+    """Return SEAP's s_F and FLAP's weighted input feature variance: Var[x] ||w||_2^2 (arXiv 2503.07605, eq. 11)."""
+    return moments.var_D * norms.l2_squared_D
 
 
 def wifn(moments: Moments, norms: Norms) -> Tensor:
-    """SEAP's s_W as the paper has it: E[x^2] ||w||_1 (eq. 12)."""
+    """Return SEAP's s_W as the paper has it: E[x^2] ||w||_1 (arXiv 2503.07605, eq. 12)."""
     return moments.square_D * norms.l1_D
 
 
 def wanda_sp(moments: Moments, norms: Norms) -> Tensor:
-    """Wanda-sp: RMS[x] ||w||_1 (FLAP's structured form of arXiv 2306.11695)."""
+    """Return Wanda-sp: RMS[x] ||w||_1 (FLAP's structured form of arXiv 2306.11695)."""
     return moments.square_D.sqrt() * norms.l1_D
 
 
 def energy(moments: Moments, norms: Norms) -> Tensor:
-    """E[x^2] ||w||_2^2: the output error of cutting a column with no bias to repair its mean."""
-    return moments.square_D * norms.l2_D
+    """Return E[x^2] ||w||_2^2: the output error of cutting a column with no bias to repair its mean."""
+    return moments.square_D * norms.l2_squared_D
 
 
 def official_wifn(moments: Moments, norms: Norms) -> Tensor:
-    """What the SEAP authors' code computes under the name WIFN: RMS[x] ||w||_2^2."""
-    return moments.square_D.sqrt() * norms.l2_D
+    """Return what the SEAP authors' code computes under the name WIFN: RMS[x] ||w||_2^2."""
+    return moments.square_D.sqrt() * norms.l2_squared_D
 
 
 def magnitude(moments: Moments, norms: Norms) -> Tensor:
-    """||w||_2, no data."""
-    return norms.l2_D.sqrt()
+    """Return ||w||_2, which needs no data."""
+    return norms.l2_squared_D.sqrt()
 
 
-SCORES: dict[str, Callable[[Moments, Norms], Tensor]] = {
-    score.__name__: score for score in (wifv, wifn, wanda_sp, energy, official_wifn, magnitude)
-}
+SCORES: dict[str, Score] = {score.__name__: score for score in (wifv, wifn, wanda_sp, energy, official_wifn, magnitude)}
+"""Scores of single columns, by the name that the configuration has for them."""
 
 
 def random_score(n: int, seed: int, *, layer: int, site: Site) -> Tensor:
-    """Uniform in (0, 1), a site's own, the same in every process: the score ``random``, a floor for all others."""
+    """Draw the score ``random``, a floor for all others: uniform in (0, 1), the same in every process.
+
+    Args:
+        n: Number of columns.
+        seed: Seed of the run or the model.
+        layer: Number of the layer.
+        site: The site; every (layer, site) has its own numbers.
+
+    Returns:
+        Scores, (n,), float64.
+    """
     generator = Random(f"{seed} {layer} {site}")
     return torch.tensor([generator.random() for _ in range(n)], dtype=torch.float64)
 
 
-def trusted(experts: Sequence[Moments]) -> list[Moments]:
-    """Moments of a mixture's experts, each believed as far as it has tokens: n of n + ``PRIOR``.
+def shrunk(experts: Sequence[Moments]) -> list[Moments]:
+    """Return the moments of a layer's MoE experts, each believed as far as it has tokens: n of n + ``PRIOR_TOKENS``.
 
-    For the rest a column's variance and squared mean are the average over all of the layer's experts, by their tokens,
-    so that a rarely routed expert is ranked by its weights, and not by noise.
+    For the rest a column's variance and squared mean are the average over all of the layer's MoE experts, by their
+    tokens, so that a rarely routed one is ranked by its weights, and not by noise.
     """
-    total = max(sum(of.count for of in experts), 1)
-    usual_var = sum(of.count * of.var_D.mean() for of in experts) / total
-    usual_mean = sum(of.count * of.mean_D.square().mean() for of in experts) / total
+    total = max(sum(moments.count for moments in experts), 1)
+    average_var = sum(moments.count * moments.var_D.mean() for moments in experts) / total
+    average_square = sum(moments.count * moments.mean_D.square().mean() for moments in experts) / total
 
-    def believed(of: Moments) -> Moments:
-        own = of.count / (of.count + PRIOR)
-        var_D = own * of.var_D + (1 - own) * usual_var
-        mean_D = (own * of.mean_D.square() + (1 - own) * usual_mean).sqrt().copysign(of.mean_D)
-        return Moments(max(of.count, 1), mean_D, var_D * max(of.count, 1))
+    def shrink(moments: Moments) -> Moments:
+        belief = moments.count / (moments.count + PRIOR_TOKENS)
+        var_D = belief * moments.var_D + (1 - belief) * average_var
+        mean_D = (belief * moments.mean_D.square() + (1 - belief) * average_square).sqrt().copysign(moments.mean_D)
+        return Moments(max(moments.count, 1), mean_D, var_D * max(moments.count, 1))
 
-    return [believed(of) for of in experts]
+    return [shrink(moments) for moments in experts]
 
 
-def column_scores(
-    score: Callable[[Moments, Norms], Tensor], of: Statistics, norms: WeightNorms, keys: Sequence[tuple[int, Site]]
-) -> Tensor:
-    """Scores of a site's columns (D,); ``keys`` of all experts of a mixture: (E, C)."""
+def column_scores(score: Score, statistics: Statistics, norms: WeightNorms, keys: Sequence[tuple[int, Site]]) -> Tensor:
+    """Score the columns of one layer's site.
+
+    Args:
+        score: One of ``SCORES``.
+        statistics: Moments by (layer, site).
+        norms: Weight norms by (layer, site).
+        keys: The site's key; of a mixture's ``mlp`` those of all its MoE experts.
+
+    Returns:
+        Scores, (D,), float64; with several keys (E, C), of shrunk moments.
+    """
     if len(keys) == 1:
-        return score(of[keys[0]], norms[keys[0]])
-    experts = trusted([of[key] for key in keys])
-    return torch.stack([score(expert, norms[key]) for expert, key in zip(experts, keys, strict=True)])
+        return score(statistics[keys[0]], norms[keys[0]])
+    experts = shrunk([statistics[key] for key in keys])
+    return torch.stack([score(moments, norms[key]) for moments, key in zip(experts, keys, strict=True)])
 
 
 def head_scores(score_D: Tensor, head_dim: int) -> Tensor:
-    """Sum each query head's columns (paper, eq. 13): (H * d,) -> (H,)."""
+    """Sum each query head's columns (SEAP, arXiv 2503.07605, eq. 13): (H * d,) -> (H,)."""
     return score_D.reshape(-1, head_dim).sum(1)
 
 
 def normalised(score: Tensor) -> Tensor:
-    """Divide by the mean, so that layers and sites can be compared; all zeros stay zeros."""
+    """Divide scores by their mean, so that layers and sites can be compared; all zeros stay zeros."""
     mean = score.mean()
     return score / mean if mean > 0 else torch.zeros_like(score)
 
 
 def standardised(score_D: Tensor) -> Tensor:
-    """FLAP's way to compare layers and sites: less the mean, over the standard deviation; all equal become zeros.
+    """Subtract the mean and divide by the standard deviation, as FLAP compares layers and sites.
 
-    FLAP's code squares the scores of ``o_proj`` once more before this, which its paper does not say; we do not.
+    Scores that are all equal become zeros. FLAP's code squares the scores of ``o_proj`` once more before this, which
+    its paper does not say; we do not.
     """
     spread = score_D.std()
     return (score_D - score_D.mean()) / spread if spread > 0 else torch.zeros_like(score_D)

@@ -1,4 +1,4 @@
-"""Compact: a tensor and what is kept of its layer in, the smaller tensor out. Pure arithmetic.
+"""Slicing: a tensor and what is kept of its layer in, the smaller tensor out. Pure arithmetic.
 
 Letters: O output features, D input columns of ``o_proj`` or ``down_proj`` (by whatever name of the family).
 """
@@ -8,70 +8,128 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from seap_ray.core.architecture import Architecture, Rows, Shape, expert_of
-from seap_ray.core.moments import BLOCK
+from seap_ray.core.architecture import Architecture, Rows, Shape, Unit, split_moe_expert
 from seap_ray.core.plan import Kept
 
-
-def kept_indices(kept: Kept, unit: str, head_dim: int) -> Tensor:
-    """Row or column indices, int64, of the kept units."""
-    units = torch.tensor(getattr(kept, unit), dtype=torch.int64)
-    if unit == "channels":
-        return units
-    return (units[:, None] * head_dim + torch.arange(head_dim)).flatten()
-
-
-def row_indices(rows: Rows, kept: Kept, given: Shape, head_dim: int) -> Tensor:
-    """Indices, int64, of the kept rows of a module."""
-    blocks, start = [], 0
-    for unit in rows.units:
-        width = rows.times * (1 if unit == "channels" else head_dim)
-        units = torch.tensor(getattr(kept, unit), dtype=torch.int64)
-        blocks.append(start + (units[:, None] * width + torch.arange(width)).flatten())
-        start += getattr(given, unit) * width
-    return torch.cat(blocks)
-
-
-PIECE = 1 << 20
+PIECE_BYTES = 1 << 20
 """Bytes of a piece of a tensor: it is in a cache until it is written, and malloc has the same memory for the next."""
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integer dtype by the bytes of an element."""
 
 
-def compact(
+def slice_tensor(
     architecture: Architecture, layer: int, module: str, kind: str, tensor: Tensor, kept: Kept
 ) -> Iterator[Tensor]:
-    """The kept part of a decoder layer's tensor in pieces of some rows; of other modules, all of it.
+    """Yield the kept part of a decoder layer's tensor, some rows at a time; of a module that is not cut, all of it.
 
-    Rows that go are never read. One after another the pieces are the tensor.
+    Rows that go are never read.
+
+    Args:
+        architecture: The model before the cut.
+        layer: The layer's number in it.
+        module: The module's name inside the layer.
+        kind: ``weight`` or ``bias``.
+        tensor: The tensor before the cut.
+        kept: What stays of the layer.
+
+    Yields:
+        Pieces of about ``PIECE_BYTES`` bytes; one below the other they are the sliced tensor.
     """
-    match _cut(architecture, layer, module, kind, kept):
+    match _kept_of_dimension(architecture, layer, module, kind, kept):
         case None:
             yield from in_pieces(tensor)
         case 0, rows:
-            yield from (tensor.index_select(0, some) for some in rows.split(_rows_of_a_piece(tensor)))
+            yield from (tensor.index_select(0, indices) for indices in rows.split(_rows_of_a_piece(tensor)))
         case 1, columns:
-            yield from (_take(some, columns) for some in in_pieces(tensor))
+            yield from (_take_columns(piece, columns) for piece in in_pieces(tensor))
+
+
+def sliced_shape(
+    architecture: Architecture, module: str, kind: str, shape: Sequence[int], kept: Kept
+) -> tuple[int, ...]:
+    """Return the shape of what ``slice_tensor`` yields in all, without a tensor.
+
+    Args:
+        architecture: The model before the cut.
+        module: The module's name inside the layer.
+        kind: ``weight`` or ``bias``.
+        shape: Shape of the tensor before the cut.
+        kept: What stays of the layer.
+
+    Returns:
+        The shape after the cut.
+    """
+    family = architecture.layout
+    module, expert = split_moe_expert(module)
+    kept = kept.of_moe_expert(expert)
+    if module in family.rows:
+        rows = family.rows[module]
+        n_rows = rows.times * sum(_width(kept, unit, architecture.head_dim) for unit in rows.units)
+        return (n_rows, *shape[1:])
+    if module in family.columns and kind == "weight":
+        return (shape[0], _width(kept, family.columns[module], architecture.head_dim))
+    return tuple(shape)
 
 
 def in_pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor, some rows at a time."""
+    """Yield a tensor some rows at a time, in pieces of about ``PIECE_BYTES`` bytes."""
     yield from tensor.split(_rows_of_a_piece(tensor))
 
 
-def _rows_of_a_piece(tensor: Tensor) -> int:
-    return max(1, PIECE * len(tensor) // max(1, tensor.nbytes))
+def kept_indices(kept: Kept, unit: Unit, head_dim: int) -> Tensor:
+    """Return the columns of the kept units, int64, ascending.
+
+    Args:
+        kept: What stays of a layer, with the channels of one MoE expert.
+        unit: What the columns are made of.
+        head_dim: Columns of a head or a group; a channel is one column.
+
+    Returns:
+        Indices, (kept columns,).
+    """
+    width = 1 if unit == "channels" else head_dim
+    return _positions(kept, unit, width)
 
 
-def _take(tensor_OD: Tensor, columns: Tensor) -> Tensor:
-    """Some columns. NumPy picks them in half of torch's time, but knows no bfloat16: its bits are as good."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor_OD.itemsize]
-    taken = tensor_OD.view(bits).numpy().take(columns.numpy(), axis=1)
-    return torch.from_numpy(taken).view(tensor_OD.dtype)
+def row_indices(rows: Rows, kept: Kept, original: Shape, head_dim: int) -> Tensor:
+    """Return the kept rows of a module, int64, ascending.
+
+    Args:
+        rows: What the module's rows are, block after block.
+        kept: What stays of the layer, with the channels of one MoE expert.
+        original: Widths of the layer before the cut.
+        head_dim: Rows of a head or a group.
+
+    Returns:
+        Indices, (kept rows,).
+    """
+    blocks: list[Tensor] = []
+    start = 0
+    for unit in rows.units:
+        width = rows.times * (1 if unit == "channels" else head_dim)
+        blocks.append(start + _positions(kept, unit, width))
+        start += original.count(unit) * width
+    return torch.cat(blocks)
 
 
-def _cut(architecture: Architecture, layer: int, module: str, kind: str, kept: Kept) -> tuple[int, Tensor] | None:
-    """Dimension and indices of what stays of a decoder layer's tensor; None for all."""
-    family, (module, expert) = architecture.layout, expert_of(module)
-    kept = kept.of(expert)
+def _positions(kept: Kept, unit: Unit, width: int) -> Tensor:
+    """Return the positions of the kept units where each unit takes ``width`` of them."""
+    units = torch.tensor(kept.units(unit), dtype=torch.int64)
+    return (units[:, None] * width + torch.arange(width)).flatten()
+
+
+def _width(kept: Kept, unit: Unit, head_dim: int) -> int:
+    """Return how many positions the kept units take."""
+    return len(kept.units(unit)) * (1 if unit == "channels" else head_dim)
+
+
+def _kept_of_dimension(
+    architecture: Architecture, layer: int, module: str, kind: str, kept: Kept
+) -> tuple[int, Tensor] | None:
+    """Return the dimension in which a layer's tensor is cut, and the indices that stay; None where it is not."""
+    family = architecture.layout
+    module, expert = split_moe_expert(module)
+    kept = kept.of_moe_expert(expert)
     if module in family.rows:
         return 0, row_indices(family.rows[module], kept, architecture.layers[layer].shape, architecture.head_dim)
     if module in family.columns and kind == "weight":
@@ -79,33 +137,12 @@ def _cut(architecture: Architecture, layer: int, module: str, kind: str, kept: K
     return None
 
 
-def compact_size(
-    architecture: Architecture, module: str, kind: str, shape: Sequence[int], kept: Kept
-) -> tuple[int, ...]:
-    """Shape of what ``compact`` returns, without a tensor."""
-    family, head_dim, (module, expert) = architecture.layout, architecture.head_dim, expert_of(module)
-    kept = kept.of(expert)
-    if module in family.rows:
-        rows = family.rows[module]
-        return (rows.times * sum(_n(kept, unit, head_dim) for unit in rows.units), *shape[1:])
-    if module in family.columns and kind == "weight":
-        return (shape[0], _n(kept, family.columns[module], head_dim))
-    return tuple(shape)
+def _rows_of_a_piece(tensor: Tensor) -> int:
+    return max(1, PIECE_BYTES * len(tensor) // max(1, tensor.nbytes))
 
 
-def _n(kept: Kept, unit: str, head_dim: int) -> int:
-    return len(getattr(kept, unit)) * (1 if unit == "channels" else head_dim)
-
-
-def mean_bias(weight_OD: Tensor, mean_D: Tensor, kept_indices_: Tensor, bias_O: Tensor | None) -> Tensor:
-    """Bias that stands for the cut columns: W_P mu_P, added to the module's own bias, in the weight's dtype.
-
-    Computed in float64 from the unpruned weight: the optimal constant repair of what is cut.
-    """
-    is_cut_D = torch.ones(weight_OD.shape[1], dtype=torch.bool).index_fill(0, kept_indices_, False)
-    cut_P = is_cut_D.nonzero().squeeze(1)  # indices: picking by a mask takes several times as long
-    some_rows = weight_OD.split(max(1, BLOCK["cpu"] // weight_OD.shape[1]))
-    bias = torch.cat([rows_OD.index_select(1, cut_P).double() @ mean_D[cut_P].double() for rows_OD in some_rows])
-    if bias_O is not None:
-        bias = bias + bias_O.double()
-    return bias.to(weight_OD.dtype)
+def _take_columns(tensor_OD: Tensor, columns: Tensor) -> Tensor:
+    """Return some columns. NumPy picks them in half of torch's time, but knows no bfloat16: its bits are as good."""
+    bits = tensor_OD.view(BITS[tensor_OD.itemsize]).numpy()
+    taken = bits.take(columns.numpy(), axis=1)
+    return torch.from_numpy(taken).view(tensor_OD.dtype)

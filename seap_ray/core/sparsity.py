@@ -11,13 +11,24 @@ from collections.abc import Sequence
 from seap_ray.errors import ConfigError
 
 
-def reach(weight_L: Sequence[float], cap_L: Sequence[float], active: range) -> float:
-    """The largest ratio that the ``active`` layers can give, each its cap."""
+def largest_ratio(weight_L: Sequence[float], cap_L: Sequence[float], active: range) -> float:
+    """Return the largest ratio that the ``active`` layers can give, each its cap."""
     return math.fsum(weight_L[i] * cap_L[i] for i in active) / len(cap_L)
 
 
 def uniform(weight_L: Sequence[float], target: float, cap_L: Sequence[float]) -> list[float]:
-    """The same share of every layer (the paper's UL, UL-UM in the code), more where others have a cap below it."""
+    """Return the same share for every layer, more where others have a cap below it.
+
+    This is the SEAP paper's UL, UL-UM in its code.
+
+    Args:
+        weight_L: Size of every layer relative to their mean.
+        target: Share of all weights that shall go.
+        cap_L: Largest share that each layer may give.
+
+    Returns:
+        Share of every layer; their mean, by weight, is the target.
+    """
     n_layers = len(cap_L)
     if target <= min(cap_L):
         return [target] * n_layers
@@ -27,15 +38,30 @@ def uniform(weight_L: Sequence[float], target: float, cap_L: Sequence[float]) ->
 def logistic(
     weight_L: Sequence[float], target: float, cap_L: Sequence[float], *, k: float, x0: float, first: int, last: int
 ) -> list[float]:
-    """Shares that rise along a logistic curve in depth (the paper's LB, UL-LD in the code); protected layers give 0.
+    """Return shares that rise along a logistic curve in depth; protected layers give 0.
 
-    rho_l = Lambda * sigmoid(k (x_l - x0)), x_l from 0 to 1 over the active layers; Lambda is solved in closed form for
-    the average over all layers, layers at their cap taken out in turn (eqs. 16 and 17, without their numerical search).
-    Raises ConfigError with the largest ratio that protection and caps allow.
+    This is the SEAP paper's LB, UL-LD in its code: rho_l = Lambda * sigmoid(k (x_l - x0)), x_l from 0 to 1 over the
+    active layers. Lambda is solved in closed form for the average over all layers, layers at their cap taken out in
+    turn (arXiv 2503.07605, eqs. 16 and 17, without their numerical search).
+
+    Args:
+        weight_L: Size of every layer relative to their mean.
+        target: Share of all weights that shall go.
+        cap_L: Largest share that each layer may give.
+        k: Steepness of the curve.
+        x0: Depth of its middle.
+        first: Number of first layers that stay whole.
+        last: Number of last layers that stay whole.
+
+    Returns:
+        Share of every layer; their mean, by weight, is the target.
+
+    Raises:
+        ConfigError: Protection and caps do not allow the ratio; the message has the largest one.
     """
     n_layers = len(cap_L)
     active = range(first, max(n_layers - last, first))
-    largest = reach(weight_L, cap_L, active)
+    largest = largest_ratio(weight_L, cap_L, active)
     if target > largest + 1e-12:
         raise ConfigError(
             f"pruning.ratio: {target:g} is beyond what {first} + {last} protected layers and at most "
@@ -43,14 +69,17 @@ def logistic(
         )
     if target == 0:
         return [0.0] * n_layers
+
     curve = [_sigmoid(k * (i / max(len(active) - 1, 1) - x0)) for i in range(len(active))]
-    weights, caps = ([of_L[i] for i in active] for of_L in (weight_L, cap_L))
+    weights = [weight_L[i] for i in active]
+    caps = [cap_L[i] for i in active]
     return [0.0] * first + _scaled(curve, target * n_layers, weights, caps) + [0.0] * last
 
 
 def _scaled(curve: Sequence[float], total: float, weights: Sequence[float], caps: Sequence[float]) -> list[float]:
     """Scale ``curve`` so that its weighted sum is ``total``, with no value above its cap."""
     capped: set[int] = set()
+    # Every round takes the layers above their cap out, which raises the scale of the others; at most L rounds.
     while True:
         free = [i for i in range(len(curve)) if i not in capped]
         if not free:
@@ -64,24 +93,43 @@ def _scaled(curve: Sequence[float], total: float, weights: Sequence[float], caps
 
 
 def official_logistic(n_layers: int, target: float, *, k: float, x0: float, first: int, last: int) -> list[float]:
-    """The authors' released schedule: averages over the active layers only, so it removes less than it says.
+    """Return the shares of the authors' released schedule.
 
-    Bisection of Lambda in [0, 2] to 1e-4, then a clip to [0, 1] (generate_masks.py of IAAR-Shanghai/SEAP).
+    It averages over the active layers only, so it removes less than it says: bisection of Lambda in [0, 2] to 1e-4,
+    then a clip to [0, 1] (generate_masks.py of IAAR-Shanghai/SEAP).
+
+    Args:
+        n_layers: Number of layers.
+        target: Share that the active layers give on average.
+        k: Steepness of the curve.
+        x0: Depth of its middle.
+        first: Number of first layers that stay whole.
+        last: Number of last layers that stay whole.
+
+    Returns:
+        Share of every layer.
+
+    Raises:
+        ConfigError: Protection leaves no layer.
     """
     active = n_layers - first - last
     if active < 1:
         raise ConfigError(f"pruning.allocation: {first} + {last} protected layers leave none of {n_layers}")
     curve = [_sigmoid(k * (i / max(active - 1, 1) - x0)) for i in range(active)]
+
     low, high = 0.0, 2.0
     while True:
         scale = (low + high) / 2
         average = sum(scale * value for value in curve) / active
         if abs(average - target) < 1e-4 or high - low < 1e-9:
             break
-        low, high = (scale, high) if average < target else (low, scale)
+        if average < target:
+            low = scale
+        else:
+            high = scale
     return [0.0] * first + [min(1.0, scale * value) for value in curve] + [0.0] * last
 
 
 def _sigmoid(x: float) -> float:
-    """As 1 / (1 + exp(-x)), which overflows for a steep curve's first layers."""
+    """Return 1 / (1 + exp(-x)), which written so would overflow for a steep curve's first layers."""
     return (1 + math.tanh(x / 2)) / 2

@@ -1,4 +1,4 @@
-"""Compaction: a base checkpoint and a plan in, the smaller checkpoint out, on a disk or in a bucket.
+"""Export: a base checkpoint and a plan in, the compacted checkpoint out, on a disk or in a bucket.
 
 Nothing here holds more than one tensor and what is made of it at a time, whatever the model's size.
 """
@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from seap_ray.core.architecture import Architecture, Shape, expert_of
+from seap_ray.core.architecture import Architecture, Shape, split_moe_expert
+from seap_ray.core.compensation import OutputModule
 from seap_ray.core.moments import Site, Statistics
 from seap_ray.core.plan import Plan
-from seap_ray.core.reconstruction import least_squares
-from seap_ray.core.slicing import compact, compact_size, in_pieces, kept_indices, mean_bias
+from seap_ray.core.slicing import in_pieces, kept_indices, slice_tensor, sliced_shape
 from seap_ray.errors import ConfigError
-from seap_ray.models.checkpoint import CARRIED, DTYPES, INDEX, Checkpoint
+from seap_ray.models.checkpoint import DTYPES, INDEX, Checkpoint
+from seap_ray.models.model_sources import COMPANION_FILES
 from seap_ray.models.records import PooledCovariance
 from seap_ray.storage.files import atomic_write, write_json
 from seap_ray.storage.paths import StoragePath
@@ -52,163 +53,189 @@ class OutputTensor:
 
     name: str
     dtype: str
+    """As a safetensors file names it."""
     shape: tuple[int, ...]
 
     @property
     def n_bytes(self) -> int:
+        """Size of its data."""
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
-class Compaction:
-    """One expert's checkpoint to be: the base, the plan, and the statistics that compensate the cut."""
+class CheckpointExport:
+    """A compacted checkpoint before it is written: the base, the plan, and the statistics that compensate the cut."""
 
     base: Checkpoint
     plan: Plan
     statistics: Statistics | PooledCovariance | None = None
-    """For ``mean`` moments, for ``least_squares`` covariances."""
+    """What the plan's compensation requires: moments or covariances."""
     stock: bool = False
     """Write a checkpoint of an ordinary family, which has biases in all layers or in none."""
 
     def outputs(self) -> list[OutputTensor]:
-        """Every tensor of the checkpoint, in the base's order."""
-        new, outputs = {old: layer for layer, old in enumerate(self.plan.layers)}, []
+        """Return every tensor of the checkpoint, in the base's order."""
+        architecture = self.base.architecture
+        new_layer = {old: layer for layer, old in enumerate(self.plan.layers)}
+        outputs: list[OutputTensor] = []
         for name, info in self.base.tensors.items():
-            layer, module, kind = self.base.architecture.split(name)
+            layer, module, kind = architecture.split(name)
             if layer is None:
                 outputs.append(OutputTensor(name, info.dtype, info.shape))
-            elif layer in new:
-                outputs.append(self._cut(new[layer], module, kind))
-        return sorted(outputs + self._new_biases(), key=lambda output: _natural(self.base.architecture, output.name))
+            elif layer in new_layer:
+                outputs.append(self._sliced(new_layer[layer], module, kind))
+        return sorted(outputs + self._new_biases(), key=lambda output: _natural_order(architecture, output.name))
 
-    def _cut(self, layer: int, module: str, kind: str) -> OutputTensor:
-        architecture, info = self.base.architecture, self.base.tensors[self._source(layer, module, kind)]
-        size = compact_size(architecture, module, kind, info.shape, self.plan.kept[layer])
-        return OutputTensor(architecture.tensor(layer, module, kind), info.dtype, size)
+    def _sliced(self, layer: int, module: str, kind: str) -> OutputTensor:
+        """Return a tensor of a layer of the checkpoint that the base has, too."""
+        architecture = self.base.architecture
+        info = self.base.tensors[self._source(layer, module, kind)]
+        shape = sliced_shape(architecture, module, kind, info.shape, self.plan.kept[layer])
+        return OutputTensor(architecture.tensor(layer, module, kind), info.dtype, shape)
 
     def _source(self, layer: int, module: str, kind: str = "weight") -> str:
-        """The base's name of a tensor of the checkpoint: layers behind one that goes as a whole move up."""
+        """Return the base's name of a tensor: layers behind one that goes as a whole move up."""
         return self.base.architecture.tensor(self.plan.layers[layer], module, kind)
 
     def _new_biases(self) -> list[OutputTensor]:
-        """Biases that the base does not have: of compensated layers, and all zero ones that a stock family asks for."""
-        architecture, new = self.base.architecture, []
+        """Return biases that the base does not have: of compensated layers, and zero ones that a stock family wants."""
+        architecture = self.base.architecture
+        new: list[OutputTensor] = []
         for layer in range(len(self.plan.kept)):
             modules = [module for module in architecture.compensated if self.compensates(layer)]
             if self.stock and _has_biases(self.plan, architecture):
                 modules = [*architecture.layout.rows, *architecture.layout.columns]
             for module in modules:
-                weight = self._cut(layer, module, "weight")
+                weight = self._sliced(layer, module, "weight")
                 if self._source(layer, module, "bias") not in self.base.tensors:
                     bias = architecture.tensor(layer, module, "bias")
                     new.append(OutputTensor(bias, weight.dtype, weight.shape[:1]))
         return new
 
     def compensates(self, layer: int) -> bool:
-        return self.plan.compensation != "none" and self.plan.cuts(layer, self.base.architecture)
+        """Return whether a layer of the checkpoint is cut and compensated."""
+        return self.plan.compensation.adds_biases and self.plan.cuts(layer, self.base.architecture)
 
     def pieces(self, output: OutputTensor) -> Iterator[Tensor]:
-        """The tensor itself in the base's dtype, in pieces of some rows."""
-        layer, module, kind = self.base.architecture.split(output.name)
+        """Return the data of a tensor in the base's dtype, some rows at a time.
+
+        Args:
+            output: One of ``outputs``.
+
+        Returns:
+            Pieces that are the tensor, one below the other.
+        """
+        architecture = self.base.architecture
+        layer, module, kind = architecture.split(output.name)
         if layer is None:
             return in_pieces(self.base.read(output.name))
-        if module in self.base.architecture.compensated and self.compensates(layer):
-            if self.plan.compensation == "least_squares":
-                return iter([self._repaired(layer, module)[kind]])
-            if kind == "bias":
-                return iter([self._mean_bias(layer, module)])
+
+        is_replaced = module in architecture.compensated and kind in self.plan.compensation.replaces
+        if is_replaced and self.compensates(layer):
+            return iter([self._repaired(layer, module)[kind]])
+
         source = self._source(layer, module, kind)
         if source not in self.base.tensors:
             return iter([torch.zeros(output.shape, dtype=DTYPES[output.dtype])])
-        architecture, kept = self.base.architecture, self.plan.kept[layer]
-        return compact(architecture, self.plan.layers[layer], module, kind, self.base.read(source), kept)
-
-    def _site(self, module: str) -> Site:
-        return "attn" if module == self.base.architecture.layout.o_proj else "mlp"
-
-    def _kept_columns(self, layer: int, module: str) -> Tensor:
-        unit = self.base.architecture.layout.columns[module]
-        return kept_indices(self.plan.kept[layer], unit, self.base.architecture.head_dim)
-
-    def _mean_bias(self, layer: int, module: str) -> Tensor:
-        assert self.statistics is not None
-        old = self.plan.layers[layer]
-        return mean_bias(
-            self.base.read(self._source(layer, module)),
-            self.statistics[old, self._site(module)].mean_D,
-            self._kept_columns(layer, module),
-            self.base.read_bias(old, module),
-        )
+        original_layer = self.plan.layers[layer]
+        kept = self.plan.kept[layer]
+        return slice_tensor(architecture, original_layer, module, kind, self.base.read(source), kept)
 
     def _repaired(self, layer: int, module: str) -> dict[str, Tensor]:
-        """Weight and bias by least squares. A bias is asked for right before its weight, so the last pair is kept."""
-        assert isinstance(self.statistics, PooledCovariance)
+        """Return the tensors of an output module that compensation makes."""
+        # A bias is asked for right before its weight, so the last pair is kept.
         if (layer, module) not in self._last:
-            old = self.plan.layers[layer]
-            covariance, kept_S = self.statistics[old, self._site(module)], self._kept_columns(layer, module)
-            dense_OD, bias_O = self.base.read(self._source(layer, module)), self.base.read_bias(old, module)
-            ridge = self.statistics.ridge_of((old, self._site(module)))
-            weight_OS, added_O = least_squares(covariance, dense_OD, kept_S, ridge=ridge)
-            bias_O = added_O if bias_O is None else added_O + bias_O.double()
+            repaired = self.plan.compensation.repaired(self._output_module(layer, module), self.statistics)
             self._last.clear()
-            self._last[layer, module] = {"weight": weight_OS.to(dense_OD.dtype), "bias": bias_O.to(dense_OD.dtype)}
+            self._last[layer, module] = repaired
         return self._last[layer, module]
+
+    def _output_module(self, layer: int, module: str) -> OutputModule:
+        architecture = self.base.architecture
+        original_layer = self.plan.layers[layer]
+        site: Site = "attn" if module == architecture.layout.o_proj else "mlp"
+        unit = architecture.layout.columns[module]
+        return OutputModule(
+            weight_OD=self.base.read(self._source(layer, module)),
+            bias_O=self.base.read_bias(original_layer, module),
+            kept_S=kept_indices(self.plan.kept[layer], unit, architecture.head_dim),
+            key=(original_layer, site),
+        )
 
     @cached_property
     def _last(self) -> dict[tuple[int, str], dict[str, Tensor]]:
         return {}
 
     def files(self, max_bytes: int) -> dict[str, list[OutputTensor]]:
-        """Distribute the tensors, in order, over files of at most ``max_bytes`` (a larger tensor has its own).
+        """Distribute the tensors, in order, over files.
 
         What stays as it is in the base has files apart, whose names tell what is in them: files of one name are equal,
-        so experts of one base keep them once.
+        so task experts of one base keep them once.
+
+        Args:
+            max_bytes: Size of a file's data at most; a larger tensor has a file of its own.
+
+        Returns:
+            Tensors of every file, by its name.
         """
         carried: list[OutputTensor] = []
-        own: list[OutputTensor] = []
+        changed: list[OutputTensor] = []
         for output in self.outputs():
-            (carried if self._is_carried(output) else own).append(output)
+            (carried if self._is_carried(output) else changed).append(output)
         if not carried:
-            return _filled("model", own, max_bytes)
+            return _fill_files("model", changed, max_bytes)
+
         sources = [(output.name, self.base.architecture.split(output.name)[0]) for output in carried]
-        about = json.dumps([self.base.fingerprint, self.plan.layers, sources])
-        name = SHARED + hashlib.sha256(about.encode()).hexdigest()[:12]
-        own_files = _filled("model", own, max_bytes, numbered=True) if own else {}
-        return _filled(name, carried, max_bytes) | own_files
+        content = json.dumps([self.base.fingerprint, self.plan.layers, sources])
+        name = SHARED + hashlib.sha256(content.encode()).hexdigest()[:12]
+        changed_files = _fill_files("model", changed, max_bytes, numbered=True) if changed else {}
+        return _fill_files(name, carried, max_bytes) | changed_files
 
     def _is_carried(self, output: OutputTensor) -> bool:
-        """Whether a tensor is the base's. Of a module that is cut none is: engines reload modules as a whole."""
+        """Return whether a tensor is the base's own. In a cut module none is: engines reload modules as a whole."""
         architecture = self.base.architecture
         layer, module, _ = architecture.split(output.name)
         if layer is None or not (self.stock or self.plan.cuts(layer, architecture)):
             return True
-        family, (module, _) = architecture.layout, expert_of(module)
+        family = architecture.layout
+        module, _ = split_moe_expert(module)
         return not (module in family.rows or module in family.columns)
 
     def config(self) -> dict[str, Any]:
-        """``config.json`` of the checkpoint."""
+        """Return the content of the checkpoint's ``config.json``."""
         return self._stock_config() if self.stock else self._seap_config()
 
     def _dense_config(self) -> dict[str, Any]:
-        """The base's, without the layers that go as a whole; Qwen2's ``layer_types``, say, has an entry for each."""
-        config, layers = self.base.config, self.plan.layers
+        """Return the base's config without the layers that go as a whole."""
+        config = self.base.config
+        layers = self.plan.layers
         if self.plan.dropped and self.base.architecture.mixes_windows and not config.get("layer_types"):
             import seap_ray.models.hf  # noqa: F401  the base may be compacted itself
 
-            # By their old places, which the new config would not tell.
+            # Kinds of attention by the layers' old places, which the new config would not tell.
             config = {**config, "layer_types": AutoConfig.from_pretrained(self.base.folder).layer_types}
-        by_layer = {
-            key: [value[layer] for layer in layers]
-            for key, value in config.items()
-            if isinstance(value, list) and len(value) == config["num_hidden_layers"] and not key.endswith("_token_id")
-        }
-        return {**config, **by_layer, "num_hidden_layers": len(layers)}
+
+        # A list as long as the model, like Qwen2's ``layer_types``, has an entry for each layer.
+        shortened: dict[str, Any] = {}
+        for key, value in config.items():
+            is_by_layer = isinstance(value, list) and len(value) == config["num_hidden_layers"]
+            if is_by_layer and not key.endswith("_token_id"):
+                shortened[key] = [value[layer] for layer in layers]
+        return {**config, **shortened, "num_hidden_layers": len(layers)}
 
     def _seap_config(self) -> dict[str, Any]:
+        """Return the config of one of our model types, with what differs by layer."""
         architecture = self.base.architecture
         family = architecture.layout
         # A generic PreTrainedConfig checks a long rope by the number of heads, which layers do not share.
         access = {} if architecture.has_free_heads else {"allow_global_per_layer_attribute_access": True}
+
+        per_layer: dict[str, dict[str, Any]] = {}
+        for layer in range(len(self.plan.kept)):
+            overrides = self._layer_overrides(layer)
+            if overrides:
+                per_layer[str(layer)] = overrides
+
         return {
             **self._dense_config(),
             "architectures": [family.model_class],
@@ -222,25 +249,32 @@ class Compaction:
             **dict.fromkeys(architecture.bias_keys, False),
             **access,
             **self._widths(architecture.dense),
-            "per_layer_config": {str(i): own for i in range(len(self.plan.kept)) if (own := self._own(i))},
+            "per_layer_config": per_layer,
         }
 
     def _widths(self, shape: Shape) -> dict[str, int]:
-        """Config keys of the family, with the widths of a layer."""
+        """Return the family's config keys for the widths of a layer."""
         family = self.base.architecture.layout
         groups = {family.groups_key: shape.groups} if family.groups_key else {}
         return {"num_attention_heads": shape.heads, **groups, family.channels_key: shape.channels}
 
-    def _own(self, layer: int) -> dict[str, Any]:
-        cut, usual = self.plan.cut(layer, self.base.architecture), self._widths(self.base.architecture.dense)
-        own = self._widths(cut.shape)
-        return {key: value for key, value in own.items() if value != usual[key]} | dict.fromkeys(cut.biases, True)
+    def _layer_overrides(self, layer: int) -> dict[str, Any]:
+        """Return the config keys in which a layer of the checkpoint differs from the top level."""
+        architecture = self.base.architecture
+        after = self.plan.layer_after(layer, architecture)
+        top_level = self._widths(architecture.dense)
+        widths = self._widths(after.shape)
+        different = {key: width for key, width in widths.items() if width != top_level[key]}
+        return different | dict.fromkeys(after.biases, True)
 
     def _stock_config(self) -> dict[str, Any]:
-        architecture, family = self.base.architecture, self.base.architecture.layout
+        """Return the config of an ordinary family's model type."""
+        architecture = self.base.architecture
+        family = architecture.layout
         config = {key: value for key, value in self._dense_config().items() if key not in NOT_STOCK}
         config |= {"model_type": architecture.family, "architectures": [family.model_class.removeprefix("Seap")]}
         config |= self._widths(self.plan.shapes[0])
+
         if family.has_head_dim:
             config["head_dim"] = architecture.head_dim
         if _has_biases(self.plan, architecture) and family.like_llama:
@@ -249,10 +283,10 @@ class Compaction:
         return config
 
 
-def _filled(
+def _fill_files(
     name: str, outputs: Iterable[OutputTensor], max_bytes: int, *, numbered: bool = False
 ) -> dict[str, list[OutputTensor]]:
-    """One file, or several ones that are ``numbered`` as Hugging Face does it."""
+    """Distribute tensors over one file, or over several ones, which are ``numbered`` as Hugging Face does it."""
     parts: list[list[OutputTensor]] = [[]]
     room = max_bytes
     for output in outputs:
@@ -267,7 +301,16 @@ def _filled(
 
 
 def check_stock(plan: Plan, architecture: Architecture) -> None:
-    """Raises ConfigError, naming the layer, when a plan has widths that no stock checkpoint can hold."""
+    """Check that an ordinary checkpoint of the family can hold what a plan leaves.
+
+    Args:
+        plan: The plan.
+        architecture: The base that it is a plan for.
+
+    Raises:
+        ConfigError: Widths differ between layers (the message names the first), heads or the hidden size do not suit
+            the family, or it has no biases to compensate with.
+    """
     first = plan.shapes[0]
     for layer, shape in enumerate(plan.shapes):
         if shape != first:
@@ -275,7 +318,9 @@ def check_stock(plan: Plan, architecture: Architecture) -> None:
                 f"export.format: stock needs equal widths, but layer {layer} of {plan.name} has {shape} and layer 0 "
                 f"{first}; use pruning.allocation.kind=uniform, or export.format=seap"
             )
-    family, biased = architecture.layout, _has_biases(plan, architecture)
+
+    family = architecture.layout
+    biased = _has_biases(plan, architecture)
     if first.heads != architecture.dense.heads and not (family.has_head_dim and architecture.has_free_heads):
         raise ConfigError(
             f"export.format: a stock {architecture.family} has heads of one size, hidden size / heads, so none can go; "
@@ -294,41 +339,55 @@ def check_stock(plan: Plan, architecture: Architecture) -> None:
         )
 
 
-def _natural(architecture: Architecture, name: str) -> tuple[int, int, str]:
+def _natural_order(architecture: Architecture, name: str) -> tuple[int, int, str]:
+    """Return a key that sorts tensors: embeddings, then layer by layer, then what follows the layers."""
     layer, _, _ = architecture.split(name)
-    return (0, layer, name) if layer is not None else (-1 if "embed" in name else 1, 0, name)
+    if layer is not None:
+        return 0, layer, name
+    return -1 if "embed" in name else 1, 0, name
 
 
 def _has_biases(plan: Plan, architecture: Architecture) -> bool:
-    """Whether there are, or may be, output biases that the family has not."""
-    return plan.compensation != "none" or architecture.is_compensated
+    """Return whether there are, or may be, output biases that the family has not."""
+    return plan.compensation.adds_biases or architecture.is_compensated
 
 
 def _may_have_biases(architecture: Architecture) -> bool:
-    """Of the stock families Llama alone has them everywhere, but no window."""
+    """Return whether a stock checkpoint can have output biases: Llama alone has them everywhere, but no window."""
     return architecture.layout.like_llama and not architecture.has_windows
 
 
-def write_tensors(compaction: Compaction, outputs: list[OutputTensor], path: StoragePath) -> str:
-    """Write one safetensors file piece by piece and return its sha256. (The library writes whole dicts only.)
+def write_tensors(export: CheckpointExport, outputs: list[OutputTensor], path: StoragePath) -> str:
+    """Write one safetensors file piece by piece; the library writes whole dicts only.
 
-    A thread hashes a piece while it is written and the next one is made.
+    Args:
+        export: The checkpoint.
+        outputs: Tensors of the file, in order.
+        path: Where the file gets its name when it is whole.
+
+    Returns:
+        The file's sha256.
     """
     digest = hashlib.sha256()
     with atomic_write(path) as temporary, temporary.open("wb") as file, ThreadPoolExecutor(1) as hasher:
+        # A thread hashes a piece while it is written and the next one is made.
         hashed = hasher.submit(digest.update, b"")
-        for chunk in _chunks(compaction, outputs):
+        for chunk in _chunks(export, outputs):
             hashed.result()
             hashed = hasher.submit(digest.update, chunk)
             file.write(chunk)
     return digest.hexdigest()
 
 
-def _chunks(compaction: Compaction, outputs: list[OutputTensor]) -> Iterator[Any]:
+def _chunks(export: CheckpointExport, outputs: list[OutputTensor]) -> Iterator[Any]:
+    """Yield the bytes of a safetensors file: the header, then tensor by tensor.
+
+    Raises ValueError where a tensor is not as large as the header says.
+    """
     yield _header(outputs)
     for output in outputs:
         n_bytes = 0
-        for piece in compaction.pieces(output):
+        for piece in export.pieces(output):
             yield piece.contiguous().flatten().view(torch.uint8).numpy().data
             n_bytes += piece.nbytes
         if n_bytes != output.n_bytes:
@@ -336,7 +395,7 @@ def _chunks(compaction: Compaction, outputs: list[OutputTensor]) -> Iterator[Any
 
 
 def _header(outputs: Iterable[OutputTensor]) -> bytes:
-    """Length and JSON of a safetensors file, padded so that the data start at a multiple of 64 bytes."""
+    """Return length and JSON of a safetensors file, padded so that the data start at a multiple of 64 bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for output in outputs:
@@ -352,35 +411,46 @@ def _header(outputs: Iterable[OutputTensor]) -> bytes:
 
 
 def finish(
-    compaction: Compaction, folder: StoragePath, files: dict[str, list[OutputTensor]], manifest: dict[str, Any]
+    export: CheckpointExport, folder: StoragePath, files: dict[str, list[OutputTensor]], manifest: dict[str, Any]
 ) -> None:
-    """Write all that is not a weight: index, config, code, the base's tokenizer; ``seap.json`` last."""
+    """Write all that is not a weight: index, config, code, the base's tokenizer; ``seap.json`` last.
+
+    Args:
+        export: The checkpoint.
+        folder: Its folder, where the weights are already.
+        files: Tensors of every weight file, by its name.
+        manifest: Content of ``seap.json``.
+    """
     from seap_ray.models import hf
 
     if [*files] != ["model.safetensors"]:
         total = sum(output.n_bytes for outputs in files.values() for output in outputs)
         names = {output.name: file for file, outputs in files.items() for output in outputs}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
-    write_json(folder / "config.json", compaction.config())
-    carried = {file for pattern in CARRIED for file in compaction.base.folder.glob(pattern) if file.is_file()}
-    for file in sorted(carried) + ([] if compaction.stock else list(hf.FILES)):
+    write_json(folder / "config.json", export.config())
+
+    companions: set[Path] = set()
+    for pattern in COMPANION_FILES:
+        companions |= {file for file in export.base.folder.glob(pattern) if file.is_file()}
+    code = [] if export.stock else list(hf.FILES)
+    for file in [*sorted(companions), *code]:
         with atomic_write(folder / file.name) as temporary:
             shutil.copyfile(file, temporary)
-    renamed = _tokenizer_config(compaction)
-    if renamed:
-        write_json(folder / TOKENIZER_CONFIG, renamed)
+    tokenizer_config = _tokenizer_config(export)
+    if tokenizer_config:
+        write_json(folder / TOKENIZER_CONFIG, tokenizer_config)
     write_json(folder / "seap.json", manifest)
 
 
-def _tokenizer_config(compaction: Compaction) -> dict[str, Any] | None:
+def _tokenizer_config(export: CheckpointExport) -> dict[str, Any] | None:
     """Return the ``tokenizer_config.json`` of the checkpoint; None where a copy of the base's says the same.
 
     transformers chooses a tokenizer's class by the model type and by the class that this file names. For some families
     (Qwen2, Phi-3) the model type wins. It does not know a compacted checkpoint's model type, so that the file decides
     alone and must name the class that the base's tokenizer really has.
     """
-    base = compaction.base
-    if compaction.config()["model_type"] == base.config["model_type"]:
+    base = export.base
+    if export.config()["model_type"] == base.config["model_type"]:
         return None
     file = base.folder / TOKENIZER_CONFIG
     stored: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
@@ -402,6 +472,7 @@ def _tokenizer_class(folder: Path) -> str | None:
 
 
 def parse_size(text: str) -> int:
-    """``5GB`` -> 5,000,000,000, as Hugging Face counts."""
-    number, unit = text[:-2], text[-2:]
+    """Return bytes as Hugging Face counts them: ``5GB`` -> 5,000,000,000."""
+    number = text[:-2]
+    unit = text[-2:]
     return int(float(number) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[unit])

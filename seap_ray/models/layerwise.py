@@ -234,7 +234,7 @@ class LayerwiseModel:
     def _read_weight(self, prefix: str, name: str) -> Tensor:
         """Read a weight by its name in a module; in transformers' MoE layers the experts' matrices are one tensor."""
         family = self.checkpoint.architecture.layout
-        if not family.is_mixture or not name.startswith("mlp."):
+        if not family.is_moe or not name.startswith("mlp."):
             return self.checkpoint.read(prefix + name)
 
         stored_modules = {

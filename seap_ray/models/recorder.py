@@ -51,7 +51,7 @@ def recording_layer(
     statistic = Covariance if covariance else Moments
     with ExitStack() as hooks:
         modules: dict[Site, str] = {"attn": family.o_proj, "mlp": family.down_proj}
-        if family.is_mixture:
+        if family.is_moe:
             del modules["mlp"]
             experts_hook = _experts_hook(recorded, layer, rows_N)
             hooks.callback(block.get_submodule("mlp.experts").register_forward_pre_hook(experts_hook).remove)
@@ -151,7 +151,7 @@ def on_cpu(recorded: SiteMoments) -> SiteMoments:
     Raises:
         DataError: Activations are not finite; it names the first layer and site.
     """
-    copies = {key: moments.coming() for key, moments in recorded.items()}
+    copies = {key: moments.to_cpu_async() for key, moments in recorded.items()}
     # The copies are asynchronous: one wait a device, not one a tensor.
     for device in {moments.mean_D.device for moments in recorded.values() if moments.mean_D.is_cuda}:
         torch.cuda.current_stream(device).synchronize()

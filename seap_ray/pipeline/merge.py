@@ -12,7 +12,7 @@ import ray
 
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.moments import RECORDED, Covariance, Site, tree_sum
-from seap_ray.core.reconstruction import USUAL_RIDGE, choose_ridge
+from seap_ray.core.reconstruction import DEFAULT_RIDGE, choose_ridge
 from seap_ray.errors import DataError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.recorder import SiteMoments, added
@@ -71,7 +71,7 @@ class TaskStatistics:
         return all_made(self.records.files(self.path, self.key, STATISTICS_FILE))
 
 
-def without_whole_files(statistics: Sequence[TaskStatistics]) -> list[TaskStatistics]:
+def find_unmerged(statistics: Sequence[TaskStatistics]) -> list[TaskStatistics]:
     """Return those that are not there, not of these shards, or damaged. A Ray task for each reads its files."""
     check = work_task(_is_whole)
     checks = [check.remote(one) for one in statistics]
@@ -179,7 +179,7 @@ def _merge_site(
     *fitted_records, last_record = records
     held_out = load_covariance(last_record, key)
     if not fitted_records:
-        return held_out, USUAL_RIDGE
+        return held_out, DEFAULT_RIDGE
 
     # One record after another, so that the sum and one more matrix are all that is in memory.
     fitted = load_covariance(fitted_records[0], key)
@@ -187,7 +187,7 @@ def _merge_site(
         fitted = fitted + load_covariance(record, key)
 
     # A rarely used MoE expert may have seen no token of a shard.
-    ridge = USUAL_RIDGE
+    ridge = DEFAULT_RIDGE
     if fitted.count > 1 and held_out.count:
         ridge = choose_ridge(fitted, held_out, checkpoint.read(weight))
     return fitted + held_out, ridge

@@ -12,37 +12,45 @@ from seap_ray.storage.paths import StoragePath
 
 
 def save_plan(plan: Plan, architecture: Architecture, path: StoragePath) -> None:
-    """``<name>.json`` for people, ``<name>.safetensors`` with the kept indices, int32.
+    """Write ``<name>.json`` for people and ``<name>.safetensors`` with the kept indices, int32.
 
-    A channel of a mixture's expert has the number that it would have if all experts lay one after another.
+    A channel of an MoE expert has the number that it would have if all MoE experts lay one after another.
     """
-    indices = {}
+    indices: dict[str, torch.Tensor] = {}
     for layer, kept in _by_layer(plan).items():
-        width, given = len(kept.channels) // kept.experts, architecture.layers[layer].shape
-        channels = [c + i // max(width, 1) * given.channels for i, c in enumerate(kept.channels)]
-        for unit, of in (("groups", kept.groups), ("heads", kept.heads), ("channels", channels)):
-            indices[f"layers.{layer}.{unit}"] = torch.tensor(of, dtype=torch.int32)
+        width = architecture.layers[layer].shape.channels
+        channels: list[int] = []
+        for expert, kept_channels in enumerate(kept.channels):
+            channels += [expert * width + channel for channel in kept_channels]
+        indices[f"layers.{layer}.groups"] = torch.tensor(kept.groups, dtype=torch.int32)
+        indices[f"layers.{layer}.heads"] = torch.tensor(kept.heads, dtype=torch.int32)
+        indices[f"layers.{layer}.channels"] = torch.tensor(channels, dtype=torch.int32)
+
     with atomic_write(path.with_suffix(".safetensors")) as temporary:
         save_file(indices, temporary)
     write_json(path, describe_plan(plan, architecture))
 
 
 def _by_layer(plan: Plan) -> dict[int, Kept]:
-    """What is kept of every layer of the base: of one that goes as a whole, nothing."""
-    of = dict(zip(plan.layers, plan.kept, strict=True)) | dict.fromkeys(plan.dropped, Kept((), (), ()))
-    return dict(sorted(of.items()))
+    """Return what is kept of every layer of the base, in order; of a layer that goes as a whole, nothing."""
+    kept = dict(zip(plan.layers, plan.kept, strict=True))
+    dropped = dict.fromkeys(plan.dropped, Kept((), (), ()))
+    return dict(sorted((kept | dropped).items()))
 
 
 def describe_plan(plan: Plan, architecture: Architecture) -> dict[str, Any]:
-    """What a plan does, without its indices; widths are those of every layer of the base."""
-    of = _by_layer(plan).values()
-    widths = [{"heads": len(k.heads), "kv_heads": len(k.groups), "channels": len(k.channels) // k.experts} for k in of]
+    """Return what a plan does, without its indices; ``layers`` has the widths of every layer of the base."""
+    widths = [
+        {"heads": len(kept.heads), "kv_heads": len(kept.groups), "channels": kept.n_channels}
+        for kept in _by_layer(plan).values()
+    ]
+    # Plans that drop no layer say nothing of them.
     kept_layers = {"kept_layers": list(plan.layers)} if plan.dropped else {}
     return {
         "name": plan.name,
         "requested_ratio": plan.requested,
         "planned_ratio": plan.planned(architecture),
-        "compensation": plan.compensation,
+        "compensation": plan.compensation.name,
         **plan.provenance,
         **kept_layers,
         "layers": widths,

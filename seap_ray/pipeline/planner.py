@@ -12,10 +12,21 @@ import ray
 import torch
 
 from seap_ray.config import Config, PruningSection
-from seap_ray.core.moments import SITES, Moments, Site, Statistics, mixed
-from seap_ray.core.plan import Kept, LayerScores, Plan, choose_dropped, choose_shapes, keep
+from seap_ray.core.allocation import choose_dropped, choose_shapes
+from seap_ray.core.compensation import COMPENSATIONS
+from seap_ray.core.moments import SITES, Moments, Site, Statistics, pooled_statistics
+from seap_ray.core.plan import Kept, Plan, keep
 from seap_ray.core.reconstruction import UNIT_SCORES
-from seap_ray.core.scores import SCORES, Norms, WeightNorms, column_scores, head_scores, random_score, standardised
+from seap_ray.core.scores import (
+    SCORES,
+    LayerScores,
+    Norms,
+    WeightNorms,
+    column_scores,
+    head_scores,
+    random_score,
+    standardised,
+)
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import check_stock
 from seap_ray.models.records import (
@@ -64,6 +75,7 @@ class Planner:
             plan = self._depth_plan(spec, pruning, ratio)
         else:
             plan = self._width_plan(spec, pruning, ratio)
+
         if self.config.export.format == "stock":
             check_stock(plan, self.checkpoint.architecture)
         return plan
@@ -71,7 +83,7 @@ class Planner:
     def pooled_moments(self, spec: ModelSpec) -> Statistics:
         """Return the moments of the spec's tasks as one stream, each task counting by its weight."""
         parts = [self.statistics[task] for task in spec.weights]
-        return parts[0] if len(parts) == 1 else mixed(parts, list(spec.weights.values()))
+        return parts[0] if len(parts) == 1 else pooled_statistics(parts, list(spec.weights.values()))
 
     def pooled_covariance(self, spec: ModelSpec) -> PooledCovariance:
         """Return the covariances of the spec's tasks as one stream, read from files when they are asked for."""
@@ -86,28 +98,31 @@ class Planner:
         architecture = self.checkpoint.architecture
         scores_units = pruning.score in UNIT_SCORES
         scores_L = self._unit_scores(spec, pruning) if scores_units else self._column_scores(spec)
+        compensation = COMPENSATIONS[pruning.compensation]
         shapes = choose_shapes(
             architecture,
             pruning,
             ratio=ratio,
-            compensated=pruning.compensation != "none",
+            compensated=compensation.adds_biases,
             scores_L=scores_L,
             comparable=scores_units,
             stock=self.config.export.format == "stock",
         )
+
         layers = zip(shapes, architecture.layers, scores_L, strict=True)
         kept = tuple(keep(shape, layer.shape, *scores) for shape, layer, scores in layers)
         provenance = self._provenance(spec, pruning, score=pruning.score, **self._score_provenance(spec, pruning))
-        return Plan(spec.name, ratio, pruning.compensation, kept, provenance)
+        return Plan(spec.name, ratio, compensation, kept, provenance)
 
     def _depth_plan(self, spec: ModelSpec, pruning: PruningSection, ratio: float) -> Plan:
         """Drop whole layers by ShortGPT's Block Influence (arXiv 2403.03853); there is nothing to compensate."""
         architecture = self.checkpoint.architecture
         moments = self.pooled_moments(spec)
+        # Block Influence is one less the mean cosine of a layer's input and output.
         influence_L = [1 - float(moments[layer, "block"].mean_D) for layer in range(architecture.n_layers)]
         dropped = choose_dropped(architecture, pruning, ratio=ratio, influence_L=influence_L)
         kept = tuple(Kept.whole(architecture, i) for i in range(architecture.n_layers) if i not in dropped)
-        return Plan(spec.name, ratio, "none", kept, self._provenance(spec, pruning, score=None), dropped)
+        return Plan(spec.name, ratio, COMPENSATIONS["none"], kept, self._provenance(spec, pruning, score=None), dropped)
 
     def _provenance(self, spec: ModelSpec, pruning: PruningSection, **scored: Any) -> dict[str, Any]:
         """Return what a plan is made from and how, as plans and manifests on disk say it."""
@@ -128,7 +143,7 @@ class Planner:
             provenance["seed"] = spec.settings.seed
         if pruning.score in UNIT_SCORES:
             provenance["unit_scores"] = self._unit_scores_key(spec, pruning)
-        if pruning.score in UNIT_SCORES or pruning.compensation == "least_squares":
+        if pruning.score in UNIT_SCORES or COMPENSATIONS[pruning.compensation].required == "covariance":
             provenance["ridge"] = pruning.ridge
         return provenance
 
@@ -141,6 +156,7 @@ class Planner:
         if spec.settings.allocation == "standardised":
             attn_L = [standardised(score_D) for score_D in attn_L]
             mlp_L = [standardised(score_D) for score_D in mlp_L]
+
         head_dim = self.checkpoint.architecture.head_dim
         return [(head_scores(attn, head_dim), mlp) for attn, mlp in zip(attn_L, mlp_L, strict=True)]
 
@@ -149,6 +165,7 @@ class Planner:
         layers = range(self.checkpoint.architecture.n_layers)
         if spec.settings.score == "random":
             return [self._random_score(spec.settings.seed or 0, layer, site) for layer in layers]
+
         score = SCORES[spec.settings.score or ""]
         if spec.pooling == "pooled":
             moments = self.pooled_moments(spec)
@@ -201,6 +218,8 @@ class Planner:
             task.remote(self.checkpoint, streams, pruning.score, pruning.attention_unit, layer)
             for layer in range(architecture.n_layers)
         ]
+
+        # The names are those that ``load_unit_scores`` reads.
         tensors = {}
         for layer, scores in enumerate(ray.get(pending)):
             for unit, tensor in scores.items():
@@ -247,6 +266,7 @@ def _score_site(
     layer, site = key
     architecture = checkpoint.architecture
     weight_OD = checkpoint.read(architecture.tensor(layer, architecture.modules[site]))
+
     unit_score = UNIT_SCORES[score]
     scores = [unit_score(stream[key], weight_OD, block=block, ridge=stream.ridge_of(key)) for stream in streams]
     weighted = [sum(stream.weights) * score_U for stream, score_U in zip(streams, scores, strict=True)]
@@ -260,7 +280,7 @@ def _weight_norms(checkpoint: Checkpoint, run: Run) -> WeightNorms:
         parts = ray.get([layers.remote(checkpoint, layer) for layer in range(architecture.n_layers)])
         # Stored as moments: mean holds the L1 norm, m2 the squared L2 norm, count the output width.
         named = {
-            (layer, site): Moments(architecture.hidden_size, norms.l1_D, norms.l2_D)
+            (layer, site): Moments(architecture.hidden_size, norms.l1_D, norms.l2_squared_D)
             for layer, part in enumerate(parts)
             for site, norms in part.items()
         }

@@ -15,7 +15,7 @@ from seap_ray.core.architecture import Shape
 from seap_ray.core.moments import Statistics
 from seap_ray.core.plan import Plan
 from seap_ray.models.checkpoint import Checkpoint, versions
-from seap_ray.models.export import SHARED, Compaction, OutputTensor, finish, parse_size, write_tensors
+from seap_ray.models.export import SHARED, CheckpointExport, OutputTensor, finish, parse_size, write_tensors
 from seap_ray.models.records import (
     PooledCovariance,
     task_memory,
@@ -55,7 +55,7 @@ class PendingCheckpoint:
     """A checkpoint to be: written to a hidden folder, which gets its name when it is whole."""
 
     spec: ModelSpec
-    compaction: Compaction
+    export: CheckpointExport
     target: StoragePath
     """Folder of the finished checkpoint."""
     fingerprint: str
@@ -102,15 +102,18 @@ def prune(
 
 def prepare_checkpoint(planner: Planner, run: Run, spec: ModelSpec, plan: Plan) -> PendingCheckpoint:
     """Lay out the checkpoint of a plan: its tensors, files and folder. No weight is read."""
-    export = planner.config.export
+    settings = planner.config.export
     statistics: Statistics | PooledCovariance | None = None
-    if plan.compensation != "none":
-        statistics = planner.pooled_covariance(spec) if plan.compensation == "least_squares" else planner.pooled_moments(spec)
-    compaction = Compaction(planner.checkpoint, plan, statistics, stock=export.format == "stock")
-    cut = (plan.compensation, plan.kept, plan.dropped)
-    key = fingerprint(planner.checkpoint.fingerprint, plan.provenance, cut, export.model_dump(), versions())
-    files = compaction.files(parse_size(export.max_shard_size))
-    return PendingCheckpoint(spec, compaction, run.expert(plan.requested, plan.name), key, files)
+    if plan.compensation.required == "moments":
+        statistics = planner.pooled_moments(spec)
+    elif plan.compensation.required == "covariance":
+        statistics = planner.pooled_covariance(spec)
+
+    export = CheckpointExport(planner.checkpoint, plan, statistics, stock=settings.format == "stock")
+    cut = (plan.compensation.name, plan.kept, plan.dropped)
+    key = fingerprint(planner.checkpoint.fingerprint, plan.provenance, cut, settings.model_dump(), versions())
+    files = export.files(parse_size(settings.max_shard_size))
+    return PendingCheckpoint(spec, export, run.expert(plan.requested, plan.name), key, files)
 
 
 def _not_whole(checkpoints: list[PendingCheckpoint]) -> list[PendingCheckpoint]:
@@ -119,6 +122,7 @@ def _not_whole(checkpoints: list[PendingCheckpoint]) -> list[PendingCheckpoint]:
     Ray tasks read every file to its end, but only where all sizes are right.
     """
     check = work_task(_is_made)
+
     checks = [
         (checkpoint.target, check.remote(checkpoint.artifact)) for checkpoint in checkpoints if checkpoint.has_sizes()
     ]
@@ -179,8 +183,9 @@ def in_order_of_base(checkpoints: Iterable[PendingCheckpoint]) -> list[tuple[Pen
 
 def _place_in_base(checkpoint: PendingCheckpoint, name: str) -> int:
     """Return the sum of the first and the last base layer that a file is cut from; -1 for a file without layers."""
-    old_layers = checkpoint.compaction.plan.layers
-    split = checkpoint.compaction.base.architecture.split
+    # The plan's layers are numbered anew where whole layers go.
+    old_layers = checkpoint.export.plan.layers
+    split = checkpoint.export.base.architecture.split
     layers = [layer for tensor in checkpoint.files[name] if (layer := split(tensor.name)[0]) is not None]
     return old_layers[layers[0]] + old_layers[layers[-1]] if layers else -1
 
@@ -210,23 +215,26 @@ def _write_all(checkpoints: list[PendingCheckpoint], files: list[PendingFile]) -
 def _start_writing(checkpoints: list[PendingCheckpoint], files: list[PendingFile]) -> dict[Any, PendingFile]:
     """Start a Ray task for every file, in order, and return the files by the tasks' references."""
     task = work_task(_write_file)
-    architecture = checkpoints[0].compaction.base.architecture
-    memory = {"none": 0, "mean": 0, "least_squares": task_memory(architecture)}
-    compactions = {checkpoint.target: ray.put(checkpoint.compaction) for checkpoint in checkpoints}
+    architecture = checkpoints[0].export.base.architecture
+    covariance_memory = task_memory(architecture)
+    exports = {checkpoint.target: ray.put(checkpoint.export) for checkpoint in checkpoints}
 
     pending: dict[Any, PendingFile] = {}
     for file in files:
         first = file.checkpoints[0]
-        limited = task.options(memory=memory[first.compaction.plan.compensation])
-        pending[limited.remote(compactions[first.target], file.tensors, file.path)] = file
+        # Ray starts no more tasks on a node than its memory holds.
+        memory = first.export.plan.compensation.memory_factor * covariance_memory
+        limited = task.options(memory=memory)
+        pending[limited.remote(exports[first.target], file.tensors, file.path)] = file
     return pending
 
 
-def _write_file(compaction: Compaction, tensors: list[OutputTensor], path: StoragePath) -> str:
+def _write_file(export: CheckpointExport, tensors: list[OutputTensor], path: StoragePath) -> str:
     """Write one file, or keep it when an earlier attempt at the same plan finished it; return its sha256."""
 
     def build() -> None:
-        WEIGHT_FILE.save_checksum(path, write_tensors(compaction, tensors, path))
+        """Write the file, then its checksum, which makes it whole."""
+        WEIGHT_FILE.save_checksum(path, write_tensors(export, tensors, path))
 
     # The name of the hidden folder, or of a shared file itself, is the key.
     return Artifact(path, str(path), WEIGHT_FILE).get(build)
@@ -239,8 +247,9 @@ def write_temporarily(checkpoint: PendingCheckpoint) -> StoragePath:
     """
     if checkpoint.has_sizes():
         return checkpoint.target
+
     hashes = {
-        name: _write_file(checkpoint.compaction, tensors, checkpoint.partial / name)
+        name: _write_file(checkpoint.export, tensors, checkpoint.partial / name)
         for name, tensors in checkpoint.files.items()
     }
     _complete_partial(checkpoint, hashes)
@@ -262,7 +271,7 @@ def _complete_partial(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> 
     for name in checkpoint.files:
         with writable(checkpoint.partial):
             checksum_path(checkpoint.partial / name).unlink(missing_ok=True)
-    finish(checkpoint.compaction, checkpoint.partial, checkpoint.files, _manifest(checkpoint, hashes))
+    finish(checkpoint.export, checkpoint.partial, checkpoint.files, _manifest(checkpoint, hashes))
 
 
 # --- manifest ---------------------------------------------------------------------------------------------------------
@@ -270,7 +279,7 @@ def _complete_partial(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> 
 
 def _manifest(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> dict[str, Any]:
     """Return the content of ``seap.json``."""
-    base = checkpoint.compaction.base
+    base = checkpoint.export.base
     return {
         "fingerprint": checkpoint.fingerprint,
         "source": {
@@ -281,7 +290,7 @@ def _manifest(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> dict[str
             "fingerprint": base.fingerprint,
         },
         **checkpoint_sizes(checkpoint),
-        "plan": describe_plan(checkpoint.compaction.plan, base.architecture),
+        "plan": describe_plan(checkpoint.export.plan, base.architecture),
         "files": {
             name: {"sha256": hashes[name], "bytes": (checkpoint.partial / name).stat().st_size}
             for name in checkpoint.files
@@ -292,9 +301,10 @@ def _manifest(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> dict[str
 
 def checkpoint_sizes(checkpoint: PendingCheckpoint) -> dict[str, Any]:
     """Return ratios, parameters and bytes of a checkpoint, as its manifest states them."""
-    base = checkpoint.compaction.base
-    plan = checkpoint.compaction.plan
+    base = checkpoint.export.base
+    plan = checkpoint.export.plan
     tensors = [tensor for file in checkpoint.files.values() for tensor in file]
+    # The ratio counts decoder layers alone, neither embeddings nor head.
     in_layers = [tensor for tensor in tensors if base.architecture.split(tensor.name)[0] is not None]
     return {
         "requested_ratio": plan.requested,

@@ -152,7 +152,7 @@ def _add_biases(layer: Any, layer_config: Any, quant_config: QuantizationConfig 
     widths = {}
     if layer_config.o_proj_bias or is_missing:
         widths[family.o_proj] = o_proj_width
-    if layer_config.down_proj_bias and not family.is_mixture:
+    if layer_config.down_proj_bias and not family.is_moe:
         widths[family.down_proj] = getattr(layer_config, family.channels_key)
 
     for name, width in widths.items():

@@ -21,10 +21,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from seap_ray.config import PruningSection
 from seap_ray.core.architecture import FAMILIES, Architecture, Layer, Shape
-from seap_ray.core.plan import Rules
+from seap_ray.core.widths import WidthConstraints
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.export import Compaction
+from seap_ray.models.export import CheckpointExport
 from tests.support.builders import CONFIGS, MIXTURES, output_modules, random_plan, random_statistics, write_compacted
 
 LARGE = {
@@ -130,11 +130,11 @@ def test_written_layers_have_the_parameters_that_the_plan_counts_on(dense, tmp_p
     architecture = checkpoint.architecture
     plan = random_plan(architecture, 5, "mean")
     statistics = random_statistics(architecture, 5)
-    folder = write_compacted(Compaction(checkpoint, plan, statistics), tmp_path)
+    folder = write_compacted(CheckpointExport(checkpoint, plan, statistics), tmp_path)
     sizes = {key: prod(info.shape) for key, info in Checkpoint.at(folder).tensors.items()}
     for layer in range(architecture.n_layers):
         real = sum(n for key, n in sizes.items() if f".layers.{layer}." in key)
-        assert real == architecture.layer_parameters(plan.cut(layer, architecture))
+        assert real == architecture.layer_parameters(plan.layer_after(layer, architecture))
     after = sum(n for key, n in sizes.items() if ".layers." in key)
     assert plan.planned(architecture) == pytest.approx(1 - after / architecture.decoder_parameters, abs=1e-12)
 
@@ -143,9 +143,9 @@ def test_compensation_adds_only_the_biases_that_are_missing():
     def added(config):
         architecture = Architecture.of(config.to_dict())
         narrower = Shape(architecture.dense.groups, architecture.dense.heads_per_group, 8)
-        with_and_without = (architecture.cut(0, narrower, compensated=c) for c in (True, False))
+        with_and_without = (architecture.resized(0, narrower, compensated=c) for c in (True, False))
         both = [architecture.layer_parameters(layer) for layer in with_and_without]
-        assert architecture.cut(0, architecture.dense, compensated=True) == architecture.layers[0]
+        assert architecture.resized(0, architecture.dense, compensated=True) == architecture.layers[0]
         return both[0] - both[1]
 
     hidden = 48
@@ -199,10 +199,10 @@ def test_key_value_heads_of_layers_beside_windows_stay_equal_or_the_ratio_is_ref
     architecture = Architecture.of(Gemma2Config(num_hidden_layers=4).to_dict())
     for unit in ("head", "none"):
         pruning = PruningSection(attention_unit=unit)
-        for rules in Rules.of(architecture, pruning, compensated=False):
+        for rules in WidthConstraints.of(architecture, pruning, compensated=False):
             assert {groups for groups, _ in rules.options} == {4}
     with pytest.raises(ConfigError, match="attention_unit: group leaves layers with unequal .* choose head or none"):
-        Rules.of(architecture, PruningSection(), compensated=False)
+        WidthConstraints.of(architecture, PruningSection(), compensated=False)
 
 
 def test_a_tile_of_channels_leaves_a_small_model_16_of_them():

@@ -13,8 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, Qwen2Conf
 
 import seap_ray
 from seap_ray.config import AllocationSection, PruningSection
+from seap_ray.core.allocation import check_ratio, choose_dropped, choose_shapes, protected_layers
 from seap_ray.core.architecture import Architecture, Layer, Shape
-from seap_ray.core.plan import Kept, Plan, Rules, check_ratio, choose_dropped, choose_shapes, keep, protected, ratio_of
+from seap_ray.core.compensation import COMPENSATIONS
+from seap_ray.core.plan import Kept, Plan, keep, ratio_of
+from seap_ray.core.widths import WidthConstraints
 from seap_ray.errors import ConfigError
 from seap_ray.models.hf.configuration_seap import SeapLlamaConfig, SeapQwen2Config
 from seap_ray.models.hf.modeling_seap import SeapLlamaForCausalLM, SeapQwen2ForCausalLM
@@ -159,12 +162,12 @@ def test_what_the_last_layers_cannot_round_away_the_others_do():
     config = {**CONFIGS["demo"], "num_hidden_layers": 20, "num_key_value_heads": 8, "num_attention_heads": 32}
     architecture = Architecture.of({**config, "head_dim": 64, "intermediate_size": 200})
     shapes = chosen(architecture, 0.251, "logistic", attention_unit="head")
-    assert Rules.of(architecture, PruningSection(), compensated=False)[0].tile == 8
+    assert WidthConstraints.of(architecture, PruningSection(), compensated=False)[0].tile == 8
     assert off_by(shapes, architecture, 0.251, False) <= 8 * 3 * architecture.hidden_size
 
 
 def test_a_width_is_the_nearest_allowed_one_and_never_less_than_a_tile():
-    rules, *_ = Rules.of(DEMO, PruningSection(align=100), compensated=False)
+    rules, *_ = WidthConstraints.of(DEMO, PruningSection(align=100), compensated=False)
     wanted = {-500: 100, 0: 100, 149: 100, 151: 200, 349: 300, 420: 400, 430: 448, 448: 448, 900: 448}
     assert {n: rules.channels(n) for n in wanted} == wanted
 
@@ -217,7 +220,7 @@ def test_a_ratio_of_zero_is_the_identity(kind, compensated):
     assert shapes == [DEMO.dense] * DEMO.n_layers
     assert ratio_of(shapes, DEMO, compensated=compensated) == 0
     kept = keep(shapes[0], DEMO.dense, *scores(DEMO)[0])
-    assert kept == Kept(tuple(range(4)), tuple(range(8)), tuple(range(448)))
+    assert kept == Kept(tuple(range(4)), tuple(range(8)), (tuple(range(448)),))
 
 
 @pytest.mark.parametrize("kind", WIDTHS_BY_RATIO)
@@ -424,7 +427,7 @@ def test_the_ratio_is_what_the_models_own_parameters_say(model, unit, compensate
 def test_a_plan_reports_the_ratio_of_what_it_keeps():
     shapes = chosen(DEMO, 0.5, "logistic", compensated=True)
     kept = tuple(keep(s, DEMO.dense, *layer) for s, layer in zip(shapes, scores(DEMO), strict=True))
-    plan = Plan("x", 0.5, "mean", kept, {})
+    plan = Plan("x", 0.5, COMPENSATIONS["mean"], kept, {})
     assert list(plan.shapes) == shapes
     assert plan.planned(DEMO) == ratio_of(shapes, DEMO, compensated=True)
     assert [plan.cuts(layer, DEMO) for layer in range(8)] == [False, *[True] * 6, False]
@@ -455,7 +458,7 @@ def test_auto_protection_yields_only_when_needed_and_the_last_layers_first(n_lay
     assume(ratio <= cap)
     usual = 2 if n_layers >= 24 else 1
     room = [n for n in range(2 * usual + 1) if ratio * n_layers <= (n_layers - n) * cap]
-    first, last = protected([1.0] * n_layers, AllocationSection(), ratio, [cap] * n_layers)
+    first, last = protected_layers([1.0] * n_layers, AllocationSection(), ratio, [cap] * n_layers)
     assert first + last == max(room)
     assert last <= first <= last + 1
 
@@ -465,15 +468,15 @@ def test_auto_protection_yields_only_when_needed_and_the_last_layers_first(n_lay
 )
 def test_auto_protection_yields_in_this_order(ratio, expected):
     # Of 32 layers that give 0.9 at most, n give 0.9 n / 32: 0.7875, 0.8156, 0.8438, 0.8719 and 0.9 for 28 to 32.
-    assert protected([1.0] * 32, AllocationSection(), ratio, [0.9] * 32) == expected
+    assert protected_layers([1.0] * 32, AllocationSection(), ratio, [0.9] * 32) == expected
 
 
 @given(n_layers=st.integers(4, 48), ratio=st.floats(0.01, 0.9), mine=st.integers(0, 3))
 @often
 def test_auto_protection_never_touches_an_explicit_one(n_layers, ratio, mine):
     weight_L, cap_L = [1.0] * n_layers, [0.9] * n_layers
-    assert protected(weight_L, AllocationSection(protect_first=mine), ratio, cap_L)[0] == mine
-    assert protected(weight_L, AllocationSection(protect_last=mine), ratio, cap_L)[1] == mine
+    assert protected_layers(weight_L, AllocationSection(protect_first=mine), ratio, cap_L)[0] == mine
+    assert protected_layers(weight_L, AllocationSection(protect_last=mine), ratio, cap_L)[1] == mine
 
 
 def refused_with(architecture, ratio, kind, **pruning):
@@ -587,12 +590,12 @@ def test_at_least_one_layer_stays():
 
 
 def test_a_plan_without_some_layers_knows_the_ones_that_stay_and_its_ratio():
-    plan = Plan("x", 0.25, "none", (Kept.whole(DEMO, 0),) * 6, {}, dropped=(2, 5))
+    plan = Plan("x", 0.25, COMPENSATIONS["none"], (Kept.whole(DEMO, 0),) * 6, {}, dropped=(2, 5))
     assert plan.layers == (0, 1, 3, 4, 6, 7)
     assert plan.shapes == (DEMO.dense,) * 6
     assert plan.planned(DEMO) == 0.25
     assert not any(plan.cuts(layer, DEMO) for layer in range(6))
-    assert Plan("x", 0.25, "none", (Kept.whole(DEMO, 0),) * 8, {}).layers == tuple(range(8))
+    assert Plan("x", 0.25, COMPENSATIONS["none"], (Kept.whole(DEMO, 0),) * 8, {}).layers == tuple(range(8))
 
 
 # --- units -----------------------------------------------------------------------------------------------------------
@@ -615,7 +618,7 @@ def test_kept_heads_lie_in_kept_groups_equally_many_in_each_and_ascending(layer)
     dense, shape, head_H, channel_C = layer
     kept = keep(shape, dense, head_H, channel_C)
     assert kept.shape == shape
-    for indices, n in ((kept.groups, dense.groups), (kept.heads, dense.heads), (kept.channels, dense.channels)):
+    for indices, n in ((kept.groups, dense.groups), (kept.heads, dense.heads), (kept.channels[0], dense.channels)):
         assert list(indices) == sorted(set(indices))
         assert all(0 <= index < n for index in indices)
     of_group = [head // dense.heads_per_group for head in kept.heads]
@@ -632,7 +635,7 @@ def test_nothing_that_is_cut_scores_higher_than_what_is_kept(layer):
         cut = [score[i] for i in range(len(score)) if i not in indices]
         assert not cut or max(cut) <= min(score[i] for i in indices)
 
-    best_is_kept(channel_C.tolist(), kept.channels)
+    best_is_kept(channel_C.tolist(), kept.channels[0])
     of_group = [sorted(head_H.tolist()[k * per_group : (k + 1) * per_group]) for k in range(dense.groups)]
     best_is_kept([sum(heads[-shape.heads_per_group :]) for heads in of_group], kept.groups)
     for group in kept.groups:
@@ -658,7 +661,7 @@ def test_widths_do_not_change_when_scores_are_scaled():
 
 def test_ties_go_to_the_higher_index():
     dense, shape = Shape(4, 3, 10), Shape(2, 2, 4)
-    expected = Kept((2, 3), (7, 8, 10, 11), (6, 7, 8, 9))
+    expected = Kept((2, 3), (7, 8, 10, 11), ((6, 7, 8, 9),))
     assert keep(shape, dense, torch.ones(12), torch.ones(10)) == expected
     assert keep(shape, dense, torch.zeros(12), torch.zeros(10)) == expected
 
@@ -672,7 +675,7 @@ def test_a_choice_among_ties_is_a_pure_function_of_the_scores():
         strided = torch.stack([channel_C, -channel_C], 1)[:, 0]
         assert keep(shape, dense, head_H.clone(), strided) == once
         order = sorted(range(dense.channels), key=lambda i: (channel_C[i].item(), i))
-        assert list(once.channels) == sorted(order[-shape.channels :])
+        assert list(once.channels[0]) == sorted(order[-shape.channels :])
 
 
 def test_equal_scores_everywhere_still_make_a_plan():
@@ -687,10 +690,10 @@ def test_equal_scores_everywhere_still_make_a_plan():
 
 def test_the_tile_follows_the_model_and_the_ranks():
     # 128 as a rule; a small MLP still has 16 tiles.
-    assert Rules.of(MODELS["llama-3-8b"], PruningSection(), compensated=False)[0].tile == 128
-    assert Rules.of(DEMO, PruningSection(), compensated=False)[0].tile == 16
-    assert Rules.of(DEMO, PruningSection(align=8), compensated=False)[0].tile == 8
-    assert Rules.of(DEMO, PruningSection(align=8, tensor_parallel=4), compensated=False)[0].tile == 32
+    assert WidthConstraints.of(MODELS["llama-3-8b"], PruningSection(), compensated=False)[0].tile == 128
+    assert WidthConstraints.of(DEMO, PruningSection(), compensated=False)[0].tile == 16
+    assert WidthConstraints.of(DEMO, PruningSection(align=8), compensated=False)[0].tile == 8
+    assert WidthConstraints.of(DEMO, PruningSection(align=8, tensor_parallel=4), compensated=False)[0].tile == 32
 
 
 # --- mixtures of experts ---------------------------------------------------------------------------------------------
@@ -700,11 +703,12 @@ def test_each_expert_keeps_its_own_best_channels_and_all_are_equally_wide():
     generator = torch.Generator().manual_seed(0)
     score_EC = torch.rand(3, 8, generator=generator)
     kept = keep(Shape(2, 1, 5), Shape(2, 1, 8), torch.tensor([1.0, 2.0]), score_EC)
-    assert kept.experts == 3 and kept.shape == Shape(2, 1, 5)
+    assert len(kept.channels) == 3 and kept.shape == Shape(2, 1, 5)
     for expert in range(3):
         best = score_EC[expert].topk(5).indices.sort().values
-        assert kept.of(expert).channels == tuple(best.tolist()) and kept.of(expert).shape == kept.shape
-    assert kept.of(None) is kept
+        alone = kept.of_moe_expert(expert)
+        assert alone.channels == (tuple(best.tolist()),) and alone.shape == kept.shape
+    assert kept.of_moe_expert(None) is kept
 
 
 def test_a_channel_of_a_mixture_costs_one_of_each_expert_and_the_router_stays():

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seap_ray.config import Score
+from seap_ray.core.compensation import mean_bias
 from seap_ray.core.moments import SITES, Moments
 from seap_ray.core.reconstruction import UNIT_SCORES
 from seap_ray.core.scores import (
@@ -21,11 +22,10 @@ from seap_ray.core.scores import (
     head_scores,
     normalised,
     random_score,
+    shrunk,
     standardised,
-    trusted,
     wifv,
 )
-from seap_ray.core.slicing import mean_bias
 from tests.support import ROOT
 
 EXPECTED = {
@@ -93,13 +93,13 @@ def test_norms_of_float16_weights_do_not_tie():
     weight_OD = (0.02 * torch.randn(256, 4096, generator=torch.Generator().manual_seed(0))).half()
     norms = Norms.of(weight_OD)
     exact = weight_OD.numpy().astype(np.float64)
-    assert norms.l1_D.dtype == norms.l2_D.dtype == torch.float64
+    assert norms.l1_D.dtype == norms.l2_squared_D.dtype == torch.float64
     assert weight_OD.square().sum(0).unique().numel() < 1000, "or these weights could not show the fault"
-    assert norms.l2_D.unique().numel() > 4000
-    np.testing.assert_allclose(norms.l2_D, (exact * exact).sum(0), rtol=1e-12)
+    assert norms.l2_squared_D.unique().numel() > 4000
+    np.testing.assert_allclose(norms.l2_squared_D, (exact * exact).sum(0), rtol=1e-12)
     np.testing.assert_allclose(norms.l1_D, np.abs(exact).sum(0), rtol=1e-12)
     tiny = torch.full((64, 1), 1e-5, dtype=torch.float16)
-    np.testing.assert_allclose(Norms.of(tiny).l2_D, 64 * float(tiny[0, 0]) ** 2, rtol=1e-12)
+    np.testing.assert_allclose(Norms.of(tiny).l2_squared_D, 64 * float(tiny[0, 0]) ** 2, rtol=1e-12)
 
 
 def squared_error(x_NP, weight_OP, bias_O):
@@ -180,7 +180,7 @@ def experts(*counts: int) -> list[Moments]:
 
 
 def test_an_expert_with_many_tokens_is_believed_and_one_without_any_is_ranked_by_its_weights():
-    many, few, none = trusted(experts(100_000, 8, 0))
+    many, few, none = shrunk(experts(100_000, 8, 0))
     own = experts(100_000, 8, 0)
     torch.testing.assert_close(many.var_D, own[0].var_D, rtol=1e-2, atol=0)
     torch.testing.assert_close(many.square_D, own[0].square_D, rtol=1e-2, atol=0)
@@ -189,13 +189,13 @@ def test_an_expert_with_many_tokens_is_believed_and_one_without_any_is_ranked_by
     assert spread < 0.2 * noise
     norms = Norms.of(torch.rand(5, 40, generator=torch.Generator().manual_seed(1)))
     for name in ("wifv", "wifn", "wanda_sp", "energy", "official_wifn"):
-        by_weights = norms.l1_D if name in ("wifn", "wanda_sp") else norms.l2_D
+        by_weights = norms.l1_D if name in ("wifn", "wanda_sp") else norms.l2_squared_D
         assert torch.equal(SCORES[name](none, norms).argsort(), by_weights.argsort())
 
 
 def test_what_an_expert_is_believed_of_is_linear_in_its_variance_and_mean_square():
     some = experts(64, 640)
-    half, _ = trusted(some)
+    half, _ = shrunk(some)
     total = 64 + 640
     usual_var = sum(of.count * of.var_D.mean() for of in some) / total
     usual_square = sum(of.count * of.square_D.mean() for of in some) / total
@@ -204,5 +204,5 @@ def test_what_an_expert_is_believed_of_is_linear_in_its_variance_and_mean_square
 
 
 def test_experts_that_saw_nothing_at_all_have_scores_that_are_numbers():
-    for of in trusted(experts(0, 0)):
+    for of in shrunk(experts(0, 0)):
         assert of.count == 1 and torch.isfinite(of.var_D).all() and torch.isfinite(of.square_D).all()

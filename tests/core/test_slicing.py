@@ -1,4 +1,4 @@
-"""Compaction against numpy's fancy indexing, and the bias that stands for what is cut."""
+"""Slicing against numpy's fancy indexing, and the bias that stands for what is cut."""
 
 import random
 
@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 import seap_ray.core.slicing as compact_module
 from seap_ray.core.architecture import Architecture, Layer, Shape
+from seap_ray.core.compensation import mean_bias
 from seap_ray.core.plan import Kept
-from seap_ray.core.slicing import compact, compact_size, kept_indices, mean_bias
+from seap_ray.core.slicing import kept_indices, slice_tensor, sliced_shape
 from tests.support.builders import random_kept
 
 HIDDEN = 5
@@ -59,7 +60,7 @@ def dense_tensors(dense, head_dim):
 
 
 def compacted(*of):
-    return torch.cat([*compact(*of)])
+    return torch.cat([*slice_tensor(*of)])
 
 
 def by_numpy(module, kind, array, kept, head_dim):
@@ -76,10 +77,10 @@ def by_numpy(module, kind, array, kept, head_dim):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_pieces_have_some_rows_each_and_are_the_tensor_together(module, monkeypatch):
-    dense, kept = Shape(4, 1, 6), Kept((0, 3), (0, 3), (1, 4, 5))
+    dense, kept = Shape(4, 1, 6), Kept((0, 3), (0, 3), ((1, 4, 5),))
     tensor = dense_tensors(dense, 2)[module, "weight"]
     monkeypatch.setattr(compact_module, "PIECE", 2 * tensor[0].nbytes)
-    pieces = [*compact(architecture(dense, 2), 0, module, "weight", tensor, kept)]
+    pieces = [*slice_tensor(architecture(dense, 2), 0, module, "weight", tensor, kept)]
     assert len(pieces) > 1 and max(map(len, pieces)) == 2
     np.testing.assert_array_equal(torch.cat(pieces), by_numpy(module, "weight", tensor.numpy(), kept, 2))
 
@@ -87,9 +88,9 @@ def test_pieces_have_some_rows_each_and_are_the_tensor_together(module, monkeypa
 @pytest.mark.parametrize(
     ("dense", "kept"),
     [
-        (Shape(4, 1, 6), Kept((0, 3), (0, 3), (1, 4, 5))),
-        (Shape(3, 2, 6), Kept((0, 2), (0, 1, 4, 5), (0,))),
-        (Shape(2, 4, 6), Kept((0, 1), (1, 3, 4, 6), (0, 1, 2, 3, 4, 5))),
+        (Shape(4, 1, 6), Kept((0, 3), (0, 3), ((1, 4, 5),))),
+        (Shape(3, 2, 6), Kept((0, 2), (0, 1, 4, 5), ((0,),))),
+        (Shape(2, 4, 6), Kept((0, 1), (1, 3, 4, 6), ((0, 1, 2, 3, 4, 5),))),
     ],
     ids=["multi-head", "grouped, groups cut", "grouped, heads cut"],
 )
@@ -114,7 +115,7 @@ def test_compact_equals_fancy_indexing_and_compact_size_says_its_shape(cut):
     for (module, kind), tensor in dense_tensors(dense, head_dim).items():
         result = compacted(architecture(dense, head_dim), 0, module, kind, tensor, kept)
         np.testing.assert_array_equal(result, by_numpy(module, kind, tensor.numpy(), kept, head_dim))
-        assert compact_size(architecture(dense, head_dim), module, kind, tensor.shape, kept) == tuple(result.shape)
+        assert sliced_shape(architecture(dense, head_dim), module, kind, tensor.shape, kept) == tuple(result.shape)
 
 
 @given(cuts())
@@ -136,7 +137,7 @@ def test_fused_rows_are_cut_as_what_was_fused_is(cut):
     }.items():
         whole, small = both(*modules)
         assert torch.equal(compacted(phi, 0, fused, "weight", whole, kept), small)
-        assert compact_size(phi, fused, "weight", whole.shape, kept) == tuple(small.shape)
+        assert sliced_shape(phi, fused, "weight", whole.shape, kept) == tuple(small.shape)
     neox = architecture(dense, head_dim, "gpt_neox")
     q_proj = parts["self_attn.q_proj", "weight"]
     by_head = [q_proj.reshape(dense.heads, head_dim, HIDDEN) + 1000 * i for i in range(3)]
@@ -150,13 +151,13 @@ def test_fused_rows_are_cut_as_what_was_fused_is(cut):
 @often
 def test_keeping_everything_changes_nothing(cut):
     dense, _, head_dim = cut
-    whole = Kept(tuple(range(dense.groups)), tuple(range(dense.heads)), tuple(range(dense.channels)))
+    whole = Kept(tuple(range(dense.groups)), tuple(range(dense.heads)), (tuple(range(dense.channels)),))
     for (module, kind), tensor in dense_tensors(dense, head_dim).items():
         assert torch.equal(compacted(architecture(dense, head_dim), 0, module, kind, tensor, whole), tensor)
 
 
 def test_kept_indices_are_the_columns_of_the_kept_units():
-    kept = Kept((1,), (2, 5), (0, 7))
+    kept = Kept((1,), (2, 5), ((0, 7),))
     assert kept_indices(kept, "heads", 3).tolist() == [6, 7, 8, 15, 16, 17]
     assert kept_indices(kept, "groups", 2).tolist() == [2, 3]
     assert kept_indices(kept, "channels", 3).tolist() == [0, 7]

@@ -8,8 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from seap_ray.config import AllocationSection, PruningSection
+from seap_ray.core.allocation import choose_shapes
 from seap_ray.core.architecture import Architecture
-from seap_ray.core.plan import choose_shapes, ratio_of
+from seap_ray.core.plan import ratio_of
 from seap_ray.core.sparsity import logistic, official_logistic, uniform
 from seap_ray.errors import ConfigError
 

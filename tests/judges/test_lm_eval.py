@@ -16,9 +16,9 @@ import yaml
 from transformers import AutoTokenizer
 
 from seap_ray.errors import ConfigError, DataError
-from seap_ray.judges import lm_eval as harness
+from seap_ray.judges import lm_eval
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.export import Compaction
+from seap_ray.models.export import CheckpointExport
 from seap_ray.tasks import BUILT_IN, Task
 from tests.support import DATA
 from tests.support.builders import load, random_ids, random_plan, write_compacted
@@ -71,8 +71,8 @@ def test_every_task_is_judged_on_local_files_in_silence_and_the_model_stays_as_i
     ids = random_ids()
     before, padding = model(ids).logits, tokenizer.pad_token
     task = local(name)
-    harness.check(task)
-    judged = harness.judge(model, tokenizer, task, samples=6, seed=1, num_fewshot=None, batch_tokens=2048)
+    lm_eval.check(task)
+    judged = lm_eval.judge(model, tokenizer, task, samples=6, seed=1, num_fewshot=None, batch_tokens=2048)
     assert (judged.metric, len(judged.values)) == (METRICS[name], 6)
     assert set(judged.values) <= {0.0, 1.0} and judged.value == mean(judged.values)
     assert torch.equal(model(ids).logits, before) and tokenizer.pad_token == padding
@@ -127,7 +127,7 @@ def test_figures_are_those_of_the_command_line_on_the_same_rows(stories, tmp_pat
             task = task.model_copy(
                 update={"path": str(by_hand / f"{name}_examples.parquet"), "evaluation_path": task.path}
             )
-        judged = harness.judge(*stories, task, **ARGUMENTS | {"num_fewshot": shots})
+        judged = lm_eval.judge(*stories, task, **ARGUMENTS | {"num_fewshot": shots})
         theirs = figures[f"{name}_by_hand"]
         keys = (f"{METRICS[name]},none", f"{METRICS[name]}_stderr,none")
         assert (judged.value, judged.stderr) == tuple(theirs[key] for key in keys), name
@@ -169,34 +169,34 @@ FIRST["arc_challenge"] = FIRST["arc_easy"]
 def test_prompts_choices_and_answers_are_lm_evals(name):
     where, split = SOURCES[name]
     (row,) = rows_of(where.partition("/")[0], split, 1)
-    exam = harness._exam(local(name), 0)
-    doc = exam.eval_docs[0]
-    choices = exam.doc_to_choice(doc) if exam.config.doc_to_choice else None
-    assert (exam.doc_to_text(doc), choices, exam.doc_to_target(doc)) == FIRST[name](row)
-    assert exam.fewshot_context(doc, 0) == FIRST[name](row)[0]
+    lm_task = lm_eval._load_task(local(name), 0)
+    doc = lm_task.eval_docs[0]
+    choices = lm_task.doc_to_choice(doc) if lm_task.config.doc_to_choice else None
+    assert (lm_task.doc_to_text(doc), choices, lm_task.doc_to_target(doc)) == FIRST[name](row)
+    assert lm_task.fewshot_context(doc, 0) == FIRST[name](row)[0]
 
 
 def test_winogrande_is_scored_on_what_follows_either_name():
-    exam = harness._exam(local("winogrande"), 0)
-    doc = exam.eval_docs[0]
+    lm_task = lm_eval._load_task(local("winogrande"), 0)
+    doc = lm_task.eval_docs[0]
     assert doc["sentence"] == "Sarah was a much better surgeon than Maria so _ always got the easier cases."
-    requests = exam.construct_requests(doc=doc, ctx=exam.fewshot_context(doc, 0))
+    requests = lm_task.construct_requests(doc=doc, ctx=lm_task.fewshot_context(doc, 0))
     assert [request.args for request in requests] == [
         (f"Sarah was a much better surgeon than Maria so {who}", " always got the easier cases.")
         for who in ("Sarah", "Maria")
     ]
-    assert exam.doc_to_text(doc) == 1
+    assert lm_task.doc_to_text(doc) == 1
 
 
 def test_hellaswag_of_llama_cpp_is_prepared_as_lm_eval_prepares_its_own():
-    exam = harness._exam(local("hellaswag"), 0)
-    doc = exam.eval_docs[0]
-    assert exam.doc_to_text(doc) == "Roof shingle removal: A man is sitting on a roof. He"
-    assert exam.doc_to_choice(doc)[3] == "starts pulling up roofing on a roof." and exam.doc_to_target(doc) == 3
+    lm_task = lm_eval._load_task(local("hellaswag"), 0)
+    doc = lm_task.eval_docs[0]
+    assert lm_task.doc_to_text(doc) == "Roof shingle removal: A man is sitting on a roof. He"
+    assert lm_task.doc_to_choice(doc)[3] == "starts pulling up roofing on a roof." and lm_task.doc_to_target(doc) == 3
     for line in (DATA / "tasks/hellaswag/hellaswag_train_3368.jsonl").open():
         row = json.loads(line)
         parts = {key: row[key] for key in ("activity_label", "ctx_a", "ctx_b")}
-        assert harness._parts_of_hellaswag(llama_cpp(row)) == parts
+        assert lm_eval._hellaswag_parts(llama_cpp(row)) == parts
 
 
 def test_a_generated_number_is_judged_by_the_strict_filter(stories, tmp_path, monkeypatch):
@@ -207,7 +207,7 @@ def test_a_generated_number_is_judged_by_the_strict_filter(stories, tmp_path, mo
     )
     rows = [{"question": "How many?", "answer": f"So many. #### {number}"} for number in ("42", "7", "42")]
     task = local("gsm8k", write(tmp_path / "test.parquet", rows))
-    judged = harness.judge(*stories, task, **ARGUMENTS)
+    judged = lm_eval.judge(*stories, task, **ARGUMENTS)
     assert (judged.metric, judged.values, judged.value) == ("exact_match", (1.0, 0.0, 1.0), pytest.approx(2 / 3))
     assert judged.stderr == pytest.approx((2 / 3 * 1 / 3 / 2) ** 0.5)
 
@@ -217,14 +217,14 @@ def test_a_generated_number_is_judged_by_the_strict_filter(stories, tmp_path, mo
 
 def test_samples_are_drawn_from_all_rows_by_the_seed_and_keep_their_order(stories, tmp_path):
     task = local("arc_easy", write(tmp_path / "test.parquet", rows_of("ai2_arc_easy", "test", 40)))
-    whole = harness.judge(*stories, task, **ARGUMENTS)
-    drawn = {seed: harness._draw(40, 10, seed) for seed in range(5)}
+    whole = lm_eval.judge(*stories, task, **ARGUMENTS)
+    drawn = {seed: lm_eval._draw(40, 10, seed) for seed in range(5)}
     assert len({tuple(rows) for rows in drawn.values()}) == 5 and max(map(max, drawn.values())) >= 35
     for seed in (0, 1):
-        judged = harness.judge(*stories, task, **ARGUMENTS | {"samples": 10, "seed": seed})
+        judged = lm_eval.judge(*stories, task, **ARGUMENTS | {"samples": 10, "seed": seed})
         assert judged.values == tuple(whole.values[row] for row in drawn[seed])
-    assert harness.judge(*stories, task, **ARGUMENTS | {"samples": 40}) == whole
-    assert harness.judge(*stories, task, **ARGUMENTS | {"batch_tokens": 1}) == whole
+    assert lm_eval.judge(*stories, task, **ARGUMENTS | {"samples": 40}) == whole
+    assert lm_eval.judge(*stories, task, **ARGUMENTS | {"batch_tokens": 1}) == whole
 
 
 def test_examples_come_from_the_calibration_split_and_else_from_other_rows(tmp_path):
@@ -233,28 +233,28 @@ def test_examples_come_from_the_calibration_split_and_else_from_other_rows(tmp_p
     with_train = local("arc_easy")
     train = {row["question"] for row in rows_of("ai2_arc_easy", "train", 10**6)}
     for task, pool in ((alone, {row["question"] for row in rows}), (with_train, train)):
-        exam = harness._exam(task, 2)
+        lm_task = lm_eval._load_task(task, 2)
         for row in rows:
-            doc = next(doc for doc in exam.eval_docs if doc["question"] == row["question"])
-            *examples, last = exam.fewshot_context(doc, 2).split("Question: ")[1:]
+            doc = next(doc for doc in lm_task.eval_docs if doc["question"] == row["question"])
+            *examples, last = lm_task.fewshot_context(doc, 2).split("Question: ")[1:]
             shown = {text.partition("\nAnswer: ")[0] for text in examples}
             assert last == f"{row['question']}\nAnswer:"
             assert len(shown) == 2 and shown <= pool - {row["question"]}
 
 
 def test_the_number_of_examples_is_lm_evals_unless_it_is_given():
-    shots = [harness._exam(local("gsm8k"), n).config.num_fewshot for n in (None, 0, 3)]
-    assert shots == [5, 0, 3] and harness._exam(local("piqa"), None).config.num_fewshot == 0
+    shots = [lm_eval._load_task(local("gsm8k"), n).config.num_fewshot for n in (None, 0, 3)]
+    assert shots == [5, 0, 3] and lm_eval._load_task(local("piqa"), None).config.num_fewshot == 0
 
 
 def test_a_fingerprint_tells_other_files_and_metrics_apart(tmp_path):
     rows = rows_of("ai2_arc_easy", "test", 4)
     task = local("arc_easy", write(tmp_path / "test.parquet", rows))
-    before = harness.fingerprint_of(task)
-    assert json.loads(json.dumps(before)) == before == harness.fingerprint_of(task)
-    assert before != harness.fingerprint_of(task.model_copy(update={"metric": "acc_norm"}))
+    before = lm_eval.fingerprint_of(task)
+    assert json.loads(json.dumps(before)) == before == lm_eval.fingerprint_of(task)
+    assert before != lm_eval.fingerprint_of(task.model_copy(update={"metric": "acc_norm"}))
     write(tmp_path / "test.parquet", rows[:3])
-    assert before != harness.fingerprint_of(task)
+    assert before != lm_eval.fingerprint_of(task)
 
 
 def test_a_compacted_model_is_judged_and_writes_answers(dense, tmp_path):
@@ -262,12 +262,12 @@ def test_a_compacted_model_is_judged_and_writes_answers(dense, tmp_path):
 
     checkpoint = Checkpoint.open(str(dense("llama_gqa")))
     plan = random_plan(checkpoint.architecture, seed=1)
-    folder = write_compacted(Compaction(checkpoint, plan, {}), tmp_path / "expert")
+    folder = write_compacted(CheckpointExport(checkpoint, plan, {}), tmp_path / "expert")
     model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder, eos_token="<unk>")
     before = model(random_ids()).logits
     assert model.config.model_type == "seap_llama"
     for name in ("gsm8k", "arc_easy"):
-        judged = harness.judge(model, tokenizer, local(name), **ARGUMENTS | {"samples": 5})
+        judged = lm_eval.judge(model, tokenizer, local(name), **ARGUMENTS | {"samples": 5})
         assert 0 <= judged.value <= 1 and len(judged.values) == 5
     assert torch.equal(model(random_ids()).logits, before)
 
@@ -301,7 +301,7 @@ def test_rows_that_do_not_fit_are_refused_in_a_line(name, row, message, tmp_path
     file = tmp_path / "test.jsonl"
     file.write_text(json.dumps(row) if row else "")
     with pytest.raises(DataError) as refused:
-        harness.check(local(name, file))
+        lm_eval.check(local(name, file))
     text = str(refused.value)
     assert text.startswith(f"tasks.{name}: ") and message.replace("FILE", str(file)) in text and "\n" not in text
 
@@ -310,13 +310,13 @@ def test_rows_that_fit_are_not_refused(tmp_path):
     for name, row in (("piqa", PIQA), ("winogrande", WINOGRANDE)):
         file = tmp_path / f"{name}.jsonl"
         file.write_text(json.dumps(row))
-        harness.check(local(name, file))
-    harness.check(local("gsm8k", lm_eval="gsm8k_cot"))  # its template goes without a column that it names
+        lm_eval.check(local(name, file))
+    lm_eval.check(local("gsm8k", lm_eval="gsm8k_cot"))  # its template goes without a column that it names
 
 
 def test_another_task_of_lm_evals_on_local_files_keeps_its_own_examples():
-    exam = harness._exam(local("gsm8k", lm_eval="gsm8k_cot"), None)
-    context = exam.fewshot_context(exam.eval_docs[0], exam.config.num_fewshot)
+    lm_task = lm_eval._load_task(local("gsm8k", lm_eval="gsm8k_cot"), None)
+    context = lm_task.fewshot_context(lm_task.eval_docs[0], lm_task.config.num_fewshot)
     assert context.startswith("Q: There are 15 trees in the grove.") and context.count("Q: ") == 9
 
 
@@ -331,7 +331,7 @@ def test_another_task_of_lm_evals_on_local_files_keeps_its_own_examples():
 )
 def test_what_lm_eval_does_not_have_is_refused_in_a_line(changes, message):
     with pytest.raises(ConfigError, match=message) as refused:
-        harness.check(local("piqa").model_copy(update=changes))
+        lm_eval.check(local("piqa").model_copy(update=changes))
     assert "\n" not in str(refused.value)
 
 
@@ -340,7 +340,7 @@ def test_without_lm_eval_a_line_says_how_to_install_it(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", missing)
-    for call in (harness.version, lambda: harness.check(local("piqa")), lambda: harness.fingerprint_of(local("piqa"))):
+    for call in (lm_eval.version, lambda: lm_eval.check(local("piqa")), lambda: lm_eval.fingerprint_of(local("piqa"))):
         with pytest.raises(ConfigError, match=r"^lm-eval is not installed: pip install 'seap-ray\[eval\]'$"):
             call()
 
@@ -351,10 +351,10 @@ def test_the_hub_is_asked_only_to_judge_and_where_it_fails_a_line_names_the_way_
 
     monkeypatch.setattr("datasets.load_dataset", offline)
     task = BUILT_IN["piqa"]
-    harness.check(task)
-    assert harness.fingerprint_of(task)[-1] == []
+    lm_eval.check(task)
+    assert lm_eval.fingerprint_of(task)[-1] == []
     with pytest.raises(DataError) as failed:
-        harness.judge(*stories, task, **ARGUMENTS)
+        lm_eval.judge(*stories, task, **ARGUMENTS)
     assert str(failed.value) == (
         "tasks.piqa: the hub did not give the rows of lm-eval's task piqa (no hub); "
         "a local copy works: tasks=[{name: piqa, evaluation_path: FOLDER}]"

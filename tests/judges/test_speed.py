@@ -10,7 +10,7 @@ from seap_ray.config import SpeedSection
 from seap_ray.judges import speed
 from seap_ray.judges.speed import measure_speeds
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.export import Compaction
+from seap_ray.models.export import CheckpointExport
 from tests.support.builders import random_plan, write_compacted
 
 SETTINGS = SpeedSection(rounds=3, batch_size=2, prompt_tokens=12, new_tokens=4)
@@ -56,7 +56,7 @@ def test_prefill_ends_with_the_prompt_and_decoding_takes_a_token_at_a_time(dense
 def test_a_compacted_shape_is_measured_as_it_is(dense, tmp_path):
     base = Checkpoint.open(str(dense("llama_gqa")))
     plan = random_plan(base.architecture, seed=1)
-    folder = write_compacted(Compaction(base, plan), tmp_path / "cut")
+    folder = write_compacted(CheckpointExport(base, plan), tmp_path / "cut")
     model = speed._random_model(json.loads((folder / "config.json").read_text()), torch.float32, "cpu")
     widths = [layer.mlp.down_proj.in_features for layer in model.model.layers]
     assert widths == [shape.channels for shape in plan.shapes]

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from seap_ray.core.architecture import Architecture, Shape
+from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.plan import Kept, Plan
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.export import Compaction, check_stock
+from seap_ray.models.export import CheckpointExport, check_stock
 from seap_ray.models.hf.shapes import check_folder
 from tests.support.builders import (
     CONFIGS,
@@ -45,13 +46,13 @@ def once(dense, tmp_path_factory) -> Once:
             base = Checkpoint.open(str(dense(name, dtype)))
             plan = random_plan(base.architecture, 11, compensation)
             statistics = random_statistics(base.architecture, 11)
-            made[key] = write(Compaction(base, plan, statistics), tmp_path_factory.mktemp(name))
+            made[key] = write(CheckpointExport(base, plan, statistics), tmp_path_factory.mktemp(name))
         return made[key]
 
     return folder
 
 
-def again_of(folder: Path, compensation: str, seed: int = 12) -> Compaction:
+def again_of(folder: Path, compensation: str, seed: int = 12) -> CheckpointExport:
     """A second cut of every layer but one."""
     base, rng = Checkpoint.open(str(folder)), random.Random(seed)
     kept = []
@@ -61,8 +62,8 @@ def again_of(folder: Path, compensation: str, seed: int = 12) -> Compaction:
         if layer != GIVEN:
             shape = Shape(shape.groups, shape.heads_per_group, rng.randint(1, max(of.channels - 1, 1)))
         kept.append(random_kept(of, shape, rng, base.architecture.n_experts))
-    plan = Plan("again", 0.5, compensation, tuple(kept), {})
-    return Compaction(base, plan, random_statistics(base.architecture, seed))
+    plan = Plan("again", 0.5, COMPENSATIONS[compensation], tuple(kept), {})
+    return CheckpointExport(base, plan, random_statistics(base.architecture, seed))
 
 
 # --- what it computes ------------------------------------------------------------------------------------------------
@@ -75,9 +76,9 @@ def test_a_second_cut_equals_the_given_model_with_cut_activations_replaced(
     once, tmp_path, float64_norms, name, first, compensation
 ):
     source, ids_BT = once(name, first), random_ids()
-    compaction = again_of(source, compensation)
-    compacted = logits(load(write(compaction, tmp_path)), ids_BT)
-    replaced = logits(with_replaced_activations(load(source), compaction), ids_BT)
+    export = again_of(source, compensation)
+    compacted = logits(load(write(export, tmp_path)), ids_BT)
+    replaced = logits(with_replaced_activations(load(source), export), ids_BT)
     assert (compacted - replaced).abs().max() < 1e-12
     assert (compacted - logits(load(source), ids_BT)).abs().max() > 1e-3
 
@@ -85,9 +86,9 @@ def test_a_second_cut_equals_the_given_model_with_cut_activations_replaced(
 @pytest.mark.parametrize("name", ["llama_mha", "llama_gqa", "llama_biased", "qwen2", "mixtral", "gpt_neox"])
 def test_it_equals_it_exactly_where_sums_keep_their_order(once, tmp_path, float64_norms, ordered_sums, name):
     source, ids_BT = once(name, "mean"), random_ids(2, 8)
-    compaction = again_of(source, "mean")
-    compacted = logits(load(write(compaction, tmp_path)), ids_BT)
-    assert torch.equal(compacted, logits(with_split_products(load(source), compaction), ids_BT))
+    export = again_of(source, "mean")
+    compacted = logits(load(write(export, tmp_path)), ids_BT)
+    assert torch.equal(compacted, logits(with_split_products(load(source), export), ids_BT))
 
 
 @pytest.mark.parametrize("compensation", ["none", "mean"])
@@ -97,7 +98,9 @@ def test_a_second_cut_of_nothing_is_the_identity(once, tmp_path, name, compensat
     base = Checkpoint.open(str(source))
     kept = tuple(Kept.whole(base.architecture, layer) for layer in range(base.architecture.n_layers))
     statistics = random_statistics(base.architecture, 0)
-    folder = write(Compaction(base, Plan("again", 0.0, compensation, kept, {}), statistics), tmp_path)
+    folder = write(
+        CheckpointExport(base, Plan("again", 0.0, COMPENSATIONS[compensation], kept, {}), statistics), tmp_path
+    )
     assert (folder / "config.json").read_bytes() == (source / "config.json").read_bytes()
     written, given = tensors_of(folder), tensors_of(source)
     assert written.keys() == given.keys() and all(torch.equal(written[name], given[name]) for name in given)
@@ -107,8 +110,10 @@ def test_a_second_cut_of_nothing_is_the_identity(once, tmp_path, name, compensat
 def test_layers_that_go_as_a_whole_take_their_widths_and_biases_with_them(once, tmp_path, name):
     source, ids_BT = once(name, "mean"), random_ids()
     base = Checkpoint.open(str(source))
-    plan = Plan("again", 0.5, "none", tuple(Kept.whole(base.architecture, layer) for layer in (1, 3)), {}, (0, 2))
-    folder = write(Compaction(base, plan), tmp_path)
+    plan = Plan(
+        "again", 0.5, COMPENSATIONS["none"], tuple(Kept.whole(base.architecture, layer) for layer in (1, 3)), {}, (0, 2)
+    )
+    folder = write(CheckpointExport(base, plan), tmp_path)
     check_folder(folder)
     skipping = load(source)
     for layer in (2, 0):
@@ -124,8 +129,8 @@ def test_layers_that_go_as_a_whole_take_their_widths_and_biases_with_them(once, 
 @pytest.mark.parametrize("compensation", ["none", "mean"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_written_layers_have_the_parameters_that_the_plan_counts_on(once, tmp_path, name, compensation):
-    compaction = again_of(once(name, "mean"), compensation)
-    architecture, prefix = compaction.base.architecture, compaction.base.architecture.layout.layers
+    export = again_of(once(name, "mean"), compensation)
+    architecture, prefix = export.base.architecture, export.base.architecture.layout.layers
 
     def sizes(folder: Path) -> list[int]:
         of: dict[str, int] = {}
@@ -135,27 +140,27 @@ def test_written_layers_have_the_parameters_that_the_plan_counts_on(once, tmp_pa
                 of[layer] = of.get(layer, 0) + tensor.numel()
         return [of[str(layer)] for layer in range(len(of))]
 
-    folder = write(compaction, tmp_path)
-    before, after = sizes(compaction.base.folder), sizes(folder)
+    folder = write(export, tmp_path)
+    before, after = sizes(export.base.folder), sizes(folder)
     assert [architecture.layer_parameters(layer) for layer in architecture.layers] == before
     again = Checkpoint.open(str(folder)).architecture
     assert [again.layer_parameters(layer) for layer in again.layers] == after
-    assert compaction.plan.planned(architecture) == pytest.approx(1 - sum(after) / sum(before), abs=1e-12)
+    assert export.plan.planned(architecture) == pytest.approx(1 - sum(after) / sum(before), abs=1e-12)
 
 
 def test_config_keeps_the_dense_widths_and_the_biases_that_were_there(once, tmp_path):
     base = Checkpoint.open(str(once("llama_gqa", "mean")))
-    compaction = again_of(base.folder, "none")
-    config = json.loads((write(compaction, tmp_path) / "config.json").read_text())
+    export = again_of(base.folder, "none")
+    config = json.loads((write(export, tmp_path) / "config.json").read_text())
     assert {k: v for k, v in config.items() if k != "per_layer_config"} == {
         k: v for k, v in base.config.items() if k != "per_layer_config"
     }
     biases = {"o_proj_bias": True, "down_proj_bias": True}
-    for layer, kept in enumerate(compaction.plan.kept):
+    for layer, kept in enumerate(export.plan.kept):
         widths = {
             "num_attention_heads": len(kept.heads),
             "num_key_value_heads": len(kept.groups),
-            "intermediate_size": len(kept.channels),
+            "intermediate_size": kept.n_channels,
         }
         own = {key: value for key, value in widths.items() if value != config[key]}
         assert config["per_layer_config"][str(layer)] == (own | biases if layer != 1 else own)
@@ -191,11 +196,11 @@ def test_moments_and_covariances_layer_by_layer_are_the_bytes_of_the_whole_model
 # --- stock exports ---------------------------------------------------------------------------------------------------
 
 
-def equal_cut(base: Checkpoint, shape: Shape, compensation: str) -> Compaction:
+def equal_cut(base: Checkpoint, shape: Shape, compensation: str) -> CheckpointExport:
     rng, architecture = random.Random(3), base.architecture
     kept = tuple(random_kept(layer.shape, shape, rng, architecture.n_experts) for layer in architecture.layers)
-    plan = Plan("again", 0.5, compensation, kept, {})
-    return Compaction(base, plan, random_statistics(architecture, 3))
+    plan = Plan("again", 0.5, COMPENSATIONS[compensation], kept, {})
+    return CheckpointExport(base, plan, random_statistics(architecture, 3))
 
 
 @pytest.mark.parametrize("compensation", ["none", "mean"])
@@ -207,10 +212,10 @@ def test_a_second_cut_to_equal_widths_has_a_stock_export(dense, tmp_path, name, 
         random_kept(base.architecture.dense, Shape(*heads, 60 + layer), random.Random(layer)) for layer in range(4)
     )
     first_plan = Plan("once", 0.3, first, uneven, {})
-    source = write(Compaction(base, first_plan, random_statistics(base.architecture, 2)), tmp_path / "once")
+    source = write(CheckpointExport(base, first_plan, random_statistics(base.architecture, 2)), tmp_path / "once")
     cut = equal_cut(Checkpoint.open(str(source)), Shape(*heads, 50), compensation)
     check_stock(cut.plan, cut.base.architecture)
-    stock = write(Compaction(cut.base, cut.plan, cut.statistics, stock=True), tmp_path / "stock")
+    stock = write(CheckpointExport(cut.base, cut.plan, cut.statistics, stock=True), tmp_path / "stock")
     config = json.loads((stock / "config.json").read_text())
     is_llama = name == "qwen2" and "mean" in (first, compensation) or name.startswith("llama")
     assert config["model_type"] == ("llama" if is_llama else name)

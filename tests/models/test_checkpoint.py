@@ -25,12 +25,14 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 
 import seap_ray.models.hf  # noqa: F401  (registers the classes that load a compacted checkpoint)
 from seap_ray.core.architecture import Architecture, Shape
+from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.plan import Kept, Plan
 from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.models import checkpoint as checkpoint_module
-from seap_ray.models import export as compaction_module
+from seap_ray.models import export as export_module
+from seap_ray.models import model_sources
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.export import SHARED, Compaction, check_stock, finish, parse_size, write_tensors
+from seap_ray.models.export import SHARED, CheckpointExport, check_stock, finish, parse_size, write_tensors
 from seap_ray.models.hf.shapes import check_folder
 from tests.support import ROOT
 from tests.support.builders import (
@@ -57,10 +59,10 @@ from tests.support.checkpoints import (
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def compaction_of(folder: Path, compensation: str = "none", seed: int = 0) -> Compaction:
+def export_of(folder: Path, compensation: str = "none", seed: int = 0) -> CheckpointExport:
     base = Checkpoint.open(str(folder))
     plan = random_plan(base.architecture, seed, compensation)
-    return Compaction(base, plan, random_statistics(base.architecture, seed))
+    return CheckpointExport(base, plan, random_statistics(base.architecture, seed))
 
 
 # --- oracles: the dense model, changed in place ----------------------------------------------------------------------
@@ -68,7 +70,7 @@ def compaction_of(folder: Path, compensation: str = "none", seed: int = 0) -> Co
 
 def inputs_of(model_type: str, kept: Kept, dense: Shape, head_dim: int) -> dict[str, dict[str, list[int]]]:
     """Kept rows of every module before ``o_proj`` and ``down_proj``, by site, written out family by family."""
-    heads, groups, channels = columns(kept.heads, head_dim), columns(kept.groups, head_dim), list(kept.channels)
+    heads, groups, channels = columns(kept.heads, head_dim), columns(kept.groups, head_dim), list(kept.channels[0])
     match model_type:
         case "phi3":
             after_queries, after_keys = dense.heads * head_dim, (dense.heads + dense.groups) * head_dim
@@ -98,15 +100,15 @@ def linear_of(weight_OD: torch.Tensor, bias_O: torch.Tensor | None) -> nn.Linear
 
 
 @torch.no_grad()
-def with_smaller_layers(model: Any, compaction: Compaction) -> Any:
+def with_smaller_layers(model: Any, export: CheckpointExport) -> Any:
     """Every Linear replaced by one of the kept rows or columns, as a pruning script without files would do it."""
-    plan, architecture = compaction.plan, compaction.base.architecture
+    plan, architecture = export.plan, export.base.architecture
     head_dim = architecture.head_dim
     for layer, site, linear, kept, cut in list(sites(model, plan, head_dim)):
         block, of = model.get_decoder().layers[layer], plan.kept[layer]
         bias_O = linear.bias
-        if plan.compensation == "mean" and of.shape != architecture.dense:
-            bias_O = linear.weight[:, cut].double() @ replaced_mean(compaction, layer, site)[cut]
+        if plan.compensation.name == "mean" and of.shape != architecture.dense:
+            bias_O = linear.weight[:, cut].double() @ replaced_mean(export, layer, site)[cut]
             bias_O = bias_O if linear.bias is None else bias_O + linear.bias.double()
             bias_O = bias_O.to(linear.weight.dtype)
         name = next(name for name, module in block.named_modules() if module is linear)
@@ -135,9 +137,9 @@ def test_compacted_equals_the_dense_model_with_cut_activations_replaced(
     dense, tmp_path, float64_norms, name, compensation
 ):
     source, ids_BT = dense(name, torch.float64), random_ids()
-    compaction = compaction_of(source, compensation, seed=1)
-    compacted = logits(load(write_compacted(compaction, tmp_path)), ids_BT)
-    replaced = logits(with_replaced_activations(load(source), compaction), ids_BT)
+    export = export_of(source, compensation, seed=1)
+    compacted = logits(load(write_compacted(export, tmp_path)), ids_BT)
+    replaced = logits(with_replaced_activations(load(source), export), ids_BT)
     assert compacted.dtype == torch.float64
     # Not exactly zero: BLAS adds in another order for another width.
     assert (compacted - replaced).abs().max() < 1e-12
@@ -151,9 +153,9 @@ def test_compacted_equals_it_exactly_where_sums_keep_their_order(
 ):
     # 16 positions: elementwise functions treat the rest of a SIMD vector in another way, and widths differ.
     source, ids_BT = dense(name, torch.float64), random_ids(2, 8)
-    compaction = compaction_of(source, compensation, seed=2)
-    compacted = logits(load(write_compacted(compaction, tmp_path)), ids_BT)
-    difference = (compacted - logits(with_split_products(load(source), compaction), ids_BT)).abs().max()
+    export = export_of(source, compensation, seed=2)
+    compacted = logits(load(write_compacted(export, tmp_path)), ids_BT)
+    difference = (compacted - logits(with_split_products(load(source), export), ids_BT)).abs().max()
     # Halves of Phi-3's fused products lie in strides of another width, which elementwise functions treat differently.
     assert difference < 1e-13 if name == "phi3" else difference == 0.0
 
@@ -163,10 +165,10 @@ def test_compacted_equals_it_exactly_where_sums_keep_their_order(
 @pytest.mark.parametrize("name", CONFIGS)
 def test_reloaded_equals_pruned_in_memory_bit_for_bit(dense, tmp_path, name, dtype, max_bytes):
     source, ids_BT = dense(name, dtype), random_ids()
-    compaction = compaction_of(source, "mean", seed=3)
-    reloaded = load(write_compacted(compaction, tmp_path, max_bytes))
+    export = export_of(source, "mean", seed=3)
+    reloaded = load(write_compacted(export, tmp_path, max_bytes))
     assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == (max_bytes < 10**9)
-    pruned = with_smaller_layers(load(source), compaction)
+    pruned = with_smaller_layers(load(source), export)
     assert {parameter.dtype for parameter in reloaded.parameters()} == {dtype}
     expected = dict(pruned.named_parameters())
     assert dict(reloaded.named_parameters()).keys() == expected.keys()
@@ -177,8 +179,8 @@ def test_reloaded_equals_pruned_in_memory_bit_for_bit(dense, tmp_path, name, dty
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_base_in_several_files_gives_the_same_checkpoint(dense, tmp_path, name):
-    whole = compaction_of(dense(name), "mean")
-    parts = compaction_of(dense(name, torch.float32, "20KB"), "mean")
+    whole = export_of(dense(name), "mean")
+    parts = export_of(dense(name, torch.float32, "20KB"), "mean")
     assert len({info.file for info in parts.base.tensors.values()}) > 2
     write_compacted(whole, tmp_path / "whole")
     write_compacted(parts, tmp_path / "parts")
@@ -190,9 +192,9 @@ def test_a_base_in_several_files_gives_the_same_checkpoint(dense, tmp_path, name
 @pytest.mark.parametrize("name", ["llama_gqa", "llama_biased", "qwen2"])
 def test_generate_works_with_both_kinds_of_cache(dense, tmp_path, name):
     source, ids_BT = dense(name, torch.float64), random_ids(2, 5)
-    compaction = compaction_of(source, "mean", seed=4)
-    model = load(write_compacted(compaction, tmp_path))
-    pruned, greedy_BT = with_smaller_layers(load(source), compaction), ids_BT
+    export = export_of(source, "mean", seed=4)
+    model = load(write_compacted(export, tmp_path))
+    pruned, greedy_BT = with_smaller_layers(load(source), export), ids_BT
     for _ in range(6):  # no cache at all
         greedy_BT = torch.cat([greedy_BT, logits(pruned, greedy_BT)[:, -1:].argmax(-1)], 1)
     settings = {"do_sample": False, "min_new_tokens": 6, "max_new_tokens": 6, "suppress_tokens": None}
@@ -205,7 +207,7 @@ def test_generate_works_with_both_kinds_of_cache(dense, tmp_path, name):
 
 
 def test_the_attention_implementation_can_be_chosen(dense, tmp_path, float64_norms):
-    folder = write_compacted(compaction_of(dense("llama_gqa", torch.float64), "mean", seed=4), tmp_path)
+    folder = write_compacted(export_of(dense("llama_gqa", torch.float64), "mean", seed=4), tmp_path)
     model, ids_BT = load(folder), random_ids()
     expected = logits(model, ids_BT)
     for eager in (load(folder, attn_implementation="eager"), model):
@@ -220,7 +222,7 @@ def test_the_attention_implementation_can_be_chosen(dense, tmp_path, float64_nor
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_loaded_model_saved_and_loaded_again_is_the_same(dense, tmp_path, name):
-    model = load(write_compacted(compaction_of(dense(name), "mean", seed=5), tmp_path / "first"))
+    model = load(write_compacted(export_of(dense(name), "mean", seed=5), tmp_path / "first"))
     model.save_pretrained(tmp_path / "second")
     again, ids_BT = load(tmp_path / "second"), random_ids()
     assert type(again) is type(model)
@@ -235,7 +237,7 @@ def test_a_plan_that_cuts_nothing_is_the_identity(dense, tmp_path, name):
     source = dense(name, torch.bfloat16)
     base = Checkpoint.open(str(source))
     plan = uniform_plan(base.architecture, base.architecture.dense, "mean")
-    folder = write_compacted(Compaction(base, plan, random_statistics(base.architecture, 0)), tmp_path)
+    folder = write_compacted(CheckpointExport(base, plan, random_statistics(base.architecture, 0)), tmp_path)
     before, after = tensors_of(source), tensors_of(folder)
     assert before.keys() == after.keys()
     for key, tensor in before.items():
@@ -246,7 +248,7 @@ def test_a_plan_that_cuts_nothing_is_the_identity(dense, tmp_path, name):
 
 def without_layers(base: Checkpoint, dropped: tuple[int, ...]) -> Plan:
     kept = (Kept.whole(base.architecture, 0),) * (base.architecture.n_layers - len(dropped))
-    return Plan("expert", 0.5, "none", kept, {}, dropped)
+    return Plan("expert", 0.5, COMPENSATIONS["none"], kept, {}, dropped)
 
 
 @pytest.mark.parametrize("stock", [False, True], ids=["seap", "stock"])
@@ -255,7 +257,7 @@ def without_layers(base: Checkpoint, dropped: tuple[int, ...]) -> Plan:
 def test_without_some_layers_it_equals_the_dense_model_that_skips_them(dense, tmp_path, name, dropped, stock):
     source, ids_BT = dense(name, torch.bfloat16), random_ids()
     base = Checkpoint.open(str(source))
-    folder = write_compacted(Compaction(base, without_layers(base, dropped), stock=stock), tmp_path, 20_000)
+    folder = write_compacted(CheckpointExport(base, without_layers(base, dropped), stock=stock), tmp_path, 20_000)
     check_folder(folder)
     model, skipping = load(folder), load(source)
     for layer in reversed(dropped):
@@ -275,7 +277,7 @@ def test_config_without_some_layers_counts_the_others_and_shortens_what_is_liste
     source = Path(shutil.copytree(dense("qwen2"), tmp_path / "base"))
     edit_config(source, eos_token_id=[2, 3, 4, 5], listed_by_layer=["a", "b", "c", "d"], another_list=[1, 2, 3])
     base = Checkpoint.open(str(source))
-    folder = write_compacted(Compaction(base, without_layers(base, (0, 2)), stock=stock), tmp_path / "out")
+    folder = write_compacted(CheckpointExport(base, without_layers(base, (0, 2)), stock=stock), tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == ("qwen2" if stock else "seap_qwen2")
     assert config["num_hidden_layers"] == 2
@@ -292,10 +294,10 @@ def test_config_without_some_layers_counts_the_others_and_shortens_what_is_liste
 def test_layers_may_go_and_others_be_cut_and_compensated(dense, tmp_path, float64_norms):
     """No allocation does both; the moments and biases are those of the layer's old number all the same."""
     source, ids_BT = dense("llama_biased", torch.float64), random_ids()
-    cut = compaction_of(source, "mean", seed=8)
+    cut = export_of(source, "mean", seed=8)
     kept, gone = cut.plan.kept, 2
-    plan = Plan("expert", 0.5, "mean", kept[:gone] + kept[gone + 1 :], {}, (gone,))
-    without = load(write_compacted(Compaction(cut.base, plan, cut.statistics), tmp_path))
+    plan = Plan("expert", 0.5, COMPENSATIONS["mean"], kept[:gone] + kept[gone + 1 :], {}, (gone,))
+    without = load(write_compacted(CheckpointExport(cut.base, plan, cut.statistics), tmp_path))
     skipping = with_smaller_layers(load(source), cut)
     del skipping.model.layers[gone]
     assert torch.equal(logits(without, ids_BT), logits(skipping, ids_BT))
@@ -309,14 +311,14 @@ def test_config_has_the_dense_widths_and_what_differs_by_layer(dense, tmp_path):
     whole = base.architecture.dense
     assert whole == Shape(4, 3, 80)
     kept = (
-        Kept((0, 2), (0, 1, 2, 6, 7, 8), tuple(range(80))),
-        Kept((0, 1, 2, 3), tuple(range(12)), tuple(range(80))),
-        Kept((0, 1, 2, 3), (0, 5, 7, 9), tuple(range(80))),
-        Kept((0, 1, 2, 3), tuple(range(12)), (3, 5, 8)),
+        Kept((0, 2), (0, 1, 2, 6, 7, 8), (tuple(range(80)),)),
+        Kept((0, 1, 2, 3), tuple(range(12)), (tuple(range(80)),)),
+        Kept((0, 1, 2, 3), (0, 5, 7, 9), (tuple(range(80)),)),
+        Kept((0, 1, 2, 3), tuple(range(12)), ((3, 5, 8),)),
     )
     for compensation in ("none", "mean"):
-        plan = Plan("expert", 0.5, compensation, kept, {})
-        folder = write_compacted(Compaction(base, plan, random_statistics(base.architecture, 0)), tmp_path)
+        plan = Plan("expert", 0.5, COMPENSATIONS[compensation], kept, {})
+        folder = write_compacted(CheckpointExport(base, plan, random_statistics(base.architecture, 0)), tmp_path)
         config = json.loads((folder / "config.json").read_text())
         biases = {"o_proj_bias": True, "down_proj_bias": True} if compensation == "mean" else {}
         assert config["per_layer_config"] == {
@@ -347,10 +349,10 @@ def test_config_names_what_the_base_left_to_be_derived(dense, tmp_path):
     config = json.loads((source / "config.json").read_text())
     del config["head_dim"], config["num_key_value_heads"]
     (source / "config.json").write_text(json.dumps(config))
-    compaction = compaction_of(source)
-    written = json.loads((write_compacted(compaction, tmp_path / "out") / "config.json").read_text())
+    export = export_of(source)
+    written = json.loads((write_compacted(export, tmp_path / "out") / "config.json").read_text())
     assert (written["head_dim"], written["num_key_value_heads"]) == (8, 6)
-    reference = with_smaller_layers(load(source), compaction)
+    reference = with_smaller_layers(load(source), export)
     assert torch.equal(logits(load(tmp_path / "out"), random_ids()), logits(reference, random_ids()))
 
 
@@ -359,7 +361,7 @@ def test_tokenizer_and_generation_config_and_licence_go_along_and_nothing_else(d
     for name in ("LICENSE.txt", "README.md", "training_args.bin", "special_tokens_map.json", "vocab.json"):
         (source / name).write_text("{}")
     (source / "original").mkdir()
-    folder = write_compacted(compaction_of(source), tmp_path / "out")
+    folder = write_compacted(export_of(source), tmp_path / "out")
     carried = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
     carried |= {"LICENSE.txt", "special_tokens_map.json", "vocab.json"}
     for name in carried:
@@ -370,16 +372,16 @@ def test_tokenizer_and_generation_config_and_licence_go_along_and_nothing_else(d
 
 
 def test_seap_json_is_written_last(dense, tmp_path, monkeypatch):
-    compaction = compaction_of(dense("llama_gqa"))
-    files = compaction.files(20_000)
+    export = export_of(dense("llama_gqa"))
+    files = export.files(20_000)
     written: list[str] = []
-    copy, write = shutil.copyfile, compaction_module.write_json
+    copy, write = shutil.copyfile, export_module.write_json
     spy = SimpleNamespace(copyfile=lambda source, target: (written.append(Path(source).name), copy(source, target)))
-    monkeypatch.setattr(compaction_module, "shutil", spy)
+    monkeypatch.setattr(export_module, "shutil", spy)
     monkeypatch.setattr(
-        compaction_module, "write_json", lambda path, value: (written.append(path.name), write(path, value))
+        export_module, "write_json", lambda path, value: (written.append(path.name), write(path, value))
     )
-    finish(compaction, tmp_path, files, {"what": "a manifest"})
+    finish(export, tmp_path, files, {"what": "a manifest"})
     assert written[-1] == "seap.json" and written.count("seap.json") == 1
     assert set(written) == {file.name for file in tmp_path.iterdir()}
     assert json.loads((tmp_path / "seap.json").read_text()) == {"what": "a manifest"}
@@ -387,18 +389,18 @@ def test_seap_json_is_written_last(dense, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("culprit", ["config.json", "modeling_seap.py", "tokenizer.json"])
 def test_no_seap_json_is_left_when_finishing_fails_midway(dense, tmp_path, monkeypatch, culprit):
-    compaction = compaction_of(dense("llama_gqa"))
-    copy, write = shutil.copyfile, compaction_module.write_json
+    export = export_of(dense("llama_gqa"))
+    copy, write = shutil.copyfile, export_module.write_json
 
     def refuse(path):
         if Path(path).name == culprit:
             raise OSError("disk full")
 
     spy = SimpleNamespace(copyfile=lambda source, target: (refuse(source), copy(source, target)))
-    monkeypatch.setattr(compaction_module, "shutil", spy)
-    monkeypatch.setattr(compaction_module, "write_json", lambda path, value: (refuse(path), write(path, value)))
+    monkeypatch.setattr(export_module, "shutil", spy)
+    monkeypatch.setattr(export_module, "write_json", lambda path, value: (refuse(path), write(path, value)))
     with pytest.raises((OSError, IncompleteError), match="disk full"):
-        finish(compaction, tmp_path, compaction.files(10**9), {})
+        finish(export, tmp_path, export.files(10**9), {})
     assert not list(tmp_path.glob("*seap.json*"))
 
 
@@ -414,10 +416,10 @@ def header_of(path: Path) -> tuple[dict[str, Any], int]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_our_writer_writes_what_the_safetensors_library_reads(dense, tmp_path, dtype):
-    compaction = compaction_of(dense("llama_biased", dtype), "mean")
-    outputs = compaction.outputs()
+    export = export_of(dense("llama_biased", dtype), "mean")
+    outputs = export.outputs()
     path = tmp_path / "deep" / "model.safetensors"
-    digest = write_tensors(compaction, outputs, path)
+    digest = write_tensors(export, outputs, path)
     assert digest == checkpoint_module.hashlib.sha256(path.read_bytes()).hexdigest()
     assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
     header, start = header_of(path)
@@ -434,15 +436,15 @@ def test_our_writer_writes_what_the_safetensors_library_reads(dense, tmp_path, d
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
         for output in outputs:
-            assert torch.equal(file.get_tensor(output.name), torch.cat([*compaction.pieces(output)]))
+            assert torch.equal(file.get_tensor(output.name), torch.cat([*export.pieces(output)]))
             assert file.get_tensor(output.name).dtype == dtype
 
 
 def test_files_keep_to_their_size_and_hold_every_tensor_once(dense, tmp_path):
-    compaction = compaction_of(dense("llama_biased"), "mean")
-    sizes = {output.name: output.n_bytes for output in compaction.outputs()}
+    export = export_of(dense("llama_biased"), "mean")
+    sizes = {output.name: output.n_bytes for output in export.outputs()}
     for max_bytes in (1, max(sizes.values()), 20_000, sum(sizes.values()) - 1):
-        files = compaction.files(max_bytes)
+        files = export.files(max_bytes)
         assert sorted(output.name for outputs in files.values() for output in outputs) == sorted(sizes)
         shared = {name: outputs for name, outputs in files.items() if name.startswith(SHARED)}
         for group in (shared, {name: outputs for name, outputs in files.items() if name not in shared}):
@@ -455,7 +457,7 @@ def test_files_keep_to_their_size_and_hold_every_tensor_once(dense, tmp_path):
                 assert len(outputs) == 1 or 0 < sum(output.n_bytes for output in outputs) <= max_bytes
             neighbours = zip(list(group.values())[:-1], list(group.values())[1:], strict=True)
             assert all(sum(o.n_bytes for o in a) + b[0].n_bytes > max_bytes for a, b in neighbours)
-    folder = write_compacted(compaction, tmp_path, 20_000)
+    folder = write_compacted(export, tmp_path, 20_000)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(sizes.values())
     real = {name: file.name for file in folder.glob("*.safetensors") for name in load_file(file)}
@@ -466,7 +468,7 @@ def test_files_keep_to_their_size_and_hold_every_tensor_once(dense, tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_the_bases_lies_in_files_that_all_experts_of_a_shape_share(dense, tmp_path, name):
     """By name and by bytes; and no module is torn apart, since engines reload modules as a whole."""
-    first, second = (compaction_of(dense(name), "mean", seed=seed) for seed in (1, 2))
+    first, second = (export_of(dense(name), "mean", seed=seed) for seed in (1, 2))
     second = replace(second, plan=replace(second.plan, kept=_other_units(first.plan.kept, first.base.architecture)))
     write_compacted(first, tmp_path / "first")
     write_compacted(second, tmp_path / "second")
@@ -485,12 +487,12 @@ def test_what_is_the_bases_lies_in_files_that_all_experts_of_a_shape_share(dense
 def _other_units(kept, architecture):
     """The same widths, with the last channels in the place of those that were kept."""
     n = architecture.dense.channels
-    return tuple(replace(of, channels=tuple(range(n - of.shape.channels, n)) * of.experts) for of in kept)
+    return tuple(replace(of, channels=(tuple(range(n - of.n_channels, n)),) * len(of.channels)) for of in kept)
 
 
 def test_the_same_plan_gives_the_same_bytes(dense, tmp_path):
     for name in ("first", "second"):
-        write_compacted(compaction_of(dense("qwen2"), "mean"), tmp_path / name)
+        write_compacted(export_of(dense("qwen2"), "mean"), tmp_path / name)
     first, second = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("first", "second"))
     assert first == second
 
@@ -502,7 +504,7 @@ def test_tensors_of_other_dtypes_stay_as_they_are_and_buffers_of_old_checkpoints
     extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(5) for i in range(4)}
     norms = {name: tensor.float() for name, tensor in tensors.items() if "norm" in name}
     save_file({**tensors, **extra, **norms}, source / "model.safetensors", metadata={"format": "pt"})
-    written = tensors_of(write_compacted(compaction_of(source, "mean"), tmp_path / "out"))
+    written = tensors_of(write_compacted(export_of(source, "mean"), tmp_path / "out"))
     assert not written.keys() & extra.keys()
     for name, tensor in norms.items():
         assert written[name].dtype == torch.float32 and torch.equal(written[name], tensor)
@@ -510,17 +512,17 @@ def test_tensors_of_other_dtypes_stay_as_they_are_and_buffers_of_old_checkpoints
 
 
 def test_a_write_that_fails_leaves_no_file(dense, tmp_path, monkeypatch):
-    compaction = compaction_of(dense("llama_gqa"))
-    outputs, pieces = compaction.outputs(), Compaction.pieces
+    export = export_of(dense("llama_gqa"))
+    outputs, pieces = export.outputs(), CheckpointExport.pieces
 
     def failing(self, output):
         if output.name == outputs[5].name:
             raise ZeroDivisionError
         return pieces(self, output)
 
-    monkeypatch.setattr(Compaction, "pieces", failing)
+    monkeypatch.setattr(CheckpointExport, "pieces", failing)
     with pytest.raises(ZeroDivisionError):
-        write_tensors(compaction, outputs, tmp_path / "model.safetensors")
+        write_tensors(export, outputs, tmp_path / "model.safetensors")
     assert not list(tmp_path.iterdir())
 
 
@@ -532,8 +534,9 @@ import torch
 torch.set_num_threads(1)
 from safetensors.torch import load_file
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.export import Compaction, write_tensors
+from seap_ray.models.export import CheckpointExport, write_tensors
 from seap_ray.core.moments import Moments
+from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.plan import Kept, Plan
 
 def memory(key):  # not getrusage: its peak outlives exec, and so begins with that of the parent process
@@ -545,7 +548,7 @@ base = Checkpoint.open(source)
 whole, layers = base.architecture.dense, range(base.architecture.n_layers)
 kept = Kept(tuple(range(0, whole.groups, 2)),
             tuple(h for h in range(whole.heads) if h // whole.heads_per_group % 2 == 0),
-            tuple(range(0, whole.channels, 2)))
+            (tuple(range(0, whole.channels, 2)),))
 widths = {"attn": whole.heads * base.architecture.head_dim, "mlp": whole.channels}
 statistics = {(layer, site): Moments(1, *torch.rand(2, n, dtype=torch.float64))
               for layer in layers for site, n in widths.items()}
@@ -558,9 +561,10 @@ def growth(work):
     return memory("VmHWM") - start
 
 def write(compensation, is_written=lambda output: True):
-    compaction = Compaction(base, Plan("expert", 0.5, compensation, (kept,) * len(layers), {}), statistics)
-    outputs = [output for output in compaction.outputs() if is_written(output)]
-    write_tensors(compaction, outputs, Path(out) / "model.safetensors")
+    plan = Plan("expert", 0.5, COMPENSATIONS[compensation], (kept,) * len(layers), {})
+    export = CheckpointExport(base, plan, statistics)
+    outputs = [output for output in export.outputs() if is_written(output)]
+    write_tensors(export, outputs, Path(out) / "model.safetensors")
 
 def read():
     return [tensor.view(-1)[::64].float().sum() for tensor in load_file(Path(source, "model.safetensors")).values()]
@@ -690,12 +694,12 @@ STOCK_EXPORTS = [
 CODED = dict(zip(CONFIGS, cycle(DTYPES), strict=False))
 
 
-def uniform_compaction(source: Path, compensation: str, *, stock: bool) -> Compaction:
+def uniform_export(source: Path, compensation: str, *, stock: bool) -> CheckpointExport:
     base = Checkpoint.open(str(source))
     shape = STOCK[next(name for name in STOCK if source.name.startswith(name))]
     plan = uniform_plan(base.architecture, shape, compensation)
     check_stock(plan, base.architecture)
-    return Compaction(base, plan, random_statistics(base.architecture, 7), stock=stock)
+    return CheckpointExport(base, plan, random_statistics(base.architecture, 7), stock=stock)
 
 
 @pytest.fixture(scope="module")
@@ -705,10 +709,10 @@ def elsewhere(dense, tmp_path_factory) -> Any:
     ids_BT = random_ids()
     folders: dict[str, Path] = {}
     for name, dtype in CODED.items():
-        folders[name] = write_compacted(compaction_of(dense(name, dtype), "mean", 6), root / name, 40_000)
+        folders[name] = write_compacted(export_of(dense(name, dtype), "mean", 6), root / name, 40_000)
     for name, compensation in STOCK_EXPORTS:
         folder = root / f"stock {name} {compensation}"
-        folders[folder.name] = write_compacted(uniform_compaction(dense(name), compensation, stock=True), folder)
+        folders[folder.name] = write_compacted(uniform_export(dense(name), compensation, stock=True), folder)
     jobs = {key: (str(folder), not key.startswith("stock")) for key, folder in folders.items()}
     jobs["refused"] = (str(folders["llama_gqa"]), False)
     save_file({"ids": ids_BT}, root / "ids.safetensors")
@@ -780,7 +784,7 @@ def test_a_stock_export_is_an_ordinary_checkpoint_that_computes_the_same(
         biased = compensation == "mean" or name == "llama_biased"
         assert (config["attention_bias"], config["mlp_bias"]) == (biased, biased)
     assert not list(elsewhere.folders[key].glob("*.py"))
-    seap = load(write_compacted(uniform_compaction(dense(name), compensation, stock=False), tmp_path))
+    seap = load(write_compacted(uniform_export(dense(name), compensation, stock=False), tmp_path))
     assert torch.equal(elsewhere.logits[key], logits(seap, elsewhere.ids_BT))
 
 
@@ -795,13 +799,13 @@ def test_an_uneven_plan_has_no_stock_export(dense):
         kept = list(even.kept)
         kept[layer] = random_kept(architecture.dense, shape, random.Random(0))
         with pytest.raises(ConfigError, match=rf"equal widths, but layer {layer} of expert"):
-            check_stock(Plan("expert", 0.5, "none", tuple(kept), {}), architecture)
+            check_stock(Plan("expert", 0.5, COMPENSATIONS["none"], tuple(kept), {}), architecture)
 
 
 @pytest.mark.parametrize("name", NO_BIASES)
 def test_a_compensated_stock_export_of_a_family_without_biases_is_refused(dense, name):
     with pytest.raises(ConfigError, match="export.format: a stock .* has no biases on self_attn.o_proj and "):
-        uniform_compaction(dense(name), "mean", stock=True)
+        uniform_export(dense(name), "mean", stock=True)
 
 
 def test_buffers_of_old_checkpoints_are_no_weights(dense, tmp_path):
@@ -816,8 +820,8 @@ def test_buffers_of_old_checkpoints_are_no_weights(dense, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     base = Checkpoint.open(str(folder))
     assert base.tensors.keys() == plain.tensors.keys() and base.parameters == plain.parameters
-    compaction = Compaction(base, random_plan(base.architecture, 1, "mean"), random_statistics(base.architecture, 1))
-    assert load(write_compacted(compaction, tmp_path / "out")).num_parameters() < plain.parameters
+    export = CheckpointExport(base, random_plan(base.architecture, 1, "mean"), random_statistics(base.architecture, 1))
+    assert load(write_compacted(export, tmp_path / "out")).num_parameters() < plain.parameters
 
 
 def test_layers_that_go_as_a_whole_take_their_kind_of_attention_with_them(dense, tmp_path):
@@ -825,8 +829,8 @@ def test_layers_that_go_as_a_whole_take_their_kind_of_attention_with_them(dense,
     kinds = json.loads((folder / "config.json").read_text())["layer_types"]
     edit_config(folder, layer_types=None)
     base = Checkpoint.open(str(folder))
-    plan = Plan("depth", 0.25, "none", (Kept.whole(base.architecture, 0),) * 3, {}, dropped=(1,))
-    assert Compaction(base, plan).config()["layer_types"] == [kinds[layer] for layer in (0, 2, 3)]
+    plan = Plan("depth", 0.25, COMPENSATIONS["none"], (Kept.whole(base.architecture, 0),) * 3, {}, dropped=(1,))
+    assert CheckpointExport(base, plan).config()["layer_types"] == [kinds[layer] for layer in (0, 2, 3)]
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt_neox", "phi3"])
@@ -842,10 +846,10 @@ def test_heads_that_do_not_divide_the_hidden_size_have_no_stock_export(dense, tm
     with pytest.raises(ConfigError, match="divide the hidden size 48, not 9 as in layer 0 of expert"):
         check_stock(plan, checkpoint.architecture)
     # What for: the family's own config does not take it, while ours does.
-    stock = Compaction(checkpoint, plan, stock=True).config()
+    stock = CheckpointExport(checkpoint, plan, stock=True).config()
     with pytest.raises(Exception, match="not a multiple of the number of attention heads"):
         LlamaConfig(**stock)
-    load(write_compacted(Compaction(checkpoint, plan), tmp_path))
+    load(write_compacted(CheckpointExport(checkpoint, plan), tmp_path))
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------
@@ -923,10 +927,10 @@ def test_pickled_weights_are_refused_with_a_command_that_converts_them(base, tmp
 def test_a_model_of_the_hub_without_safetensors_is_refused_with_the_command(base, monkeypatch):
     (base / "model.safetensors").unlink()
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_named: str(base))
-    checkpoint_module._download.cache_clear()
+    model_sources._download.cache_clear()
     with pytest.raises(ConfigError, match=r"lab/model has no model.safetensors; convert it: python -c .*'lab/model'"):
         Checkpoint.open("lab/model")
-    checkpoint_module._download.cache_clear()
+    model_sources._download.cache_clear()
 
 
 def test_a_missing_weight_file_is_refused_by_name(base, dense, tmp_path):
@@ -1007,7 +1011,7 @@ def test_fingerprint_follows_weights_and_config_but_not_the_place(dense, tmp_pat
 
 
 def test_fingerprint_of_a_large_file_sees_its_header_and_its_ends(dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_module, "SAMPLED", 1)
+    monkeypatch.setattr(checkpoint_module, "HASHED_WHOLE_BYTES", 1)
     copied = Path(shutil.copytree(dense("llama_gqa"), tmp_path / "copy"))
     path = copied / "model.safetensors"
     original = path.read_bytes()
@@ -1035,7 +1039,7 @@ def test_tensors_lie_in_the_order_of_the_layers(dense):
     tensors = dict.fromkeys(Checkpoint.open(str(dense("llama_gqa"))).tensors)
     architecture = Architecture.of({**LlamaConfig(num_hidden_layers=12).to_dict()})
     names = sorted([*tensors, *(architecture.tensor(layer, "mlp.up_proj") for layer in (10, 11))], reverse=True)
-    ordered = sorted(names, key=lambda name: compaction_module._natural(architecture, name))
+    ordered = sorted(names, key=lambda name: export_module._natural(architecture, name))
     assert ordered[0] == "model.embed_tokens.weight"
     assert set(ordered[-2:]) == {"model.norm.weight", "lm_head.weight"}
     layers = [int(name.split(".")[2]) for name in ordered[1:-2]]

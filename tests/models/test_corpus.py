@@ -17,11 +17,9 @@ from seap_ray.models.corpus import (
     Renderer,
     check_evaluation,
     check_source,
-    corpus_files,
-    first_row,
-    is_files,
     row_key,
 )
+from seap_ray.models.row_sources import HubRows, RowFiles, calibration_rows, read_first_row
 from seap_ray.tasks import BUILT_IN, Task
 from tests.support import DATA
 from tests.support.corpora import task
@@ -223,41 +221,41 @@ def test_a_folder_is_read_by_split(tmp_path):
     for name in ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "validation-00000-of-00001.parquet"):
         write_rows(tmp_path / name)
     (tmp_path / "README.md").write_text("no data")
-    found = corpus_files(task(tmp_path), str(tmp_path), "train")
+    found = RowFiles("mine", str(tmp_path), "train").files()
     assert [file.name for file in found] == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
-    (held_out,) = corpus_files(task(tmp_path), str(tmp_path), "validation")
+    (held_out,) = RowFiles("mine", str(tmp_path), "validation").files()
     assert held_out.name == "validation-00000-of-00001.parquet"
 
 
 def test_a_folder_of_one_unnamed_file_is_its_training_split(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl")
-    assert corpus_files(task(tmp_path), str(tmp_path), "train") == [file]
+    assert RowFiles("mine", str(tmp_path), "train").files() == [file]
     with pytest.raises(DataError, match=r"tasks\.mine: no file of split 'validation'"):
-        corpus_files(task(tmp_path), str(tmp_path), "validation")
+        RowFiles("mine", str(tmp_path), "validation").files()
 
 
 def test_a_folder_may_hold_compressed_files(tmp_path):
     file = write_rows(tmp_path / "train.jsonl.gz")
-    assert corpus_files(task(tmp_path), str(tmp_path), "train") == [file]
+    assert RowFiles("mine", str(tmp_path), "train").files() == [file]
 
 
 def test_a_glob_and_a_single_file_are_taken_as_they_are(tmp_path):
     b, a = write_rows(tmp_path / "b.jsonl"), write_rows(tmp_path / "a.jsonl")
     write_rows(tmp_path / "c.csv")
-    assert corpus_files(task(tmp_path), f"{tmp_path}/*.jsonl", "train") == [a, b]
-    assert corpus_files(task(tmp_path), f"{tmp_path}/b.jsonl", "whatever") == [b]
+    assert RowFiles("mine", f"{tmp_path}/*.jsonl", "train").files() == [a, b]
+    assert RowFiles("mine", f"{tmp_path}/b.jsonl", "whatever").files() == [b]
 
 
 def test_the_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     file = write_rows(tmp_path / "data" / "train.jsonl")
-    assert corpus_files(task("~/data"), "~/data", "train") == [file]
+    assert RowFiles("mine", "~/data", "train").files() == [file]
 
 
 @pytest.mark.parametrize("path", ["nowhere.jsonl", "nowhere/", "no/where.parquet", "*.parquet"])
 def test_a_missing_file_names_the_task(tmp_path, path):
     with pytest.raises(DataError, match=r"tasks\.mine: no file"):
-        corpus_files(task(tmp_path), f"{tmp_path}/{path}", "train")
+        RowFiles("mine", f"{tmp_path}/{path}", "train").files()
 
 
 def test_files_of_several_formats_name_the_task(tmp_path):
@@ -265,13 +263,13 @@ def test_files_of_several_formats_name_the_task(tmp_path):
     write_rows(tmp_path / "train" / "b.csv")
     for path in (tmp_path, tmp_path / "train" / "*"):
         with pytest.raises(DataError, match=r"tasks\.mine: .* several formats"):
-            corpus_files(task(path), str(path), "train")
+            RowFiles("mine", str(path), "train").files()
 
 
 def test_a_file_of_an_unknown_format_names_the_task(tmp_path):
     (tmp_path / "rows.xlsx").write_bytes(b"PK")
     with pytest.raises(DataError, match=r"tasks\.mine: .*rows\.xlsx is none of \.parquet"):
-        corpus_files(task(tmp_path), f"{tmp_path}/rows.xlsx", "train")
+        RowFiles("mine", f"{tmp_path}/rows.xlsx", "train").files()
 
 
 @pytest.mark.parametrize(
@@ -279,7 +277,7 @@ def test_a_file_of_an_unknown_format_names_the_task(tmp_path):
 )
 def test_the_first_row_of_every_format_is_read(tmp_path, name):
     file = write_rows(tmp_path / name, [{"text": "first"}, {"text": "second"}])
-    row = first_row(task(file), file)
+    row = read_first_row("mine", file)
     assert row is not None and row["text"].strip() == "first"
     check_source(task(file), official=False)
 
@@ -344,9 +342,9 @@ def test_paths_and_hub_ids_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "mine").mkdir(parents=True)
     for path in ("/x/y", "./x", "../x", "~/x", "x.jsonl", "x/y.parquet", "x.jsonl.gz", "data/mine"):
-        assert is_files(path), path
+        assert isinstance(calibration_rows(task(path)), RowFiles), path
     for path in ("allenai/ai2_arc", "piqa"):
-        assert not is_files(path), path
+        assert isinstance(calibration_rows(task(path)), HubRows), path
 
 
 # --- sequences and batches -------------------------------------------------------------------------------------------

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 import seap_ray.models.hf  # noqa: F401  (registers the classes that load a compacted checkpoint)
 from seap_ray.config import Config
 from seap_ray.core.architecture import Architecture
+from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.moments import SITES, Covariance, Moments, pooled, pooled_covariance
 from seap_ray.core.plan import Kept, Plan
-from seap_ray.core.reconstruction import USUAL_RIDGE
+from seap_ray.core.reconstruction import DEFAULT_RIDGE
 from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.export import Compaction
+from seap_ray.models.export import CheckpointExport
 from seap_ray.models.forward import record
 from seap_ray.models.records import (
     PooledCovariance,
@@ -248,7 +249,7 @@ def test_a_task_of_one_shard_has_the_usual_ridge(dense, tmp_path):
     checkpoint = Checkpoint.open(str(source))
     records, shards = measure(config_of(source, tmp_path), checkpoint)
     path = merged(records, shards[:1], checkpoint).path
-    assert read_metadata(covariance_file(path, 0))["ridges"] == dict.fromkeys(SITES, USUAL_RIDGE)
+    assert read_metadata(covariance_file(path, 0))["ridges"] == dict.fromkeys(SITES, DEFAULT_RIDGE)
 
 
 def test_a_damaged_or_missing_covariance_is_known_and_a_missing_record_is_named(dense, tmp_path):
@@ -324,7 +325,7 @@ def with_predicted_activations(model: Any, plan: Plan, mixture: PooledCovariance
     """Before ``o_proj`` and ``down_proj`` of the dense model every cut activation gives way to its prediction."""
     for layer, (block, kept) in enumerate(zip(model.get_decoder().layers, plan.kept, strict=True)):
         heads = [h * head_dim + i for h in kept.heads for i in range(head_dim)]
-        for site, of in (("attn", heads), ("mlp", list(kept.channels))):
+        for site, of in (("attn", heads), ("mlp", list(kept.channels[0]))):
             linear, covariance = block.get_submodule(output_modules(model)[site]), mixture[layer, site]  # type: ignore[index]
             cut = sorted(set(range(linear.in_features)) - set(of))
             C, mu = covariance.covariance_DD.numpy(), covariance.mean_D.numpy()
@@ -346,7 +347,7 @@ def test_compacted_equals_the_dense_model_with_cut_activations_predicted(dense, 
     source, ids_BT = dense(name, torch.float64), random_ids()
     base, mixture = calibrated(source, tmp_path)
     plan = random_plan(base.architecture, 1, "least_squares")
-    compacted = logits(load(write_compacted(Compaction(base, plan, mixture), tmp_path / "cut")), ids_BT)
+    compacted = logits(load(write_compacted(CheckpointExport(base, plan, mixture), tmp_path / "cut")), ids_BT)
     predicted = logits(with_predicted_activations(load(source), plan, mixture, base.architecture.head_dim), ids_BT)
     assert (compacted - predicted).abs().max() < 1e-8
     assert (compacted - logits(load(source), ids_BT)).abs().max() > 0.05
@@ -357,8 +358,8 @@ def test_a_plan_that_cuts_nothing_is_the_identity(dense, tmp_path, name):
     source, ids_BT = dense(name), random_ids()
     base, mixture = calibrated(source, tmp_path)
     whole = (Kept.whole(base.architecture, 0),) * base.architecture.n_layers
-    compaction = Compaction(base, Plan("expert", 0.0, "least_squares", whole, {}), mixture)
-    compacted = load(write_compacted(compaction, tmp_path / "cut"))
+    export = CheckpointExport(base, Plan("expert", 0.0, COMPENSATIONS["least_squares"], whole, {}), mixture)
+    compacted = load(write_compacted(export, tmp_path / "cut"))
     assert torch.equal(logits(compacted, ids_BT), logits(load(source), ids_BT))
 
 
@@ -375,11 +376,11 @@ def test_channels_that_others_give_exactly_are_cut_for_nothing(dense, tmp_path, 
         (folder / file.name).write_bytes(file.read_bytes())
     base, mixture = calibrated(folder, tmp_path, ridge=1e-5)
     dense_shape = base.architecture.dense
-    kept = Kept(tuple(range(dense_shape.groups)), tuple(range(dense_shape.heads)), tuple(range(64)))
-    plan = Plan("expert", 0.1, "least_squares", (kept,) * base.architecture.n_layers, {})
+    kept = Kept(tuple(range(dense_shape.groups)), tuple(range(dense_shape.heads)), (tuple(range(64)),))
+    plan = Plan("expert", 0.1, COMPENSATIONS["least_squares"], (kept,) * base.architecture.n_layers, {})
     ids_BT = random_ids(seed=11)
     expected = logits(load(folder), ids_BT)
-    repaired = logits(load(write_compacted(Compaction(base, plan, mixture), tmp_path / "cut")), ids_BT)
-    plain = Compaction(base, replace(plan, compensation="none"))
+    repaired = logits(load(write_compacted(CheckpointExport(base, plan, mixture), tmp_path / "cut")), ids_BT)
+    plain = CheckpointExport(base, replace(plan, compensation=COMPENSATIONS["none"]))
     cut = logits(load(write_compacted(plain, tmp_path / "plain")), ids_BT)
     assert (repaired - expected).abs().max() < 1e-3 * (cut - expected).abs().max()

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.plan import Plan
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.export import Compaction
+from seap_ray.models.export import CheckpointExport
 from tests.support.builders import CONFIGS, random_plan, random_statistics, write_compacted
 
 LOADERS = """
@@ -64,7 +65,7 @@ def loaded(dense, tmp_path_factory) -> dict[str, Any]:
     for name in CONFIGS:
         base = Checkpoint.open(str(dense(name)))
         plan = random_plan(base.architecture, 3, "mean")
-        expert = write_compacted(Compaction(base, plan, random_statistics(base.architecture, 3)), root / name)
+        expert = write_compacted(CheckpointExport(base, plan, random_statistics(base.architecture, 3)), root / name)
         folders[name] = (str(dense(name)), str(expert))
     environment = {**os.environ, "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -98,7 +99,7 @@ def test_a_process_that_trusts_no_code_gets_the_tokenizer_of_the_base(loaded, na
 def expert_of(source: Path, folder: Path) -> Path:
     base = Checkpoint.open(str(source))
     whole = random_plan(base.architecture, 3)
-    return write_compacted(Compaction(base, Plan("expert", 0.5, "none", whole.kept, {})), folder)
+    return write_compacted(CheckpointExport(base, Plan("expert", 0.5, COMPENSATIONS["none"], whole.kept, {})), folder)
 
 
 def test_the_tokenizer_config_is_the_bases_unless_the_model_type_decides_the_class(dense, tmp_path):

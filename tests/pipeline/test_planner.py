@@ -1,5 +1,6 @@
 """The planner: each plan's own settings, from statistics to units, against rankings of our own."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +13,23 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from seap_ray.config import Config
+from seap_ray.core.allocation import choose_shapes
 from seap_ray.core.architecture import Architecture
-from seap_ray.core.moments import Moments, shares
-from seap_ray.core.plan import Plan, choose_shapes, ratio_of
+from seap_ray.core.compensation import COMPENSATIONS
+from seap_ray.core.moments import Moments, stream_shares
+from seap_ray.core.plan import Plan, ratio_of
 from seap_ray.core.scores import Norms
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.pipeline.model_specs import ModelSpec, model_specs, pruning_section
 from seap_ray.pipeline.plan_files import save_plan
 from seap_ray.pipeline.planner import Planner
-from seap_ray.pipeline.prune import checkpoint_sizes, prepare_checkpoint, write_temporarily
+from seap_ray.pipeline.prune import (
+    PendingCheckpoint,
+    _write_file,
+    checkpoint_sizes,
+    prepare_checkpoint,
+    write_temporarily,
+)
 from seap_ray.storage.files import read_json
 from seap_ray.storage.run import Run
 from tests.support.builders import load, random_statistics
@@ -90,7 +99,7 @@ def ranked(planner: Planner, unit: str) -> list[tuple[float, int, str, tuple[int
             variances = np.array([part.m2_D.numpy() / part.count for part in parts])
             mean = np.average(means, axis=0, weights=weights)
             variance = np.average(variances + (means - mean) ** 2, axis=0, weights=weights)
-            score = variance * planner.norms[layer, site].l2_D.numpy()  # type: ignore[index]
+            score = variance * planner.norms[layer, site].l2_squared_D.numpy()  # type: ignore[index]
             column[site] = (score - score.mean()) / score.std(ddof=1)
         of_head = column["attn"].reshape(dense.heads, SMALL.head_dim).mean(1).reshape(dense.groups, -1)
         if unit == "group":
@@ -119,7 +128,8 @@ def test_standardised_cuts_the_lowest_of_all_layers_as_a_ranking_by_hand_does(un
         for what in (f"{unit}s", "channels"):
             gone = {i for _, of, name, indices, _ in cut if (of, name) == (layer, what) for i in indices}
             width = getattr(SMALL.dense, what)
-            assert getattr(kept, what) == tuple(i for i in range(width) if i not in gone)
+            left = tuple(i for i in range(width) if i not in gone)
+            assert getattr(kept, what) == ((left,) if what == "channels" else left)
 
 
 # --- every score and allocation --------------------------------------------------------------------------------------
@@ -195,7 +205,7 @@ def test_a_plan_keeps_to_its_own_budget_and_curve():
     assert plans["sort"].shapes == plans["same"].shapes != plans["steep"].shapes
     official = plans["official"]
     assert official.provenance["budget"] == "official" and official.provenance["score"] == "official_wifn"
-    assert official.compensation == "none"
+    assert official.compensation.name == "none"
     assert ratio_of(official.shapes, SMALL, compensated=False) < 0.2 < 0.29 < plans["same"].planned(SMALL)
 
 
@@ -230,7 +240,7 @@ def test_layers_go_by_the_mean_cosine_over_the_tasks():
         plan = plan_of(planner, name, 0.4)
         assert plan.dropped == dropped
         assert plan.planned(SMALL) == pytest.approx(0.4)
-        assert plan.compensation == "none", "also where the pruning section has it"
+        assert plan.compensation.name == "none", "also where the pruning section has it"
         assert plan.provenance["score"] is None
         assert plan.provenance["allocation"]["kind"] == "depth"
 
@@ -266,8 +276,47 @@ def test_a_checkpoint_without_some_layers_says_what_it_is(dense, tmp_path, form)
     kept = load_file(tmp_path / "depth.safetensors")
     assert [len(kept[f"layers.{layer}.channels"]) for layer in range(4)] == [80, 0, 80, 0]
     assert [of["heads"] for of in manifest["plan"]["layers"]] == [8, 0, 8, 0]
-    other = Plan(plan.name, 0.5, "none", plan.kept, plan.provenance, dropped=(1, 2))
+    other = Plan(plan.name, 0.5, COMPENSATIONS["none"], plan.kept, plan.provenance, dropped=(1, 2))
     assert prepare_checkpoint(planner, run, spec, other).fingerprint != made.fingerprint
+
+
+def pending(dense: Any, tmp_path: Path) -> PendingCheckpoint:
+    """A checkpoint without two layers, not written yet."""
+    checkpoint = Checkpoint.open(str(dense("qwen2")))
+    planner = planner_of(checkpoint.architecture, checkpoint, pruning={"baselines": {"depth": {}}})
+    with_cosines(planner, dict.fromkeys(TASKS, [0.5, 0.9, 0.1, 0.5]))
+    spec = spec_of(planner, "depth")
+    return prepare_checkpoint(planner, Run(tmp_path), spec, planner.plan(spec, 0.5))
+
+
+def test_a_checkpoint_is_made_while_all_bytes_are_those_that_were_hashed(dense, tmp_path):
+    made = pending(dense, tmp_path)
+    assert not made.has_sizes() and not made.artifact.is_made()
+    made.target.parent.mkdir(parents=True)
+    write_temporarily(made).rename(made.target)
+    assert made.has_sizes() and made.artifact.is_made()
+    assert write_temporarily(made) == made.target, "it is not written again"
+
+    weights = made.target / next(iter(made.files))
+    intact = weights.read_bytes()
+    weights.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+    assert made.has_sizes() and not made.artifact.is_made(), "of the same size"
+    weights.write_bytes(intact[:-1])
+    assert not made.has_sizes() and not made.artifact.is_made()
+    weights.write_bytes(intact)
+    assert made.artifact.is_made() and not replace(made, fingerprint="other").artifact.is_made()
+
+
+def test_a_weight_file_of_an_earlier_attempt_stays_if_it_is_whole_and_is_written_again_if_not(dense, tmp_path):
+    made = pending(dense, tmp_path)
+    name, tensors = next(iter(made.files.items()))
+    path = made.partial / name
+    digest = _write_file(made.export, tensors, path)
+    intact, written = path.read_bytes(), path.stat().st_mtime_ns
+    assert _write_file(made.export, tensors, path) == digest
+    assert path.stat().st_mtime_ns == written
+    path.write_bytes(intact[:-9])
+    assert _write_file(made.export, tensors, path) == digest and path.read_bytes() == intact
 
 
 # --- experts with a share of all tasks, scores of units --------------------------------------------------------------
@@ -311,7 +360,7 @@ def test_a_mixture_of_tasks_counts_an_experts_tokens_by_how_much_of_a_task_is_ro
     of = {"a": Moments(4, torch.zeros(1), torch.ones(1)), "b": Moments(400, torch.zeros(1), torch.ones(1))}
     routed = {"a": Moments(3, torch.zeros(1), torch.ones(1)), "b": Moments(100, torch.ones(1), torch.ones(1))}
     parts = [{(0, "attn"): of[t], (0, "mlp.0"): routed[t]} for t in "ab"]
-    assert shares(parts, [1.0, 1.0], (0, "mlp.0")) == [0.75, 0.25]
-    assert shares(parts, [2.0, 3.0], (0, "attn")) == [2.0, 3.0]
+    assert stream_shares(parts, [1.0, 1.0], (0, "mlp.0")) == [0.75, 0.25]
+    assert stream_shares(parts, [2.0, 3.0], (0, "attn")) == [2.0, 3.0]
     none = Moments(0, torch.zeros(1), torch.zeros(1))
-    assert shares([{**part, (0, "mlp.0"): none} for part in parts], [2.0, 3.0], (0, "mlp.0")) == [2.0, 3.0]
+    assert stream_shares([{**part, (0, "mlp.0"): none} for part in parts], [2.0, 3.0], (0, "mlp.0")) == [2.0, 3.0]

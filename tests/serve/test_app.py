@@ -11,7 +11,7 @@ import pytest
 from seap_ray.config import load_config
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.export import Compaction
+from seap_ray.models.export import CheckpointExport
 from serve.app import _dotted
 from serve.node_metrics import merged
 from tests.support import ROOT
@@ -41,7 +41,7 @@ def run(tmp_path, dense, monkeypatch):
         for name, kind in (("general", "general"), ("alpha", "expert"), ("beta", "expert"), ("wanda_sp", "baseline")):
             folder = root / "experts" / ratio / name
             folder.mkdir(parents=True)
-            write_compacted(Compaction(checkpoint, random_plan(checkpoint.architecture, seed=1), {}), folder)
+            write_compacted(CheckpointExport(checkpoint, random_plan(checkpoint.architecture, seed=1), {}), folder)
             about = {"requested_ratio": float(ratio), "parameters": 7, "kv_bytes_per_token": 64, "plan": {"kind": kind}}
             (folder / "seap.json").write_text(json.dumps(about))
     (root / "config.json").write_text("{}")

@@ -27,9 +27,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from seap_ray.core.architecture import Architecture, Shape
+from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.moments import RECORDED, Moments, Statistics
 from seap_ray.core.plan import Kept, Plan
-from seap_ray.models.export import Compaction, finish, write_tensors
+from seap_ray.models.export import CheckpointExport, finish, write_tensors
 
 transformers_logging.disable_progress_bar()
 
@@ -183,8 +184,9 @@ def random_kept(dense_shape: Shape, shape: Shape, rng: random.Random, n_experts:
     heads = tuple(
         k * per_group + h for k in groups for h in sorted(rng.sample(range(per_group), shape.heads_per_group))
     )
-    each = [sorted(rng.sample(range(dense_shape.channels), shape.channels)) for _ in range(max(n_experts, 1))]
-    return Kept(groups, heads, tuple(channel for channels in each for channel in channels), len(each))
+    n_mlps = max(n_experts, 1)
+    channels = [sorted(rng.sample(range(dense_shape.channels), shape.channels)) for _ in range(n_mlps)]
+    return Kept(groups, heads, tuple(map(tuple, channels)))
 
 
 def random_plan(architecture: Architecture, seed: int, compensation: str = "none") -> Plan:
@@ -205,7 +207,7 @@ def random_plan(architecture: Architecture, seed: int, compensation: str = "none
         if shape not in shapes:
             shapes.append(shape)
     kept = tuple(random_kept(whole, shape, rng, architecture.n_experts) for shape in shapes)
-    return Plan("expert", 0.5, compensation, kept, {})
+    return Plan("expert", 0.5, COMPENSATIONS[compensation], kept, {})
 
 
 def uniform_plan(architecture: Architecture, shape: Shape, compensation: str = "none", seed: int = 0) -> Plan:
@@ -213,7 +215,7 @@ def uniform_plan(architecture: Architecture, shape: Shape, compensation: str = "
     rng = random.Random(seed)
     whole = architecture.dense
     kept = tuple(random_kept(whole, shape, rng, architecture.n_experts) for _ in range(architecture.n_layers))
-    return Plan("expert", 0.5, compensation, kept, {})
+    return Plan("expert", 0.5, COMPENSATIONS[compensation], kept, {})
 
 
 def random_statistics(architecture: Architecture, seed: int, n: int = 20) -> Statistics:
@@ -232,9 +234,9 @@ def random_statistics(architecture: Architecture, seed: int, n: int = 20) -> Sta
 # --- compacted checkpoints -------------------------------------------------------------------------------------------
 
 
-def write_compacted(compaction: Compaction, folder: Path, max_bytes: int = 10**9) -> Path:
+def write_compacted(export: CheckpointExport, folder: Path, max_bytes: int = 10**9) -> Path:
     """What ``prune`` has Ray tasks do, one after the other."""
-    files = compaction.files(max_bytes)
-    hashes = {name: write_tensors(compaction, outputs, folder / name) for name, outputs in files.items()}
-    finish(compaction, folder, files, {"files": hashes})
+    files = export.files(max_bytes)
+    hashes = {name: write_tensors(export, outputs, folder / name) for name, outputs in files.items()}
+    finish(export, folder, files, {"files": hashes})
     return folder

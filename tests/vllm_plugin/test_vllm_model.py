@@ -32,7 +32,7 @@ import seap_ray.models.hf  # noqa: F401
 from seap_ray.core.architecture import Shape
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.export import Compaction
+from seap_ray.models.export import CheckpointExport
 from seap_ray.models.hf.shapes import check_folder
 from seap_ray.models.loading import attention_of
 from seap_ray.vllm_plugin.plugin import ARCHITECTURES, END_WITH_PARENT, check_registered
@@ -134,7 +134,7 @@ def compact(dense: Path, folder: Path, shapes: list[Shape] | None = None) -> Pat
         pairs = zip(given, shapes, strict=True)
         plan = replace(plan, kept=tuple(random_kept(*pair, rng, architecture.n_experts) for pair in pairs))
     statistics = random_statistics(checkpoint.architecture, seed=4)
-    return write_compacted(Compaction(checkpoint, plan, statistics), folder)
+    return write_compacted(CheckpointExport(checkpoint, plan, statistics), folder)
 
 
 class Engine:

@@ -1,0 +1,478 @@
+"""Allocation: how the widths of all layers, or the layers that go as a whole, meet a budget of parameters.
+
+Under ``uniform`` and ``logistic`` the widths depend on the ratio alone, so all checkpoints of one ratio have equal
+shapes. ``global`` and ``standardised`` rank what may go over all layers by its scores. ``depth`` drops whole layers.
+
+Letters: L layers, H query heads, C channels.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+
+from torch import Tensor
+
+from seap_ray.config import AllocationSection, PruningSection
+from seap_ray.core import sparsity
+from seap_ray.core.architecture import Architecture, Shape
+from seap_ray.core.moments import SITES, Site
+from seap_ray.core.plan import best_heads, by_moe_expert
+from seap_ray.core.scores import LayerScores, normalised
+from seap_ray.core.widths import WidthConstraints
+from seap_ray.errors import ConfigError
+
+ROUNDING = 1e-12
+"""A ratio may be beyond the largest one by this much: what sums of floats are off by."""
+DEEP_MODEL = 24
+"""Layers from which ``auto`` protects two layers at each end instead of one."""
+
+# --- what callers ask for --------------------------------------------------------------------------------------------
+
+
+def choose_shapes(
+    architecture: Architecture,
+    pruning: PruningSection,
+    *,
+    ratio: float,
+    compensated: bool,
+    scores_L: Sequence[LayerScores],
+    comparable: bool = False,
+    stock: bool = False,
+) -> list[Shape]:
+    """Choose the widths of every layer for a ratio.
+
+    Args:
+        architecture: The model before the cut.
+        pruning: The ``pruning`` section of the configuration.
+        ratio: Share of the model's decoder weights that shall go, from 0 to 1.
+        compensated: Whether cut layers get output biases, which count against what they save.
+        scores_L: Scores of every layer's heads and channels. They count under ``global``, which divides those of a
+            layer by their mean, and ``standardised``, which takes standardised ones that may be negative.
+        comparable: Under ``global`` the scores compare between layers as they are.
+        stock: Ask for the same widths in all layers, as an ordinary checkpoint has.
+
+    Returns:
+        Widths of every layer. They meet the ratio within half a tile of channels (``pruning.budget: official``: as
+        the authors' rounding does).
+
+    Raises:
+        ConfigError: Floors, caps, protection or alignment do not allow the ratio.
+    """
+    allocation = pruning.allocation
+    constraints_L = WidthConstraints.of(architecture, pruning, compensated=compensated, stock=stock)
+    _check_budget(pruning)
+    if pruning.budget == "official":
+        return _official_shapes(architecture, allocation, ratio)
+    if ratio == 0:
+        return [constraints.original for constraints in constraints_L]
+    if allocation.kind in RANKING_VALUES:
+        _check_reach(constraints_L, allocation, ratio)
+        ranking = _ranked_candidates(constraints_L, scores_L, allocation.kind, comparable)
+        return _greedy_shapes(constraints_L, allocation, ratio, ranking)
+
+    shares_L = layer_sparsity(constraints_L, allocation, ratio)
+    if stock and allocation.kind == "uniform":
+        return [constraints.nearest(ratio) for constraints in constraints_L]
+    return _rounded_shapes(constraints_L, allocation, shares_L, ratio)
+
+
+def choose_dropped(
+    architecture: Architecture, pruning: PruningSection, *, ratio: float, influence_L: Sequence[float]
+) -> tuple[int, ...]:
+    """Choose the layers that go under ``depth``: those of least influence, of two equal ones the deeper one.
+
+    So many layers go as come nearest to the ratio, fewer of two that are as near; one stays. ``protect_first`` and
+    ``protect_last`` hold where they are numbers; ``max_sparsity`` is not for layers that go as a whole.
+
+    Args:
+        architecture: The model before the cut.
+        pruning: The ``pruning`` section of the configuration.
+        ratio: Share of the model's decoder weights that shall go.
+        influence_L: Influence of every layer (ShortGPT's Block Influence, arXiv 2403.03853).
+
+    Returns:
+        Numbers of the layers, ascending.
+
+    Raises:
+        ConfigError: Protection leaves too few layers.
+    """
+    weight_L, may_go = _droppable(architecture, pruning, ratio)
+    order = sorted(may_go, key=lambda layer: (influence_L[layer], -layer))[: architecture.n_layers - 1]
+    gone = [*accumulate((weight_L[layer] for layer in order), initial=0.0)]
+    n_dropped = min(range(len(gone)), key=lambda n: abs(gone[n] - ratio * architecture.n_layers))
+    return tuple(sorted(order[:n_dropped]))
+
+
+def check_ratio(
+    architecture: Architecture, pruning: PruningSection, *, ratio: float, compensated: bool, stock: bool = False
+) -> None:
+    """Check, before there is a statistic, that some scores could give a plan for a ratio.
+
+    Args:
+        architecture: The model before the cut.
+        pruning: The ``pruning`` section of the configuration.
+        ratio: Share of the model's decoder weights that shall go.
+        compensated: Whether cut layers get output biases.
+        stock: Whether all layers must have the same widths.
+
+    Raises:
+        ConfigError: No scores could give a plan for this ratio or budget.
+    """
+    if stock and len({layer.shape for layer in architecture.layers}) > 1:
+        raise ConfigError(
+            "export.format: stock needs equal widths, but layers of this model, which is compacted already, differ; "
+            "use export.format=seap"
+        )
+    if pruning.allocation.kind == "depth":
+        _droppable(architecture, pruning, ratio)
+    elif pruning.allocation.kind in RANKING_VALUES:
+        _check_budget(pruning)
+        constraints_L = WidthConstraints.of(architecture, pruning, compensated=compensated, stock=stock)
+        _check_reach(constraints_L, pruning.allocation, ratio)
+    else:
+        choose_shapes(architecture, pruning, ratio=ratio, compensated=compensated, scores_L=(), stock=stock)
+
+
+# --- shares of layers ------------------------------------------------------------------------------------------------
+
+
+def layer_sparsity(
+    constraints_L: Sequence[WidthConstraints], allocation: AllocationSection, ratio: float
+) -> list[float]:
+    """Return the share of its own weights that every layer gives under ``uniform`` or ``logistic``.
+
+    Raises:
+        ConfigError: Caps and protected layers do not allow the ratio.
+    """
+    weight_L = _relative_sizes(constraints_L)
+    cap_L = _caps(constraints_L, allocation)
+    if allocation.kind == "uniform":
+        _check_reach(constraints_L, allocation, ratio)
+        return sparsity.uniform(weight_L, ratio, cap_L)
+    first, last = protected_layers(weight_L, allocation, ratio, cap_L)
+    return sparsity.logistic(weight_L, ratio, cap_L, k=allocation.k, x0=allocation.x0, first=first, last=last)
+
+
+def protected_layers(
+    weight_L: Sequence[float], allocation: AllocationSection, ratio: float, cap_L: Sequence[float]
+) -> tuple[int, int]:
+    """Return how many first and last layers stay whole.
+
+    An ``auto`` number yields to a ratio beyond it, the last layers first.
+
+    Args:
+        weight_L: Size of every layer relative to their mean.
+        allocation: The numbers that the configuration has.
+        ratio: Share of all weights that shall go.
+        cap_L: Largest share that each layer may give.
+
+    Returns:
+        Numbers of first and of last layers.
+    """
+    n_layers = len(cap_L)
+    first_yields = allocation.protect_first == "auto"
+    last_yields = allocation.protect_last == "auto"
+    automatic = 2 if n_layers >= DEEP_MODEL else 1
+    first = automatic if allocation.protect_first == "auto" else allocation.protect_first
+    last = automatic if allocation.protect_last == "auto" else allocation.protect_last
+
+    def too_many() -> bool:
+        active = range(first, max(n_layers - last, first))
+        return ratio > sparsity.largest_ratio(weight_L, cap_L, active) + ROUNDING
+
+    # Both ends yield in turn while the last end has at least as many.
+    while too_many() and last_yields and last and last >= first:
+        last -= 1
+        if too_many() and first_yields and first:
+            first -= 1
+    while too_many() and last_yields and last:
+        last -= 1
+    while too_many() and first_yields and first:
+        first -= 1
+    return first, last
+
+
+def _check_budget(pruning: PruningSection) -> None:
+    kind = pruning.allocation.kind
+    if pruning.budget == "official" and kind not in ("uniform", "logistic"):
+        raise ConfigError(f"pruning.budget: official goes with allocation uniform or logistic, not {kind}")
+
+
+def _check_reach(constraints_L: Sequence[WidthConstraints], allocation: AllocationSection, ratio: float) -> None:
+    """Raise ConfigError for a ratio beyond what all layers together can give."""
+    cap_L = _caps(constraints_L, allocation)
+    largest = sparsity.largest_ratio(_relative_sizes(constraints_L), cap_L, range(len(constraints_L)))
+    if ratio > largest + ROUNDING:
+        raise ConfigError(
+            f"pruning.ratio: {ratio:g} is beyond what the layers can give; the largest is {_rounded_down(largest)}"
+        )
+
+
+def _droppable(architecture: Architecture, pruning: PruningSection, ratio: float) -> tuple[list[float], range]:
+    """Return the relative sizes of all layers, and the layers that the user's own numbers do not protect.
+
+    Raises ConfigError where these are too few for the ratio.
+    """
+    _check_budget(pruning)
+    # Layers that stay must split over the ranks, too.
+    weight_L = _relative_sizes(WidthConstraints.of(architecture, pruning, compensated=False))
+    n_layers = architecture.n_layers
+    allocation = pruning.allocation
+    first = 0 if allocation.protect_first == "auto" else allocation.protect_first
+    last = 0 if allocation.protect_last == "auto" else allocation.protect_last
+    may_go = range(first, max(n_layers - last, first))
+
+    protected_weights = [weight_L[layer] for layer in range(n_layers) if layer not in may_go]
+    largest = sum(weight_L[layer] for layer in may_go) / n_layers
+    # Too few only where one more layer, if it could go, would come nearer to the ratio.
+    if len(protected_weights) > 1 and (ratio - largest) * n_layers > min(protected_weights) / 2:
+        raise ConfigError(
+            f"pruning.ratio: {ratio:g} is beyond what {first} + {last} protected layers allow; the largest is "
+            f"{_rounded_down(largest)}"
+        )
+    return weight_L, may_go
+
+
+def _relative_sizes(constraints_L: Sequence[WidthConstraints]) -> list[float]:
+    """Return the sizes of the layers relative to their mean: each 1 where all are alike."""
+    mean = sum(constraints.size for constraints in constraints_L) / len(constraints_L)
+    return [constraints.size / mean for constraints in constraints_L]
+
+
+def _caps(constraints_L: Sequence[WidthConstraints], allocation: AllocationSection) -> list[float]:
+    """Return the largest share that each layer may give."""
+    return [min(allocation.max_sparsity, constraints.cap) for constraints in constraints_L]
+
+
+def _rounded_down(ratio: float) -> str:
+    """Format a ratio so that it is not above the one it stands for, and can be asked for."""
+    return f"{math.floor(ratio * 1e4) / 1e4:g}"
+
+
+# --- shares to widths ------------------------------------------------------------------------------------------------
+
+
+def _official_shapes(architecture: Architecture, allocation: AllocationSection, ratio: float) -> list[Shape]:
+    """Round as the authors' code does: whole heads and channels, down, no tiles, no carry; one of each stays."""
+    shares_L = [ratio] * architecture.n_layers
+    if allocation.kind == "logistic":
+        first = 2 if allocation.protect_first == "auto" else allocation.protect_first
+        last = 2 if allocation.protect_last == "auto" else allocation.protect_last
+        shares_L = sparsity.official_logistic(
+            architecture.n_layers, ratio, k=allocation.k, x0=allocation.x0, first=first, last=last
+        )
+
+    shapes: list[Shape] = []
+    for layer, share in zip(architecture.layers, shares_L, strict=True):
+        groups = _less_share(layer.shape.groups, share)
+        shapes.append(Shape(groups, layer.shape.heads_per_group, _less_share(layer.shape.channels, share)))
+    return shapes
+
+
+def _less_share(n: int, share: float) -> int:
+    """Return how many of ``n`` are left without a share of them, rounded down; one stays."""
+    return n - min(int(n * share), n - 1)
+
+
+def _rounded_shapes(
+    constraints_L: Sequence[WidthConstraints], allocation: AllocationSection, shares_L: Sequence[float], ratio: float
+) -> list[Shape]:
+    """Round every layer's share to allowed widths; what rounding leaves over is carried on, then evened out."""
+    shapes: list[Shape] = []
+    carry = 0.0
+    for constraints, share in zip(constraints_L, shares_L, strict=True):
+        shape = constraints.nearest(share, carry) if share else constraints.original
+        carry += share * constraints.size - constraints.removed(shape)
+        shapes.append(shape)
+    may_change = [share > 0 for share in shares_L]
+    return _with_remainder(constraints_L, allocation, shapes, may_change, ratio)
+
+
+def _with_remainder(
+    constraints_L: Sequence[WidthConstraints],
+    allocation: AllocationSection,
+    shapes: list[Shape],
+    may_change_L: Sequence[bool],
+    ratio: float,
+) -> list[Shape]:
+    """Move tiles of channels until the total is within half a tile of the target, the deepest layers first.
+
+    Raises ConfigError with the ratio reached where no layer has room.
+    """
+    total = sum(constraints.size for constraints in constraints_L)
+    target = ratio * total
+    removed = _removed(constraints_L, shapes)
+
+    shapes = list(shapes)
+    for layer in reversed(range(len(shapes))):
+        if not may_change_L[layer]:
+            continue
+        constraints = constraints_L[layer]
+        shape = shapes[layer]
+        missing = target - removed
+        moved = _with_fewer_channels(constraints, allocation, shape, missing)
+        gained = constraints.removed(moved) - constraints.removed(shape)
+        # A layer without room, or one that would overshoot by more than is missing, stays.
+        if abs(missing - gained) < abs(missing):
+            shapes[layer] = moved
+            removed += gained
+
+    if abs(target - removed) > constraints_L[0].tile_cost:
+        reached = removed / total
+        raise ConfigError(
+            f"pruning.ratio: {ratio:g} cannot be met with pruning.attention_unit and pruning.align as they are; "
+            f"{_rounded_down(reached)} can"
+        )
+    return shapes
+
+
+def _with_fewer_channels(
+    constraints: WidthConstraints, allocation: AllocationSection, shape: Shape, missing: float
+) -> Shape:
+    """Return the widths with so many channels fewer as save the missing weights, or as the layer's cap allows.
+
+    A negative number gives channels back. The cap holds as a tile does: a layer may give part of one more, or a ratio
+    just under the cap could not be met.
+    """
+    cap = min(allocation.max_sparsity, constraints.cap)
+    room = cap * constraints.size - constraints.removed(shape) + constraints.tile_cost / 2
+    more = min(missing, room)
+    channels = constraints.channels(shape.channels - more / constraints.architecture.channel_cost)
+    return Shape(shape.groups, shape.heads_per_group, channels)
+
+
+def _removed(constraints_L: Sequence[WidthConstraints], shapes: Sequence[Shape]) -> int:
+    """Return how many weights these widths save in all layers together."""
+    return sum(constraints.removed(shape) for constraints, shape in zip(constraints_L, shapes, strict=True))
+
+
+# --- scores to widths ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """The next narrower width of a layer's attention or MLP, and what it costs."""
+
+    lost_score: float
+    """Sum of the scores of the units that go."""
+    columns: int
+    """Columns of ``o_proj`` or ``down_proj`` that go."""
+    weights: int
+    """Weights saved."""
+    width: dict[str, int]
+    """Fields of ``Shape`` that it changes."""
+
+
+RANKING_VALUES: Mapping[str, Callable[[_Candidate], float]] = {
+    "global": lambda candidate: candidate.lost_score / candidate.weights,
+    "standardised": lambda candidate: candidate.lost_score / candidate.columns,
+}
+"""Allocations that rank what may go over all layers, and the value that they rank it by, the least first."""
+
+
+@dataclass(frozen=True, slots=True)
+class _RankedCandidate:
+    """A narrower width of one layer, with its place in the ranking."""
+
+    value: float
+    layer: int
+    site: Site
+    width: dict[str, int]
+
+
+def _greedy_shapes(
+    constraints_L: Sequence[WidthConstraints],
+    allocation: AllocationSection,
+    ratio: float,
+    ranking: Iterable[_RankedCandidate],
+) -> list[Shape]:
+    """Take narrower widths by their value over all layers, the least first, while they fit the budget.
+
+    ``global`` ranks by normalised score per weight (the paper's AL, by score per cost and not by score),
+    ``standardised`` by the mean standardised score of the columns, whatever they cost (FLAP's AL-AM).
+    """
+    target = ratio * sum(constraints.size for constraints in constraints_L)
+    cap_L = _caps(constraints_L, allocation)
+    shapes = [constraints.original for constraints in constraints_L]
+    stopped: set[tuple[int, Site]] = set()
+    removed = 0
+
+    # Layer and site settle equal values, so that the order is a pure function of the scores.
+    for candidate in sorted(ranking, key=lambda candidate: (candidate.value, candidate.layer, candidate.site)):
+        if (candidate.layer, candidate.site) in stopped:
+            continue
+        constraints = constraints_L[candidate.layer]
+        old = shapes[candidate.layer]
+        new = replace(old, **candidate.width)
+        after = removed + constraints.removed(new) - constraints.removed(old)
+        is_over_budget = after > target + constraints.tile_cost / 2
+        is_over_cap = constraints.removed(new) > cap_L[candidate.layer] * constraints.size
+        if is_over_budget or is_over_cap:
+            stopped.add((candidate.layer, candidate.site))
+            continue
+        shapes[candidate.layer] = new
+        removed = after
+
+    may_change = [shape != constraints.original for constraints, shape in zip(constraints_L, shapes, strict=True)]
+    return _with_remainder(constraints_L, allocation, shapes, may_change, ratio)
+
+
+def _ranked_candidates(
+    constraints_L: Sequence[WidthConstraints], scores_L: Sequence[LayerScores], kind: str, comparable: bool
+) -> list[_RankedCandidate]:
+    """List the ways to narrow every layer, in the order they must be taken.
+
+    A later way never has less value than an earlier one of the same layer and site.
+    """
+    made_comparable = normalised if kind == "global" and not comparable else lambda score: score
+    ranked: list[_RankedCandidate] = []
+    for constraints, (head_H, channel_C) in zip(constraints_L, scores_L, strict=True):
+        candidates: dict[Site, list[_Candidate]] = {
+            "attn": _attention_candidates(constraints, made_comparable(head_H)),
+            "mlp": _mlp_candidates(constraints, made_comparable(channel_C)),
+        }
+        for site in SITES:
+            values = accumulate(map(RANKING_VALUES[kind], candidates[site]), max)
+            for value, candidate in zip(values, candidates[site], strict=True):
+                ranked.append(_RankedCandidate(value, constraints.layer, site, candidate.width))
+    return ranked
+
+
+def _attention_candidates(constraints: WidthConstraints, score_H: Tensor) -> list[_Candidate]:
+    """List the steps from each option of a layer's attention to the next narrower one."""
+    kept_score: dict[tuple[int, int], float] = {}
+    for option in constraints.options:
+        _, heads = best_heads(score_H, constraints.original, option)
+        kept_score[option] = float(score_H[list(heads)].sum())
+
+    return [
+        _Candidate(
+            lost_score=kept_score[wide] - kept_score[narrow],
+            columns=(wide[0] * wide[1] - narrow[0] * narrow[1]) * constraints.architecture.head_dim,
+            weights=constraints.attention_cost(wide) - constraints.attention_cost(narrow),
+            width={"groups": narrow[0], "heads_per_group": narrow[1]},
+        )
+        for wide, narrow in pairwise(constraints.options)
+    ]
+
+
+def _mlp_candidates(constraints: WidthConstraints, score_C: Tensor) -> list[_Candidate]:
+    """List the steps from each number of channels to the next one, a tile narrower.
+
+    All MoE experts of a layer lose a channel together, each its least.
+    """
+    ascending_C = by_moe_expert(score_C).sort(1).values.sum(0)
+    n = constraints.original.channels
+    # The first step goes down to a multiple of the tile.
+    widths = [n, *range((n - 1) // constraints.tile * constraints.tile, 0, -constraints.tile)]
+    cost = constraints.architecture.channel_cost
+    return [
+        _Candidate(
+            lost_score=float(ascending_C[n - wide : n - narrow].sum()),
+            columns=wide - narrow,
+            weights=(wide - narrow) * cost,
+            width={"channels": narrow},
+        )
+        for wide, narrow in pairwise(widths)
+    ]

@@ -1,0 +1,167 @@
+"""Widths: what a layer's attention and MLP may be cut to, and what each width saves.
+
+A width must suit the pruning unit, the tile of channels, the ranks of tensor parallelism and the engine that serves it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from seap_ray.config import PruningSection
+from seap_ray.core.architecture import Architecture, Shape
+from seap_ray.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class WidthConstraints:
+    """The widths that one layer may take, and what they save. Sizes are in numbers of weights."""
+
+    architecture: Architecture
+    layer: int
+    size: int
+    """Weights of the layer before the cut."""
+    options: tuple[tuple[int, int], ...]
+    """Allowed (groups, heads per group), most parameters first."""
+    tile: int
+    """Kept channels are a multiple of this, or all."""
+    compensated: bool
+    """Whether a cut layer gets output biases, which count against what it saves."""
+
+    @classmethod
+    def of(
+        cls, architecture: Architecture, pruning: PruningSection, *, compensated: bool, stock: bool = False
+    ) -> tuple["WidthConstraints", ...]:
+        """Find the widths that every layer may take.
+
+        Args:
+            architecture: The model before the cut.
+            pruning: Unit of attention, alignment and ranks of tensor parallelism.
+            compensated: Whether cut layers get output biases.
+            stock: Allow only head counts that a family's own config accepts: the hidden size's divisors.
+
+        Returns:
+            The constraints of every layer, in order.
+
+        Raises:
+            ConfigError: A layer's heads or channels cannot be split over ``tensor_parallel`` ranks, or groups would
+                differ beside sliding windows that some layers have.
+        """
+        unit = pruning.attention_unit
+        options_L = [_attention_options(layer.shape, architecture.dense, unit) for layer in architecture.layers]
+        _check_equal_groups(architecture, unit, options_L)
+
+        tile = architecture.align(pruning.align) * pruning.tensor_parallel
+        constraints_L: list[WidthConstraints] = []
+        for layer, options in enumerate(options_L):
+            size = architecture.layer_parameters(architecture.layers[layer])
+            allowed = _allowed(architecture, layer, options, pruning, tile, stock)
+            constraints_L.append(cls(architecture, layer, size, allowed, tile, compensated))
+        return tuple(constraints_L)
+
+    @property
+    def original(self) -> Shape:
+        """Widths of the layer before the cut."""
+        return self.architecture.layers[self.layer].shape
+
+    @property
+    def tile_cost(self) -> int:
+        """Weights of one tile of channels."""
+        return self.tile * self.architecture.channel_cost
+
+    def attention_cost(self, option: tuple[int, int]) -> int:
+        """Return the weights of the attention with so many (groups, heads per group)."""
+        return self.architecture.attention_parameters(Shape(*option, 0))
+
+    def removed(self, shape: Shape) -> int:
+        """Return how many weights these widths save, added biases counted against them."""
+        layer = self.architecture.resized(self.layer, shape, compensated=self.compensated)
+        return self.size - self.architecture.layer_parameters(layer)
+
+    @property
+    def cap(self) -> float:
+        """Largest share that the layer can give: the smallest option of attention and one tile of channels stay."""
+        smallest = Shape(*self.options[-1], min(self.tile, self.original.channels))
+        return max(self.removed(smallest), 0) / self.size
+
+    def channels(self, wanted: float) -> int:
+        """Return the allowed channel count nearest to ``wanted``."""
+        full = self.original.channels
+        tiled = min(max(round(wanted / self.tile), 1) * self.tile, full)
+        return full if abs(full - wanted) < abs(tiled - wanted) else tiled
+
+    def nearest(self, share: float, carry: float = 0.0) -> Shape:
+        """Return the allowed widths nearest to giving a share of the layer's weights, and ``carry`` weights more.
+
+        Attention takes the option nearest to the share, channels give the rest: heads are coarse, tiles of channels
+        fine.
+        """
+        architecture = self.architecture
+        original = self.original
+        attention = self.attention_cost((original.groups, original.heads_per_group))
+        option = min(self.options, key=lambda option: abs(self.attention_cost(option) - (1 - share) * attention))
+
+        # Biases that compensation will add must be saved elsewhere.
+        n_added = len(architecture.bias_keys) - len(architecture.layers[self.layer].biases)
+        added = architecture.hidden_size * n_added * self.compensated
+        cut = share * self.size + carry + added - (attention - self.attention_cost(option))
+        return Shape(*option, self.channels(original.channels - cut / architecture.channel_cost))
+
+
+def _attention_options(original: Shape, dense: Shape, unit: str) -> Sequence[tuple[int, int]]:
+    """List what a layer's attention may become, (groups, heads per group), the widest first.
+
+    Under ``head`` a layer's groups stay where the dense model has several heads in one, also in a layer that an earlier
+    cut left with one.
+    """
+    groups = original.groups
+    heads = original.heads_per_group
+    if unit == "none":
+        return [(groups, heads)]
+    if unit == "head" and dense.heads_per_group > 1:
+        return [(groups, n) for n in range(heads, 0, -1)]
+    return [(n, heads) for n in range(groups, 0, -1)]
+
+
+def _check_equal_groups(architecture: Architecture, unit: str, options_L: Sequence[Sequence[tuple[int, int]]]) -> None:
+    """Raise ConfigError where layers could get unequal numbers of groups in a model that mixes kinds of attention."""
+    group_counts = {groups for groups, _ in chain.from_iterable(options_L)}
+    if not architecture.mixes_windows or len(group_counts) == 1:
+        return
+    alternatives = "head or none" if architecture.dense.heads_per_group > 1 else "none"
+    raise ConfigError(
+        f"pruning.attention_unit: {unit} leaves layers with unequal numbers of key-value "
+        f"heads, which no engine serves beside the sliding windows that some layers of this "
+        f"{architecture.family} have; choose {alternatives}"
+    )
+
+
+def _allowed(
+    architecture: Architecture,
+    layer: int,
+    options: Sequence[tuple[int, int]],
+    pruning: PruningSection,
+    tile: int,
+    stock: bool,
+) -> tuple[tuple[int, int], ...]:
+    """Return those options that the ranks can share, and where it is to be one, a stock checkpoint can have."""
+    original = architecture.layers[layer].shape
+    ranks = pruning.tensor_parallel
+    allowed = tuple(
+        (groups, heads)
+        for groups, heads in options
+        if _splits(groups, heads, ranks) and not (stock and architecture.hidden_size % (groups * heads))
+    )
+
+    # A layer may also stay as it is, so what it has must split, too.
+    whole = _splits(original.groups, original.heads_per_group, ranks) and not original.channels % ranks
+    if not allowed or not whole or tile > architecture.dense.channels:
+        raise ConfigError(
+            f"pruning.tensor_parallel: {ranks} ranks with tiles of {tile} channels do not fit the {original.heads} "
+            f"heads, {original.groups} key-value heads and {original.channels} channels of layer {layer}"
+        )
+    return allowed
+
+
+def _splits(groups: int, heads_per_group: int, ranks: int) -> bool:
+    """Return whether vLLM can share these heads out: key-value heads are split, or where they are fewer, repeated."""
+    return (groups % ranks == 0 or ranks % groups == 0) and groups * heads_per_group % ranks == 0
