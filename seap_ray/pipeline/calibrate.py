@@ -15,9 +15,10 @@ from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.forward import make_runner
 from seap_ray.models.recorder import SiteMoments
-from seap_ray.models.records import covariance_bytes, save_covariances, save_moments, task_memory
+from seap_ray.models.records import save_covariances, save_moments, task_memory
 from seap_ray.pipeline.cluster import working_nodes
 from seap_ray.pipeline.merge import TaskStatistics, find_unmerged, merge_all
+from seap_ray.pipeline.needs import covariance_files_bytes
 from seap_ray.pipeline.placement import workers_that_fit
 from seap_ray.pipeline.shard_records import MAX_ATTEMPTS, ShardRecords
 from seap_ray.pipeline.shards import Manifest, Shard
@@ -172,7 +173,7 @@ def check_memory(architecture: Architecture) -> None:
 
 def check_disk(run: Run, architecture: Architecture, *, n_files: int) -> None:
     """Raise IncompleteError when the covariances will not fit the disk: a triangle for each shard and task to come."""
-    needed = n_files * architecture.n_layers * covariance_bytes(architecture) // 2
+    needed = n_files * covariance_files_bytes(architecture)
     run.root.mkdir(parents=True, exist_ok=True)
     free = run.root.free_bytes()
 

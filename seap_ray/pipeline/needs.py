@@ -18,7 +18,7 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.forward import COVARIANCE_COPIES
 from seap_ray.models.records import covariance_bytes, task_memory
 from seap_ray.pipeline.model_specs import ModelSpec, model_specs, pruning_section
-from seap_ray.pipeline.placement import MEMORY_FACTOR
+from seap_ray.pipeline.placement import memory_with_batch
 from seap_ray.storage.paths import is_uri
 from seap_ray.tasks import Task
 
@@ -288,18 +288,18 @@ def memory_needs(model: ModelSize, config: Config, corpora: Mapping[str, CorpusS
     has_covariances = config.calibration.statistics == "covariance"
     # One layer's covariances at least; where there is room a worker takes more of them in one pass.
     recording = COVARIANCE_COPIES * covariance_bytes(architecture) if has_covariances else 0
-    weights = model.parameters * item_bytes
+    whole = memory_with_batch(model.parameters, item_bytes)
 
     largest_layer = max(architecture.layer_parameters(layer) for layer in architecture.layers)
     n_tokens = min(config.calibration.stream_tokens, sum(size.tokens for size in corpora.values()))
     hidden_states = n_tokens * architecture.hidden_size * item_bytes
     # The input embedding goes before the first layer comes.
-    streamed = max(2 * largest_layer, model.outer_parameters // 2) * item_bytes
+    streamed = max(2 * largest_layer, model.outer_parameters // 2)
     return MemoryNeeds(
-        single=round(MEMORY_FACTOR * weights) + recording,
-        device_map=round(MEMORY_FACTOR * weights / max(1, config.calibration.num_gpus)) + recording,
-        stream=round(MEMORY_FACTOR * streamed) + hidden_states + recording,
-        host=weights,
+        single=whole + recording,
+        device_map=round(whole / max(1, config.calibration.num_gpus)) + recording,
+        stream=memory_with_batch(streamed, item_bytes) + hidden_states + recording,
+        host=model.parameters * item_bytes,
         # One more for the weights' norms, one for a mean over tasks.
         driver=(len(corpora) + 2) * moments_bytes(architecture),
         covariance_task=task_memory(architecture) if has_covariances else 0,

@@ -47,6 +47,11 @@ class WorkerMemory:
     all_devices: int
 
 
+def memory_with_batch(parameters: int, item_bytes: int) -> int:
+    """Return the bytes of a model in memory and a batch on its way through it."""
+    return int(MEMORY_FACTOR * parameters * item_bytes)
+
+
 def choose_placement(config: Config, checkpoint: Checkpoint) -> PlacementChoice:
     """Choose by what the model needs and the cluster's workers have, or as ``calibration.placement`` says.
 
@@ -55,7 +60,7 @@ def choose_placement(config: Config, checkpoint: Checkpoint) -> PlacementChoice:
         IncompleteError: GPUs are taken by others.
     """
     settings = config.calibration
-    needed = int(MEMORY_FACTOR * checkpoint.parameters * model_dtype(config.model, checkpoint).itemsize)
+    needed = memory_with_batch(checkpoint.parameters, model_dtype(config.model, checkpoint).itemsize)
     memory = _worker_memory(config)
     kind = settings.placement
     if kind == "auto":
