@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from seap_ray.core.architecture import Architecture
-from seap_ray.core.moments import RECORDED, Covariance, Moments, Site, Statistics, pooled_covariance
+from seap_ray.core.moments import RECORDED, SITES, Covariance, Moments, Site, Statistics, pooled_covariance
+from seap_ray.core.scores import Norms, WeightNorms
 from seap_ray.errors import IncompleteError
 from seap_ray.storage.files import atomic_write, stage
 from seap_ray.storage.paths import StoragePath, storage_path
@@ -118,9 +119,9 @@ def load_statistics(path: StoragePath, architecture: Architecture, *, sites: Seq
     """Read the moments of every layer.
 
     Arguments:
-        path: A task's statistics, a shard's record, or weight norms.
+        path: A task's statistics, or a shard's record.
         architecture: The model that the moments are of.
-        sites: Kinds of sites to read; weight norms have those of ``moments.SITES`` alone.
+        sites: Kinds of sites to read.
 
     Returns:
         Moments by (layer, site), means and sums of squares float64 of shape (D,), D the columns of the site. In an MoE
@@ -140,6 +141,30 @@ def sites_of(architecture: Architecture, sites: Sequence[Site] = RECORDED) -> It
     for site in sites:
         layer_sites += architecture.sites(site)
     return ((layer, site) for layer in range(architecture.n_layers) for site in layer_sites)
+
+
+def save_norms(path: StoragePath, norms: WeightNorms, **metadata: Any) -> None:
+    """Write weight norms, float64, with metadata and a hash of their bytes."""
+    tensors = {}
+    for (layer, site), site_norms in sorted(norms.items()):
+        tensors[f"layers.{layer}.{site}.l1"] = site_norms.l1_D.contiguous()
+        tensors[f"layers.{layer}.{site}.l2_squared"] = site_norms.l2_squared_D.contiguous()
+    save_tensors(path, tensors, **metadata)
+
+
+def load_norms(path: StoragePath, architecture: Architecture) -> WeightNorms:
+    """Read the weight norms of every (layer, site).
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        SafetensorError: The file is damaged, or lacks a site.
+    """
+    norms: dict[tuple[int, Site], Norms] = {}
+    with open_tensors(path) as file:
+        for layer, site in sites_of(architecture, SITES):
+            l1_D = file.get_tensor(f"layers.{layer}.{site}.l1")
+            norms[layer, site] = Norms(l1_D, file.get_tensor(f"layers.{layer}.{site}.l2_squared"))
+    return norms
 
 
 def load_unit_scores(path: StoragePath, layers: Iterable[int]) -> list[dict[str, Tensor]]:

@@ -32,11 +32,11 @@ from seap_ray.models.export import check_stock
 from seap_ray.models.records import (
     PooledCovariance,
     TensorFile,
-    is_whole,
+    load_norms,
     load_statistics,
     load_unit_scores,
     read_metadata,
-    save_moments,
+    save_norms,
     save_tensors,
     task_memory,
 )
@@ -274,23 +274,27 @@ def _score_site(
 
 
 def _weight_norms(checkpoint: Checkpoint, run: Run) -> WeightNorms:
-    path, architecture = run.statistics("weight_norms"), checkpoint.architecture
-    if not is_whole(path, model=checkpoint.fingerprint):
-        layers = work_task(_layer_norms)
-        parts = ray.get([layers.remote(checkpoint, layer) for layer in range(architecture.n_layers)])
-        # Stored as moments: mean holds the L1 norm, m2 the squared L2 norm, count the output width.
-        named = {
-            (layer, site): Moments(architecture.hidden_size, norms.l1_D, norms.l2_squared_D)
-            for layer, part in enumerate(parts)
-            for site, norms in part.items()
-        }
-        save_moments(path, named, model=checkpoint.fingerprint)
-    stored = load_statistics(path, architecture, sites=SITES)
-    return {key: Norms(moments.mean_D, moments.m2_D) for key, moments in stored.items()}
+    """Return the norms of every output module's weight, computed once in Ray tasks, a layer each."""
+    architecture = checkpoint.architecture
+    norms_file = TensorFile(read=partial(load_norms, architecture=architecture))
+    artifact = Artifact(run.statistics("weight_norms"), checkpoint.fingerprint, norms_file)
+    return artifact.get(lambda: save_norms(artifact.path, _compute_norms(checkpoint), fingerprint=artifact.key))
+
+
+def _compute_norms(checkpoint: Checkpoint) -> WeightNorms:
+    """Compute the norms of every (layer, site) in Ray tasks."""
+    task = work_task(_layer_norms)
+    by_layer = ray.get([task.remote(checkpoint, layer) for layer in range(checkpoint.architecture.n_layers)])
+    norms: dict[tuple[int, Site], Norms] = {}
+    for layer, site_norms in enumerate(by_layer):
+        norms |= {(layer, site): norms_of_site for site, norms_of_site in site_norms.items()}
+    return norms
 
 
 def _layer_norms(checkpoint: Checkpoint, layer: int) -> dict[Site, Norms]:
-    names = {
-        site: checkpoint.architecture.tensor(layer, module) for site, module in checkpoint.architecture.modules.items()
-    }
-    return {site: Norms.of(checkpoint.read(name)) for site, name in names.items()}
+    """Compute the norms of one layer's output modules, by site."""
+    architecture = checkpoint.architecture
+    norms: dict[Site, Norms] = {}
+    for site, module in architecture.modules.items():
+        norms[site] = Norms.of(checkpoint.read(architecture.tensor(layer, module)))
+    return norms

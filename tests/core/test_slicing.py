@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import seap_ray.core.slicing as compact_module
+import seap_ray.core.slicing as slicing_module
 from seap_ray.core.architecture import Architecture, Layer, Shape
 from seap_ray.core.compensation import mean_bias
 from seap_ray.core.plan import Kept
@@ -79,7 +79,7 @@ def by_numpy(module, kind, array, kept, head_dim):
 def test_pieces_have_some_rows_each_and_are_the_tensor_together(module, monkeypatch):
     dense, kept = Shape(4, 1, 6), Kept((0, 3), (0, 3), ((1, 4, 5),))
     tensor = dense_tensors(dense, 2)[module, "weight"]
-    monkeypatch.setattr(compact_module, "PIECE", 2 * tensor[0].nbytes)
+    monkeypatch.setattr(slicing_module, "PIECE_BYTES", 2 * tensor[0].nbytes)
     pieces = [*slice_tensor(architecture(dense, 2), 0, module, "weight", tensor, kept)]
     assert len(pieces) > 1 and max(map(len, pieces)) == 2
     np.testing.assert_array_equal(torch.cat(pieces), by_numpy(module, "weight", tensor.numpy(), kept, 2))

@@ -14,7 +14,7 @@ from seap_ray.core.architecture import Architecture
 from seap_ray.core.moments import Moments, Statistics
 from seap_ray.core.scores import Norms
 from seap_ray.methods import STUDIES
-from seap_ray.models.records import save_moments
+from seap_ray.models.records import save_moments, save_norms
 from seap_ray.pipeline.model_specs import model_specs
 from seap_ray.pipeline.plan_files import save_plan
 from seap_ray.pipeline.planner import Planner
@@ -71,9 +71,9 @@ def make_planner(config: Config, run: Run, model: str = "llama_gqa") -> Planner:
             save_moments(run.records(task) / f"{n:05}-abc.safetensors", part)
         statistics[task] = {key: sum((part[key] for part in shards[1:]), shards[0][key]) for key in shards[0]}
         save_moments(run.statistics(task), statistics[task])
-    norms = random_statistics(architecture, seed=99)
-    save_moments(run.statistics("weight_norms"), {k: Moments(1, m.mean_D.abs(), m.m2_D) for k, m in norms.items()})
-    weights = {key: Norms(moments.mean_D.abs(), moments.m2_D) for key, moments in norms.items()}
+    random_moments = random_statistics(architecture, seed=99)
+    weights = {key: Norms(moments.mean_D.abs(), moments.m2_D) for key, moments in random_moments.items()}
+    save_norms(run.statistics("weight_norms"), weights)
     checkpoint: Any = SimpleNamespace(architecture=architecture)
     files = {task: run.statistics(task) for task in TASKS}
     return Planner(config, checkpoint, statistics, weights, dict.fromkeys(TASKS, "hash"), files, run)

@@ -10,8 +10,8 @@ import torch
 
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.moments import SITES, Site, pooled_statistics
-from seap_ray.core.scores import SCORES, Norms, column_scores, head_scores
-from seap_ray.models.records import is_whole, load_statistics, load_unit_scores
+from seap_ray.core.scores import SCORES, column_scores, head_scores
+from seap_ray.models.records import is_whole, load_norms, load_statistics, load_unit_scores
 from seap_ray.report.charts import LOWER_BOUND, Chart, Figure, Series, series_style
 from seap_ray.report.run_data import UNITS, RunData, StoredPlan, percent
 from seap_ray.report.section import Section
@@ -44,10 +44,10 @@ def scores_section(data: RunData) -> Section | None:
     return Section(
         "scores",
         "How unequal are the scores?",
-        "The line is the median of a layer's scores, in a mixture those of all its experts, the bands hold half and "
-        f"90 % of them; a dash is the lowest score that stays with {percent(ratio)} removed. The taller the bands, the "
-        "less goes with what lies low.",
-        f"Of all of a layer's scores, the best tenth of its channels holds on average {', '.join(held)}.",
+        "The line is the median of a layer's scores (in a mixture of experts, of all MoE experts together); the bands "
+        f"hold the middle 50 % and 90 % of them, and a dash is the lowest score that is kept with {percent(ratio)} "
+        "removed. The wider the bands, the less is lost with the lowest scores.",
+        f"Share of a layer's sum of scores in the best tenth of its channels, on average: {', '.join(held)}.",
         Figure("Quantiles of the scores of channels and heads in every layer.", tuple(panels)),
     )
 
@@ -65,7 +65,11 @@ def _stored_scores(data: RunData, architecture: Architecture, name: str) -> Unit
     if not is_whole(path):
         return None
     by_layer = load_unit_scores(path, range(architecture.n_layers))
-    return {unit: [scores[unit].numpy() for scores in by_layer] for unit in UNITS} if by_layer else None
+    if not by_layer:
+        return None
+    heads = [scores["heads"].numpy() for scores in by_layer]
+    channels = [scores["channels"].numpy() for scores in by_layer]
+    return {"heads": heads, "channels": channels}
 
 
 def _computed_scores(data: RunData, architecture: Architecture, plan: StoredPlan) -> UnitScores | None:
@@ -75,8 +79,9 @@ def _computed_scores(data: RunData, architecture: Architecture, plan: StoredPlan
     if metadata["score"] not in SCORES or not all(path.is_file() for path in paths):
         return None
 
-    *parts, stored = (load_statistics(path, architecture, sites=SITES) for path in paths)
-    norms = {key: Norms(moments.mean_D, moments.m2_D) for key, moments in stored.items()}
+    *task_paths, norms_path = paths
+    parts = [load_statistics(path, architecture, sites=SITES) for path in task_paths]
+    norms = load_norms(norms_path, architecture)
     score = SCORES[metadata["score"]]
     weights = list(metadata["tasks"].values())
     streams = list(zip(weights, parts, strict=True))
@@ -84,6 +89,7 @@ def _computed_scores(data: RunData, architecture: Architecture, plan: StoredPlan
         streams = [(1.0, pooled_statistics(parts, weights))]
 
     def site_scores(layer: int, site: Site) -> torch.Tensor:
+        """Return the weighted scores of one site's columns."""
         keys = [(layer, member) for member in architecture.sites(site)]
         weighted = [weight * column_scores(score, part, norms, keys) for weight, part in streams]
         return torch.stack(weighted).sum(0)
@@ -112,9 +118,9 @@ def _score_chart(plan: StoredPlan, unit: str, scores: Sequence[np.ndarray]) -> C
 
     series = (
         Series("median", range(len(scores)), median, series_style(0), bands=((low, high), (below, above))),
-        Series("lowest that stays", list(lowest_kept), list(lowest_kept.values()), LOWER_BOUND),
+        Series("lowest kept", list(lowest_kept), list(lowest_kept.values()), LOWER_BOUND),
     )
-    return Chart(f"{plan.name}: {unit}", "layer", plan.metadata["score"], series, x_integer=True, y_log=True)
+    return Chart(f"{plan.name}: {unit}", "layer", f"{plan.metadata['score']} score", series, x_integer=True, y_log=True)
 
 
 def _share_of_best_tenth(scores: Sequence[np.ndarray]) -> float:
