@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from seap_ray import Checkpoint, Plan, choose_shapes, keep, load_config, record
+from seap_ray import Checkpoint, Config, Plan, choose_shapes, keep, record
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.scores import Norms, head_scores, wifv
 from seap_ray.demo import skills
@@ -31,15 +31,14 @@ statistics = record(model, tokenizer(texts)["input_ids"], batch_tokens=4096)
 # Score: the variance of each column times its squared weight norm; a head sums its columns.
 scores = []
 for layer in range(architecture.n_layers):
-    heads, channels = (
-        wifv(statistics[layer, site], Norms.of(base.read(architecture.tensor(layer, module))))
-        for site, module in architecture.modules.items()
-    )
-    scores.append((head_scores(heads, architecture.head_dim), channels))
+    column_scores = {}
+    for site, module in architecture.modules.items():
+        norms = Norms.of(base.read(architecture.tensor(layer, module)))
+        column_scores[site] = wifv(statistics[layer, site], norms)
+    scores.append((head_scores(column_scores["attn"], architecture.head_dim), column_scores["mlp"]))
 
 # Plan: widths of every layer that meet the ratio, then the best heads and channels for these widths.
-pruning = load_config(["pruning.compensation=mean"]).pruning
-shapes = choose_shapes(architecture, pruning, ratio=RATIO, compensated=True, scores_L=scores)
+shapes = choose_shapes(architecture, Config().pruning, ratio=RATIO, compensated=True, scores_L=scores)
 layers = zip(shapes, architecture.layers, scores, strict=True)
 kept = tuple(keep(shape, layer.shape, *layer_scores) for shape, layer, layer_scores in layers)
 plan = Plan("arithmetic", RATIO, COMPENSATIONS["mean"], kept, provenance={})

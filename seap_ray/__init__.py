@@ -2,6 +2,7 @@
 
 Every folder has one layer and imports only from layers below it (contracts in ``pyproject.toml``). From the top:
 
+    cli           seap-ray VERB and jobs/VERB.py: help, a config, one line for an error
     studies       compare methods on one calibrated run, one file a question
     vllm_plugin   load the smaller checkpoints in vLLM: layers of unequal widths
     pipeline      the path of the data, on Ray:
@@ -19,10 +20,9 @@ Every folder has one layer and imports only from layers below it (contracts in `
     routing       prompts of every task -> a router; a prompt -> its task
     models        read a model, record its activations, write the smaller checkpoint
     storage       files that are whole or absent, on a disk or in a bucket; the folder of a run
-    core          arithmetic on torch alone: architecture, moments, scores, allocation, plans, reconstruction
+    core          arithmetic on torch alone: architecture, moments, scores, widths, allocation, plans, compensation
     config        ray_config.yaml and overrides -> one frozen Config
     demo          a small model with six skills, and the generators of its data
-    cli           what the jobs share: help, config, exit codes
     tasks, methods, progress, errors    tables and types without torch
 
 ``import seap_ray`` is light: a name below is imported from its module when it is first used.
