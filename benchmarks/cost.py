@@ -229,7 +229,7 @@ def compared(hidden: int, machine: Machine, folder: Path) -> dict[str, Any]:
     loaded.save_pretrained(folder / "base")
     checkpoint = Checkpoint.open(str(folder / "base"))
     model = Model(of := checkpoint.architecture, VOCABULARY, b=4)
-    settings = {"run": {"name": "run", "storage": str(folder)}, "model": {"source": checkpoint.source}}
+    settings = {"run": {"name": "run", "storage": str(folder)}, "model": {"source": checkpoint.source.name}}
     config = Config.model_validate({**settings, "tasks": ["sort"], "pruning": {"ratio": RATIO}})
     run = Run.of(config)
     records = ShardRecords(Calibration("", "", skip_first_token=False, batch_tokens=tokens), run, of)

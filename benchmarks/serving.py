@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     os.environ["SEAP_API_KEYS"] = KEY
     service = prepare(config)
     run = Run.of(config)
-    prompts = Manifest.read(run, task).read_prompts(run)
+    prompts = Manifest.read(run.shards(task)).read_prompts(run)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     close_environment()
     connect("local")

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from seap_ray.errors import ConfigError, DataError
 from seap_ray.models.batching import group_by_length
-from seap_ray.models.corpus import Row, corpus_files, file_format, first_row, is_files
+from seap_ray.models.row_sources import Row, calibration_rows, evaluation_rows, file_format, read_first_row
 from seap_ray.storage.files import stage
 from seap_ray.storage.paths import StoragePath
 from seap_ray.tasks import Task, is_perplexity
@@ -237,14 +237,13 @@ def _layout(task: Task, columns: Sequence[str]) -> Layout | None:
 
 def _evaluation_files(task: Task) -> list[StoragePath]:
     """Local files of the rows to judge on; none where they are lm-eval's own, from the hub."""
-    path = task.evaluation_path or task.path
-    return corpus_files(task, path, task.evaluation_split) if is_files(path) else []
+    return [*evaluation_rows(task).files()]
 
 
 def _example_files(task: Task) -> list[StoragePath]:
     """Local files of the calibration split; none where there are no others than those to judge on."""
     try:
-        files = corpus_files(task, task.path, task.split) if is_files(task.path) else []
+        files = [*calibration_rows(task).files()]
     except DataError:
         return []
     return files if files != _evaluation_files(task) else []
@@ -256,7 +255,7 @@ def _rows(task: Task, files: list[StoragePath]) -> Any:
 
     try:
         rows = load_dataset(
-            file_format(task, files[0]), data_files=[str(stage(file)) for file in files], split="train"
+            file_format(task.name, files[0]), data_files=[str(stage(file)) for file in files], split="train"
         )
     except (DatasetsError, OSError, ValueError) as error:
         raise DataError(f"tasks.{task.name}: {files[0]} cannot be read ({_line(error)})") from None
@@ -267,7 +266,7 @@ def _rows(task: Task, files: list[StoragePath]) -> Any:
 
 def _check_first_row(task: Task, file: StoragePath) -> None:
     """Raises DataError when the row lacks a column or the answer that lm-eval's task needs."""
-    row = first_row(task, file)
+    row = read_first_row(task.name, file)
     if row is None:
         raise DataError(f"tasks.{task.name}: {file} has no rows")
     if layout := _layout(task, list(row)):

@@ -21,8 +21,9 @@ from seap_ray.errors import ConfigError, SeapError
 from seap_ray.judges import lm_eval
 from seap_ray.judges.quality import Quality, measure, measure_windows, windows
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.corpus import Item, Renderer, check_evaluation, corpus_files, is_files, load_tokenizer
+from seap_ray.models.corpus import Item, Renderer, check_evaluation, load_tokenizer
 from seap_ray.models.loading import load_model
+from seap_ray.models.row_sources import evaluation_rows
 from seap_ray.pipeline.prune import PendingCheckpoint, write_temporarily
 from seap_ray.pipeline.shards import draw, read_in_order, read_rows
 from seap_ray.storage.artifact import Artifact, JsonFile
@@ -117,10 +118,8 @@ def eval_task(config: Config, run: Run, task: Task, *, by_lm_eval: bool) -> Eval
 
 def _drawn_items(config: Config, run: Run, task: Task) -> Artifact[dict[str, Any]]:
     """Return the file of a task's drawn rows; its key stands for the settings and the source's files."""
-    path = task.evaluation_path or task.path
-    files = corpus_files(task, path, task.evaluation_split) if is_files(path) else []
-    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = fingerprint([task.model_dump(), config.evaluation.samples, config.run.seed, states])
+    state = evaluation_rows(task).state()
+    key = fingerprint([task.model_dump(), config.evaluation.samples, config.run.seed, state])
     return Artifact(run.cells / f"{task.name}.items.json", key, JsonFile())
 
 

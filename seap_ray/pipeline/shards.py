@@ -6,8 +6,9 @@ shard. Which row goes where depends on content and seed alone.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,24 +20,31 @@ from seap_ray.config import Config
 from seap_ray.errors import DataError
 from seap_ray.models.batching import chunk_stream
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.corpus import (
-    Renderer,
+from seap_ray.models.corpus import Renderer, load_tokenizer, row_key, tokenizer_hash
+from seap_ray.models.row_sources import (
+    DemoRows,
+    HubRows,
     Row,
-    corpus_files,
+    RowFiles,
+    calibration_rows,
+    evaluation_rows,
     file_format,
-    is_files,
-    load_tokenizer,
-    row_key,
-    tokenizer_hash,
 )
+from seap_ray.storage.artifact import Artifact, has_hash
 from seap_ray.storage.files import atomic_write, read_json, sha256_of, stage, write_json
 from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint
 from seap_ray.tasks import Task
 
+MANIFEST_FILE = "manifest.json"
+PROMPTS_FILE = "prompts.parquet"
 FOOTER_READERS = "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"
 """Environment variable of Ray Data: processes that look at the footers of parquet files. By default 32 start for every
 corpus, of one file or of many; one has 128 reads under way at a time."""
+UNUSED_FIELDS = {"metric", "lm_eval", "weight", "choices", "evaluation_path", "evaluation_split"}
+"""Fields of a task that its shards do not depend on."""
+
+# --- what is on storage ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +58,11 @@ class Shard:
     sha256: str
 
     def path(self, run: Run) -> StoragePath:
+        """Return where the shard lies."""
         return run.shards(self.task) / f"{self.shard}.parquet"
 
     def sequences(self, run: Run) -> list[list[int]]:
+        """Read the token ids of every sequence."""
         return pq.read_table(stage(self.path(run)), columns=["ids"]).column("ids").to_pylist()
 
 
@@ -62,7 +72,7 @@ class Manifest:
 
     task: str
     fingerprint: str
-    """Of the settings and files that the shards were made from."""
+    """Fingerprint of the settings and files that the shards were made from."""
     shards: tuple[Shard, ...]
     n_rows: int
     """Rows in the corpus."""
@@ -75,209 +85,271 @@ class Manifest:
 
     @property
     def n_tokens(self) -> int:
+        """Tokens of all shards."""
         return sum(shard.n_tokens for shard in self.shards)
 
     def read_prompts(self, run: Run) -> list[str]:
-        """Questions of the drawn rows, or their texts where the task asks none, in the order of the draw."""
-        return pq.read_table(stage(_prompts(run, self.task))).column("prompt").to_pylist()
+        """Read the questions of the drawn rows, or their texts where the task asks none, in the order of the draw."""
+        return pq.read_table(stage(run.shards(self.task) / PROMPTS_FILE)).column("prompt").to_pylist()
 
     @classmethod
-    def read(cls, run: Run, task: str) -> "Manifest | None":
-        """The manifest on disk, or None when it is missing, torn, or a shard is not what it says."""
-        values = read_json(run.shards(task) / "manifest.json")
+    def read(cls, folder: StoragePath) -> "Manifest | None":
+        """Read the manifest in a task's folder of shards; None when it is missing or torn."""
+        content = read_json(folder / MANIFEST_FILE)
         try:
-            manifest = cls(**{**values, "shards": tuple(Shard(**shard) for shard in values["shards"])})
+            shards = tuple(Shard(**shard) for shard in content["shards"])
+            return cls(**{**content, "shards": shards})
         except (TypeError, KeyError):
             return None
-        hashes = {shard.path(run): shard.sha256 for shard in manifest.shards}
-        hashes[_prompts(run, task)] = manifest.prompts
-        return manifest if all(path.is_file() and sha256_of(path) == sha for path, sha in hashes.items()) else None
+
+    def hashes(self) -> dict[str, str]:
+        """Return the sha256 of every other file in the folder, by its name."""
+        hashes = {f"{shard.shard}.parquet": shard.sha256 for shard in self.shards}
+        hashes[PROMPTS_FILE] = self.prompts
+        return hashes
 
 
-def _prompts(run: Run, task: str) -> StoragePath:
-    return run.shards(task) / "prompts.parquet"
+@dataclass(frozen=True, slots=True)
+class ShardFolder:
+    """The format of a task's shards as an artifact: a folder whose manifest holds the key and every file's sha256."""
+
+    def is_whole(self, path: StoragePath, key: str) -> bool:
+        """Return whether the manifest has the key and every file the bytes that the manifest states."""
+        manifest = Manifest.read(path)
+        if manifest is None or manifest.fingerprint != key:
+            return False
+        return all(has_hash(path / name, digest) for name, digest in manifest.hashes().items())
+
+    def load(self, path: StoragePath) -> Manifest:
+        """Read the manifest of shards that are whole."""
+        manifest = Manifest.read(path)
+        assert manifest is not None
+        return manifest
 
 
-def make_shards(config: Config, checkpoint: Checkpoint, run: Run, said: Callable[[str], None]) -> list[Manifest]:
-    """Bring every task's shards up to date; what is whole and still valid stays. Raises DataError naming the task."""
-    manifests: dict[str, Manifest] = {}
-    stale = []
-    for task in config.tasks:
-        print_ = _print(config, checkpoint, task)
-        old = Manifest.read(run, task.name)
-        if old and old.fingerprint == print_:
-            manifests[task.name] = old
-        else:
-            stale.append((task, print_))
-    if stale:
-        said(f"reading {', '.join(task.name for task, _ in stale)}")
-        for manifest in _write(config, checkpoint, run, stale):
-            manifests[manifest.task] = manifest
-    return [manifests[task.name] for task in config.tasks]
-
-
-def _print(config: Config, checkpoint: Checkpoint, task: Task) -> str:
-    """Fingerprint of what a task's shards depend on: settings, tokenizer, and the source's files (name, size, time)."""
-    files = []
-    if is_files(task.path):
-        files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in corpus_files(task, task.path, task.split)]
-    return fingerprint(
-        task.model_dump(exclude={"metric", "lm_eval", "weight", "choices", "evaluation_path", "evaluation_split"}),
+def shards_artifact(config: Config, checkpoint: Checkpoint, run: Run, task: Task) -> Artifact[Manifest]:
+    """Return a task's shards as an artifact; its key stands for settings, tokenizer, and the source's files."""
+    key = fingerprint(
+        task.model_dump(exclude=UNUSED_FIELDS),
         config.corpus.model_dump(),
         config.run.seed,
         tokenizer_hash(checkpoint),
-        files,
+        calibration_rows(task).state(),
     )
+    return Artifact(run.shards(task.name), key, ShardFolder())
+
+
+# --- the job ---------------------------------------------------------------------------------------------------------
+
+
+def make_shards(config: Config, checkpoint: Checkpoint, run: Run, report: Callable[[str], None]) -> list[Manifest]:
+    """Bring every task's shards up to date; what is whole and still valid stays.
+
+    Arguments:
+        config: The job's settings.
+        checkpoint: The model, whose tokenizer is used.
+        run: Where the shards go.
+        report: Is called with a line for people when something has to be made.
+
+    Returns:
+        A manifest for every task, in their order.
+
+    Raises:
+        DataError: A corpus cannot be had or used; it names the task.
+    """
+    artifacts = {task.name: shards_artifact(config, checkpoint, run, task) for task in config.tasks}
+    stale = [task for task in config.tasks if not artifacts[task.name].is_made()]
+    if stale:
+        report(f"reading {', '.join(task.name for task in stale)}")
+        keys = [artifacts[task.name].key for task in stale]
+        _write_all(config, run, stale, keys)
+    return [artifacts[task.name].load() for task in config.tasks]
+
+
+def _write_all(config: Config, run: Run, tasks: Sequence[Task], keys: Sequence[str]) -> None:
+    """Draw each corpus with Ray Data, then tokenise and write it in a Ray task of its own."""
+    corpus = config.corpus
+    is_official = corpus.prompt_format == "official"
+    write = ray.remote(_write_task)
+    pending = []
+    for task, key in zip(tasks, keys, strict=True):
+        rows = read_rows(task, seed=config.run.seed, n=corpus.samples)
+        drawn = draw(task, rows, n=corpus.samples, seed=config.run.seed, official=is_official)
+        pending.append(write.remote(config, run, task.name, key, drawn))
+    ray.get(pending)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 def read_rows(task: Task, *, evaluation: bool = False, seed: int = 0, n: int | None = None) -> ray.data.Dataset:
-    """Rows of a task's corpus as a Ray Dataset, from the demo's generators (``n`` at least), local files or the hub."""
-    path = (task.evaluation_path or task.path) if evaluation else task.path
-    split = task.evaluation_split if evaluation else task.split
-    if path.startswith("demo:"):
-        from seap_ray.demo import skills
+    """Return the rows of a task's source as a Ray Dataset.
 
-        part: skills.Split = "test" if evaluation else "train"
-        return ray.data.from_items(skills.rows(path.removeprefix("demo:"), max(n or 0, 1000), split=part, seed=seed))
-    if is_files(path):
-        files = corpus_files(task, path, split)
-        os.environ.setdefault(FOOTER_READERS, "1")
-        readers: dict[str, Callable[..., ray.data.Dataset]] = {
-            "parquet": ray.data.read_parquet,
-            "json": ray.data.read_json,
-            "csv": ray.data.read_csv,
-            "text": ray.data.read_text,
-        }
-        return readers[file_format(task, files[0])]([str(file) for file in files])
-    return _from_hub(task, path, split)
+    Arguments:
+        task: The task.
+        evaluation: Read the rows that the task is judged on, not those that it is calibrated on.
+        seed: Seed of the demo's generators.
+        n: Rows that the demo's generators make at least.
+
+    Raises:
+        DataError: The rows cannot be had; it names the task.
+    """
+    source = evaluation_rows(task) if evaluation else calibration_rows(task)
+    match source:
+        case DemoRows():
+            return ray.data.from_items(source.generate(n, seed))
+        case RowFiles():
+            return _read_files(source)
+        case HubRows():
+            # Not ray.data.from_huggingface: it asks the hub again, and fails offline where the data set is cached.
+            return ray.data.from_arrow(source.load())
+    raise TypeError(f"tasks.{task.name}: {source} has no reader")
 
 
-def _from_hub(task: Task, path: str, split: str) -> ray.data.Dataset:
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(path, task.subset, split=split)
-        # Not ray.data.from_huggingface: it asks the hub again, and fails offline where the data set is cached.
-        return ray.data.from_arrow(loaded.with_format("arrow")[:])
-    except Exception as error:  # the hub client raises many kinds: offline, missing, gated, no such split
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"tasks.{task.name}: the hub did not give {path} ({reason}); a local copy works: "
-            f"tasks=[{{name: {task.name}, path: FOLDER}}]"
-        ) from None
+def _read_files(source: RowFiles) -> ray.data.Dataset:
+    os.environ.setdefault(FOOTER_READERS, "1")
+    readers: dict[str, Callable[..., ray.data.Dataset]] = {
+        "parquet": ray.data.read_parquet,
+        "json": ray.data.read_json,
+        "csv": ray.data.read_csv,
+        "text": ray.data.read_text,
+    }
+    files = source.files()
+    return readers[file_format(source.task, files[0])]([str(file) for file in files])
 
 
 def read_in_order(rows: ray.data.Dataset) -> list[Row]:
-    """All rows as they lie in their files, which Ray Data promises only where it is asked to."""
+    """Return all rows as they lie in their files, which Ray Data promises only where it is asked to."""
     options = DataContext.get_current().execution_options
-    before, options.preserve_order = options.preserve_order, True
+    before = options.preserve_order
+    options.preserve_order = True
     try:
         return rows.take_all()
     finally:
         options.preserve_order = before
 
 
+# --- the draw --------------------------------------------------------------------------------------------------------
+
+
+class Draw(NamedTuple):
+    """Rows drawn from a corpus."""
+
+    table: pa.Table
+    """Columns ``key``, ``text``, ``question``, ``answer`` and ``choices``, in the order of the keys."""
+    n_rows: int
+    """Rows in the corpus."""
+    n_blank: int
+    """Rows without text, which cannot be drawn."""
+
+
 class Render:
-    """Rows -> key, text, question, answer, choices; blank texts marked by an empty key."""
+    """Renders blocks of rows: key, text, question, answer, choices; the key of a blank text is empty."""
 
     def __init__(self, task: Task, seed: int, official: bool):
-        self.renderer, self.seed = Renderer(task, official), seed
+        self.renderer = Renderer(task, official)
+        self.seed = seed
 
     def __call__(self, rows: pa.Table) -> pa.Table:
+        """Render a block."""
         items = [self.renderer.item(row) for row in rows.to_pylist()]
+        keys = [row_key(self.seed, item) if item.text.strip() else b"" for item in items]
         return pa.table(
             {
-                "key": pa.array([row_key(self.seed, i) if i.text.strip() else b"" for i in items], pa.binary()),
-                "text": pa.array([i.text for i in items], pa.string()),
-                "question": pa.array([i.question for i in items], pa.string()),
-                "answer": pa.array([i.answer for i in items], pa.string()),
-                "choices": pa.array([i.choices for i in items], pa.list_(pa.string())),
+                "key": pa.array(keys, pa.binary()),
+                "text": pa.array([item.text for item in items], pa.string()),
+                "question": pa.array([item.question for item in items], pa.string()),
+                "answer": pa.array([item.answer for item in items], pa.string()),
+                "choices": pa.array([item.choices for item in items], pa.list_(pa.string())),
             }
         )
 
 
-def draw(task: Task, rows: ray.data.Dataset, *, n: int | None, seed: int, official: bool) -> tuple[pa.Table, int, int]:
-    """``n`` rows (None: all) drawn at random over the whole corpus, in the order of their keys; counts of all and of
-    blank rows.
+def draw(task: Task, rows: ray.data.Dataset, *, n: int | None, seed: int, official: bool) -> Draw:
+    """Draw ``n`` rows (None: all) at random over the whole corpus, and count all and blank ones.
 
-    Every block keeps its own ``n`` smallest keys, so only candidates travel.
+    Every block keeps its own ``n`` smallest keys, so only candidates travel. Raises DataError where no row has text.
     """
     render = Render(task, seed, official)
     rendered = rows.map_batches(lambda batch: _candidates(render(batch), n), batch_format="pyarrow", batch_size=None)
     tables = [table for table in ray.get(rendered.to_arrow_refs()) if table.num_rows]
     if not tables:
         raise DataError(f"tasks.{task.name}: the corpus has no rows")
+
     table = pa.concat_tables(tables)
-    n_rows, n_blank = (sum(table.column(c).to_pylist()) for c in ("n_rows", "n_blank"))
-    drawn = _smallest(table.filter(pa.compute.not_equal(table.column("key"), b"")), n)
+    n_rows = sum(table.column("n_rows").to_pylist())
+    n_blank = sum(table.column("n_blank").to_pylist())
+    drawn = _smallest_keys(table.filter(pa.compute.not_equal(table.column("key"), b"")), n)
     if not drawn.num_rows:
         raise DataError(f"tasks.{task.name}: all {n_rows} rows of the corpus are blank")
-    return drawn.drop_columns(["n_rows", "n_blank"]), n_rows, n_blank
+    return Draw(drawn.drop_columns(["n_rows", "n_blank"]), n_rows, n_blank)
 
 
 def _candidates(rendered: pa.Table, n: int | None) -> pa.Table:
-    """The block's smallest keys; its first row carries the block's counts, an otherwise blank one where it must."""
+    """Return a block's smallest keys; the first row carries the block's counts.
+
+    Where no row has text, a blank one carries them.
+    """
     is_text = pa.compute.not_equal(rendered.column("key"), b"")
     n_text = pa.compute.sum(is_text).as_py() or 0
-    kept = _smallest(rendered.filter(is_text), n) if n_text else rendered.slice(0, 1)
-    counts = np.zeros((2, kept.num_rows), np.int64)
+    kept = _smallest_keys(rendered.filter(is_text), n) if n_text else rendered.slice(0, 1)
+    n_rows = np.zeros(kept.num_rows, np.int64)
+    n_blank = np.zeros(kept.num_rows, np.int64)
     if kept.num_rows:
-        counts[:, 0] = rendered.num_rows, rendered.num_rows - n_text
-    return kept.append_column("n_rows", pa.array(counts[0])).append_column("n_blank", pa.array(counts[1]))
+        n_rows[0] = rendered.num_rows
+        n_blank[0] = rendered.num_rows - n_text
+    return kept.append_column("n_rows", pa.array(n_rows)).append_column("n_blank", pa.array(n_blank))
 
 
-def _smallest(table: pa.Table, n: int | None) -> pa.Table:
+def _smallest_keys(table: pa.Table, n: int | None) -> pa.Table:
     return table.take(pa.compute.sort_indices(table, [("key", "ascending")])).slice(0, n)
 
 
-def _write(config: Config, checkpoint: Checkpoint, run: Run, stale: list[tuple[Task, str]]) -> list[Manifest]:
-    """Draw each corpus with Ray Data, then tokenise and write it in a Ray task of its own."""
-    seed, corpus = config.run.seed, config.corpus
-    write = ray.remote(_write_task)
-    pending = []
-    for task, print_ in stale:
-        rows = read_rows(task, seed=seed, n=corpus.samples)
-        drawn = draw(task, rows, n=corpus.samples, seed=seed, official=corpus.prompt_format == "official")
-        pending.append(write.remote(config, run, task.name, print_, *drawn))
-    return ray.get(pending)
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _write_task(
-    config: Config, run: Run, task: str, print_: str, drawn: pa.Table, n_rows: int, n_blank: int
-) -> Manifest:
+def _write_task(config: Config, run: Run, task: str, key: str, drawn: Draw) -> None:
     """Tokenise the drawn rows, cut them into shards, write these and, last, the manifest."""
-    checkpoint, corpus = Checkpoint.open(config.model.source, config.model.revision), config.corpus
+    corpus = config.corpus
+    checkpoint = Checkpoint.open(config.model.source, config.model.revision)
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
     longest = min(corpus.sequence_length, checkpoint.architecture.max_position_embeddings)
-    texts, questions = (drawn.column(name).to_pylist() for name in ("text", "question"))
-    rows = [row for row in zip(tokenizer(texts)["input_ids"], texts, questions, strict=True) if row[0]]
+
+    texts = drawn.table.column("text").to_pylist()
+    questions = drawn.table.column("question").to_pylist()
+    all_ids = tokenizer(texts)["input_ids"]
+    rows = [row for row in zip(all_ids, texts, questions, strict=True) if row[0]]  # some texts have no token
     prompts = _write_prompts(run, task, [question or text for _, text, question in rows])
+
     pairs = [(ids, text) for ids, text, _ in rows]
     n_cut = 0
     if corpus.packing == "bucket":
         n_cut = sum(len(ids) > longest for ids, _ in pairs)
         pairs = [(ids[:longest], text) for ids, text in pairs]
     pairs = _within_budget(pairs, corpus.max_tokens)
+
     shards: list[Shard] = []
     for start in range(0, len(pairs), corpus.shard_sequences):
-        part = pairs[start : start + corpus.shard_sequences]
+        shard_pairs = pairs[start : start + corpus.shard_sequences]
         if corpus.packing == "pack":
-            part = [(ids, "") for ids in chunk_stream([ids for ids, _ in part], longest)]
-        shards.append(_write_shard(run, task, f"{len(shards):05d}", part))
-    manifest = Manifest(task, print_, tuple(shards), n_rows, n_blank, n_cut, prompts)
-    write_json(run.shards(task) / "manifest.json", asdict(manifest))
-    return manifest
+            chunks = chunk_stream([ids for ids, _ in shard_pairs], longest)
+            shard_pairs = [(ids, "") for ids in chunks]
+        shards.append(_write_shard(run, task, f"{len(shards):05d}", shard_pairs))
+    manifest = Manifest(task, key, tuple(shards), drawn.n_rows, drawn.n_blank, n_cut, prompts)
+    write_json(run.shards(task) / MANIFEST_FILE, asdict(manifest))
 
 
 def _within_budget(pairs: list[tuple[list[int], str]], max_tokens: int | None) -> list[tuple[list[int], str]]:
+    """Keep sequences up to the one that reaches the budget."""
     if max_tokens is None:
         return pairs
-    before = np.cumsum([0, *(len(ids) for ids, _ in pairs)])[:-1]
-    return [pair for pair, spent in zip(pairs, before, strict=True) if spent < max_tokens]
+    tokens_before = np.cumsum([0, *(len(ids) for ids, _ in pairs)])[:-1]
+    return [pair for pair, before in zip(pairs, tokens_before, strict=True) if before < max_tokens]
 
 
 def _write_prompts(run: Run, task: str, prompts: list[str]) -> str:
-    with atomic_write(_prompts(run, task)) as temporary:
+    """Write the file of prompts and return its sha256."""
+    with atomic_write(run.shards(task) / PROMPTS_FILE) as temporary:
         pq.write_table(pa.table({"prompt": pa.array(prompts, pa.string())}), temporary)
         return sha256_of(temporary)
 

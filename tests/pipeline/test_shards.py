@@ -12,7 +12,7 @@ import ray
 from seap_ray.config import Config
 from seap_ray.errors import DataError
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.pipeline.shards import Manifest, draw, make_shards, read_rows
+from seap_ray.pipeline.shards import Manifest, ShardFolder, draw, make_shards, read_rows
 from seap_ray.storage.run import Run
 from seap_ray.tasks import Task
 
@@ -152,7 +152,7 @@ def test_whole_shards_stay_and_a_damaged_one_is_made_again(tmp_path):
     damaged = bytearray(files[1])
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
-    assert Manifest.read(run, "mine") is None
+    assert not ShardFolder().is_whole(run.shards("mine"), manifest.fingerprint)
     assert shards_of(tmp_path, mine)[2] == files
 
 
@@ -202,6 +202,6 @@ def test_prompts_that_are_not_whole_are_made_again_and_the_shards_stay_the_same(
         values = json.loads(about.read_text())
         del values["prompts"]
         about.write_text(json.dumps(values))
-    assert Manifest.read(run, "mine") is None
+    assert not ShardFolder().is_whole(run.shards("mine"), manifest.fingerprint)
     _, again, made = shards_of(tmp_path, mine)
     assert (again, made, path.read_bytes()) == (manifest, files, prompts)

@@ -1,0 +1,208 @@
+"""Model sources: what ``model.source`` names, and the local folder that it becomes on this node.
+
+A new kind of source is a class here and a case of ``parse_model_source``.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from seap_ray.errors import ConfigError
+from seap_ray.storage.files import read_json, stage
+from seap_ray.storage.paths import BucketPath, LocalPath, StoragePath, parse_path
+
+COMPANION_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "generation_config.json", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+"""Files of a base model, tokenizer and terms of use, that go with every task expert."""
+MODEL_FILES = ("*.safetensors", "*.json", *COMPANION_FILES)
+"""Files of a model that are copied from the hub or a bucket."""
+CONFIG_FILE = "config.json"
+"""File with a model's dimensions."""
+BUILT_IN = "demo"
+"""Name of the model that the package contains."""
+CONVERT_COMMAND = (
+    'convert it: python -c "from transformers import AutoModelForCausalLM, AutoTokenizer; '
+    "[of.from_pretrained('{0}').save_pretrained('FOLDER') for of in (AutoModelForCausalLM, AutoTokenizer)]\""
+)
+
+
+@dataclass(frozen=True)
+class ModelSource(ABC):
+    """Where a model comes from."""
+
+    name: str
+    """The source as a config may name it, whatever the current folder: ``demo``, a folder, a URI, or a hub id."""
+    revision: str | None
+    """``model.revision``, which the hub alone heeds."""
+
+    @abstractmethod
+    def fetch(self) -> Path:
+        """Return this node's folder with the model's files, copied there first where need be.
+
+        Raises ConfigError, one line, where that cannot be.
+        """
+
+    @abstractmethod
+    def read_config(self) -> dict[str, Any] | None:
+        """Return the contents of config.json without fetching any weights; None where they cannot be had."""
+
+    @property
+    def is_copied(self) -> bool:
+        """Return whether every node has a copy of its own, from the hub or a bucket."""
+        return False
+
+    @property
+    def hub_id(self) -> str | None:
+        """Return the hub's name of the model, None if the hub is not asked."""
+        return None
+
+    @property
+    def convert_hint(self) -> str:
+        """Return what to do about a model that has pickled weights only."""
+        return CONVERT_COMMAND.format(self.name)
+
+    def pinned(self, folder: Path) -> "ModelSource":
+        """Return the source of exactly the files in ``folder``, which ``fetch`` returned."""
+        return self
+
+
+@dataclass(frozen=True)
+class BuiltInModel(ModelSource):
+    """The demo's model, which the package contains."""
+
+    def fetch(self) -> Path:
+        """Return the folder in the package."""
+        return Path(__file__).parents[1] / "demo" / "model"
+
+    def read_config(self) -> dict[str, Any] | None:
+        """Return the contents of the package's config.json."""
+        return _json_object(self.fetch() / CONFIG_FILE)
+
+
+@dataclass(frozen=True)
+class LocalModel(ModelSource):
+    """A folder on a disk, which every node is expected to see under the same name."""
+
+    path: LocalPath
+
+    def fetch(self) -> Path:
+        """Return the folder itself."""
+        if self.path.is_dir():
+            return self.path
+        raise ConfigError(
+            f"model.source: {self.name} is no folder with a model, no hub id (owner/name) and not `{BUILT_IN}`"
+        )
+
+    def read_config(self) -> dict[str, Any] | None:
+        """Return the contents of the folder's config.json."""
+        return _json_object(self.path / CONFIG_FILE)
+
+
+@dataclass(frozen=True)
+class BucketModel(ModelSource):
+    """A folder in an object store."""
+
+    path: BucketPath
+
+    def fetch(self) -> Path:
+        """Return this node's copy of the model's files."""
+        try:
+            return stage(self.path, MODEL_FILES)
+        except FileNotFoundError:
+            raise ConfigError(f"model.source: {self.name} holds no model") from None
+        except OSError as error:
+            raise ConfigError(f"model.source: {self.name} cannot be copied to this node ({error})") from None
+
+    def read_config(self) -> dict[str, Any] | None:
+        """Return the contents of the bucket's config.json."""
+        try:
+            return _json_object(self.path / CONFIG_FILE)
+        except OSError:
+            return None
+
+    @property
+    def is_copied(self) -> bool:
+        """Return True: every node has a copy of its own."""
+        return True
+
+    @property
+    def convert_hint(self) -> str:
+        """Return what to do about a model that has pickled weights only: transformers reads no bucket."""
+        return "convert a copy on a disk"
+
+
+@dataclass(frozen=True)
+class HubModel(ModelSource):
+    """A model of the Hugging Face hub, ``owner/name``."""
+
+    def fetch(self) -> Path:
+        """Return the folder in the hub's cache, downloaded where it is not there yet."""
+        return _download(self.name, self.revision)
+
+    def read_config(self) -> dict[str, Any] | None:
+        """Return the contents of the model's config.json, from the hub or its cache."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return _json_object(Path(hf_hub_download(self.name, CONFIG_FILE, revision=self.revision)))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+            return None
+
+    @property
+    def is_copied(self) -> bool:
+        """Return True: every node has a cache of its own."""
+        return True
+
+    @property
+    def hub_id(self) -> str:
+        """Return the hub's name of the model."""
+        return self.name
+
+    def pinned(self, folder: Path) -> "HubModel":
+        """Return the source at the commit of ``folder``: the hub's cache holds a model under snapshots/<commit>."""
+        return replace(self, revision=folder.name) if folder.parent.name == "snapshots" else self
+
+
+def _json_object(path: StoragePath | Path) -> dict[str, Any] | None:
+    content = read_json(path)
+    return content if isinstance(content, dict) else None
+
+
+def parse_model_source(name: str, revision: str | None = None) -> ModelSource:
+    """Parse ``model.source``. Nothing is fetched: ``fetch`` says what is not there.
+
+    Raises ConfigError for a URI of an unknown kind.
+    """
+    if name == BUILT_IN:
+        return BuiltInModel(name, revision)
+    path = parse_path(name)
+    if isinstance(path, BucketPath):
+        return BucketModel(name, revision, path)
+    if path.is_dir():
+        # By its whole path: another process may have another current folder.
+        return LocalModel(str(path.absolute()), revision, path.absolute())
+    looks_like_path = name.startswith((".", "/", "~")) or path.exists()
+    if looks_like_path or name.count("/") != 1:
+        return LocalModel(name, revision, path)
+    return HubModel(name, revision)
+
+
+@cache  # the hub is asked once by each process
+def _download(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(MODEL_FILES)))
+    except RepositoryNotFoundError:
+        raise ConfigError(f"model.source: the hub has no model {hub_id} that your token may read") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.source: {hub_id} is no local folder, and the hub did not give it ({reason})"
+        ) from None
