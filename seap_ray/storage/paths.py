@@ -260,7 +260,9 @@ class BucketPath(PurePosixPath):
         self.upload(temporary)
 
     def remove(self) -> None:
-        """Remove the file, or every file below the folder."""
+        """Remove a file, or every file below a folder, if it is there."""
+        if self.is_file():
+            self.unlink(missing_ok=True)
         for file, _ in self.below():
             file.unlink(missing_ok=True)
 
