@@ -112,6 +112,8 @@ def windows(ids: Sequence[int], window: int, *, samples: int | None, seed: int) 
     What is left at the end is dropped; a text shorter than a window is one window.
     """
     starts = list(range(0, len(ids) - window + 1, window)) or [0]
+
+    # Sorted, so that the order of the windows does not depend on the draw.
     if samples is not None and samples < len(starts):
         starts = sorted(random.Random(seed).sample(starts, samples))
     return [ids[start : start + window] for start in starts]
@@ -157,6 +159,7 @@ def score(
 
 
 def _score_encoded(model: PreTrainedModel, encoded: list[tuple[list[int], int]], *, batch_tokens: int) -> list[Scored]:
+    # Texts of like lengths are batched together, so results come in another order than the texts.
     scored: dict[int, Scored] = {}
     for group in group_by_length([len(ids) for ids, _ in encoded], batch_tokens):
         for i, result in zip(group, _score_batch(model, [encoded[i] for i in group]), strict=True):

@@ -71,6 +71,7 @@ def _speed(settings: SpeedSection, rounds: Sequence[dict[str, Seconds]], name: s
 def _random_model(config: dict[str, Any], dtype: torch.dtype, device: str) -> PreTrainedModel:
     import seap_ray.models.hf  # noqa: F401  makes the compacted families known
 
+    # With auto_map transformers would ask for remote code, although the families are known here.
     loaded = AutoConfig.for_model(**{key: value for key, value in config.items() if key != "auto_map"})
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(loaded, dtype=dtype)
@@ -87,9 +88,11 @@ def _time(model: PreTrainedModel, settings: SpeedSection) -> Seconds:
 
 
 def _generate(model: PreTrainedModel, ids_BT: torch.Tensor, n_tokens: int) -> Seconds:
+    # Only the last position's logits are needed, as a server computes them.
     started = _now()
     out = model(input_ids=ids_BT, use_cache=True, logits_to_keep=1)
     prefilled = _now()
+
     for _ in range(n_tokens):
         ids_BT = out.logits[:, -1:].argmax(-1)
         out = model(input_ids=ids_BT, past_key_values=out.past_key_values, use_cache=True)

@@ -32,6 +32,7 @@ def on_own_task(requests: Iterable[ModelRequest]) -> list[ModelRequest]:
     """Request the same models, those that are made for one task to be judged on that task only."""
     narrowed = []
     for request in requests:
+        # Models for all tasks stay as they are.
         if request.spec and request.spec.task:
             request = ModelRequest(request.spec, request.ratio, (request.spec.task,))
         narrowed.append(request)

@@ -71,6 +71,7 @@ def check(config: Config) -> None:
         raise ConfigError("evaluation.samples: 0 leaves a study nothing to judge; null takes all rows")
     if config.study in CHECKS:
         CHECKS[config.study](config)
+
     for task in config.tasks:
         if task.lm_eval and _uses_lm_eval(config):
             with suppress(DataError):  # rows that are missing cost their own results only
@@ -89,6 +90,7 @@ def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
     say(f"{study.title}: {study.question}")
     result = RUNS[config.study](runner)
 
+    # The study's own table comes first, then what every results file has.
     rows = [model.row for model in result.models]
     contents = results_json(config, runner.eval_tasks, rows, router)
     study_table = StudyTable(config.study, study.title, study.question, result.columns, result.cells)
@@ -97,11 +99,13 @@ def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
     with atomic_write(csv_path) as path, path.open("w", newline="") as file:
         csv.writer(file).writerows([result.columns, *result.cells])
 
+    # Where rows are models, a table made for these is easier to read than all columns.
     is_about_models = config.study in ("table", "ratio")
     say("")
     say(models_table(Results.from_json(contents)) if is_about_models else text_table(result.columns, result.cells))
     say("")
     say(f"{write_report(run)} has the pictures")
+
     if result.failures:
         raise IncompleteError(
             f"{len(result.failures)} reasons for failed cells, first: {min(result.failures)}; mend, run it again"

@@ -92,7 +92,8 @@ class StudyRunner:
     def _eval_task(self, task: Task) -> EvalTask | Failure:
         try:
             return eval_task(self.config, self.calibrated.run, task, by_lm_eval=self.lm_eval)
-        except Exception as error:  # whatever rows do that are not as the task has it
+        except Exception as error:
+            # Rows that are not as the task describes them raise whatever they raise, and cost that task only.
             failure = Failure.of(known_error(error) or error)
             say(f"cannot judge {task.name}: {failure.error}")
             return failure
@@ -108,10 +109,14 @@ class StudyRunner:
         planner = self.calibrated.planner
         run = self.calibrated.run
         checkpoint = self.calibrated.checkpoint
+
+        # The files of parts are named by what they are made from, so that studies share them.
         records = ShardRecords.of(self.config, checkpoint, run)
 
         keys = {name: records.merged_key(shards) for name, shards in parts.items()}
         files = {name: run.part(key[:20]) for name, key in keys.items()}
+
+        # A shard that several parts have is recorded once.
         shards = _distinct(parts.values())
         make_records(self.config, records, shards, partial(progress, unit=" tokens"), n_merged=len(parts))
         merge_all([TaskStatistics(records, shards, files[name]) for name, shards in parts.items()], checkpoint)
@@ -129,6 +134,8 @@ class StudyRunner:
     def evaluate_models(self, requests: Iterable[ModelRequest], planner: Planner | None = None) -> list[EvaluatedModel]:
         """Plan, prune and judge every model, in order; one that cannot be says why in its results."""
         requests = list(requests)
+
+        # All are planned first, because all are judged together, side by side on the cluster.
         sources = [self._source(request, planner or self.calibrated.planner) for request in requests]
         tasks = [request.tasks or self.task_names for request in requests]
         targets = [
@@ -214,7 +221,8 @@ class StudyRunner:
 
         try:
             rates_by_shape = stored.get(partial(self._measure_speeds, configs, dtype, path))
-        except RayError as error:  # too large for the device at this batch, say: what was judged stays
+        except RayError as error:
+            # A model may be too large for the device at this batch; what was judged stays.
             say(f"speed: not measured; {Failure.of(getattr(error, 'cause', None) or error).error}")
             return {}
         return {shape: Speed(**rates) for shape, rates in rates_by_shape.items()}
@@ -258,6 +266,7 @@ def _distinct(parts: Iterable[Sequence[Shard]]) -> list[Shard]:
 
 def _shape(config: HfConfig) -> str:
     """Return a fingerprint of what a model's speed depends on."""
+    # Depth and widths by the names of all families, and what adds weights or work to a layer.
     keys = (
         *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
         *("head_dim", "attention_bias", "mlp_bias", "vocab_size", "ffn_dim", "model_type"),
