@@ -1,8 +1,8 @@
-"""Harness: a model and a task in; the figure that lm-eval gives it, and each row's part in that, out.
+"""lm-eval as a judge: a model and a task in; the metric's value, and each row's part in it, out.
 
-Prompts, metrics and filters are those of lm-eval's own task. Where the task's evaluation rows lie in local files it is
-run on these, and nothing is asked of the hub. lm-eval is an optional extra, and takes seconds to import: hence the
-imports inside functions.
+Prompts, metrics and filters are those of lm-eval's own task. Where the task's evaluation rows lie in local files,
+lm-eval runs on these, and nothing is asked of the hub. lm-eval is an optional extra, and takes seconds to import: hence
+the imports inside functions.
 """
 
 import copy
@@ -30,8 +30,8 @@ from seap_ray.tasks import Task, is_perplexity
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """A metric's value on one task with its standard error, as lm-eval has them."""
+class LmEvalResult:
+    """A metric's value on one task with its standard error, as lm-eval computes them."""
 
     metric: str
     value: float
@@ -41,7 +41,7 @@ class Judged:
 
 
 def version() -> str:
-    """Raises ConfigError when lm-eval is not installed."""
+    """Return lm-eval's name and version. Raises ConfigError when it is not installed."""
     try:
         return f"lm-eval {metadata.version('lm_eval')}"
     except metadata.PackageNotFoundError:
@@ -49,14 +49,14 @@ def version() -> str:
 
 
 def check(task: Task) -> None:
-    """Raises ConfigError or DataError, before any work, for what lm-eval cannot judge; asks nothing of the hub."""
+    """Raise ConfigError or DataError, before any work, for what lm-eval cannot judge; ask nothing of the hub."""
     _metric(task)
     if files := _evaluation_files(task):
         _check_first_row(task, files[0])
 
 
 def fingerprint_of(task: Task) -> list[Any]:
-    """What the figure depends on besides the model and the arguments of ``judge``."""
+    """Return what the metric's value depends on besides the model and the arguments of ``judge``."""
     files = _evaluation_files(task) + _example_files(task)
     states = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     revision = (_definition(task).get("metadata") or {}).get("version")
@@ -72,42 +72,58 @@ def judge(
     seed: int,
     num_fewshot: int | None,
     batch_tokens: int,
-) -> Judged:
-    """Judge ``model`` on all rows, or on ``samples`` of them at random, after ``num_fewshot`` examples.
+) -> LmEvalResult:
+    """Judge a model on a task by lm-eval.
 
-    Without ``num_fewshot`` there are as many as lm-eval has for the task. Which they are is drawn as lm-eval's command
-    line does, whatever ``seed`` is.
+    Arguments:
+        model: A causal language model; it is left as it is.
+        tokenizer: The model's tokenizer; it is left as it is.
+        task: A task with the name of one of lm-eval's.
+        samples: Number of rows, drawn at random by ``seed``; None takes all rows.
+        seed: Seed of that draw. The examples are drawn as lm-eval's command line does, whatever the seed.
+        num_fewshot: Number of examples before each question; None takes as many as lm-eval has for the task.
+        batch_tokens: Tokens in a batch, padding included.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or has no such task or metric.
+        DataError: The evaluation rows cannot be had.
     """
     metric = _metric(task)
     with _quiet():
-        exam = _exam(task, num_fewshot)
-        rows = _draw(len(exam.eval_docs), samples, seed)
-        return _judged(metric, _sat(exam, _examinee(model, tokenizer, batch_tokens), rows))
+        lm_task = _load_task(task, num_fewshot)
+        rows = _draw(len(lm_task.eval_docs), samples, seed)
+        answers = _run_lm_eval(lm_task, _lm(model, tokenizer, batch_tokens), rows)
+        return _result(metric, answers)
 
 
-def _sat(exam: Any, examinee: Any, rows: list[int] | None) -> list[dict[str, Any]]:
-    """What lm-eval says of each row, of the task's strict filter where there are several."""
+def _run_lm_eval(lm_task: Any, lm: Any, rows: list[int] | None) -> list[dict[str, Any]]:
+    """Return what lm-eval says of each row, by the task's strict filter where there are several."""
     from lm_eval.evaluator import evaluate
 
-    name = exam.task_name
+    name = lm_task.task_name
     chosen = {name: rows} if rows else None
     # The standard error of a mean needs no bootstrap, and the bootstrap wants processes of its own.
-    answers = evaluate(lm=examinee, task_dict={"tasks": {name: exam}}, samples=chosen, bootstrap_iters=0)
-    filters = dict.fromkeys(answer["filter"] for answer in answers["samples"][name])
-    wanted = "strict-match" if "strict-match" in filters else next(iter(filters))
-    return [answer for answer in answers["samples"][name] if answer["filter"] == wanted]
+    output = evaluate(lm=lm, task_dict={"tasks": {name: lm_task}}, samples=chosen, bootstrap_iters=0)
+    answers = output["samples"][name]
+
+    filters = [answer["filter"] for answer in answers]
+    wanted = "strict-match" if "strict-match" in filters else filters[0]
+    return [answer for answer in answers if answer["filter"] == wanted]
 
 
-def _judged(metric: str, answers: list[dict[str, Any]]) -> Judged:
+def _result(metric: str, answers: list[dict[str, Any]]) -> LmEvalResult:
     from lm_eval.api.metrics import mean, mean_stderr
 
     values = tuple(float(answer[metric]) for answer in answers)
-    return Judged(metric, mean(values), mean_stderr(values) if len(values) > 1 else 0.0, values)
+    return LmEvalResult(metric, mean(values), mean_stderr(values) if len(values) > 1 else 0.0, values)
 
 
 def _draw(n: int, samples: int | None, seed: int) -> list[int] | None:
-    """Indices of the drawn rows, None for all; lm-eval goes by the rows' order whatever that of the indices is."""
-    return None if samples is None or samples >= n else sorted(random.Random(seed).sample(range(n), samples))
+    """Return indices of the drawn rows, None for all."""
+    if samples is None or samples >= n:
+        return None
+    # lm-eval goes by the rows' order whatever that of the indices is, so they are sorted to match its answers.
+    return sorted(random.Random(seed).sample(range(n), samples))
 
 
 # --- lm-eval's task --------------------------------------------------------------------------------------------------
@@ -115,16 +131,20 @@ def _draw(n: int, samples: int | None, seed: int) -> list[int] | None:
 
 @cache
 def _manager() -> Any:
-    """The index of lm-eval's thousands of task files."""
+    """Return the index of lm-eval's thousands of task files, which takes seconds to make."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def _definition(task: Task) -> dict[str, Any]:
-    """lm-eval's configuration of the task, its functions by name."""
+    """Return lm-eval's configuration of the task, its functions by name.
+
+    Raises ConfigError when lm-eval is not installed or has no such task.
+    """
     version()
-    name, manager = task.lm_eval or "", _manager()
+    name = task.lm_eval or ""
+    manager = _manager()
     if name not in manager.all_subtasks:
         near = get_close_matches(name, manager.all_subtasks)
         hint = f"near it are {', '.join(near)}" if near else "`lm-eval ls tasks` lists them"
@@ -133,10 +153,14 @@ def _definition(task: Task) -> dict[str, Any]:
 
 
 def _metric(task: Task) -> str:
-    """The task's own; where that is a perplexity, lm-eval judges answers all the same."""
+    """Return the task's own metric, or ``exact_match`` where that is a perplexity: lm-eval judges answers all the same.
+
+    Raises ConfigError where lm-eval's task has no such metric.
+    """
     definition = _definition(task)
     metric = "exact_match" if is_perplexity(task.metric) else task.metric
-    known = [entry["metric"] for entry in definition.get("metric_list") or []] or _usual_metrics(definition)
+    listed = [entry["metric"] for entry in definition.get("metric_list") or []]
+    known = listed or _default_metrics(definition)
     if metric not in known:
         raise ConfigError(
             f"tasks.{task.name}.metric: lm-eval's task {task.lm_eval} has no {metric}, but {', '.join(map(str, known))}"
@@ -144,20 +168,21 @@ def _metric(task: Task) -> str:
     return metric
 
 
-def _usual_metrics(definition: dict[str, Any]) -> list[str]:
+def _default_metrics(definition: dict[str, Any]) -> list[str]:
+    """Return the metrics of a task that lists none, which depend on its kind of output."""
     from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
 
     return DEFAULT_METRIC_REGISTRY.get(definition.get("output_type", "generate_until"), [])
 
 
-def _exam(task: Task, num_fewshot: int | None) -> Any:
-    """lm-eval's task with its rows, local or from the hub."""
+def _load_task(task: Task, num_fewshot: int | None) -> Any:
+    """Return lm-eval's task with its rows, local or from the hub. Raises DataError when they cannot be had."""
     default = _definition(task).get("num_fewshot")
     # A task that says 0 means it, here as on lm-eval's command line.
     shots = (default or 0) if num_fewshot is None or default == 0 else num_fewshot
     if files := _evaluation_files(task):
         examples = _example_files(task) if shots else []
-        return _local_exam(task, shots, _rows(task, files), _rows(task, examples) if examples else None)
+        return _load_local_task(task, shots, _rows(task, files), _rows(task, examples) if examples else None)
     try:
         return _build(task, {"num_fewshot": shots})
     except Exception as error:  # the hub client raises many kinds: offline, missing, gated, no such split
@@ -171,32 +196,35 @@ def _not_from_hub(task: Task, error: Exception) -> DataError:
     )
 
 
-def _local_exam(task: Task, shots: int, rows: Any, examples: Any = None) -> Any:
-    """lm-eval's task on ``rows``; without ``examples`` these are drawn from the other rows."""
+def _load_local_task(task: Task, shots: int, rows: Any, examples: Any = None) -> Any:
+    """Return lm-eval's task on ``rows``; without ``examples`` these are drawn from the other rows."""
     config = _definition(task).get("fewshot_config") or {}
-    shown = config.get("split", "examples")  # a name there goes before ours
+    # A name of the split in lm-eval's task goes before ours.
+    examples_split = config.get("split", "examples")
     # Where examples are of the split that is judged, lm-eval leaves the row in question out.
-    judged = shown if examples is None else "evaluation"
-    splits = {shown: examples, judged: rows}
+    judged_split = examples_split if examples is None else "evaluation"
+    # The order matters: where the two splits are one, it has the rows.
+    splits = {examples_split: examples, judged_split: rows}
     overrides = {
         "custom_dataset": lambda **_: splits,
         "training_split": None,
         "validation_split": None,
-        "test_split": judged,
-        "fewshot_split": None if "samples" in config else shown,
+        "test_split": judged_split,
+        "fewshot_split": None if "samples" in config else examples_split,
         "num_fewshot": shots,
     }
     return _build(task, overrides)
 
 
 def _build(task: Task, overrides: dict[str, Any]) -> Any:
+    """Return lm-eval's task with some of its settings changed."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
     # lm-eval merges overrides into a task of its own only for the members of a group.
     group = {"group": "seap_ray", "task": [{"task": task.lm_eval, **overrides}]}
-    (exam,) = _manager().load([group])["tasks"].values()
-    exam.set_fewshot_seed(DEFAULT_OTHER_SEED)
-    return exam
+    (lm_task,) = _manager().load([group])["tasks"].values()
+    lm_task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    return lm_task
 
 
 # --- local rows ------------------------------------------------------------------------------------------------------
@@ -204,29 +232,36 @@ def _build(task: Task, overrides: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Another usual layout of a data set than the one that lm-eval's task reads."""
+    """A common layout of a data set, other than the one that lm-eval's task reads."""
 
     lacks: str
+    """Column that lm-eval's task reads and this layout does not have."""
     has: str
+    """Column by which this layout is known."""
     adapt: Callable[[Row], Row]
-    """Columns to add to a row."""
+    """Function that returns the columns to add to a row."""
 
 
-def _whether_boolq_is_true(row: Row) -> Row:
+def _boolq_label(row: Row) -> Row:
+    """Return the label: 1 where the answer is true."""
     return {"label": int(row["answer"] in (True, 1, "True"))}
 
 
-def _parts_of_hellaswag(row: Row) -> Row:
-    """llama.cpp's layout joins the columns to one text, in which the sentence to go on with is a last, unended one."""
+def _hellaswag_parts(row: Row) -> Row:
+    """Return the columns that llama.cpp's layout joins to one text.
+
+    In that text the sentence to go on with is the last one, which has no end.
+    """
     label, _, context = row["query"].partition(": ")
-    whole = re.fullmatch(r"(.*[.!?][\"')]*)\s+([^.!?]*)", context, re.DOTALL)
-    first, last = whole.groups() if whole else (context, "")
+    # Whole sentences with their quotes and brackets, a space, and what has no end.
+    sentences = re.fullmatch(r"(.*[.!?][\"')]*)\s+([^.!?]*)", context, re.DOTALL)
+    first, last = sentences.groups() if sentences else (context, "")
     return {"activity_label": label, "ctx_a": first, "ctx_b": last}
 
 
 LAYOUTS = {
-    "boolq": Layout(lacks="label", has="answer", adapt=_whether_boolq_is_true),
-    "hellaswag": Layout(lacks="ctx_a", has="query", adapt=_parts_of_hellaswag),
+    "boolq": Layout(lacks="label", has="answer", adapt=_boolq_label),
+    "hellaswag": Layout(lacks="ctx_a", has="query", adapt=_hellaswag_parts),
 }
 
 
@@ -236,12 +271,12 @@ def _layout(task: Task, columns: Sequence[str]) -> Layout | None:
 
 
 def _evaluation_files(task: Task) -> list[StoragePath]:
-    """Local files of the rows to judge on; none where they are lm-eval's own, from the hub."""
+    """Return local files of the rows to judge on; none where they are lm-eval's own, from the hub."""
     return [*evaluation_rows(task).files()]
 
 
 def _example_files(task: Task) -> list[StoragePath]:
-    """Local files of the calibration split; none where there are no others than those to judge on."""
+    """Return local files of the calibration split; none where they are the files to judge on."""
     try:
         files = [*calibration_rows(task).files()]
     except DataError:
@@ -250,6 +285,7 @@ def _example_files(task: Task) -> list[StoragePath]:
 
 
 def _rows(task: Task, files: list[StoragePath]) -> Any:
+    """Read rows, in the layout that lm-eval's task reads. Raises DataError when they cannot be read."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -265,23 +301,25 @@ def _rows(task: Task, files: list[StoragePath]) -> Any:
 
 
 def _check_first_row(task: Task, file: StoragePath) -> None:
-    """Raises DataError when the row lacks a column or the answer that lm-eval's task needs."""
+    """Raise DataError when the first row lacks a column or the answer that lm-eval's task needs."""
     row = read_first_row(task.name, file)
     if row is None:
         raise DataError(f"tasks.{task.name}: {file} has no rows")
     if layout := _layout(task, list(row)):
         row = row | layout.adapt(row)
-    plain, named = (columns - row.keys() for columns in _columns(_definition(task)))
-    if plain:
-        raise _lacking(task, file, named)
+    plain, named = _columns(_definition(task))
+    missing = named - row.keys()
+    if plain - row.keys():
+        raise _lacking(task, file, missing)
+
     try:
         answered = _is_answered(task, row)
     except Exception as error:  # whatever lm-eval's templates and functions raise on a row not made for them
         key = str(*error.args[:1])
         if isinstance(error, KeyError) and key.isidentifier() and key not in row:
             raise _lacking(task, file, {key}) from None
-        if isinstance(error, UndefinedError) and named:
-            raise _lacking(task, file, named) from None
+        if isinstance(error, UndefinedError) and missing:
+            raise _lacking(task, file, missing) from None
         raise DataError(
             f"tasks.{task.name}: the first row of {file} does not fit lm-eval's task {task.lm_eval} ({_line(error)})"
         ) from None
@@ -295,69 +333,88 @@ def _lacking(task: Task, file: StoragePath, columns: set[str]) -> DataError:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+    """Return the first line of an error's text, or its type where there is no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _columns(definition: dict[str, Any]) -> tuple[set[str], set[str]]:
-    """Columns that are a template as they stand, which lm-eval takes for text if missing; and all that templates name.
+    """Return the columns that are a template as they stand, and all columns that templates name.
 
-    None of a task whose rows are made by a function: they are for that function to miss.
+    The first lm-eval takes for text where they are missing. A task whose rows are made by a function has neither: they
+    are for that function to miss.
     """
-    parts = () if definition.get("process_docs") else ("text", "target", "choice")
-    templates = [text for part in parts if isinstance(text := definition.get(f"doc_to_{part}"), str)]
-    plain = {text for text in templates if text.isidentifier()}
-    parse = Environment().parse
-    return plain, plain.union(*(meta.find_undeclared_variables(parse(text)) for text in templates))
+    if definition.get("process_docs"):
+        return set(), set()
+    settings = [definition.get(f"doc_to_{part}") for part in ("text", "target", "choice")]
+    templates = [setting for setting in settings if isinstance(setting, str)]
+    plain = {template for template in templates if template.isidentifier()}
+
+    named = set(plain)
+    for template in templates:
+        named |= meta.find_undeclared_variables(Environment().parse(template))
+    return plain, named
 
 
 def _is_answered(task: Task, row: Row) -> bool:
-    """Whether the row's right answer is one of its choices; what is not is wrong to lm-eval, and no error."""
+    """Return whether the row's right answer is one of its choices; what is not is wrong to lm-eval, and no error."""
     from datasets import Dataset
 
     with _quiet():
-        exam = _local_exam(task, 0, Dataset.from_list([row]))
-        if exam.OUTPUT_TYPE != "multiple_choice":
+        lm_task = _load_local_task(task, 0, Dataset.from_list([row]))
+        if lm_task.OUTPUT_TYPE != "multiple_choice":
             return True
-        (row,) = exam.eval_docs
-    choices = exam.doc_to_choice(row)
-    right = exam.doc_to_text(row) if exam.multiple_input else exam.doc_to_target(row)
-    rights = right if isinstance(right, list) else [right]
-    return any(r in choices if isinstance(r, str) else 0 <= r < len(choices) for r in rights)
+        (row,) = lm_task.eval_docs
+    choices = lm_task.doc_to_choice(row)
+    target = lm_task.doc_to_text(row) if lm_task.multiple_input else lm_task.doc_to_target(row)
+    targets = target if isinstance(target, list) else [target]
+    return any(_is_choice(target, choices) for target in targets)
+
+
+def _is_choice(target: str | int, choices: list[str]) -> bool:
+    """Return whether a right answer, as text or as an index, is one of the choices."""
+    return target in choices if isinstance(target, str) else 0 <= target < len(choices)
 
 
 # --- lm-eval's model -------------------------------------------------------------------------------------------------
 
 
-def _examinee(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int) -> Any:
-    """lm-eval's wrapper of ``model``, in batches of at most ``batch_tokens``."""
+def _lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int) -> Any:
+    """Return lm-eval's wrapper of ``model``, which forms batches of at most ``batch_tokens``."""
     from lm_eval.models.huggingface import HFLM
 
-    class Examinee(HFLM):
+    class TokenBatchedLM(HFLM):
+        """lm-eval's wrapper, whose batches are bounded by tokens instead of requests."""
+
         @property
         def max_gen_toks(self) -> int:
-            """Half of a context that is too short for lm-eval's 256 and a prompt."""
+            """lm-eval's 256 tokens, or half of a context that is too short for these and a prompt."""
             return min(super().max_gen_toks, self.max_length // 2)
 
         def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
             answers: list[Any] = [None] * len(requests)
-            for group in group_by_length([len(context) + len(end) for _, context, end in requests], batch_tokens):
+            lengths = [len(context) + len(end) for _, context, end in requests]
+            for group in group_by_length(lengths, batch_tokens):
+                # One call is one batch.
                 self.batch_size_per_gpu = len(group)
-                for i, answer in zip(group, super()._loglikelihood_tokens([requests[i] for i in group]), strict=True):
+                batch = super()._loglikelihood_tokens([requests[i] for i in group])
+                for i, answer in zip(group, batch, strict=True):
                     answers[i] = answer
             return answers
 
         def generate_until(self, requests: list[Any], **_: Any) -> list[str]:
+            """Generate answers, in batches of one size that the longest prompt and answer allow."""
             longest = max(len(self.tok_encode(request.args[0])) for request in requests) + self.max_gen_toks
             self.batch_size_per_gpu = max(1, batch_tokens // min(longest, self.max_length))
             return super().generate_until(requests)
 
-    # It gives the tokenizer a padding token.
-    return Examinee(model, backend="causal", tokenizer=copy.deepcopy(tokenizer))
+    # lm-eval gives the tokenizer a padding token, so it has a copy.
+    return TokenBatchedLM(model, backend="causal", tokenizer=copy.deepcopy(tokenizer))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval logs, prints and draws bars without being asked."""
+    """Silence lm-eval, which logs, prints and draws progress bars without being asked."""
     logs = [logging.getLogger(name) for name in ("lm_eval", "transformers")]
     levels = [log.level for log in logs]
     for log in logs:
