@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 
 import pytest
@@ -34,3 +35,14 @@ assert "torch" in sys.modules and Architecture.__module__ == "seap_ray.core.arch
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_lock_file_is_of_this_project_and_has_one_source():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    packages = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    (own,) = (package for package in packages if package["name"] == project["name"])
+    assert own["version"] == project["version"]
+    assert {*own["optional-dependencies"]} >= {*project["optional-dependencies"]} - {"cpu"}
+
+    sources = {package["source"]["registry"] for package in packages if package is not own}
+    assert len(sources) == 1 and all(source.startswith("https://") for source in sources)
