@@ -109,10 +109,9 @@ class StudyRunner:
         planner = self.calibrated.planner
         run = self.calibrated.run
         checkpoint = self.calibrated.checkpoint
-
-        # The files of parts are named by what they are made from, so that studies share them.
         records = ShardRecords.of(self.config, checkpoint, run)
 
+        # The files of parts are named by what they are made from, so that studies share them.
         keys = {name: records.merged_key(shards) for name, shards in parts.items()}
         files = {name: run.part(key[:20]) for name, key in keys.items()}
 
