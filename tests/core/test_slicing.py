@@ -59,7 +59,7 @@ def dense_tensors(dense, head_dim):
     return {key: torch.arange(float(np.prod(shape))).reshape(shape) for key, shape in shapes.items()}
 
 
-def compacted(*of):
+def sliced(*of):
     return torch.cat([*slice_tensor(*of)])
 
 
@@ -67,7 +67,8 @@ def by_numpy(module, kind, array, kept, head_dim):
     """The same cut by fancy indexing, unit by unit."""
     if module not in MODULES:
         return array
-    units = np.array(getattr(kept, MODULES[module]))
+    unit = MODULES[module]
+    units = np.array(kept.channels[0] if unit == "channels" else getattr(kept, unit))
     if MODULES[module] != "channels":
         units = np.concatenate([np.arange(unit * head_dim, (unit + 1) * head_dim) for unit in units])
     if not module.endswith(("o_proj", "down_proj")):
@@ -94,9 +95,9 @@ def test_pieces_have_some_rows_each_and_are_the_tensor_together(module, monkeypa
     ],
     ids=["multi-head", "grouped, groups cut", "grouped, heads cut"],
 )
-def test_compact_equals_fancy_indexing(dense, kept):
+def test_slicing_equals_fancy_indexing(dense, kept):
     for (module, kind), tensor in dense_tensors(dense, 3).items():
-        result = compacted(architecture(dense, 3), 0, module, kind, tensor, kept)
+        result = sliced(architecture(dense, 3), 0, module, kind, tensor, kept)
         assert result.is_contiguous()
         np.testing.assert_array_equal(result, by_numpy(module, kind, tensor.numpy(), kept, 3))
 
@@ -110,10 +111,10 @@ def cuts(draw):
 
 @given(cuts())
 @often
-def test_compact_equals_fancy_indexing_and_compact_size_says_its_shape(cut):
+def test_slicing_equals_fancy_indexing_and_its_shape_is_known_before(cut):
     dense, kept, head_dim = cut
     for (module, kind), tensor in dense_tensors(dense, head_dim).items():
-        result = compacted(architecture(dense, head_dim), 0, module, kind, tensor, kept)
+        result = sliced(architecture(dense, head_dim), 0, module, kind, tensor, kept)
         np.testing.assert_array_equal(result, by_numpy(module, kind, tensor.numpy(), kept, head_dim))
         assert sliced_shape(architecture(dense, head_dim), module, kind, tensor.shape, kept) == tuple(result.shape)
 
@@ -127,7 +128,7 @@ def test_fused_rows_are_cut_as_what_was_fused_is(cut):
 
     def both(*modules):
         whole = torch.cat([parts[module, "weight"] + 1000 * i for i, module in enumerate(modules)])
-        small = [compacted(shape, 0, m, "weight", parts[m, "weight"] + 1000 * i, kept) for i, m in enumerate(modules)]
+        small = [sliced(shape, 0, m, "weight", parts[m, "weight"] + 1000 * i, kept) for i, m in enumerate(modules)]
         return whole, torch.cat(small)
 
     phi = architecture(dense, head_dim, "phi3")
@@ -136,14 +137,14 @@ def test_fused_rows_are_cut_as_what_was_fused_is(cut):
         "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
     }.items():
         whole, small = both(*modules)
-        assert torch.equal(compacted(phi, 0, fused, "weight", whole, kept), small)
+        assert torch.equal(sliced(phi, 0, fused, "weight", whole, kept), small)
         assert sliced_shape(phi, fused, "weight", whole.shape, kept) == tuple(small.shape)
     neox = architecture(dense, head_dim, "gpt_neox")
     q_proj = parts["self_attn.q_proj", "weight"]
     by_head = [q_proj.reshape(dense.heads, head_dim, HIDDEN) + 1000 * i for i in range(3)]
     whole = torch.cat(by_head, 1)
     small = whole[list(kept.heads)].reshape(-1, HIDDEN)
-    found = compacted(neox, 0, "attention.query_key_value", "weight", whole.reshape(-1, HIDDEN), kept)
+    found = sliced(neox, 0, "attention.query_key_value", "weight", whole.reshape(-1, HIDDEN), kept)
     assert torch.equal(found, small)
 
 
@@ -153,7 +154,7 @@ def test_keeping_everything_changes_nothing(cut):
     dense, _, head_dim = cut
     whole = Kept(tuple(range(dense.groups)), tuple(range(dense.heads)), (tuple(range(dense.channels)),))
     for (module, kind), tensor in dense_tensors(dense, head_dim).items():
-        assert torch.equal(compacted(architecture(dense, head_dim), 0, module, kind, tensor, whole), tensor)
+        assert torch.equal(sliced(architecture(dense, head_dim), 0, module, kind, tensor, whole), tensor)
 
 
 def test_kept_indices_are_the_columns_of_the_kept_units():
