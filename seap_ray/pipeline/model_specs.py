@@ -30,6 +30,7 @@ def model_specs(config: Config) -> list[ModelSpec]:
     expert_settings = config.plan_settings(config.pruning.experts)
 
     specs = [ModelSpec("general", "general", "general", weights, general_settings, general.pooling)]
+    # The order is that of the tables.
     for task in weights:
         own_weights = _expert_weights(config, task)
         specs.append(ModelSpec(task, "expert", "experts", own_weights, expert_settings, task=task))
@@ -43,6 +44,7 @@ def _expert_weights(config: Config, task: str) -> dict[str, float]:
     mix = config.pruning.experts.mix
     total = sum(other.weight for other in config.tasks)
     weights = {other.name: mix * other.weight / total + (1 - mix) * (other.name == task) for other in config.tasks}
+    # Statistics that count for nothing are not read.
     return {name: weight for name, weight in weights.items() if weight}
 
 
@@ -51,6 +53,8 @@ def baseline_specs(config: Config, name: str, baseline: Baseline) -> list[ModelS
     weights = {task.name: task.weight for task in config.tasks}
     settings = config.plan_settings(baseline)
     tasks = baseline.tasks or tuple(weights)
+
+    # Baselines of a single task count it once, whatever its weight among all tasks.
     if baseline.per_task:
         return [ModelSpec(f"{name}.{task}", "baseline", name, {task: 1.0}, settings, task=task) for task in tasks]
     chosen = {task: weights[task] for task in tasks}

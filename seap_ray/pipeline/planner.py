@@ -99,6 +99,7 @@ class Planner:
         scores_units = pruning.score in UNIT_SCORES
         scores_L = self._unit_scores(spec, pruning) if scores_units else self._column_scores(spec)
         compensation = COMPENSATIONS[pruning.compensation]
+
         shapes = choose_shapes(
             architecture,
             pruning,
@@ -201,12 +202,14 @@ class Planner:
         key = self._unit_scores_key(spec, pruning)
         scores_file = TensorFile(key_name=None, read=partial(load_unit_scores, layers=layers))
         artifact = Artifact(self.run.unit_scores(key), key, scores_file)
+
         scores_L = artifact.get(lambda: save_tensors(artifact.path, self._score_units(spec, pruning)))
         return [(scores["heads"], scores["channels"]) for scores in scores_L]
 
     def _unit_scores_key(self, spec: ModelSpec, pruning: PruningSection) -> str:
         """Return the fingerprint of everything that scores of units depend on."""
         sources = {task: (weight, self.statistics_keys[task]) for task, weight in spec.weights.items()}
+        # Twenty digits are enough to name the file.
         return fingerprint(sources, spec.pooling, pruning.score, pruning.ridge, pruning.attention_unit)[:20]
 
     def _score_units(self, spec: ModelSpec, pruning: PruningSection) -> dict[str, torch.Tensor]:
@@ -237,6 +240,7 @@ class Planner:
 
 def make_planner(config: Config, checkpoint: Checkpoint, run: Run, statistics: dict[str, StoragePath]) -> Planner:
     """Read the statistics and the weight norms; norms are computed once per run, in Ray tasks."""
+    # The hash of the numbers, not the key of what they were merged from: equal statistics give equal plans.
     keys = {task: read_metadata(path)["sha256"] for task, path in statistics.items()}
     loaded = {task: load_statistics(path, checkpoint.architecture) for task, path in statistics.items()}
     return Planner(config, checkpoint, loaded, _weight_norms(checkpoint, run), keys, statistics, run)
@@ -285,6 +289,7 @@ def _compute_norms(checkpoint: Checkpoint) -> WeightNorms:
     """Compute the norms of every (layer, site) in Ray tasks."""
     task = work_task(_layer_norms)
     by_layer = ray.get([task.remote(checkpoint, layer) for layer in range(checkpoint.architecture.n_layers)])
+
     norms: dict[tuple[int, Site], Norms] = {}
     for layer, site_norms in enumerate(by_layer):
         norms |= {(layer, site): norms_of_site for site, norms_of_site in site_norms.items()}
