@@ -50,6 +50,11 @@ SECTIONS = (
 """In the order of the page."""
 
 
+SUMMARY_CAPTION = (
+    "Value ± standard error, an expert's own task in bold; removed is the share of the decoder layers' weights"
+)
+
+
 def write_report(run: Run) -> StoragePath:
     """Write ``report.html`` and return its path.
 
@@ -87,10 +92,14 @@ def summary_table(data: RunData) -> Table:
     results = data.comparison
     notes: list[str] = []
     models = [model for model in results.models if model.kind == "expert" or compared([model])]
-    means = [p for p in MEAN_NAMES if any(mean_of(model, perplexity=p) for model in models)]
-    tasks = [task for task in results.tasks if any(task in model.quality for model in models)]
+    judged = {task for model in models for task in model.quality}
+    tasks = [task for task in results.tasks if task in judged]
+    means = []
+    for perplexity in MEAN_NAMES:
+        if any(mean_of(model, perplexity=perplexity) for model in models):
+            means.append(perplexity)
 
-    columns = ["model", "removed", "weights", *(MEAN_NAMES[perplexity] for perplexity in means)]
+    columns = ["model", "removed", "parameters", *(MEAN_NAMES[perplexity] for perplexity in means)]
     columns += [f"{task} {results.tasks[task].short}" for task in tasks]
 
     # The dense model, which has no ratio, is first.
@@ -98,7 +107,7 @@ def summary_table(data: RunData) -> Table:
     for ratio in sorted({model.ratio for model in models}, key=lambda ratio: -1 if ratio is None else ratio):
         rows = [_summary_row(model, means, tasks, notes) for model in models if model.ratio == ratio]
         groups.append((_heading(ratio), rows))
-    return Table("Value ± standard error; an expert's own task in bold", columns, groups, notes)
+    return Table(SUMMARY_CAPTION, columns, groups, notes)
 
 
 def _summary_row(model: ModelRow, means: list[bool], tasks: list[str], notes: list[str]) -> list[str]:
@@ -117,7 +126,7 @@ def _summary_row(model: ModelRow, means: list[bool], tasks: list[str], notes: li
 
 
 def _heading(ratio: float | None) -> str:
-    return "" if ratio is None else f"{percent(ratio)} asked for"
+    return "" if ratio is None else f"{percent(ratio)} requested"
 
 
 def _cell(model: ModelRow, task: str, notes: list[str]) -> str:
@@ -142,9 +151,9 @@ def _with_error(value: float, stderr: float, *, perplexity: bool) -> str:
 
 def tasks_table(data: RunData) -> Table:
     """Return what every task was calibrated and evaluated with."""
-    columns = ["task", "metric", "judge", "calibration sequences", "calibration tokens", "judged on"]
+    columns = ["task", "metric", "evaluated by", "calibration sequences", "calibration tokens", "evaluated on"]
     rows = [_task_row(data, name, task) for name, task in data.comparison.tasks.items()]
-    return Table("What every task was calibrated and judged with", columns, [("", rows)])
+    return Table("Data of every task", columns, [("", rows)])
 
 
 def _task_row(data: RunData, name: str, task: TaskRow) -> list[str]:
@@ -169,10 +178,10 @@ def facts(data: RunData) -> dict[str, str]:
     versions = data.main.versions
     entries = {
         "Model": " ".join(filter(None, (model.get("source"), model.get("revision")))),
-        "Weights": f"{data.dense.parameters:,}" if data.dense else "",
-        "Computed in": model.get("dtype", ""),
-        "Asked to remove": ", ".join(map(percent, data.ratios)),
-        "Cut by": _method(config["pruning"]) if "pruning" in config else "",
+        "Parameters": f"{data.dense.parameters:,}" if data.dense else "",
+        "Dtype": model.get("dtype", ""),
+        "Requested ratio": ", ".join(map(percent, data.ratios)),
+        "Pruning": _method(config["pruning"]) if "pruning" in config else "",
         "Seed": str(config["run"]["seed"]) if "run" in config else "",
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }

@@ -33,7 +33,6 @@ class Section:
     tables: tuple[Table, ...] = ()
 
 
-def as_sentence(clauses: Sequence[str]) -> str:
-    """Return clauses as one sentence, with semicolons between them; an empty text of none."""
-    text = "; ".join(clauses)
-    return f"{text[0].upper()}{text[1:]}." if text else ""
+def as_sentences(clauses: Sequence[str]) -> str:
+    """Return every clause as a sentence of its own."""
+    return " ".join(f"{clause[0].upper()}{clause[1:]}." for clause in clauses)

@@ -17,7 +17,12 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
     Columns without any value are left out.
     """
-    shown = [column for column in range(len(columns)) if any(row[column] is not None for row in rows)]
+    has_value = [False] * len(columns)
+    for row in rows:
+        for column, value in enumerate(row):
+            has_value[column] |= value is not None
+
+    shown = [column for column in range(len(columns)) if has_value[column]]
     lines = [[columns[column] for column in shown]]
     for row in rows:
         lines.append([show(row[column]) for column in shown])

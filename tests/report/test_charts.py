@@ -22,7 +22,7 @@ from seap_ray.report.charts import (
 )
 from seap_ray.report.svg import _legend_columns, figure_svg, legend_key_svg, panel_svg
 from tests.support import ROOT
-from tests.support.colours import contrast
+from tests.support.oracles import contrast
 
 ODD = 'a<b> & "c" $x_1$'
 PAGES = re.findall(r"--page: (#\w+)", Path(charts.__file__).with_name("template.html.jinja").read_text())

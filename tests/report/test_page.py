@@ -12,7 +12,7 @@ from seap_ray.report.page import save_figures, sections, write_report
 from seap_ray.report.run_data import RunData
 from seap_ray.storage.run import Run
 from tests.support.browser import MISSING, chromium
-from tests.support.colours import contrast
+from tests.support.oracles import contrast
 from tests.support.made_run import REPORT_STUDIES, edit, make_run
 
 VOID = {"meta", "link", "br", "use", "path"}
@@ -157,7 +157,7 @@ def test_names_from_files_are_text(run, tmp_path):
     edit(odd.results, rename)
     html = write_report(odd).read_text()
     assert "<i>" not in html and "<u>" not in html
-    assert "<i>odd & name: what was cut" in unescape(html) and "&lt;u&gt;x&lt;/u&gt;" in html
+    assert "<i>odd & name: pruned models" in unescape(html) and "&lt;u&gt;x&lt;/u&gt;" in html
 
 
 # --- how it is made --------------------------------------------------------------------------------------------------

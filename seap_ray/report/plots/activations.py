@@ -40,12 +40,15 @@ def clusters_section(data: RunData) -> Section | None:
 
     finding = ""
     if shares:
-        finding = f"Shards whose nearest neighbour, over all channels, is of the same task: {', '.join(shares)}."
+        finding = (
+            f"Share of the shards whose nearest neighbour, over all channels, is of the same task: {', '.join(shares)}."
+        )
     return Section(
         "clusters",
-        "Do tasks activate different neurons?",
-        "A point is the mean activation of the MLP channels over a shard, standardised, on the first two principal "
-        "components. Tasks that use different neurons lie apart.",
+        "Do tasks activate different channels?",
+        "A point is a shard of a task's calibration data: the mean activations of the MLP channels, standardised and "
+        "projected on the first two principal components (in brackets: their shares of the variance). Tasks that "
+        "activate different channels lie apart.",
         finding,
         Figure("Mean activations of the MLP channels over every shard, by task.", tuple(panels)),
     )

@@ -32,7 +32,8 @@ def allocation_section(data: RunData) -> Section | None:
                 maps.append(_allocation_map(title, means, lower_is_better=head == "mean ppl"))
 
     how_to_read = (
-        "The upper rows are allocations of one kind, the others the logistic curve by its steepness k and midpoint x0."
+        "Rows with a k are the logistic curve of that steepness, columns its midpoint x0; the rows above are the other "
+        "allocations, which have neither. Darker is better."
     )
     return replace(section, how_to_read=how_to_read, figure=Figure("Quality by allocation.", tuple(maps)))
 

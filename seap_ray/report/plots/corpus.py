@@ -21,12 +21,13 @@ def corpus_section(data: RunData) -> Section | None:
         return section
 
     rows = [row for row in CorpusRow.from_table(table) if row.mean is not None]
-    ratios = list(dict.fromkeys(row.ratio for row in rows))
-    by_ratio = {ratio: [row for row in rows if row.ratio == ratio] for ratio in ratios}
-    series = [_series(ratio, by_ratio[ratio], i) for i, ratio in enumerate(ratios)]
+    by_ratio: dict[float, list[CorpusRow]] = {}
+    for row in rows:
+        by_ratio.setdefault(row.ratio, []).append(row)
+    series = [_series(ratio, by_ratio[ratio], i) for i, ratio in enumerate(by_ratio)]
     chart = Chart(mean, "samples per task", "", tuple(series), x_log=True, wide=True)
     how_to_read = (
-        "Points are means over seeds, bands one standard deviation between them. Where a line is flat, more samples "
+        "Points are means over seeds, bands one standard deviation between seeds. Where a line is flat, more samples "
         "do not help."
     )
     figure = Figure(f"{mean} against the number of samples.", (chart,))
@@ -57,4 +58,4 @@ def _smallest_stable(by_ratio: dict[float, list[CorpusRow]], *, is_perplexity: b
         clauses.append(f"{stable.samples} with {percent(ratio)} removed")
     if not clauses:
         return ""
-    return f"Within one standard error of the largest from so many samples on: {', '.join(clauses)}."
+    return f"Samples from which on the mean stays within one standard error of the last: {', '.join(clauses)}."

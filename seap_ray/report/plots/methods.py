@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from seap_ray.report.rows import Results
 from seap_ray.report.run_data import RunData
 
-REMOVED_LABEL = "removed from the decoder layers, %"
+REMOVED_LABEL = "decoder weights removed, %"
 MAX_METHODS = 9
 """Lines that one chart can hold, which is as many as there are markers."""
 _FIRST = {"experts": 0, "general": 1}

@@ -12,7 +12,7 @@ import numpy as np
 from seap_ray.report.charts import REFERENCE, SECOND_REFERENCE, Chart, Figure, HeatMap, Series, series_style
 from seap_ray.report.plots.layers import UnitGroup, unit_groups
 from seap_ray.report.run_data import UNITS, RunData, StoredPlan, percent
-from seap_ray.report.section import Section, as_sentence
+from seap_ray.report.section import Section, as_sentences
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,18 @@ def overlap_section(data: RunData) -> Section | None:
 
     return Section(
         "overlap",
-        "Which neurons do the experts share?",
-        "A cell is the number of heads and channels that both models keep over the number that either keeps: 1 is the "
-        "same model. Chance is what random heads and channels would give in layers of the same widths.",
-        as_sentence(findings),
+        "How many heads and channels do the experts share?",
+        "A cell is the number of heads and channels that both models keep, divided by the number that at least one of "
+        "them keeps: 1 means that both keep the same. Chance is the overlap of heads and channels drawn at random in "
+        "layers of the same widths. The nearer to chance, the more do the tasks need different parts of the model.",
+        as_sentences(findings),
         Figure("Overlap of the heads and channels that models keep.", (*maps, *charts)),
     )
 
 
 def _overlap_map(plans: Sequence[StoredPlan], overlap: Overlap, ratio: float) -> HeatMap:
     names = [plan.name for plan in plans]
-    title = f"{percent(ratio)} removed (by chance {overlap.mean_chance:.2f})"
+    title = f"{percent(ratio)} removed (chance: {overlap.mean_chance:.2f})"
     # The colours begin at chance, but a scale needs two ends.
     scale = (min(overlap.mean_chance, 0.99), 1)
     return HeatMap(title, "", "", names, names, overlap.jaccard_MM.tolist(), scale=scale)
@@ -119,7 +120,7 @@ def _finding(plans: Sequence[StoredPlan], overlap: Overlap, ratio: float) -> str
     """Say how much two models share on average, and which two share most."""
     a, b = max(overlap.pairs, key=lambda pair: overlap.jaccard_MM[pair])
     return (
-        f"with {percent(ratio)} removed two models share {overlap.mean:.2f} on average, where chance would give "
-        f"{overlap.mean_chance:.2f}; most alike are {plans[a].name} and {plans[b].name} "
+        f"with {percent(ratio)} removed, the overlap of two models is {overlap.mean:.2f} on average and would be "
+        f"{overlap.mean_chance:.2f} by chance; most alike are {plans[a].name} and {plans[b].name} "
         f"({overlap.jaccard_MM[a, b]:.2f})"
     )

@@ -49,11 +49,12 @@ def quality_section(data: RunData) -> Section | None:
 
     return Section(
         "quality",
-        "How does quality fall with size?",
-        "Bars are one standard error; an accuracy is better the higher, a perplexity the lower. Where a method has a "
-        "model for each task, as the experts are, each is judged on its own task, all others on all tasks.",
+        "How does quality fall as more is removed?",
+        "Each line is a method, from the dense model on; bars are one standard error. A higher accuracy is better, and "
+        "a lower perplexity. A method with a model for each task, such as the experts, is evaluated with each model on "
+        "its own task, every other method with its one model on all tasks.",
         _ranking(models),
-        Figure("Quality against the share of the weights that is removed, by method.", tuple(charts)),
+        Figure("Quality against the share of the decoder weights that is removed, by method.", tuple(charts)),
         study_tables(data, "ratio"),
     )
 
@@ -117,5 +118,5 @@ def _ranking(models: Sequence[ModelRow]) -> str:
 
     ranked = sorted(means, key=lambda method: means[method], reverse=not perplexity)[:MAX_METHODS]
     texts = [f"{method} {means[method]:.3f}" for method in ranked]
-    above = f", dense {dense:.3f}" if dense else ""
-    return f"The {MEAN_NAMES[perplexity]} with {percent(largest)} removed: {', '.join(texts)}{above}."
+    unpruned = f"; the dense model has {dense:.3f}" if dense else ""
+    return f"{MEAN_NAMES[perplexity].capitalize()} with {percent(largest)} removed: {', '.join(texts)}{unpruned}."

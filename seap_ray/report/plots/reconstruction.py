@@ -35,10 +35,10 @@ def reconstruction_section(data: RunData) -> Section | None:
     for models in dict.fromkeys(row.models for row in rows):
         charts.append(_reconstruction_chart([row for row in rows if row.models == models], mean, models))
     how_to_read = (
-        "Each line is a compensation and the score by which what is cut was chosen; bars are one standard deviation "
-        "over draws of all data, the calibration's and the evaluation's."
+        "Each line is a compensation with the score that chose what to remove; bars are one standard deviation between "
+        "seeds, each of which draws the data of calibration and evaluation anew."
     )
-    label = f"{mean} against the share of the weights that is removed, by what stands for it."
+    label = f"{mean} against the share of the decoder weights that is removed, by compensation."
     figure = Figure(label, tuple(charts))
     return replace(section, finding=_finding(rows, mean), how_to_read=how_to_read, figure=figure)
 
@@ -71,4 +71,4 @@ def _finding(rows: Sequence[ReconstructionRow], mean: str) -> str:
         ]
         best = pick(candidates, key=lambda row: row.mean)
         clauses.append(f"{models} with {compensation.replace('_', ' ')} {best.mean:.3f} ({best.score})")
-    return f"The best {mean} with {percent(ratio)} removed: {', '.join(clauses)}."
+    return f"Best {mean} with {percent(ratio)} removed: {', '.join(clauses)}."

@@ -18,11 +18,13 @@ def router_section(data: RunData) -> Section | None:
         return None
     return Section(
         "router",
-        "Does a prompt find its expert?",
-        "Rows are the tasks of held-out prompts, columns where the router sends them; a frame marks the right place. "
-        "What is sent to no expert, general answers. A higher threshold sends fewer prompts to experts.",
-        f"Of {report['n']:,} held-out prompts {percent(report['accuracy'])} are likeliest of their own task; the "
-        f"threshold in use, {report['threshold']:.2f}, leaves {percent(1 - report['routed'])} to the general model.",
+        "Does the router send prompts to the right expert?",
+        "Left: rows are the tasks of held-out prompts, columns the models that the router sends them to; a frame marks "
+        "the right expert, and general answers what is sent to no expert. Right: a higher threshold sends fewer "
+        "prompts to experts, and more of these to the right one.",
+        f"For {percent(report['accuracy'])} of {report['n']:,} held-out prompts the likeliest task is the right one. "
+        f"With the threshold in use, {report['threshold']:.2f}, {percent(1 - report['routed'])} go to the general "
+        "model.",
         Figure("Where the router sends prompts.", (_confusion_map(report["confusion"]), _coverage_chart(report))),
     )
 
@@ -34,7 +36,7 @@ def _confusion_map(counts: Counts) -> HeatMap:
     tasks = [task for task, row in counts.items() if row]
     values = [_shares(counts[task], columns) for task in tasks]
     own = frozenset((i, columns.index(task)) for i, task in enumerate(tasks))
-    return HeatMap("share of a task's prompts", "sent to", "task", columns, tasks, values, framed=own)
+    return HeatMap("share of each task's prompts", "sent to", "task", columns, tasks, values, framed=own)
 
 
 def _shares(row: Mapping[str, int], columns: list[str]) -> list[float | None]:
@@ -47,8 +49,8 @@ def _coverage_chart(report: Mapping[str, Any]) -> Chart:
     points = [point for point in report["coverage"] if point["accuracy"] is not None]
     x = [point["threshold"] for point in points]
     series = (
-        Series("right, of those sent", x, [point["accuracy"] for point in points], series_style(0)),
+        Series("right expert, of those sent", x, [point["accuracy"] for point in points], series_style(0)),
         Series("sent to an expert", x, [point["coverage"] for point in points], series_style(1)),
         Series("threshold in use", [report["threshold"]] * 2, [0, 1], REFERENCE),
     )
-    return Chart("by threshold", "threshold", "share of prompts", series, y_range=(-0.04, 1.04))
+    return Chart("effect of the threshold", "threshold", "share of prompts", series, y_range=(-0.04, 1.04))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.moments import SITES, Site, pooled_statistics
@@ -81,7 +82,11 @@ def _computed_scores(data: RunData, architecture: Architecture, plan: StoredPlan
 
     *task_paths, norms_path = paths
     parts = [load_statistics(path, architecture, sites=SITES) for path in task_paths]
-    norms = load_norms(norms_path, architecture)
+    try:
+        norms = load_norms(norms_path, architecture)
+    except SafetensorError:  # damaged; the next job computes them again, a report does without
+        return None
+
     score = SCORES[metadata["score"]]
     weights = list(metadata["tasks"].values())
     streams = list(zip(weights, parts, strict=True))

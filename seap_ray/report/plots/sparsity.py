@@ -12,7 +12,7 @@ from seap_ray.core.widths import WidthConstraints
 from seap_ray.report.charts import REFERENCE, Chart, Figure, Series, series_style
 from seap_ray.report.plots.layers import BLOCKS
 from seap_ray.report.run_data import UNITS, RunData, StoredPlan, percent
-from seap_ray.report.section import Section, as_sentence
+from seap_ray.report.section import Section, as_sentences
 
 
 def sparsity_section(data: RunData) -> Section | None:
@@ -26,11 +26,12 @@ def sparsity_section(data: RunData) -> Section | None:
         panels += [_sparsity_chart(data, architecture, ratio, unit) for unit in UNITS]
     return Section(
         "sparsity",
-        "How much does each layer give?",
-        "The dashed line is the share of its weights that the allocation asks of a layer. Heads go by whole groups, so "
-        "the attention moves in steps and the MLP makes up for them.",
-        as_sentence([_finding(data, ratio, architecture) for ratio in data.shown_ratios]),
-        Figure("Share that every layer gives of its attention and its MLP, asked for and realised.", tuple(panels)),
+        "How much is removed from each layer?",
+        "The dashed line is the share of a layer's weights that the allocation requests, the other lines what was "
+        "removed: for the experts their mean, with a band from the least to the most. Heads are removed by whole "
+        "groups, so the attention changes in steps and the channels of the MLP make up for the difference.",
+        as_sentences([_finding(data, ratio, architecture) for ratio in data.shown_ratios]),
+        Figure("Share of the heads and channels removed from every layer, requested and realised.", tuple(panels)),
     )
 
 
@@ -38,7 +39,7 @@ def _sparsity_chart(data: RunData, architecture: Architecture, ratio: float, uni
     plans = data.plans[ratio]
     series = [*_requested_shares(data, architecture, plans[0]), *_realised_shares(plans, unit, architecture)]
     title = f"{BLOCKS[unit]}, {percent(ratio)} removed"
-    return Chart(title, "layer", "removed, %", tuple(series), x_integer=True, y_range=(-4, 104))
+    return Chart(title, "layer", f"{unit} removed, %", tuple(series), x_integer=True, y_range=(-4, 104))
 
 
 def _requested_shares(data: RunData, architecture: Architecture, plan: StoredPlan) -> list[Series]:
@@ -51,7 +52,7 @@ def _requested_shares(data: RunData, architecture: Architecture, plan: StoredPla
     compensated = COMPENSATIONS[metadata["compensation"]].adds_biases
     constraints_L = WidthConstraints.of(architecture, pruning, compensated=compensated)
     shares = layer_sparsity(constraints_L, allocation, metadata["requested_ratio"])
-    return [Series("asked of the layer", range(len(shares)), [100 * share for share in shares], REFERENCE)]
+    return [Series("requested", range(len(shares)), [100 * share for share in shares], REFERENCE)]
 
 
 def _realised_shares(plans: Sequence[StoredPlan], unit: str, architecture: Architecture) -> Iterator[Series]:
@@ -80,6 +81,6 @@ def _finding(data: RunData, ratio: float, architecture: Architecture) -> str:
     shares = plans[0].removed_shares("channels", architecture)
     most = shares.index(max(shares))
     return (
-        f"of {ratio:g} asked for, {' to '.join(ends)} is gone, most in layer {most}, where {plans[0].name} loses "
-        f"{percent(shares[most])} of its channels"
+        f"of {ratio:g} requested, {' to '.join(ends)} of the decoder weights is removed; {plans[0].name} loses most in "
+        f"layer {most}, {percent(shares[most])} of its channels"
     )

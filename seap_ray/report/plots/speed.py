@@ -40,14 +40,13 @@ def _section(measured: Measured, pruned: Measured) -> Section:
     rows = [_table_row(model, cell) for model, cell in measured]
     return Section(
         "speed",
-        "How much faster is it?",
-        "Times the dense model's tokens per second; 1 is as fast. The dashed line is a model whose time falls as the "
-        "weights of its decoder layers do.",
-        f"With {percent(removed)} removed {smallest.name} prefills "
-        f"{speed.prefill_speedup:.2f} and decodes {speed.decode_speedup:.2f} times as fast as dense; "
-        f"{ideal:.2f} would be ideal.",
+        "How much faster are the pruned models?",
+        "Tokens per second divided by the dense model's: 1 is as fast. The dashed line is the ideal, a model whose "
+        "time falls in proportion to the weights of its decoder layers.",
+        f"With {percent(removed)} removed, {smallest.name} is {speed.prefill_speedup:.2f} times as fast as the dense "
+        f"model in prefill and {speed.decode_speedup:.2f} times in decoding; the ideal is {ideal:.2f}.",
         Figure(
-            "Speed-up over the dense model against the share of the weights that is removed.",
+            "Speed-up over the dense model against the share of the decoder weights that is removed.",
             tuple(_speed_chart(pruned, stage) for stage in STAGES),
         ),
         (Table("Speed of every model", columns, [("", rows)]),),
@@ -66,7 +65,7 @@ def _speed_chart(pruned: Measured, stage: str) -> Chart:
         removed = [100 * _removed(model) for model, _ in of_method]
         speedups = [speed.speedup(stage) for _, speed in of_method]
         series.append(Series(method, removed, speedups, series_style(i)))
-    return Chart(stage, REMOVED_LABEL, "times dense", tuple(series), y_range=(0, None), wide=True)
+    return Chart(stage, REMOVED_LABEL, "× dense model", tuple(series), y_range=(0, None), wide=True)
 
 
 def _table_row(model: ModelRow, speed: SpeedCell) -> list[str]:

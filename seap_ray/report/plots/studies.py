@@ -58,9 +58,11 @@ def _best_and_worst(table: StudyTable) -> str:
     worst = ascending[0]
     best = ascending[-1]
     if mean.endswith("ppl"):
-        worst, best = best, worst
-    found = f"{_row_text(best, mean)} at best and {_row_text(worst, mean)} at worst"
-    return f"With {percent(largest)} removed the {mean} is {found}."
+        worst = ascending[-1]
+        best = ascending[0]
+    range_text = f"{_row_text(best, mean)} at best and {_row_text(worst, mean)} at worst"
+    name = mean.replace("mean acc", "mean accuracy").replace("mean ppl", "mean perplexity")
+    return f"With {percent(largest)} removed, the {name} is {range_text}."
 
 
 def _by_column(table: StudyTable) -> list[dict[str, Any]]:
@@ -103,7 +105,7 @@ def ood_section(data: RunData) -> Section | None:
             means.append(f"{model.replace('_', ' ')} {sum(values) / len(values):.3f}")
     if not means:
         return section
-    return replace(section, finding=f"The mean accuracy with {percent(largest)} removed: {', '.join(means)}.")
+    return replace(section, finding=f"Mean accuracy with {percent(largest)} removed: {', '.join(means)}.")
 
 
 def paper_section(data: RunData) -> Section | None:
@@ -120,7 +122,7 @@ def paper_section(data: RunData) -> Section | None:
             gaps.append(row.average)
     if not gaps:
         return section
-    gap = f"Ours less the paper's average: {min(gaps):+.1f} to {max(gaps):+.1f} points over {len(gaps)} rows."
+    gap = f"Our average accuracy less the paper's: {min(gaps):+.1f} to {max(gaps):+.1f} points over {len(gaps)} rows."
     return replace(section, finding=gap)
 
 

@@ -76,9 +76,9 @@ def transfer_section(data: RunData) -> Section | None:
     maps = [_transfer_map(transfer, ratio) for ratio, transfer in transfers.items()]
     return Section(
         "transfer",
-        "What does an expert still do on the other tasks?",
-        "Each row is a model and each column a task, relative to the dense model: 1 is as good (a perplexity is dense "
-        "over the model's). A frame marks an expert's own task.",
+        "How good is an expert on the other tasks?",
+        "A cell is a model's quality on a task divided by the dense model's, for a perplexity the other way round: 1 "
+        "means as good as the dense model. A frame marks an expert's own task.",
         " ".join(_finding(transfer, ratio) for ratio, transfer in transfers.items()),
         Figure("Quality of every expert on every task, relative to the dense model.", tuple(maps)),
         study_tables(data, "transfer"),
@@ -96,5 +96,8 @@ def _finding(transfer: Transfer, ratio: float) -> str:
     others = transfer.mean(own=False)
     if own is None:
         return ""
-    rest = f", and {percent(others)} on the others" if others is not None else ""
-    return f"With {percent(ratio)} removed an expert keeps {percent(own)} of dense on its own task{rest}."
+    rest = f" and {percent(others)} on the others" if others is not None else ""
+    return (
+        f"With {percent(ratio)} removed, an expert keeps {percent(own)} of the dense model's quality on its own "
+        f"task{rest}."
+    )

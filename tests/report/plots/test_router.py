@@ -12,7 +12,7 @@ def test_confusion_is_shares_of_each_tasks_prompts(own_run):
     assert confusion.values[1] == [None, 0.75, 0.25, None]
     assert confusion.values[0] == [0.95, None, None, 0.05]
     assert [series.label for series in coverage.series] == [
-        "right, of those sent",
+        "right expert, of those sent",
         "sent to an expert",
         "threshold in use",
     ]

@@ -17,7 +17,7 @@ def test_what_the_layers_are_asked_for_averages_to_the_ratio_and_what_they_give_
     ]
     for ratio, panel in zip(RATIOS, section.figure.panels[1::2], strict=True):
         by_label = {series.label: series.y for series in panel.series}
-        assert np.mean(by_label["asked of the layer"]) == pytest.approx(100 * ratio)
+        assert np.mean(by_label["requested"]) == pytest.approx(100 * ratio)
         (general,) = (plan for plan in data.plans[ratio] if plan.kind == "general")
         kept = [len(general.indices(layer, "channels")) for layer in range(ARCHITECTURE.n_layers)]
         assert by_label["general"] == pytest.approx([100 * (1 - n / ARCHITECTURE.dense.channels) for n in kept])

@@ -20,7 +20,7 @@ def test_the_corpus_picture_has_a_line_for_each_ratio_and_the_spread_over_seeds(
 
 def test_the_smallest_stable_corpus_is_within_a_standard_error_of_the_largest(studied):
     finding = corpus_section(studied).finding  # the made-up means are 3 / samples below their limit, the error 0.01
-    assert finding.endswith("so many samples on: 500 with 20 % removed, 500 with 40 % removed.")
+    assert finding.endswith("within one standard error of the last: 500 with 20 % removed, 500 with 40 % removed.")
 
 
 def test_the_allocation_map_holds_every_value_where_it_belongs(studied):
@@ -65,7 +65,7 @@ def test_out_of_distribution_is_averaged_over_tasks_judged_by_accuracy(own_run):
         "rows": [[0.4, "a", 0.9, 0.1, 0.5, 0.1], [0.4, "b", 0.7, 0.1, None, None], [0.4, "c", 30.0, 0.1, 99.0, 0.1]],
     }
     write_json(own_run.study("ood"), study)
-    assert ood_section(RunData.of(own_run)).finding == "The mean accuracy with 40 % removed: general 0.800."
+    assert ood_section(RunData.of(own_run)).finding == "Mean accuracy with 40 % removed: general 0.800."
 
 
 def test_the_papers_distance_is_told_in_points(studied):
