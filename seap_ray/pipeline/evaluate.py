@@ -47,6 +47,7 @@ class Failure:
         """Take the first line of an error's text, with the error's type unless the text is meant for users."""
         if isinstance(error, RayTaskError):  # its own text is a traceback
             error = error.cause
+
         lines = str(error).strip().splitlines() or [""]
         return cls(lines[0] if isinstance(error, SeapError) else f"{type(error).__name__}: {lines[0]}")
 
@@ -110,6 +111,7 @@ def eval_task(config: Config, run: Run, task: Task, *, by_lm_eval: bool) -> Eval
 
     check_evaluation(task)
     drawn = _drawn_items(config, run, task)
+
     stored = drawn.get(partial(_draw_items, config, task, drawn))
     items = tuple(Item(**item) for item in stored["items"])
     window = _window(config) if task.metric == "window_perplexity" else None
@@ -127,13 +129,16 @@ def _draw_items(config: Config, task: Task, drawn: Artifact[dict[str, Any]]) -> 
     """Draw held-out rows like the calibration's; of a text take all rows in their order, with its own blank lines."""
     seed = config.run.seed
     rows = read_rows(task, evaluation=True, seed=seed)
+
     if task.metric == "window_perplexity":
         renderer = Renderer(task, official=True)
         text = "\n\n".join(renderer.item(row).text for row in read_in_order(rows))
         items = [asdict(Item(text, "", text, []))]
     else:
+        # As many and as random as the calibration's rows, from the other split; None draws all of them.
         table, _, _ = draw(task, rows, n=config.evaluation.samples, seed=seed, official=False)
         items = table.select(["text", "question", "answer", "choices"]).to_pylist()
+
     write_json(drawn.path, {"fingerprint": drawn.key, "items": items})
 
 
@@ -231,6 +236,7 @@ def _judge_all(
         own = {task: stored[task] for task in one.files}
         pending[judge.remote(config, one.target.source, one.files, own)] = one
 
+    # Whichever model is done first comes first, so that progress is shown as it is made.
     while pending:
         (done,), _ = ray.wait(list(pending), num_returns=1)
         one = pending.pop(done)
@@ -238,6 +244,7 @@ def _judge_all(
             failed = ray.get(done)
         except RayError as error:  # its process died, again and again
             failed = dict.fromkeys(one.files, Failure.of(error))
+
         for task, failure in failed.items():
             failures[one.target.fingerprint, task] = failure
         yield len(one.files)
@@ -271,13 +278,15 @@ def _opened(source: Checkpoint | PendingCheckpoint) -> Iterator[Path]:
     if isinstance(source, Checkpoint):
         yield source.folder
         return
+
     try:
         folder = write_temporarily(source)
-        copy = stage(folder)
+        copy = stage(folder)  # from a bucket; on a disk it is the folder itself
         yield copy
         if copy != folder:
             copy.parent.remove()
     finally:
+        # It is not there where the checkpoint is written for good.
         source.partial.remove()
 
 
@@ -289,6 +298,7 @@ def _load(config: Config, folder: Path) -> tuple[PreTrainedModel, PreTrainedToke
     base = Checkpoint.open(config.model.source, config.model.revision)
     trust = config.model.trust_remote_code
     tokenizer = load_tokenizer(base.folder, trust_remote_code=trust)
+
     if load_tokenizer(folder, trust_remote_code=trust).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(f"{folder} has another tokenizer than model.source, so their figures do not compare")
     return load_model(config, base, folder), tokenizer
@@ -301,7 +311,9 @@ def _judge_task(
     task = eval_task.task
     if eval_task.judge != SEAP_RAY_JUDGE:
         return _judge_by_lm_eval(config, model, tokenizer, task)
+
     if task.metric == "window_perplexity":
+        # A window is no longer than the positions that the model knows.
         longest = getattr(model.config, "max_position_embeddings", None) or _window(config)
         ids = tokenizer(eval_task.items[0].text, verbose=False)["input_ids"]
         cut = windows(ids, min(_window(config), longest), samples=settings.samples, seed=config.run.seed)

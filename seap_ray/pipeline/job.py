@@ -144,10 +144,12 @@ def _evaluate(
     calibrated: CalibratedRun, checkpoints: Sequence[PendingCheckpoint]
 ) -> tuple[dict[str, EvalTask], list[ModelRow]]:
     """Judge the dense model and every pruned one; return the tasks as they were judged, and a row for each model."""
-    config, run = calibrated.config, calibrated.run
+    config = calibrated.config
+    run = calibrated.run
     rows = [dense_row(calibrated.checkpoint), *map(pruned_row, checkpoints)]
     if config.evaluation.samples == 0:
         return {}, rows
+
     eval_tasks = {task.name: eval_task(config, run, task, by_lm_eval=False) for task in config.tasks}
     targets = [eval_target(calibrated.checkpoint, eval_tasks)]
     targets += [eval_target(checkpoint, eval_tasks) for checkpoint in checkpoints]
@@ -169,6 +171,8 @@ def _report(
     say(table(Results.from_json(results)))
     say("")
     say(f"{write_report(run)} has the pictures")
+
+    # At the very end: what could be judged is in the report all the same.
     for row in rows:
         for task, result in row.quality.items():
             if isinstance(result, Failure):

@@ -75,10 +75,12 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
     """
     checkpoint = Checkpoint.open(config.model.source, config.model.revision)
     load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
+
     for task in config.tasks:
         check_source(task, official=config.corpus.prompt_format == "official")
         if check_evaluation_rows:
             check_evaluation(task)
+
     if checkpoint.architecture.n_experts and config.calibration.statistics == "covariance":
         raise ConfigError(
             "calibration.statistics: covariance is not for mixtures of experts, which have too many; use moments, with "
@@ -86,6 +88,7 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
         )
     if is_uri(config.run.storage) and parse_size(config.export.max_shard_size) > MAX_S3_COPY_BYTES:
         raise ConfigError("export.max_shard_size: in a bucket 5GB at most, since larger files cannot be renamed there")
+
     check_ratios(config, checkpoint.architecture)
     return checkpoint
 
@@ -121,13 +124,16 @@ def _check_versions() -> Iterator[Finding]:
     except PackageNotFoundError:
         yield Finding("warning", "versions", "seap-ray is not installed here, so its versions cannot be checked")
         return
+
     # Those with a marker belong to extras, or to other machines.
     requirements = [requirement for requirement in requirements if not requirement.marker]
     installed = {requirement.name: _version(requirement.name) for requirement in requirements}
     untested = [f"{one.name} {installed[one.name]}" for one in requirements if _is_untested(one, installed[one.name])]
+
     if untested:
         message = f"tested with others than {', '.join(untested)}: python3 -m seap_ray.install"
         yield Finding("warning", "versions", message)
+
     shown = [f"{name} {installed[name]}" for name in ("ray", *NUMERIC_PACKAGES) if installed.get(name)]
     yield Finding("ok", "versions", f"Python {platform.python_version()}, {', '.join(shown)}")
 
@@ -173,6 +179,7 @@ def _check_hub_token(config: Config) -> Iterator[Finding]:
     hub_ids = [parse_model_source(config.model.source).hub_id]
     hub_ids += [calibration_rows(task).hub_id for task in config.tasks]
     wanted = [hub_id for hub_id in hub_ids if hub_id]
+
     if wanted and not get_token():
         message = f"no token, so what is gated will not come ({wanted[0]}?): hf auth login, or HF_TOKEN"
         yield Finding("warning", "hub", message)
@@ -201,6 +208,7 @@ def needs_findings(config: Config, run: Run) -> list[Finding]:
     content = parse_model_source(config.model.source, config.model.revision).read_config()
     if content is None:
         return []
+
     model = ModelSize.from_config(content)
     needed = needs(model, config, corpus_sizes(config, model, run))
     return [
@@ -325,14 +333,17 @@ def _probe_nodes(config: Config, checkpoint: Checkpoint, run: Run) -> list[Node]
         arguments = (checkpoint.folder, corpora, probe)
         if len(alive) == 1:
             return [_look(*arguments)]
+
         look = ray.remote(num_cpus=0)(_look)
         before = time.time()
         pending = []
+        # A task for each node that runs there and nowhere else, and takes no CPU from a job at work.
         for node in alive:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             pending.append(look.options(scheduling_strategy=there).remote(*arguments))
         nodes = [_probed(node, ref) for node, ref in zip(alive, pending, strict=True)]
         after = time.time()
+
     seen = [node for node in nodes if node]
     if not seen:
         raise IncompleteError("the cluster is gone; run the same command again, on a new one")
@@ -366,6 +377,7 @@ def _probe_file(run: Run) -> Iterator[StoragePath]:
         path.touch()
     except OSError as error:
         raise ConfigError(f"run.storage: {run.root} cannot be written ({error.strerror or error})") from None
+
     try:
         yield path
     finally:
@@ -432,6 +444,7 @@ def _check_versions_alike(nodes: Sequence[Node]) -> Iterator[Finding]:
                 f"{name} is {expected} on {first.name}, and {installed} on {node.name}: install the same on every node"
             )
             yield Finding("error", "nodes", message)
+
     without = [node.name for node in nodes if not node.has_plugin]
     if without and len(nodes) > 1:
         message = f"no vLLM plugin on {', '.join(without)}; jobs/deploy.py needs it there: python3 -m seap_ray.install"
@@ -451,12 +464,15 @@ def _check_storage(config: Config, checkpoint: Checkpoint, run: Run, nodes: Sequ
         )
         yield Finding("error", "storage", message)
         return
+
     model = ModelSize.from_checkpoint(checkpoint)
     disk = disk_needs(model, config, corpus_sizes(config, model, run))
+    # What an earlier job left counts as written, whatever it is.
     missing = max(0.0, disk.total - run.root.bytes_below())
     free = run.root.free_bytes()
     room = "is a bucket" if math.isinf(free) else f"has {size(free)} free"
     message = f"{run.root} {room}; the run takes about {size(missing)} more"
+
     if missing > free:
         yield Finding("warning", "storage", f"{message}: make room, or choose another run.storage")
     else:
@@ -467,6 +483,7 @@ def _check_model(checkpoint: Checkpoint, nodes: Sequence[Node]) -> Iterator[Find
     folder = checkpoint.folder
     without = [node.name for node in nodes if node.model is None]
     others = [node.name for node in nodes if node.model not in (None, checkpoint.fingerprint)]
+
     if others:
         message = f"model.source: {folder} differs on {', '.join(others)}; put the same files on every node"
         yield Finding("error", "model", message)

@@ -55,6 +55,7 @@ class ModelRow:
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as a results file has it."""
+        # The two kinds of rows have the same fields; only these two differ in type.
         values: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
         values["quality"] = {task: rows.cell_from_json(result) for task, result in self.quality_json.items()}
         values["speed"] = rows.SpeedCell(**asdict(self.speed)) if self.speed else None
@@ -120,6 +121,7 @@ def own_task_rows(models: Sequence[ModelRow]) -> list[ModelRow]:
 
 def _own_task_row(models: Sequence[ModelRow], method: str, ratio: float | None) -> ModelRow:
     members = [row for row in models if row.task and (row.method, row.ratio) == (method, ratio)]
+
     quality = {row.task: row.quality[row.task] for row in members if row.task and row.task in row.quality}
     return ModelRow(
         name=f"{method}, own task",
@@ -141,13 +143,18 @@ def _mean_speed(speeds: Sequence[Speed | None]) -> Speed | None:
     known = [speed for speed in speeds if speed]
     if len(known) < len(speeds):
         return None
-    return Speed(**{rate.name: _mean([getattr(speed, rate.name) for speed in known]) for rate in fields(Speed)})
+
+    means = {}
+    for rate in fields(Speed):
+        means[rate.name] = _mean([getattr(speed, rate.name) for speed in known])
+    return Speed(**means)
 
 
 def _mean(values: Sequence[Any]) -> Any:
     """Return a whole number for whole numbers; None where a value is None, as of a model that has no plan."""
     if None in values:
         return None
+
     mean = sum(values) / len(values)
     return round(mean) if all(isinstance(value, int) for value in values) else mean
 
@@ -174,6 +181,7 @@ def results_json(
 
 
 def _task_json(task: Task, eval_task: EvalTask | Failure | None) -> dict[str, str]:
+    # A task that cannot be judged is there all the same, with what would have judged it.
     metric: str = task.metric
     judge = SEAP_RAY_JUDGE
     if isinstance(eval_task, EvalTask):
