@@ -160,7 +160,7 @@ def merge_covariances(statistics: TaskStatistics, checkpoint: Checkpoint, layer:
 
 
 def _write_covariances(statistics: TaskStatistics, checkpoint: Checkpoint, layer: int) -> None:
-    paths = [statistics.records.path(shard) for shard in statistics.shards]
+    paths = statistics.records.existing_paths(statistics.shards)
     merged: dict[Site, Covariance] = {}
     ridges: dict[Site, float] = {}
     for site, module in checkpoint.architecture.modules.items():
