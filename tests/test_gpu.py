@@ -12,9 +12,18 @@ from seap_ray.models.forward import record
 from seap_ray.models.layerwise import LayerwiseModel
 from seap_ray.models.loading import attention_of
 from seap_ray.models.recorder import token_cosines
-from tests.support.builders import load, logits, random_ids, random_plan, random_statistics, write_compacted
-from tests.support.layerwise import SHARDS, assert_equal, found_by
-from tests.support.oracles import RAGGED, as_tuples, assert_close, two_pass
+from tests.support.builders import (
+    RAGGED,
+    SHARDS,
+    load,
+    logits,
+    random_ids,
+    random_plan,
+    random_statistics,
+    recorded_by,
+    write_compacted,
+)
+from tests.support.oracles import as_tuples, assert_close, assert_equal, two_pass
 
 pytestmark = pytest.mark.gpu
 
@@ -81,7 +90,7 @@ def test_layer_by_layer_gives_the_bytes_of_the_whole_model(dense, name, dtype):
     attention = attention_of(checkpoint.config)
     whole = load(folder, **({"attn_implementation": attention} if attention else {})).cuda()
     for room in (1 << 30, 0):  # hidden states wait on the GPU, or on the host
-        found = found_by(LayerwiseModel(checkpoint, dtype, torch.device("cuda"), room), covariance=True)
+        found = recorded_by(LayerwiseModel(checkpoint, dtype, torch.device("cuda"), room), covariance=True)
         for shard, sequences in SHARDS.items():
             assert_equal(found[shard], record(whole, sequences, batch_tokens=40, covariances=range(4)))
 

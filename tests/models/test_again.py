@@ -19,16 +19,18 @@ from seap_ray.models.hf.shapes import check_folder
 from tests.support.builders import (
     CONFIGS,
     MIXTURES,
+    SHARDS,
+    layerwise,
     load,
     logits,
     random_ids,
     random_kept,
     random_plan,
     random_statistics,
+    recorded_by,
 )
 from tests.support.builders import write_compacted as write
-from tests.support.checkpoints import tensors_of, with_replaced_activations, with_split_products
-from tests.support.layerwise import SHARDS, assert_equal, found_by, layerwise
+from tests.support.oracles import assert_equal, tensors_of, with_replaced_activations, with_split_products
 
 Once = Callable[..., Path]
 GIVEN = 2
@@ -184,7 +186,7 @@ def test_moments_and_covariances_layer_by_layer_are_the_bytes_of_the_whole_model
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
     from seap_ray.models.forward import record
 
-    found = found_by(layerwise(folder), covariance=True)
+    found = recorded_by(layerwise(folder), covariance=True)
     for shard, sequences in SHARDS.items():
         assert_equal(found[shard], record(whole, sequences, batch_tokens=40, covariances=range(4)))
     shapes = [layer.shape for layer in Checkpoint.open(str(folder)).architecture.layers]

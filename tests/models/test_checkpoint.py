@@ -46,7 +46,7 @@ from tests.support.builders import (
     uniform_plan,
     write_compacted,
 )
-from tests.support.checkpoints import (
+from tests.support.oracles import (
     columns,
     narrow_experts,
     replaced_mean,

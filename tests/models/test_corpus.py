@@ -22,7 +22,7 @@ from seap_ray.models.corpus import (
 from seap_ray.models.row_sources import HubRows, RowFiles, calibration_rows, read_first_row
 from seap_ray.tasks import BUILT_IN, Task
 from tests.support import DATA
-from tests.support.corpora import task
+from tests.support.builders import task
 
 often = settings(max_examples=100, deadline=None)
 real = pytest.mark.skipif(not DATA.is_dir(), reason=f"the tasks' own files are not there: {DATA}")

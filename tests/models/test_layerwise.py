@@ -16,8 +16,8 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.forward import record
 from seap_ray.models.layerwise import LayerwiseModel, _BatchInFlight
 from seap_ray.models.loading import attention_of, load_model
-from tests.support.builders import CONFIGS
-from tests.support.layerwise import SHARDS, assert_equal, found_by, layerwise
+from tests.support.builders import CONFIGS, SHARDS, layerwise, recorded_by
+from tests.support.oracles import assert_equal
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_moments_and_covariances_are_the_bytes_of_the_whole_model(dense, name, s
     attention = "eager" if name == "gemma2" else None  # which has a soft cap
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
     for settings in ({}, {"skip_first_token": True}):
-        found = found_by(layerwise(folder, dtype), covariance=True, **settings)
+        found = recorded_by(layerwise(folder, dtype), covariance=True, **settings)
         for shard, sequences in SHARDS.items():
             expected = record(whole, sequences, batch_tokens=40, covariances=range(4), **settings)
             assert_equal(found[shard], expected)
@@ -40,8 +40,8 @@ def test_moments_and_covariances_are_the_bytes_of_the_whole_model(dense, name, s
 def test_a_model_in_many_files_is_the_same_model(dense):
     one, many = dense("llama_gqa"), dense("llama_gqa", max_shard_size="20KB")
     assert len(list(many.glob("*.safetensors"))) > 3
-    expected = found_by(layerwise(one))
-    for shard, recorded in found_by(layerwise(many)).items():
+    expected = recorded_by(layerwise(one))
+    for shard, recorded in recorded_by(layerwise(many)).items():
         assert_equal(recorded, expected[shard])
 
 
@@ -73,7 +73,7 @@ def test_a_batch_that_does_not_fit_names_the_key_to_halve(dense, monkeypatch):
     with pytest.raises(
         ConfigError, match=r"calibration.batch_tokens: cpu has no room for a batch of \d+ tokens; halve it"
     ):
-        found_by(layerwise(dense("llama_gqa")))
+        recorded_by(layerwise(dense("llama_gqa")))
 
 
 def test_two_layers_are_in_memory_at_most_whatever_the_depth(dense, monkeypatch):
@@ -89,7 +89,7 @@ def test_two_layers_are_in_memory_at_most_whatever_the_depth(dense, monkeypatch)
         return block
 
     monkeypatch.setattr(LayerwiseModel, "_read_layer", counted)
-    found_by(layerwise(dense("llama_gqa")))
+    recorded_by(layerwise(dense("llama_gqa")))
     assert (made, most) == (4, 2)
 
 
@@ -100,7 +100,7 @@ def test_activations_that_are_not_finite_are_told_with_their_shard(dense, tmp_pa
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     shards = {"sort/00000": [[5, 6]], "sort/00001": [[5, 39]]}
     with pytest.raises(DataError, match="shard sort/00001: activations of layer 0, site attn, are not finite"):
-        found_by(layerwise(folder), shards)
+        recorded_by(layerwise(folder), shards)
 
 
 def test_attention_with_a_soft_cap_is_run_with_it(dense):

@@ -11,8 +11,8 @@ from seap_ray.models import forward, recorder
 from seap_ray.models.batching import counted_rows, group_by_length, make_batches, pack_sequences
 from seap_ray.models.forward import record
 from seap_ray.models.recorder import recording
-from tests.support.builders import CONFIGS, load, output_modules
-from tests.support.oracles import RAGGED, as_tuples, assert_close, prompts, two_pass
+from tests.support.builders import CONFIGS, RAGGED, load, output_modules, prompts
+from tests.support.oracles import as_tuples, assert_close, two_pass
 
 pytestmark = pytest.mark.usefixtures("float64_norms")
 

@@ -26,7 +26,7 @@ from seap_ray.storage.files import atomic_write, read_json, sha256_of, stage, wr
 from seap_ray.storage.lock import lock
 from seap_ray.storage.paths import BucketPath, parse_path
 from tests.support import ROOT
-from tests.support.corpora import task
+from tests.support.builders import task
 
 main = runpy.run_path(str(ROOT / "jobs" / "prune.py"))["main"]
 

@@ -1,7 +1,7 @@
-"""Builders: tiny models on disk, random plans and statistics, and checkpoints compacted without Ray."""
+"""Builders: tiny models on disk, token sequences, tasks, random plans and statistics, checkpoints cut without Ray."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,11 @@ from seap_ray.core.architecture import Architecture, Shape
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.moments import RECORDED, Moments, Statistics
 from seap_ray.core.plan import Kept, Plan
+from seap_ray.models.batching import Sequences
+from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport, finish, write_tensors
+from seap_ray.models.layerwise import LayerwiseModel
+from seap_ray.tasks import Task
 
 transformers_logging.disable_progress_bar()
 
@@ -128,6 +132,7 @@ def save_dense(folder: Path, name: str, dtype: torch.dtype, max_shard_size: str 
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that has a token for each of ``CHARACTERS``."""
     vocab = {token: i for i, token in enumerate(["<pad>", "<bos>", "<unk>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -141,12 +146,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load(folder: Path, **kwargs: Any) -> PreTrainedModel:
-    """The model in the dtype that it was saved in.
+    """Load a model in the dtype that it was saved in.
 
     Its weights are copied: as loaded they are views of the mapped file, at any address, and the sums of a BLAS product,
     and so its last bits, depend on how its operands are aligned.
     """
-    # Grouped products of experts are for rows of 16 bytes, and not in float64.
+    # Grouped products of MoE experts are for rows of 16 bytes, and not in float64.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", experts_implementation="eager", **kwargs).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -158,7 +163,7 @@ OUTPUTS = {"opt": ("self_attn.out_proj", "fc2"), "gpt_neox": ("attention.dense",
 
 
 def output_modules(model: Any) -> dict[str, str]:
-    """The modules whose inputs are the sites, written out family by family; of a mixture its attention alone."""
+    """Return the modules whose inputs are the sites, written out family by family; in an MoE model attention alone."""
     family = model.config.model_type.removeprefix("seap_")
     if family in MIXTURES:
         return {"attn": "self_attn.o_proj"}
@@ -167,31 +172,75 @@ def output_modules(model: Any) -> dict[str, str]:
 
 
 def random_ids(n: int = 3, length: int = 17, seed: int = 0) -> torch.Tensor:
+    """Return random token ids (n, length)."""
     return torch.randint(3, SIZES["vocab_size"], (n, length), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor:
+    """Run a model without gradients."""
     return model(ids_BT).logits
+
+
+# --- corpora ---------------------------------------------------------------------------------------------------------
+
+
+def prompts(lengths: Iterable[int], seed: int = 0) -> list[list[int]]:
+    """Return random sequences of token ids of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 40, (n,), generator=generator).tolist() for n in lengths]
+
+
+RAGGED = prompts([7, 1, 30, 3, 12, 12, 2, 25, 5, 18, 1, 9])
+"""Sequences of very different lengths."""
+SHARDS = {"sort/00000": RAGGED, "sort/00001": RAGGED[:1], "logic/00000": prompts([4, 4, 4], seed=1)}
+"""Sequences by the names of shards."""
+
+
+def task(path: Path | str, **fields: Any) -> Task:
+    """Return a task named ``mine`` on the rows at ``path``."""
+    return Task(name="mine", path=str(path), answer="{{ text }}", **fields)
+
+
+# --- models read layer by layer --------------------------------------------------------------------------------------
+
+
+def layerwise(folder: Path, dtype: torch.dtype = torch.float32, memory_budget: int = 1 << 30) -> LayerwiseModel:
+    """Return the model in a folder, to be run layer by layer on the CPU."""
+    return LayerwiseModel(Checkpoint.open(str(folder)), dtype, torch.device("cpu"), memory_budget)
+
+
+def recorded_by(model: LayerwiseModel, shards: Mapping[str, Sequences] = SHARDS, **settings: Any) -> dict[str, dict]:
+    """Run all shards through a model; return the moments of each, and make sure that no site comes twice."""
+    recorded: dict[str, dict] = {shard: {} for shard in shards}
+    for shard, moments in model.record(shards, **{"batch_tokens": 40, **settings}):
+        assert not recorded[shard].keys() & moments.keys()
+        recorded[shard] |= moments
+    return recorded
 
 
 # --- plans and statistics --------------------------------------------------------------------------------------------
 
 
 def random_kept(dense_shape: Shape, shape: Shape, rng: random.Random, n_experts: int = 0) -> Kept:
+    """Choose units of a layer at random, as many as ``shape`` has."""
     groups = tuple(sorted(rng.sample(range(dense_shape.groups), shape.groups)))
     per_group = dense_shape.heads_per_group
-    heads = tuple(
-        k * per_group + h for k in groups for h in sorted(rng.sample(range(per_group), shape.heads_per_group))
-    )
+    heads: list[int] = []
+    for group in groups:
+        heads += [group * per_group + head for head in sorted(rng.sample(range(per_group), shape.heads_per_group))]
     n_mlps = max(n_experts, 1)
     channels = [sorted(rng.sample(range(dense_shape.channels), shape.channels)) for _ in range(n_mlps)]
-    return Kept(groups, heads, tuple(map(tuple, channels)))
+    return Kept(groups, tuple(heads), tuple(map(tuple, channels)))
 
 
 def random_plan(architecture: Architecture, seed: int, compensation: str = "none") -> Plan:
-    """Other widths in every layer; layer 1 stays dense, layer 0 loses attention alone, the last one channels alone."""
-    rng, whole = random.Random(seed), architecture.dense
+    """Return a plan with other widths in every layer.
+
+    Layer 1 stays dense, layer 0 loses attention alone, the last one channels alone.
+    """
+    rng = random.Random(seed)
+    whole = architecture.dense
     shapes: list[Shape] = []
     while len(shapes) < architecture.n_layers:
         layer = len(shapes)
@@ -211,7 +260,7 @@ def random_plan(architecture: Architecture, seed: int, compensation: str = "none
 
 
 def uniform_plan(architecture: Architecture, shape: Shape, compensation: str = "none", seed: int = 0) -> Plan:
-    """The same widths, but other units, in every layer."""
+    """Return a plan with the same widths, but other units, in every layer."""
     rng = random.Random(seed)
     whole = architecture.dense
     kept = tuple(random_kept(whole, shape, rng, architecture.n_experts) for _ in range(architecture.n_layers))
@@ -219,23 +268,25 @@ def uniform_plan(architecture: Architecture, shape: Shape, compensation: str = "
 
 
 def random_statistics(architecture: Architecture, seed: int, n: int = 20) -> Statistics:
-    """Moments of random activations whose means are far from zero."""
+    """Return moments of random activations whose means are far from zero."""
     generator = torch.Generator().manual_seed(seed)
     statistics = {}
     for layer, given in enumerate(architecture.layers):
         widths = {"attn": given.shape.heads * architecture.head_dim, "mlp": given.shape.channels, "block": 1}
-        for site, one in [(kind, one) for kind in RECORDED for one in architecture.sites(kind)]:
-            scale, shift = (torch.randn(widths[site], generator=generator, dtype=torch.float64) for _ in range(2))
-            x_ND = torch.randn(n, widths[site], generator=generator, dtype=torch.float64) * scale + shift
-            statistics[layer, one] = Moments(n, x_ND.mean(0), (x_ND - x_ND.mean(0)).square().sum(0))
+        for kind in RECORDED:
+            for site in architecture.sites(kind):
+                scale_D = torch.randn(widths[kind], generator=generator, dtype=torch.float64)
+                shift_D = torch.randn(widths[kind], generator=generator, dtype=torch.float64)
+                x_ND = torch.randn(n, widths[kind], generator=generator, dtype=torch.float64) * scale_D + shift_D
+                statistics[layer, site] = Moments(n, x_ND.mean(0), (x_ND - x_ND.mean(0)).square().sum(0))
     return statistics
 
 
-# --- compacted checkpoints -------------------------------------------------------------------------------------------
+# --- cut checkpoints -------------------------------------------------------------------------------------------------
 
 
 def write_compacted(export: CheckpointExport, folder: Path, max_bytes: int = 10**9) -> Path:
-    """What ``prune`` has Ray tasks do, one after the other."""
+    """Write a checkpoint by the steps that ``prune`` has Ray tasks do, one after the other."""
     files = export.files(max_bytes)
     hashes = {name: write_tensors(export, outputs, folder / name) for name, outputs in files.items()}
     finish(export, folder, files, {"files": hashes})

@@ -1,29 +1,31 @@
 """Oracles: slow and plain computations that results are compared with."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional
 
+import seap_ray.models.hf  # noqa: F401  (registers the classes that load a cut checkpoint)
 from seap_ray.core.moments import Moments
+from seap_ray.core.plan import Plan
+from seap_ray.models.export import CheckpointExport
 from tests.support.builders import MIXTURES, output_modules
 
-
-def prompts(lengths: Iterable[int], seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 40, (n,), generator=generator).tolist() for n in lengths]
-
-
-RAGGED = prompts([7, 1, 30, 3, 12, 12, 2, 25, 5, 18, 1, 9])
+# --- moments ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: bool = False) -> dict:
-    """(count, mean, m2) of all activations together, float64, from hooks of our own and batches of one.
+    """Return (count, mean, m2) of all activations by (layer, site), float64, from hooks of our own and batches of one.
 
-    What goes into a layer and comes out is what transformers itself shows; the last output before the final norm.
+    Inputs and outputs of layers are the hidden states that transformers itself returns; the last output is taken before
+    the final norm.
     """
     seen: dict = {}
     last: list = []
@@ -75,6 +77,7 @@ def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: b
 
 
 def assert_close(moments: dict, reference: dict, tolerance: float = 1e-9) -> None:
+    """Compare moments with (count, mean, m2) of the same sites."""
     assert moments.keys() == reference.keys()
     for key, (count, mean_D, m2_D) in reference.items():
         assert moments[key].count == count
@@ -86,4 +89,123 @@ def assert_close(moments: dict, reference: dict, tolerance: float = 1e-9) -> Non
 
 
 def as_tuples(moments: dict[tuple, Moments]) -> dict:
+    """Return moments as (count, mean, m2)."""
     return {key: (part.count, part.mean_D, part.m2_D) for key, part in moments.items()}
+
+
+def assert_equal(one: dict, other: dict) -> None:
+    """Compare moments, and covariances where they are such, bit by bit."""
+    assert one.keys() == other.keys()
+    for key, moments in other.items():
+        assert type(one[key]) is type(moments) and one[key].count == moments.count
+        for part in ("mean_D", "m2_D", *(["comoment_DD"] if hasattr(moments, "comoment_DD") else [])):
+            assert torch.equal(getattr(one[key], part), getattr(moments, part)), (key, part)
+
+
+# --- cut models ------------------------------------------------------------------------------------------------------
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Read every tensor of a checkpoint."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def columns(units: tuple[int, ...], width: int = 1) -> list[int]:
+    """Return the columns of units that are ``width`` columns each."""
+    return [unit * width + i for unit in units for i in range(width)]
+
+
+def sites(model: Any, plan: Plan, head_dim: int) -> Iterator[tuple[int, str, nn.Linear, list[int], list[int]]]:
+    """Yield layer, site, module, and the kept and the cut columns of the module's input."""
+    modules = output_modules(model)
+    for layer, (block, kept) in enumerate(zip(model.get_decoder().layers, plan.kept, strict=True)):
+        kept_columns = {"attn": columns(kept.heads, head_dim), "mlp": list(kept.channels[0])}
+        for site, module in modules.items():
+            linear = block.get_submodule(module)
+            cut = set(range(linear.in_features)) - set(kept_columns[site])
+            yield layer, site, linear, kept_columns[site], sorted(cut)
+
+
+def experts_of(model: Any, plan: Plan) -> Iterator[tuple[Any, list[list[int]]]]:
+    """Yield the experts of every MoE layer, and the channels that each of them keeps."""
+    for block, kept in zip(model.get_decoder().layers, plan.kept, strict=True):
+        if len(kept.channels) > 1:
+            yield block.mlp.experts, [list(channels) for channels in kept.channels]
+
+
+@torch.no_grad()
+def narrow_experts(model: Any, plan: Plan) -> None:
+    """Leave the kept channels of every expert."""
+    for experts, kept in experts_of(model, plan):
+        gates, ups = experts.gate_up_proj.chunk(2, dim=1)
+        numbers = range(len(kept))
+        gate_ups = [torch.cat([gates[e][kept[e]], ups[e][kept[e]]]) for e in numbers]
+        experts.gate_up_proj = nn.Parameter(torch.stack(gate_ups))
+        experts.down_proj = nn.Parameter(torch.stack([experts.down_proj[e][:, kept[e]] for e in numbers]))
+        experts.intermediate_dim = len(kept[0])
+
+
+def replaced_mean(export: CheckpointExport, layer: int, site: str) -> torch.Tensor:
+    """Return what cut activations are replaced by: their mean, or zero."""
+    assert export.statistics is not None
+    mean_D = export.statistics[layer, site].mean_D  # type: ignore[index]
+    return mean_D if export.plan.compensation.name == "mean" else torch.zeros_like(mean_D)
+
+
+def with_replaced_activations(model: Any, export: CheckpointExport) -> Any:
+    """Replace every cut activation by its mean, or by zero, right before ``o_proj`` and ``down_proj``."""
+    head_dim = export.base.architecture.head_dim
+    for layer, site, linear, _, cut in sites(model, export.plan, head_dim):
+        mean_D = replaced_mean(export, layer, site)
+
+        def replace(_module: nn.Module, inputs: Any, cut=cut, mean_D=mean_D) -> Any:
+            x_BTD = inputs[0].clone()
+            x_BTD[..., cut] = mean_D[cut].to(x_BTD.dtype)
+            return (x_BTD,)
+
+        linear.register_forward_pre_hook(replace)
+    for experts, kept in experts_of(model, export.plan):  # whose cut channels give nothing
+        cut = torch.ones_like(experts.down_proj, dtype=torch.bool)
+        for e, channels in enumerate(kept):
+            cut[e, :, channels] = False
+        experts.down_proj.data[cut] = 0
+    return model
+
+
+def with_split_products(model: Any, export: CheckpointExport) -> Any:
+    """Replace as ``with_replaced_activations`` does, the product taken apart.
+
+    It is kept columns times their activations, plus cut columns times their means.
+    """
+    head_dim, given = export.base.architecture.head_dim, export.base.architecture.layers
+    for layer, site, linear, kept, cut in sites(model, export.plan, head_dim):
+        weight_OD, bias_O = linear.weight, linear.bias
+        if export.plan.compensation.name == "mean" and export.plan.kept[layer].shape != given[layer].shape:
+            bias_O = weight_OD[:, cut] @ replaced_mean(export, layer, site)[cut]
+            bias_O = bias_O if linear.bias is None else bias_O + linear.bias
+
+        def forward(x_BTD: torch.Tensor, kept=kept, weight_OD=weight_OD, bias_O=bias_O) -> torch.Tensor:
+            return functional.linear(x_BTD[..., kept], weight_OD[:, kept], bias_O)
+
+        linear.forward = forward  # type: ignore[method-assign]
+    narrow_experts(model, export.plan)
+    return model
+
+
+# --- colours ---------------------------------------------------------------------------------------------------------
+
+
+def contrast(one: str, other: str) -> float:
+    """Return the contrast of two colours, ``#rgb`` or ``#rrggbb``, as WCAG 2 defines it."""
+    dark, light = sorted((_luminance(one), _luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def _luminance(colour: str) -> float:
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    shares = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    r, g, b = (share / 12.92 if share <= 0.03928 else ((share + 0.055) / 1.055) ** 2.4 for share in shares)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
