@@ -14,6 +14,7 @@ from importlib.metadata import version
 from seap_ray.config import Config, help_text, load_config
 from seap_ray.config.schema import nearest
 from seap_ray.errors import ConfigError, IncompleteError, SeapError
+from seap_ray.methods import STUDIES
 
 HELP = {"-h", "--help"}
 RESUMES = "stopped; the same command goes on from here"
@@ -82,12 +83,15 @@ def _prune(request: Request) -> None:
 
 # --- eval ------------------------------------------------------------------------------------------------------------
 
-EVAL = """\
+STUDY_LIST = "\n".join(f"  {name:15} {study.question}" for name, study in STUDIES.items())
+EVAL = f"""\
 seap-ray eval [study=table] [config=ray_config.yaml] [dotted.key=value ...]
 python jobs/eval.py [study=table] [config=ray_config.yaml] [dotted.key=value ...]
 
-Compares pruning methods, one study a command, all from one set of statistics. The studies are table, ratio, corpus,
-allocation, reconstruction, ood, transfer, routing, pooling and paper (docs/evaluation.md).
+Compares pruning methods, one study a command, all from one set of statistics. What each study asks
+(docs/evaluation.md says more):
+
+{STUDY_LIST}
 
 In:   the config of a run. Statistics that the run lacks are recorded first, as seap-ray prune does it.
 Out:  <run>/results/<study>.json and .csv, and <run>/report.html with the study's pictures.
@@ -120,7 +124,8 @@ endpoint. With RAY_ADDRESS it is deployed on that cluster and stays; without, it
 
 In:   a run that seap-ray prune has finished (run.storage, run.name), and one or more API keys, in the environment
       variable SEAP_API_KEYS or in the file serve.api_keys_file. A request needs one of them.
-Out:  http://<serve.host>:<serve.port>/v1. A request names an expert as its model, or "auto" to leave it to the router.
+Out:  http://<serve.host>:<serve.port>/v1, and a playground at /. A request names an expert as its model, or "auto" to
+      leave the choice to the router.
 
 Example:
   SEAP_API_KEYS=my-key seap-ray deploy run.name=demo serve.port=8000
@@ -224,12 +229,13 @@ DOCTOR = """\
 seap-ray doctor [config=ray_config.yaml] [dotted.key=value ...]
 python jobs/doctor.py [config=ray_config.yaml] [dotted.key=value ...]
 
-Looks at everything that a job with this config needs, before the job: versions, the model, corpora, tokens, and on
-every node of the cluster of RAY_ADDRESS GPUs, memory, disk, and whether it sees the run's folder, the model and the
-corpora. Every job looks at the cluster in this way before it starts.
+Says what a job with this config needs (memory, disk by kind, hours), from the model's config.json alone, then looks at
+what is there: versions, the model, corpora, tokens, and on every node of the cluster of RAY_ADDRESS GPUs, memory, disk,
+and whether it sees the run's folder, the model and the corpora. Every job looks at the cluster in this way before it
+starts.
 
 In:   the config and the environment of the job.
-Out:  one line a check, with the remedy where something is missing. Nothing is written.
+Out:  one line a check: ok, warning, or error with its remedy. Nothing is written.
 
 Examples:
   seap-ray doctor config=configs/llama-3.1-8b.yaml

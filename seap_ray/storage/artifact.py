@@ -63,7 +63,7 @@ class JsonFile:
     def is_whole(self, path: StoragePath, key: str) -> bool:
         """Return whether the file is there, is not torn and has the key."""
         content = read_json(path)
-        if not isinstance(content, dict):
+        if not isinstance(content, dict):  # missing, torn, or something else of this name
             return False
         return self.key_in_name or content.get("fingerprint") == key
 

@@ -29,8 +29,11 @@ from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSy
 from seap_ray.errors import ConfigError
 
 SCHEMES = ("s3", "gs")
+"""Schemes of object stores: Amazon S3 and whatever speaks its protocol, and Google Cloud Storage."""
 BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]+(/|$)")
+"""Beginning of what may stand after the scheme: the name of a bucket."""
 CACHE_VARIABLE = "SEAP_RAY_CACHE"
+"""Environment variable that names the folder of this node's copies."""
 PARALLEL_DOWNLOADS = 8
 
 
@@ -48,6 +51,7 @@ class LocalPath(PosixPath):
         A job submitted with ``--working-dir`` runs in a copy that Ray drops: there a relative one lies below home.
         """
         here = LocalPath.cwd()
+        # Ray unpacks working directories below a folder of this name.
         is_dropped_copy = "working_dir_files" in here.parts
         return (LocalPath.home() if is_dropped_copy else here) / self
 
@@ -84,7 +88,7 @@ class LocalPath(PosixPath):
         n_bytes = 0
         for folder, _, names in os.walk(self):
             for name in names:
-                with suppress(OSError):
+                with suppress(OSError):  # removed since it was listed
                     n_bytes += os.stat(os.path.join(folder, name)).st_size
         return n_bytes
 
@@ -120,9 +124,11 @@ class BucketPath(PurePosixPath):
     """A failed read says nothing about the bytes; there are neither hard links nor file locks."""
 
     def __str__(self) -> str:
+        # pathlib folds two slashes into one; the URI has both.
         return super().__str__().replace(":/", "://", 1)
 
     def __fspath__(self) -> str:
+        # Without this ``open(path)`` would look for a local file called s3:.
         raise TypeError(f"{self} is no local file; storage.files.stage makes one")
 
     @property
@@ -237,6 +243,7 @@ class BucketPath(PurePosixPath):
         so that a copy of older content is never taken for it. Raises FileNotFoundError when nothing is there, OSError
         when no copy can be made.
         """
+        # A single file is copied as a folder with one file would be.
         files = [(self, self.stat())] if self.is_file() else self.below()
         files = [(file, status) for file, status in files if _matches_any(file.name, patterns)]
         if not files:
@@ -273,6 +280,7 @@ class BucketPath(PurePosixPath):
         """
         (target / last).unlink(missing_ok=True)
         target.remove()
+        # False sorts before True: ``last`` comes last, the others in the order of their names.
         for file in sorted((file for file, _ in self.below()), key=lambda file: file.name == last):
             file.rename(BucketPath(target / file.relative_to(self)))
 
@@ -349,7 +357,7 @@ def _copy(path: BucketPath, files: list[BucketPath], copy: LocalPath) -> None:
         file.download(target)
 
     with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
-        list(pool.map(fetch, files))
+        list(pool.map(fetch, files))  # a list, so that errors are raised here
     os.replace(partial, copy)
 
 
@@ -369,6 +377,7 @@ def parse_path(text: str) -> StoragePath:
     scheme, is_url, rest = text.partition("://")
     if not is_url:
         return LocalPath(text).expanduser()
+
     if scheme not in SCHEMES:
         raise ConfigError(f"{text}: {scheme}:// is not known; known are {', '.join(f'{s}://' for s in SCHEMES)}")
     if not BUCKET.match(rest):
