@@ -36,6 +36,7 @@ from seap_ray.storage.paths import StoragePath
 RECORDS_HELD = 2
 """Records in memory while many are merged; opening a file costs more than what is read of it if that is little."""
 STATISTICS_FILE = TensorFile("made_of")
+"""Format of a task's statistics; their key has another name in the metadata than that of a record."""
 
 
 @dataclass(frozen=True, slots=True)

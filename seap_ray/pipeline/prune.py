@@ -16,10 +16,7 @@ from seap_ray.core.moments import Statistics
 from seap_ray.core.plan import Plan
 from seap_ray.models.checkpoint import Checkpoint, versions
 from seap_ray.models.export import SHARED, CheckpointExport, OutputTensor, finish, parse_size, write_tensors
-from seap_ray.models.records import (
-    PooledCovariance,
-    task_memory,
-)
+from seap_ray.models.records import PooledCovariance, task_memory
 from seap_ray.pipeline.cluster import work_task
 from seap_ray.pipeline.model_specs import ModelSpec, model_specs
 from seap_ray.pipeline.plan_files import describe_plan, save_plan
@@ -44,7 +41,9 @@ def _manifest_sizes(manifest: Mapping[str, Any]) -> dict[str, int]:
 
 
 CHECKPOINT_FOLDER = ManifestFolder(MANIFEST, _manifest_hashes, _manifest_sizes)
+"""Format of a finished checkpoint."""
 WEIGHT_FILE = ChecksummedFile()
+"""Format of a weight file whose checkpoint is not finished."""
 
 
 # --- checkpoints to be -----------------------------------------------------------------------------------------------
@@ -122,11 +121,9 @@ def _not_whole(checkpoints: list[PendingCheckpoint]) -> list[PendingCheckpoint]:
     Ray tasks read every file to its end, but only where all sizes are right.
     """
     check = work_task(_is_made)
-
-    checks = [
-        (checkpoint.target, check.remote(checkpoint.artifact)) for checkpoint in checkpoints if checkpoint.has_sizes()
-    ]
-    whole = {target for target, ref in checks if ray.get(ref)}
+    likely = [checkpoint for checkpoint in checkpoints if checkpoint.has_sizes()]
+    checks = [check.remote(checkpoint.artifact) for checkpoint in likely]
+    whole = {checkpoint.target for checkpoint, is_made in zip(likely, ray.get(checks), strict=True) if is_made}
     return [checkpoint for checkpoint in checkpoints if checkpoint.target not in whole]
 
 

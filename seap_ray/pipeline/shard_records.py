@@ -29,6 +29,7 @@ SCHEMA = 3
 MAX_ATTEMPTS = 3
 """Times that a shard may end its worker's process before it is given up: Ray itself would try for ever."""
 RECORD_FILE = TensorFile("fingerprint")
+"""Format of a record's files."""
 
 
 @dataclass(frozen=True, slots=True)
