@@ -1,8 +1,8 @@
-"""Configurations of compacted models: a family's own, with ``per_layer_config`` for widths that differ by layer.
+"""Configurations of compacted models: a family's own, with ``per_layer_config`` for what differs by layer.
 
-``num_attention_heads``, ``num_key_value_heads``, the MLP's width, ``o_proj_bias`` and ``down_proj_bias`` (output biases
-that the family does not have itself, by whatever name it calls the modules) may stand in ``per_layer_config``; the top
-level holds the values of the dense model.
+These keys may stand in ``per_layer_config``; at the top level they have the values of the dense model:
+``num_attention_heads``, ``num_key_value_heads``, the MLP's width, and ``o_proj_bias`` and ``down_proj_bias``, output
+biases that the family does not have itself, whatever it calls the modules.
 
 This file travels with every checkpoint and needs transformers alone.
 """
@@ -25,17 +25,21 @@ from transformers import (
 
 @strict
 class SeapLlamaConfig(LlamaConfig):
+    """The configuration of a compacted Llama."""
+
     model_type = "seap_llama"
 
     o_proj_bias: bool = False
     down_proj_bias: bool = False
 
     def validate_architecture(self):
-        """Llama asks for head counts that divide the hidden size; cut layers need not have them."""
+        """Accept any number of heads; the family's own wants one that divides the hidden size."""
 
 
 @strict
 class SeapMistralConfig(MistralConfig):
+    """The configuration of a compacted Mistral."""
+
     model_type = "seap_mistral"
 
     o_proj_bias: bool = False
@@ -44,9 +48,12 @@ class SeapMistralConfig(MistralConfig):
 
 @strict
 class SeapQwen2Config(Qwen2Config):
+    """The configuration of a compacted Qwen2."""
+
     model_type = "seap_qwen2"
 
-    qkv_bias = True  # vLLM's Llama layer asks; not a field, since a Qwen2 always has them
+    # vLLM's Llama layer reads it. It is no field, since a Qwen2 always has these biases.
+    qkv_bias = True
 
     head_dim: int | None = None
     o_proj_bias: bool = False
@@ -55,6 +62,8 @@ class SeapQwen2Config(Qwen2Config):
 
 @strict
 class SeapQwen3Config(Qwen3Config):
+    """The configuration of a compacted Qwen3."""
+
     model_type = "seap_qwen3"
 
     o_proj_bias: bool = False
@@ -63,28 +72,34 @@ class SeapQwen3Config(Qwen3Config):
 
 @strict
 class SeapGemma2Config(Gemma2Config):
+    """The configuration of a compacted Gemma 2."""
+
     model_type = "seap_gemma2"
 
     o_proj_bias: bool = False
     down_proj_bias: bool = False
 
     def validate_architecture(self):
-        """As for Llama."""
+        """Accept any number of heads; the family's own wants one that divides the hidden size."""
 
 
 @strict
 class SeapGemma3Config(Gemma3TextConfig):
+    """The configuration of a compacted Gemma 3."""
+
     model_type = "seap_gemma3_text"
 
     o_proj_bias: bool = False
     down_proj_bias: bool = False
 
     def validate_architecture(self):
-        """As for Llama."""
+        """Accept any number of heads; the family's own wants one that divides the hidden size."""
 
 
 @strict
 class SeapPhi3Config(Phi3Config):
+    """The configuration of a compacted Phi-3."""
+
     model_type = "seap_phi3"
 
     head_dim: int | None = None
@@ -98,17 +113,20 @@ class SeapPhi3Config(Phi3Config):
 
     @allow_global_per_layer_attribute_access.setter
     def allow_global_per_layer_attribute_access(self, value):
+        """Keep the value for copies of the checkpoint."""
         self.__dict__["allow_global_per_layer_attribute_access"] = value
 
     def validate_rope(self):
         """Check nothing: the check needs the number of heads, which layers do not share; the dense model passed it."""
 
     def validate_architecture(self):
-        """As for Llama."""
+        """Accept any number of heads; the family's own wants one that divides the hidden size."""
 
 
 @strict
 class SeapMixtralConfig(MixtralConfig):
+    """The configuration of a compacted Mixtral."""
+
     model_type = "seap_mixtral"
 
     o_proj_bias: bool = False
@@ -116,6 +134,8 @@ class SeapMixtralConfig(MixtralConfig):
 
 @strict
 class SeapQwen3MoeConfig(Qwen3MoeConfig):
+    """The configuration of a compacted Qwen3 MoE."""
+
     model_type = "seap_qwen3_moe"
 
     head_dim: int | None = None
@@ -124,6 +144,8 @@ class SeapQwen3MoeConfig(Qwen3MoeConfig):
 
 @strict
 class SeapOPTConfig(OPTConfig):
+    """The configuration of a compacted OPT."""
+
     model_type = "seap_opt"
 
     head_dim: int | None = None
@@ -133,6 +155,8 @@ class SeapOPTConfig(OPTConfig):
 
 @strict
 class SeapGPTNeoXConfig(GPTNeoXConfig):
+    """The configuration of a compacted GPT-NeoX."""
+
     model_type = "seap_gpt_neox"
 
     head_dim: int | None = None
@@ -140,4 +164,4 @@ class SeapGPTNeoXConfig(GPTNeoXConfig):
     down_proj_bias: bool = False
 
     def validate_architecture(self):
-        """As for Llama."""
+        """Accept any number of heads; the family's own wants one that divides the hidden size."""

@@ -45,7 +45,7 @@ ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
 
 
 def dense_twin(config: ConfigT) -> ConfigT:
-    """The same configuration without what differs by layer, which a family's own model can be built from."""
+    """Return a configuration without what differs by layer, from which a family's own model can be built."""
     twin = copy.copy(config)
     twin.per_layer_config = None
     return twin
@@ -60,25 +60,37 @@ def resize_layers(
     down_proj: str | None = "mlp.down_proj",
     heads_of_hidden_size: bool = False,
 ) -> None:
-    """Replace every decoder layer by one of the same class with the widths and output biases of its own.
+    """Replace every decoder layer of a model by one of the same class with the layer's own widths and output biases.
 
-    ``heads_of_hidden_size``: the family's attention is as wide as the hidden size, so that it must be narrowed.
+    Args:
+        model: The family's own model, built dense.
+        config: The compacted model's configuration.
+        attention: Name of the attention inside a layer.
+        o_proj: Name of the attention's output module inside a layer.
+        down_proj: Name of the MLP's output module; None where it cannot have a bias.
+        heads_of_hidden_size: The family builds attention as wide as the hidden size, so that it must be narrowed.
     """
-    decoder, n_heads = model.get_decoder(), model.config.num_attention_heads
+    decoder = model.get_decoder()
+    n_heads = model.config.num_attention_heads
     config._attn_implementation = model.config._attn_implementation
     for module in (model, model.base_model, decoder):
         module.config = config
-    for i, own in enumerate(config.per_layer_config):
-        built_from = own
+
+    for i, layer_config in enumerate(config.per_layer_config):
+        built_from = layer_config
         if heads_of_hidden_size:
-            built_from = copy.copy(own)
+            # The dense number of heads, from which the family computes the head size.
+            built_from = copy.copy(layer_config)
             built_from.num_attention_heads = n_heads
         layer = type(decoder.layers[i])(built_from, i)
         if heads_of_hidden_size:
-            _narrow(layer.get_submodule(attention), own.num_attention_heads / n_heads)
-            layer.get_submodule(attention).num_heads = own.num_attention_heads
-        layer.get_submodule(attention).config = config  # set_attn_implementation works on the whole model's config
-        for name, has_bias in ((o_proj, own.o_proj_bias), (down_proj, getattr(own, "down_proj_bias", False))):
+            _narrow(layer.get_submodule(attention), layer_config.num_attention_heads / n_heads)
+            layer.get_submodule(attention).num_heads = layer_config.num_attention_heads
+        # set_attn_implementation works on the whole model's config.
+        layer.get_submodule(attention).config = config
+
+        biases = {o_proj: layer_config.o_proj_bias, down_proj: getattr(layer_config, "down_proj_bias", False)}
+        for name, has_bias in biases.items():
             if name and has_bias:
                 linear = layer.get_submodule(name)
                 layer.set_submodule(name, nn.Linear(linear.in_features, linear.out_features, bias=True))
@@ -91,7 +103,8 @@ def _narrow(attention: nn.Module, share: float) -> None:
     for name, linear in list(attention.named_children()):
         if not isinstance(linear, nn.Linear):
             continue
-        inside, outside = linear.in_features, linear.out_features
+        inside = linear.in_features
+        outside = linear.out_features
         if name in ("out_proj", "dense"):
             inside = round(inside * share)
         else:
@@ -103,7 +116,7 @@ class Compacted:
     """Mixed into a family's model: built dense, and every layer replaced by one of its own widths."""
 
     resizing: ClassVar[dict[str, Any]] = {}
-    """What ``resize_layers`` is told of the family."""
+    """Keyword arguments of ``resize_layers`` for the family."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(dense_twin(config))  # type: ignore[call-arg]  # the family's
@@ -111,70 +124,94 @@ class Compacted:
 
 
 class SeapLlamaForCausalLM(Compacted, LlamaForCausalLM):
+    """A compacted Llama."""
+
     config_class = SeapLlamaConfig
     config: SeapLlamaConfig
 
 
 class SeapMistralForCausalLM(Compacted, MistralForCausalLM):
+    """A compacted Mistral."""
+
     config_class = SeapMistralConfig
     config: SeapMistralConfig
 
 
 class SeapQwen2ForCausalLM(Compacted, Qwen2ForCausalLM):
+    """A compacted Qwen2."""
+
     config_class = SeapQwen2Config
     config: SeapQwen2Config
 
 
 class SeapQwen3ForCausalLM(Compacted, Qwen3ForCausalLM):
+    """A compacted Qwen3."""
+
     config_class = SeapQwen3Config
     config: SeapQwen3Config
 
 
 class SeapGemma2ForCausalLM(Compacted, Gemma2ForCausalLM):
+    """A compacted Gemma 2."""
+
     config_class = SeapGemma2Config
     config: SeapGemma2Config
 
 
 class SeapGemma3ForCausalLM(Compacted, Gemma3ForCausalLM):
+    """A compacted Gemma 3."""
+
     config_class = SeapGemma3Config
     config: SeapGemma3Config
 
 
 class SeapPhi3ForCausalLM(Compacted, Phi3ForCausalLM):
+    """A compacted Phi-3."""
+
     config_class = SeapPhi3Config
     config: SeapPhi3Config
 
     def __init__(self, config: SeapPhi3Config):
         super().__init__(config)
-        for layer, own in zip(self.model.layers, config.per_layer_config, strict=True):
-            layer.self_attn.config = own  # which tells where the queries end in the fused projection
+        for layer, layer_config in zip(self.model.layers, config.per_layer_config, strict=True):
+            # The number of heads says where the queries end in the fused projection.
+            layer.self_attn.config = layer_config
         self.set_attn_implementation(config._attn_implementation)
 
     def set_attn_implementation(self, attn_implementation, *more, **named):
+        """Set the attention implementation of the model and of every layer's own configuration."""
         super().set_attn_implementation(attn_implementation, *more, **named)
         for layer in self.model.layers:
             layer.self_attn.config._attn_implementation = self.config._attn_implementation
 
 
 class SeapMixtralForCausalLM(Compacted, MixtralForCausalLM):
+    """A compacted Mixtral."""
+
     config_class = SeapMixtralConfig
     config: SeapMixtralConfig
     resizing = {"down_proj": None}
 
 
 class SeapQwen3MoeForCausalLM(Compacted, Qwen3MoeForCausalLM):
+    """A compacted Qwen3 MoE."""
+
     config_class = SeapQwen3MoeConfig
     config: SeapQwen3MoeConfig
     resizing = {"down_proj": None}
 
 
 class SeapOPTForCausalLM(Compacted, OPTForCausalLM):
+    """A compacted OPT."""
+
     config_class = SeapOPTConfig
     config: SeapOPTConfig
     resizing = {"o_proj": "self_attn.out_proj", "down_proj": "fc2", "heads_of_hidden_size": True}
 
 
 class SeapGPTNeoXForCausalLM(Compacted, GPTNeoXForCausalLM):
+    """A compacted GPT-NeoX."""
+
     config_class = SeapGPTNeoXConfig
     config: SeapGPTNeoXConfig
     resizing = {

@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 
 
 def declared(config: PreTrainedConfig) -> dict[str, Shape]:
-    """Name and shape of every tensor that a checkpoint of this configuration holds."""
+    """Return the name and shape of every tensor that a checkpoint of this configuration holds."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     # A family's names in checkpoints may be others than in its classes.
@@ -30,24 +30,32 @@ def declared(config: PreTrainedConfig) -> dict[str, Shape]:
 
 
 def compared(
-    found: Iterable[tuple[str, Shape]],
+    stored: Iterable[tuple[str, Shape]],
     config: PreTrainedConfig,
     expected: Mapping[str, Shape],
     *,
     is_quantized: bool = False,
     are_all: bool = True,
 ) -> Iterator[str]:
-    """Pass the names of tensors through, each compared first with what ``config`` declares, which is ``expected``.
+    """Yield the names of a checkpoint's tensors, each compared first with what its configuration declares.
 
-    At the end, where they are to be all of them, none may be missing.
+    Args:
+        stored: Name and shape of the tensors.
+        config: The checkpoint's configuration.
+        expected: What it declares, by ``declared``.
+        is_quantized: Compare biases alone: a quantizer renames and packs weights.
+        are_all: Whether ``stored`` are all tensors, so that none may be missing at the end.
 
-    Raises ValueError at the first difference. A quantizer renames and packs weights, so of a quantized checkpoint only
-    the biases are compared.
+    Yields:
+        The names, in order.
+
+    Raises:
+        ValueError: At the first difference.
     """
     if is_quantized:
         expected = {name: shape for name, shape in expected.items() if name.endswith(".bias")}
     missing = set(expected)
-    for name, shape in found:
+    for name, shape in stored:
         if not (_is_ignored(name, config) or is_quantized and not name.endswith(".bias")):
             _compare(name, shape, expected)
         missing.discard(name)
@@ -57,11 +65,12 @@ def compared(
 
 
 def _is_ignored(name: str, config: PreTrainedConfig) -> bool:
-    """Whether a checkpoint may hold the tensor, though the model makes no use of it."""
+    """Return whether a checkpoint may hold the tensor, though the model makes no use of it."""
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
 
 
 def _compare(name: str, shape: Shape, expected: Mapping[str, Shape]) -> None:
+    """Raise ValueError where a tensor is not as declared."""
     if name not in expected:
         raise ValueError(f"the checkpoint holds {name}, which config.json does not declare")
     if shape != expected[name]:
@@ -69,7 +78,14 @@ def _compare(name: str, shape: Shape, expected: Mapping[str, Shape]) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ConfigError when the checkpoint in ``folder`` is not what its config.json declares. Reads headers only."""
+    """Check that a checkpoint holds what its config.json declares. Headers alone are read.
+
+    Args:
+        folder: The checkpoint's folder.
+
+    Raises:
+        ConfigError: Something cannot be read, or is not as declared.
+    """
     try:
         config = AutoConfig.from_pretrained(folder)
         is_quantized = getattr(config, "quantization_config", None) is not None
@@ -80,6 +96,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _headers(folder: Path) -> Iterator[tuple[str, Shape]]:
+    """Yield name and shape of every tensor in a folder."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  not a dict
