@@ -27,7 +27,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # So a shell starts what it is to run in the background, and what that starts: `serve run` would never end.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONGEST = ("test_service", "test_shared_engine", "test_job", "test_eval", "test_vllm_model", "test_files", "test_lm_eval")
+LONGEST = (
+    "test_service",
+    "test_shared_engine",
+    "test_job",
+    "test_docs",
+    "test_eval",
+    "test_vllm_model",
+    "test_files",
+    "test_lm_eval",
+)
 """Files that are begun with, so that no process of pytest is left with one at the end."""
 SERVED = ("test_service", "test_shared_engine")
 """Files that go to one process: they share a run, and engines of two services would wait for one another."""
