@@ -71,6 +71,7 @@ def choose_shapes(
         ranking = _ranked_candidates(constraints_L, scores_L, allocation.kind, comparable)
         return _greedy_shapes(constraints_L, allocation, ratio, ranking)
 
+    # Shares are computed for stock checkpoints, too: that checks the ratio.
     shares_L = layer_sparsity(constraints_L, allocation, ratio)
     if stock and allocation.kind == "uniform":
         return [constraints.nearest(ratio) for constraints in constraints_L]
@@ -98,8 +99,11 @@ def choose_dropped(
         ConfigError: Protection leaves too few layers.
     """
     weight_L, may_go = _droppable(architecture, pruning, ratio)
+    # The deeper of two equal layers sorts first; the slice leaves one layer of all.
     order = sorted(may_go, key=lambda layer: (influence_L[layer], -layer))[: architecture.n_layers - 1]
+    # Weights gone, in mean layers, after dropping none, one, two, ... layers of the order.
     gone = [*accumulate((weight_L[layer] for layer in order), initial=0.0)]
+    # min takes the first of equal distances: fewer layers.
     n_dropped = min(range(len(gone)), key=lambda n: abs(gone[n] - ratio * architecture.n_layers))
     return tuple(sorted(order[:n_dropped]))
 
@@ -178,6 +182,7 @@ def protected_layers(
     last = automatic if allocation.protect_last == "auto" else allocation.protect_last
 
     def too_many() -> bool:
+        """Return whether the other layers cannot give the ratio."""
         active = range(first, max(n_layers - last, first))
         return ratio > sparsity.largest_ratio(weight_L, cap_L, active) + ROUNDING
 
@@ -194,6 +199,7 @@ def protected_layers(
 
 
 def _check_budget(pruning: PruningSection) -> None:
+    """Raise ConfigError for the official budget under an allocation that the authors' code has not."""
     kind = pruning.allocation.kind
     if pruning.budget == "official" and kind not in ("uniform", "logistic"):
         raise ConfigError(f"pruning.budget: official goes with allocation uniform or logistic, not {kind}")
@@ -280,6 +286,7 @@ def _rounded_shapes(
 ) -> list[Shape]:
     """Round every layer's share to allowed widths; what rounding leaves over is carried on, then evened out."""
     shapes: list[Shape] = []
+    # Weights that layers so far should have given and did not.
     carry = 0.0
     for constraints, share in zip(constraints_L, shares_L, strict=True):
         shape = constraints.nearest(share, carry) if share else constraints.original
@@ -318,6 +325,7 @@ def _with_remainder(
             shapes[layer] = moved
             removed += gained
 
+    # A whole tile, not half of one: caps and floors may keep layers from the last half.
     if abs(target - removed) > constraints_L[0].tile_cost:
         reached = removed / total
         raise ConfigError(
@@ -395,6 +403,7 @@ def _greedy_shapes(
     target = ratio * sum(constraints.size for constraints in constraints_L)
     cap_L = _caps(constraints_L, allocation)
     shapes = [constraints.original for constraints in constraints_L]
+    # Sites whose next narrower width did not fit; later ones lose still more.
     stopped: set[tuple[int, Site]] = set()
     removed = 0
 
@@ -433,6 +442,7 @@ def _ranked_candidates(
             "mlp": _mlp_candidates(constraints, made_comparable(channel_C)),
         }
         for site in SITES:
+            # A running maximum: a step that is worth less than one before it waits for that one.
             values = accumulate(map(RANKING_VALUES[kind], candidates[site]), max)
             for value, candidate in zip(values, candidates[site], strict=True):
                 ranked.append(_RankedCandidate(value, constraints.layer, site, candidate.width))
@@ -441,6 +451,7 @@ def _ranked_candidates(
 
 def _attention_candidates(constraints: WidthConstraints, score_H: Tensor) -> list[_Candidate]:
     """List the steps from each option of a layer's attention to the next narrower one."""
+    # Score that stays with each option, by its best units.
     kept_score: dict[tuple[int, int], float] = {}
     for option in constraints.options:
         _, heads = best_heads(score_H, constraints.original, option)
@@ -462,6 +473,7 @@ def _mlp_candidates(constraints: WidthConstraints, score_C: Tensor) -> list[_Can
 
     All MoE experts of a layer lose a channel together, each its least.
     """
+    # Position by position, the least channels of all MoE experts together.
     ascending_C = by_moe_expert(score_C).sort(1).values.sum(0)
     n = constraints.original.channels
     # The first step goes down to a multiple of the tile.

@@ -295,8 +295,10 @@ class Architecture:
             raise ConfigError("model has layers without experts beside layers with them, which is not supported")
 
         def flag(value: bool | tuple[str, bool]) -> bool:
+            """Return whether there is a bias: the family's constant, or what the config says."""
             return bool(config.get(*value)) if isinstance(value, tuple) else value
 
+        # A compacted model's layers differ from its top level.
         overrides = config.get("per_layer_config") or {}
         layers: list[Layer] = []
         for layer in range(config["num_hidden_layers"]):
@@ -424,7 +426,7 @@ class Architecture:
         """
         if isinstance(setting, int):
             return setting
-        least = 3 if self.n_experts else 0
+        least = 3 if self.n_experts else 0  # exponent of two
         return min(128, 2 ** max(least, int(math.log2(self.dense.channels / 16))))
 
     def tensor(self, layer: int, module: str, kind: str = "weight") -> str:
@@ -438,6 +440,7 @@ class Architecture:
         """
         if not name.startswith(self.layout.layers):
             return None, name, ""
+        # The module's own name has dots: the layer ends at the first one, the kind begins at the last.
         layer, _, rest = name.removeprefix(self.layout.layers).partition(".")
         module, _, kind = rest.rpartition(".")
         return int(layer), module, kind
@@ -446,6 +449,7 @@ class Architecture:
 def _layer(config: Mapping[str, Any], family: Family) -> Layer:
     """Read a layer from the config that holds for it."""
     heads = config["num_attention_heads"]
+    # A missing number of key-value heads, or none, means one for every query head.
     groups = (family.groups_key and config.get(family.groups_key)) or heads
     biases = tuple(key for key in ("o_proj_bias", "down_proj_bias") if config.get(key))
     return Layer(Shape(groups, heads // groups, config[family.channels_key]), biases)

@@ -48,6 +48,7 @@ def _runs(x_ND: Tensor, rows_N: Tensor | None) -> Iterable[Tensor]:
         return [x_ND]
     if not x_ND.is_cpu:
         return [x_ND.index_select(0, rows_N)]
+    # A gap between neighbours begins a new run.
     breaks = (rows_N.diff() > 1).nonzero().squeeze(1) + 1
     return (x_ND.narrow(0, int(run[0]), len(run)) for run in rows_N.tensor_split(breaks) if len(run))
 
@@ -84,10 +85,12 @@ class Moments:
 
         shift_D = total_D = square_D = x_ND.new_zeros(x_ND.shape[1], dtype=torch.float64)
         n = 0
+        # Rows are summed less the first block's mean, which keeps digits where a mean is far from zero.
         for block_ND in blocks(x_ND, rows_N):
             if not n:
                 shift_D = block_ND.mean(0)
             n += len(block_ND)
+            # The block is a copy: both steps may change it in place.
             total_D = total_D + block_ND.sub_(shift_D).sum(0)
             square_D = square_D + block_ND.square_().sum(0)
         offset_D = total_D / max(n, 1)  # a batch may hold no token that counts, if those at position 0 are left out
@@ -146,6 +149,7 @@ class Covariance(Moments):
         moments = Moments.of(x_ND, rows_N)
         dtype = torch.promote_types(x_ND.dtype, torch.float32)
         parts = [block_ND.sub_(moments.mean_D).to(dtype) for block_ND in blocks(x_ND, rows_N)]
+        # An empty first part gives a batch without tokens its shape.
         deviation_ND = torch.cat([x_ND.new_empty(0, x_ND.shape[1], dtype=dtype), *parts])
         is_split = x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and moments.count
         comoment_DD = split_product(deviation_ND) if is_split else deviation_ND.T @ deviation_ND
@@ -211,12 +215,14 @@ def tree_sum(parts: Iterable[Part], add: Callable[[Part, Part], Part] = add) -> 
     stack: list[tuple[int, Part]] = []
     for part in parts:
         height = 0
+        # Two sums of one height make one of the next, like carrying in binary.
         while stack and stack[-1][0] == height:
             part = add(stack.pop()[1], part)
             height += 1
         stack.append((height, part))
     if not stack:
         raise ValueError("no moments to add")
+    # What is left are sums of different heights, the latest on top.
     total = stack.pop()[1]
     while stack:
         total = add(stack.pop()[1], total)
@@ -288,6 +294,7 @@ def pooled_covariance(parts: Iterable[Covariance], weights: Sequence[float]) -> 
     mean_D = first.mean_D
     covariance_DD = first.covariance_DD
 
+    # One stream after another: the mixture so far counts by the weights that are in it.
     for part, weight in pairs:
         share = weight / (total_weight + weight)
         delta_D = part.mean_D - mean_D

@@ -152,10 +152,12 @@ def best_heads(head_H: Tensor, original: Shape, option: tuple[int, int]) -> tupl
     """
     n_groups, n_heads = option
     score_KG = head_H.reshape(original.groups, original.heads_per_group)
+    # Every group's best heads first, then the groups whose best heads are worth most.
     best_KG = [_top(score_G, n_heads) for score_G in score_KG]
     group_K = torch.stack([score_KG[k, list(best_G)].sum() for k, best_G in enumerate(best_KG)])
     groups = _top(group_K, n_groups)
 
+    # Heads are numbered through all groups of the layer.
     heads: list[int] = []
     for k in groups:
         heads += [k * original.heads_per_group + head for head in best_KG[k]]
@@ -164,7 +166,7 @@ def best_heads(head_H: Tensor, original: Shape, option: tuple[int, int]) -> tupl
 
 def _top(score: Tensor, n: int) -> tuple[int, ...]:
     """Return the indices of the ``n`` highest scores, ascending."""
-    # A stable sort puts the higher index of two equal scores last, where it is kept.
+    # The last n of an ascending order are the highest; a stable sort puts the higher index of two equal ones last.
     order = torch.sort(score, stable=True).indices[score.numel() - n :]
     return tuple(order.sort().values.tolist())
 

@@ -60,6 +60,7 @@ def least_squares(covariance: Covariance, weight_OD: Tensor, kept_S: Tensor, *, 
         return weight_OS, weight_OD.new_zeros(weight_OD.shape[0])
 
     C_DD = covariance.covariance_DD.double()
+    # Two triangular solves instead of an inverse.
     factor_SS = torch.linalg.cholesky(ridged(C_DD[kept_S[:, None], kept_S], ridge))
     added_OS = torch.cholesky_solve((weight_OP @ C_DD[cut_P[:, None], kept_S]).T, factor_SS).T
     bias_O = weight_OP @ covariance.mean_D[cut_P] - added_OS @ covariance.mean_D[kept_S]
@@ -86,7 +87,9 @@ def choose_ridge(fitted: Covariance, held_out: Covariance, weight_OD: Tensor) ->
     Returns:
         One of ``RIDGES``.
     """
+    # Every n-th output.
     weight_OD = weight_OD[:: max(1, weight_OD.shape[0] // JUDGED_OUTPUTS)]
+    # Columns by wifv, ascending; the better half stays.
     order_D = (fitted.var_D * weight_OD.double().square().sum(0)).argsort(stable=True)
     kept_S = order_D[order_D.numel() // 2 :].sort().values
 
@@ -111,6 +114,7 @@ def error_of(covariance: Covariance, weight_OD: Tensor, kept_S: Tensor, repaired
     """
     new_OS, bias_O = repaired
     gap_OD = weight_OD.double().clone()
+    # What is wrong with the map, in the columns of the whole input.
     gap_OD[:, kept_S] -= new_OS.double()
     offset_O = gap_OD @ covariance.mean_D - bias_O.double()
     return float(((gap_OD @ covariance.covariance_DD.double()) * gap_OD).sum() + offset_O.square().sum())
@@ -172,6 +176,7 @@ def obs(covariance: Covariance, weight_OD: Tensor, *, block: int, ridge: float) 
     scores_U = torch.zeros(left_U.numel(), dtype=torch.float64)
     reached = 0.0
 
+    # Units that go leave the inverse covariance and the weight smaller, until none is left.
     while left_U.numel():
         error_U = _added_errors(inverse_DD, weight_OD, block)
         go_U = torch.sort(error_U, stable=True).indices[:at_a_time]
@@ -187,6 +192,7 @@ def obs(covariance: Covariance, weight_OD: Tensor, *, block: int, ridge: float) 
 
 def _added_errors(inverse_DD: Tensor, weight_OD: Tensor, block: int) -> Tensor:
     """Return what each block that is left would add to the error if it went next."""
+    # Of single columns the blocks of the inverse are its diagonal.
     if block == 1:
         return weight_OD.square().sum(0) / inverse_DD.diagonal()
     inverse_UBB = torch.stack([inverse_DD[at, at] for at in _blocks(weight_OD.shape[1], block)])

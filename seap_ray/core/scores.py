@@ -39,6 +39,7 @@ class Norms:
         """
         l1_D = weight_OD.new_zeros(weight_OD.shape[1], dtype=torch.float64)
         l2_squared_D = l1_D
+        # Some rows at a time in float64; the block is a copy, so squaring it in place is free.
         for rows_OD in blocks(weight_OD):
             l1_D = l1_D + rows_OD.abs().sum(0)
             l2_squared_D = l2_squared_D + rows_OD.square_().sum(0)
@@ -112,6 +113,7 @@ def shrunk(experts: Sequence[Moments]) -> list[Moments]:
     average_square = sum(moments.count * moments.mean_D.square().mean() for moments in experts) / total
 
     def shrink(moments: Moments) -> Moments:
+        """Move one expert's moments towards the average; the sign of its means stays."""
         belief = moments.count / (moments.count + PRIOR_TOKENS)
         var_D = belief * moments.var_D + (1 - belief) * average_var
         mean_D = (belief * moments.mean_D.square() + (1 - belief) * average_square).sqrt().copysign(moments.mean_D)
@@ -134,6 +136,7 @@ def column_scores(score: Score, statistics: Statistics, norms: WeightNorms, keys
     """
     if len(keys) == 1:
         return score(statistics[keys[0]], norms[keys[0]])
+    # An MoE expert sees the tokens that are routed to it alone, at times few.
     experts = shrunk([statistics[key] for key in keys])
     return torch.stack([score(moments, norms[key]) for moments, key in zip(experts, keys, strict=True)])
 

@@ -104,6 +104,7 @@ def row_indices(rows: Rows, kept: Kept, original: Shape, head_dim: int) -> Tenso
         Indices, (kept rows,).
     """
     blocks: list[Tensor] = []
+    # First row of the block, in the module before the cut.
     start = 0
     for unit in rows.units:
         width = rows.times * (1 if unit == "channels" else head_dim)
@@ -138,6 +139,7 @@ def _kept_of_dimension(
 
 
 def _rows_of_a_piece(tensor: Tensor) -> int:
+    """Return how many rows make a piece, one at least."""
     return max(1, PIECE_BYTES * len(tensor) // max(1, tensor.nbytes))
 
 

@@ -30,6 +30,7 @@ def uniform(weight_L: Sequence[float], target: float, cap_L: Sequence[float]) ->
         Share of every layer; their mean, by weight, is the target.
     """
     n_layers = len(cap_L)
+    # Below every cap the shares are the target itself, without rounding.
     if target <= min(cap_L):
         return [target] * n_layers
     return _scaled([1.0] * n_layers, target * n_layers, weight_L, cap_L)
@@ -70,6 +71,7 @@ def logistic(
     if target == 0:
         return [0.0] * n_layers
 
+    # One active layer alone has no depth: its x is 0.
     curve = [_sigmoid(k * (i / max(len(active) - 1, 1) - x0)) for i in range(len(active))]
     weights = [weight_L[i] for i in active]
     caps = [cap_L[i] for i in active]

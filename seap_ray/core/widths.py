@@ -86,6 +86,7 @@ class WidthConstraints:
     def channels(self, wanted: float) -> int:
         """Return the allowed channel count nearest to ``wanted``."""
         full = self.original.channels
+        # One tile stays; the full width is allowed whether or not it is a multiple.
         tiled = min(max(round(wanted / self.tile), 1) * self.tile, full)
         return full if abs(full - wanted) < abs(tiled - wanted) else tiled
 
@@ -100,7 +101,7 @@ class WidthConstraints:
         attention = self.attention_cost((original.groups, original.heads_per_group))
         option = min(self.options, key=lambda option: abs(self.attention_cost(option) - (1 - share) * attention))
 
-        # Biases that compensation will add must be saved elsewhere.
+        # Biases that compensation will add must be saved elsewhere; channels give what attention does not.
         n_added = len(architecture.bias_keys) - len(architecture.layers[self.layer].biases)
         added = architecture.hidden_size * n_added * self.compensated
         cut = share * self.size + carry + added - (attention - self.attention_cost(option))
