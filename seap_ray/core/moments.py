@@ -230,7 +230,7 @@ def tree_sum(parts: Iterable[Part], add: Callable[[Part, Part], Part] = add) -> 
 
 
 def pooled(parts: list[Moments], weights: list[float]) -> Moments:
-    """Return the moments of the weighted mixture of several streams, the spread between their means included.
+    """Return the moments of several streams pooled by weight, the spread between their means included.
 
     Each stream counts by its weight, not by its length: var = sum w (var_i + (mean_i - mean)^2), w normalised to 1.
 
@@ -268,7 +268,7 @@ def pooled_statistics(parts: Sequence[Statistics], weights: Sequence[float]) -> 
 
 
 def stream_shares(parts: Sequence[Statistics], weights: Sequence[float], key: tuple[int, Site]) -> list[float]:
-    """Return how much of the mixture at a site each stream is.
+    """Return the weight of each stream at a site.
 
     At a site of an MoE expert a stream counts by how much of it is routed there.
     """
@@ -278,8 +278,7 @@ def stream_shares(parts: Sequence[Statistics], weights: Sequence[float], key: tu
 
 
 def pooled_covariance(parts: Iterable[Covariance], weights: Sequence[float]) -> Covariance:
-    """Return the covariance of the weighted mixture of several streams: the sum of
-    w (C_i + (mean_i - mean) (mean_i - mean)^T).
+    """Return the covariance of several streams pooled by weight: sum w (C_i + (mean_i - mean) (mean_i - mean)^T).
 
     Args:
         parts: Covariance of each stream, taken one after another, so that two matrices are held at a time.
@@ -294,7 +293,7 @@ def pooled_covariance(parts: Iterable[Covariance], weights: Sequence[float]) -> 
     mean_D = first.mean_D
     covariance_DD = first.covariance_DD
 
-    # One stream after another: the mixture so far counts by the weights that are in it.
+    # One stream after another: what is pooled so far counts by the weights that are in it.
     for part, weight in pairs:
         share = weight / (total_weight + weight)
         delta_D = part.mean_D - mean_D

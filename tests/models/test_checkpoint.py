@@ -1039,7 +1039,7 @@ def test_tensors_lie_in_the_order_of_the_layers(dense):
     tensors = dict.fromkeys(Checkpoint.open(str(dense("llama_gqa"))).tensors)
     architecture = Architecture.of({**LlamaConfig(num_hidden_layers=12).to_dict()})
     names = sorted([*tensors, *(architecture.tensor(layer, "mlp.up_proj") for layer in (10, 11))], reverse=True)
-    ordered = sorted(names, key=lambda name: export_module._natural(architecture, name))
+    ordered = sorted(names, key=lambda name: export_module._natural_order(architecture, name))
     assert ordered[0] == "model.embed_tokens.weight"
     assert set(ordered[-2:]) == {"model.norm.weight", "lm_head.weight"}
     layers = [int(name.split(".")[2]) for name in ordered[1:-2]]
