@@ -29,10 +29,20 @@ README = ROOT / "README.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "cluster" / "README.md"])
 CONFIGS = sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("examples/*.yaml")])
 KEY = "the-key-that-openssl-would-draw"
-RUNS_THE_DEMO = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
-SERVES = [*RUNS_THE_DEMO, pytest.mark.vllm]
 
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def runs_the_demo(test):
+    """Mark a test that needs the run of README's first block; its time counts what its fixtures take."""
+    for mark in (pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)):
+        test = mark(test)
+    return test
+
+
+def serves(test):
+    """Mark a test that needs the run, and engines that serve it."""
+    return pytest.mark.vllm(runs_the_demo(test))
 
 
 class Block(NamedTuple):
@@ -271,42 +281,44 @@ def test_the_example_prunes_on_one_machine_without_ray(tmp_path):
     assert len((ROOT / "examples" / "one_machine.py").read_text().splitlines()) < 70
 
 
-class TestWithARun:
-    pytestmark = RUNS_THE_DEMO
-
-    def test_an_expert_loads_and_generates(self, clone):
-        assert "20 - 14 =" in clone.python(block_with("from_pretrained(folder)", "python"))
-
-    def test_a_study_and_the_report(self, clone):
-        output = clone.bash(block_with("study=transfer", "bash"))
-        assert "report.html" in output
-        assert (clone.folder / "runs" / "demo" / "report.html").is_file()
+@runs_the_demo
+def test_an_expert_loads_and_generates(clone):
+    assert "20 - 14 =" in clone.python(block_with("from_pretrained(folder)", "python"))
 
 
-class TestServed:
-    pytestmark = SERVES
+@runs_the_demo
+def test_a_study_and_the_report(clone):
+    output = clone.bash(block_with("study=transfer", "bash"))
+    assert "report.html" in output
+    assert (clone.folder / "runs" / "demo" / "report.html").is_file()
 
-    @pytest.fixture(scope="class")
-    def served(self, clone, tmp_path_factory):
-        log = tmp_path_factory.mktemp("deploy") / "log"
-        block = block_with("export SEAP_API_KEYS", "bash")
-        with log.open("w") as out:
-            process = clone.popen("bash", "-euo", "pipefail", "-c", block, stdout=out, stderr=out)
-        deadline = time.monotonic() + START_S
-        while "are served at" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.5)
-        yield clone
-        stop_deploy(process)
 
-    def test_curl_is_answered_by_the_expert_of_the_prompt(self, served):
-        reply = served.bash(block_with("curl", "bash"))
-        assert "x-seap-expert: arithmetic" in reply and '"model":"arithmetic"' in reply
+@pytest.fixture(scope="module")
+def served(clone, tmp_path_factory):
+    """The clone while README's block serves it."""
+    log = tmp_path_factory.mktemp("deploy") / "log"
+    block = block_with("export SEAP_API_KEYS", "bash")
+    with log.open("w") as out:
+        process = clone.popen("bash", "-euo", "pipefail", "-c", block, stdout=out, stderr=out)
+    deadline = time.monotonic() + START_S
+    while "are served at" not in log.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.5)
+    yield clone
+    stop_deploy(process)
 
-    def test_the_openai_client_is_answered(self, served):
-        pytest.importorskip("openai")
-        lines = served.python(block_with("openai.OpenAI", "python")).splitlines()
-        assert lines[0].startswith("'20 - 14 =' -> arithmetic:") and len(lines) == 2
+
+@serves
+def test_curl_is_answered_by_the_expert_of_the_prompt(served):
+    reply = served.bash(block_with("curl", "bash"))
+    assert "x-seap-expert: arithmetic" in reply and '"model":"arithmetic"' in reply
+
+
+@serves
+def test_the_openai_client_is_answered(served):
+    pytest.importorskip("openai")
+    lines = served.python(block_with("openai.OpenAI", "python")).splitlines()
+    assert lines[0].startswith("'20 - 14 =' -> arithmetic:") and len(lines) == 2
 
 
 def stop_deploy(process):
