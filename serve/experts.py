@@ -5,9 +5,9 @@ from typing import Any
 
 from seap_ray.config import GENERAL, Config
 from seap_ray.core.architecture import FAMILIES
-from seap_ray.demo import skills
 from seap_ray.errors import ConfigError
 from seap_ray.models.hf.shapes import check_folder
+from seap_ray.models.row_sources import calibration_rows
 from seap_ray.storage.files import read_json, readable, stage
 from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint, ratio_name
@@ -104,8 +104,8 @@ def _expert(config: Config, folder: StoragePath, kind: str, manifest: dict[str, 
 def _example(config: Config, name: str) -> str | None:
     """Return a prompt to try, for a task of the demo alone: other corpora may hold what not every user may see."""
     for task in config.tasks:
-        if task.name == name and task.path.startswith("demo:"):
-            return skills.rows(task.path.removeprefix("demo:"), 1, split="test", seed=config.run.seed)[0]["question"]
+        if task.name == name:
+            return calibration_rows(task).public_example(config.run.seed)
     return None
 
 

@@ -69,7 +69,7 @@ class WholeModelRunner:
     def record(self, shards: Mapping[str, Sequences]) -> Iterator[tuple[str, SiteMoments]]:
         """Run the model over one shard after another."""
         for shard, sequences in shards.items():
-            for layers in self._passes():
+            for layers in self._passes():  # by the memory that is free now
                 with error_context(f"shard {shard}"):
                     recorded = record(
                         self.model,
@@ -125,6 +125,7 @@ def record(
         DataError: Activations are not finite; it names the first layer and site.
         ConfigError: The model's family is not supported.
     """
+    # Nothing is copied to the CPU, and so nothing waits for the device, before the last batch.
     total: SiteMoments = {}
     for rows in make_batches(model.get_decoder(), sequences, batch_tokens):
         total = added(total, _run_halving(model, rows, skip_first_token, covariances))
@@ -141,9 +142,10 @@ def _run_halving(
         if not _is_out_of_memory(error) or sum(map(len, rows)) == 1:
             raise
 
+    # Outside the except block, whose traceback holds on to the tensors of the failed pass.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if len(rows) == 1:
+    if len(rows) == 1:  # a row of several sequences: from here each has its own
         rows = [[sequence] for sequence in rows[0]]
     half = len(rows) // 2
     first = _run_halving(model, rows[:half], skip_first, covariances)
@@ -152,6 +154,7 @@ def _run_halving(
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
+    # The CPU's allocator raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -182,6 +185,7 @@ class LayerwiseRunner:
         settings = config.calibration
         prepare_process(settings)
         device = first_device(settings)
+        # Half of what is free is left to two layers and a batch's activations.
         memory_budget = free_memory(device, settings.num_gpus) // 2
         if settings.statistics == "covariance":
             memory_budget -= COVARIANCE_COPIES * covariance_bytes(checkpoint.architecture)

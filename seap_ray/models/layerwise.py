@@ -113,7 +113,8 @@ class LayerwiseModel:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=self.dtype, trust_remote_code=self.trust_remote_code
             ).eval()
-        for module in model.modules():  # on the CPU, as from_pretrained has it
+        # Rotary frequencies and the like are computed on the CPU, as from_pretrained does.
+        for module in model.modules():
             for name in module._non_persistent_buffers_set:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
                 model._init_weights(module)
@@ -132,6 +133,7 @@ class LayerwiseModel:
             batches_by_shard[shard] = make_batches(decoder, sequences, batch_tokens)
         waiting_device = self._waiting_device(batches_by_shard)
 
+        # What is left of the decoder, embeddings and masks, runs as in the whole model.
         decoder.layers = nn.ModuleList(_Catcher() for _ in skeleton.layers)
         decoder.norm = nn.Identity()
         self._load_weights(decoder, self.checkpoint.architecture.layout.layers.removesuffix(LAYERS_PREFIX))
@@ -165,6 +167,7 @@ class LayerwiseModel:
         """Take a shard's batches through one layer, whose output they hold then; return its moments, on the CPU."""
         family = self.checkpoint.architecture.layout
         total: SiteMoments = {}
+        # Batch by batch in the order of the whole model's, so that sums are the same bytes.
         for passing in in_flight:
             part: SiteMoments = {}
             with recording_layer(block, family, layer, passing.batch.rows_N, part, covariance=covariance):
@@ -193,6 +196,7 @@ class LayerwiseModel:
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
         def read(layer: int) -> nn.Module:
+            """Read a layer on the reader's own stream, and wait until it is there."""
             with torch.cuda.stream(stream):
                 block = self._read_layer(empty, layer)
             if stream:
@@ -237,6 +241,7 @@ class LayerwiseModel:
         if not family.is_moe or not name.startswith("mlp."):
             return self.checkpoint.read(prefix + name)
 
+        # Checkpoints have a matrix for each expert, and other names before ``experts``.
         stored_modules = {
             "mlp.experts.gate_up_proj": [module for module in family.rows if "{e}" in module],
             "mlp.experts.down_proj": [family.down_proj],
@@ -260,6 +265,7 @@ class _Catcher(nn.Module):
     arguments: dict[str, Any]
 
     def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        """Keep the input and the arguments; return the input, which the next catcher is given."""
         self.hidden_BTD = hidden_states
         self.arguments = arguments
         return hidden_states

@@ -52,7 +52,7 @@ def recording_layer(
     with ExitStack() as hooks:
         modules: dict[Site, str] = {"attn": family.o_proj, "mlp": family.down_proj}
         if family.is_moe:
-            del modules["mlp"]
+            del modules["mlp"]  # each expert is a site of its own
             experts_hook = _experts_hook(recorded, layer, rows_N)
             hooks.callback(block.get_submodule("mlp.experts").register_forward_pre_hook(experts_hook).remove)
 
@@ -71,6 +71,7 @@ def _input_hook(
     """Make a hook that records the input of a linear layer."""
 
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Add the moments of the module's input."""
         _add(recorded, key, statistic.of(*_by_token(inputs[0], rows_N)))
 
     return hook
@@ -83,8 +84,10 @@ def _experts_hook(recorded: SiteMoments, layer: int, rows_N: Tensor | None) -> C
     """
 
     def hook(experts: Any, inputs: tuple[Tensor, ...]) -> None:
+        """Add the moments of every expert's hidden activations; K experts are chosen for each token."""
         x_ND = _counted_tokens(inputs[0], rows_N)
         chosen_NK = _counted_tokens(inputs[1], rows_N)
+        # An expert's gate and up projections are one matrix, gate first: J = 2 C rows.
         for expert, gate_up_JD in enumerate(experts.gate_up_proj):
             routed_ND = x_ND[(chosen_NK == expert).any(1)]
             gate_NC, up_NC = functional.linear(routed_ND, gate_up_JD).chunk(2, dim=-1)
@@ -100,8 +103,11 @@ def _block_hook(recorded: SiteMoments, key: tuple[int, Site], rows_N: Tensor | N
     """
 
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Any) -> None:
+        """Add the moments of the cosines, which are one column."""
+        # Families differ in how a layer is called and in what it returns.
         before = inputs[0] if inputs else named["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
+        # Under device_map, accelerate moves inputs after the hooks have seen them.
         x_ND, counted_N = _by_token(before.to(after.device), rows_N)
         cosine_N = token_cosines(x_ND, after.detach().flatten(0, -2), counted_N)
         _add(recorded, key, Moments.of(cosine_N[:, None]))
@@ -115,11 +121,13 @@ def token_cosines(x_ND: Tensor, y_ND: Tensor, rows_N: Tensor | None) -> Tensor:
         from seap_ray.core import kernels  # Triton is there with a GPU alone
 
         return kernels.cosines(x_ND, y_ND, rows_N)
+    # Block by block, so that the float64 copies stay in a core's cache.
     pairs = zip(blocks(x_ND, rows_N), blocks(y_ND, rows_N), strict=True)
     return torch.cat([x_ND.new_empty(0, dtype=torch.float64), *(_cosine(x, y) for x, y in pairs)])
 
 
 def _cosine(x_ND: Tensor, y_ND: Tensor) -> Tensor:
+    # The product is written over x, which is a copy.
     norms_N = vector_norm(x_ND, dim=1) * vector_norm(y_ND, dim=1)
     return x_ND.mul_(y_ND).sum(1) / norms_N.clamp_(min=MIN_NORM_PRODUCT)
 

@@ -170,7 +170,11 @@ def load_norms(path: StoragePath, architecture: Architecture) -> WeightNorms:
 def load_unit_scores(path: StoragePath, layers: Iterable[int]) -> list[dict[str, Tensor]]:
     """Read the scores of each layer's ``heads`` and ``channels``, as the planner writes them."""
     with open_tensors(path) as file:
-        return [{unit: file.get_tensor(f"{layer}.{unit}") for unit in ("heads", "channels")} for layer in layers]
+        return [_read_unit_scores(file, layer) for layer in layers]
+
+
+def _read_unit_scores(file: Any, layer: int) -> dict[str, Tensor]:
+    return {unit: file.get_tensor(f"{layer}.{unit}") for unit in ("heads", "channels")}
 
 
 # --- covariances -----------------------------------------------------------------------------------------------------

@@ -56,6 +56,10 @@ class RowSource:
         """Return the first row, None where it cannot be had in an instant. Raises DataError where there is none."""
         return None
 
+    def public_example(self, seed: int) -> str | None:
+        """Return a prompt that anybody may see, None where there is none: rows may be confidential."""
+        return None
+
     def state(self) -> list[tuple[str, int, int]]:
         """Return name, size and time of change (ns) of every file, which change with the rows."""
         statuses = [(str(file), file.stat()) for file in self.files()]
@@ -79,6 +83,10 @@ class DemoRows(RowSource):
         if self.skill not in skills.SKILLS:
             known = ", ".join(f"{DEMO_PREFIX}{name}" for name in skills.SKILLS)
             raise DataError(f"tasks.{self.task}: no {self.path}; there are {known}")
+
+    def public_example(self, seed: int) -> str:
+        """Return the question of a held-out row."""
+        return skills.rows(self.skill, 1, split="test", seed=seed)[0]["question"]
 
     def generate(self, n: int | None, seed: int) -> list[Row]:
         """Make rows, ``n`` at least."""
