@@ -322,7 +322,12 @@ class Rates:
     """Bytes of checkpoints that are written to storage."""
 
 
-H100 = Rates("an H100 at 40 % of 989 TFLOP/s, storage 2 GB/s read and 1 GB/s written", 0.4 * 989e12, 2e9, 1e9)
+STORAGE_READ = 2e9
+"""Assumed bytes that a node reads from shared storage in a second."""
+STORAGE_WRITE = 1e9
+"""Assumed bytes that a node writes to shared storage in a second."""
+STORAGE_NAME = "storage read at 2 GB/s and written at 1 GB/s"
+H100 = Rates(f"an H100 at 40 % of 989 TFLOP/s, {STORAGE_NAME}", 0.4 * 989e12, STORAGE_READ, STORAGE_WRITE)
 """Assumed rates of a GPU; an H200 calibrates a Llama-2-7B at 44 % (docs/benchmarks.md)."""
 CPU_CORE_FLOPS = 40e9
 """Assumed FLOP of a CPU core in float32."""
@@ -332,8 +337,8 @@ def assumed_rates(config: Config) -> Rates:
     """Return the rates of a worker as the config describes it."""
     if config.calibration.num_gpus:
         return H100
-    n_cores = config.calibration.num_cpus
-    return Rates(f"{n_cores} cores at 40 GFLOP/s, storage 2 GB/s read and 1 GB/s written", n_cores * 40e9, 2e9, 1e9)
+    flops = config.calibration.num_cpus * CPU_CORE_FLOPS
+    return Rates(f"CPUs at {flops / 1e9:.0f} GFLOP/s, {STORAGE_NAME}", flops, STORAGE_READ, STORAGE_WRITE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,21 +205,18 @@ def needs_findings(config: Config, run: Run) -> list[Finding]:
 
     Raises ConfigError for a model that is not supported, or a ratio that it cannot meet.
     """
-    content = parse_model_source(config.model.source, config.model.revision).read_config()
+    source = parse_model_source(config.model.source, config.model.revision)
+    content = source.read_config()
     if content is None:
         return []
 
     model = ModelSize.from_config(content)
     needed = needs(model, config, corpus_sizes(config, model, run))
-    return [
-        Finding("ok", "needs", line)
-        for line in (
-            _worker_line(config, needed),
-            _host_line(config, needed),
-            _disk_line(needed.disk),
-            _time_line(needed),
-        )
-    ]
+    disk_line = _disk_line(needed.disk)
+    if source.is_copied:
+        disk_line += f"; and {size(model.n_bytes)} for the model in each node's cache"
+    lines = [_worker_line(config, needed), _host_line(config, needed), disk_line, _time_line(needed)]
+    return [Finding("ok", "needs", line) for line in lines]
 
 
 def corpus_sizes(config: Config, model: ModelSize, run: Run) -> dict[str, CorpusSize]:
@@ -261,15 +258,20 @@ def _disk_line(disk: DiskNeeds) -> str:
 
 def _time_line(needed: Needs) -> str:
     seconds = needed.time
-    judging = "unknown" if seconds.judging is None else _hours(seconds.judging)
+    judging = "unknown" if seconds.judging is None else _duration(seconds.judging)
     return (
-        f"hours of one worker, at most: calibration {_hours(seconds.calibration)}, judging {judging}, "
-        f"writing {_hours(seconds.writing)} (assumed: {needed.rates.name})"
+        f"time of one worker, at most: calibration {_duration(seconds.calibration)}, judging {judging}, "
+        f"writing {_duration(seconds.writing)} (assumed: {needed.rates.name})"
     )
 
 
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.2g}"
+def _duration(seconds: float) -> str:
+    """Return two digits in the unit that suits: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    if seconds < 90 * 60:
+        return f"{math.ceil(seconds / 60)} min"
+    return f"{seconds / 3600:.2g} h"
 
 
 # --- on the cluster --------------------------------------------------------------------------------------------------
