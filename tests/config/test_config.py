@@ -385,6 +385,15 @@ def test_help_lists_every_key_with_its_description():
     assert all(name in lines[-1] for name in BUILT_IN)
 
 
+def test_help_has_a_title_for_each_section_before_its_first_key():
+    lines = help_text("").splitlines()
+    sections = {key.rpartition(".")[0] for key, _ in walk(Config)} - {""}
+    assert {"run", "pruning", "pruning.allocation", "serve.pack"} <= sections
+    for section in sections:
+        (at,) = (i for i, line in enumerate(lines) if line.startswith(f"{section}: "))
+        assert lines[at].endswith(".") and lines[at + 1] == "" and lines[at + 2].startswith(f"  {section}.")
+
+
 def test_help_shows_defaults_and_choices():
     text = help_text("")
     assert "  pruning.ratio = [0.2, 0.5]\n" in text
