@@ -1,1 +1,1 @@
-"""Report: a run's files in, tables, charts and one page out."""
+"""Report: the results of a run as text for a terminal and as one HTML page with figures."""

@@ -131,10 +131,12 @@ class Chart:
 
     def draw(self, axes: Axes) -> None:
         """Draw the series, then the axes around them."""
+        # The scale comes first: a change of it would reset ticks and limits.
         axes.set_xscale("log" if self.x_log else "linear")
         axes.set_yscale("log" if self.y_log else "linear")
         for series in self.series:
             series.draw(axes)
+        # Lines that are added by hand change no limits by themselves.
         axes.autoscale_view()
 
         axes.set(xlabel=self.x_label, ylabel=self.y_label)
@@ -142,7 +144,7 @@ class Chart:
             axes.set_ylim(*self.y_range)
         axes.set_title(self.title, loc="left")
         axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.6)
-        axes.set_axisbelow(True)
+        axes.set_axisbelow(True)  # the grid lies below the series
 
         # Ticks depend on the limits, which are final only now.
         if self.x_integer:
@@ -195,6 +197,7 @@ class HeatMap:
         else:
             beside = 0
             above = 16
+        # 40 pixels of margin, 7 for each character of a row's name, 46 for each column.
         width = 40 + 7 * max(map(len, self.rows)) + 46 * len(self.columns) + beside
         return max(width, 9 * len(self.title)), 56 + 28 * len(self.rows) + above
 
@@ -211,15 +214,19 @@ class HeatMap:
         axes.xaxis.tick_top()
         axes.set_xticks([i + 0.5 for i in range(len(self.columns))], list(self.columns))
         axes.set_yticks([i + 0.5 for i in range(len(self.rows))], list(self.rows))
+
         if self.slanted:
             for text in axes.get_xticklabels():
                 text.set(rotation=40, ha="left", rotation_mode="anchor")
-        axes.tick_params(length=0)
+
+        axes.tick_params(length=0)  # names need no tick marks
         axes.spines[:].set_visible(False)
 
     def _draw_cell(self, axes: Axes, row: int, column: int, value: float) -> None:
         low, high = self.scale
+        # A value outside of the scale has the colour of its nearer end.
         share = min(max((value - low) / (high - low), 0), 1) if high != low else 0
+
         # At full strength the number could not be read on either a light or a dark page.
         axes.add_patch(
             Rectangle((column + 0.03, row + 0.03), 0.94, 0.94, color=COLOURS[0], alpha=0.05 + 0.5 * share, linewidth=0)
@@ -244,6 +251,7 @@ class Figure:
     @property
     def legend(self) -> dict[str, SeriesStyle]:
         """The style of every series by its label; empty where there is only one series to name."""
+        # Series with the same label have the same style in every panel.
         entries: dict[str, SeriesStyle] = {}
         for panel in self.panels:
             entries |= panel.legend

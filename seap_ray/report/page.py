@@ -61,6 +61,7 @@ def write_report(run: Run) -> StoragePath:
     Raises:
         ConfigError: Nothing was measured with the run.
     """
+    # The whole page is made before a file is touched.
     page = render(RunData.of(run))
     with atomic_write(run.report) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -92,6 +93,8 @@ def summary_table(data: RunData) -> Table:
     results = data.comparison
     notes: list[str] = []
     models = [model for model in results.models if model.kind == "expert" or compared([model])]
+
+    # A task that no model was evaluated on has no column, and a kind of mean that no model has neither.
     judged = {task for model in models for task in model.quality}
     tasks = [task for task in results.tasks if task in judged]
     means = []
@@ -102,7 +105,7 @@ def summary_table(data: RunData) -> Table:
     columns = ["model", "removed", "parameters", *(MEAN_NAMES[perplexity] for perplexity in means)]
     columns += [f"{task} {results.tasks[task].short}" for task in tasks]
 
-    # The dense model, which has no ratio, is first.
+    # The dense model has no ratio and is first.
     groups = []
     for ratio in sorted({model.ratio for model in models}, key=lambda ratio: -1 if ratio is None else ratio):
         rows = [_summary_row(model, means, tasks, notes) for model in models if model.ratio == ratio]
@@ -117,9 +120,12 @@ def _summary_row(model: ModelRow, means: list[bool], tasks: list[str], notes: li
         f"{model.realised_ratio:.4f}" if is_planned else "",
         "" if model.parameters is None else count(model.parameters),
     ]
+
     for perplexity in means:
         mean = mean_of(model, perplexity=perplexity)
         row.append(_with_error(*mean, perplexity=perplexity) if mean else "")
+
+    # Last, for their cells number the notes in the order of the page.
     for task in tasks:
         row.append(_cell(model, task, notes))
     return row
@@ -137,6 +143,7 @@ def _cell(model: ModelRow, task: str, notes: list[str]) -> str:
     if isinstance(cell, FailedCell):
         if cell.error not in notes:
             notes.append(cell.error)
+        # Markup.format escapes what it is given: errors and names come from files.
         return Markup("failed<sup>{}</sup>").format(notes.index(cell.error) + 1)
 
     text = _with_error(cell.value, cell.stderr, perplexity=is_perplexity(cell.metric))
@@ -157,10 +164,12 @@ def tasks_table(data: RunData) -> Table:
 
 
 def _task_row(data: RunData, name: str, task: TaskRow) -> list[str]:
+    # Shards may be gone, or not be made yet where a run holds one study alone.
     manifest = read_json(data.run.shards(name) / "manifest.json") or {"shards": []}
     n_sequences = sum(shard["n_sequences"] for shard in manifest["shards"])
     n_tokens = sum(shard["n_tokens"] for shard in manifest["shards"])
 
+    # All models are evaluated on the same rows; the dense one was on every task.
     cell = data.dense.quality.get(name) if data.dense else None
     n_judged = cell.n if isinstance(cell, QualityCell) else None
     unit = "tokens" if is_perplexity(task.metric) else "items"
@@ -173,6 +182,7 @@ def _task_row(data: RunData, name: str, task: TaskRow) -> list[str]:
 
 def facts(data: RunData) -> dict[str, str]:
     """Return what the run was made with, as far as it says."""
+    # A run that was made by hand may lack any part of the config.
     config = data.config
     model = config.get("model", {})
     versions = data.main.versions
@@ -205,6 +215,7 @@ def commands(data: RunData) -> list[str]:
 
 def render(data: RunData) -> str:
     """Return the page as HTML."""
+    # StrictUndefined: a name that the template does not get is an error, not an empty text.
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -230,6 +241,7 @@ def render(data: RunData) -> str:
 
 def _with_id_prefix(svg: str, prefix: str) -> str:
     """Return an SVG with a prefix before its ids and what refers to them: two SVGs may have the same marker."""
+    # The places where an SVG defines an id or refers to one.
     for before in (' id="', 'href="#', "url(#"):
         svg = svg.replace(before, f"{before}{prefix}")
     return svg

@@ -103,9 +103,11 @@ class ModelRow:
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as a results file holds it, without the keys that a row of its kind never has."""
+        # The fields are in the order of the keys.
         content = {name: getattr(self, name) for name in self.__slots__}
         content["quality"] = {task: cell.to_json() for task, cell in self.quality.items()}
 
+        # Neither of these was planned, and a summary has no checkpoint.
         if self.kind in ("dense", "summary"):
             del content["planned_ratio"]
         if self.kind == "summary":
@@ -176,6 +178,7 @@ class Results:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Results":
         """Read the content of a results file."""
+        # The main job has no table of its own.
         table = None
         if "rows" in content:
             table = StudyTable(*(content.get(name, "") for name in StudyTable.__slots__))

@@ -72,12 +72,14 @@ class RunData:
         Raises:
             ConfigError: Nothing was measured with the run.
         """
+        # A run may hold studies alone: the first of them then stands for the main job.
         studies = _studies(run)
         content = read_json(run.results)
         main = Results.from_json(content) if content else next(iter(studies.values()), None)
         if main is None:
             raise ConfigError(f"{run.root}: has no results; run jobs/prune.py or jobs/eval.py first")
 
+        # A ratio whose plans are gone is left out.
         plans = {}
         for ratio in _ratios(main):
             if at_ratio := _plans(run, main, ratio):
@@ -113,6 +115,7 @@ class RunData:
 
 def study_path(run: Run, name: StudyName) -> StoragePath | None:
     """Return a study's results file, in this run or in the study's own run, ``<name>-<study>``; None if it has none."""
+    # Studies with a corpus of their own have a run of their own, beside this one.
     runs = [run]
     if STUDIES[name].own_run:
         runs.append(Run(run.root.with_name(f"{run.root.name}-{name}")))
@@ -142,6 +145,7 @@ def _architecture(results: Results) -> Architecture | None:
     An expert's config has the dense widths beside its own. That holds only for an expert of a dense model: that of a
     base which was pruned itself has the first model's widths, not those of the base.
     """
+    # The dense model is the first row, so an expert counts only where the dense model's folder is gone.
     for model in results.models:
         folder = parse_path(model.folder) if model.folder else None
         config = read_json(folder / "config.json") if folder else None
@@ -159,6 +163,7 @@ def _plans(run: Run, results: Results, ratio: float) -> list[StoredPlan]:
     plans = []
     for model in results.models:
         if model.ratio == ratio and model.kind in ("general", "expert"):
+            # Both files are written whole, but a job may be between the two.
             path = run.plan(ratio, model.name)
             tensors = path.with_suffix(".safetensors")
             if path.is_file() and tensors.is_file():

@@ -24,6 +24,7 @@ def find(config: Config, name: str) -> Run:
     """
     run = Run.of(config.model_copy(update={"run": config.run.model_copy(update={"name": name})}))
     folder = parse_path(name)
+    # A folder wins over a run of the same name.
     with readable(folder):
         if folder.is_dir():
             run = Run(folder.absolute())
@@ -82,6 +83,7 @@ def _changed_models(a: Results, b: Results) -> str:
     tasks = {name: task for name, task in a.tasks.items() if name in b.tasks}
     models_b = {(model.name, model.ratio): model for model in b.models}
 
+    # Models are the same where name and ratio are; others have nothing to compare with.
     rows = []
     for model in a.models:
         other = models_b.get((model.name, model.ratio))
@@ -90,6 +92,7 @@ def _changed_models(a: Results, b: Results) -> str:
         mean_a = _mean_over_common(model, tasks.keys())
         mean_b = _mean_over_common(other, tasks.keys())
         if mean_a and mean_b:
+            # The two runs are independent, so their variances add up.
             stderr = math.hypot(mean_a[1], mean_b[1])
             rows.append([model.name, show(model.ratio), mean_a[0], mean_b[0], mean_b[0] - mean_a[0], stderr])
 

@@ -54,6 +54,7 @@ def legend_key_svg(series_style: SeriesStyle) -> str:
 
 def figure_svg(figure: Figure) -> str:
     """Return all panels with their legend, two or three in a row, on a white ground: an SVG file's content."""
+    # Four panels look best as a square; all panels get the room of the largest.
     panels = figure.panels
     n_columns = 2 if len(panels) == 4 else min(len(panels), 3)
     n_rows = math.ceil(len(panels) / n_columns)
@@ -72,6 +73,7 @@ def figure_svg(figure: Figure) -> str:
             handles = [series_style.line_2d([], []) for series_style in legend.values()]
             canvas.legend(handles, list(legend), loc="outside lower center", ncols=n_legend_columns, frameon=False)
         svg = _svg(canvas, figure.label)
+
     return svg.replace("<svg ", f'<svg style="{STANDALONE_STYLE}" font-family="{STANDALONE_FONT}" ', 1)
 
 
@@ -88,13 +90,17 @@ def _canvas(width: float, height: float) -> Canvas:
 def _svg(canvas: Canvas, label: str) -> str:
     """Return a canvas as SVG without what would act outside of it: style sheets, ids, fonts."""
     buffer = io.StringIO()
+    # Metadata hold the date and the version of Matplotlib, so bytes that change.
     no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     canvas.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     svg = buffer.getvalue()
     width, height = (round(PIXELS_PER_INCH * inches) for inches in canvas.get_size_inches())
 
+    # Keep what is inside of the svg element: its own head is written below.
     svg = svg[svg.index(">", svg.index("<svg")) + 1 :]
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.S)  # it would hold for the whole page
+
+    # Groups have names that repeat on a page; fonts and the ink are those of the text around.
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r"; font-family: [^;\"]*|font-family: [^;\"]*; ?", "", svg)
     svg = svg.replace(INK, "currentColor")

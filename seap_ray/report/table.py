@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from seap_ray.progress import count
-from seap_ray.report.rows import Cell, FailedCell, ModelRow, QualityCell, Results, TaskRow, cell_from_json
+from seap_ray.report.rows import Cell, FailedCell, ModelRow, QualityCell, Results, TaskRow
 from seap_ray.tasks import is_perplexity
 
 STAGES = ("prefill", "decode")
@@ -17,6 +17,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
     Columns without any value are left out.
     """
+    # Columns that a results file has no values for, such as speeds, would only be in the way.
     has_value = [False] * len(columns)
     for row in rows:
         for column, value in enumerate(row):
@@ -27,6 +28,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     for row in rows:
         lines.append([show(row[column]) for column in shown])
 
+    # Every column is as wide as its longest cell.
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     head, *body = [_aligned(line, widths) for line in lines]
     return "\n".join([head, "-" * len(head), *body])
@@ -53,7 +55,6 @@ def table(results: Results) -> str:
 
     An expert's own task is in brackets.
     """
-    results = results if isinstance(results, Results) else Results.from_json(results)
     tasks = results.tasks
     models = results.models
     with_speed = any(model.speed for model in models)
@@ -61,6 +62,7 @@ def table(results: Results) -> str:
     columns = ["model", "ratio", "realised", "params"]
     columns += [f"{name} {task.short}" for name, task in tasks.items()]
     columns.append(mean_head(tasks))
+    # Sizes in bytes matter beside speed only, and would make every other table too wide.
     columns += ["weights", "KV B/token", "prefill tok/s", "decode tok/s"] if with_speed else []
     text = text_table(columns, [_row(model, tasks, with_speed) for model in models])
     return "\n".join([text, *_failures(models)])
@@ -68,7 +70,6 @@ def table(results: Results) -> str:
 
 def mean_head(tasks: Mapping[str, TaskRow]) -> str:
     """Return the name of the column that ``mean_quality`` fills for these tasks: ``mean acc`` or ``mean ppl``."""
-    tasks = {n: t if isinstance(t, TaskRow) else TaskRow.from_json(t) for n, t in tasks.items()}
     return "mean ppl" if all(is_perplexity(task.metric) for task in tasks.values()) else "mean acc"
 
 
@@ -110,6 +111,7 @@ def _cell(cell: Cell | None) -> str:
 
 def _failures(models: Iterable[ModelRow]) -> list[str]:
     """Return one line for every reason, with the cells that it has cost."""
+    # One fault often costs many cells: the line names the first and counts the others.
     cells_of: dict[str, list[str]] = {}
     for model in models:
         for task, error in model.failures.items():
@@ -124,7 +126,6 @@ def _failures(models: Iterable[ModelRow]) -> list[str]:
 
 def mean_over(model: ModelRow, tasks: Iterable[str]) -> tuple[float, float] | None:
     """Return the mean of a model that was judged on all ``tasks``, else None: means over other tasks do not compare."""
-    model = model if isinstance(model, ModelRow) else ModelRow.from_json(model)
     return mean_quality(model.quality.values()) if {*tasks} <= model.quality.keys() else None
 
 
@@ -136,13 +137,13 @@ def mean_quality(cells: Iterable[Cell]) -> tuple[float, float] | None:
     """
     qualities: list[QualityCell] = []
     for cell in cells:
-        cell = cell_from_json(cell) if isinstance(cell, Mapping) else cell
         if isinstance(cell, FailedCell):
             return None
         qualities.append(cell)
     if not qualities:
         return None
 
+    # Accuracies and perplexities have no common mean; accuracies win.
     accuracies = [cell for cell in qualities if not is_perplexity(cell.metric)]
     chosen = accuracies or qualities
     error = math.sqrt(sum(cell.stderr**2 for cell in chosen)) / len(chosen)

@@ -1,1 +1,1 @@
-"""Routing: a prompt in, its task out; and how that is learnt."""
+"""Routing: fit a router on the prompts of the tasks, and send prompts to their experts with it."""

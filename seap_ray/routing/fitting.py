@@ -66,6 +66,7 @@ def fit(
     key = fingerprint(FORMAT_VERSION, checkpoint.fingerprint, tokenizer_hash(checkpoint), list(prompts.items()), seed)
 
     def build() -> None:
+        """Fit the router and write it."""
         tokenizer = _load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
         router, report = _fit_router(checkpoint, tokenizer, prompts, seed)
         router.save(run.router, key=key, report=report)
@@ -99,6 +100,7 @@ def split(prompts: Mapping[str, Sequence[str]], seed: int) -> tuple[Labelled, La
     held_out: Labelled = []
 
     for task, texts in prompts.items():
+        # By hash, so that another order of the prompts, or more of them, moves few between the parts.
         ordered = sorted(set(texts), key=lambda text: _order_of(text, seed))
         first = round(SPLIT[0] * len(ordered))
         second = first + round(SPLIT[1] * len(ordered))
@@ -217,6 +219,7 @@ def _choose_regularisation(x_PR: np.ndarray, labels_P: np.ndarray) -> float:
     """Return the C with the least log loss in cross-validation; of two equals the smaller, which regularises more."""
     from sklearn.model_selection import StratifiedKFold, cross_val_score
 
+    # A fold needs a prompt of every task.
     n_folds = min(3, int(np.bincount(labels_P).min()))
     if n_folds < 2:
         return 1.0
@@ -249,6 +252,7 @@ def _pair_probabilities(ids: list[np.ndarray], labels_P: np.ndarray, n_tasks: in
     pairs = np.concatenate([stream[:-1] * n + stream[1:] for stream in streams])
     labels = np.repeat(labels_P, [len(stream) - 1 for stream in streams])
 
+    # Every pair of tokens is one number, and counted once for each task.
     keys_K, at = np.unique(pairs, return_inverse=True)
     before_K = keys_K // n
     after_K = keys_K % n
@@ -294,6 +298,7 @@ def _calibrate(router: Router, calibration: Labelled) -> Router:
     surprise_PT = np.array([router.surprise(prompt_ids) for prompt_ids in ids])
     bounds = tuple(_surprise_bound(surprise_PT[labels_P == task, task]) for task in range(len(router.tasks)))
 
+    # The two kinds of evidence for every prompt, as ``Router.evidence`` adds them up.
     logits_PT = np.array([router.logits(prompt_ids) for prompt_ids in ids])
     lengths_P1 = np.array([[len(prompt_ids) + 1] for prompt_ids in ids])
     pairs_PT = -surprise_PT * np.sqrt(lengths_P1)
@@ -331,6 +336,7 @@ def _temperature_and_weight(logits_PT: np.ndarray, pairs_PT: np.ndarray, labels_
     evidence_FPT = np.stack([logits_PT, pairs_PT])
 
     def loss(factors_F: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the log loss and its gradient."""
         log_p_PT = log_softmax(np.tensordot(factors_F, evidence_FPT, 1))
         slope_PT = np.exp(log_p_PT) - targets_PT
         return -float((targets_PT * log_p_PT).sum()) / n, (evidence_FPT * slope_PT).sum((1, 2)) / n
@@ -355,6 +361,7 @@ def _choose_threshold(routed: list[tuple[float, bool]]) -> float:
     if not routed or sum(right for _, right in routed) >= TARGET_PRECISION * len(routed):
         return 0.0
 
+    # Only the confidence of some prompt can be the smallest that is precise enough.
     precision = {threshold: _precision(routed, threshold) for threshold, _ in sorted(routed)}
     precise = [threshold for threshold, share in precision.items() if share >= TARGET_PRECISION]
     return min(precise) if precise else max(precision, key=lambda threshold: precision[threshold])

@@ -136,6 +136,7 @@ class Router:
             text: The prompt, without a chat template.
             threshold: Used in place of the fitted one.
         """
+        # Both kinds of evidence need the surprise, so it is computed once.
         ids_N = self.ids(text)
         surprise_T = self.surprise(ids_N)
         p_T = np.exp(log_softmax(self.evidence(ids_N, surprise_T) / self.temperature))

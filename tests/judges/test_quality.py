@@ -13,6 +13,7 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import Item, Renderer, load_tokenizer
 from seap_ray.pipeline.results import ModelRow, own_task_rows
 from seap_ray.progress import progress
+from seap_ray.report.rows import FailedCell, QualityCell, Results
 from seap_ray.report.table import mean_quality, table
 from seap_ray.tasks import BUILT_IN, Task
 from tests.support.builders import load, random_ids
@@ -113,7 +114,7 @@ TASKS = {"a": {"metric": "acc", "short": "em"}, "b": {"metric": "perplexity", "s
 
 def test_the_table_marks_own_tasks_and_leaves_perplexity_out_of_the_mean():
     models = [model_row("a", a=0.75, b=12.34), model_row("b", a=0.25, b=9.0)]
-    text = table({"tasks": TASKS, "models": models})
+    text = table(Results.from_json({"tasks": TASKS, "models": models}))
     assert "[0.750]" in text and "12.3" in text and "[9.0]" in text and "1.38M" in text and "0.750 ±0.030" in text
     (summary,) = (row.to_json() for row in own_task_rows([ModelRow.from_json(model) for model in models]))
     assert summary["name"] == "experts, own task"
@@ -122,7 +123,7 @@ def test_the_table_marks_own_tasks_and_leaves_perplexity_out_of_the_mean():
 
 def test_a_model_that_was_not_judged_on_all_tasks_has_no_mean_beside_those_that_were():
     whole, part = model_row("a", a=0.75, b=12.0), model_row("c", b=12.0)
-    text = table({"tasks": TASKS, "models": [whole, part]})
+    text = table(Results.from_json({"tasks": TASKS, "models": [whole, part]}))
     assert text.count("±") == 1 and "0.750 ±0.030" in text
 
 
@@ -130,21 +131,18 @@ def test_a_failed_cell_shows_in_the_table_with_its_reason_once():
     models = [model_row("a", b=9.0), model_row("b", b=9.0)]
     for model in models:
         model["quality"]["a"] = {"error": "no file of split 'test'"}
-    text = table({"tasks": TASKS, "models": models})
+    text = table(Results.from_json({"tasks": TASKS, "models": models}))
     assert text.count("failed  ") + text.count("[failed]") == 2
     assert text.endswith("failed: a on a and 1 others: no file of split 'test'")
 
 
 def test_the_mean_is_of_accuracies_or_else_geometric_of_perplexities():
-    accuracies = [{"metric": "acc", "value": 0.5, "stderr": 0.03}, {"metric": "acc_norm", "value": 1.0, "stderr": 0.04}]
-    texts = [
-        {"metric": "perplexity", "value": 4.0, "stderr": 0.1},
-        {"metric": "perplexity", "value": 9.0, "stderr": 0.1},
-    ]
+    accuracies = [QualityCell("acc", 0.5, 0.03), QualityCell("acc_norm", 1.0, 0.04)]
+    texts = [QualityCell("perplexity", 4.0, 0.1), QualityCell("perplexity", 9.0, 0.1)]
     assert mean_quality(accuracies) == (0.75, pytest.approx(0.025))
     assert mean_quality(accuracies + texts) == mean_quality(accuracies)
     assert mean_quality(texts) == (pytest.approx(6.0), pytest.approx(0.1 / math.sqrt(2)))
-    assert mean_quality([]) is None and mean_quality([*texts, {"error": "lost"}]) is None
+    assert mean_quality([]) is None and mean_quality([*texts, FailedCell("lost")]) is None
 
 
 def test_progress_passes_every_step_through_and_ends_with_a_line(capsys):

@@ -72,8 +72,8 @@ def test_text_stays_text_and_odd_names_are_no_markup_and_no_formula():
 
 def test_a_logarithmic_axis_has_plain_numbers():
     series = (Series("", (0, 1, 2), (2e-6, 3e-2, 40.0), series_style(0)),)
-    found = texts(panel_svg(chart(series=series, y_log=True), ""))
-    assert {"10⁻⁵", "0.1"} <= set(found) or {"10⁻⁴", "0.01"} <= set(found)
+    wide = texts(panel_svg(chart(series=series, y_log=True), ""))
+    assert {"10⁻⁵", "0.1"} <= set(wide) or {"10⁻⁴", "0.01"} <= set(wide)
     narrow = texts(panel_svg(chart(series=(Series("", (0, 1), (11.0, 45.0), series_style(0)),), y_log=True), ""))
     assert {"20", "30", "40"} <= set(narrow)
     tiny = texts(panel_svg(chart(series=(Series("", (0, 1), (1.5e-4, 1.9e-4), series_style(0)),), y_log=True), ""))

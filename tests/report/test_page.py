@@ -12,8 +12,8 @@ from seap_ray.report.page import save_figures, sections, write_report
 from seap_ray.report.run_data import RunData
 from seap_ray.storage.run import Run
 from tests.support.browser import MISSING, chromium
-from tests.support.oracles import contrast
 from tests.support.made_run import REPORT_STUDIES, edit, make_run
+from tests.support.oracles import contrast
 
 VOID = {"meta", "link", "br", "use", "path"}
 
@@ -23,7 +23,10 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.elements, self.tables, self.open, self.text = [], [], [], ""
+        self.elements = []
+        self.tables = []
+        self.open = []
+        self.text = ""
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -74,12 +77,14 @@ def page_of(run):
 
 
 def test_the_numbers_are_those_of_the_results(run):
-    data, page = RunData.of(run), page_of(run)
+    data = RunData.of(run)
+    page = page_of(run)
     head, *rows = page.tables[0]
     names = [row[0] for row in rows if len(row) > 1]
     models = data.main.models
     assert sorted(names) == sorted(model.name for model in models)
-    by_ratio, ratio = {}, None
+    by_ratio = {}
+    ratio = None
     for row in rows:
         if len(row) == 1:
             ratio = float(row[0].split()[0]) / 100
@@ -189,9 +194,9 @@ def test_ids_are_single_and_what_is_referred_to_is_there(studied):
     html = studied.report.read_text()
     ids = [attributes["id"] for _, attributes in Page(html).elements if "id" in attributes]
     assert len(ids) == len(set(ids))
-    used = {
-        name for found in re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)|labelledby="([^"]*)"', html) for name in found
-    }
+    used = set()
+    for names in re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)|labelledby="([^"]*)"', html):
+        used |= set(names)
     assert used - {""} <= set(ids)
 
 
@@ -230,7 +235,8 @@ def browser():
 @pytest.fixture
 def open_report(browser, studied):
     """``open_report(**context)``: the page; on the way out it must have asked for nothing and complained of nothing."""
-    seen, sessions = [], []
+    seen = []
+    sessions = []
 
     def opened(**context):
         session = browser.new_context(**context)

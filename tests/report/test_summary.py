@@ -56,7 +56,7 @@ def test_two_runs_differ_in_keys_and_in_models_that_both_have(storage, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("nowhere",), "nowhere: no run with results at "),
         (("compare", "a"), "compare: name two runs"),
@@ -64,7 +64,7 @@ def test_two_runs_differ_in_keys_and_in_models_that_both_have(storage, capsys):
         (("a", "run.nam=a"), "run.nam: unknown key"),
     ],
 )
-def test_what_is_not_there_is_one_line(storage, capsys, words, said):
+def test_what_is_not_there_is_one_line(storage, capsys, words, message):
     assert report(storage, *words) == 2
     err = capsys.readouterr().err
-    assert said in err and err.count("\n") == 1
+    assert message in err and err.count("\n") == 1

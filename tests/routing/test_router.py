@@ -33,14 +33,20 @@ from seap_ray.tasks import BUILT_IN
 from tests.support import DATA
 
 FILES = ("tokenizer.json", "router.safetensors", "router.json")
-PROMPTS = {
-    skill: [row["question"] for row in skills.rows(skill, 200, split="train", seed=0)] for skill in skills.SKILLS
-}
+
+
+def questions(skill: str, n: int, split: str, seed: int) -> list[str]:
+    return [row["question"] for row in skills.rows(skill, n, split=split, seed=seed)]
+
+
+PROMPTS = {skill: questions(skill, 200, "train", 0) for skill in skills.SKILLS}
 
 
 def letters(n: int, common: str, seed: int, step: int = 0) -> list[str]:
     """Words of random letters, some more common than others; a fifth of them a step from the letter before."""
-    rng, some, words = random.Random(seed), "abcdefghij", []
+    rng = random.Random(seed)
+    some = "abcdefghij"
+    words = []
     for _ in range(n):
         word = rng.choice(some)
         while len(word) < 6:
@@ -86,12 +92,18 @@ CONFUSED = {"one": letters(400, "abc", 1, 1), "two": letters(400, "hij", 2, -1)}
 # --- what is computed ------------------------------------------------------------------------------------------------
 
 
+def neighbours(ids: list) -> list[tuple]:
+    """Every token with the one after it; None is the beginning and the end."""
+    return list(zip([None, *ids], [*ids, None], strict=True))
+
+
 def witten_bell(streams_of: dict[str, list[list]], n: int):
     """``p(task, a, b)`` as the textbook writes it, from counters. None is the beginning and the end."""
-    pairs = {
-        t: Counter(p for s in ss for p in zip([None, *s], [*s, None], strict=True)) for t, ss in streams_of.items()
-    }
-    after = {t: Counter({b: 0 for _, b in c}) for t, c in pairs.items()}
+    pairs = {t: Counter() for t in streams_of}
+    for t, streams in streams_of.items():
+        for stream in streams:
+            pairs[t].update(neighbours(stream))
+    after = {t: Counter() for t in pairs}
     before = {t: Counter() for t in pairs}
     for t, c in pairs.items():
         for (a, b), count in c.items():
@@ -130,14 +142,17 @@ def test_probabilities_are_those_of_scikit_learn_and_of_counted_pairs(router):
         cv=StratifiedKFold(3, shuffle=True, random_state=0),
         scoring="neg_log_loss",
     ).fit(pca.transform(means(texts)), tasks)
-    p = witten_bell({task: [ids_of(x) for x, t in fitting if t == task] for task in PROMPTS}, len(tokenizer) + 1)
-    asked = [text for text, _ in held_out[::7]] + ["What is the capital of France?", "sort of true, 12", "x"]
-    for text, logs in zip(asked, search.predict_log_proba(pca.transform(means(asked))), strict=True):
+    streams_of = {task: [] for task in PROMPTS}
+    for text, task in fitting:
+        streams_of[task].append(ids_of(text))
+    p = witten_bell(streams_of, len(tokenizer) + 1)
+
+    fresh = [text for text, _ in held_out[::7]] + ["What is the capital of France?", "sort of true, 12", "x"]
+    for text, logs in zip(fresh, search.predict_log_proba(pca.transform(means(fresh))), strict=True):
         ids = ids_of(text)
-        nats = {
-            task: -statistics.mean(math.log(p(task, a, b)) for a, b in zip([None, *ids], [*ids, None], strict=True))
-            for task in PROMPTS
-        }
+        nats = {}
+        for task in PROMPTS:
+            nats[task] = -statistics.mean(math.log(p(task, a, b)) for a, b in neighbours(ids))
         evidence = [
             float(logs[list(search.classes_).index(task)]) - router.weight * math.sqrt(len(ids) + 1) * nats[task]
             for task in PROMPTS
@@ -151,7 +166,8 @@ def test_probabilities_are_those_of_scikit_learn_and_of_counted_pairs(router):
 
 
 def test_in_every_task_the_probabilities_of_what_follows_a_token_sum_to_one(router):
-    arrays, n = router.arrays, len(router.arrays["token_logs"])
+    arrays = router.arrays
+    n = len(router.arrays["token_logs"])
     follows = np.exp(arrays["rest_logs"].astype(float))[:, None] * np.exp(arrays["token_logs"].astype(float))[None]
     follows = follows.reshape(n * n, -1)
     follows[arrays["pair_keys"]] = np.exp(arrays["pair_logs"].astype(float))
@@ -160,7 +176,8 @@ def test_in_every_task_the_probabilities_of_what_follows_a_token_sum_to_one(rout
 
 def test_no_other_temperature_or_weight_has_a_smaller_loss_on_the_calibration_prompts(confused):
     _, calibration, _ = split(CONFUSED, 0)
-    n, tasks = len(calibration), list(CONFUSED)
+    n = len(calibration)
+    tasks = list(CONFUSED)
 
     def loss(router):
         total = 0.0
@@ -191,7 +208,8 @@ def test_a_confidence_is_the_share_that_is_right(confused):
 def test_the_temperature_does_not_change_the_winner(router, temperature):
     other = replace(router, temperature=temperature)
     for text in [texts[0] for texts in PROMPTS.values()] + ["What is it?", "def f(x):", "12", "reverse sort"]:
-        one, two = router.route(text).probabilities, other.route(text).probabilities
+        one = router.route(text).probabilities
+        two = other.route(text).probabilities
         assert max(one, key=one.get) == max(two, key=two.get)
 
 
@@ -199,7 +217,8 @@ def test_a_bound_is_the_prediction_limit_of_the_calibration_prompts(router):
     _, calibration, _ = split(PROMPTS, 0)
     for i, task in enumerate(PROMPTS):
         nats = [router.surprise(router.ids(text))[i] for text, t in calibration if t == task]
-        n, spread = len(nats), statistics.stdev(nats)
+        n = len(nats)
+        spread = statistics.stdev(nats)
         limit = student.interval(0.998, n - 1, statistics.mean(nats), spread * math.sqrt((n + 1) / n))[1]
         assert router.bounds[i] == pytest.approx(limit, rel=1e-6)
 
@@ -238,9 +257,14 @@ def test_a_promise_beyond_reach_leaves_the_best_share_and_one_that_always_holds_
     blind, _ = fitted(tmp_path, same)
     routes = [(blind.route(text, threshold=0), task) for text, task in split(same, 0)[1]]
     known = [(r.confidence, r.task == task) for r, task in routes if r.task]
-    shares = [statistics.mean(right for c, right in known if c >= confidence) for confidence, _ in known]
-    assert max(shares) < 0.95 or blind.threshold == min(c for (c, _), s in zip(known, shares, strict=True) if s >= 0.95)
-    assert statistics.mean(right for c, right in known if c >= blind.threshold) >= min(0.95, max(shares))
+
+    def share(threshold):
+        return statistics.mean(right for confidence, right in known if confidence >= threshold)
+
+    shares = {confidence: share(confidence) for confidence, _ in known}
+    best = max(shares.values())
+    assert best < 0.95 or blind.threshold == min(c for c, at_least in shares.items() if at_least >= 0.95)
+    assert share(blind.threshold) >= min(0.95, best)
 
 
 @pytest.mark.parametrize("strange", [0, 5])
@@ -270,7 +294,7 @@ def test_every_figure_of_the_report_is_what_route_does(confused, tmp_path, stran
 def test_held_out_prompts_of_the_demo_go_to_their_tasks(router, report):
     assert report["accuracy"] >= 0.99 and report["n"] == 221
     for skill in skills.SKILLS:
-        texts = [row["question"] for row in skills.rows(skill, 150, split="test", seed=3)]
+        texts = questions(skill, 150, "test", 3)
         assert statistics.mean(router.route(text).task == skill for text in texts) >= 0.96
 
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from seap_ray.config import Baseline, Config
 from seap_ray.methods import METHODS, STUDIES
 from seap_ray.pipeline.evaluate import Failure
+from seap_ray.report.rows import cell_from_json
 from seap_ray.report.table import mean_quality
 from seap_ray.storage.run import Run
 from seap_ray.studies import reconstruction
@@ -52,9 +53,9 @@ def models_of(results: dict) -> dict:
 
 
 def mean_of(model: dict) -> float:
-    found = mean_quality(model["quality"].values())
-    assert found
-    return found[0]
+    mean = mean_quality(map(cell_from_json, model["quality"].values()))
+    assert mean
+    return mean[0]
 
 
 @pytest.fixture(scope="module")

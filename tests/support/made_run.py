@@ -13,12 +13,23 @@ from seap_ray.config import Compensation, Config
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.moments import Moments, Statistics
 from seap_ray.core.scores import Norms
-from seap_ray.methods import STUDIES
+from seap_ray.methods import STUDIES, StudyName
 from seap_ray.models.records import save_moments, save_norms
 from seap_ray.pipeline.model_specs import model_specs
 from seap_ray.pipeline.plan_files import save_plan
 from seap_ray.pipeline.planner import Planner
 from seap_ray.pipeline.results import ModelRow, own_task_rows
+from seap_ray.report.rows import ModelRow as StoredModelRow
+from seap_ray.report.rows import QualityCell, Results
+from seap_ray.report.study_rows import (
+    AllocationRow,
+    CorpusRow,
+    Estimate,
+    OutOfDistributionRow,
+    ReconstructionRow,
+    RoutingRow,
+    TransferRow,
+)
 from seap_ray.report.table import mean_quality
 from seap_ray.storage.files import write_json
 from seap_ray.storage.run import Run
@@ -62,14 +73,14 @@ def make_run(
 
 
 def make_planner(config: Config, run: Run, model: str = "llama_gqa") -> Planner:
-    """What plans are made from, and its files: shards of one task are alike, those of others are not."""
+    """A planner, and the files that it reads: shards of one task are alike, those of different tasks are not."""
     architecture = Architecture.of(CONFIGS[model]().to_dict())
     statistics: dict[str, Statistics] = {}
     for i, task in enumerate(TASKS):
         shards = [_near(random_statistics(architecture, seed=i), seed=10 * i + n) for n in range(N_SHARDS)]
         for n, part in enumerate(shards):
             save_moments(run.records(task) / f"{n:05}-abc.safetensors", part)
-        statistics[task] = {key: sum((part[key] for part in shards[1:]), shards[0][key]) for key in shards[0]}
+        statistics[task] = _sum(shards)
         save_moments(run.statistics(task), statistics[task])
     random_moments = random_statistics(architecture, seed=99)
     weights = {key: Norms(moments.mean_D.abs(), moments.m2_D) for key, moments in random_moments.items()}
@@ -77,6 +88,14 @@ def make_planner(config: Config, run: Run, model: str = "llama_gqa") -> Planner:
     checkpoint: Any = SimpleNamespace(architecture=architecture)
     files = {task: run.statistics(task) for task in TASKS}
     return Planner(config, checkpoint, statistics, weights, dict.fromkeys(TASKS, "hash"), files, run)
+
+
+def _sum(parts: list[Statistics]) -> Statistics:
+    first, *others = parts
+    total = dict(first)
+    for part in others:
+        total = {key: moments + part[key] for key, moments in total.items()}
+    return total
 
 
 def _near(statistics: Statistics, seed: int) -> Statistics:
@@ -91,7 +110,7 @@ def _near(statistics: Statistics, seed: int) -> Statistics:
 
 
 def results(config: Config, folder: Path, *, speed: bool = False, perplexity: bool = False) -> dict[str, Any]:
-    """As the jobs write them; ``perplexity`` makes prose a task of that metric."""
+    """A results file as the jobs write it; ``perplexity`` makes prose a task of that metric."""
     rng = random.Random(1)
     tasks = {task: {"metric": "exact_match", "short": "em", "judge": "seap_ray"} for task in TASKS}
     if perplexity:
@@ -150,7 +169,8 @@ def _cell(metric: str, removed: float, own: bool, rng: random.Random) -> dict[st
 
 
 def _speed(removed: float) -> dict[str, float]:
-    prefill, decode = 1 / (1 - 0.8 * removed), 1 / (1 - 0.5 * removed)
+    prefill = 1 / (1 - 0.8 * removed)
+    decode = 1 / (1 - 0.5 * removed)
     return {
         "prefill_tokens_per_s": 9000 * prefill,
         "decode_tokens_per_s": 120 * decode,
@@ -162,56 +182,45 @@ def _speed(removed: float) -> dict[str, float]:
 # --- studies ---------------------------------------------------------------------------------------------------------
 
 
-def study(name: str, config: Config, folder: Path) -> dict[str, Any]:
-    """Each with the columns that it has; the numbers are made up."""
-    about = STUDIES[name]  # type: ignore[index]
-    found = results(config, folder, speed=name in ("table", "ratio", "paper"), perplexity=name == "ratio")
-    columns, rows = _table(name, config, found)
+def study(name: StudyName, config: Config, folder: Path) -> dict[str, Any]:
+    """A study's results file with the columns that the study has; the numbers are made up."""
+    content = results(config, folder, speed=name in ("table", "ratio", "paper"), perplexity=name == "ratio")
+    columns, rows = _table(name, config, content)
     return {
         "study": name,
-        "title": about.title,
-        "question": about.question,
+        "title": STUDIES[name].title,
+        "question": STUDIES[name].question,
         "command": f"python jobs/eval.py study={name}",
         "columns": columns,
         "rows": rows,
-        **found,
+        **content,
     }
 
 
-def _table(name: str, config: Config, found: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    rng, ratios = random.Random(2), config.pruning.ratio
+def _table(name: str, config: Config, content: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    rng = random.Random(2)
+    ratios = config.pruning.ratio
     if name == "corpus":
-        columns = ["ratio", "samples", "tasks", "mean acc", "sd over seeds", "stderr"]
-        return columns, [[r, n, 3, 0.9 - r - 3 / n, 0.5 / n, 0.01] for r in ratios for n in (50, 100, 200, 500, 1000)]
+        return CorpusRow.columns(), [
+            [r, n, 3, 0.9 - r - 3 / n, 0.5 / n, 0.01] for r in ratios for n in (50, 100, 200, 500, 1000)
+        ]
     if name == "allocation":
-        columns = ["ratio", "allocation", "k", "x0", "experts mean acc", "experts stderr"]
-        columns += ["general mean acc", "general stderr"]
         kinds: list[tuple[str, float | None, float | None]] = [("uniform", None, None), ("global", None, None)]
         kinds += [("logistic", k, x0) for k in (0.5, 1.0, 2.0, 4.0, 8.0) for x0 in (0.1, 0.3, 0.5, 0.7)]
-        return columns, [
+        return AllocationRow.columns(), [
             [r, *kind, rng.uniform(0.5, 1 - r), 0.01, rng.random() / 2, 0.01] for r in ratios for kind in kinds
         ]
     if name == "reconstruction":
-        columns = ["ratio", "models", "compensation", "score", "realised", "mean acc", "sd over seeds", "stderr"]
-        rows = [[0.0, kind, "", "", 0.0, 0.98, 0.0, 0.01] for kind in MODEL_GROUPS]
+        rows: list[list[Any]] = [[0.0, kind, "", "", 0.0, 0.98, 0.0, 0.01] for kind in MODEL_GROUPS]
         for r, kind, way, score in product(ratios, MODEL_GROUPS, get_args(Compensation), SCORES):
             rows.append([r, kind, way, score, r, 0.98 - r * rng.uniform(0.1, 1), 0.02, 0.01])
-        return columns, rows
+        return ReconstructionRow.columns(), rows
     if name == "ood":
-        names = ("dense", "its expert", "general", "general without it")
-        columns = [
-            "ratio",
-            "task",
-            *(c for n in names for c in (n, f"{n} stderr")),
-            "other experts",
-            "other experts stderr",
-        ]
-        return columns, [[r, t, 1.0, 0.0, 0.9, 0.02, 0.8, 0.02, 0.6, 0.03, 0.4, 0.01] for r in ratios for t in TASKS]
+        numbers = [1.0, 0.0, 0.9, 0.02, 0.8, 0.02, 0.6, 0.03, 0.4, 0.01]
+        return OutOfDistributionRow.columns(), [[r, task, *numbers] for r in ratios for task in TASKS]
     if name == "routing":
-        columns = ["routing", "ratio", "mean acc", "stderr", "to general"]
-        columns += [*(c for task in TASKS for c in (task, f"{task} stderr")), "p50 ms"]
         ways = {"classifier": 0.88, "oracle": 0.9, "random": 0.4, "general": 0.7}
-        return columns, [
+        return RoutingRow.columns(tasks=TASKS), [
             [w, r, v - r / 2, 0.01, 0.02, v, 0.01, v, 0.01, None, None, 0.3] for r in ratios for w, v in ways.items()
         ]
     if name == "paper":
@@ -219,16 +228,28 @@ def _table(name: str, config: Config, found: dict[str, Any]) -> tuple[list[str],
         rows = [["ours", 61.0, 62.0, 63.0, 62.0, 0.5], ["paper", 60.5, 62.5, None, 61.5, None]]
         rows.append(["difference", 0.5, -0.5, None, 0.5, None])
         return columns, [["accuracy, Llama-2-7B", "SEAP (s_F)", 0.2, *row] for row in rows]
+
+    models = Results.from_json(content).models
     if name == "transfer":
-        columns = ["model", "ratio", *(c for task in TASKS for c in (task, f"{task} stderr"))]
-        cells = [(m, m["quality"]) for m in found["models"] if m["kind"] != "summary"]
-        return columns, [
-            [m["name"], m["ratio"], *(v for t in TASKS for v in (q[t]["value"], q[t]["stderr"]))] for m, q in cells
-        ]
-    columns = ["model", "ratio", "realised", "mean acc", "stderr"]
-    means = [(m, mean_quality(m["quality"].values()) or (None, None)) for m in found["models"]]
-    rows = [[m["name"], m["ratio"], m["realised_ratio"], *mean] for m, mean in means]
-    return columns, [*rows, ["general_like_experts.score_average.experts_tokens.2", 0.4, 0.4012, 0.1, 0.01]]
+        rows = []
+        for model in models:
+            if model.kind != "summary":
+                rows.append(TransferRow(model.name, model.ratio, _estimates(model)).to_json())
+        return TransferRow.columns(tasks=TASKS), rows
+    rows = []
+    for model in models:
+        mean = mean_quality(model.quality.values()) or (None, None)
+        rows.append([model.name, model.ratio, model.realised_ratio, *mean])
+    rows.append(["general_like_experts.score_average.experts_tokens.2", 0.4, 0.4012, 0.1, 0.01])
+    return ["model", "ratio", "realised", "mean acc", "stderr"], rows
+
+
+def _estimates(model: StoredModelRow) -> dict[str, Estimate]:
+    estimates = {}
+    for task, cell in model.quality.items():
+        assert isinstance(cell, QualityCell)
+        estimates[task] = Estimate(cell.value, cell.stderr)
+    return estimates
 
 
 def edit(path: Path, change: Any) -> None:

@@ -27,6 +27,7 @@ def clusters_section(data: RunData) -> Section | None:
     if data.architecture is None or len(set(tasks)) < 2 or len(tasks) < 3:
         return None
 
+    # Standardised over all shards, as channels differ in scale by orders of magnitude.
     last = data.architecture.n_layers - 1
     panels = []
     shares = []
@@ -71,6 +72,7 @@ def principal_components(x_PD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     A component's sign is free; its largest coordinate is made positive, so that a figure comes out the same.
     """
+    # There are far fewer points than channels, so the singular vectors cost less than a covariance.
     u_PR, s_R, _ = np.linalg.svd(x_PD, full_matrices=False)
     at_P2 = (u_PR * s_R)[:, :2]
     at_P2 *= np.sign(at_P2[np.abs(at_P2).argmax(0), [0, 1]])
@@ -96,6 +98,7 @@ def nearest_of_same_label(x_PD: np.ndarray, labels: Sequence[str]) -> float | No
 def _scatter_chart(layer: int, x_PD: np.ndarray, tasks: Sequence[str]) -> Chart:
     """Return a point for every shard, in its task's style."""
     at_P2, (first, second) = principal_components(x_PD)
+    # Points of one task are one series without a line.
     series = []
     for i, task in enumerate(dict.fromkeys(tasks)):
         is_of_task = [other == task for other in tasks]

@@ -21,6 +21,7 @@ def allocation_section(data: RunData) -> Section | None:
 
     head = mean_head_of(table.columns)
     rows = AllocationRow.from_table(table)
+    # One row of panels for a ratio: the experts at the left, the general model at the right.
     maps = []
     for ratio in dict.fromkeys(row.ratio for row in rows):
         at_ratio = [row for row in rows if row.ratio == ratio]

@@ -48,6 +48,7 @@ def _smallest_stable(by_ratio: dict[float, list[CorpusRow]], *, is_perplexity: b
     clauses = []
     for ratio, rows in by_ratio.items():
         largest = rows[-1]
+        # From the largest size downwards, until a mean is too far from the last.
         stable = largest
         for row in reversed(rows):
             # The standard error of a perplexity is relative.

@@ -35,6 +35,8 @@ class Overlap:
             kept_MU = np.zeros((len(plans), width))
             for kept_U, plan in zip(kept_MU, plans, strict=True):
                 kept_U[plan.indices(layer, unit)] = 1
+
+            # Intersections are sums over all groups, so that a large layer counts more.
             size_M = kept_MU.sum(1)
             both_MM += kept_MU @ kept_MU.T
             expected_MM += np.outer(size_M, size_M) / width
@@ -105,6 +107,7 @@ def _overlap_by_layer(
     experts = [plan for plan in plans if plan.kind == "expert"]
     if len(experts) < 2:
         return None
+
     series = []
     for i, (unit, chance_style) in enumerate(zip(UNITS, (SECOND_REFERENCE, REFERENCE), strict=True)):
         overlaps = [Overlap.of(experts, [group]) for group in groups_by_unit[unit]]

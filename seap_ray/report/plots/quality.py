@@ -39,6 +39,8 @@ def quality_section(data: RunData) -> Section | None:
     """Return the quality of every method against what it removed."""
     rows = compared(widest_comparisons(data)[0].models)
     models = [model for model in rows if model.realised_ratio is not None]
+
+    # Accuracies and perplexities have charts of their own.
     charts = []
     for perplexity in MEAN_NAMES:
         if points := _points(models, perplexity=perplexity):
@@ -71,6 +73,7 @@ def _points(models: Sequence[ModelRow], *, perplexity: bool) -> list[Point]:
 def _quality_chart(points: Sequence[Point], *, perplexity: bool) -> Chart | None:
     """Return a line for every shown method, from the dense model on."""
     dense = [point for point in points if point.model.kind == "dense"]
+    # Every line starts at the dense model, from which nothing is removed.
     series = []
     for i, method in enumerate(_shown_methods(points, perplexity=perplexity)):
         by_size = sorted((p for p in points if method_of(p.model) == method), key=lambda point: point.removed)
@@ -95,6 +98,7 @@ def _shown_methods(points: Sequence[Point], *, perplexity: bool) -> list[str]:
         if point.model.ratio == largest:
             goodness[method_of(point.model)] = -point.mean if perplexity else point.mean
 
+    # A method without a model at the largest ratio comes last.
     methods = [method_of(point.model) for point in points if point.model.kind != "dense"]
     ranked = sorted(methods, key=lambda method: -goodness.get(method, -math.inf))
     return experts_first(ranked)[:MAX_METHODS]

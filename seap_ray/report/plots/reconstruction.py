@@ -48,6 +48,7 @@ def _reconstruction_chart(rows: Sequence[ReconstructionRow], mean: str, models: 
     series = []
     for i, (compensation, score) in enumerate(SHOWN):
         pruned = [row for row in rows if (row.compensation, row.score) == (compensation, score)]
+        # Every line starts at the dense model.
         line = sorted(dense + pruned, key=lambda row: row.realised)
         low = [row.mean - (row.sd_over_seeds or 0.0) for row in line]
         high = [row.mean + (row.sd_over_seeds or 0.0) for row in line]
@@ -64,6 +65,7 @@ def _finding(rows: Sequence[ReconstructionRow], mean: str) -> str:
     ratio = min({row.ratio for row in pruned}, key=lambda ratio: abs(ratio - 0.5))
     pick = min if mean.endswith("ppl") else max
 
+    # At the given ratio, a compensation has one row for every score.
     clauses = []
     for models, compensation in dict.fromkeys((row.models, row.compensation) for row in pruned):
         candidates = [

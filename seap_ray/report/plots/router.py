@@ -31,6 +31,7 @@ def router_section(data: RunData) -> Section | None:
 
 def _confusion_map(counts: Counts) -> HeatMap:
     """Return the share of every task's prompts that goes to each expert, and to the general model."""
+    # The experts in the order of the tasks, then what is no task: the general model.
     targets = {target for row in counts.values() for target in row}
     columns = [*counts, *sorted(targets - counts.keys())]
     tasks = [task for task, row in counts.items() if row]
@@ -46,6 +47,7 @@ def _shares(row: Mapping[str, int], columns: list[str]) -> list[float | None]:
 
 def _coverage_chart(report: Mapping[str, Any]) -> Chart:
     """Return how many prompts a threshold sends to an expert, and how many of these it sends to the right one."""
+    # A threshold that no prompt reaches has no accuracy.
     points = [point for point in report["coverage"] if point["accuracy"] is not None]
     x = [point["threshold"] for point in points]
     series = (

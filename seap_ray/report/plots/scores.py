@@ -27,6 +27,7 @@ def scores_section(data: RunData) -> Section | None:
     """Return quantiles of the scores in every layer: of the general model, the first expert and the last one."""
     if data.architecture is None or not data.plans:
         return None
+    # At the largest ratio the lowest score that is kept says most.
     ratio, plans = list(data.plans.items())[-1]
     experts = [plan for plan in plans if plan.kind == "expert"]
     shown = [plan for plan in plans if plan.kind == "general"] + experts[:1] + experts[1:][-1:]
@@ -89,6 +90,8 @@ def _computed_scores(data: RunData, architecture: Architecture, plan: StoredPlan
 
     score = SCORES[metadata["score"]]
     weights = list(metadata["tasks"].values())
+
+    # Under score_average every task is scored by itself, else once all tasks are one stream.
     streams = list(zip(weights, parts, strict=True))
     if metadata["pooling"] == "pooled":
         streams = [(1.0, pooled_statistics(parts, weights))]
@@ -115,6 +118,7 @@ def _score_chart(plan: StoredPlan, unit: str, scores: Sequence[np.ndarray]) -> C
     quantiles_LQ = np.array([np.quantile(np.maximum(score_U, floor), QUANTILES) for score_U in scores])
     low, below, median, above, high = quantiles_LQ.T.tolist()
 
+    # A layer that keeps all or nothing has no lowest score.
     lowest_kept = {}
     for layer, score_U in enumerate(scores):
         kept = plan.indices(layer, unit)

@@ -21,6 +21,7 @@ def sparsity_section(data: RunData) -> Section | None:
     if architecture is None or not data.plans:
         return None
 
+    # One row of panels for a ratio: the attention at the left, the MLP at the right.
     panels = []
     for ratio in data.shown_ratios:
         panels += [_sparsity_chart(data, architecture, ratio, unit) for unit in UNITS]
@@ -48,6 +49,8 @@ def _requested_shares(data: RunData, architecture: Architecture, plan: StoredPla
     allocation = AllocationSection.model_validate(metadata["allocation"])
     if metadata.get("budget", "exact") != "exact" or allocation.kind not in ("uniform", "logistic"):
         return []
+
+    # The config says which widths are allowed, which bounds what a layer can give.
     pruning = PruningSection.model_validate(data.config["pruning"])
     compensated = COMPENSATIONS[metadata["compensation"]].adds_biases
     constraints_L = WidthConstraints.of(architecture, pruning, compensated=compensated)
@@ -63,6 +66,7 @@ def _realised_shares(plans: Sequence[StoredPlan], unit: str, architecture: Archi
             percent_ML = 100 * np.array(shares)
             low = percent_ML.min(0).tolist()
             high = percent_ML.max(0).tolist()
+            # A band needs a range: experts of equal widths have none.
             bands = ((low, high),) if low != high else ()
             layers = range(percent_ML.shape[1])
             yield Series(label, layers, percent_ML.mean(0).tolist(), series_style(i), bands=bands)
@@ -76,6 +80,7 @@ def _finding(data: RunData, ratio: float, architecture: Architecture) -> str:
     for model in data.main.models:
         if model.ratio == ratio and model.name in names and model.realised_ratio is not None:
             realised.append(model.realised_ratio)
+    # One number where all models realise the same ratio.
     ends = dict.fromkeys(f"{end:.4f}" for end in (min(realised), max(realised)))
 
     shares = plans[0].removed_shares("channels", architecture)

@@ -33,6 +33,7 @@ def _removed(model: ModelRow) -> float:
 
 
 def _section(measured: Measured, pruned: Measured) -> Section:
+    # The models are in the order of what was removed, so the last is the smallest.
     smallest, speed = pruned[-1]
     removed = _removed(smallest)
     ideal = 1 / (1 - removed)
@@ -56,6 +57,7 @@ def _section(measured: Measured, pruned: Measured) -> Section:
 def _speed_chart(pruned: Measured, stage: str) -> Chart:
     """Return the ideal speed-up, and a line for every shown method."""
     largest, _ = pruned[-1]
+    # The ideal is a curve, drawn by 40 points up to the smallest model.
     x = np.linspace(0, _removed(largest), 40)
     series = [Series("ideal", (100 * x).tolist(), (1 / (1 - x)).tolist(), REFERENCE)]
 

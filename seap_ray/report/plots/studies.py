@@ -49,6 +49,7 @@ def _best_and_worst(table: StudyTable) -> str:
     if mean is None:
         return ""
 
+    # Rows of different ratios do not compare; the largest ratio shows most.
     rows = [row for row in _by_column(table) if row[mean] is not None]
     largest = max((row["ratio"] for row in rows if row.get("ratio") is not None), default=None)
     ascending = sorted((row for row in rows if row.get("ratio") == largest), key=lambda row: row[mean])
@@ -67,6 +68,7 @@ def _best_and_worst(table: StudyTable) -> str:
 
 def _by_column(table: StudyTable) -> list[dict[str, Any]]:
     """Return the rows by the names of the columns; of columns with the same name the first counts."""
+    # Columns of tasks may be named like one of the study.
     places = {column: table.columns.index(column) for column in table.columns}
     rows = []
     for row in table.rows:

@@ -26,6 +26,7 @@ class Transfer:
         models = [model for model in results.models if model.ratio == ratio and model.kind == "expert"]
         models += [model for model in results.models if model.ratio == ratio and model.kind == "general"]
 
+        # A missing dense model leaves every cell empty.
         values = []
         for model in models:
             values.append([_relative(model.quality.get(task), dense.get(task)) for task in results.tasks])
@@ -69,6 +70,7 @@ def transfer_section(data: RunData) -> Section | None:
     results = data.studies.get("transfer", data.main)
     ratios = {model.ratio for model in results.models if model.kind == "expert" and model.ratio is not None}
     transfers = {ratio: Transfer.of(results, ratio) for ratio in sorted(ratios)}
+    # Nothing to show where no model could be compared.
     transfers = {ratio: transfer for ratio, transfer in transfers.items() if transfer.has_values}
     if not transfers:
         return None

@@ -12,17 +12,25 @@ def model_of(data, name, ratio):
     return next(m for m in data.main.models if m.name == name and m.ratio == ratio)
 
 
+def mean_accuracy(model):
+    return sum(model.quality[task].value for task in TASKS) / len(TASKS)
+
+
+def own_task_accuracy(data, ratio):
+    return sum(model_of(data, task, ratio).quality[task].value for task in TASKS) / len(TASKS)
+
+
 def test_quality_is_the_mean_accuracy_from_dense_on(run):
     data = RunData.of(run)
     (chart,) = quality_section(data).figure.panels
     assert [series.label for series in chart.series] == ["experts", "general", "uniform"]
     for series in chart.series[1:]:
         models = [model_of(data, "dense", None), *(model_of(data, series.label, r) for r in RATIOS)]
-        means = [sum(m.quality[task].value for task in TASKS) / 3 for m in models]
+        means = [mean_accuracy(m) for m in models]
         assert series.x == pytest.approx([100 * m.realised_ratio for m in models])
         assert series.y == pytest.approx(means)
         assert series.errors[1] == pytest.approx([mean + 0.02 / math.sqrt(3) for mean in means])
-    own = [sum(model_of(data, task, r).quality[task].value for task in TASKS) / 3 for r in RATIOS]
+    own = [own_task_accuracy(data, r) for r in RATIOS]
     assert chart.series[0].y[1:] == pytest.approx(own)
     assert f"With 40 % removed: experts {own[1]:.3f}" in quality_section(data).finding.replace("with", "With")
 

@@ -20,12 +20,13 @@ def test_scores_are_those_that_the_plans_were_made_from(tmp_path, model):
     architecture = planner.checkpoint.architecture
     for spec in (spec for spec in model_specs(config) if spec.kind != "baseline"):
         (plan,) = (plan for plan in data.plans[0.4] if plan.name == spec.name)
-        found = unit_scores(data, architecture, plan)
+        scores = unit_scores(data, architecture, plan)
         for layer, (heads, channels) in enumerate(planner._column_scores(spec)):
-            assert found["heads"][layer] == pytest.approx(heads.numpy())
-            assert found["channels"][layer] == pytest.approx(channels.numpy().flatten())
-            kept, width = plan.indices(layer, "channels"), architecture.dense.channels
-            of_experts = found["channels"][layer].reshape(-1, width)
+            assert scores["heads"][layer] == pytest.approx(heads.numpy())
+            assert scores["channels"][layer] == pytest.approx(channels.numpy().flatten())
+            kept = plan.indices(layer, "channels")
+            width = architecture.dense.channels
+            of_experts = scores["channels"][layer].reshape(-1, width)
             for expert, score_C in enumerate(of_experts):
                 best = np.argsort(score_C, kind="stable")[width - len(kept) // len(of_experts) :]
                 assert set(kept[kept // width == expert]) == set(best + expert * width)

@@ -41,7 +41,8 @@ def test_shares_are_of_a_layers_own_units_and_of_each_expert_of_a_mixture():
 
 
 def test_what_the_models_were_cut_from_is_told_by_it_or_by_what_was_cut_from_a_dense_one(tmp_path):
-    run, narrow = make_run(tmp_path / "demo"), {"0": {"intermediate_size": 40}}
+    run = make_run(tmp_path / "demo")
+    narrow = {"0": {"intermediate_size": 40}}
     compacted = {**CONFIGS["llama_gqa"]().to_dict(), "model_type": "seap_llama", "per_layer_config": narrow}
 
     def known(model_type, gone):

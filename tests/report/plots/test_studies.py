@@ -37,7 +37,8 @@ def test_the_allocation_map_holds_every_value_where_it_belongs(studied):
 
 def test_a_study_says_what_is_best_and_worst_at_the_largest_ratio(studied):
     rows = [row for row in studied.study_table("routing").rows if row[1] == 0.4]
-    best, worst = max(rows, key=lambda row: row[2]), min(rows, key=lambda row: row[2])
+    best = max(rows, key=lambda row: row[2])
+    worst = min(rows, key=lambda row: row[2])
     finding = routing_section(studied).finding
     assert f"{best[2]:.3f} ({best[0]}) at best" in finding and f"{worst[2]:.3f} ({worst[0]}) at worst" in finding
 
