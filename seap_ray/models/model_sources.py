@@ -181,7 +181,7 @@ def parse_model_source(name: str, revision: str | None = None) -> ModelSource:
     if name == BUILT_IN:
         return BuiltInModel(name, revision)
     path = parse_path(name)
-    if isinstance(path, BucketPath):
+    if path.is_remote:
         return BucketModel(name, revision, path)
     if path.is_dir():
         # By its whole path: another process may have another current folder.
