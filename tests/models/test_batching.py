@@ -1,0 +1,61 @@
+"""Batching: sequences are grouped and packed within a limit, none is lost, and little is padding."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seap_ray.models.batching import chunk_stream, group_by_length, pack_sequences
+
+often = settings(max_examples=100, deadline=None)
+
+
+@given(st.lists(st.integers(1, 100), max_size=60), st.integers(1, 300))
+@often
+def test_batches_cover_every_sequence_once_and_stay_within_the_limit(lengths, limit):
+    grouped = group_by_length(lengths, limit)
+    assert sorted(i for group in grouped for i in group) == list(range(len(lengths)))
+    assert all(grouped), "no empty batch"
+    for group in grouped:
+        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= limit
+    assert group_by_length(lengths, limit) == grouped
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=60))
+@often
+def test_batches_are_no_smaller_than_they_must_be(lengths):
+    limit = max(lengths)
+    grouped = group_by_length(lengths, limit)
+    for one, following in zip(grouped, grouped[1:], strict=False):
+        assert (len(one) + 1) * lengths[following[0]] > limit
+
+
+@given(st.lists(st.integers(1, 100), max_size=60), st.integers(1, 300))
+@often
+def test_packed_rows_hold_every_sequence_once_and_stay_within_the_limit(lengths, limit):
+    grouped = pack_sequences(lengths, limit)
+    assert sorted(i for rows in grouped for row in rows for i in row) == list(range(len(lengths)))
+    for rows in grouped:
+        assert all(rows)
+        longest = max(sum(lengths[i] for i in row) for row in rows)
+        assert len(rows) * longest <= limit or len(rows) == 1 and longest <= max(lengths)
+    assert pack_sequences(lengths, limit) == grouped
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.5, 1.5])
+def test_packing_leaves_less_than_two_percent_to_padding(spread):
+    random_ = random.Random(0)
+    lengths = [1 + min(2000, int(random_.lognormvariate(4.5, spread))) for _ in range(64)]
+    batches = pack_sequences(lengths, 4096)
+    computed = sum(len(rows) * max(sum(lengths[i] for i in row) for row in rows) for rows in batches)
+    assert sum(lengths) > 0.98 * computed
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=12), st.integers(1, 10))
+@often
+def test_pack_keeps_every_token_in_order(sequences, length):
+    pieces = chunk_stream(sequences, length)
+    assert [t for piece in pieces for t in piece] == [t for sequence in sequences for t in sequence]
+    assert all(len(piece) == length for piece in pieces[:-1])
+    assert all(1 <= len(piece) <= length for piece in pieces)
