@@ -4,7 +4,6 @@ python examples/one_machine.py [FOLDER]
 """
 
 import sys
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,9 +13,10 @@ from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.scores import Norms, head_scores, wifv
 from seap_ray.demo import skills
 from seap_ray.models.export import CheckpointExport, finish, parse_size, write_tensors
+from seap_ray.storage.paths import LocalPath
 
 RATIO = 0.2
-folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/one_machine")
+folder = LocalPath(sys.argv[1] if len(sys.argv) > 1 else "runs/one_machine")
 folder.mkdir(parents=True, exist_ok=True)
 
 # Calibrate: the moments of every layer's o_proj and down_proj inputs over 200 questions with their answers.
