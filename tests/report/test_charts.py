@@ -14,33 +14,17 @@ from seap_ray.report.charts import (
     INK,
     MARKERS,
     REFERENCE,
-    Chart,
     Figure,
-    HeatMap,
     Series,
     series_style,
 )
 from seap_ray.report.svg import _legend_columns, figure_svg, legend_key_svg, panel_svg
 from tests.support import ROOT
+from tests.support.charts import chart, heat_map
 from tests.support.oracles import contrast
 
 ODD = 'a<b> & "c" $x_1$'
 PAGES = re.findall(r"--page: (#\w+)", Path(charts.__file__).with_name("template.html.jinja").read_text())
-
-
-def chart(**changes):
-    x, y = (1.0, 2.0, 4.0), (0.2, 0.5, 0.9)
-    series = (
-        Series("one", x, y, series_style(0)),
-        Series("two", x, y[::-1], series_style(1), errors=((0.8, 0.4, 0.1), (1, 0.6, 0.3))),
-    )
-    return Chart(**{"title": "Chart", "x_label": "x", "y_label": "y", "series": series, **changes})
-
-
-def heat_map(**changes):
-    values = [[0.25, None], [0.5, 1.0]]
-    named = {"title": "Map", "x_label": "x", "y_label": "y", "columns": ["p", "q"], "rows": ["r", "s"]}
-    return HeatMap(**{**named, "values": values, **changes})
 
 
 def texts(svg):
@@ -120,9 +104,10 @@ def test_series_can_be_told_apart_without_colour():
 
 def test_the_same_numbers_give_the_same_bytes_in_another_process_with_other_settings():
     code = (
-        "import sys; sys.path[:0] = ['.', 'tests/report']; "
+        "import sys; sys.path[:0] = ['.']; "
         "import matplotlib; matplotlib.rcParams['font.size'] = 30; "
-        "from test_charts import *; print(panel_svg(chart(), 'x'), panel_svg(heat_map(), 'x'))"
+        "from seap_ray.report.svg import panel_svg; from tests.support.charts import chart, heat_map; "
+        "print(panel_svg(chart(), 'x'), panel_svg(heat_map(), 'x'))"
     )
     root = ROOT
     done = subprocess.run(
