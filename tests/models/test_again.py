@@ -213,7 +213,7 @@ def test_a_second_cut_to_equal_widths_has_a_stock_export(dense, tmp_path, name, 
     uneven = tuple(
         random_kept(base.architecture.dense, Shape(*heads, 60 + layer), random.Random(layer)) for layer in range(4)
     )
-    first_plan = Plan("once", 0.3, first, uneven, {})
+    first_plan = Plan("once", 0.3, COMPENSATIONS[first], uneven, {})
     source = write(CheckpointExport(base, first_plan, random_statistics(base.architecture, 2)), tmp_path / "once")
     cut = equal_cut(Checkpoint.open(str(source)), Shape(*heads, 50), compensation)
     check_stock(cut.plan, cut.base.architecture)
