@@ -139,6 +139,29 @@ def test_needs_of_a_model_are_told_from_its_config_alone(tmp_path):
     assert needs_findings(Config.model_validate({"model": {"source": str(tmp_path / "none")}}), Run(tmp_path)) == []
 
 
+def test_needs_of_a_model_of_the_hub_take_its_config_and_no_weight(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(DEMO.config))
+    asked = []
+
+    def download(*arguments, **settings):
+        asked.append((arguments, settings))
+        return str(tmp_path / "config.json")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    config = Config.model_validate({"model": {"source": "owner/name", "revision": "v2"}})
+    disk = needs_findings(config, Run(tmp_path / "run"))[2].message
+    assert asked == [(("owner/name", "config.json"), {"revision": "v2"})]
+    assert disk.endswith("; and 5.47 MB for the model in each node's cache")
+
+
+def test_without_a_config_to_be_had_nothing_is_said_of_needs(monkeypatch, tmp_path):
+    def download(*_arguments, **_settings):
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert needs_findings(Config.model_validate({"model": {"source": "owner/name"}}), Run(tmp_path)) == []
+
+
 def test_the_shards_of_a_run_count_in_place_of_the_longest_possible(tmp_path):
     run = Run(tmp_path)
     model = ModelSize.from_checkpoint(DEMO)
