@@ -93,6 +93,7 @@ class Checkpoint:
         if not config_path.is_file():
             raise ConfigError(f"model.source: {folder} has no config.json")
 
+        # Headers alone are read, which say where every tensor lies.
         tensors: dict[str, TensorInfo] = {}
         try:
             for file in _weight_files(folder, source):
@@ -134,6 +135,7 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the configuration and the weight files (a sample of each large one)."""
+        # The same model has the same fingerprint in any folder, so paths are left out.
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in sorted({info.file for info in self.tensors.values()}):
             digest.update(_file_hash(file))
@@ -161,6 +163,7 @@ def _weight_files(folder: Path, source: ModelSource) -> list[Path]:
     """Return the files that the index names, or the one file of a small model. Raises ConfigError if one is missing."""
     index = folder / INDEX
     if index.is_file():
+        # The index maps every tensor to its file, so that files come many times.
         names = set(_read_json_object(index).get("weight_map", {}).values())
         files = sorted(folder / name for name in names)
         if not files:
@@ -200,6 +203,7 @@ def _file_hash(path: Path) -> bytes:
         # A safetensors file begins with the length of its header, 8 bytes.
         header_length = struct.unpack("<Q", file.read(8))[0]
         digest.update(file.read(header_length))
+        # The first block begins the file, the last one ends it.
         for i in range(SAMPLED_BLOCKS):
             file.seek((n_bytes - BLOCK_BYTES) * i // (SAMPLED_BLOCKS - 1))
             digest.update(file.read(BLOCK_BYTES))

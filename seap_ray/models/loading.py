@@ -17,7 +17,7 @@ from seap_ray.models.checkpoint import Checkpoint
 def model_dtype(model: ModelSection, checkpoint: Checkpoint) -> torch.dtype:
     """Return the type to compute in; ``auto`` is the one in the model's config.json, float32 where it names none."""
     name = model.dtype
-    if name == "auto":
+    if name == "auto":  # older configs have the second name
         name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
     return getattr(torch, name)
 
@@ -41,6 +41,7 @@ def load_model(config: Config, base: Checkpoint, folder: Path) -> PreTrainedMode
     import seap_ray.models.hf  # noqa: F401  lets AutoModelForCausalLM load what was cut
 
     prepare_process(config.calibration)
+    # accelerate places a spread model itself; a whole one is loaded on the CPU first.
     is_spread = config.calibration.placement == "device_map"
     device_map: Any = None
     if is_spread:
@@ -72,5 +73,7 @@ def first_device(settings: CalibrationSection) -> torch.device:
 def free_memory(device: torch.device, num_gpus: float) -> int:
     """Return the bytes that a worker may take on its device now; of a GPU that it has a share of, that share."""
     if device.type == "cuda":
+        # Other workers take the rest of the GPU.
         return int(torch.cuda.mem_get_info(device)[0] * min(num_gpus, 1))
+    # As if there were a worker on every core.
     return psutil.virtual_memory().available // (os.cpu_count() or 1)

@@ -186,6 +186,7 @@ def parse_model_source(name: str, revision: str | None = None) -> ModelSource:
     if path.is_dir():
         # By its whole path: another process may have another current folder.
         return LocalModel(str(path.absolute()), revision, path.absolute())
+    # A name of the hub has one slash; whatever else is not there is a path, whose absence ``fetch`` reports.
     looks_like_path = name.startswith((".", "/", "~")) or path.exists()
     if looks_like_path or name.count("/") != 1:
         return LocalModel(name, revision, path)

@@ -68,7 +68,7 @@ def is_whole(path: StoragePath, **expected: Any) -> bool:
     except (FileNotFoundError, SafetensorError, KeyError, ValueError):
         return False
     except OSError as error:
-        if not storage_path(path).is_remote:
+        if not storage_path(path).is_remote:  # a disk that cannot be read has a damaged file
             return False
         raise IncompleteError(f"{path}: cannot be read ({error}); mend that and run the same command again") from error
 
@@ -101,6 +101,7 @@ class TensorFile:
 def save_moments(path: StoragePath, statistics: Statistics, **metadata: Any) -> None:
     """Write moments, float64, with metadata and a hash of their bytes; the same moments give the same file."""
     tensors = {}
+    # Sorted, so that the same moments give the same file.
     for (layer, site), moments in sorted(statistics.items()):
         tensors[f"layers.{layer}.{site}.mean"] = moments.mean_D.contiguous()
         tensors[f"layers.{layer}.{site}.m2"] = moments.m2_D.contiguous()
@@ -221,10 +222,12 @@ def to_triangle(symmetric_DD: Tensor) -> Tensor:
 
 def from_triangle(triangle: Tensor) -> Tensor:
     """Return the symmetric float64 matrix of a lower triangle: (D (D + 1) / 2,) -> (D, D)."""
+    # D (D + 1) / 2 numbers: D is the whole part of the root of twice as many.
     width = math.isqrt(2 * triangle.numel())
     matrix_DD = torch.zeros(width, width, dtype=torch.float64)
     for i, row in enumerate(triangle.split([*range(1, width + 1)])):
         matrix_DD[i, : i + 1] = row
+    # The diagonal is there already.
     matrix_DD += matrix_DD.tril(-1).T
     return matrix_DD
 

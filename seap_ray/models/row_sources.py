@@ -108,6 +108,7 @@ class RowFiles(RowSource):
             files = self._list(where)
         except OSError as error:
             raise DataError(f"tasks.{self.task}: {where} cannot be read ({error.strerror or error})") from None
+
         if not files:
             raise DataError(f"tasks.{self.task}: no file of split {self.split!r} under {where}")
         if len({file_format(self.task, file) for file in files}) > 1:
@@ -117,6 +118,7 @@ class RowFiles(RowSource):
         return files
 
     def _list(self, where: StoragePath) -> Sequence[StoragePath]:
+        # The order decides: a file's or folder's name may hold a pattern's characters.
         if where.is_file():
             return [where]
         if where.is_dir():
@@ -127,6 +129,7 @@ class RowFiles(RowSource):
         """Return the files of the split by the names in a local folder, as ``datasets`` reads them."""
         from datasets.data_files import DataFilesDict, get_data_patterns
 
+        # datasets' own rules for names such as train-00000-of-00002.parquet and folders such as data/test.
         try:
             patterns = get_data_patterns(str(folder))
         except FileNotFoundError:
@@ -187,6 +190,7 @@ def _parse(task: Task, path: str, split: str, demo_part: skills.Split) -> RowSou
 
 
 def _names_files(path: str) -> bool:
+    # A data set of the hub may be one word, so what ends like a file or is there counts as files.
     looks_like_path = is_uri(path) or path.startswith((".", "/", "~"))
     return looks_like_path or _suffix(Path(path)) in FORMATS or Path(path).exists()
 
@@ -211,6 +215,7 @@ def read_first_row(task: str, file: StoragePath) -> Row | None:
     try:
         match file_format(task, file):
             case "parquet":
+                # One row of the first row group; the file may be large, or in a bucket.
                 batch = next(pq.ParquetFile(file.open("rb")).iter_batches(batch_size=1), None)
                 return batch.to_pylist()[0] if batch is not None and batch.num_rows else None
             case "json":

@@ -126,6 +126,7 @@ def _host_share(nodes: list[dict[str, Any]], config: Config) -> WorkerMemory:
     max_workers = sys.maxsize
     if settings.workers != "auto" and config.evaluation.samples == 0:
         max_workers = settings.workers
+    # ``memory`` is what Ray gives to tasks; workers on a node have equal shares of it.
     shares: list[int] = []
     for node in nodes:
         resources = node["Resources"]
@@ -150,6 +151,7 @@ def _gpus_of(nodes: list[dict[str, Any]], num_gpus: float) -> list[list[int]]:
 
     Raises IncompleteError where GPUs are taken.
     """
+    # A task that asks for a worker's GPUs on a node sees those that a worker would get there.
     probe = ray.remote(num_cpus=0, num_gpus=num_gpus)(_gpu_memory)
     probes = []
     for node in nodes:

@@ -171,6 +171,7 @@ def _write_all(config: Config, run: Run, tasks: Sequence[Task], keys: Sequence[s
     corpus = config.corpus
     is_official = corpus.prompt_format == "official"
     write = ray.remote(_write_task)
+    # Each is written while the next one is drawn.
     pending = []
     for task, key in zip(tasks, keys, strict=True):
         rows = read_rows(task, seed=config.run.seed, n=corpus.samples)
@@ -207,7 +208,7 @@ def read_rows(task: Task, *, evaluation: bool = False, seed: int = 0, n: int | N
 
 
 def _read_files(source: RowFiles) -> ray.data.Dataset:
-    os.environ.setdefault(FOOTER_READERS, "1")
+    os.environ.setdefault(FOOTER_READERS, "1")  # a user's own value counts
     readers: dict[str, Callable[..., ray.data.Dataset]] = {
         "parquet": ray.data.read_parquet,
         "json": ray.data.read_json,
@@ -277,6 +278,7 @@ def draw(task: Task, rows: ray.data.Dataset, *, n: int | None, seed: int, offici
         raise DataError(f"tasks.{task.name}: the corpus has no rows")
 
     table = pa.concat_tables(tables)
+    # A block's counts stand in its first row, so that their sums are those of the corpus.
     n_rows = sum(table.column("n_rows").to_pylist())
     n_blank = sum(table.column("n_blank").to_pylist())
     drawn = _smallest_keys(table.filter(pa.compute.not_equal(table.column("key"), b"")), n)
@@ -321,6 +323,7 @@ def _write_task(config: Config, run: Run, task: str, key: str, drawn: Draw) -> N
     rows = [row for row in zip(all_ids, texts, questions, strict=True) if row[0]]  # some texts have no token
     prompts = _write_prompts(run, task, [question or text for _, text, question in rows])
 
+    # Buckets cut long texts; packing has the stream of all texts, so that nothing is lost.
     pairs = [(ids, text) for ids, text, _ in rows]
     n_cut = 0
     if corpus.packing == "bucket":
@@ -332,6 +335,7 @@ def _write_task(config: Config, run: Run, task: str, key: str, drawn: Draw) -> N
     for start in range(0, len(pairs), corpus.shard_sequences):
         shard_pairs = pairs[start : start + corpus.shard_sequences]
         if corpus.packing == "pack":
+            # A chunk holds pieces of several texts, so none is stored with it.
             chunks = chunk_stream([ids for ids, _ in shard_pairs], longest)
             shard_pairs = [(ids, "") for ids in chunks]
         shards.append(_write_shard(run, task, f"{len(shards):05d}", shard_pairs))

@@ -21,6 +21,7 @@ else:
 
 @contextmanager
 def chromium() -> Iterator["Browser"]:
+    """Yield a headless browser; skip the test where there is none."""
     if MISSING:
         pytest.skip(MISSING)
     with sync_playwright() as playwright:

@@ -52,6 +52,7 @@ def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: b
     linear = torch.nn.functional.linear
 
     def spying(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Keep what the down projection of an MoE expert is given."""
         if weight.data_ptr() in of_expert:
             seen[of_expert[weight.data_ptr()]].append(x.double())
         return linear(x, weight, bias)
@@ -162,6 +163,7 @@ def with_replaced_activations(model: Any, export: CheckpointExport) -> Any:
         mean_D = replaced_mean(export, layer, site)
 
         def replace(_module: nn.Module, inputs: Any, cut=cut, mean_D=mean_D) -> Any:
+            """Put the mean in the place of the cut columns of an input."""
             x_BTD = inputs[0].clone()
             x_BTD[..., cut] = mean_D[cut].to(x_BTD.dtype)
             return (x_BTD,)
@@ -188,6 +190,7 @@ def with_split_products(model: Any, export: CheckpointExport) -> Any:
             bias_O = bias_O if linear.bias is None else bias_O + linear.bias
 
         def forward(x_BTD: torch.Tensor, kept=kept, weight_OD=weight_OD, bias_O=bias_O) -> torch.Tensor:
+            """Multiply the kept columns alone."""
             return functional.linear(x_BTD[..., kept], weight_OD[:, kept], bias_O)
 
         linear.forward = forward  # type: ignore[method-assign]

@@ -23,6 +23,7 @@ METRICS_S = 1
 
 
 def arguments(**values):
+    """Return command-line arguments of a job that set these keys."""
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
@@ -44,6 +45,7 @@ def make_run(storage):
 
 
 def environment(**more):
+    """Return the environment of a job: a cluster of its own, two API keys, frequent metrics."""
     keys = f"another-key-entirely, {KEY}"
     # Ray's processes tell their metrics every ten seconds, and tests wait for them.
     often = {"RAY_metrics_report_interval_ms": f"{1000 * METRICS_S}"}
@@ -51,6 +53,7 @@ def environment(**more):
 
 
 def free_port():
+    """Return a TCP port that nobody listens at."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return taken.getsockname()[1]
@@ -81,9 +84,11 @@ class Service:
 
     @property
     def url(self):
+        """Return the address that the service listens at."""
         return f"http://127.0.0.1:{self.port}"
 
     def http(self, **kwargs):
+        """Return a client that has a key."""
         headers = {"authorization": f"Bearer {KEY}", **kwargs.pop("headers", {})}
         return httpx.Client(base_url=self.url, headers=headers, timeout=120, **kwargs)
 
@@ -92,12 +97,14 @@ class Service:
         return [p for p in psutil.Process(self.process.pid).children(recursive=True) if name in " ".join(command_of(p))]
 
     def stop(self):
+        """End the service as a user would, and wait until it is gone."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait(120)
 
 
 def command_of(process):
+    """Return a process's command line, nothing where it is gone."""
     try:
         return process.cmdline()
     except psutil.Error:
@@ -105,8 +112,10 @@ def command_of(process):
 
 
 def questions(task, n=12):
+    """Return held-out questions of a skill."""
     return [row["question"] for row in skills.rows(task, n, split="test", seed=1)]
 
 
 def chat(text):
+    """Return a conversation of one message."""
     return [{"role": "user", "content": text}]
