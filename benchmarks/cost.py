@@ -146,7 +146,7 @@ def measure_machine(folder: Path) -> Machine:
     q_BHTD = torch.randn(4, 16, SEQUENCE, HEAD_DIM)
     arrays = [torch.rand(n // 8, dtype=torch.float64) for n in ARRAY_BYTES]
     out = torch.empty_like(arrays[-1])
-    one = torch.ones(1)
+    scalar = torch.ones(1)
     moments = Moments(1, torch.ones(1), torch.zeros(1))
 
     large = folder / "large"
@@ -178,7 +178,7 @@ def measure_machine(folder: Path) -> Machine:
         listed=(len(names) - 1) / listing,
         got=1 / _best(read_moments, records, (7, "attn"), calls=100),
         added=1 / _best(Moments.__add__, moments, moments, calls=100),
-        calls=1 / _best(torch.add, one, one, calls=1000),
+        calls=1 / _best(torch.add, scalar, scalar, calls=1000),
     )
 
 

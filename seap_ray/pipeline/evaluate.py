@@ -181,7 +181,7 @@ def evaluate(
 
     failures: dict[tuple[str, str], Failure] = {}
     if missing:
-        total = sum(len(one.files) for one in missing)
+        total = sum(len(results.files) for results in missing)
         for _ in progress(_judge_all(config, eval_tasks, missing, failures), total, "evaluating", " cells"):
             pass
 
@@ -232,22 +232,22 @@ def _judge_all(
     # Each task's rows are in the object store once, whatever the number of models.
     stored = {name: ray.put(task) for name, task in eval_tasks.items() if isinstance(task, EvalTask)}
     pending = {}
-    for one in missing:
-        own = {task: stored[task] for task in one.files}
-        pending[judge.remote(config, one.target.source, one.files, own)] = one
+    for results in missing:
+        tasks = {task: stored[task] for task in results.files}
+        pending[judge.remote(config, results.target.source, results.files, tasks)] = results
 
     # Whichever model is done first comes first, so that progress is shown as it is made.
     while pending:
         (done,), _ = ray.wait(list(pending), num_returns=1)
-        one = pending.pop(done)
+        results = pending.pop(done)
         try:
             failed = ray.get(done)
         except RayError as error:  # its process died, again and again
-            failed = dict.fromkeys(one.files, Failure.of(error))
+            failed = dict.fromkeys(results.files, Failure.of(error))
 
         for task, failure in failed.items():
-            failures[one.target.fingerprint, task] = failure
-        yield len(one.files)
+            failures[results.target.fingerprint, task] = failure
+        yield len(results.files)
 
 
 def _judge(

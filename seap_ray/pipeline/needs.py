@@ -198,7 +198,7 @@ def checkpoint_bytes(model: ModelSize, config: Config) -> int:
     for ratio in config.pruning.ratio:
         for spec in model_specs(config):
             size = _pruned_size(model, config, spec, ratio)
-            parameters += size.own
+            parameters += size.changed
             if is_uri(config.run.storage):
                 parameters += size.carried
             else:
@@ -210,7 +210,8 @@ def checkpoint_bytes(model: ModelSize, config: Config) -> int:
 class _PrunedSize:
     """Weights of a pruned model."""
 
-    own: int
+    changed: int
+    """Those that are in its own files."""
     carried: int
     """Those that it has unchanged from the base."""
     whole_layers: frozenset[int]
@@ -222,11 +223,11 @@ def _pruned_size(model: ModelSize, config: Config, spec: ModelSpec, ratio: float
     compensated = COMPENSATIONS[spec.settings.compensation or "none"].adds_biases
     shapes = _shapes(architecture, pruning_section(config, spec.settings), config, ratio, compensated=compensated)
     if not shapes:
-        own = round((1 - ratio) * architecture.decoder_parameters)
-        return _PrunedSize(own, model.outer_parameters, frozenset())
+        changed = round((1 - ratio) * architecture.decoder_parameters)
+        return _PrunedSize(changed, model.outer_parameters, frozenset())
 
     is_stock = config.export.format == "stock"
-    own = 0
+    changed = 0
     carried = model.outer_parameters
     whole_layers = []
     for i, (given, shape) in enumerate(zip(architecture.layers, shapes, strict=True)):
@@ -237,8 +238,8 @@ def _pruned_size(model: ModelSize, config: Config, spec: ModelSpec, ratio: float
         else:
             unchanged = _unchanged_parameters(architecture, given)
             carried += unchanged
-            own += after - unchanged
-    return _PrunedSize(own, carried, frozenset(whole_layers))
+            changed += after - unchanged
+    return _PrunedSize(changed, carried, frozenset(whole_layers))
 
 
 def _shapes(

@@ -128,7 +128,10 @@ def _check_versions() -> Iterator[Finding]:
     # Those with a marker belong to extras, or to other machines.
     requirements = [requirement for requirement in requirements if not requirement.marker]
     installed = {requirement.name: _version(requirement.name) for requirement in requirements}
-    untested = [f"{one.name} {installed[one.name]}" for one in requirements if _is_untested(one, installed[one.name])]
+    untested = []
+    for requirement in requirements:
+        if _is_untested(requirement, installed[requirement.name]):
+            untested.append(f"{requirement.name} {installed[requirement.name]}")
 
     if untested:
         message = f"tested with others than {', '.join(untested)}: python3 -m seap_ray.install"

@@ -56,7 +56,7 @@ class ModelRow:
     def to_json(self) -> dict[str, Any]:
         """Return the row as a results file has it."""
         # The two kinds of rows have the same fields; only these two differ in type.
-        values: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
+        values: dict[str, Any] = {key.name: getattr(self, key.name) for key in fields(self)}
         values["quality"] = {task: rows.cell_from_json(result) for task, result in self.quality_json.items()}
         values["speed"] = rows.SpeedCell(**asdict(self.speed)) if self.speed else None
         return rows.ModelRow(**values).to_json()
@@ -65,7 +65,7 @@ class ModelRow:
     def from_json(cls, content: Mapping[str, Any]) -> "ModelRow":
         """Read a row of a results file; the parts of each quality are not in it."""
         row = rows.ModelRow.from_json(content)
-        values = {one.name: getattr(row, one.name) for one in fields(cls)}
+        values = {key.name: getattr(row, key.name) for key in fields(cls)}
         values["quality"] = {task: _result_of(cell) for task, cell in row.quality.items()}
         values["speed"] = Speed(**asdict(row.speed)) if row.speed else None
         return cls(**values)
