@@ -209,9 +209,9 @@ def test_the_job_ends_with_one_line_and_no_traceback(run):
     ],
 )
 def test_the_command_that_is_told_has_the_key_from_where_it_is(run, capsys, setting, header):
-    from serve.deployment import _tell
+    from serve.deployment import _print_addresses
 
-    _tell(config(run, setting), ["general"])
+    _print_addresses(config(run, setting), ["general"])
     assert f"  curl http://127.0.0.1:8000/v1/models{header}\n" in capsys.readouterr().out
 
 

@@ -155,12 +155,12 @@ def ingress(module, *outcomes, is_single):
             raise outcome
         return outcome, None
 
-    made._first = first
+    made._call = first
     return made
 
 
 def begin(made):
-    decision, reply, _ = asyncio.run(made._begin("chat", SimpleNamespace(model="verse"), ["a"]))
+    decision, reply, _ = asyncio.run(made._start_reply("chat", SimpleNamespace(model="verse"), ["a"]))
     return decision.model, decision.reason, reply
 
 

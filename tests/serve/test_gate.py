@@ -17,7 +17,7 @@ from starlette.responses import PlainTextResponse
 from seap_ray.config import ServeSection, load_config
 from seap_ray.errors import ConfigError
 from serve.errors import add_handlers
-from serve.gate import OPEN, Gate, key_hashes, proxy_middleware
+from serve.gate import OPEN_PATHS, Gate, key_hashes, proxy_middleware
 
 KEYS = "alpha-key-of-team-a, beta-key-of-team-b"
 ONE, TWO = "the-first-key-there-is", "the-second-key-there-is"
@@ -130,7 +130,7 @@ def key_hashes_of(*keys):
         return key_hashes(ServeSection())
 
 
-@pytest.mark.parametrize("path", OPEN)
+@pytest.mark.parametrize("path", OPEN_PATHS)
 def test_health_is_answered_without_a_key(keyed, path):
     assert call(keyed, "GET", path).status_code == 200
 
