@@ -1,4 +1,4 @@
-"""Slicing against numpy's fancy indexing, and the bias that stands for what is cut."""
+"""Slicing against numpy's fancy indexing."""
 
 import random
 
@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 import seap_ray.core.slicing as slicing_module
 from seap_ray.core.architecture import Architecture, Layer, Shape
-from seap_ray.core.compensation import mean_bias
 from seap_ray.core.plan import Kept
 from seap_ray.core.slicing import kept_indices, slice_tensor, sliced_shape
 from tests.support.builders import random_kept
@@ -162,31 +161,3 @@ def test_kept_indices_are_the_columns_of_the_kept_units():
     assert kept_indices(kept, "heads", 3).tolist() == [6, 7, 8, 15, 16, 17]
     assert kept_indices(kept, "groups", 2).tolist() == [2, 3]
     assert kept_indices(kept, "channels", 3).tolist() == [0, 7]
-
-
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_mean_bias_equals_numpy_and_adds_to_the_bias_that_is_there(with_bias, dtype, rtol):
-    generator = torch.Generator().manual_seed(0)
-    weight_OD = torch.randn(6, 9, generator=generator, dtype=torch.float64).to(dtype)
-    mean_D = 10 * torch.randn(9, generator=generator, dtype=torch.float64)
-    bias_O = torch.randn(6, generator=generator, dtype=torch.float64).to(dtype) if with_bias else None
-    cut = [1, 2, 6, 8]
-    expected = weight_OD.double().numpy()[:, cut] @ mean_D.numpy()[cut]
-    if bias_O is not None:
-        expected = expected + bias_O.double().numpy()
-    result = mean_bias(weight_OD, mean_D, torch.tensor([0, 3, 4, 5, 7]), bias_O)
-    assert result.dtype == dtype
-    np.testing.assert_allclose(result.double(), expected, rtol=rtol)
-
-
-def test_mean_bias_keeps_what_float32_sums_would_lose():
-    weight_OD = torch.tensor([[1.0, 1.0, 1.0]])
-    mean_D = torch.tensor([1e8, 0.25, -1e8], dtype=torch.float64)
-    assert mean_bias(weight_OD, mean_D, torch.tensor([], dtype=torch.int64), None).tolist() == [0.25]
-
-
-def test_nothing_cut_needs_no_bias():
-    weight_OD, mean_D = torch.ones(2, 3), torch.ones(3, dtype=torch.float64)
-    assert mean_bias(weight_OD, mean_D, torch.arange(3), None).tolist() == [0.0, 0.0]
-    assert mean_bias(weight_OD, mean_D, torch.arange(3), torch.tensor([4.0, 5.0])).tolist() == [4.0, 5.0]
