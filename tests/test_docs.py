@@ -1,5 +1,6 @@
 """Documentation: README's code blocks run as they stand, each in a fresh process, and what documents name exists."""
 
+import ast
 import os
 import re
 import shlex
@@ -124,6 +125,23 @@ def test_every_path_that_a_document_names_exists(path):
 def test_every_relative_link_leads_to_a_file(path):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
         assert target.startswith("http") or (path.parent / target).exists(), target
+
+
+def test_each_step_of_the_way_to_an_expert_is_called_by_one_above_it():
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("to a written expert")[2].partition("After that")[0]
+    files = re.findall(r"^\| \d+ \| `([\w/]+\.py)`", table, re.MULTILINE)
+    assert len(files) == 14
+    for i, file in enumerate(files[1:], 1):
+        above = {module for earlier in files[:i] for module in imported_modules(earlier)}
+        module = file.removesuffix(".py").replace("/", ".")
+        assert {module, module.rpartition(".")[0]} & above, file
+        assert i < 4 or not {"seap_ray.cli", "seap_ray.pipeline.job"} & {*imported_modules(file)}, file
+
+
+def imported_modules(file):
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
 
 
 def test_the_extras_of_the_test_command_exist():
