@@ -103,6 +103,7 @@ class CheckpointExport:
         new: list[OutputTensor] = []
         for layer in range(len(self.plan.kept)):
             modules = [module for module in architecture.compensated if self.compensates(layer)]
+            # A stock Llama's biases are all there or none.
             if self.stock and _has_biases(self.plan, architecture):
                 modules = [*architecture.layout.rows, *architecture.layout.columns]
             for module in modules:
@@ -134,6 +135,7 @@ class CheckpointExport:
         if is_replaced and self.compensates(layer):
             return iter([self._repaired(layer, module)[kind]])
 
+        # A bias that the stock family wants and nothing needs is zero.
         source = self._source(layer, module, kind)
         if source not in self.base.tensors:
             return iter([torch.zeros(output.shape, dtype=DTYPES[output.dtype])])
@@ -151,6 +153,7 @@ class CheckpointExport:
         return self._last[layer, module]
 
     def _output_module(self, layer: int, module: str) -> OutputModule:
+        """Read an output module from the base."""
         architecture = self.base.architecture
         original_layer = self.plan.layers[layer]
         site: Site = "attn" if module == architecture.layout.o_proj else "mlp"
@@ -164,6 +167,7 @@ class CheckpointExport:
 
     @cached_property
     def _last(self) -> dict[tuple[int, str], dict[str, Tensor]]:
+        """Tensors that compensation made last, by layer and module."""
         return {}
 
     def files(self, max_bytes: int) -> dict[str, list[OutputTensor]]:
@@ -185,6 +189,7 @@ class CheckpointExport:
         if not carried:
             return _fill_files("model", changed, max_bytes)
 
+        # The name tells the base, and which of its layers each tensor is from: equal names, equal bytes.
         sources = [(output.name, self.base.architecture.split(output.name)[0]) for output in carried]
         content = json.dumps([self.base.fingerprint, self.plan.layers, sources])
         name = SHARED + hashlib.sha256(content.encode()).hexdigest()[:12]
@@ -277,6 +282,7 @@ class CheckpointExport:
 
         if family.has_head_dim:
             config["head_dim"] = architecture.head_dim
+        # With biases in all modules, Mistral and Qwen2 are a Llama that computes the same.
         if _has_biases(self.plan, architecture) and family.like_llama:
             config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
             config |= {"attention_bias": True, "mlp_bias": True}
@@ -289,6 +295,7 @@ def _fill_files(
     """Distribute tensors over one file, or over several ones, which are ``numbered`` as Hugging Face does it."""
     parts: list[list[OutputTensor]] = [[]]
     room = max_bytes
+    # Files are filled in order; an empty one takes a tensor of any size.
     for output in outputs:
         if parts[-1] and output.n_bytes > room:
             parts.append([])
@@ -321,6 +328,7 @@ def check_stock(plan: Plan, architecture: Architecture) -> None:
 
     family = architecture.layout
     biased = _has_biases(plan, architecture)
+    # Without a head size in its config, the family divides the hidden size by the number of heads.
     if first.heads != architecture.dense.heads and not (family.has_head_dim and architecture.has_free_heads):
         raise ConfigError(
             f"export.format: a stock {architecture.family} has heads of one size, hidden size / heads, so none can go; "
@@ -423,6 +431,7 @@ def finish(
     """
     from seap_ray.models import hf
 
+    # A single file needs no index.
     if [*files] != ["model.safetensors"]:
         total = sum(output.n_bytes for outputs in files.values() for output in outputs)
         names = {output.name: file for file, outputs in files.items() for output in outputs}
@@ -454,6 +463,7 @@ def _tokenizer_config(export: CheckpointExport) -> dict[str, Any] | None:
         return None
     file = base.folder / TOKENIZER_CONFIG
     stored: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    # transformers asks tokenizer_config.json first, then config.json; without either the tokenizer is a generic one.
     named = stored.get("tokenizer_class") or base.config.get("tokenizer_class") or GENERIC_TOKENIZERS[0]
     actual = _tokenizer_class(base.folder)
     are_generic = named in GENERIC_TOKENIZERS and actual in GENERIC_TOKENIZERS
