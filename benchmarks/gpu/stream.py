@@ -91,9 +91,11 @@ def _overlap_rows(
     """
     B, T = SIZES.batches[0]
     skeleton = layerwise._skeleton()
-    before = {"embed": lambda: layerwise._enter(layerwise._skeleton(), shards, B * T, False)}
+    before = {"embed": lambda: layerwise._embed_all(layerwise._skeleton(), shards, B * T, False)}
     embedding = alternate(before, 3, now=now).median("embed")
-    reading = SIZES.layers * alternate({"one": lambda: layerwise._block(skeleton.layers, 1)}, 5, now=now).median("one")
+    reading = SIZES.layers * alternate({"one": lambda: layerwise._read_layer(skeleton.layers, 1)}, 5, now=now).median(
+        "one"
+    )
     model = loaded(folder)
     whole = alternate({"all": lambda: [record(model, of, batch_tokens=B * T) for of in shards.values()]}, 3, now=now)
     computing = whole.median("all")
