@@ -1,8 +1,8 @@
 """Experts that share an engine, against an engine each and against the dense model alone.
 
-    python -m benchmarks.packing run.name=demo               the service under load, several mixes of traffic
-    python -m benchmarks.packing swap run.name=demo          swaps alone, against the bytes that they move
-    python -m benchmarks.packing faults run.name=demo        the engine is killed again and again under load
+    python -m benchmarks.shared_engine run.name=demo               the service under load, several mixes of traffic
+    python -m benchmarks.shared_engine swap run.name=demo          swaps alone, against the bytes that they move
+    python -m benchmarks.shared_engine faults run.name=demo        the engine is killed again and again under load
 
 The dense model is the general one of a ratio of 0: `python jobs/prune.py "pruning.ratio=[0, 0.2]" ...`. Every reply of
 the shared engine is compared with that of the expert's own.

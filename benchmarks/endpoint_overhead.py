@@ -1,4 +1,4 @@
-"""python -m benchmarks.serving [config=ray_config.yaml] [dotted.key=value ...]
+"""python -m benchmarks.endpoint_overhead [config=ray_config.yaml] [dotted.key=value ...]
 
 What routing adds to a request, and how much of an engine's throughput reaches a client of the HTTP endpoint.
 
