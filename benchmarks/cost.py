@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from benchmarks.merge import random_statistics
 from benchmarks.shapes import LLAMA_3_70B
@@ -323,6 +324,8 @@ def compare(hidden_size: int, machine: Machine, folder: Path) -> dict[str, Any]:
     planner = _planner(config, checkpoint, run)
     spec = model_specs(config)[1]
     pending = prepare_checkpoint(planner, run, spec, planner.plan(spec, RATIO))
+    # What is the base's is in a file of its own in a run; here all of it is written.
+    tensors = [tensor for file in pending.files.values() for tensor in file]
     written = folder / "expert.safetensors"
     merged = run.statistics("sort")
 
@@ -344,7 +347,7 @@ def compare(hidden_size: int, machine: Machine, folder: Path) -> dict[str, Any]:
         "plan": (planning_seconds(model, machine), lambda: planner.plan(spec, RATIO)),
         "compaction": (
             export_seconds(model, machine, RATIO, repaired=True),
-            lambda: write_tensors(pending.export, pending.files["model.safetensors"], _without(written)),
+            lambda: write_tensors(pending.export, tensors, _without(written)),
         ),
     }
     compared = {}
@@ -425,6 +428,7 @@ def predict_on_gpus(model: ModelSize, core: Machine, gpus: int) -> dict[str, Any
 def main() -> None:
     """Print all predictions and measurements as JSON, numbers in three digits."""
     torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         machine = measure_machine(Path(folder))
     report: dict[str, Any] = {"machine": asdict(machine)}
