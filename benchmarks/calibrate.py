@@ -22,7 +22,7 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measure import Row, alternate
+from benchmarks.measure import Rounds, Row, alternate
 from seap_ray.config import Config
 from seap_ray.demo import skills
 from seap_ray.errors import ConfigError
@@ -31,78 +31,101 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import Renderer, load_tokenizer
 from seap_ray.models.forward import record
 from seap_ray.models.records import save_moments
+from seap_ray.storage.paths import LocalPath
 from seap_ray.tasks import BUILT_IN
 
-SUITE, BATCH_TOKENS, SHARD, SEQUENCES = "calibrate", 4096, 64, 32
-MODELS = {
-    hidden_size: LlamaConfig(
+SUITE = "calibrate"
+BATCH_TOKENS = 4096
+SHARD_ITEMS = 64
+"""Texts of a shard, as a job makes them by default."""
+N_SEQUENCES = 32
+OFFICIAL_TEXTS = 8
+"""Texts of each skill that the authors' code and ours record."""
+VOCABULARY = 4096
+
+
+def _model(hidden_size: int, n_layers: int) -> LlamaConfig:
+    return LlamaConfig(
         hidden_size=hidden_size,
         intermediate_size=11 * hidden_size // 4,
         num_hidden_layers=n_layers,
         num_attention_heads=hidden_size // 64,
         num_key_value_heads=hidden_size // 128,
-        vocab_size=4096,
+        vocab_size=VOCABULARY,
     )
-    for hidden_size, n_layers in ((512, 8), (1024, 2))
-}
-"""Some 30 million parameters each, random: what the forward hides of the statistics depends on the width."""
+
+
+MODELS = {512: _model(512, 8), 1024: _model(1024, 2)}
+"""Models by hidden size, some 30 million random parameters each: what the forward hides of the statistics depends on
+the width."""
 SKILLS = ("arithmetic", "reverse", "sort", "logic", "facts", "prose")
 
 
 def rows(config: Config) -> Iterator[Row]:
-    checkout, threads = _checkout(config.benchmarks.official), torch.get_num_threads()
+    """Yield the suite's rows: two models in two dtypes, padding, and the authors' code where it is given."""
+    checkout = _checkout(config.benchmarks.official)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for model, dtype in product(MODELS.values(), (torch.float32, torch.bfloat16)):
-            yield from _overhead(model, dtype, config.benchmarks.rounds)
-        yield _padding()
+            yield from _overhead_rows(model, dtype, config.benchmarks.rounds)
+        yield _padding_row()
         if checkout is not None:
-            yield from _beside_official(checkout, config.benchmarks.rounds)
+            yield from _official_rows(checkout, config.benchmarks.rounds)
     finally:
         torch.set_num_threads(threads)
 
 
 def _checkout(official: str | None) -> Path | None:
-    """Raises ConfigError where the authors' code is asked for and is not there."""
+    """Return the folder of the authors' code. Raises ConfigError where it is named and not there."""
     if official and not (Path(official) / "src" / "activations.py").is_file():
         raise ConfigError(f"benchmarks.official: {official} has no src/activations.py; it should be a checkout of SEAP")
     return Path(official).absolute() if official else None
 
 
-def _overhead(config: LlamaConfig, dtype: torch.dtype, rounds: int) -> Iterator[Row]:
+def _overhead_rows(config: LlamaConfig, dtype: torch.dtype, rounds: int) -> Iterator[Row]:
+    """Yield what statistics add to the forward, and what packed rows save against buckets of one length."""
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(config).eval()
     model.to(dtype)
-    decoder, sequences = model.get_decoder(), _sequences(config.vocab_size)
+    decoder = model.get_decoder()
+    sequences = random_sequences(config.vocab_size)
     lengths = [len(sequence) for sequence in sequences]
     bucketed: list[list[Sequences]] = []
     for group in group_by_length(lengths, BATCH_TOKENS):
         bucketed.append([[sequences[i]] for i in group])
 
     @torch.inference_mode()
-    def bare(of_batches: list[list[Sequences]]) -> None:
-        for one in of_batches:
-            batch = Batch.of(one, False, model.device)
+    def forward(batches: list[list[Sequences]]) -> None:
+        """Run the decoder over batches without recording."""
+        for batch_rows in batches:
+            batch = Batch.of(batch_rows, False, model.device)
             decoder(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False)
 
-    found = alternate(
+    timings = alternate(
         {
-            "bare": partial(bare, make_batches(decoder, sequences, BATCH_TOKENS)),
-            "bucketed": partial(bare, bucketed),
+            "bare": partial(forward, make_batches(decoder, sequences, BATCH_TOKENS)),
+            "bucketed": partial(forward, bucketed),
             "ours": partial(record, model, sequences, batch_tokens=BATCH_TOKENS),
         },
         rounds,
         now=time.process_time,
     )
-    name, per = f"hidden size {config.hidden_size}, {str(dtype).removeprefix('torch.')}", 1e6 / sum(lengths)
+    name = f"hidden size {config.hidden_size}, {str(dtype).removeprefix('torch.')}"
+    yield from _timing_rows(name, timings, sum(lengths))
+
+
+def _timing_rows(name: str, timings: Rounds, n_tokens: int) -> Iterator[Row]:
+    ms_per_thousand = 1e6 / n_tokens
+    bare_ms = timings.median("bare") * ms_per_thousand
     yield Row.of(
         SUITE,
         f"statistics and forward, {name}",
-        baseline=found.median("bare") * per,
-        ours=found.median("ours") * per,
+        baseline=bare_ms,
+        ours=timings.median("ours") * ms_per_thousand,
         unit="CPU ms per 1,000 tokens",
-        ratios=found.ratios("ours", "bare"),
-        limit=found.median("bare") * per,
+        ratios=timings.ratios("ours", "bare"),
+        limit=bare_ms,
         limit_name="bare batched forward",
         target="ratio <= 1.1",
         why="the sums pass over every activation in float64, and the faster the products of a model, and the narrower "
@@ -111,47 +134,56 @@ def _overhead(config: LlamaConfig, dtype: torch.dtype, rounds: int) -> Iterator[
     yield Row.of(
         SUITE,
         f"forward of packed rows over length buckets, {name}",
-        baseline=found.median("bucketed") * per,
-        ours=found.median("bare") * per,
+        baseline=timings.median("bucketed") * ms_per_thousand,
+        ours=bare_ms,
         unit="CPU ms per 1,000 tokens",
-        ratios=found.ratios("bare", "bucketed"),
+        ratios=timings.ratios("bare", "bucketed"),
     )
 
 
-def _sequences(vocabulary: int) -> Sequences:
-    """Sequences whose lengths are spread like those of short questions: median 60 tokens, a tail to some hundreds."""
-    random, generator = Random(0), torch.Generator().manual_seed(0)
-    lengths = [min(1024, max(8, int(random.lognormvariate(4.1, 0.6)))) for _ in range(SEQUENCES)]
+def random_sequences(vocabulary: int) -> Sequences:
+    """Return sequences whose lengths are spread like those of short questions: median 60 tokens, a tail to hundreds."""
+    random = Random(0)
+    generator = torch.Generator().manual_seed(0)
+    lengths = [min(1024, max(8, int(random.lognormvariate(4.1, 0.6)))) for _ in range(N_SEQUENCES)]
     return [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
-def _padding() -> Row:
-    """Of the demo's corpora, in shards as a job makes them by default: the skill with the most."""
+def _padding_row() -> Row:
+    """Return the share of padding in shards of the demo's corpora, of the skill that has most."""
     tokenizer = load_tokenizer(Checkpoint.open("demo").folder)
-    shares = []
+    packed: list[float] = []
+    bucketed: list[float] = []
     for skill in SKILLS:
-        lengths = [len(ids) for ids in tokenizer(_texts(skill, SHARD))["input_ids"]]
-        in_buckets: list[list[list[int]]] = []
+        lengths = [len(ids) for ids in tokenizer(_texts(skill, SHARD_ITEMS))["input_ids"]]
+        buckets: list[list[list[int]]] = []
         for group in group_by_length(lengths, BATCH_TOKENS):
-            in_buckets.append([[i] for i in group])
-        shares.append((_share(lengths, pack_sequences(lengths, BATCH_TOKENS)), _share(lengths, in_buckets)))
-    ours, bucketed = (max(share) for share in zip(*shares, strict=True))
+            buckets.append([[i] for i in group])
+        packed.append(_padding_share(lengths, pack_sequences(lengths, BATCH_TOKENS)))
+        bucketed.append(_padding_share(lengths, buckets))
+
     return Row.of(
         SUITE,
         "padding, the most of six corpora",
-        baseline=100 * bucketed,
-        ours=100 * ours,
+        baseline=100 * max(bucketed),
+        ours=100 * max(packed),
         unit="% of computed tokens",
-        ratios=[ours / bucketed],
+        ratios=[max(packed) / max(bucketed)],
         limit=0,
         limit_name="none",
         target="ours <= 2",
     )
 
 
-def _share(lengths: list[int], of_batches: list[list[list[int]]]) -> float:
-    widths = ((len(rows), max(sum(lengths[i] for i in row) for row in rows)) for rows in of_batches)
-    return 1 - sum(lengths) / sum(n_rows * width for n_rows, width in widths)
+def _padding_share(lengths: list[int], batches: list[list[list[int]]]) -> float:
+    """Return the share of computed tokens that are padding, for batches of rows of indices into ``lengths``."""
+    n_computed = 0
+    for batch_rows in batches:
+        row_lengths: list[int] = []
+        for row in batch_rows:
+            row_lengths.append(sum(lengths[i] for i in row))
+        n_computed += len(batch_rows) * max(row_lengths)
+    return 1 - sum(lengths) / n_computed
 
 
 def _texts(skill: str, n: int) -> list[str]:
@@ -162,8 +194,8 @@ def _texts(skill: str, n: int) -> list[str]:
 # --- the authors' code -----------------------------------------------------------------------------------------------
 
 
-def _beside_official(checkout: Path, rounds: int) -> Iterator[Row]:
-    """Their loop and ours from texts to a file of statistics, on the demo's model and on a larger one."""
+def _official_rows(checkout: Path, rounds: int) -> Iterator[Row]:
+    """Yield their loop and ours, from texts to a file of statistics, on the demo's model and on a larger one."""
     demo = Checkpoint.open("demo").folder
     with tempfile.TemporaryDirectory() as temporary:
         larger = Path(temporary) / "larger"
@@ -175,41 +207,52 @@ def _beside_official(checkout: Path, rounds: int) -> Iterator[Row]:
 
 
 def _official_row(name: str, checkout: Path, source: Path, folder: Path, rounds: int) -> Row:
-    texts = [text for skill in SKILLS for text in _texts(skill, 8)]
+    texts: list[str] = []
+    for skill in SKILLS:
+        texts += _texts(skill, OFFICIAL_TEXTS)
     (folder / "texts.json").write_text(json.dumps(texts))
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval(), load_tokenizer(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(source)
 
     def ours() -> None:
+        """Tokenize, record and write."""
         recorded = record(model, tokenizer(texts)["input_ids"], batch_tokens=BATCH_TOKENS)
-        save_moments(folder / "ours.safetensors", recorded)
+        save_moments(LocalPath(folder / "ours.safetensors"), recorded)
 
+    script = Path(__file__).with_name("official.py")
     arguments = [str(checkout), str(source), str(folder / "texts.json"), str(folder / "theirs")]
-    with _process([sys.executable, str(Path(__file__).with_name("official.py")), *arguments]) as (official, cpu_s):
-        found = alternate({"official": official, "ours": ours}, rounds, now=lambda: time.process_time() + cpu_s())
+    with _answering_process([sys.executable, str(script), *arguments]) as (official, cpu_seconds):
+        # Either contestant's CPU time moves this clock; the other process waits meanwhile.
+        timings = alternate(
+            {"official": official, "ours": ours}, rounds, now=lambda: time.process_time() + cpu_seconds()
+        )
     n_tokens = sum(map(len, tokenizer(texts)["input_ids"]))
     return Row.of(
         SUITE,
         f"calibration over the SEAP authors' code, {name}",
-        baseline=n_tokens / found.median("official"),
-        ours=n_tokens / found.median("ours"),
+        baseline=n_tokens / timings.median("official"),
+        ours=n_tokens / timings.median("ours"),
         unit="tokens per CPU second",
-        ratios=found.speedups("ours", "official"),
+        ratios=timings.speedups("ours", "official"),
         target="ratio >= 5",
         why="both wait for the products of the model; theirs are of one text at a time, and of the head",
     )
 
 
 @contextmanager
-def _process(command: list[str]) -> Iterator[tuple[Callable[[], object], Callable[[], float]]]:
-    """A call of a process that answers every line with a line, and the seconds of CPU that it has had."""
+def _answering_process(command: list[str]) -> Iterator[tuple[Callable[[], object], Callable[[], float]]]:
+    """Start a process that answers every line with a line; yield a call of it, and the seconds of CPU it has had."""
     with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True) as process:
         assert process.stdin and process.stdout
-        of, ask, answers = psutil.Process(process.pid), process.stdin, process.stdout
+        requests = process.stdin
+        answers = process.stdout
+        usage = psutil.Process(process.pid)
 
         def call() -> None:
-            print(file=ask, flush=True)
+            """Send a line and wait for the answer."""
+            print(file=requests, flush=True)
             if not answers.readline():
                 raise ConfigError(f"benchmarks.official: {' '.join(command)} has ended; run it to see why")
 
-        yield call, lambda: sum(of.cpu_times()[:2])
-        ask.close()
+        yield call, lambda: sum(usage.cpu_times()[:2])
+        requests.close()

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -16,37 +16,43 @@ from pathlib import Path
 import psutil
 from transformers import LlamaConfig
 
-from benchmarks.measure import Row, alternate
+from benchmarks.measure import Rounds, Row, alternate
 from benchmarks.merge import private_bytes
 from benchmarks.plan import large_run, planner_of
 from benchmarks.shapes import SHAPES, sparse_checkpoint
 from seap_ray.config import Config
+from seap_ray.core.architecture import Architecture
 from seap_ray.pipeline.cluster import connect
 from seap_ray.pipeline.prune import prune
 
-SUITE, LAYERS = "compact", 4
+SUITE = "compact"
+LAYERS = 4
+POLL_S = 0.05
+"""Seconds between two looks at the processes' memory."""
 
 
 def rows(config: Config) -> Iterator[Row]:
+    """Yield the suite's rows: rates of writing, and the memory of a process meanwhile."""
     settings = config.benchmarks
     connect()
     with tempfile.TemporaryDirectory() as folder:
         shape = LlamaConfig.from_dict({**SHAPES[settings.shape].to_dict(), "num_hidden_layers": LAYERS})
         source = sparse_checkpoint(Path(folder) / "base", shape)
         pruning, checkpoint, run = large_run(source, Path(folder), export={"max_shard_size": "300MB"})
-        planner, experts = planner_of(pruning, checkpoint, run), run.experts(0.5)
-        kept, copies = Path(folder) / "kept", Path(folder) / "copies"
+        planner = planner_of(pruning, checkpoint, run)
+        experts = run.experts(0.5)
+        kept = Path(folder) / "kept"
+        copies = Path(folder) / "copies"
 
         def write(is_synced: bool = False) -> None:
+            """Write both checkpoints by the job's own tasks."""
             prune(planner, run, lambda steps, *_: steps)
             if is_synced:
                 _sync(Path(str(experts)))
 
         def copy(is_synced: bool = False) -> None:
-            files = [(str(file), str(copies / "-".join(file.parts[-2:]))) for file in kept.rglob("*.safetensors")]
-            copies.mkdir()
-            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # the kernel copies; threads suffice
-                list(pool.map(lambda names: shutil.copyfile(*names), files))
+            """Copy the files of both, as many at a time."""
+            _copy_files(kept, copies)
             if is_synced:
                 _sync(copies)
 
@@ -56,8 +62,9 @@ def rows(config: Config) -> Iterator[Row]:
         n_bytes = sum(file.stat().st_size for file in kept.rglob("*.safetensors"))
 
         def clear() -> None:
+            """Remove what a turn has written."""
             experts.remove()
-            shutil.rmtree(copies)
+            shutil.rmtree(copies, ignore_errors=True)
             os.sync()  # what a turn has left to the kernel is not the next one's
 
         contestants: dict[str, Callable[[], object]] = {
@@ -66,26 +73,35 @@ def rows(config: Config) -> Iterator[Row]:
             "copy to disk": partial(copy, True),
             "write to disk": partial(write, True),
         }
-        found = alternate(contestants, settings.rounds, warm_up=False, before=clear)
-    architecture = checkpoint.architecture
-    two_layers = 4 * architecture.layer_parameters(architecture.layers[0])
+        timings = alternate(contestants, settings.rounds, warm_up=False, before=clear)
+
     name = f"two models of {settings.shape.upper()} shape, {LAYERS} layers, at 0.5, {n_bytes / 1e9:.1f} GB"
+    yield from _rate_rows(name, timings, n_bytes)
+    yield _memory_row(peak, checkpoint.architecture)
+
+
+def _rate_rows(name: str, timings: Rounds, n_bytes: int) -> Iterator[Row]:
     for where, until in (("", "to the page cache"), (" to disk", "to the disk")):
-        copied = n_bytes / found.median(f"copy{where}") / 1e6
+        copied = n_bytes / timings.median(f"copy{where}") / 1e6
         yield Row.of(
             SUITE,
             f"{name}, {until}",
             baseline=copied,
-            ours=n_bytes / found.median(f"write{where}") / 1e6,
+            ours=n_bytes / timings.median(f"write{where}") / 1e6,
             unit="MB/s",
-            ratios=found.speedups(f"write{where}", f"copy{where}"),
+            ratios=timings.speedups(f"write{where}", f"copy{where}"),
             limit=copied,
             limit_name="copy of the same files, as many at a time",
             target="ratio >= 0.6",
             why="SHA-256 of every byte is half of the work, picking rows and columns a third; more cores than the disk "
             "needs, or a cheaper hash, would close it",
         )
-    yield Row.of(
+
+
+def _memory_row(peak: Mapping[int, int], architecture: Architecture) -> Row:
+    # Two bytes a parameter, two layers.
+    two_layers = 4 * architecture.layer_parameters(architecture.layers[0])
+    return Row.of(
         SUITE,
         "memory of a process meanwhile",
         baseline=two_layers / 1e9,
@@ -99,6 +115,14 @@ def rows(config: Config) -> Iterator[Row]:
     )
 
 
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy all weight files below a folder into another one, each under a name that has its folder's."""
+    files = [(str(file), str(target / "-".join(file.parts[-2:]))) for file in source.rglob("*.safetensors")]
+    target.mkdir()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # the kernel copies; threads suffice
+        list(pool.map(lambda names: shutil.copyfile(*names), files))  # a list, so that errors are raised here
+
+
 def _sync(folder: Path) -> None:
     for path in folder.rglob("*.safetensors"):
         with path.open("rb") as file:
@@ -107,13 +131,16 @@ def _sync(folder: Path) -> None:
 
 @contextmanager
 def _peak_of_processes() -> Iterator[dict[int, int]]:
-    """The most private bytes of this process and of each of Ray's workers."""
-    done, me = threading.Event(), psutil.Process()
+    """Yield the most private bytes of this process and of each of Ray's workers, by process id."""
+    done = threading.Event()
+    me = psutil.Process()
     peak: dict[int, int] = {}
 
     def watch() -> None:
-        while not done.wait(0.05):
+        """Look again and again until the block ends."""
+        while not done.wait(POLL_S):
             for process in (me, *me.children(recursive=True)):
+                # It may have ended since it was listed.
                 with suppress(psutil.Error, OSError, IndexError):
                     peak[process.pid] = max(peak.get(process.pid, 0), private_bytes(process.pid))
 

@@ -1,4 +1,4 @@
-"""Measure: what is compared takes turns in one process; rows of a table and of a JSON file come out."""
+"""Measure: contestants take turns in one process; what comes out are rows of a table and of a JSON file."""
 
 import operator
 import os
@@ -43,7 +43,7 @@ class Row:
     met: bool | None
     command: str
     why: str = ""
-    """Of a target that is not met: why, and what would close the gap."""
+    """Why a target is missed, and what would close the gap."""
 
     @classmethod
     def of(
@@ -61,8 +61,12 @@ class Row:
         target: str = "",
         why: str = "",
     ) -> "Row":
-        """Of the ratios of single rounds; ``why`` is left out where the target is met, and the job adds the command."""
-        ratio, spread = (median(ratios), (min(ratios), max(ratios))) if ratios else (None, None)
+        """Make a row from the ratios of single rounds.
+
+        ``why`` is left out where the target is met, and ``command`` where the job adds it.
+        """
+        ratio = median(ratios) if ratios else None
+        spread = (min(ratios), max(ratios)) if ratios else None
         met = is_met(target, ratio=ratio, ours=ours) if target else None
         return cls(
             suite,
@@ -82,7 +86,7 @@ class Row:
 
 
 def is_met(target: str, *, ratio: float | None, ours: float) -> bool:
-    """Whether ``ratio`` or ``ours``, as the target begins, compares with its number as it says."""
+    """Return whether ``ratio`` or ``ours``, whichever the target begins with, is within the target's bound."""
     quantity, comparison, bound = target.split()
     value = {"ratio": ratio, "ours": ours}[quantity]
     return value is not None and COMPARISONS[comparison](value, float(bound))
@@ -95,14 +99,16 @@ class Rounds:
     seconds: Mapping[str, Sequence[float]]
 
     def median(self, name: str) -> float:
+        """Return a contestant's median seconds."""
         return median(self.seconds[name])
 
     def ratios(self, name: str, baseline: str) -> list[float]:
-        """Seconds over the baseline's, round by round."""
-        return [own / base for own, base in zip(self.seconds[name], self.seconds[baseline], strict=True)]
+        """Return a contestant's seconds over the baseline's, round by round."""
+        pairs = zip(self.seconds[name], self.seconds[baseline], strict=True)
+        return [seconds / baseline_seconds for seconds, baseline_seconds in pairs]
 
     def speedups(self, name: str, baseline: str) -> list[float]:
-        """Rate over the baseline's, round by round, where both do the same work."""
+        """Return a contestant's rate over the baseline's, round by round, where both do the same work."""
         return [1 / ratio for ratio in self.ratios(name, baseline)]
 
 
@@ -114,19 +120,29 @@ def alternate(
     before: Callable[[], object] = lambda: None,
     now: Callable[[], float] = time.perf_counter,
 ) -> Rounds:
-    """Time every contestant once a round, so that what slows the machine slows all; each round another one begins, and
-    every other round goes backwards, so that nobody always follows the same one.
+    """Time every contestant once a round, so that what slows the machine slows all.
 
-    ``before`` is called, untimed, before every turn. ``now`` is a clock in seconds; on a GPU one that waits for the
-    device first.
+    Arguments:
+        contestants: What to time, by name.
+        rounds: How often each is timed.
+        warm_up: Run each once before, untimed.
+        before: Called, untimed, before every turn.
+        now: A clock in seconds; on a GPU one that waits for the device first.
     """
-    names, seconds = [*contestants], {name: [0.0] * rounds for name in contestants}
-    for name in names if warm_up else ():
-        before()
-        contestants[name]()
+    names = list(contestants)
+    seconds = {name: [0.0] * rounds for name in names}
+    if warm_up:
+        for name in names:
+            before()
+            contestants[name]()
+
     for turn in range(rounds):
+        # Each round another one begins, and every other round goes backwards: nobody always follows the same one.
         first = turn % len(names)
-        for name in (names[first:] + names[:first])[:: -1 if turn % 2 else 1]:
+        order = names[first:] + names[:first]
+        if turn % 2:
+            order.reverse()
+        for name in order:
             before()
             started = now()
             contestants[name]()
@@ -138,20 +154,21 @@ def alternate(
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, cores, memory in GB, GPU, and versions: what a row's numbers belong to."""
+    """Return what a row's numbers belong to: CPU model, cores, memory in GB, GPU, and versions."""
+    versions = {name: _version(name) for name in PACKAGES}
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{name: found for name in PACKAGES if (found := _version(name))},
+        **{name: installed for name, installed in versions.items() if installed},
     }
 
 
 def _cpu_model() -> str:
-    told = Path("/proc/cpuinfo").read_text().partition("model name")[2]
-    return told.partition(":")[2].partition("\n")[0].strip() or platform.processor()
+    from_model_name = Path("/proc/cpuinfo").read_text().partition("model name")[2]
+    return from_model_name.partition(":")[2].partition("\n")[0].strip() or platform.processor()
 
 
 def _version(package: str) -> str | None:
@@ -162,23 +179,26 @@ def _version(package: str) -> str | None:
 
 
 def memory_bandwidth(n_bytes: int = 1 << 28, rounds: int = 5) -> float:
-    """Bytes per second that a sum reads, the best of some rounds, all threads of torch."""
-    of = torch.ones(n_bytes // 4)
-    return n_bytes / min(alternate({"sum": of.sum}, rounds).seconds["sum"])
+    """Return the bytes per second that a sum reads, the best of some rounds, with all threads of torch."""
+    ones = torch.ones(n_bytes // 4)
+    return n_bytes / min(alternate({"sum": ones.sum}, rounds).seconds["sum"])
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def save_rows(folder: StoragePath, suite: str, rows: Sequence[Row]) -> StoragePath:
+def save_rows(folder: StoragePath | Path, suite: str, rows: Sequence[Row]) -> StoragePath | Path:
     """Write ``<folder>/<suite>.json``: the rows and the machine that they were measured on."""
     path = folder / f"{suite}.json"
     write_json(path, {"suite": suite, "machine": machine(), "rows": [asdict(row) for row in rows]})
     return path
 
 
-def load_rows(path: StoragePath) -> tuple[dict[str, Any], list[Row]]:
-    """The machine and the rows of a file of ``save_rows``."""
+def load_rows(path: StoragePath | Path) -> tuple[dict[str, Any], list[Row]]:
+    """Read the machine and the rows of a file that ``save_rows`` wrote."""
     stored = read_json(path)
-    rows = [Row(**{**row, "spread": row["spread"] and tuple(row["spread"])}) for row in stored["rows"]]
+    rows: list[Row] = []
+    for row in stored["rows"]:
+        spread = row["spread"] and tuple(row["spread"])  # JSON has no tuples
+        rows.append(Row(**{**row, "spread": spread}))
     return stored["machine"], rows

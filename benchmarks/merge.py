@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,51 +16,55 @@ from benchmarks.measure import Row, alternate, memory_bandwidth
 from benchmarks.shapes import SHAPES
 from seap_ray.config import Config
 from seap_ray.core.architecture import Architecture
-from seap_ray.core.moments import RECORDED, Moments, Statistics
+from seap_ray.core.moments import RECORDED, Moments, Site, Statistics
 from seap_ray.models.records import save_moments, sites_of
 from seap_ray.pipeline.merge import TaskStatistics, merge_moments
 from seap_ray.pipeline.shard_records import Calibration, ShardRecords
 from seap_ray.pipeline.shards import Shard
+from seap_ray.storage.paths import LocalPath
 from seap_ray.storage.run import Run
 
-SUITE, DISTINCT = "merge", 8
+SUITE = "merge"
+DISTINCT = 8
+"""Records that are files of their own."""
+TASK = "sort"
+SHARD_TOKENS = 1000
+POLL_S = 0.02
+"""Seconds between two looks at a process's memory."""
 
 
 def rows(config: Config) -> Iterator[Row]:
+    """Yield the suite's rows: rate and memory of one merge."""
     settings = config.benchmarks
     architecture = Architecture.of(SHAPES[settings.shape].to_dict())
-    calibration = Calibration("model", "torch.bfloat16", skip_first_token=False, batch_tokens=4096)
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder))
-        records = ShardRecords(calibration, run, architecture)
-        shards = [Shard("sort", f"{i:05d}", 1, 1000, str(i)) for i in range(settings.records)]
-        paths = [records.path(shard) for shard in shards]
-        for i, path in enumerate(paths[:DISTINCT]):
-            save_moments(path, random_statistics(architecture, seed=i))
-        for i, path in enumerate(paths[DISTINCT:]):
-            os.link(paths[i % DISTINCT], path)
-        record_bytes, merged = paths[0].stat().st_size, run.statistics("sort")
+        statistics = _write_records(Run(LocalPath(folder)), architecture, settings.records)
+        paths = statistics.records.existing_paths(statistics.shards)
+        record_bytes = paths[0].stat().st_size
 
         def merge() -> None:
-            merged.unlink(missing_ok=True)
-            merge_moments(TaskStatistics(records, shards, merged))
+            """Merge all records anew."""
+            statistics.path.unlink(missing_ok=True)
+            merge_moments(statistics)
 
         def read() -> None:
+            """Read all records, as a merge does."""
             for path in paths:
                 path.read_bytes()
 
         with peak_memory() as peak:
             merge()
-        found = alternate({"read": read, "merge": merge}, settings.rounds)
+        timings = alternate({"read": read, "merge": merge}, settings.rounds)
+
     n_bytes = len(paths) * record_bytes
     name = f"{len(paths)} records of {settings.shape.upper()} shape, {n_bytes / 1e9:.1f} GB"
     yield Row.of(
         SUITE,
         name,
-        baseline=n_bytes / found.median("read") / 1e9,
-        ours=n_bytes / found.median("merge") / 1e9,
+        baseline=n_bytes / timings.median("read") / 1e9,
+        ours=n_bytes / timings.median("merge") / 1e9,
         unit="GB/s",
-        ratios=found.speedups("merge", "read"),
+        ratios=timings.speedups("merge", "read"),
         limit=memory_bandwidth() / 1e9,
         limit_name="memory bandwidth",
     )
@@ -77,25 +80,48 @@ def rows(config: Config) -> Iterator[Row]:
     )
 
 
+def _write_records(run: Run, architecture: Architecture, n_records: int) -> TaskStatistics:
+    """Write a task's records, and return its statistics, which are to be merged from them."""
+    calibration = Calibration("model", "torch.bfloat16", skip_first_token=False, batch_tokens=4096)
+    records = ShardRecords(calibration, run, architecture)
+    shards = [Shard(TASK, f"{i:05d}", 1, SHARD_TOKENS, str(i)) for i in range(n_records)]
+    paths = [records.path(shard) for shard in shards]
+    for i, path in enumerate(paths[:DISTINCT]):
+        save_moments(path, random_statistics(architecture, seed=i))
+    for i, path in enumerate(paths[DISTINCT:]):
+        os.link(paths[i % DISTINCT], path)
+    return TaskStatistics(records, shards, run.statistics(TASK))
+
+
 def random_statistics(architecture: Architecture, seed: int = 0) -> Statistics:
-    """Moments of 1,000 tokens at every site of a dense model."""
+    """Return random moments of 1,000 tokens at every site of a dense model."""
     generator = torch.Generator().manual_seed(seed)
     attn, mlp = architecture.widths
     widths = {"attn": attn, "mlp": mlp, "block": 1}
-    made: dict[Any, Moments] = {}
+    statistics: dict[tuple[int, Site], Moments] = {}
     for layer, site in sites_of(architecture, RECORDED):
         mean_D, m2_D = torch.rand(2, widths[site], generator=generator, dtype=torch.float64)
-        made[layer, site] = Moments(1000, mean_D, m2_D * 1000)
-    return made
+        statistics[layer, site] = Moments(SHARD_TOKENS, mean_D, m2_D * SHARD_TOKENS)
+    return statistics
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """The most bytes of this process above what it had before, in a list of one; pages of files are the kernel's."""
-    done, before, peak = threading.Event(), private_bytes(), [0]
+    """Watch this process's memory inside the block.
+
+    Yields:
+        A list of one: the most bytes above what it had before. Pages of files are the kernel's, and do not count.
+    """
+    done = threading.Event()
+    before = private_bytes()
+    peak = [0]
 
     def watch() -> None:
-        while not done.wait(0.02):
+        """Look again and again until the block ends."""
+        while not done.wait(POLL_S):
             peak[0] = max(peak[0], private_bytes() - before)
 
     watcher = threading.Thread(target=watch)
@@ -108,6 +134,6 @@ def peak_memory() -> Iterator[list[int]]:
 
 
 def private_bytes(process: int | str = "self") -> int:
-    """Bytes of a process that are no file's."""
+    """Return the bytes of a process that are no file's."""
     status = Path(f"/proc/{process}/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024

@@ -18,10 +18,14 @@ from seap_ray.pipeline.model_specs import model_specs
 from seap_ray.pipeline.planner import Planner, make_planner
 from seap_ray.storage.run import Run
 
-SUITE, TASK = "plan", "sort"
+SUITE = "plan"
+TASK = "sort"
+RATIO = 0.35
+BFLOAT16_BYTES = 2
 
 
 def rows(config: Config) -> Iterator[Row]:
+    """Yield the suite's rows: the first plan, and one at another ratio."""
     settings = config.benchmarks
     connect()
     with tempfile.TemporaryDirectory() as folder:
@@ -29,42 +33,53 @@ def rows(config: Config) -> Iterator[Row]:
         pruning, checkpoint, run = large_run(source, Path(folder))
 
         def first() -> None:
+            """Plan without norms on storage."""
             run.statistics("weight_norms").unlink(missing_ok=True)
             again()
 
         def again() -> None:
-            plan(planner_of(pruning, checkpoint, run), 0.35)
+            """Plan with what is on storage."""
+            planner = planner_of(pruning, checkpoint, run)
+            planner.plan(next(spec for spec in model_specs(pruning) if spec.task), RATIO)
 
-        found = alternate({"first": first}, 1, warm_up=False)
-        repeated = alternate({"again": again}, settings.rounds)
-        n_bytes = sum(run.statistics(name).stat().st_size for name in (TASK, "weight_norms"))
+        first_seconds = alternate({"first": first}, 1, warm_up=False).median("first")
+        timings = alternate({"again": again}, settings.rounds)
+        statistics_bytes = sum(run.statistics(name).stat().st_size for name in (TASK, "weight_norms"))
+
     architecture = checkpoint.architecture
-    matrices = 2 * architecture.n_layers * architecture.hidden_size * sum(architecture.widths)
-    shape, bandwidth = settings.shape.upper(), memory_bandwidth()
+    columns = architecture.n_layers * sum(architecture.widths)
+    weight_bytes = BFLOAT16_BYTES * architecture.hidden_size * columns
+    shape = settings.shape.upper()
+    bandwidth = memory_bandwidth()
     yield Row.of(
         SUITE,
-        f"first plan of {shape} shape, with norms of {matrices / 1e9:.1f} GB of weights",
-        ours=found.median("first"),
+        f"first plan of {shape} shape, with norms of {weight_bytes / 1e9:.1f} GB of weights",
+        ours=first_seconds,
         unit="s",
-        limit=matrices / bandwidth,
+        limit=weight_bytes / bandwidth,
         limit_name="weights at memory bandwidth",
     )
-    first_seconds = found.median("first")
     yield Row.of(
         SUITE,
         f"a plan of {shape} shape at another ratio",
         baseline=first_seconds,
-        ours=repeated.median("again"),
+        ours=timings.median("again"),
         unit="s",
-        ratios=[seconds / first_seconds for seconds in repeated.seconds["again"]],
-        limit=n_bytes / bandwidth,
+        ratios=[seconds / first_seconds for seconds in timings.seconds["again"]],
+        limit=statistics_bytes / bandwidth,
         limit_name="statistics at memory bandwidth",
         target="ours <= 2",
     )
 
 
 def large_run(source: Path, folder: Path, **sections: dict[str, object]) -> tuple[Config, Checkpoint, Run]:
-    """A run of one task whose statistics are there."""
+    """Make a run of one task that is calibrated already, with random statistics.
+
+    Arguments:
+        source: Folder of the dense checkpoint.
+        folder: Folder to put the run in.
+        sections: More of the config, by section.
+    """
     config = Config.model_validate(
         {
             "run": {"name": "run", "storage": str(folder)},
@@ -74,14 +89,12 @@ def large_run(source: Path, folder: Path, **sections: dict[str, object]) -> tupl
             **sections,
         }
     )
-    checkpoint, run = Checkpoint.open(str(source)), Run.of(config)
+    checkpoint = Checkpoint.open(str(source))
+    run = Run.of(config)
     save_moments(run.statistics(TASK), random_statistics(checkpoint.architecture))
     return config, checkpoint, run
 
 
 def planner_of(config: Config, checkpoint: Checkpoint, run: Run) -> Planner:
+    """Return the planner of a run of ``large_run``."""
     return make_planner(config, checkpoint, run, {TASK: run.statistics(TASK)})
-
-
-def plan(planner: Planner, ratio: float) -> None:
-    planner.plan(next(spec for spec in model_specs(planner.config) if spec.task), ratio)

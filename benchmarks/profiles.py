@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.calibrate import BATCH_TOKENS, MODELS, _sequences
+from benchmarks.calibrate import BATCH_TOKENS, MODELS, random_sequences
 from benchmarks.merge import random_statistics
 from benchmarks.shapes import SHAPES, sparse_checkpoint
 from seap_ray.core.compensation import COMPENSATIONS
@@ -30,7 +30,7 @@ ROUNDS, ROWS = 3, 14
 def calibrate(dtype: str = "float32") -> None:
     """CPU milliseconds per 1,000 tokens, in one thread."""
     torch.set_num_threads(1)
-    model, sequences = LlamaForCausalLM(MODELS[512]).eval().to(getattr(torch, dtype)), _sequences(4096)
+    model, sequences = LlamaForCausalLM(MODELS[512]).eval().to(getattr(torch, dtype)), random_sequences(4096)
     record(model, sequences, batch_tokens=BATCH_TOKENS)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(ROUNDS):

@@ -1,5 +1,7 @@
-"""Shapes of large models, dense and cut, and checkpoints of them in sparse files: real headers, and zeros that take no
-disk."""
+"""Shapes: large models, dense and cut, as shapes alone and as checkpoints in sparse files.
+
+Such a checkpoint has real headers, and zeros that take no disk.
+"""
 
 import json
 import struct
@@ -37,48 +39,72 @@ LLAMA_3_70B = LlamaConfig(
     vocab_size=128256,
 )
 SHAPES = {"7b": LLAMA_2_7B, "70b": LLAMA_3_70B}
+Align = int | Literal["auto"]
+"""Tile of channels, as ``pruning.align`` has it."""
+BFLOAT16_BYTES = 2
+TensorShapes = dict[str, tuple[int, ...]]
 
 
-def shapes_of(config: LlamaConfig, ratio: float, kind: str, align: int | Literal["auto"] = "auto") -> list[Shape]:
-    """What an allocation that knows no scores leaves of every layer."""
+def shapes_of(config: LlamaConfig, ratio: float, kind: str, align: Align = "auto") -> list[Shape]:
+    """Return what an allocation that knows no scores leaves of every layer."""
     architecture = Architecture.of({**config.to_dict(), "model_type": "llama"})
     pruning = PruningSection(align=align, allocation=AllocationSection(kind=kind))  # type: ignore[arg-type]
     return choose_shapes(architecture, pruning, ratio=ratio, compensated=True, scores_L=())
 
 
-def plan_of(config: LlamaConfig, ratio: float, kind: str, align: int | Literal["auto"] = "auto") -> Plan:
-    """A plan that keeps the first units of every layer: for speed it does not matter which."""
-    shapes = shapes_of(config, ratio, kind, align)
-    kept = tuple(Kept(tuple(range(s.groups)), tuple(range(s.heads)), (tuple(range(s.channels)),)) for s in shapes)
-    return Plan("expert", ratio, COMPENSATIONS["mean"], kept, {})
+def plan_of(config: LlamaConfig, ratio: float, kind: str, align: Align = "auto") -> Plan:
+    """Return a plan that keeps the first units of every layer: for speed it does not matter which."""
+    kept: list[Kept] = []
+    for shape in shapes_of(config, ratio, kind, align):
+        kept.append(Kept(tuple(range(shape.groups)), tuple(range(shape.heads)), (tuple(range(shape.channels)),)))
+    return Plan("expert", ratio, COMPENSATIONS["mean"], tuple(kept), {})
 
 
 def sparse_checkpoint(folder: Path, config: LlamaConfig, *, max_bytes: int = 5 * 10**9) -> Path:
-    """Write a bfloat16 checkpoint of zeros with an index, as the hub has large ones; a layer is never torn apart."""
+    """Write a bfloat16 checkpoint of zeros with an index, as the hub has large ones, and return its folder.
+
+    Arguments:
+        folder: Folder to make.
+        config: Shape of the model.
+        max_bytes: Size of a file of weights; a tensor is never torn apart.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
-        tensors = {name: tuple(t.shape) for name, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
-    files: list[dict[str, tuple[int, ...]]] = [{}]
-    for name, shape in tensors.items():
-        if files[-1] and 2 * sum(prod(one) for one in [*files[-1].values(), shape]) > max_bytes:
+        state = AutoModelForCausalLM.from_config(config).state_dict()
+
+    # A file is filled until the next tensor would not fit.
+    files: list[TensorShapes] = [{}]
+    n_bytes = 0
+    for name, tensor in state.items():
+        tensor_bytes = BFLOAT16_BYTES * tensor.numel()
+        if files[-1] and n_bytes + tensor_bytes > max_bytes:
             files.append({})
-        files[-1][name] = shape
+            n_bytes = 0
+        files[-1][name] = tuple(tensor.shape)
+        n_bytes += tensor_bytes
+
     weight_map: dict[str, str] = {}
-    for i, of in enumerate(files, 1):
+    for i, shapes in enumerate(files, 1):
         path = folder / f"model-{i:05d}-of-{len(files):05d}.safetensors"
-        _write(path, of)
-        weight_map |= dict.fromkeys(of, path.name)
+        _write_zeros(path, shapes)
+        weight_map |= dict.fromkeys(shapes, path.name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = torch.bfloat16
     config.save_pretrained(folder)
     return folder
 
 
-def _write(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
-    header, end = {}, 0
-    for name, shape in tensors.items():
-        begin, end = end, end + 2 * prod(shape)
+def _write_zeros(path: Path, shapes: TensorShapes) -> None:
+    """Write a safetensors file whose data are a hole."""
+    header = {}
+    end = 0
+    for name, shape in shapes.items():
+        begin = end
+        end += BFLOAT16_BYTES * prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+
+    # A safetensors file is the header's length, the header, padded to 8 bytes, and the data.
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

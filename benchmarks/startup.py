@@ -13,37 +13,41 @@ from benchmarks.measure import Row, alternate
 from seap_ray.config import Config
 from seap_ray.errors import IncompleteError
 
-SUITE, JOBS = "startup", Path(__file__).parents[1] / "jobs"
+SUITE = "startup"
+JOBS = Path(__file__).parents[1] / "jobs"
 
 
 def rows(config: Config) -> Iterator[Row]:
-    jobs = {job.name: [str(job), "--help"] for job in sorted(JOBS.glob("*.py"))}
-    found = alternate(
-        {name: partial(run_python, command) for name, command in {"python": ["-c", ""], **jobs}.items()},
-        config.benchmarks.rounds,
-    )
-    for name in jobs:
+    """Yield the suite's rows: one for each job's help, one for the demo."""
+    commands = {job.name: [str(job), "--help"] for job in sorted(JOBS.glob("*.py"))}
+    contestants = {name: partial(run_python, command) for name, command in commands.items()}
+    timings = alternate({"python": partial(run_python, ["-c", ""]), **contestants}, config.benchmarks.rounds)
+    for name in commands:
         yield Row.of(
             SUITE,
             f"jobs/{name} --help",
-            baseline=found.median("python"),
-            ours=found.median(name),
+            baseline=timings.median("python"),
+            ours=timings.median(name),
             unit="s",
-            ratios=found.ratios(name, "python"),
-            limit=found.median("python"),
+            ratios=timings.ratios(name, "python"),
+            limit=timings.median("python"),
             limit_name="an interpreter",
             target="ours <= 1",
         )
+
     with tempfile.TemporaryDirectory() as storage:
-        job = [str(JOBS / "prune.py"), f"run.storage={storage}"]
         started = time.perf_counter()
-        run_python(job)
+        run_python([str(JOBS / "prune.py"), f"run.storage={storage}"])
         seconds = time.perf_counter() - started
     yield Row.of(SUITE, "the demo's whole job", ours=seconds, unit="s", target="ours <= 180")
 
 
 def run_python(command: list[str]) -> None:
-    """Raises IncompleteError with what a command said last, if it failed."""
+    """Run a command of this interpreter, on a Ray of its own.
+
+    Raises:
+        IncompleteError: It failed; the message ends with its last output.
+    """
     environment = {**os.environ, "RAY_ADDRESS": "local"}
     python = [sys.executable, *command]
     done = subprocess.run(python, cwd=JOBS.parent, env=environment, capture_output=True, text=True)

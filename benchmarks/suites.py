@@ -26,46 +26,60 @@ SUITES: Mapping[str, Callable[[Config], Iterable[Row]]] = {
     "route": route.rows,
 }
 DEFAULT = ("calibrate", "merge", "plan", "compact", "startup")
-"""Those that need no engine."""
+"""Suites that need no engine."""
 WITH_VLLM = {"serve", "route"}
-BEGIN, END = "<!-- measured: written by jobs/bench.py docs -->", "<!-- end of what is measured -->"
+BEGIN = "<!-- measured: written by jobs/bench.py docs -->"
+END = "<!-- end of what is measured -->"
 FOLDED = 40
 """A table of more rows than these is shown when a reader opens it."""
 COLUMNS = ("what", "baseline", "ours", "unit", "ratio", "limit", "target", "met")
 
 
 def run_suites(config: Config, names: Sequence[str], keys: Sequence[str]) -> None:
-    """Measure and write every suite of ``names``, or those of ``DEFAULT``; ``keys`` are what the command sets.
+    """Measure, print and write suites.
 
-    Raises ConfigError for an unknown name, or where one needs vLLM and it is not there, before any work.
+    Arguments:
+        config: The job's settings; ``benchmarks`` is what suites read.
+        names: Suites to run; none means those of ``DEFAULT``.
+        keys: The settings on the command line, which the rows repeat.
+
+    Raises:
+        ConfigError: A name is unknown, or a suite needs vLLM and it is not there; before any work.
     """
     for name in names:
         if name not in SUITES:
             raise ConfigError(f"{name}: no such suite; there are {', '.join(SUITES)}, and docs")
     if WITH_VLLM & {*names}:
         check_registered()
+
     transformers_logging.disable_progress_bar()
     folder = Path(config.benchmarks.folder)
     for name in names or DEFAULT:
         say(f"{name}:")
-        command = " ".join(["python jobs/bench.py", name, *_told(keys)])
+        command = " ".join(["python jobs/bench.py", name, *_portable(keys)])
         rows = [replace(row, command=command) for row in SUITES[name](config)]
         path = save_rows(folder, name, rows)
         say(f"{text_table(COLUMNS, [_cells(row) for row in rows])}\n")
         for row in rows:
             if row.met is False:
-                say(f"not met: {_short_of(row)}")
+                say(f"not met: {_miss(row)}")
         say(f"{path}\n")
 
 
-def _told(keys: Sequence[str]) -> list[str]:
-    """Keys as a page may show them: folders of one machine mean nothing on another."""
-    shown = {"benchmarks.official": "benchmarks.official=FOLDER"}
-    named = ((key.partition("=")[0], key) for key in keys)
-    return [shown.get(name, key) for name, key in named if name not in ("benchmarks.folder", "config")]
+def _portable(keys: Sequence[str]) -> list[str]:
+    """Return settings as a page may show them: folders of one machine mean nothing on another."""
+    shown: list[str] = []
+    for key in keys:
+        name = key.partition("=")[0]
+        if name == "benchmarks.official":
+            shown.append("benchmarks.official=FOLDER")
+        elif name not in ("benchmarks.folder", "config"):
+            shown.append(key)
+    return shown
 
 
 def _cells(row: Row) -> list[Any]:
+    """Return a row's cells in the order of ``COLUMNS``."""
     met = {True: "yes", False: "no", None: None}[row.met]
     limit = None if row.limit is None else f"{_number(row.limit)} ({row.limit_name})"
     numbers = [_number(row.baseline), _number(row.ours)]
@@ -73,7 +87,9 @@ def _cells(row: Row) -> list[Any]:
 
 
 def _number(value: float | None, digits: int = 3) -> str | None:
-    return None if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+    if value is None:
+        return None
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
 def _ratio(row: Row) -> str | None:
@@ -83,7 +99,8 @@ def _ratio(row: Row) -> str | None:
     return f"{row.ratio:.3g}" if low == high else f"{row.ratio:.3g} ({low:.3g} to {high:.3g})"
 
 
-def _short_of(row: Row) -> str:
+def _miss(row: Row) -> str:
+    """Say by how much a row misses its target, and why."""
     quantity, _, bound = row.target.split()
     value = row.ratio if quantity == "ratio" else row.ours
     shown = _number(value, digits=4)  # 1.476 is not the 1.48 that was wanted
@@ -96,7 +113,8 @@ def _short_of(row: Row) -> str:
 def write_page(config: Config) -> Path:
     """Put tables of all rows in the folder between two lines of ``<folder>.md``, which it makes where it is missing.
 
-    Raises ConfigError where the page has no such lines, or there are no rows.
+    Raises:
+        ConfigError: The page has no such lines, or there are no rows.
     """
     folder = Path(config.benchmarks.folder)
     page = folder.with_name(f"{folder.name}.md")
@@ -108,6 +126,7 @@ def write_page(config: Config) -> Path:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ConfigError(f"{page}: has no lines {BEGIN} and {END}")
+
     tables = "\n".join(_section(*load_rows(file)) for file in files)
     with writable(page):
         page.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{after}")
@@ -115,17 +134,25 @@ def write_page(config: Config) -> Path:
 
 
 def _section(machine: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    versions = ", ".join(f"{n} {v}" for n, v in machine.items() if n not in ("cpu", "cores", "memory_gb", "gpu"))
+    """Return a suite's part of the page: command, machine, table, missed targets."""
     hardware = f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gb']} GB"
-    hardware += f", {machine['gpu']}" if machine["gpu"] else ""
-    table = [
-        f"| {' | '.join(COLUMNS)} |",
-        "|---" * len(COLUMNS) + "|",
-        *(f"| {' | '.join('' if cell is None else str(cell) for cell in _cells(row))} |" for row in rows),
-        "",
+    if machine["gpu"]:
+        hardware += f", {machine['gpu']}"
+    versions = [
+        f"{name} {value}" for name, value in machine.items() if name not in ("cpu", "cores", "memory_gb", "gpu")
     ]
+
+    table = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(_line, rows), ""]
     if len(rows) > FOLDED:
         table = [f"<details><summary>{len(rows)} rows</summary>", "", *table, "</details>", ""]
-    lines = [f"## {rows[0].suite}", "", f"`{rows[0].command}` on {hardware}; {versions}.", "", *table]
-    missed = [f"- Not met: {_short_of(row)}" for row in rows if row.met is False]
-    return "\n".join([*lines, *missed, *([""] if missed else [])])
+    lines = [f"## {rows[0].suite}", "", f"`{rows[0].command}` on {hardware}; {', '.join(versions)}.", "", *table]
+    missed = [f"- Not met: {_miss(row)}" for row in rows if row.met is False]
+    if missed:
+        missed.append("")
+    return "\n".join([*lines, *missed])
+
+
+def _line(row: Row) -> str:
+    """Return a row as a line of a table in Markdown."""
+    cells = ["" if cell is None else str(cell) for cell in _cells(row)]
+    return f"| {' | '.join(cells)} |"

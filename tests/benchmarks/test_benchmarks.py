@@ -74,9 +74,10 @@ def test_a_row_has_the_median_ratio_and_says_why_only_where_its_target_is_missed
 
 def test_rows_come_back_from_their_file_with_the_machine(tmp_path):
     path = save_rows(tmp_path, "compact", [ROW, replace(ROW, spread=None, ratio=None)])
-    of, rows = load_rows(path)
+    read_machine, rows = load_rows(path)
     assert rows == [ROW, replace(ROW, spread=None, ratio=None)]
-    assert of == machine() and of["cores"] >= 1 and of["cpu"] and of["torch"] == torch.__version__
+    assert read_machine == machine() and read_machine["cores"] >= 1 and read_machine["cpu"]
+    assert read_machine["torch"] == torch.__version__
 
 
 def test_the_page_has_a_table_of_every_suite_and_keeps_what_people_wrote(tmp_path):
@@ -117,7 +118,7 @@ def test_all_suites_of_the_default_are_there():
 
 
 def test_padding_on_the_demos_corpora_is_within_its_target():
-    assert calibrate._padding().met
+    assert calibrate._padding_row().met
 
 
 def test_the_authors_code_is_looked_for_before_it_is_run(tmp_path):
@@ -138,7 +139,7 @@ def test_what_routing_costs_is_set_against_what_the_expert_saves():
     assert (named.baseline, named.ours, auto.ours) == pytest.approx((45, 49, 50)) and router.met
     assert (router.ours, error.ours, endpoint.ours) == pytest.approx((1, 0, 5))
     whole = Rounds({"dense": [0.96, 0.96], "expert": [0.48, 0.48], "auto": [0.60, 0.60]})
-    speed, earned = route._whole_rows(first, whole)
+    speed, earned = route._reply_rows(first, whole)
     assert speed.ratio == pytest.approx(1.6) and (speed.baseline, speed.limit) == pytest.approx((50, 100))
     assert earned.ours == pytest.approx(0.5), "10 ms saved a token"
 
