@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from seap_ray.errors import IncompleteError
 from seap_ray.storage.files import read_json, sha256_of, write_json
-from seap_ray.storage.paths import StoragePath
+from seap_ray.storage.paths import StoragePath, storage_path
 
 Content = TypeVar("Content")
 Loaded = TypeVar("Loaded", covariant=True)
@@ -139,11 +140,19 @@ def checksum_path(path: StoragePath) -> StoragePath:
 
 
 def has_hash(path: StoragePath, digest: str) -> bool:
-    """Return whether a file is there and its bytes have this sha256."""
+    """Return whether a file is there and its bytes have this sha256.
+
+    Raises:
+        IncompleteError: A bucket does not answer, which says nothing about the file.
+    """
     try:
         return sha256_of(path) == digest
-    except OSError:
+    except FileNotFoundError:
         return False
+    except OSError as error:
+        if not storage_path(path).is_remote:  # a disk that cannot read a file has a damaged one
+            return False
+        raise IncompleteError(f"{path}: cannot be read ({error}); mend that and run the same command again") from error
 
 
 def has_size(path: StoragePath, n_bytes: int) -> bool:
