@@ -59,7 +59,7 @@ activations on every task's corpus, writes one expert per task and one general m
 that sends a prompt to an expert, and evaluates all of them beside the dense model.
 
 In:   a model (model.source), corpora (tasks) and the share to remove (pruning.ratio). ray_config.yaml names those of
-      the demo, a small model that comes with the package: nothing is downloaded.
+      the demo, a small model that comes with the package: nothing is downloaded. So does a folder without that file.
 Out:  the folder <run.storage>/<run.name>, with checkpoints for transformers and vLLM in experts/<ratio>/<name>, the
       table results.json, the page report.html, and statistics, plans and the router.
 

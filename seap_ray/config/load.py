@@ -1,6 +1,7 @@
 """Load: ``ray_config.yaml`` and ``dotted.key=value`` overrides in, one frozen ``Config`` out; the help of every key."""
 
 import os
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from seap_ray.methods import STUDIES, StudyName
 from seap_ray.tasks import BUILT_IN, Section, Task
 
 DEFAULT_PATH = "ray_config.yaml"
+"""File that is read where none is named."""
+DEMO_PATH = Path(__file__).parents[1] / "demo" / DEFAULT_PATH
+"""The demo's settings, which come with the package: a copy of the repository's ``ray_config.yaml``."""
 PATH_VARIABLE = "SEAP_RAY_CONFIG"
 HELP_WIDTH = 100
 HELP_INDENT = " " * 6
@@ -25,8 +29,9 @@ def load_config(arguments: Sequence[str]) -> Config:
 
     Args:
         arguments: ``dotted.key=value`` overrides, values in YAML. ``config=PATH`` names the file; without it, the
-            environment variable ``SEAP_RAY_CONFIG`` does, or else it is ``ray_config.yaml``. ``study=NAME`` sets the
-            keys that the study needs, unless they are among the overrides.
+            environment variable ``SEAP_RAY_CONFIG`` does, or else it is ``ray_config.yaml``, or the demo's settings
+            where the current folder has no such file. ``study=NAME`` sets the keys that the study needs, unless they
+            are among the overrides.
 
     Returns:
         The whole configuration, with defaults for what neither source sets.
@@ -35,8 +40,10 @@ def load_config(arguments: Sequence[str]) -> Config:
         ConfigError: One line that names the file, the key and what would be right.
     """
     overrides = dict(_split(argument) for argument in arguments)
-    path = overrides.pop("config", None) or os.environ.get(PATH_VARIABLE) or DEFAULT_PATH
-    values = _read(str(path))
+    path = _config_path(overrides.pop("config", None))
+    values = _read(path)
+
+    # The study's keys come first, so that a key inside one of them can still be overridden.
     for key, value in {**_preset(values, overrides), **overrides}.items():
         _set(values, key.split("."), value)
     try:
@@ -45,12 +52,25 @@ def load_config(arguments: Sequence[str]) -> Config:
         raise ConfigError(f"{path}: {_one_line(error)}") from None
 
 
+def _config_path(named: Any) -> str:
+    """Return the path of the file to read, for the value of ``config=`` or None."""
+    if path := named or os.environ.get(PATH_VARIABLE):
+        return str(path)
+    if Path(DEFAULT_PATH).exists():
+        return DEFAULT_PATH
+
+    # A fresh install has no file yet, and should be able to run the demo. The note is no result, so it goes to stderr.
+    print(f"there is no {DEFAULT_PATH} here: the demo's settings hold; name a file with config=PATH", file=sys.stderr)
+    return str(DEMO_PATH)
+
+
 def _preset(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """Return the keys that the study of the command line sets, unless the command line sets them itself."""
     name: Any = overrides.get("study")
     if not isinstance(name, str) or name not in STUDIES:
         return {}
 
+    # The cast is for the type checker, which does not conclude it from the look-up above.
     preset: dict[str, Any] = dict(STUDIES[cast(StudyName, name)].preset)
     if "tasks" in preset:
         # A task that the file describes, for example with another path, is taken from there.
@@ -73,6 +93,7 @@ def _split(argument: str) -> tuple[str, Any]:
     key, equals, value = argument.partition("=")
     if not equals or not key:
         raise ConfigError(f"{argument!r} is no override; write dotted.key=value, for example pruning.ratio=0.35")
+
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError:
@@ -90,6 +111,8 @@ def _read(path: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(f"{path}: no YAML{f', see line {mark.line + 1}' if mark else ''}") from None
+
+    # An empty file is read as None, and stands for all defaults.
     if not isinstance(values, dict | None):
         raise ConfigError(f"{path}: should hold sections such as model: and pruning:")
     return values or {}
@@ -98,11 +121,12 @@ def _read(path: str) -> dict[str, Any]:
 def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
     """Set a dotted key, with the sections above it where they are missing."""
     for i, key in enumerate(keys[:-1]):
-        inner = values.get(key) or {}
+        inner = values.get(key) or {}  # a section without keys is None in YAML
         if not isinstance(inner, dict):
             raise ConfigError(f"{'.'.join(keys)}: {'.'.join(keys[: i + 1])} is {inner!r} and has no keys")
         values[key] = dict(inner)  # a copy: what a study sets is shared by all that read it
         values = values[key]
+
     values[keys[-1]] = value
 
 
@@ -111,14 +135,18 @@ def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
 
 def _one_line(error: ValidationError) -> str:
     """Return the first fault with its key, and what would be right."""
+    # One fault is enough for one line; those that are left are told when it is mended.
     first = error.errors()[0]
     where = _where(first["loc"])
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key{nearest(where, _siblings(where))}"
 
+    # Pydantic puts this in front of what our own validators say.
     reason = first["msg"].removeprefix("Value error, ")
+    # A whole mapping or list would not fit the line.
     if isinstance(first["input"], str | int | float) and where:
         reason += f", not {first['input']!r}"
+
     # A task without a path is most often a misspelt built-in name.
     if where == "tasks" or (where.endswith(".path") and first["type"] == "missing"):
         reason += f"; built-in tasks are {', '.join(BUILT_IN)}"
@@ -136,9 +164,12 @@ def _where(loc: tuple[int | str, ...]) -> str:
 def _siblings(where: str) -> list[str]:
     """Return keys that may have been meant by an unknown one: a task's, a baseline's, or any section and key."""
     above = where.rpartition(".")[0]
+
+    # The keys of a task (tasks.0.path) and of a baseline (pruning.baselines.NAME.score) are in no section of Config.
     for listed, section in (("tasks", Task), ("pruning.baselines", Baseline)):
         if above.rpartition(".")[0] == listed:
             return [f"{above}.{key}" for key, _ in walk(section)]
+
     keys = [key for key, _ in walk(Config)]
     return [*keys, *sorted({key.rpartition(".")[0] for key in keys} - {""})]
 
@@ -149,6 +180,7 @@ def _siblings(where: str) -> list[str]:
 def help_text(usage: str) -> str:
     """Return ``usage`` and every key with its meaning, default and possible values, for ``--help``."""
     lines = [usage.strip(), "", "Keys of ray_config.yaml; on the command line: dotted.key=value", ""]
+
     titles = dict(_titles(Config))
     for key, field in walk(Config):
         section = key.rpartition(".")[0]
@@ -186,13 +218,17 @@ def _shown(default: Any) -> str:
         return "[" + ", ".join(_shown(getattr(item, "name", item)) for item in default) + "]"
     if default is None:
         return "null"
+
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def _options(annotation: Any) -> str:
     """Return the possible values of a key that has a few, in brackets."""
     literals: list[Any] = []
+    # A Literal may stand alone or beside other types, as in ``int | Literal["auto"]``.
     for part in (annotation, *get_args(annotation)):
         if get_origin(part) is Literal:
             literals += get_args(part)
+
+    # One value beside other types is explained by the key's text.
     return f"   ({' | '.join(map(str, literals))})" if len(literals) > 1 else ""

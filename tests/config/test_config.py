@@ -7,6 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from seap_ray.config import Baseline, Config, PlanSettings, help_text, load_config, walk
+from seap_ray.config.load import DEMO_PATH
 from seap_ray.errors import ConfigError
 from seap_ray.tasks import BUILT_IN, Task
 from tests.support import ROOT
@@ -52,6 +53,23 @@ def test_a_file_is_named_by_argument_then_by_variable_then_by_default(tmp_path, 
     monkeypatch.setenv("SEAP_RAY_CONFIG", str(tmp_path / "variable.yaml"))
     assert load_config([]).run.name == "variable"
     assert load_config(["config=argument.yaml"]).run.name == "argument"
+
+
+def test_without_any_file_the_demos_settings_hold_and_one_line_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    config = load_config([])
+    assert capsys.readouterr().err == ""
+
+    monkeypatch.chdir(tmp_path)
+    assert load_config([]) == config
+    note = capsys.readouterr().err
+    assert "no ray_config.yaml here" in note and "config=PATH" in note and note.count("\n") == 1
+    assert load_config(["run.name=mine"]).run.name == "mine"
+    assert "ray_config.yaml: no such file" in refusal("config=ray_config.yaml"), "a file that is named has to be there"
+
+
+def test_the_packages_copy_of_the_demos_settings_is_the_repositorys_file():
+    assert DEMO_PATH.read_bytes() == (ROOT / "ray_config.yaml").read_bytes()
 
 
 def test_a_missing_file_is_named(tmp_path):

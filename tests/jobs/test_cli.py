@@ -1,6 +1,7 @@
 """The command `seap-ray`: its verbs are the jobs, help is light, and what is wrong is one line."""
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -28,9 +29,10 @@ sys.exit(main())
 each_verb = pytest.mark.parametrize("verb", VERBS)
 
 
-def run(code, *arguments):
+def run(code, *arguments, folder=ROOT):
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # so that another folder finds the package, too
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
 def ended(*arguments):
@@ -85,6 +87,18 @@ def test_a_verb_that_is_not_there_is_one_line_with_the_nearest():
     assert errors == "error: seap-ray has no verb 'prun'; did you mean prune?\n"
     _, _, errors, _ = ended("xyzzy")
     assert errors == f"error: seap-ray has no verb 'xyzzy'; known are {', '.join(VERBS)}\n"
+
+
+def test_an_empty_folder_has_help_and_the_demos_settings(tmp_path):
+    command = "import sys; from seap_ray.cli import main; sys.exit(main())"
+    done = run(command, "prune", "--help", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and "  pruning.ratio = " in done.stdout
+    done = run(command, "report", folder=tmp_path)
+    note, error = done.stderr.splitlines()
+    assert note.startswith("there is no ray_config.yaml here: the demo's settings hold")
+    assert done.returncode == ConfigError.exit_code and error.startswith("error: ") and "demo" in error, (
+        "the run's name"
+    )
 
 
 def test_the_version_is_that_of_the_package(capsys):
