@@ -1,11 +1,14 @@
 """Public surface: the names that ``import seap_ray`` offers, each loaded when it is first used."""
 
+import re
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import seap_ray
 from tests.support import ROOT
@@ -37,12 +40,14 @@ assert "torch" in sys.modules and Architecture.__module__ == "seap_ray.core.arch
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_lock_file_is_of_this_project_and_has_one_source():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    packages = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
-    (own,) = (package for package in packages if package["name"] == project["name"])
-    assert own["version"] == project["version"]
-    assert {*own["optional-dependencies"]} >= {*project["optional-dependencies"]} - {"cpu"}
+def test_the_lock_file_pins_every_dependency_with_hashes_and_names_no_source():
+    text = (ROOT / "requirements.lock").read_text()
+    pins = dict(re.findall(r"^([a-z0-9._-]+)==(\S+) .*\\\n    --hash=sha256:", text, re.M))
+    assert len(pins) == len(re.findall(r"^\S+==", text, re.M)) and "://" not in text
 
-    sources = {package["source"]["registry"] for package in packages if package is not own}
-    assert len(sources) == 1 and all(source.startswith("https://") for source in sources)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert {*extras} == {"cpu", "gpu", "eval", "dev", "docs"}, "the command in CONTRIBUTING.md names all but cpu"
+    for dependency in (*project["dependencies"], *extras["gpu"], *extras["eval"], *extras["dev"], *extras["docs"]):
+        requirement = Requirement(dependency)
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), dependency
