@@ -57,10 +57,6 @@ class Quality:
         """Read the JSON of ``dataclasses.asdict``."""
         return cls(**{**values, "values": tuple(values["values"]), "weights": tuple(values["weights"])})
 
-    def brief(self) -> dict[str, Any]:
-        """Return what a results file says of it: the value, not each item's part."""
-        return {"metric": self.metric, "value": self.value, "stderr": self.stderr, "n": self.n}
-
 
 @dataclass(frozen=True, slots=True)
 class Scored:

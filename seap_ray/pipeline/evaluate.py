@@ -51,10 +51,6 @@ class Failure:
         lines = str(error).strip().splitlines() or [""]
         return cls(lines[0] if isinstance(error, SeapError) else f"{type(error).__name__}: {lines[0]}")
 
-    def brief(self) -> dict[str, Any]:
-        """Return what a results file says of it."""
-        return {"error": self.error}
-
 
 EvalResult = Quality | Failure
 

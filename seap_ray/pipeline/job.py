@@ -5,7 +5,7 @@ preflight  ->  shards  ->  calibrate, merge  ->  planner  ->  prune  ->  routing
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,17 +16,17 @@ from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.pipeline.calibrate import calibrate, n_workers
 from seap_ray.pipeline.cluster import connect_driver
-from seap_ray.pipeline.evaluate import EvalTask, Failure, eval_target, eval_task, evaluate
+from seap_ray.pipeline.evaluate import EvalTask, eval_target, eval_task, evaluate
 from seap_ray.pipeline.placement import with_placement
 from seap_ray.pipeline.planner import Planner, make_planner
 from seap_ray.pipeline.preflight import check_config, cluster_checks, raise_on_error, with_absolute_source
 from seap_ray.pipeline.prune import PendingCheckpoint, prune
 from seap_ray.pipeline.ray_errors import unwrap_ray_errors
-from seap_ray.pipeline.results import ModelRow, dense_row, pruned_row, results_json
+from seap_ray.pipeline.results import dense_row, make_results, pruned_row, quality_cells
 from seap_ray.pipeline.shards import Manifest, make_shards
 from seap_ray.progress import progress, say
 from seap_ray.report.page import write_report
-from seap_ray.report.rows import Results
+from seap_ray.report.rows import ModelRow
 from seap_ray.report.table import table
 from seap_ray.routing.fitting import fit
 from seap_ray.storage.files import write_json
@@ -154,7 +154,10 @@ def _evaluate(
     targets = [eval_target(calibrated.checkpoint, eval_tasks)]
     targets += [eval_target(checkpoint, eval_tasks) for checkpoint in checkpoints]
     results = evaluate(config, run, targets, eval_tasks, progress)
-    return eval_tasks, [row.with_quality(quality) for row, quality in zip(rows, results, strict=True)]
+
+    # The dense model comes first among the rows and among the targets, then the checkpoints in their order.
+    judged = [replace(row, quality=quality_cells(by_task)) for row, by_task in zip(rows, results, strict=True)]
+    return eval_tasks, judged
 
 
 def _report(
@@ -165,15 +168,16 @@ def _report(
 ) -> None:
     """Print the table, write results and report. Raises IncompleteError when a model could not be judged."""
     run = calibrated.run
-    results = results_json(calibrated.config, eval_tasks, rows, router)
-    write_json(run.results, results)
+    results = make_results(calibrated.config, eval_tasks, rows, router)
+    write_json(run.results, results.to_json())
+
     say("")
-    say(table(Results.from_json(results)))
+    say(table(results))
     say("")
-    say(f"{write_report(run)} has the pictures")
+    # The report reads the results file, so it comes after that.
+    say(f"report: {write_report(run)}")
 
     # At the very end: what could be judged is in the report all the same.
     for row in rows:
-        for task, result in row.quality.items():
-            if isinstance(result, Failure):
-                raise IncompleteError(f"{row.name} on {task}: {result.error}")
+        for task, error in row.failures.items():
+            raise IncompleteError(f"{row.name} on {task}: {error}")

@@ -1,6 +1,7 @@
 """Model specs: a config in, the models that it asks for out, each with its statistics and its pruning settings."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from seap_ray.config import Baseline, Config, PlanSettings, PruningSection
 
@@ -10,8 +11,7 @@ class ModelSpec:
     """One model to be cut: its name, the statistics that it uses with their weights, and how it is cut."""
 
     name: str
-    kind: str
-    """``expert``, ``general`` or ``baseline``."""
+    kind: Literal["expert", "general", "baseline"]
     method: str
     """Name of the settings; the models of several tasks with the same settings are one method."""
     weights: dict[str, float]

@@ -1,80 +1,28 @@
-"""Results: the models of a run and how well each does, as typed rows; what a results file holds.
-
-A row here has what evaluation found, item by item; ``report.rows`` has the same as it lies in the file.
-"""
+"""Results: the models of a run and how well each does, as the rows of its results file."""
 
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import fields
 from typing import Any
 
 from seap_ray.config import Config
-from seap_ray.judges.quality import Quality
-from seap_ray.judges.speed import Speed
 from seap_ray.models.checkpoint import Checkpoint, versions
 from seap_ray.pipeline.evaluate import SEAP_RAY_JUDGE, EvalResult, EvalTask, Failure
 from seap_ray.pipeline.prune import PendingCheckpoint, checkpoint_sizes, kv_bytes
-from seap_ray.report import rows
+from seap_ray.report.rows import Cell, FailedCell, ModelRow, QualityCell, Results, SpeedCell, TaskRow
 from seap_ray.tasks import COLUMN_HEADS, Task
 
 
-@dataclass(frozen=True, slots=True)
-class ModelRow:
-    """One model of a results file; docs/evaluation.md lists its keys. Sizes are None where they are not known."""
-
-    name: str
-    method: str
-    """Name of the settings; the models of several tasks are one method."""
-    kind: str
-    """``dense``, ``expert``, ``general``, ``baseline``, or ``summary`` for the mean over a method's models."""
-    task: str | None
-    """The one task that the model is made for."""
-    ratio: float | None
-    """Share of the decoder's parameters that was to be removed; None for a model that was not pruned."""
-    realised_ratio: float | None
-    parameters: int | None
-    bytes: int | None
-    """Size of the weights."""
-    kv_bytes_per_token: int | None
-    """Key-value cache that a token takes."""
-    planned_ratio: float | None = None
-    folder: str | None = None
-    quality: Mapping[str, EvalResult] = field(default_factory=dict)
-    """By name of the task that the model was judged on."""
-    speed: Speed | None = None
-
-    def with_quality(self, quality: Mapping[str, EvalResult]) -> "ModelRow":
-        """Return the row with what evaluation found, by task."""
-        return replace(self, quality=quality)
-
-    @property
-    def quality_json(self) -> dict[str, dict[str, Any]]:
-        """What a results file says of each task: ``metric``, ``value``, ``stderr`` and ``n``, or ``error``."""
-        return {task: result.brief() for task, result in self.quality.items()}
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the row as a results file has it."""
-        # The two kinds of rows have the same fields; only these two differ in type.
-        values: dict[str, Any] = {key.name: getattr(self, key.name) for key in fields(self)}
-        values["quality"] = {task: rows.cell_from_json(result) for task, result in self.quality_json.items()}
-        values["speed"] = rows.SpeedCell(**asdict(self.speed)) if self.speed else None
-        return rows.ModelRow(**values).to_json()
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "ModelRow":
-        """Read a row of a results file; the parts of each quality are not in it."""
-        row = rows.ModelRow.from_json(content)
-        values = {key.name: getattr(row, key.name) for key in fields(cls)}
-        values["quality"] = {task: _result_of(cell) for task, cell in row.quality.items()}
-        values["speed"] = Speed(**asdict(row.speed)) if row.speed else None
-        return cls(**values)
+def quality_cells(results: Mapping[str, EvalResult]) -> dict[str, Cell]:
+    """Return the cell of each task: what the results file keeps of a result, without each item's part in it."""
+    return {task: _cell(result) for task, result in results.items()}
 
 
-def _result_of(cell: rows.Cell) -> EvalResult:
-    if isinstance(cell, rows.FailedCell):
-        return Failure(cell.error)
-    return Quality(cell.metric, cell.value, cell.stderr, cell.n or 0)
+def _cell(result: EvalResult) -> Cell:
+    if isinstance(result, Failure):
+        return FailedCell(result.error)
+    return QualityCell(result.metric, result.value, result.stderr, result.n)
 
 
 def dense_row(checkpoint: Checkpoint) -> ModelRow:
@@ -83,8 +31,6 @@ def dense_row(checkpoint: Checkpoint) -> ModelRow:
         name="dense",
         method="dense",
         kind="dense",
-        task=None,
-        ratio=None,
         realised_ratio=0.0,
         parameters=checkpoint.parameters,
         bytes=checkpoint.n_bytes,
@@ -96,8 +42,10 @@ def dense_row(checkpoint: Checkpoint) -> ModelRow:
 def pruned_row(pending: PendingCheckpoint) -> ModelRow:
     """Return the row of a pruned model."""
     spec = pending.spec
-    known = checkpoint_sizes(pending)
-    ratio = known.pop("requested_ratio")
+    sizes = checkpoint_sizes(pending)
+    # The manifest has a longer name for what a row calls its ratio.
+    ratio = sizes.pop("requested_ratio")
+
     return ModelRow(
         name=spec.name,
         method=spec.method,
@@ -105,7 +53,7 @@ def pruned_row(pending: PendingCheckpoint) -> ModelRow:
         task=spec.task,
         ratio=ratio,
         folder=str(pending.target),
-        **known,
+        **sizes,
     )
 
 
@@ -114,7 +62,7 @@ def pruned_row(pending: PendingCheckpoint) -> ModelRow:
 
 def own_task_rows(models: Sequence[ModelRow]) -> list[ModelRow]:
     """Return, for every method that has a model for each task, one row a ratio: each model on its own task."""
-    # A dict keeps the order of first appearance.
+    # A model without quality is one of a run that judges nothing. A dict keeps the order of first appearance.
     methods = {(row.method, row.ratio): None for row in models if row.task and row.quality}
     return [_own_task_row(models, method, ratio) for method, ratio in methods]
 
@@ -122,12 +70,13 @@ def own_task_rows(models: Sequence[ModelRow]) -> list[ModelRow]:
 def _own_task_row(models: Sequence[ModelRow], method: str, ratio: float | None) -> ModelRow:
     members = [row for row in models if row.task and (row.method, row.ratio) == (method, ratio)]
 
+    # A study may have judged an expert on other tasks alone.
     quality = {row.task: row.quality[row.task] for row in members if row.task and row.task in row.quality}
+
     return ModelRow(
         name=f"{method}, own task",
         method=method,
         kind="summary",
-        task=None,
         ratio=ratio,
         realised_ratio=_mean([row.realised_ratio for row in members]),
         parameters=_mean([row.parameters for row in members]),
@@ -138,16 +87,17 @@ def _own_task_row(models: Sequence[ModelRow], method: str, ratio: float | None) 
     )
 
 
-def _mean_speed(speeds: Sequence[Speed | None]) -> Speed | None:
+def _mean_speed(speeds: Sequence[SpeedCell | None]) -> SpeedCell | None:
     """Return the mean of every rate; None where the speed of a model is not known."""
+    # A mean over some of the models would not compare with one over all.
     known = [speed for speed in speeds if speed]
     if len(known) < len(speeds):
         return None
 
     means = {}
-    for rate in fields(Speed):
+    for rate in fields(SpeedCell):
         means[rate.name] = _mean([getattr(speed, rate.name) for speed in known])
-    return Speed(**means)
+    return SpeedCell(**means)
 
 
 def _mean(values: Sequence[Any]) -> Any:
@@ -162,29 +112,31 @@ def _mean(values: Sequence[Any]) -> Any:
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
-def results_json(
+def make_results(
     config: Config,
     eval_tasks: Mapping[str, EvalTask | Failure],
     models: Sequence[ModelRow],
     router: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Return the contents of a results file, whichever job writes it."""
-    return {
-        "command": shlex.join(("python", *sys.argv)),
-        "config": config.model_dump(mode="json"),
-        "seed": config.run.seed,
-        "tasks": {task.name: _task_json(task, eval_tasks.get(task.name)) for task in config.tasks},
-        "models": [row.to_json() for row in [*models, *own_task_rows(models)]],
-        "router": router,
-        "versions": versions(),
-    }
+) -> Results:
+    """Return what a results file says, whichever job writes it; below the models each method's mean over its own."""
+    tasks = {task.name: _task_row(task, eval_tasks.get(task.name)) for task in config.tasks}
+    return Results(
+        tasks=tasks,
+        models=[*models, *own_task_rows(models)],
+        router=router,
+        config=config.model_dump(mode="json"),
+        seed=config.run.seed,
+        command=shlex.join(("python", *sys.argv)),
+        versions=versions(),
+    )
 
 
-def _task_json(task: Task, eval_task: EvalTask | Failure | None) -> dict[str, str]:
+def _task_row(task: Task, eval_task: EvalTask | Failure | None) -> TaskRow:
     # A task that cannot be judged is there all the same, with what would have judged it.
     metric: str = task.metric
     judge = SEAP_RAY_JUDGE
     if isinstance(eval_task, EvalTask):
         metric = eval_task.metric
         judge = eval_task.judge
-    return rows.TaskRow(metric, COLUMN_HEADS[metric], judge).to_json()
+
+    return TaskRow(metric, COLUMN_HEADS[metric], judge)

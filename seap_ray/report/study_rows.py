@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar, Self
 
-from seap_ray.report.rows import StudyTable
+from seap_ray.report.rows import Cell, StudyTable
+from seap_ray.report.table import mean_quality
 
 MEAN_HEADS = ("mean acc", "mean ppl")
 """Names of the column of the mean, by metric."""
@@ -25,8 +26,9 @@ class Estimate:
     stderr: float | None = None
 
     @classmethod
-    def of(cls, pair: tuple[float, float] | None) -> "Estimate":
-        """Make an estimate of what ``report.table.mean_quality`` returns."""
+    def mean(cls, cells: Iterable[Cell]) -> "Estimate":
+        """Take the mean of cells, as ``report.table.mean_quality`` has it."""
+        pair = mean_quality(cells)
         return cls(*pair) if pair else cls()
 
 

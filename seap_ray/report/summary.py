@@ -96,7 +96,7 @@ def _changed_models(a: Results, b: Results) -> str:
             stderr = math.hypot(mean_a[1], mean_b[1])
             rows.append([model.name, show(model.ratio), mean_a[0], mean_b[0], mean_b[0] - mean_a[0], stderr])
 
-    head = mean_head(tasks) if tasks else "mean"
+    head = mean_head(task.metric for task in tasks.values()) if tasks else "mean"
     return text_table(["model", "ratio", f"{head} a", f"{head} b", "b - a", "stderr"], rows)
 
 

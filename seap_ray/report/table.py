@@ -1,11 +1,11 @@
 """Table: the models of a results file as text, in rows and columns; and means of quality."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from seap_ray.progress import count
-from seap_ray.report.rows import Cell, FailedCell, ModelRow, QualityCell, Results, TaskRow
+from seap_ray.report.rows import Cell, FailedCell, ModelRow, QualityCell, Results
 from seap_ray.tasks import is_perplexity
 
 STAGES = ("prefill", "decode")
@@ -61,16 +61,16 @@ def table(results: Results) -> str:
 
     columns = ["model", "ratio", "realised", "params"]
     columns += [f"{name} {task.short}" for name, task in tasks.items()]
-    columns.append(mean_head(tasks))
+    columns.append(mean_head(task.metric for task in tasks.values()))
     # Sizes in bytes matter beside speed only, and would make every other table too wide.
     columns += ["weights", "KV B/token", "prefill tok/s", "decode tok/s"] if with_speed else []
     text = text_table(columns, [_row(model, tasks, with_speed) for model in models])
     return "\n".join([text, *_failures(models)])
 
 
-def mean_head(tasks: Mapping[str, TaskRow]) -> str:
-    """Return the name of the column that ``mean_quality`` fills for these tasks: ``mean acc`` or ``mean ppl``."""
-    return "mean ppl" if all(is_perplexity(task.metric) for task in tasks.values()) else "mean acc"
+def mean_head(metrics: Iterable[str]) -> str:
+    """Return the name of the column that ``mean_quality`` fills for these metrics: ``mean acc`` or ``mean ppl``."""
+    return "mean ppl" if all(map(is_perplexity, metrics)) else "mean acc"
 
 
 def _row(model: ModelRow, tasks: Iterable[str], with_speed: bool) -> list[str]:

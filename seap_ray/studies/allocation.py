@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from seap_ray.pipeline.results import ModelRow, own_task_rows
+from seap_ray.pipeline.results import own_task_rows
+from seap_ray.report.rows import ModelRow
 from seap_ray.report.study_rows import AllocationRow, Estimate
 from seap_ray.studies.requests import at_every_ratio, run_specs, variant
-from seap_ray.studies.result import StudyResult, estimate, mean_column
+from seap_ray.studies.result import StudyResult
 from seap_ray.studies.runner import StudyRunner
 
 STEEPNESSES = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -65,14 +66,14 @@ def run(runner: StudyRunner) -> StudyResult:
 
     by_method = _by_method([model.row for model in models])
     rows = [_row(ratio, curve, by_method) for ratio, curve in product(config.pruning.ratio, CURVES)]
-    return StudyResult(models, AllocationRow.columns(mean_column(runner)), rows)
+    return StudyResult(models, AllocationRow.columns(runner.mean_head), rows)
 
 
 def _row(ratio: float, curve: _Curve, by_method: Mapping[tuple[str, float | None], ModelRow]) -> AllocationRow:
     # Where no expert could be judged, there is no row of the experts together.
     experts_row = by_method.get((curve.experts, ratio))
-    experts = estimate(experts_row.quality.values()) if experts_row else Estimate()
-    general = estimate(by_method[curve.general, ratio].quality.values())
+    experts = Estimate.mean(experts_row.quality.values()) if experts_row else Estimate()
+    general = Estimate.mean(by_method[curve.general, ratio].quality.values())
     return AllocationRow(
         ratio=ratio,
         allocation=curve.allocation,

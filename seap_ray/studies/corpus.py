@@ -14,7 +14,7 @@ from seap_ray.pipeline.model_specs import ModelSpec
 from seap_ray.pipeline.shards import Shard
 from seap_ray.report.study_rows import CorpusRow, Estimate
 from seap_ray.studies.requests import SEEDS, on_own_task
-from seap_ray.studies.result import SeedMean, StudyResult, estimate, mean_column
+from seap_ray.studies.result import SeedMean, StudyResult
 from seap_ray.studies.runner import EvaluatedModel, ModelRequest, StudyRunner
 
 SAMPLES = (50, 100, 200, 500, 1000)
@@ -51,7 +51,7 @@ def run(runner: StudyRunner) -> StudyResult:
     models = runner.evaluate_models(on_own_task(requests), planner)
 
     by_key = dict(zip(keys, models, strict=True))
-    return StudyResult(models, CorpusRow.columns(mean_column(runner)), _rows(by_key))
+    return StudyResult(models, CorpusRow.columns(runner.mean_head), _rows(by_key))
 
 
 def _parts(runner: StudyRunner) -> dict[Draw, Sequence[Shard]]:
@@ -116,8 +116,8 @@ def _quality(
     models: Mapping[tuple[float, Draw], EvaluatedModel], ratio: float, tasks: Sequence[str], size: int, seed: int
 ) -> Estimate:
     """Return the mean over ``tasks`` of each expert on its own task."""
-    results = []
+    cells = []
     for task in tasks:
         expert = models[ratio, Draw(task, size, seed)]
-        results.append(expert.row.quality[task])
-    return estimate(results)
+        cells.append(expert.row.quality[task])
+    return Estimate.mean(cells)

@@ -4,9 +4,9 @@ from itertools import product
 
 from seap_ray.config import GENERAL, Config
 from seap_ray.errors import ConfigError
-from seap_ray.report.study_rows import OutOfDistributionRow
+from seap_ray.report.study_rows import Estimate, OutOfDistributionRow
 from seap_ray.studies.requests import at_every_ratio, method_specs, run_specs
-from seap_ray.studies.result import StudyResult, estimate
+from seap_ray.studies.result import StudyResult
 from seap_ray.studies.runner import ModelRequest, StudyRunner
 
 
@@ -29,11 +29,11 @@ def run(runner: StudyRunner) -> StudyResult:
     for ratio, task in product(config.pruning.ratio, tasks):
         others = [quality[other, ratio][task] for other in tasks if other != task]
         compared = (
-            estimate([quality["dense", None][task]]),
-            estimate([quality[task, ratio][task]]),
-            estimate([quality[GENERAL, ratio][task]]),
-            estimate([quality[_without(task), ratio][task]]),
-            estimate(others),
+            Estimate.mean([quality["dense", None][task]]),
+            Estimate.mean([quality[task, ratio][task]]),
+            Estimate.mean([quality[GENERAL, ratio][task]]),
+            Estimate.mean([quality[_without(task), ratio][task]]),
+            Estimate.mean(others),
         )
 
         cells = []

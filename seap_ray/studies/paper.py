@@ -13,12 +13,11 @@ import yaml
 
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError
-from seap_ray.judges.quality import Quality
-from seap_ray.pipeline.evaluate import Failure
-from seap_ray.pipeline.results import ModelRow, own_task_rows
-from seap_ray.report.study_rows import PaperRow
+from seap_ray.pipeline.results import own_task_rows
+from seap_ray.report.rows import FailedCell, ModelRow, QualityCell
+from seap_ray.report.study_rows import Estimate, PaperRow
 from seap_ray.studies.requests import at_every_ratio, method_specs
-from seap_ray.studies.result import StudyResult, estimate
+from seap_ray.studies.result import StudyResult
 from seap_ray.studies.runner import ModelRequest, StudyRunner
 
 CORPUS = "wikitext2"
@@ -158,19 +157,19 @@ def _speed(size: str, ours: Ours) -> Iterator[PaperRow]:
 
 def _accuracies(model: ModelRow) -> dict[str, float | None]:
     """Return percent by task, their average where all are there, and its standard error; and the perplexity."""
-    results = {task: model.quality.get(task, Failure("not judged")) for task in tables()["tasks"]}
-    average = estimate(results.values())
-    figures: dict[str, float | None] = {}
-    for task, result in results.items():
-        if isinstance(result, Quality):
-            figures[task] = 100 * result.value
-
     # There is an average only where there are all tasks: other averages do not compare with the paper's.
+    cells = {task: model.quality.get(task, FailedCell("not judged")) for task in tables()["tasks"]}
+    average = Estimate.mean(cells.values())
+
+    figures: dict[str, float | None] = {}
+    for task, cell in cells.items():
+        if isinstance(cell, QualityCell):
+            figures[task] = 100 * cell.value
     figures["average"] = _percent(average.value)
     figures["stderr"] = _percent(average.stderr)
 
     on_corpus = model.quality.get(CORPUS)
-    figures["perplexity"] = on_corpus.value if isinstance(on_corpus, Quality) else None
+    figures["perplexity"] = on_corpus.value if isinstance(on_corpus, QualityCell) else None
     return figures
 
 

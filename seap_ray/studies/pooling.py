@@ -12,7 +12,7 @@ from seap_ray.pipeline.model_specs import ModelSpec, model_specs
 from seap_ray.pipeline.shards import Shard
 from seap_ray.report.study_rows import ModelComparisonRow, PoolingRow
 from seap_ray.studies.requests import SEEDS, at_every_ratio, on_own_task
-from seap_ray.studies.result import StudyResult, comparison_rows, mean_column
+from seap_ray.studies.result import StudyResult, comparison_rows
 from seap_ray.studies.runner import StudyRunner
 
 
@@ -37,7 +37,7 @@ def run(runner: StudyRunner) -> StudyResult:
         # The experts have one row together, each on its own task, with the mean of their tokens.
         if row.model not in tasks:
             rows.append(_pooling_row(row, tokens.get(row.model, expert_tokens)))
-    return StudyResult(models, PoolingRow.columns(mean_column(runner), tasks), rows)
+    return StudyResult(models, PoolingRow.columns(runner.mean_head, tasks), rows)
 
 
 def _tokens_by_model(wanted: Iterable[ModelSpec], shards: Mapping[str, Sequence[Shard]]) -> dict[str, int]:

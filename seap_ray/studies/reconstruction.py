@@ -7,12 +7,12 @@ from typing import NamedTuple, get_args
 
 from seap_ray.config import Compensation, Config
 from seap_ray.errors import ConfigError
-from seap_ray.pipeline.evaluate import EvalResult
 from seap_ray.pipeline.job import calibrate_run
+from seap_ray.report.rows import Cell
 from seap_ray.report.study_rows import Estimate, ReconstructionRow
 from seap_ray.storage.run import Run
 from seap_ray.studies.requests import ALLOCATIONS, SEEDS, run_specs, variant
-from seap_ray.studies.result import SeedMean, StudyResult, estimate, mean_column
+from seap_ray.studies.result import SeedMean, StudyResult
 from seap_ray.studies.runner import EvaluatedModel, ModelRequest, StudyRunner
 
 MODEL_GROUPS = ("experts", "general")
@@ -57,7 +57,7 @@ def run(runner: StudyRunner) -> StudyResult:
             rows.append(row)
 
     every_model = [model for group in models.values() for model in group]
-    return StudyResult(every_model, ReconstructionRow.columns(mean_column(runner)), rows)
+    return StudyResult(every_model, ReconstructionRow.columns(runner.mean_head), rows)
 
 
 def _requests(config: Config, seed: int) -> list[tuple[RowKey, ModelRequest]]:
@@ -102,7 +102,7 @@ def _row(key: RowKey, by_seed: Iterable[list[EvaluatedModel]]) -> Reconstruction
 
 def _quality(models: Iterable[EvaluatedModel]) -> Estimate:
     """Return the mean over all tasks that any of the models was judged on."""
-    results: list[EvalResult] = []
+    cells: list[Cell] = []
     for model in models:
-        results += model.row.quality.values()
-    return estimate(results)
+        cells += model.row.quality.values()
+    return Estimate.mean(cells)

@@ -5,12 +5,9 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from seap_ray.judges.quality import Quality
-from seap_ray.pipeline.evaluate import EvalResult, EvalTask, Failure
-from seap_ray.pipeline.results import ModelRow, own_task_rows
-from seap_ray.report.rows import TaskRow, cell_from_json
+from seap_ray.pipeline.results import own_task_rows
+from seap_ray.report.rows import Cell, ModelRow, QualityCell
 from seap_ray.report.study_rows import Estimate, ModelComparisonRow, StudyRow
-from seap_ray.report.table import mean_head, mean_quality
 from seap_ray.studies.runner import EvaluatedModel, StudyRunner
 
 
@@ -33,26 +30,11 @@ class StudyResult:
         # A model without a plan has no folder, and running the same command again does not mend that.
         planned = [model.row for model in self.models if model.row.folder]
 
+        # One fault often costs many results; it is one reason.
         reasons: set[str] = set()
         for row in planned:
-            reasons.update(failure_reasons(row.quality.values()))
+            reasons.update(row.failures.values())
         return reasons
-
-
-def failure_reasons(results: Iterable[EvalResult]) -> list[str]:
-    """Return why models could not be judged, for those results that are failures."""
-    return [result.error for result in results if isinstance(result, Failure)]
-
-
-def estimate(results: Iterable[EvalResult]) -> Estimate:
-    """Return the mean quality over tasks, as ``report.table.mean_quality`` has it."""
-    return Estimate.of(mean_quality([cell_from_json(result.brief()) for result in results]))
-
-
-def mean_column(runner: StudyRunner) -> str:
-    """Return what the column of the mean over the run's tasks is called."""
-    judged = [task for task in runner.eval_tasks.values() if isinstance(task, EvalTask)]
-    return mean_head({task.task.name: TaskRow(task.metric) for task in judged})
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +68,7 @@ class SeedMean:
 
 def compare_models(runner: StudyRunner, models: Sequence[EvaluatedModel]) -> StudyResult:
     """Return a table of models; below them, for every method with a model for each task, these as one row."""
-    columns = ModelComparisonRow.columns(mean_column(runner), runner.task_names)
+    columns = ModelComparisonRow.columns(runner.mean_head, runner.task_names)
     return StudyResult(models, columns, comparison_rows(models, runner.task_names))
 
 
@@ -99,7 +81,7 @@ def comparison_rows(models: Sequence[EvaluatedModel], tasks: Sequence[str]) -> l
 def _comparison_row(row: ModelRow, tasks: Sequence[str]) -> ModelComparisonRow:
     # A mean over some of the tasks does not compare with one over all.
     is_judged_on_all = set(tasks) <= row.quality.keys()
-    overall = estimate(row.quality.values()) if is_judged_on_all else Estimate()
+    overall = Estimate.mean(row.quality.values()) if is_judged_on_all else Estimate()
     return ModelComparisonRow(
         model=row.name,
         ratio=row.ratio,
@@ -117,10 +99,10 @@ def _comparison_row(row: ModelRow, tasks: Sequence[str]) -> ModelComparisonRow:
     )
 
 
-def estimates_by_task(quality: Mapping[str, EvalResult], tasks: Iterable[str]) -> dict[str, Estimate]:
+def estimates_by_task(quality: Mapping[str, Cell], tasks: Iterable[str]) -> dict[str, Estimate]:
     """Return the quality on each task as it is; empty for a task that the model was not judged on."""
     estimates = {}
     for task in tasks:
-        result = quality.get(task)
-        estimates[task] = Estimate(result.value, result.stderr) if isinstance(result, Quality) else Estimate()
+        cell = quality.get(task)
+        estimates[task] = Estimate(cell.value, cell.stderr) if isinstance(cell, QualityCell) else Estimate()
     return estimates

@@ -10,16 +10,18 @@ from seap_ray.config import GENERAL
 from seap_ray.errors import ConfigError
 from seap_ray.judges.quality import Quality
 from seap_ray.pipeline.evaluate import EvalResult, EvalTask, Failure
+from seap_ray.pipeline.results import quality_cells
+from seap_ray.report.rows import Cell
 from seap_ray.report.study_rows import Estimate, RoutingRow
 from seap_ray.routing.router import Router
 from seap_ray.studies.requests import SEEDS, at_every_ratio, run_specs
-from seap_ray.studies.result import StudyResult, estimate, mean_column
+from seap_ray.studies.result import StudyResult
 from seap_ray.studies.runner import StudyRunner
 
 Choices = Mapping[str, Sequence[str]]
 """By task, the name of the model that answers each of its prompts."""
 Results = Mapping[tuple[float | None, str], Mapping[str, EvalResult]]
-"""By ratio and model, the results by task."""
+"""By ratio and model, the results by task, with each prompt's part."""
 
 
 def run(runner: StudyRunner) -> StudyResult:
@@ -32,7 +34,7 @@ def run(runner: StudyRunner) -> StudyResult:
         raise ConfigError("tasks: study=routing needs one with prompts; windows of a text are none")
 
     models = runner.evaluate_models(at_every_ratio(config, run_specs(config)))
-    results = {(model.row.ratio, model.row.name): model.row.quality for model in models}
+    results = {(model.row.ratio, model.row.name): model.results for model in models}
 
     # A choice says who answers; only random choices differ from seed to seed.
     by_router, seconds = _route(Router.load(runner.calibrated.run.router), eval_tasks)
@@ -50,7 +52,7 @@ def run(runner: StudyRunner) -> StudyResult:
         qualities = [_quality_by_task(results, ratio, eval_tasks, choice) for choice in choices]
         rows.append(_row(way, ratio, qualities, _share_of_general(choices), milliseconds.get(way, 0.0)))
     names = [task.task.name for task in eval_tasks]
-    return StudyResult(models, RoutingRow.columns(mean_column(runner), names), rows)
+    return StudyResult(models, RoutingRow.columns(runner.mean_head, names), rows)
 
 
 def _with_prompts(runner: StudyRunner) -> list[EvalTask]:
@@ -85,7 +87,7 @@ def _choose_at_random(tasks: Sequence[str], eval_tasks: Sequence[EvalTask], seed
 
 
 def _row(
-    way: str, ratio: float, by_choice: Sequence[Mapping[str, EvalResult]], to_general: float, milliseconds: float
+    way: str, ratio: float, by_choice: Sequence[Mapping[str, Cell]], to_general: float, milliseconds: float
 ) -> RoutingRow:
     """Return one way of routing as a row: the mean over several choices where it draws at random.
 
@@ -93,16 +95,21 @@ def _row(
     """
     by_task = {}
     for task in by_choice[0]:
-        by_task[task] = estimate([quality[task] for quality in by_choice])
-    overall = _mean_over_choices([estimate(quality.values()) for quality in by_choice])
+        by_task[task] = Estimate.mean([quality[task] for quality in by_choice])
+
+    overall = _mean_over_choices([Estimate.mean(quality.values()) for quality in by_choice])
     return RoutingRow(way, ratio, overall.value, overall.stderr, to_general, by_task, milliseconds)
 
 
 def _quality_by_task(
     results: Results, ratio: float, eval_tasks: Sequence[EvalTask], choice: Choices
-) -> dict[str, EvalResult]:
+) -> dict[str, Cell]:
     """Return the quality on every task when each prompt is answered by the model of ``choice``."""
-    return {task.task.name: _routed_quality(results, ratio, task, choice[task.task.name]) for task in eval_tasks}
+    routed = {}
+    for task in eval_tasks:
+        name = task.task.name
+        routed[name] = _routed_quality(results, ratio, task, choice[name])
+    return quality_cells(routed)
 
 
 def _mean_over_choices(estimates: Sequence[Estimate]) -> Estimate:

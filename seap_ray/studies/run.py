@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, DataError, IncompleteError
@@ -10,10 +11,10 @@ from seap_ray.judges import lm_eval
 from seap_ray.methods import STUDIES, StudyName
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.pipeline.job import calibrate_run, on_cluster, route
-from seap_ray.pipeline.results import results_json
+from seap_ray.pipeline.results import make_results
 from seap_ray.progress import say
 from seap_ray.report.page import write_report
-from seap_ray.report.rows import Results, StudyTable
+from seap_ray.report.rows import StudyTable
 from seap_ray.report.table import table as models_table
 from seap_ray.report.table import text_table
 from seap_ray.storage.files import atomic_write, write_json
@@ -87,14 +88,15 @@ def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
     study = STUDIES[config.study]
     runner = StudyRunner(calibrate_run(config, checkpoint, run), lm_eval=_uses_lm_eval(config))
     router = route(runner.calibrated)
+
     say(f"{study.title}: {study.question}")
     result = RUNS[config.study](runner)
 
-    # The study's own table comes first, then what every results file has.
     rows = [model.row for model in result.models]
-    contents = results_json(config, runner.eval_tasks, rows, router)
     study_table = StudyTable(config.study, study.title, study.question, result.columns, result.cells)
-    write_json(run.study(config.study), {**study_table.to_json(), **contents})
+    results = replace(make_results(config, runner.eval_tasks, rows, router), table=study_table)
+    write_json(run.study(config.study), results.to_json())
+
     csv_path = run.study(config.study).with_suffix(".csv")
     with atomic_write(csv_path) as path, path.open("w", newline="") as file:
         csv.writer(file).writerows([result.columns, *result.cells])
@@ -102,9 +104,10 @@ def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
     # Where rows are models, a table made for these is easier to read than all columns.
     is_about_models = config.study in ("table", "ratio")
     say("")
-    say(models_table(Results.from_json(contents)) if is_about_models else text_table(result.columns, result.cells))
+    say(models_table(results) if is_about_models else text_table(result.columns, result.cells))
     say("")
-    say(f"{write_report(run)} has the pictures")
+    # The report reads the results file, so it comes after that.
+    say(f"report: {write_report(run)}")
 
     if result.failures:
         raise IncompleteError(

@@ -6,7 +6,7 @@ from some of the run's records.
 
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -30,10 +30,12 @@ from seap_ray.pipeline.model_specs import ModelSpec
 from seap_ray.pipeline.planner import Planner
 from seap_ray.pipeline.prune import PendingCheckpoint, prepare_checkpoint
 from seap_ray.pipeline.ray_errors import known_error
-from seap_ray.pipeline.results import ModelRow, dense_row, pruned_row
+from seap_ray.pipeline.results import dense_row, pruned_row, quality_cells
 from seap_ray.pipeline.shard_records import ShardRecords
 from seap_ray.pipeline.shards import Manifest, Shard
 from seap_ray.progress import progress, say
+from seap_ray.report.rows import ModelRow, SpeedCell
+from seap_ray.report.table import mean_head
 from seap_ray.storage.artifact import Artifact, JsonFile
 from seap_ray.storage.files import read_json, stage, write_json
 from seap_ray.storage.paths import StoragePath, parse_path
@@ -59,11 +61,18 @@ class ModelRequest:
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model of a study that was judged: its row of the results file, and what its speed depends on."""
+    """A model of a study that was judged: its row of the results file, and what the row leaves out."""
 
     row: ModelRow
     config: HfConfig | None
-    """None where there is no such model."""
+    """What its speed depends on; None where there is no such model."""
+    results: Mapping[str, EvalResult] = field(default_factory=dict)
+    """By task, with each item's part in it."""
+
+    @classmethod
+    def of(cls, row: ModelRow, config: HfConfig | None, results: Mapping[str, EvalResult]) -> "EvaluatedModel":
+        """Add the results to a row that has none yet."""
+        return cls(replace(row, quality=quality_cells(results)), config, results)
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,12 @@ class StudyRunner:
     def task_names(self) -> tuple[str, ...]:
         """Names of the run's tasks."""
         return tuple(task.name for task in self.config.tasks)
+
+    @property
+    def mean_head(self) -> str:
+        """Name of the column of the mean over the tasks that can be judged."""
+        judged = [task for task in self.eval_tasks.values() if isinstance(task, EvalTask)]
+        return mean_head(task.metric for task in judged)
 
     @cached_property
     def eval_tasks(self) -> dict[str, EvalTask | Failure]:
@@ -144,14 +159,14 @@ class StudyRunner:
         ]
 
         # What cannot be planned is no target, so each other source takes the next result.
-        results = iter(self._evaluate(targets))
+        judged = iter(self._evaluate(targets))
         models = []
         for request, source, names in zip(requests, sources, tasks, strict=True):
             if isinstance(source, Failure):
-                quality: dict[str, EvalResult] = dict.fromkeys(names, source)
+                results: dict[str, EvalResult] = dict.fromkeys(names, source)
             else:
-                quality = next(results)
-            models.append(_evaluated_model(request, source, quality))
+                results = next(judged)
+            models.append(_evaluated_model(request, source, results))
         return models
 
     def _source(self, request: ModelRequest, planner: Planner) -> PlannedModel:
@@ -177,17 +192,18 @@ class StudyRunner:
             if isinstance(checkpoint, Checkpoint)
         ]
 
-        results = iter(self._evaluate(targets))
+        judged = iter(self._evaluate(targets))
         models = []
         for name, checkpoint in opened.items():
             if isinstance(checkpoint, Failure):
-                quality: dict[str, EvalResult] = dict.fromkeys(self.task_names, checkpoint)
+                results: dict[str, EvalResult] = dict.fromkeys(self.task_names, checkpoint)
                 config = None
             else:
-                quality = next(results)
+                results = next(judged)
                 config = checkpoint.config
+
             row = _checkpoint_row(name, folders[name], checkpoint)
-            models.append(EvaluatedModel(row.with_quality(quality), config))
+            models.append(EvaluatedModel.of(row, config, results))
         return models
 
     # --- speed -------------------------------------------------------------------------------------------------------
@@ -207,7 +223,7 @@ class StudyRunner:
             timed.append(model)
         return timed
 
-    def _speeds(self, configs: dict[str, HfConfig]) -> dict[str, Speed]:
+    def _speeds(self, configs: dict[str, HfConfig]) -> dict[str, SpeedCell]:
         """Return speeds by shape: those that were stored, or measured now; none where they cannot be measured."""
         # What was measured on another machine, or with other versions, is measured again.
         calibration = self.config.calibration
@@ -224,7 +240,7 @@ class StudyRunner:
             # A model may be too large for the device at this batch; what was judged stays.
             say(f"speed: not measured; {Failure.of(getattr(error, 'cause', None) or error).error}")
             return {}
-        return {shape: Speed(**rates) for shape, rates in rates_by_shape.items()}
+        return {shape: SpeedCell(**rates) for shape, rates in rates_by_shape.items()}
 
     def _measure_speeds(self, configs: dict[str, HfConfig], dtype: torch.dtype, path: StoragePath) -> None:
         calibration = self.config.calibration
@@ -276,28 +292,17 @@ def _shape(config: HfConfig) -> str:
 # --- rows of the results file ----------------------------------------------------------------------------------------
 
 
-def _evaluated_model(request: ModelRequest, source: PlannedModel, quality: dict[str, EvalResult]) -> EvaluatedModel:
+def _evaluated_model(request: ModelRequest, source: PlannedModel, results: dict[str, EvalResult]) -> EvaluatedModel:
     if isinstance(source, Checkpoint):
-        return EvaluatedModel(dense_row(source).with_quality(quality), source.config)
+        return EvaluatedModel.of(dense_row(source), source.config, results)
     if isinstance(source, PendingCheckpoint):
-        return EvaluatedModel(pruned_row(source).with_quality(quality), source.export.config())
-    assert request.spec is not None, "the dense model needs no plan, so it cannot fail here"
-    return EvaluatedModel(_unplanned_row(request.spec, request.ratio).with_quality(quality), None)
+        return EvaluatedModel.of(pruned_row(source), source.export.config(), results)
 
-
-def _unplanned_row(spec: ModelSpec, ratio: float) -> ModelRow:
-    """Return the row of a model that cannot be planned, so that its sizes are not known."""
-    return ModelRow(
-        name=spec.name,
-        method=spec.method,
-        kind=spec.kind,
-        task=spec.task,
-        ratio=ratio,
-        realised_ratio=None,
-        parameters=None,
-        bytes=None,
-        kv_bytes_per_token=None,
-    )
+    # No sizes are known of a model that cannot be planned.
+    spec = request.spec
+    assert spec is not None, "the dense model needs no plan, so it cannot fail here"
+    row = ModelRow(spec.name, spec.method, spec.kind, spec.task, request.ratio)
+    return EvaluatedModel.of(row, None, results)
 
 
 def _checkpoint_row(name: str, folder: StoragePath, opened: Checkpoint | Failure) -> ModelRow:
@@ -309,7 +314,7 @@ def _checkpoint_row(name: str, folder: StoragePath, opened: Checkpoint | Failure
         sizes |= {"parameters": opened.parameters, "bytes": opened.n_bytes}
 
     ratio = manifest.get("requested_ratio")
-    return ModelRow(name, name, kind="baseline", task=None, ratio=ratio, folder=str(folder), **sizes)
+    return ModelRow(name, name, kind="baseline", ratio=ratio, folder=str(folder), **sizes)
 
 
 def _open(folder: StoragePath) -> Checkpoint | Failure:

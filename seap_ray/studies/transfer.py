@@ -1,8 +1,8 @@
 """Study ``transfer``: what does an expert still do on the other tasks?"""
 
-from seap_ray.report.study_rows import TransferRow
+from seap_ray.report.study_rows import Estimate, TransferRow
 from seap_ray.studies.requests import at_every_ratio, run_specs
-from seap_ray.studies.result import StudyResult, estimate
+from seap_ray.studies.result import StudyResult
 from seap_ray.studies.runner import ModelRequest, StudyRunner
 
 
@@ -15,6 +15,6 @@ def run(runner: StudyRunner) -> StudyResult:
     rows = []
     for model in models:
         # A mean over one task is the task's quality; for a perplexity it has the rounding of all other means.
-        by_task = {task: estimate([model.row.quality[task]]) for task in tasks}
+        by_task = {task: Estimate.mean([model.row.quality[task]]) for task in tasks}
         rows.append(TransferRow(model.row.name, model.row.ratio, by_task))
     return StudyResult(models, TransferRow.columns(tasks=tasks), rows)

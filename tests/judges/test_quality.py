@@ -11,9 +11,9 @@ from seap_ray.demo import skills
 from seap_ray.judges.quality import Scored, _is_right, _score_batch, measure, score
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import Item, Renderer, load_tokenizer
-from seap_ray.pipeline.results import ModelRow, own_task_rows
+from seap_ray.pipeline.results import own_task_rows
 from seap_ray.progress import progress
-from seap_ray.report.rows import FailedCell, QualityCell, Results
+from seap_ray.report.rows import FailedCell, ModelRow, QualityCell, Results
 from seap_ray.report.table import mean_quality, table
 from seap_ray.tasks import BUILT_IN, Task
 from tests.support.builders import load, random_ids

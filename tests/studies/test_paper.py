@@ -4,9 +4,7 @@ import pytest
 
 from seap_ray.config import Baseline, Config, load_config
 from seap_ray.errors import ConfigError
-from seap_ray.judges.quality import Quality
-from seap_ray.judges.speed import Speed
-from seap_ray.pipeline.results import ModelRow
+from seap_ray.report.rows import ModelRow, QualityCell, SpeedCell
 from seap_ray.report.study_rows import PaperRow
 from seap_ray.studies import paper
 
@@ -63,13 +61,13 @@ def test_without_wikitext_the_papers_baselines_have_nothing_to_be_calibrated_on(
 
 
 def model(method, ratio, value, speed=None):
-    quality = {task: Quality("acc", value, 0.01, n=9) for task in paper.tables()["tasks"]}
+    quality = {task: QualityCell("acc", value, 0.01, n=9) for task in paper.tables()["tasks"]}
     sizes = {"realised_ratio": ratio, "parameters": 10, "bytes": 20, "kv_bytes_per_token": 4}
-    return ModelRow(method, method, "baseline", None, ratio, **sizes, quality=quality, speed=speed)
+    return ModelRow(method, method, "baseline", ratio=ratio, **sizes, quality=quality, speed=speed)
 
 
 def test_ours_stand_beside_the_papers_with_the_difference():
-    rates = Speed(700.0, 80.0, 1.5, 2.0)
+    rates = SpeedCell(700.0, 80.0, 1.5, 2.0)
     models = [model("dense", None, 0.7), model("SEAP_s_F", 0.2, 0.6), model("SEAP-gen_s_F", 0.5, 0.5, rates)]
     rows = paper.compare(load_config(["config=ray_config.yaml"]), models)
     by = {
@@ -96,7 +94,7 @@ def test_a_model_of_13_billion_is_held_against_the_papers_own():
 
 def test_an_average_needs_every_task_and_the_perplexity_stands_beside_it():
     whole = model("dense", None, 0.7)
-    whole.quality["wikitext2"] = Quality("window_perplexity", 12.5, 0.1, n=9)
+    whole.quality["wikitext2"] = QualityCell("window_perplexity", 12.5, 0.1, n=9)
     row = dict(zip(PaperRow.columns(), paper.compare(Config(), [whole])[0].to_json(), strict=True))
     assert row["average"] == pytest.approx(70) and row["wikitext2 perplexity"] == 12.5
     del whole.quality["piqa"]

@@ -10,8 +10,9 @@ from seap_ray.config import load_config
 from seap_ray.errors import ConfigError
 from seap_ray.judges.quality import Quality
 from seap_ray.pipeline.evaluate import EvalTask, Failure
-from seap_ray.pipeline.results import ModelRow, own_task_rows
+from seap_ray.pipeline.results import own_task_rows
 from seap_ray.pipeline.shards import Shard
+from seap_ray.report.rows import ModelRow, QualityCell
 from seap_ray.studies.corpus import Draw, _first_samples, _rows
 from seap_ray.studies.pooling import _share
 from seap_ray.studies.routing import _choose_at_random, _routed_quality
@@ -59,9 +60,9 @@ def test_a_seed_with_too_few_samples_has_none():
 
 
 def evaluated(value, stderr=0.01):
-    quality = Quality("exact_match", value, stderr, n=10)
+    quality = QualityCell("exact_match", value, stderr, n=10)
     sizes = {"realised_ratio": 0.5, "parameters": 10, "bytes": 20, "kv_bytes_per_token": 4}
-    row = ModelRow("m", "m", "baseline", None, 0.5, **sizes, quality={"sort": quality, "logic": quality})
+    row = ModelRow("m", "m", "baseline", ratio=0.5, **sizes, quality={"sort": quality, "logic": quality})
     return EvaluatedModel(row, None)
 
 
@@ -118,7 +119,7 @@ def test_each_prompt_is_answered_by_the_model_that_it_was_sent_to():
 def test_a_failed_model_fails_only_where_prompts_were_sent_to_it():
     results = results_of(sort=[1, 1, 0, 0], general=Failure("lost"))
     assert _routed_quality(results, 0.5, SORT, ["sort"] * 4).value == 0.5
-    assert _routed_quality(results, 0.5, SORT, ["sort"] * 3 + ["general"]).brief() == {"error": "lost"}
+    assert _routed_quality(results, 0.5, SORT, ["sort"] * 3 + ["general"]) == Failure("lost")
 
 
 def test_random_routing_is_the_seeds_and_uses_every_task():

@@ -18,9 +18,8 @@ from seap_ray.models.records import save_moments, save_norms
 from seap_ray.pipeline.model_specs import model_specs
 from seap_ray.pipeline.plan_files import save_plan
 from seap_ray.pipeline.planner import Planner
-from seap_ray.pipeline.results import ModelRow, own_task_rows
-from seap_ray.report.rows import ModelRow as StoredModelRow
-from seap_ray.report.rows import QualityCell, Results
+from seap_ray.pipeline.results import own_task_rows
+from seap_ray.report.rows import ModelRow, QualityCell, Results
 from seap_ray.report.study_rows import (
     AllocationRow,
     CorpusRow,
@@ -244,7 +243,7 @@ def _table(name: str, config: Config, content: dict[str, Any]) -> tuple[list[str
     return ["model", "ratio", "realised", "mean acc", "stderr"], rows
 
 
-def _estimates(model: StoredModelRow) -> dict[str, Estimate]:
+def _estimates(model: ModelRow) -> dict[str, Estimate]:
     estimates = {}
     for task, cell in model.quality.items():
         assert isinstance(cell, QualityCell)
