@@ -133,17 +133,18 @@ DEAD = "its engine is dead"
 
 @pytest.fixture
 def module():
-    import serve.ingress  # vLLM warns while it is imported
+    import serve.model_calls  # vLLM warns while it is imported
 
-    return serve.ingress
+    return serve.model_calls
 
 
-def ingress(module, *outcomes, is_single):
-    """An ingress whose models give ``outcomes`` one after the other, and that notes whom it asks."""
-    down, left, made = set(), iter(outcomes), object.__new__(module.ExpertIngress)
+def calls(module, *outcomes, is_single):
+    """Calls to models that give ``outcomes`` one after the other, and that note whom they ask."""
+    down, left = set(), iter(outcomes)
     doubt = down.add if is_single else lambda model: None
-    made._watch = SimpleNamespace(is_up=lambda model: model not in down, doubt=doubt, alarm=lambda: None)
-    made._chooser = Chooser(MODELS, None, made._watch, threshold=None, fallback_named=True)
+    watch = SimpleNamespace(is_up=lambda model: model not in down, doubt=doubt, alarm=lambda: None)
+    chooser = Chooser(MODELS, None, watch, threshold=None, fallback_named=True)
+    made = module.ModelCalls(None, chooser, watch, timeout_s=600)
     made.asked = []
 
     async def first(method, body, model):
@@ -160,7 +161,7 @@ def ingress(module, *outcomes, is_single):
 
 
 def begin(made):
-    decision, reply, _ = asyncio.run(made._start_reply("chat", SimpleNamespace(model="verse"), ["a"]))
+    decision, reply, _ = asyncio.run(made.start("chat", SimpleNamespace(model="verse"), ["a"]))
     return decision.model, decision.reason, reply
 
 
@@ -174,7 +175,7 @@ def begin(made):
 )
 @pytest.mark.vllm
 def test_a_dead_replica_of_several_is_no_dead_model(module, is_single, outcomes, answer, asked):
-    made = ingress(module, *outcomes, is_single=is_single)
+    made = calls(module, *outcomes, is_single=is_single)
     assert begin(made) == answer and made.asked == asked
 
 
@@ -182,7 +183,7 @@ def test_a_dead_replica_of_several_is_no_dead_model(module, is_single, outcomes,
 @pytest.mark.vllm
 def test_who_asks_dead_engines_alone_is_told_to_come_back(module, is_single):
     with pytest.raises(ApiError, match="is being started again"):
-        begin(ingress(module, *[DEAD] * 9, is_single=is_single))
+        begin(calls(module, *[DEAD] * 9, is_single=is_single))
 
 
 def as_vllm_says(error):
@@ -196,8 +197,8 @@ def test_a_failure_of_a_healthy_engine_takes_no_model_down(module):
     from vllm.exceptions import GenerationError
 
     for error, status in ((GenerationError("secret detail"), 500), (NotImplementedError("secret detail"), 501)):
-        failure = module._refused(as_vllm_says(error))
-        made = ingress(module, failure, is_single=True)
+        failure = module.refused(as_vllm_says(error))
+        made = calls(module, failure, is_single=True)
         with pytest.raises(ApiError, match="^vLLM failed at this request$") as told:
             begin(made)
         assert told.value.status == status and made.asked == ["verse"] and made._watch.is_up("verse")
@@ -205,4 +206,4 @@ def test_a_failure_of_a_healthy_engine_takes_no_model_down(module):
 
 @pytest.mark.vllm
 def test_a_dead_engine_is_known_by_vllms_words_in_a_stream(module):
-    assert isinstance(module._refused(as_vllm_says(module.EngineDeadError())), module._DEAD)
+    assert isinstance(module.refused(as_vllm_says(module.EngineDeadError())), module.DEAD)
