@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.gpu.calibration import calibration_rows, contrast_rows
 from benchmarks.gpu.decoding import prefill_rows
-from benchmarks.gpu.device import Ceilings, ceiling_rows, ceilings, emptied
+from benchmarks.gpu.device import Ceilings, ceiling_rows, free_memory, measure_ceilings
 from benchmarks.gpu.engine import engine_rows
 from benchmarks.gpu.linears import linears_rows
 from benchmarks.gpu.served import served_rows, starts_rows
@@ -49,53 +49,62 @@ WITH_VLLM = {"served", "starts"}
 
 
 def main(path: Path, names: Sequence[str]) -> None:
+    """Measure some parts, and write the rows of all after each."""
     torch.manual_seed(0)
     transformers_logging.disable_progress_bar()
     rows: list[Row] = []
-    parts: dict[str, Any] = {}
-    reached = ceilings()
+    parts: dict[str, dict[str, Any]] = {}
+    ceilings = measure_ceilings()
     for name in names:
-        started, (part, allowed) = time.perf_counter(), PARTS[name]
-        parts[name] = {"seconds": 0.0, "cut off": False, "error": ""}
+        measure_rows, allowed_s = PARTS[name]
+        started = time.perf_counter()
+        status: dict[str, Any] = {"seconds": 0.0, "cut off": False, "error": ""}
+        parts[name] = status
         try:
-            for found in part(reached):
-                rows.append(found)
-                print(shown(found), flush=True)
-                parts[name]["seconds"] = time.perf_counter() - started
+            for row in measure_rows(ceilings):
+                rows.append(row)
+                print(describe(row), flush=True)
+                status["seconds"] = time.perf_counter() - started
                 save(path, rows, parts)
-                if parts[name]["seconds"] > allowed:
-                    parts[name]["cut off"] = True
+                if status["seconds"] > allowed_s:
+                    status["cut off"] = True
                     break
-        except Exception:
-            parts[name]["error"] = traceback.format_exc()
-            print(parts[name]["error"], file=sys.stderr, flush=True)
-        parts[name]["seconds"] = time.perf_counter() - started
+        except Exception:  # the other parts go on
+            status["error"] = traceback.format_exc()
+            print(status["error"], file=sys.stderr, flush=True)
+
+        status["seconds"] = time.perf_counter() - started
         save(path, rows, parts)
-        emptied()
-        print(f"--- {name}: {parts[name]['seconds']:.0f} s", flush=True)
+        free_memory()
+        print(f"--- {name}: {status['seconds']:.0f} s", flush=True)
 
 
 def save(path: Path, rows: Sequence[Row], parts: Mapping[str, Any]) -> None:
-    written = {"suite": "gpu", "machine": machine(), "rows": [asdict(one) for one in rows], "parts": parts}
-    write_json(path, written)
+    """Write rows as a suite of ``docs/benchmarks`` has them, and what became of the parts."""
+    content = {"suite": "gpu", "machine": machine(), "rows": [asdict(row) for row in rows], "parts": parts}
+    write_json(path, content)
 
 
-def shown(one: Row) -> str:
-    compared = "" if one.ratio is None else f"  x{one.ratio:.3f}"
-    limit = "" if one.limit is None else f"  limit {one.limit:.4g}"
-    met = {None: "", True: "  met", False: f"  NOT {one.target}"}[one.met]
-    return f"{one.name}: {one.ours:.4g} {one.unit}{compared}{limit}{met}"
+def describe(row: Row) -> str:
+    """Return a row as a line of output."""
+    ratio = "" if row.ratio is None else f"  x{row.ratio:.3f}"
+    limit = "" if row.limit is None else f"  limit {row.limit:.4g}"
+    met = {None: "", True: "  met", False: f"  NOT {row.target}"}[row.met]
+    return f"{row.name}: {row.ours:.4g} {row.unit}{ratio}{limit}{met}"
 
 
-def named(names: Sequence[str]) -> list[str]:
-    """Parts by their names; without names all that can run here. Ends the process where there is no such part."""
+def choose_parts(names: Sequence[str]) -> list[str]:
+    """Return the parts of these names; without names all that can run here.
+
+    Ends the process where there is no such part.
+    """
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         sys.exit(f"{', '.join(unknown)}: no such part; there are {', '.join(PARTS)}")
-    return [*names] or [name for name in PARTS if name not in WITH_VLLM or find_spec("vllm")]
+    return list(names) or [name for name in PARTS if name not in WITH_VLLM or find_spec("vllm")]
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), named(sys.argv[2:]))
+    main(Path(sys.argv[1]), choose_parts(sys.argv[2:]))

@@ -12,58 +12,64 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from benchmarks.gpu.device import HAS_GPU, SIZES, Ceilings, built, flops, now, random_sequences, row
-from benchmarks.gpu.statistics import chosen, two_pass
+from benchmarks.gpu.device import HAS_GPU, SIZES, Ceilings, build_model, flops_per_token, gpu_row, now, random_sequences
+from benchmarks.gpu.statistics import select_rows, two_pass
 from benchmarks.measure import Row, alternate
 from seap_ray.models.batching import Batch, Sequences
 from seap_ray.models.forward import record
 from seap_ray.models.recorder import recording
 
+BATCHES = 3
+"""Batches of a shard."""
 
-def calibration_rows(of: Ceilings) -> Iterator[Row]:
-    """A job's ``record`` of a shard of three batches, and the hooks alone, beside the bare decoder."""
+
+def calibration_rows(ceilings: Ceilings) -> Iterator[Row]:
+    """Yield a job's ``record`` of a shard of three batches, and the hooks alone, beside the bare decoder."""
     name, config = next(iter(SIZES.models.items()))
-    model = built(config)
+    model = build_model(config)
     for B, T in SIZES.batches:
-        parts = [random_sequences(config, [T] * B) for _ in range(3)]
-        limit = of.flops_per_s / flops(model.get_decoder(), T)
-        yield from _calibration_rows(f"calibration of {name}, {B} x {T}", model, parts, limit)
+        batches = [random_sequences(config, [T] * B) for _ in range(BATCHES)]
+        limit = ceilings.flops_per_s / flops_per_token(model.get_decoder(), T)
+        yield from _compared_rows(f"calibration of {name}, {B} x {T}", model, batches, limit)
 
 
-def contrast_rows(of: Ceilings) -> Iterator[Row]:
-    """The same without the kernels, and of sequences that differ in length, which a job packs into rows."""
+def contrast_rows(ceilings: Ceilings) -> Iterator[Row]:
+    """Yield calibration without the kernels, and of sequences that differ in length, which a job packs into rows."""
     name, config = next(iter(SIZES.models.items()))
-    model, (B, T) = built(config), SIZES.batches[-1]
-    parts = [random_sequences(config, [T] * B) for _ in range(3)]
-    limit = of.flops_per_s / flops(model.get_decoder(), T)
+    model = build_model(config)
+    B, T = SIZES.batches[-1]
     if HAS_GPU:
-        with _copies():
-            named = f"calibration of {name}, {B} x {T}, without kernels"
-            yield from _calibration_rows(named, model, parts, limit, target="")
+        batches = [random_sequences(config, [T] * B) for _ in range(BATCHES)]
+        limit = ceilings.flops_per_s / flops_per_token(model.get_decoder(), T)
+        with _without_kernels():
+            case = f"calibration of {name}, {B} x {T}, without kernels"
+            yield from _compared_rows(case, model, batches, limit, target="")
+
     lengths = torch.linspace(T / 2, T, B).long().tolist()
-    ragged = [random_sequences(config, lengths) for _ in range(3)]
-    yield from _calibration_rows(f"calibration of {name}, {B} of {T // 2} to {T}", model, ragged, None)
+    ragged = [random_sequences(config, lengths) for _ in range(BATCHES)]
+    yield from _compared_rows(f"calibration of {name}, {B} of {T // 2} to {T}", model, ragged, None)
 
 
-def _calibration_rows(
-    name: str, model: Any, parts: list[Sequences], limit: float | None, target: str = "ratio <= 1.05"
+def _compared_rows(
+    name: str, model: Any, batches: list[Sequences], limit: float | None, target: str = "ratio <= 1.05"
 ) -> Iterator[Row]:
-    sequences = [sequence for part in parts for sequence in part]
+    """Yield hooks and ``record`` beside the bare forward pass; the target is that of ``record``."""
+    sequences = [sequence for batch in batches for sequence in batch]
     longest = max(map(len, sequences))
     contestants = {
-        "bare": lambda: [_forward(model, part) for part in parts],
-        "hooks": lambda: [_forward(model, part, is_recording=True) for part in parts],
-        "record": lambda: record(model, sequences, batch_tokens=len(parts[0]) * longest),
+        "bare": lambda: [_forward(model, batch) for batch in batches],
+        "hooks": lambda: [_forward(model, batch, is_recording=True) for batch in batches],
+        "record": lambda: record(model, sequences, batch_tokens=len(batches[0]) * longest),
     }
-    found = alternate(contestants, SIZES.rounds, now=now)
-    tokens = sum(map(len, sequences))
+    timings = alternate(contestants, SIZES.rounds, now=now)
+    n_tokens = sum(map(len, sequences))
     for contestant in ("hooks", "record"):
-        yield row(
+        yield gpu_row(
             f"{name}: {contestant} beside the bare forward pass (ratio of seconds)",
-            ours=tokens / found.median(contestant),
-            baseline=tokens / found.median("bare"),
+            ours=n_tokens / timings.median(contestant),
+            baseline=n_tokens / timings.median("bare"),
             unit="tokens/s",
-            ratios=found.ratios(contestant, "bare"),
+            ratios=timings.ratios(contestant, "bare"),
             limit=limit,
             limit_name="product in bfloat16",
             target=target if contestant == "record" else "",
@@ -73,25 +79,28 @@ def _calibration_rows(
 
 @torch.inference_mode()
 def _forward(model: Any, sequences: Sequences, *, is_recording: bool = False) -> None:
+    """Run the decoder over a batch whose rows are one sequence each."""
+    decoder = model.get_decoder()
     batch = Batch.of([[sequence] for sequence in sequences], False, model.device)
-    named: dict[str, Any] = {"input_ids": batch.ids_BT, "use_cache": False}
     if is_recording:
-        with recording(model.get_decoder(), batch.rows_N):
-            model.get_decoder()(**named)
+        with recording(decoder, batch.rows_N):
+            decoder(input_ids=batch.ids_BT, use_cache=False)
     else:
-        model.get_decoder()(**named)
+        decoder(input_ids=batch.ids_BT, use_cache=False)
 
 
 @contextmanager
-def _copies() -> Iterator[None]:
-    """Statistics by PyTorch's own operations."""
+def _without_kernels() -> Iterator[None]:
+    """Compute statistics by PyTorch's own operations inside the block."""
     from seap_ray.core import kernels
 
     def moments(x_ND: Tensor, rows_N: Tensor | None) -> tuple[Tensor, Tensor]:
-        return two_pass(chosen(x_ND, rows_N))
+        """Stand for ``kernels.moments``."""
+        return two_pass(select_rows(x_ND, rows_N))
 
     def cosines(x_ND: Tensor, y_ND: Tensor, rows_N: Tensor | None) -> Tensor:
-        return cosine_similarity(chosen(x_ND, rows_N).double(), chosen(y_ND, rows_N).double(), dim=1)
+        """Stand for ``kernels.cosines``."""
+        return cosine_similarity(select_rows(x_ND, rows_N).double(), select_rows(y_ND, rows_N).double(), dim=1)
 
     with mock.patch.multiple(kernels, moments=moments, cosines=cosines):
         yield

@@ -18,36 +18,52 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gpu.decoding import ALLOCATIONS, RATIOS, SPEEDUPS, compacted, decoding_limit, speed_row
-from benchmarks.gpu.device import DTYPE, HAS_GPU, SIZES, Ceilings, flops, row
+from benchmarks.gpu.decoding import ALLOCATIONS, RATIOS, SPEEDUPS, cut_config, decoding_limit, speed_row
+from benchmarks.gpu.device import DTYPE, HAS_GPU, SIZES, Ceilings, flops_per_token, gpu_row
 from benchmarks.load import Load, answer
 from benchmarks.measure import Row, alternate
 
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [*SIZES.decoding]}
 """Decoding as CUDA graphs of vLLM's own kernels; nothing is compiled."""
-ROUNDS, DENSE = 3, "dense"
+ROUNDS = 3
+DENSE = "dense"
 
 
-def served_rows(of: Ceilings) -> Iterator[Row]:
-    """Prefill, and decoding: the seconds of whole replies less those of their first tokens."""
+def served_rows(ceilings: Ceilings) -> Iterator[Row]:
+    """Yield prefill, and decoding: the seconds of whole replies less those of their first tokens."""
     for name, config in SIZES.models.items():
-        configs = {DENSE: config} | {f"{ratio:.0%} logistic": compacted(config, ratio, "logistic") for ratio in RATIOS}
-        with torch.device("meta"):
-            models = {case: AutoModelForCausalLM.from_config(one, dtype=DTYPE) for case, one in configs.items()}
-        with ExitStack() as started:
-            engines = {case: started.enter_context(engine(one)) for case, one in configs.items()}
+        configs = {DENSE: config}
+        for ratio in RATIOS:
+            configs[f"{ratio:.0%} logistic"] = cut_config(config, ratio, "logistic")
+        with torch.device("meta"):  # for their sizes alone
+            models = {
+                case: AutoModelForCausalLM.from_config(case_config, dtype=DTYPE)
+                for case, case_config in configs.items()
+            }
+
+        with ExitStack() as running:
+            engines = {case: running.enter_context(engine(case_config)) for case, case_config in configs.items()}
             for B, T in SIZES.prompts:
-                limits = {case: of.flops_per_s / flops(model.get_decoder(), T) for case, model in models.items()}
+                limits: dict[str, float] = {}
+                for case, model in models.items():
+                    limits[case] = ceilings.flops_per_s / flops_per_token(model.get_decoder(), T)
                 yield from _rows(f"prefill {B} x {T}, {name}", _seconds(engines, Load(B, T, 1)), B * T, limits)
             for B in SIZES.decoding:
-                first, whole = (_seconds(engines, Load(B, SIZES.context, 1 + more)) for more in (0, SIZES.reply))
-                steps = {
-                    case: [(all_of - one) / SIZES.reply for one, all_of in zip(first[case], whole[case], strict=True)]
-                    for case in engines
-                }
-                limits = {case: decoding_limit(model, B, of) for case, model in models.items()}
-                targets = [*SPEEDUPS.values()] if B == 1 else []
-                yield from _rows(f"decoding {B} at {SIZES.context}, {name}", steps, B, limits, targets)
+                limits = {case: decoding_limit(model, B, ceilings) for case, model in models.items()}
+                targets = list(SPEEDUPS.values()) if B == 1 else []
+                case_name = f"decoding {B} at {SIZES.context}, {name}"
+                yield from _rows(case_name, _seconds_per_step(engines, B), B, limits, targets)
+
+
+def _seconds_per_step(engines: Mapping[str, Any], B: int) -> dict[str, list[float]]:
+    """Return the seconds of a decoding step in each round: of whole replies, less those of their first tokens."""
+    first = _seconds(engines, Load(B, SIZES.context, 1))
+    whole = _seconds(engines, Load(B, SIZES.context, 1 + SIZES.reply))
+    steps: dict[str, list[float]] = {}
+    for case in engines:
+        pairs = zip(first[case], whole[case], strict=True)
+        steps[case] = [(whole_s - first_s) / SIZES.reply for first_s, whole_s in pairs]
+    return steps
 
 
 def _rows(
@@ -57,43 +73,47 @@ def _rows(
     limits: Mapping[str, float],
     targets: Sequence[str] = (),
 ) -> Iterator[Row]:
-    """Of every cut model beside the dense one."""
-    for case, target in zip_longest([case for case in seconds if case != DENSE], targets, fillvalue=""):
+    """Yield a row of every cut model beside the dense one."""
+    cut_cases = [case for case in seconds if case != DENSE]
+    for case, target in zip_longest(cut_cases, targets, fillvalue=""):
         times = {DENSE: seconds[DENSE], "cut": seconds[case]}
         yield speed_row(f"{name}, {case}, vLLM", times, tokens, limit=limits[case], target=target)
 
 
 def _seconds(engines: Mapping[str, Any], load: Load) -> Mapping[str, Sequence[float]]:
+    # The same prompts for all models.
     vocabulary = min(config.vocab_size for config in SIZES.models.values())
-    turns = {case: partial(answer, llm, load, vocabulary) for case, llm in engines.items()}
-    return alternate(turns, ROUNDS).seconds
+    contestants = {case: partial(answer, llm, load, vocabulary) for case, llm in engines.items()}
+    return alternate(contestants, ROUNDS).seconds
 
 
-def starts_rows(_of: Ceilings) -> Iterator[Row]:
-    """Starting an engine as vLLM does by default, which compiles; layers that differ are compiled one by one."""
+def starts_rows(_ceilings: Ceilings) -> Iterator[Row]:
+    """Yield starts of an engine as vLLM does by default, which compiles; layers that differ are compiled one by one."""
     name, whole = next(iter(SIZES.models.items()))
     config = copy.deepcopy(whole)
     config.num_hidden_layers = SIZES.layers
     configs: dict[str, Any] = {DENSE: config}
-    configs |= {f"{RATIOS[-1]:.0%} {kind}": compacted(config, RATIOS[-1], kind) for kind in ALLOCATIONS}
+    for kind in ALLOCATIONS:
+        configs[f"{RATIOS[-1]:.0%} {kind}"] = cut_config(config, RATIOS[-1], kind)
+
     with TemporaryDirectory() as cache:
         os.environ["VLLM_CACHE_ROOT"] = cache
         try:
             for when in ("with nothing cached", "again"):
-                seconds = {case: _start(one) for case, one in configs.items()}
-                for case, found in seconds.items():
-                    yield row(
+                seconds = {case: _start_seconds(case_config) for case, case_config in configs.items()}
+                for case, case_seconds in seconds.items():
+                    yield gpu_row(
                         f"start of an engine, {SIZES.layers} layers of {name}, {case}, {when}",
-                        ours=found,
+                        ours=case_seconds,
                         baseline=seconds[DENSE],
                         unit="s",
-                        ratios=[found / seconds[DENSE]],
+                        ratios=[case_seconds / seconds[DENSE]],
                     )
         finally:
             del os.environ["VLLM_CACHE_ROOT"]
 
 
-def _start(config: Any) -> float:
+def _start_seconds(config: Any) -> float:
     started = time.perf_counter()
     with engine(config, compilation_config={}):
         return time.perf_counter() - started
@@ -101,12 +121,14 @@ def _start(config: Any) -> float:
 
 @contextmanager
 def engine(config: Any, **more: Any) -> Iterator[Any]:
-    """vLLM with a model of this configuration."""
+    """Start vLLM with a model of a configuration, and yield its ``LLM``; ``more`` are arguments of that."""
     os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM
 
-    B, T = SIZES.decoding[-1], SIZES.context
+    B = SIZES.decoding[-1]
+    T = SIZES.context
+    longest_prompt = max(length for _, length in (*SIZES.prompts, (B, T)))
     settings = {
         "load_format": "dummy",
         "dtype": "bfloat16",
@@ -116,16 +138,16 @@ def engine(config: Any, **more: Any) -> Iterator[Any]:
         "compilation_config": GRAPHS if HAS_GPU else {},
         "kv_cache_memory_bytes": SIZES.served_cache,
         "gpu_memory_utilization": 0.1,
-        "max_model_len": max(length for _, length in (*SIZES.prompts, (B, T))) + 2 * SIZES.reply,
+        "max_model_len": longest_prompt + 2 * SIZES.reply,
         "max_num_seqs": B,
         "max_num_batched_tokens": B * (T + SIZES.reply),
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
-    named = copy.deepcopy(config)
-    named.architectures = named.architectures or ["LlamaForCausalLM"]
+    saved = copy.deepcopy(config)
+    saved.architectures = saved.architectures or ["LlamaForCausalLM"]
     with TemporaryDirectory() as folder:
-        named.save_pretrained(folder)
+        saved.save_pretrained(folder)
         llm: Any = LLM(folder, **{**settings, **more})
         try:
             yield llm

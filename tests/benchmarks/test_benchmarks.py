@@ -11,8 +11,8 @@ import torch
 from benchmarks import calibrate, route, suites
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import served
-from benchmarks.gpu.decoding import CAUSAL, compacted
-from benchmarks.gpu.device import SIZES, TINY, Ceilings, built
+from benchmarks.gpu.decoding import CAUSAL, cut_config
+from benchmarks.gpu.device import SIZES, TINY, Ceilings, build_model
 from benchmarks.gpu.engine import Engine, difference
 from benchmarks.load import Load
 from benchmarks.measure import Rounds, Row, alternate, is_met, load_rows, machine, save_rows
@@ -165,30 +165,30 @@ def test_parts_for_a_gpu_run_without_one(tmp_path):
     parts = ["ceilings", "calibration", "contrast", "statistics", "stream", "covariance", "linears"]
     gpu.main(tmp_path / "gpu.json", parts)
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert {name: of["error"] for name, of in found["parts"].items()} == dict.fromkeys(parts, "")
+    assert {name: part["error"] for name, part in found["parts"].items()} == dict.fromkeys(parts, "")
     _, rows = load_rows(tmp_path / "gpu.json")
     assert any(row.name.startswith("stream and single the same bytes") and row.met for row in rows)
 
 
 def test_a_part_for_a_gpu_that_is_not_there_is_named(monkeypatch):
     with pytest.raises(SystemExit, match="speed: no such part; there are ceilings, calibration"):
-        gpu.named(["stream", "speed"])
+        gpu.choose_parts(["stream", "speed"])
     monkeypatch.setattr(gpu, "find_spec", lambda _: None)
-    assert {*gpu.PARTS} - {*gpu.named([])} == {"served", "starts"}, "without vLLM"
+    assert {*gpu.PARTS} - {*gpu.choose_parts([])} == {"served", "starts"}, "without vLLM"
 
 
-@pytest.mark.parametrize("config_of", [TINY, compacted(TINY, 0.5, "logistic")], ids=["dense", "cut"])
-def test_the_engine_that_is_measured_gives_the_logits_of_transformers(config_of):
+@pytest.mark.parametrize("model_config", [TINY, cut_config(TINY, 0.5, "logistic")], ids=["dense", "cut"])
+def test_the_engine_that_is_measured_gives_the_logits_of_transformers(model_config):
     torch.manual_seed(0)
-    model = built(config_of, attn_implementation=CAUSAL).float()
+    model = build_model(model_config, attn_implementation=CAUSAL).float()
     assert difference(model, Engine(model, is_compiled=False)) < 1e-5
 
 
 def test_decoding_by_vllm_is_what_a_reply_takes_longer_than_its_first_token(monkeypatch):
     clock = [0.0]
 
-    def answer(of, load, _vocabulary):
-        clock[0] += 1 + (load.reply - 1) * (0.1 if of.model_type == "llama" else 0.05)
+    def answer(model_config, load, _vocabulary):
+        clock[0] += 1 + (load.reply - 1) * (0.1 if model_config.model_type == "llama" else 0.05)
 
     monkeypatch.setattr(served, "engine", nullcontext)
     monkeypatch.setattr(served, "answer", answer)
