@@ -128,6 +128,8 @@ def check_ratio(
             "export.format: stock needs equal widths, but layers of this model, which is compacted already, differ; "
             "use export.format=seap"
         )
+
+    # Sizes alone say which ratios are within reach; scores only choose among what may go.
     if pruning.allocation.kind == "depth":
         _droppable(architecture, pruning, ratio)
     elif pruning.allocation.kind in RANKING_VALUES:
@@ -135,6 +137,7 @@ def check_ratio(
         constraints_L = WidthConstraints.of(architecture, pruning, compensated=compensated, stock=stock)
         _check_reach(constraints_L, pruning.allocation, ratio)
     else:
+        # These allocations read no scores, so the choice itself is the check.
         choose_shapes(architecture, pruning, ratio=ratio, compensated=compensated, scores_L=(), stock=stock)
 
 
@@ -151,9 +154,11 @@ def layer_sparsity(
     """
     weight_L = _relative_sizes(constraints_L)
     cap_L = _caps(constraints_L, allocation)
+
     if allocation.kind == "uniform":
         _check_reach(constraints_L, allocation, ratio)
         return sparsity.uniform(weight_L, ratio, cap_L)
+
     first, last = protected_layers(weight_L, allocation, ratio, cap_L)
     return sparsity.logistic(weight_L, ratio, cap_L, k=allocation.k, x0=allocation.x0, first=first, last=last)
 
@@ -225,6 +230,8 @@ def _droppable(architecture: Architecture, pruning: PruningSection, ratio: float
     weight_L = _relative_sizes(WidthConstraints.of(architecture, pruning, compensated=False))
     n_layers = architecture.n_layers
     allocation = pruning.allocation
+
+    # Only numbers protect here: under ``auto`` the influences alone decide.
     first = 0 if allocation.protect_first == "auto" else allocation.protect_first
     last = 0 if allocation.protect_last == "auto" else allocation.protect_last
     may_go = range(first, max(n_layers - last, first))
@@ -263,6 +270,7 @@ def _official_shapes(architecture: Architecture, allocation: AllocationSection, 
     """Round as the authors' code does: whole heads and channels, down, no tiles, no carry; one of each stays."""
     shares_L = [ratio] * architecture.n_layers
     if allocation.kind == "logistic":
+        # The authors' code protects two layers at each end, however deep the model is.
         first = 2 if allocation.protect_first == "auto" else allocation.protect_first
         last = 2 if allocation.protect_last == "auto" else allocation.protect_last
         shares_L = sparsity.official_logistic(
@@ -288,10 +296,13 @@ def _rounded_shapes(
     shapes: list[Shape] = []
     # Weights that layers so far should have given and did not.
     carry = 0.0
+
     for constraints, share in zip(constraints_L, shares_L, strict=True):
+        # A layer without a share is protected: it takes no part of the carry either.
         shape = constraints.nearest(share, carry) if share else constraints.original
         carry += share * constraints.size - constraints.removed(shape)
         shapes.append(shape)
+
     may_change = [share > 0 for share in shares_L]
     return _with_remainder(constraints_L, allocation, shapes, may_change, ratio)
 
@@ -346,6 +357,7 @@ def _with_fewer_channels(
     cap = min(allocation.max_sparsity, constraints.cap)
     room = cap * constraints.size - constraints.removed(shape) + constraints.tile_cost / 2
     more = min(missing, room)
+
     channels = constraints.channels(shape.channels - more / constraints.architecture.channel_cost)
     return Shape(shape.groups, shape.heads_per_group, channels)
 
@@ -420,9 +432,11 @@ def _greedy_shapes(
         if is_over_budget or is_over_cap:
             stopped.add((candidate.layer, candidate.site))
             continue
+
         shapes[candidate.layer] = new
         removed = after
 
+    # Layers that lost nothing stay whole: the remainder is taken from the others.
     may_change = [shape != constraints.original for constraints, shape in zip(constraints_L, shapes, strict=True)]
     return _with_remainder(constraints_L, allocation, shapes, may_change, ratio)
 
@@ -434,13 +448,16 @@ def _ranked_candidates(
 
     A later way never has less value than an earlier one of the same layer and site.
     """
+    # Standardised scores compare between layers already.
     made_comparable = normalised if kind == "global" and not comparable else lambda score: score
+
     ranked: list[_RankedCandidate] = []
     for constraints, (head_H, channel_C) in zip(constraints_L, scores_L, strict=True):
         candidates: dict[Site, list[_Candidate]] = {
             "attn": _attention_candidates(constraints, made_comparable(head_H)),
             "mlp": _mlp_candidates(constraints, made_comparable(channel_C)),
         }
+
         for site in SITES:
             # A running maximum: a step that is worth less than one before it waits for that one.
             values = accumulate(map(RANKING_VALUES[kind], candidates[site]), max)
@@ -475,6 +492,7 @@ def _mlp_candidates(constraints: WidthConstraints, score_C: Tensor) -> list[_Can
     """
     # Position by position, the least channels of all MoE experts together.
     ascending_C = by_moe_expert(score_C).sort(1).values.sum(0)
+
     n = constraints.original.channels
     # The first step goes down to a multiple of the tile.
     widths = [n, *range((n - 1) // constraints.tile * constraints.tile, 0, -constraints.tile)]

@@ -28,54 +28,68 @@ SPLIT_ATTENTION = {
     "self_attn.k_proj": Rows(("groups",)),
     "self_attn.v_proj": Rows(("groups",)),
 }
+"""Rows of a Llama's queries, keys and values."""
 GATED_MLP = {"mlp.gate_proj": Rows(("channels",)), "mlp.up_proj": Rows(("channels",))}
+"""Rows of a Llama's MLP."""
+Bias = bool | tuple[str, bool]
+"""A family's bias: always there (True), never (False), or the config key that says it and what holds where the key is
+missing: ``("attention_bias", False)``."""
 
 
 @dataclass(frozen=True)
 class Family:
     """What sets a family apart; what is left out is as in a Llama.
 
-    Each bias is always there (True), never (False), or as a config key says, with what it is where the key is missing.
+    Names of tensors and modules are those of the family's checkpoints, names of modules without the layer's beginning.
     """
 
     config_class: str
-    """Name of the class in ``seap_ray.models.hf`` that holds a compacted checkpoint's configuration."""
+    """Class in ``seap_ray.models.hf.configuration_seap`` that holds a compacted checkpoint's configuration, such as
+    ``SeapLlamaConfig``."""
     model_class: str
-    """Name of the class in ``seap_ray.models.hf`` that loads a compacted checkpoint."""
+    """Class in ``seap_ray.models.hf.modeling_seap`` that loads a compacted checkpoint, such as
+    ``SeapLlamaForCausalLM``."""
     vllm_class: str | None = "SeapForCausalLM"
-    """Name of the class in ``seap_ray.vllm_plugin.model`` that serves it; None where vLLM has no such family itself."""
+    """Class in ``seap_ray.vllm_plugin.model`` that serves it, such as ``SeapOPTForCausalLM``; the default serves what
+    vLLM computes as a Llama. None where vLLM has no such family itself."""
     layers: str = "model.layers."
-    """Beginning of the names of a decoder layer's tensors."""
+    """Beginning of the names of a decoder layer's tensors, up to the layer's number: ``gpt_neox.layers.``."""
     embedding: str = "model.embed_tokens.weight"
-    """Name of the input embedding's tensor."""
+    """Name of the input embedding's tensor, such as ``gpt_neox.embed_in.weight``."""
     rows: Mapping[str, Rows] = field(default_factory=lambda: SPLIT_ATTENTION | GATED_MLP)
-    """Modules whose rows (and biases) are cut."""
+    """Modules whose rows (and biases) are cut, and what their rows are: ``{"fc1": Rows(("channels",))}``. Those that
+    make queries, keys and values, and those of the MLP before ``down_proj``."""
     o_proj: str = "self_attn.o_proj"
-    """Attention's output module: its weight's columns are cut, its own bias stays whole."""
+    """Attention's output module, such as ``self_attn.out_proj``: its weight's columns are cut, its own bias stays
+    whole."""
     down_proj: str = "mlp.down_proj"
-    """The MLP's output module: its weight's columns are cut, its own bias stays whole."""
-    qkv_bias: bool | tuple[str, bool] = False
-    """Biases of queries, keys and values."""
-    o_bias: bool | tuple[str, bool] = False
-    """Bias of ``o_proj``."""
-    mlp_bias: bool | tuple[str, bool] = False
-    """Biases of the MLP's modules."""
+    """The MLP's output module, such as ``fc2``: its weight's columns are cut, its own bias stays whole."""
+    qkv_bias: Bias = False
+    """Biases of queries, keys and values: always there in Qwen2 (True), by the config in a Llama."""
+    o_bias: Bias = False
+    """Bias of ``o_proj``: ``("attention_bias", False)`` in a Llama."""
+    mlp_bias: Bias = False
+    """Biases of the MLP's modules: ``("mlp_bias", False)`` in a Llama."""
     norms: tuple[int, int] = (2, 0)
-    """Weights of a layer's norms, in hidden sizes and in head sizes."""
+    """Weights of a layer's norms, in hidden sizes and in head sizes: (2, 2) for two norms and those of queries and
+    keys, (4, 0) for two norms with biases."""
     channels_key: str = "intermediate_size"
-    """Config key of the MLP's width."""
+    """Config key of the MLP's width, such as ``ffn_dim``; of a mixture of experts that of an MoE expert's width."""
     is_moe: bool = False
-    """Whether the MLP is a mixture of experts; ``{e}`` in the names of modules stands for an MoE expert's number."""
+    """Whether the MLP is a mixture of experts. ``{e}`` in names of modules then stands for an MoE expert's number:
+    ``mlp.experts.{e}.up_proj``."""
     groups_key: str | None = "num_key_value_heads"
-    """Config key of the key-value heads; None where every query head has its own."""
+    """Config key of the number of key-value heads; None where every query head has its own, as in OPT."""
     has_head_dim: bool = True
-    """Whether the family's own config may have heads of another size than hidden size / heads."""
+    """Whether the family's own config may have heads of another size than hidden size / heads: True if its class in
+    transformers reads ``head_dim``, False for OPT."""
     like_llama: bool = False
-    """Whether a Llama with biases computes the same, so that a stock checkpoint with added biases can be one."""
+    """Whether a Llama with biases computes the same, so that a stock checkpoint with added biases can be one: True for
+    Mistral and Qwen2."""
     mixes_windows: bool = False
-    """Whether some layers have a sliding window and others none, where the config does not say it."""
+    """Whether some layers have a sliding window and others none, where the config does not say it: True for Gemma 2."""
     packs: bool = True
-    """Whether transformers keeps sequences that share a row apart, by their positions."""
+    """Whether transformers keeps sequences that share a row apart, by their positions: False for OPT."""
 
     @property
     def columns(self) -> dict[str, Unit]:
@@ -88,59 +102,71 @@ class Family:
         return sum(rows.units.count("channels") for rows in self.rows.values())
 
 
-# A new family is a row here, two classes in ``seap_ray.models.hf``, and one in ``seap_ray.vllm_plugin.model``.
+# Rows by the ``model_type`` of config.json. A new family is a row here, two classes in
+# ``seap_ray.models.hf``, and one in ``seap_ray.vllm_plugin.model``.
 FAMILIES: dict[str, Family] = {
     "llama": Family(
-        "SeapLlamaConfig",
-        "SeapLlamaForCausalLM",
+        config_class="SeapLlamaConfig",
+        model_class="SeapLlamaForCausalLM",
         qkv_bias=("attention_bias", False),
         o_bias=("attention_bias", False),
         mlp_bias=("mlp_bias", False),
         like_llama=True,
     ),
-    "mistral": Family("SeapMistralConfig", "SeapMistralForCausalLM", like_llama=True),
-    "qwen2": Family("SeapQwen2Config", "SeapQwen2ForCausalLM", qkv_bias=True, like_llama=True),
+    "mistral": Family(
+        config_class="SeapMistralConfig",
+        model_class="SeapMistralForCausalLM",
+        like_llama=True,
+    ),
+    "qwen2": Family(
+        config_class="SeapQwen2Config",
+        model_class="SeapQwen2ForCausalLM",
+        qkv_bias=True,
+        like_llama=True,
+    ),
     "qwen3": Family(
-        "SeapQwen3Config",
-        "SeapQwen3ForCausalLM",
-        "SeapQwen3ForCausalLM",
+        config_class="SeapQwen3Config",
+        model_class="SeapQwen3ForCausalLM",
+        vllm_class="SeapQwen3ForCausalLM",
         qkv_bias=("attention_bias", False),
         o_bias=("attention_bias", False),
         norms=(2, 2),
     ),
     "gemma2": Family(
-        "SeapGemma2Config",
-        "SeapGemma2ForCausalLM",
-        "SeapGemma2ForCausalLM",
+        config_class="SeapGemma2Config",
+        model_class="SeapGemma2ForCausalLM",
+        vllm_class="SeapGemma2ForCausalLM",
         qkv_bias=("attention_bias", False),
         o_bias=("attention_bias", False),
         norms=(4, 0),
         mixes_windows=True,
     ),
     "gemma3_text": Family(
-        "SeapGemma3Config",
-        "SeapGemma3ForCausalLM",
-        "SeapGemma3ForCausalLM",
+        config_class="SeapGemma3Config",
+        model_class="SeapGemma3ForCausalLM",
+        vllm_class="SeapGemma3ForCausalLM",
         qkv_bias=("attention_bias", False),
         o_bias=("attention_bias", False),
         norms=(4, 2),
         mixes_windows=True,
     ),
     "phi3": Family(
-        "SeapPhi3Config",
-        "SeapPhi3ForCausalLM",
-        "SeapPhi3ForCausalLM",
+        config_class="SeapPhi3Config",
+        model_class="SeapPhi3ForCausalLM",
+        vllm_class="SeapPhi3ForCausalLM",
         rows={
+            # Queries, keys and values are one matrix, gate and up another.
             "self_attn.qkv_proj": Rows(("heads", "groups", "groups")),
             "mlp.gate_up_proj": Rows(("channels", "channels")),
         },
     ),
     "mixtral": Family(
-        "SeapMixtralConfig",
-        "SeapMixtralForCausalLM",
-        "SeapMixtralForCausalLM",
+        config_class="SeapMixtralConfig",
+        model_class="SeapMixtralForCausalLM",
+        vllm_class="SeapMixtralForCausalLM",
         rows=SPLIT_ATTENTION
         | {
+            # w1 is the gate, w3 the way up, w2 the way down.
             "block_sparse_moe.experts.{e}.w1": Rows(("channels",)),
             "block_sparse_moe.experts.{e}.w3": Rows(("channels",)),
         },
@@ -148,9 +174,9 @@ FAMILIES: dict[str, Family] = {
         is_moe=True,
     ),
     "qwen3_moe": Family(
-        "SeapQwen3MoeConfig",
-        "SeapQwen3MoeForCausalLM",
-        "SeapQwen3MoeForCausalLM",
+        config_class="SeapQwen3MoeConfig",
+        model_class="SeapQwen3MoeForCausalLM",
+        vllm_class="SeapQwen3MoeForCausalLM",
         rows=SPLIT_ATTENTION
         | {"mlp.experts.{e}.gate_proj": Rows(("channels",)), "mlp.experts.{e}.up_proj": Rows(("channels",))},
         down_proj="mlp.experts.{e}.down_proj",
@@ -161,9 +187,9 @@ FAMILIES: dict[str, Family] = {
         is_moe=True,
     ),
     "opt": Family(
-        "SeapOPTConfig",
-        "SeapOPTForCausalLM",
-        "SeapOPTForCausalLM",
+        config_class="SeapOPTConfig",
+        model_class="SeapOPTForCausalLM",
+        vllm_class="SeapOPTForCausalLM",
         layers="model.decoder.layers.",
         embedding="model.decoder.embed_tokens.weight",
         rows=SPLIT_ATTENTION | {"fc1": Rows(("channels",))},
@@ -179,11 +205,12 @@ FAMILIES: dict[str, Family] = {
         packs=False,
     ),
     "gpt_neox": Family(
-        "SeapGPTNeoXConfig",
-        "SeapGPTNeoXForCausalLM",
-        None,
+        config_class="SeapGPTNeoXConfig",
+        model_class="SeapGPTNeoXForCausalLM",
+        vllm_class=None,
         layers="gpt_neox.layers.",
         embedding="gpt_neox.embed_in.weight",
+        # A head's query, key and value lie together, head after head.
         rows={"attention.query_key_value": Rows(("heads",), times=3), "mlp.dense_h_to_4h": Rows(("channels",))},
         o_proj="attention.dense",
         down_proj="mlp.dense_4h_to_h",
@@ -198,6 +225,7 @@ FAMILIES: dict[str, Family] = {
 
 
 MOE_EXPERT = re.compile(r"(\.experts\.)(\d+)(\.)")
+"""An MoE expert's number in the name of a module."""
 
 
 def family_of(model_type: str) -> Family:
@@ -288,13 +316,14 @@ class Architecture:
         name = str(model_type).removeprefix("seap_")
         if name not in FAMILIES:
             raise ConfigError(f"model family {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+
         family = FAMILIES[name]
         if config.get("quantization_config"):
             raise ConfigError("model is quantised; prune the unquantised checkpoint, then quantise the result")
         if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
             raise ConfigError("model has layers without experts beside layers with them, which is not supported")
 
-        def flag(value: bool | tuple[str, bool]) -> bool:
+        def flag(value: Bias) -> bool:
             """Return whether there is a bias: the family's constant, or what the config says."""
             return bool(config.get(*value)) if isinstance(value, tuple) else value
 
@@ -308,15 +337,21 @@ class Architecture:
             family=name,
             layers=tuple(layers),
             hidden_size=config["hidden_size"],
+            # Configs without a head size leave it to this division.
             head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
             dense=_layer(config, family).shape,
             qkv_bias=flag(family.qkv_bias),
             o_bias=flag(family.o_bias),
             mlp_bias=flag(family.mlp_bias),
+            # What transformers takes for a Llama, OPT or GPT-NeoX whose config.json has no such
+            # key.
             max_position_embeddings=config.get("max_position_embeddings", 2048),
             has_windows=_has_windows(config, family),
             mixes_windows=_mixes_windows(config, family),
+            # A key of OPT alone; the other families have not got it, which is no False.
             has_norm_weights=config.get("layer_norm_elementwise_affine") is not False,
+            # Older configs name the rope's parameters rope_scaling. Only long ropes have short
+            # factors.
             has_free_heads="short_factor" not in (config.get("rope_parameters") or config.get("rope_scaling") or {}),
             # Qwen's own configs say num_experts, those that transformers writes num_local_experts.
             n_experts=(config.get("num_local_experts") or config["num_experts"]) if family.is_moe else 0,
@@ -370,6 +405,7 @@ class Architecture:
     @property
     def head_cost(self) -> int:
         """Weights of one query head: its rows of q_proj and columns of o_proj."""
+        # The bias of o_proj is as long as the hidden size, so no head has a part of it.
         return self.head_dim * (2 * self.hidden_size + self.qkv_bias)
 
     @property
@@ -383,6 +419,7 @@ class Architecture:
 
         In a mixture of experts one channel of each MoE expert, since all of a layer are equally wide.
         """
+        # The bias of down_proj is as long as the hidden size, so no channel has a part of it.
         per_mlp = self.layout.channel_modules * (self.hidden_size + self.mlp_bias) + self.hidden_size
         return per_mlp * max(self.n_experts, 1)
 
@@ -451,6 +488,7 @@ def _layer(config: Mapping[str, Any], family: Family) -> Layer:
     heads = config["num_attention_heads"]
     # A missing number of key-value heads, or none, means one for every query head.
     groups = (family.groups_key and config.get(family.groups_key)) or heads
+
     biases = tuple(key for key in ("o_proj_bias", "down_proj_bias") if config.get(key))
     return Layer(Shape(groups, heads // groups, config[family.channels_key]), biases)
 
@@ -468,12 +506,15 @@ def split_moe_expert(module: str) -> tuple[str, int | None]:
 
 def _has_windows(config: Mapping[str, Any], family: Family) -> bool:
     """Return whether layers attend to a sliding window."""
+    # Qwen's configs name a window that another key of theirs switches off.
     return bool(config.get("sliding_window")) and config.get("use_sliding_window", True) or family.mixes_windows
 
 
 def _mixes_windows(config: Mapping[str, Any], family: Family) -> bool:
     """Return whether some layers attend to a sliding window and others to everything."""
     layer_types = config.get("layer_types")
+    # Newer configs list what every layer attends to. In older ones Qwen's switch gives windows to
+    # some layers only.
     if layer_types:
         return len(set(layer_types)) > 1
     return family.mixes_windows or bool(config.get("use_sliding_window"))

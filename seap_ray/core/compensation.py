@@ -128,12 +128,16 @@ class LeastSquares:
         Raises:
             ValueError: The statistics are no covariances.
         """
+        # A protocol that is checked at run time: only covariances come with ridges.
         if not isinstance(statistics, SiteCovariances):
             raise ValueError("compensation by least squares needs covariances")
+
         covariance = statistics[module.key]
         ridge = statistics.ridge_of(module.key)
+
         weight_OS, added_O = least_squares(covariance, module.weight_OD, module.kept_S, ridge=ridge)
         bias_O = added_O if module.bias_O is None else added_O + module.bias_O.double()
+        # All is float64 up to here, and rounded once.
         dtype = module.weight_OD.dtype
         return {"weight": weight_OS.to(dtype), "bias": bias_O.to(dtype)}
 
@@ -164,6 +168,7 @@ def mean_bias(weight_OD: Tensor, mean_D: Tensor, kept_S: Tensor, bias_O: Tensor 
     # Some rows at a time, so that no float64 copy of the whole weight is made.
     row_blocks = weight_OD.split(max(1, BLOCK["cpu"] // weight_OD.shape[1]))
     bias = torch.cat([rows_OD.index_select(1, cut_P).double() @ mean_D[cut_P].double() for rows_OD in row_blocks])
+
     if bias_O is not None:
         bias = bias + bias_O.double()
     return bias.to(weight_OD.dtype)

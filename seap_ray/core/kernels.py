@@ -51,14 +51,17 @@ def moments(x_ND: Tensor, rows_N: Tensor | None = None, tile: Tile = TILE) -> tu
     Returns:
         Mean and sum of squared deviations, each (D,), float64; zeros for no tokens.
     """
+    # The kernels find an element by token x width + column, so rows must follow one another.
     x_ND = x_ND.contiguous()
     n = len(x_ND if rows_N is None else rows_N)
     width = x_ND.shape[1]
     mean_D, m2_D = torch.zeros(2, width, dtype=torch.float64, device=x_ND.device)
     n_chunks = triton.cdiv(n, tile.chunk)
+    # A grid of no programs cannot be launched.
     if not n_chunks:
         return mean_D, m2_D
 
+    # Every chunk has moments of its own, which a second kernel merges.
     mean_SD, m2_SD = torch.empty(2, n_chunks, width, dtype=torch.float64, device=x_ND.device)
     chunk_grid = triton.cdiv(width, tile.columns), n_chunks
     chunk_sizes = {"TOKENS": tile.tokens, "COLUMNS": tile.columns, "STEPS": tile.steps, "num_warps": tile.warps}
@@ -86,6 +89,7 @@ def cosines(x_ND: Tensor, y_ND: Tensor, rows_N: Tensor | None = None) -> Tensor:
     y_ND = y_ND.contiguous()
     n = len(x_ND if rows_N is None else rows_N)
     cosine_N = torch.empty(n, dtype=torch.float64, device=x_ND.device)
+    # A grid of no programs cannot be launched.
     if n:
         with torch.cuda.device_of(x_ND):
             _token_cosine[(n,)](
@@ -108,8 +112,11 @@ def _chunk_moments(
     first = tl.program_id(1) * TOKENS * STEPS
     mean = tl.zeros((TOKENS, COLUMNS), tl.float64)
     m2 = tl.zeros((TOKENS, COLUMNS), tl.float64)
+
     for step in tl.static_range(STEPS):
         token = first + step * TOKENS + lane
+        # In int64, since row x width may be beyond what 32 bits hold. Lanes behind the last token
+        # read row 0, which does not count.
         row = token.to(tl.int64) if IS_ALL else tl.load(rows + token, mask=token < n, other=0)
         is_there = (token < n)[:, None] & (column < width)[None, :]
         value = tl.load(x + row[:, None] * width + column[None, :], mask=is_there, other=0).to(tl.float64)
@@ -118,9 +125,12 @@ def _chunk_moments(
         mean += delta * (1 / (step + 1))
         m2 += delta * tl.where(is_there, value - mean, 0)
 
+    # Tokens that each lane has seen: the chunk's lane-th, and every TOKENS-th after it.
     count = tl.minimum(tl.maximum(n - first - lane + TOKENS - 1, 0) // TOKENS, STEPS).to(tl.float64)[:, None]
     mean_all = tl.sum(count * mean, 0) / tl.sum(count)
+    # Deviations from a lane's mean, and of that mean from the chunk's.
     between = mean - mean_all[None, :]
+
     out = tl.program_id(1).to(tl.int64) * width + column
     tl.store(means + out, mean_all, mask=column < width)
     tl.store(m2s + out, tl.sum(m2 + count * between * between, 0), mask=column < width)
@@ -137,12 +147,15 @@ def _merged_moments(
     mean = tl.zeros((CHUNKS, COLUMNS), tl.float64)
     m2 = tl.zeros((CHUNKS, COLUMNS), tl.float64)
     so_far = tl.zeros((CHUNKS, 1), tl.float64)
+
     for first in range(0, n_chunks, CHUNKS):
         chunk = first + lane
+        # All chunks are full but the last one; those behind it have no tokens.
         count = tl.minimum(tl.maximum(n - chunk * CHUNK, 0), CHUNK).to(tl.float64)[:, None]
         is_there = (chunk < n_chunks)[:, None] & (column < width)[None, :]
         place = chunk.to(tl.int64)[:, None] * width + column[None, :]
         delta = tl.where(is_there, tl.load(means + place, mask=is_there, other=0) - mean, 0)
+        # Not below 1, so that a lane without tokens does not divide by zero.
         share = count / tl.maximum(so_far + count, 1)
         mean += delta * share
         m2 += tl.load(m2s + place, mask=is_there, other=0) + delta * delta * so_far * share
@@ -162,6 +175,7 @@ def _token_cosine(x, y, rows, out, width, IS_ALL: tl.constexpr, COLUMNS: tl.cons
     xx = tl.zeros((COLUMNS,), tl.float64)
     xy = tl.zeros((COLUMNS,), tl.float64)
     yy = tl.zeros((COLUMNS,), tl.float64)
+
     for first in range(0, width, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         before = tl.load(x + row * width + column, mask=column < width, other=0).to(tl.float64)
@@ -170,5 +184,6 @@ def _token_cosine(x, y, rows, out, width, IS_ALL: tl.constexpr, COLUMNS: tl.cons
         xy += before * after
         yy += after * after
 
+    # A vector of zeros has no direction: its cosine is 0, not NaN.
     product = tl.sum(xx) * tl.sum(yy)
     tl.store(out + token, tl.where(product == 0, 0, tl.sum(xy) / tl.sqrt(product)))

@@ -94,6 +94,7 @@ class Moments:
             total_D = total_D + block_ND.sub_(shift_D).sum(0)
             square_D = square_D + block_ND.square_().sum(0)
         offset_D = total_D / max(n, 1)  # a batch may hold no token that counts, if those at position 0 are left out
+        # Rounding may leave the difference of two sums just below zero.
         return cls(n, shift_D + offset_D, (square_D - total_D * offset_D).clamp_(min=0))
 
     def __add__(self, other: Self) -> Self:
@@ -188,6 +189,7 @@ def split_product(x_ND: Tensor) -> Tensor:
     large_ND = x_ND.bfloat16()
     small_ND = (x_ND - large_ND).bfloat16()
     mixed_DD = torch.mm(large_ND.T, small_ND, out_dtype=torch.float32)
+    # In place: each of these matrices is as large as the covariance.
     return torch.mm(large_ND.T, large_ND, out_dtype=torch.float32).add_(mixed_DD).add_(mixed_DD.T)
 
 
@@ -241,11 +243,14 @@ def pooled(parts: list[Moments], weights: list[float]) -> Moments:
     Returns:
         Moments with the streams' tokens added up as ``count``.
     """
+    # Divided by their sum, so that only the ratios of the weights matter.
     shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     means_PD = torch.stack([part.mean_D for part in parts])
     variances_PD = torch.stack([part.var_D for part in parts])
+
     mean_D = shares @ means_PD
     var_D = shares @ (variances_PD + (means_PD - mean_D).square())
+    # Moments hold sums of squares, from which ``var_D`` divides the count out again.
     count = sum(part.count for part in parts)
     return Moments(count, mean_D, var_D * count)
 
@@ -273,7 +278,10 @@ def stream_shares(parts: Sequence[Statistics], weights: Sequence[float], key: tu
     At a site of an MoE expert a stream counts by how much of it is routed there.
     """
     layer, _ = key
+    # Attention sees every token, an MoE expert those that are routed to it; at all other sites the
+    # quotient is 1.
     routed = [w * part[key].count / part[layer, "attn"].count for w, part in zip(weights, parts, strict=True)]
+    # Where no stream is routed to the expert, all of these are 0.
     return routed if sum(routed) else list(weights)
 
 
@@ -291,6 +299,7 @@ def pooled_covariance(parts: Iterable[Covariance], weights: Sequence[float]) -> 
     first, total_weight = next(pairs)
     count = first.count
     mean_D = first.mean_D
+    # A quotient and so a copy, which may change in place.
     covariance_DD = first.covariance_DD
 
     # One stream after another: what is pooled so far counts by the weights that are in it.
@@ -303,4 +312,5 @@ def pooled_covariance(parts: Iterable[Covariance], weights: Sequence[float]) -> 
         total_weight += weight
 
     comoment_DD = covariance_DD * count
+    # A clone, since the diagonal is a view of the matrix.
     return Covariance(count, mean_D, comoment_DD.diagonal().clone(), comoment_DD)

@@ -56,6 +56,7 @@ class Kept:
     def units(self, unit: Unit) -> tuple[int, ...]:
         """Return the indices of the kept units of one kind, channels of the one MoE expert that this is of."""
         if unit == "channels":
+            # Unpacked, so that the channels of several MoE experts are an error here.
             (channels,) = self.channels
             return channels
         return self.groups if unit == "groups" else self.heads
@@ -167,6 +168,7 @@ def best_heads(head_H: Tensor, original: Shape, option: tuple[int, int]) -> tupl
 def _top(score: Tensor, n: int) -> tuple[int, ...]:
     """Return the indices of the ``n`` highest scores, ascending."""
     # The last n of an ascending order are the highest; a stable sort puts the higher index of two equal ones last.
+    # Counted from the front, since [-n:] would be everything for n = 0.
     order = torch.sort(score, stable=True).indices[score.numel() - n :]
     return tuple(order.sort().values.tolist())
 

@@ -113,15 +113,18 @@ def error_of(covariance: Covariance, weight_OD: Tensor, kept_S: Tensor, repaired
         The error, in squared units of the output.
     """
     new_OS, bias_O = repaired
+    # A clone, since ``double`` returns a float64 weight itself, and it changes below.
     gap_OD = weight_OD.double().clone()
     # What is wrong with the map, in the columns of the whole input.
     gap_OD[:, kept_S] -= new_OS.double()
+
     offset_O = gap_OD @ covariance.mean_D - bias_O.double()
     return float(((gap_OD @ covariance.covariance_DD.double()) * gap_OD).sum() + offset_O.square().sum())
 
 
 def _total(covariance_DD: Tensor, weight_OD: Tensor) -> Tensor:
     """Return the variance of the site's output, summed over outputs: tr(W C W^T)."""
+    # Never zero: units of a site that never varies have shares of 0, not NaN.
     return ((weight_OD @ covariance_DD) * weight_OD).sum().clamp_min(torch.finfo(torch.float64).tiny)
 
 
@@ -179,11 +182,13 @@ def obs(covariance: Covariance, weight_OD: Tensor, *, block: int, ridge: float) 
     # Units that go leave the inverse covariance and the weight smaller, until none is left.
     while left_U.numel():
         error_U = _added_errors(inverse_DD, weight_OD, block)
+        # Stable: of units with equal errors the first goes first.
         go_U = torch.sort(error_U, stable=True).indices[:at_a_time]
         for u in go_U.tolist():
             # Later scores are above earlier ones, also where rounding says otherwise.
             reached = max(float(error_U[u] / total), reached * (1 + 1e-12))
             scores_U[left_U[u]] = reached
+
         stay_U = _complement(go_U, left_U.numel())
         inverse_DD, weight_OD = _without(inverse_DD, weight_OD, _columns(go_U, block), _columns(stay_U, block))
         left_U = left_U[stay_U]

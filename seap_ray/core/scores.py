@@ -38,6 +38,7 @@ class Norms:
             Norms in float64: float16 norms of 4,096 columns take only some 200 distinct values, and tie.
         """
         l1_D = weight_OD.new_zeros(weight_OD.shape[1], dtype=torch.float64)
+        # Both may begin as the same zeros: the sums below are new tensors.
         l2_squared_D = l1_D
         # Some rows at a time in float64; the block is a copy, so squaring it in place is free.
         for rows_OD in blocks(weight_OD):
@@ -98,6 +99,7 @@ def random_score(n: int, seed: int, *, layer: int, site: Site) -> Tensor:
     Returns:
         Scores, (n,), float64.
     """
+    # Random reads a string's characters; its hash would differ from process to process.
     generator = Random(f"{seed} {layer} {site}")
     return torch.tensor([generator.random() for _ in range(n)], dtype=torch.float64)
 
@@ -108,6 +110,7 @@ def shrunk(experts: Sequence[Moments]) -> list[Moments]:
     For the rest a column's variance and squared mean are the average over all of the layer's MoE experts, by their
     tokens, so that a rarely routed one is ranked by its weights, and not by noise.
     """
+    # At least 1, as no token may have been routed at all.
     total = max(sum(moments.count for moments in experts), 1)
     average_var = sum(moments.count * moments.var_D.mean() for moments in experts) / total
     average_square = sum(moments.count * moments.mean_D.square().mean() for moments in experts) / total
@@ -117,6 +120,7 @@ def shrunk(experts: Sequence[Moments]) -> list[Moments]:
         belief = moments.count / (moments.count + PRIOR_TOKENS)
         var_D = belief * moments.var_D + (1 - belief) * average_var
         mean_D = (belief * moments.mean_D.square() + (1 - belief) * average_square).sqrt().copysign(moments.mean_D)
+        # An expert without tokens has the average too, so it may not count as empty.
         return Moments(max(moments.count, 1), mean_D, var_D * max(moments.count, 1))
 
     return [shrink(moments) for moments in experts]
@@ -158,5 +162,6 @@ def standardised(score_D: Tensor) -> Tensor:
     Scores that are all equal become zeros. FLAP's code squares the scores of ``o_proj`` once more before this, which
     its paper does not say; we do not.
     """
+    # Of a single score the deviation is NaN, which is not above zero either.
     spread = score_D.std()
     return (score_D - score_D.mean()) / spread if spread > 0 else torch.zeros_like(score_D)

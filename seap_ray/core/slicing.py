@@ -62,12 +62,16 @@ def sliced_shape(
     family = architecture.layout
     module, expert = split_moe_expert(module)
     kept = kept.of_moe_expert(expert)
+
     if module in family.rows:
         rows = family.rows[module]
         n_rows = rows.times * sum(_width(kept, unit, architecture.head_dim) for unit in rows.units)
         return (n_rows, *shape[1:])
+
+    # An output module's own bias has no columns and stays whole.
     if module in family.columns and kind == "weight":
         return (shape[0], _width(kept, family.columns[module], architecture.head_dim))
+
     return tuple(shape)
 
 
@@ -131,6 +135,7 @@ def _kept_of_dimension(
     family = architecture.layout
     module, expert = split_moe_expert(module)
     kept = kept.of_moe_expert(expert)
+
     if module in family.rows:
         return 0, row_indices(family.rows[module], kept, architecture.layers[layer].shape, architecture.head_dim)
     if module in family.columns and kind == "weight":
@@ -140,6 +145,7 @@ def _kept_of_dimension(
 
 def _rows_of_a_piece(tensor: Tensor) -> int:
     """Return how many rows make a piece, one at least."""
+    # By the bytes of a mean row; a tensor without elements has none to divide by.
     return max(1, PIECE_BYTES * len(tensor) // max(1, tensor.nbytes))
 
 

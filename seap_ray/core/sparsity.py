@@ -63,6 +63,7 @@ def logistic(
     n_layers = len(cap_L)
     active = range(first, max(n_layers - last, first))
     largest = largest_ratio(weight_L, cap_L, active)
+    # Sums of floats are off by about this much.
     if target > largest + 1e-12:
         raise ConfigError(
             f"pruning.ratio: {target:g} is beyond what {first} + {last} protected layers and at most "
@@ -87,6 +88,7 @@ def _scaled(curve: Sequence[float], total: float, weights: Sequence[float], caps
         if not free:
             return list(caps)
         taken = math.fsum(weights[i] * caps[i] for i in capped)
+        # Free layers share what the capped ones leave, along the curve.
         scale = (total - taken) / sum(weights[i] * curve[i] for i in free)
         over = {i for i in free if scale * curve[i] > caps[i]}
         if not over:
@@ -120,6 +122,8 @@ def official_logistic(n_layers: int, target: float, *, k: float, x0: float, firs
     curve = [_sigmoid(k * (i / max(active - 1, 1) - x0)) for i in range(active)]
 
     low, high = 0.0, 2.0
+    # The authors' tolerance; where no scale of the interval meets it, the interval shrinks to a
+    # point.
     while True:
         scale = (low + high) / 2
         average = sum(scale * value for value in curve) / active

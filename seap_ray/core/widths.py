@@ -50,7 +50,9 @@ class WidthConstraints:
         options_L = [_attention_options(layer.shape, architecture.dense, unit) for layer in architecture.layers]
         _check_equal_groups(architecture, unit, options_L)
 
+        # Every rank gets whole tiles.
         tile = architecture.align(pruning.align) * pruning.tensor_parallel
+
         constraints_L: list[WidthConstraints] = []
         for layer, options in enumerate(options_L):
             size = architecture.layer_parameters(architecture.layers[layer])
@@ -81,6 +83,7 @@ class WidthConstraints:
     def cap(self) -> float:
         """Largest share that the layer can give: the smallest option of attention and one tile of channels stay."""
         smallest = Shape(*self.options[-1], min(self.tile, self.original.channels))
+        # Added biases may weigh more than the smallest widths save.
         return max(self.removed(smallest), 0) / self.size
 
     def channels(self, wanted: float) -> int:
@@ -99,6 +102,8 @@ class WidthConstraints:
         architecture = self.architecture
         original = self.original
         attention = self.attention_cost((original.groups, original.heads_per_group))
+        # Options begin with the widest, and min takes the first: of two equally near ones the
+        # wider.
         option = min(self.options, key=lambda option: abs(self.attention_cost(option) - (1 - share) * attention))
 
         # Biases that compensation will add must be saved elsewhere; channels give what attention does not.
@@ -116,6 +121,7 @@ def _attention_options(original: Shape, dense: Shape, unit: str) -> Sequence[tup
     """
     groups = original.groups
     heads = original.heads_per_group
+
     if unit == "none":
         return [(groups, heads)]
     if unit == "head" and dense.heads_per_group > 1:
@@ -128,6 +134,7 @@ def _check_equal_groups(architecture: Architecture, unit: str, options_L: Sequen
     group_counts = {groups for groups, _ in chain.from_iterable(options_L)}
     if not architecture.mixes_windows or len(group_counts) == 1:
         return
+
     alternatives = "head or none" if architecture.dense.heads_per_group > 1 else "none"
     raise ConfigError(
         f"pruning.attention_unit: {unit} leaves layers with unequal numbers of key-value "
