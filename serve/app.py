@@ -24,6 +24,7 @@ def build(args: Mapping[str, Any]) -> Application:
     An error that the user can mend ends ``serve run`` with one line.
     """
     try:
+        # Through the texts of a command line, so that every entry point reads and refuses keys alike.
         config = load_config([f"{key}={value}" for key, value in _dotted(args)])
         check_registered()
 
@@ -40,6 +41,7 @@ def build(args: Mapping[str, Any]) -> Application:
 
     if not ray.is_initialized():  # `serve run` starts or joins a cluster after this
         close_environment()
+
     groups, reason = engine_groups(config, service.experts)
     print(reason, flush=True)
     return application(config, service, groups)
@@ -51,4 +53,5 @@ def _dotted(args: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
         if isinstance(value, Mapping):
             yield from _dotted(value, f"{prefix}{key}.")
         else:
+            # JSON is YAML, which is what the values of overrides are read as; a text is YAML already.
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)

@@ -24,6 +24,7 @@ def prepare(config: Config) -> Service:
     Raises:
         ConfigError: The keys, the run, its experts or the settings of a shared engine cannot be used.
     """
+    # Cheapest first: without keys no bucket need be read.
     hashes = key_hashes(config.serve)
     run = Run.of(config)
     experts = find_experts(config, run)
@@ -43,6 +44,7 @@ def prepare(config: Config) -> Service:
 
 def application(config: Config, service: Service, groups: Sequence[EngineGroup]) -> Application:
     """Return the application: a deployment per engine, and the ingress in front of them."""
+    # Models that share an engine have the same deployment; Serve starts it once.
     deployments = {}
     for group in groups:
         deployment = build_llm_deployment(llm_config(config, group))
@@ -56,7 +58,7 @@ def application(config: Config, service: Service, groups: Sequence[EngineGroup])
         make_ingress(service),
         name="ExpertIngress",
         num_replicas=config.serve.ingress_replicas,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0},  # all CPUs of the cluster are for engines
         # More than the models hold: so the ingress refuses the rest, in OpenAI's form, before Serve does in its own.
         max_ongoing_requests=per_model * len(deployments) + 1000,
         max_queued_requests=1000,
@@ -73,5 +75,7 @@ def _router_folder(run: Run, experts: list[Expert]) -> StoragePath | None:
     """
     if all(expert.kind == "general" for expert in experts):
         return None
+
+    # Read here so that a damaged one is told before an engine starts; each ingress reads it again.
     Router.load(run.router)
     return run.router.absolute()

@@ -77,12 +77,14 @@ class Chooser:
             ApiError: 404 for a model that is not served, 503 for one that is down and has no replacement.
         """
         if model in (None, AUTO):
+            # In a thread: the event loop has other requests, and a long prompt takes milliseconds.
             decision = await asyncio.get_running_loop().run_in_executor(self._routing, self._route, prompts)
         elif model in self._models:
             decision = Decision(model, "named")
         else:
             names = ", ".join([AUTO, *self._models])
             raise ApiError(404, f"there is no model {model!r}; models are {names}", code="model_not_found")
+
         return decision if self._watch.is_up(decision.model) else self.replacement(decision)
 
     def replacement(self, decision: Decision) -> Decision:
@@ -91,18 +93,23 @@ class Chooser:
         Raises:
             ApiError: 503 when the general model may not answer for it, or is down as well.
         """
+        # Who names an expert may not want another's answer; ``auto`` leaves the choice to the service.
         may_fall_back = self._fallback_named or decision.reason != "named"
         if decision.model != GENERAL and may_fall_back and self._watch.is_up(GENERAL):
             return replace(decision, model=GENERAL, reason="expert_down")
+
         raise ApiError(503, f"{decision.model} is being started again", code="model_down", retry_after=RESTART_S)
 
     def _route(self, prompts: Sequence[Prompt]) -> Decision:
         """Return one model for all prompts of a request: the general one where their tasks differ."""
         if self._router is None:
             return Decision(GENERAL, "no_router")
+
         started = time.perf_counter()
         decisions = [self._route_one(self._router, prompt) for prompt in prompts or [""]]
         self._seconds.observe(time.perf_counter() - started)
+
+        # One request goes to one engine.
         if len({decision.model for decision in decisions}) > 1:
             return Decision(GENERAL, "mixed")
         # The least sure of them speaks for the request.
@@ -110,6 +117,7 @@ class Chooser:
 
     def _route_one(self, router: Router, prompt: Prompt) -> Decision:
         """Return the router's decision about one prompt."""
+        # The router reads no more than this many characters, so as many tokens are enough.
         text = prompt if isinstance(prompt, str) else router.decode(prompt[:MAX_PROMPT_CHARACTERS])
         route = router.route(text, threshold=self.threshold)
         if route.task is None:

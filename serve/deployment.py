@@ -37,9 +37,11 @@ def deploy(config: Config) -> None:
         IncompleteError: The engines do not start.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    # First what takes no cluster: a wrong key or run is told within seconds.
     service = prepare(config)
     models = [expert.name for expert in service.experts]
     address = os.environ.get("RAY_ADDRESS", "local")
+    # Before Ray starts, since its processes inherit the environment.
     close_environment()
     connect(address)
     try:
@@ -49,6 +51,7 @@ def deploy(config: Config) -> None:
 
         serve.start(http_options={"host": config.serve.host, "port": config.serve.port})
         target = serve.RunTarget(application(config, service, groups), name=NAME, route_prefix="/")
+        # The wait below names the engines as they come up, and ends when one cannot start.
         serve.run_many([target], wait_for_applications_running=False)
         _await_ready([group.name for group in groups])
         _print_addresses(config, models)
@@ -71,6 +74,7 @@ def _take_down(drain_timeout_s: float) -> None:
         serve.delete(NAME)  # `shutdown` alone would cut replies off
         serve.shutdown()
 
+    # In a thread, since Serve's calls do not end once Ray's processes are gone.
     draining = threading.Thread(target=drain, daemon=True)
     draining.start()
     deadline = time.monotonic() + drain_timeout_s + SHUTDOWN_MARGIN_S
@@ -96,6 +100,7 @@ def _check_room(config: Config, n_engines: int) -> None:
 
     for kind, share in shares.items():
         have = ray.cluster_resources().get(kind, 0)
+        # What other jobs hold may become free, so the whole cluster counts and not what is free now.
         if total_ranks * share > have:
             fitting = math.floor(have / total_ranks * 100) / 100  # rounded down, so that it does fit
             raise ConfigError(
@@ -110,20 +115,24 @@ def _await_ready(engines: list[str]) -> None:
     last_line_at = started
     up: set[str] = set()
     print(f"starting {len(engines)} engine{'s' * (len(engines) > 1)}", flush=True)
+
     while True:
         status = serve.status().applications[NAME]
         now = time.monotonic()
         for name, deployment in status.deployments.items():
-            model = name.partition(":")[2]
+            model = name.partition(":")[2]  # an engine's deployment is LLMServer:NAME; the ingress has no colon
             if model and model not in up and deployment.replica_states.get("RUNNING"):
                 up.add(model)
                 last_line_at = now
                 print(f"  {model} is up, {now - started:.0f} s ({len(up)}/{len(engines)})", flush=True)
+
         if status.status == ApplicationStatus.RUNNING:
             time.sleep(2 * PERIOD_S)  # by then every ingress has queried Serve, and knows that all are up
             return
         if status.status == ApplicationStatus.DEPLOY_FAILED:
             raise IncompleteError(f"the service did not start: {_last_line(status.message)}")
+
+        # An engine that waits for a GPU looks like one that loads; Serve's message says which it is.
         if now - last_line_at > STATUS_EVERY_S:
             last_line_at = now
             print(f"  {len(up)}/{len(engines)} after {now - started:.0f} s. {_last_line(status.message)}", flush=True)
@@ -139,6 +148,7 @@ def _last_line(message: str) -> str:
 def _print_addresses(config: Config, models: list[str]) -> None:
     """Print what is served where, and a first command to try."""
     url = f"http://{config.serve.host}:{config.serve.port}"
+    # The variable by its name: the key itself has no place in a log.
     key = "KEY" if config.serve.api_keys_file else f"${KEYS_VARIABLE}"
     header = "" if config.serve.auth == "none" else f' -H "Authorization: Bearer {key}"'
     print(

@@ -36,6 +36,7 @@ class Engine(VLLMEngine):
 
     def _start_async_llm_engine(self, engine_args: Any, engine_config: Any, placement_group: Any) -> Any:
         """Start vLLM. One rank on a CPU needs no executor process of its own, which gains nothing there."""
+        # Where there are several ranks or a GPU, the executor that Ray's placement group needs stays.
         parallel = engine_config.parallel_config
         if parallel.world_size == 1 and engine_config.device_config.device_type == "cpu":
             parallel.distributed_executor_backend = "uni"
@@ -53,17 +54,20 @@ class ExpertServer(LLMServer):
         Raises:
             ConfigError: The plugin is not installed on this node, or the expert's folder is not there.
         """
+        # This runs on the engine's node, whose installation and disks may differ from the driver's.
         check_registered()
         folder = parse_path(self._llm_config.experimental_configs[FOLDER])
         if not folder.is_dir():
             raise ConfigError(
                 f"{folder} is not there on this node; run.storage should be a folder that every node sees, or a bucket"
             )
+
         copy = str(stage(folder))
         self._llm_config.model_loading_config.model_source = copy
         # The engine's config was made on the driver, with the path of the driver's copy.
         self._llm_config.get_engine_config().hf_model_id = copy
         await super().start()
+        # Kept, since Python's loop holds tasks weakly: one that nobody refers to may vanish.
         self._watching = asyncio.create_task(self._watch_engine())
 
     async def _start_engine(self) -> None:
@@ -79,11 +83,13 @@ class ExpertServer(LLMServer):
         try:
             while not call.done():
                 await asyncio.wait({call}, timeout=HEALTH_CHECK_S / 4)
+                # Before the engine has a client there is nothing to check. The check raises where the engine is dead.
                 if not call.done() and self.engine._engine_client:
                     await self.engine.check_health()
             if call.cancelled():  # vLLM closes its sockets when the engine dies, which cancels the call
                 raise EngineDeadError
-            await call
+
+            await call  # it is done: this raises its error, if any
         finally:
             call.cancel()
 
@@ -93,16 +99,17 @@ class ExpertServer(LLMServer):
             await asyncio.sleep(HEALTH_CHECK_S / 4)
             try:
                 await self.engine.check_health()
-            except Exception as error:
+            except Exception as error:  # whatever it is, the engine does not answer
                 await self._engine_died(error)
 
     async def _engine_died(self, error: Exception) -> None:
         """End this replica."""
         logger.error(f"the vLLM engine is dead ({error}); its replica ends, and Serve starts another")
-        os._exit(1)
+        os._exit(1)  # `sys.exit` would end this task alone
 
     def __del__(self) -> None:
         """End vLLM's processes, which would be orphans otherwise. Serve calls this after the last request."""
+        # Attributes may be missing: Python also calls this after a constructor that has failed.
         if watching := getattr(self, "_watching", None):
             watching.cancel()
         self._close_engine()

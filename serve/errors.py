@@ -19,7 +19,6 @@ TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-
 """OpenAI's error types by HTTP status."""
 
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
@@ -77,10 +76,13 @@ def to_api_error(error: Exception, request_id: str, *, is_parsed: bool = True) -
     """
     if isinstance(error, ApiError):
         return error
+
+    # What the client can mend is said; the first fault is enough.
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return ApiError(400, f"the body is no JSON ({first.get('ctx', {}).get('error', first['msg'])})")
+        # FastAPI's locations begin with "body", which is no part of what the client wrote.
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         return ApiError(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)
     if isinstance(error, HTTPException):
@@ -89,6 +91,8 @@ def to_api_error(error: Exception, request_id: str, *, is_parsed: bool = True) -
         return ApiError(400, "the request is nested too deeply")
     if isinstance(error, VLLMClientError):
         return ApiError(400, str(error).splitlines()[0], param=getattr(error, "parameter", None))
+
+    # All else is unexpected, and its words may tell of files and code, so they go to the log alone.
     logger.error(f"request {request_id} failed", exc_info=error)
     if not is_parsed and isinstance(error, UNREADABLE):
         return ApiError(400, f"vLLM cannot use this request ({type(error).__name__})")
@@ -102,5 +106,6 @@ def add_handlers(app: FastAPI) -> None:
         """Answer one error."""
         return to_api_error(error, request.headers.get("x-request-id", "")).response
 
+    # These are answered inside the app; any other error reaches the gate, which answers it in the same form.
     for kind in (ApiError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, respond)

@@ -50,19 +50,25 @@ def find_experts(config: Config, run: Run) -> list[Expert]:
     Raises:
         ConfigError: The run, its ratio or an expert is not there, or a folder is damaged. The message names the key.
     """
+    # In a bucket that does not answer, a run is not missing.
     with readable(run.root):
         is_there = run.config.is_file()
     if not is_there:
         raise ConfigError(f"{run.root}: no such run; make it with jobs/prune.py, or name another by run.name")
 
+    # A checkpoint's manifest is written last, so one without is still being written and is not served.
     folder = run.experts(_ratio(config, run))
     manifests = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/seap.json"))}
     kinds = {name: manifest["plan"]["kind"] for name, manifest in manifests.items() if manifest}
+    # Baselines are there to be compared with, not to be served.
     tasks = [name for name, kind in kinds.items() if kind == "expert"]
     wanted = tasks if config.serve.experts is None else list(config.serve.experts)
     for name in wanted:
         if name not in tasks:
             raise ConfigError(f"serve.experts: {folder} holds no expert {name}; it holds {', '.join(tasks) or 'none'}")
+
+    # The general model answers what the router is not sure of, and for experts that are down. It comes first: a shared
+    # engine starts with the first.
     if GENERAL not in kinds:
         raise ConfigError(f"{folder} holds no whole general model; run jobs/prune.py to its end")
     return [_expert(config, folder / name, kinds[name], manifests[name]) for name in (GENERAL, *wanted)]
@@ -76,6 +82,7 @@ def _ratio(config: Config, run: Run) -> float:
         if not whole:
             raise ConfigError(f"{run.root} holds no whole general model; run jobs/prune.py to its end")
         return min(map(float, whole))
+
     if ratio_name(config.serve.ratio) not in there:
         raise ConfigError(f"serve.ratio: {run.root} holds {', '.join(there) or 'none'}, not {config.serve.ratio:g}")
     return config.serve.ratio
@@ -84,9 +91,11 @@ def _ratio(config: Config, run: Run) -> float:
 def _expert(config: Config, folder: StoragePath, kind: str, manifest: dict[str, Any]) -> Expert:
     """Return one checkpoint to serve, checked. Raises ConfigError where vLLM could not load it."""
     check_folder(stage(folder))
+    # Our own formats are named seap_FAMILY; a stock checkpoint has the family's own name.
     family = FAMILIES.get(read_json(folder / "config.json")["model_type"].removeprefix("seap_"))
     if family and not family.vllm_class:
         raise ConfigError(f"{folder}: vLLM has no model of this family; its experts load with transformers alone")
+
     return Expert(
         name=folder.name,
         kind=kind,

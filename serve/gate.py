@@ -39,6 +39,8 @@ def key_hashes(config: ServeSection) -> tuple[bytes, ...] | None:
     """
     if config.auth == "none":
         return None
+
+    # The message names where the keys were looked for.
     if config.api_keys_file:
         where = f"serve.api_keys_file: {config.api_keys_file}"
         try:
@@ -85,9 +87,10 @@ class Gate:
         """Pass a request on if it may be answered, and answer every error before the response has begun."""
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        if scope["type"] != "http":
+        if scope["type"] != "http":  # nothing here speaks over web sockets; 1008 is "policy violation"
             return await send({"type": "websocket.close", "code": 1008})
 
+        # The id under which the log has an unexpected error, which the client reads in the answer.
         request_id = Headers(scope=scope).get("x-request-id") or uuid.uuid4().hex
         has_started = False
 
@@ -100,13 +103,16 @@ class Gate:
         try:
             self._admit(scope)
             body = await self._body(scope, receive)
-            if body is None:
+            if body is None:  # nobody is there to read an answer
                 return
+
             _check_text(body)
             await self.app(scope, _replay(body, receive), send_and_note)
         except Exception as error:
             if has_started:  # the client has a status already, so all that is left is to close the connection
                 raise
+
+            # Only completions have bodies that vLLM's own classes parse; the ingress notes when that is over.
             is_parsed = scope.get("state", {}).get("is_parsed", not _path(scope).endswith("completions"))
             refusal = to_api_error(error, request_id, is_parsed=is_parsed)
             await refusal.response(scope, receive, send_and_note)
@@ -115,6 +121,7 @@ class Gate:
         """Raise ApiError 401, 403 or 415 for a request that may not pass, from its headers alone."""
         if _path(scope) in OPEN_PATHS and scope["method"] in ("GET", "HEAD"):
             return
+
         headers = Headers(scope=scope)
         if self.key_hashes is None:
             _admit_local(scope, headers)
@@ -124,12 +131,15 @@ class Gate:
             basic = 'Basic realm="seap_ray: the API key is the password", charset="UTF-8"'
             challenge = {"www-authenticate": basic if _path(scope) == "/" else "Bearer"}
             raise ApiError(401, message, code="invalid_api_key", headers=challenge)
+
+        # A page of another site can send a browser's POST only as text or a form, unless this server agrees.
         if scope["method"] == "POST" and not _is_json(headers.get("content-type", "")):
             raise ApiError(415, "the request body should be JSON, and say so: Content-Type: application/json")
 
     def _has_key(self, authorization: str) -> bool:
         """Return whether a header holds a valid key, as a bearer token or as a basic password."""
         scheme, _, credentials = authorization.partition(" ")
+        # Browsers know the basic scheme alone; of user:password the password is the key.
         if scheme.lower() == "basic":
             try:
                 key = base64.b64decode(credentials, validate=True).partition(b":")[2]
@@ -146,6 +156,7 @@ class Gate:
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """Return the whole body; None when the client left before its end. Raises ApiError 413 when it is too large."""
         too_large = ApiError(413, f"the request body is larger than {self.max_body_bytes:,} bytes")
+        # The declared length refuses early; since it may be missing or wrong, the bytes are counted as well.
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > self.max_body_bytes:
             raise too_large
@@ -156,6 +167,7 @@ class Gate:
             message = await receive()
             if message["type"] != "http.request":
                 return None
+
             chunks.append(message.get("body", b""))
             size += len(chunks[-1])
             if size > self.max_body_bytes:
@@ -177,6 +189,7 @@ def _admit_local(scope: Scope, headers: Headers) -> None:
     The host is checked as well: a page of another site may have a name that resolves to this machine.
     """
     client = (scope.get("client") or ("",))[0]
+    # Without the port, and without the brackets of an IPv6 address.
     host = headers.get("host", "").rsplit(":", 1)[0].strip("[]")
     if client not in LOOPBACK or host not in LOOPBACK or any(map(headers.get, FORWARDED_HEADERS)):
         raise ApiError(403, "without API keys (serve.auth=none) only clients on the same machine are answered")
@@ -196,8 +209,11 @@ def _check_text(body: bytes) -> None:
     """
     if not _is_utf8(body):
         raise ApiError(400, "the request body should be JSON in UTF-8")
+    # Parsing twice costs time, and only an escape in the surrogates' range, \uD800 to \uDFFF, can be at fault.
     if b"\\ud" not in body.lower():
         return
+
+    # A pair is decoded to one character, which encodes; half of one does not.
     try:
         json.dumps(json.loads(body), ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -248,6 +264,7 @@ class ProxyGate:
             return await self.app(scope, receive, send)
         if scope["path"].startswith("/-/") and scope["path"] != "/-/healthz":
             return await ApiError(404, "Not Found").response(scope, receive, send)
+
         held_start: Message | None = None
 
         async def send_or_replace(message: Message) -> None:
@@ -256,6 +273,7 @@ class ProxyGate:
             if message["type"] == "http.response.start" and message["status"] == 404:
                 held_start = message
                 return
+
             start = held_start
             held_start = None
             if start and UNROUTED in message.get("body", b""):

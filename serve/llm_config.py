@@ -70,8 +70,10 @@ def _engine_arguments(config: Config, group: EngineGroup) -> dict[str, Any]:
     """Return vLLM's engine arguments; those of ``serve.engine`` come last and so take precedence."""
     arguments: dict[str, Any] = {"dtype": config.model.dtype}
     if group.is_shared:
+        # The loader can put another expert's files in later; cached prefixes outlive a swap by each expert's salt.
         arguments |= {"load_format": LOAD_FORMAT, "enable_prefix_caching": True}
     if is_cpu(config):
+        # Without compilation, which every start of an engine would wait for.
         cache_bytes = _kv_cache_bytes(config, group.experts[0])
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": cache_bytes}
     return arguments | config.serve.engine
@@ -79,6 +81,7 @@ def _engine_arguments(config: Config, group: EngineGroup) -> dict[str, Any]:
 
 def _kv_cache_bytes(config: Config, expert: Expert) -> int:
     """Return room for every request at its longest, up to ``CPU_KV_CACHE_BYTES``."""
+    # Without a limit of its own a model takes requests as long as its context.
     longest = config.serve.engine.get("max_model_len")
     if not longest:
         longest = read_json(expert.folder / "config.json")["max_position_embeddings"]
@@ -101,8 +104,10 @@ def _deployment_config(config: Config, group: EngineGroup) -> dict[str, Any]:
         "autoscaling_config": {
             "min_replicas": serve.min_replicas,
             "max_replicas": serve.max_replicas,
+            # Below the most, so that another engine is started before requests have to wait.
             "target_ongoing_requests": max(1, serve.max_ongoing_requests * 0.7),
         },
+        # The server only hands on; what computes is reserved by the ranks (``_resources``).
         "ray_actor_options": {"num_cpus": 0},
         "max_ongoing_requests": ongoing,
         "max_queued_requests": queued,
@@ -118,8 +123,11 @@ def _environment(config: Config) -> dict[str, str]:
     variables: dict[str, str] = {}
     if ray.is_initialized():
         variables |= ray.get_runtime_context().runtime_env.get("env_vars") or {}
+    # vLLM's processes would outlive a replica that is killed, and hold its memory.
     variables[END_WITH_PARENT] = "1"
     if is_cpu(config):
+        # The engines share the machine's cores: none binds its threads to some of them, and each has as many threads
+        # as it reserves CPUs.
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         variables["OMP_NUM_THREADS"] = str(math.ceil(config.serve.num_cpus))
     else:

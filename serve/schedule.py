@@ -72,12 +72,15 @@ class Schedule:
         room = self._limits.running - self.running if expert == self.resident else 0
         if len(queue) >= self._limits.waiting + room:
             raise QueueFullError(expert)
+
         queue.append((now, request))
 
     def leave(self, request: Hashable) -> None:
         """Remove a request that is answered, or whose client has left."""
         if request in self._running:
             return self._running.remove(request)
+
+        # Which expert it was for is not noted; queues are short, for they are bounded.
         for expert, queue in self._waiting.items():
             self._waiting[expert] = deque(item for item in queue if item[1] != request)
 
@@ -101,6 +104,7 @@ class Schedule:
         queue = self._waiting[self.resident]
         others = self._waits_of_others(now)
 
+        # All three, so that a swap neither comes too early nor is for nothing.
         is_bound_reached = max(others.values(), default=0.0) >= self._limits.max_wait_s
         is_slice_over = now - self.since >= time_slice_s and self._has_served
         is_turn_over = others and is_bound_reached and is_slice_over
@@ -112,8 +116,10 @@ class Schedule:
             self._running.add(request)
             return Admit(request)
 
+        # Weights are not changed under requests that run.
         if not others or self.running:
             return None
+
         # Of two that have waited equally long the name decides, so that the order is always the same.
         return Swap(max(others, key=lambda expert: (others[expert], expert)))
 

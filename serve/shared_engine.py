@@ -47,12 +47,14 @@ class SharedEngineServer(ExpertServer):
         Raises:
             ConfigError: The first expert's files are damaged, or as ``ExpertServer.start`` does.
         """
+        # The base class's constructor ends with this call, so what the other methods need is made here.
         about = self._llm_config.experimental_configs[SHARED_ENGINE]
         self._folders = {name: stage(parse_path(folder)) for name, folder in about["folders"].items()}
         self._slice_s = about["time_slice_s"]
         self._swap_s = 0.0
         self._failed: dict[str, str] = {}
         self._attempts = dict.fromkeys(self._folders, 0)
+
         self._has_changed = asyncio.Event()
         self._is_dead = False
         self._first = next(iter(self._folders))
@@ -64,6 +66,8 @@ class SharedEngineServer(ExpertServer):
             name: asyncio.ensure_future(asyncio.to_thread(_is_intact, folder)) for name, folder in self._folders.items()
         }
         await super().start()
+
+        # Hashed while vLLM starts; nobody has got a reply yet from what may be damaged.
         if not await self._is_intact[self._first]:
             raise ConfigError(f"{self._folders[self._first]}: damaged, by the hashes in its seap.json; make it again")
         self._turns = asyncio.create_task(self._take_turns())
@@ -98,6 +102,7 @@ class SharedEngineServer(ExpertServer):
         Raises:
             DeadlyRequestError: Every engine that had the request died.
         """
+        # vLLM knows the engine's one model, by the engine's name.
         expert = request.model
         engine_name = self._llm_config.model_id
         request.model = engine_name
@@ -115,9 +120,11 @@ class SharedEngineServer(ExpertServer):
                         yield _renamed(reply, engine_name, expert)
                     return
             except EngineDeadError:
+                # The loop restarts the engine before it lets this request's next attempt proceed.
                 self._mark_dead()
                 if has_begun:  # a second attempt would repeat what the client has already read
                     raise
+
         raise DeadlyRequestError(f"{ATTEMPTS} engines died while they had this request")
 
     @asynccontextmanager
@@ -130,10 +137,13 @@ class SharedEngineServer(ExpertServer):
         """
         if expert in self._failed:
             raise ModelDownError(f"{expert}: {self._failed[expert]}")
+
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         arrived = time.monotonic()
         self._schedule.offer(granted, expert, arrived)
         self._schedule_changed(expert)
+
+        # Whoever leaves, answered or while waiting, makes room for the next one.
         try:
             await granted
             self._wait_seconds.observe(time.monotonic() - arrived, {"expert": expert})
@@ -153,9 +163,11 @@ class SharedEngineServer(ExpertServer):
         """Do what the schedule says, for ever. End this replica where the engine cannot be restarted."""
         try:
             while True:
+                # Cleared before the schedule is asked: what changes after that wakes the wait below.
                 self._has_changed.clear()
                 if self._is_dead:
                     await self._restart()
+
                 step = self._schedule.next(time.monotonic(), self._time_slice_s)
                 if isinstance(step, Admit):
                     _settle(step.request)
@@ -164,6 +176,7 @@ class SharedEngineServer(ExpertServer):
                 else:
                     await self._has_changed.wait()
         except Exception:
+            # Nobody awaits this task, so its error would go unnoticed and every request would wait for ever.
             logger.exception("the shared engine cannot be restarted; its replica ends, and Serve starts another")
             os._exit(1)
 
@@ -178,6 +191,7 @@ class SharedEngineServer(ExpertServer):
         try:
             if not await self._is_intact[expert]:
                 return self._give_up(expert, "its files are damaged")
+            # A death in the middle would leave the call to vLLM without an answer.
             await self._await_unless_engine_dies(self._reload(self._folders[expert]))
         except Exception as error:
             # The engine may hold weights of both experts now, so it is restarted.
@@ -186,7 +200,9 @@ class SharedEngineServer(ExpertServer):
             if self._attempts[expert] >= ATTEMPTS:
                 self._give_up(expert, "it cannot be loaded")
             return await self._restart()
+
         self._attempts[expert] = 0
+        # An automatic time slice follows the last swap's time.
         self._swap_s = time.monotonic() - started
         self._swaps.inc(tags={"expert": expert})
         self._swap_seconds.observe(self._swap_s)
@@ -219,6 +235,7 @@ class SharedEngineServer(ExpertServer):
         """
         for attempt in range(1, ATTEMPTS + 1):
             logger.error(f"the shared engine is being restarted, attempt {attempt}")
+            # The old processes hold the memory that the new engine needs.
             self._close_engine()
             self.engine = self._engine_cls(self._llm_config)
             try:
@@ -227,6 +244,8 @@ class SharedEngineServer(ExpertServer):
             except Exception:
                 if attempt == ATTEMPTS:
                     raise
+
+        # The engine's config names the first expert, whichever was in it before.
         self._is_dead = False
         self._enter(self._first)
 
@@ -234,6 +253,7 @@ class SharedEngineServer(ExpertServer):
         """Have the engine restarted, and wait until it is."""
         logger.error(f"the shared engine is dead ({error})")
         self._mark_dead()
+        # Until then each further health check would report the same death.
         while self._is_dead:
             await asyncio.sleep(HEALTH_CHECK_S / 4)
 
@@ -248,8 +268,9 @@ class SharedEngineServer(ExpertServer):
 
 def _settle(granted: Any, error: Exception | None = None) -> None:
     """Let a request that still waits proceed, or fail with ``error``."""
-    if granted.done():
+    if granted.done():  # its client has left, which cancels the future
         return
+
     if error:
         granted.set_exception(error)
     else:
@@ -260,6 +281,7 @@ def _is_intact(folder: Path) -> bool:
     """Return whether all files of a checkpoint have the hashes that its manifest states."""
     manifest = read_json(folder / "seap.json") or {}
     files = manifest.get("files", {})
+    # A manifest that names no file vouches for none.
     return bool(files) and all(has_hash(folder / name, about["sha256"]) for name, about in files.items())
 
 
@@ -280,6 +302,8 @@ def _renamed(reply: Any, engine_name: str, expert: str) -> Any:
         return reply.replace(f'"model":"{engine_name}"', f'"model":"{expert}"')
     if isinstance(reply, list):
         return [_renamed(chunk, engine_name, expert) for chunk in reply]
+
+    # An error has no such field.
     if hasattr(reply, "model"):
         reply.model = expert
     return reply

@@ -30,6 +30,8 @@ class Watch:
         self._down = frozenset(deployments)
         self._gone: frozenset[str] = frozenset()
         self._doubted: dict[str, float] = {}
+
+        # The sets above are replaced and never changed, so who reads them needs no lock.
         self._alarm = threading.Event()
         self._alarm.set()
         threading.Thread(target=self._follow, name="watch", daemon=True).start()
@@ -44,6 +46,7 @@ class Watch:
 
     def doubt(self, model: str) -> None:
         """Note that a request to ``model`` failed in the way of one whose engine died."""
+        # Of several replicas the others may be well, so there the status alone counts.
         if self._is_single:
             self._doubted[model] = time.monotonic() + DOUBT_S
         self._alarm.set()
@@ -55,12 +58,14 @@ class Watch:
     def _follow(self) -> None:
         """Query Serve after every alarm, and again until all models are up."""
         while self._alarm.wait():
-            self._alarm.clear()
+            self._alarm.clear()  # before the query, so that an alarm during it leads to another one
             try:
                 self._query()
             except Exception as error:  # the controller is being restarted; the last state stays
                 logger.warning(f"no status from Serve ({error})")
                 self._alarm.set()
+
+            # Nobody may ask for a model that is down, and it should be seen to come up.
             if not all(map(self.is_up, self._deployments)):
                 self._alarm.set()
             time.sleep(PERIOD_S)
