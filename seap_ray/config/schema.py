@@ -125,8 +125,10 @@ class CalibrationSection(Section):
 
     @model_validator(mode="after")
     def _gpus_are_used(self) -> "CalibrationSection":
+        # Ray gives parts of one GPU, and beyond that whole ones alone.
         if self.num_gpus > 1 and self.num_gpus % 1:
             raise ValueError(f"num_gpus={self.num_gpus:g}: more than one are a whole number")
+        # The other GPUs would be reserved and stay idle.
         if self.num_gpus > 1 and self.placement in ("single", "stream"):
             raise ValueError(f"num_gpus={self.num_gpus:g}: placement {self.placement} works on one; choose device_map")
         return self
@@ -248,7 +250,8 @@ class PruningSection(Section):
     def _complete_baselines(cls, values: Any) -> Any:
         """Fill the settings of built-in names; what the user writes beside a name wins."""
         if not isinstance(values, dict):
-            return values
+            return values  # refused by the field's own type
+
         return {name: _completed_baseline(name, settings) for name, settings in values.items()}
 
     @field_validator("ratio")
@@ -386,6 +389,7 @@ class ServeSection(Section):
 
     @model_validator(mode="after")
     def _is_safe(self) -> "ServeSection":
+        # Without keys whoever reaches the port could use the GPUs.
         if self.auth == "none" and self.host not in LOOPBACK:
             raise ValueError(f"auth=none is for host {LOOPBACK[0]} only, not {self.host}")
         if self.min_replicas > self.max_replicas:
@@ -436,6 +440,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _complete_tasks(cls, values: Any) -> Any:
+        # Before the fields are validated, since a name alone is no task yet; a value of another type they refuse.
         if isinstance(values, dict) and isinstance(values.get("tasks"), list):
             return {**values, "tasks": [complete(task) for task in values["tasks"]]}
         return values
@@ -446,6 +451,8 @@ class Config(Section):
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"tasks: {max(names, key=names.count)} is named twice")
+
+        # Each model has a folder under its name in the run, so no two may have the same.
         for name in {*names} & {*RESERVED}:
             raise ValueError(f"tasks: {name} is a name that every run uses itself")
 
@@ -453,6 +460,7 @@ class Config(Section):
         for name, baseline in self.pruning.baselines.items():
             if name in taken:
                 raise ValueError(f"pruning.baselines: {name} is the name of another model of this run")
+            # The advice is for who changes the tasks of the demo's file, whose baseline names one of them.
             for task in baseline.tasks or ():
                 if task not in names:
                     known = nearest(task, names)
@@ -470,10 +478,12 @@ class Config(Section):
             plans[f"baselines.{name}"] = baseline
 
         for name, plan in plans.items():
+            # What a plan leaves out comes from the pruning section, so only the completed settings can be checked.
             settings = self.plan_settings(plan)
             needs = [value for value in (settings.score, settings.compensation) if value in FROM_COVARIANCES]
             if needs and self.calibration.statistics != "covariance":
                 raise ValueError(f"pruning.{name}: {needs[0]} needs calibration.statistics=covariance")
+
             if settings.allocation == "standardised" and settings.score in FROM_COVARIANCES:
                 raise ValueError(
                     f"pruning.{name}: allocation standardised ranks single columns, and {settings.score} scores whole "
@@ -489,6 +499,7 @@ class Config(Section):
         """
         score = self.pruning.score
         compensation = self.pruning.compensation
+
         if isinstance(plan, GeneralSettings):
             compensation = plan.compensation or ("none" if compensation == "mean" else compensation)
             score = "energy" if compensation == "none" else score
@@ -507,6 +518,7 @@ class Config(Section):
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """Return the end of an error message about an unknown word: the most similar known one, or else all of them."""
+    # 0.4 is below difflib's default of 0.6: a poor guess helps more than a list of all keys.
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
     return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
 
