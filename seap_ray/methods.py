@@ -45,34 +45,35 @@ class Study:
 
 
 STUDIES: Mapping[StudyName, Study] = {
-    "table": Study("All methods", "Which method keeps most at equal size?"),
+    "table": Study("All methods", "Which method keeps the most quality at equal size?"),
     "ratio": Study(
         "Ratio sweep",
-        "How does quality fall with size?",
+        "How does quality fall with the pruning ratio?",
         {"pruning.ratio": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]},
     ),
     "corpus": Study(
         "Corpus size",
         "How many samples does a calibration need?",
+        # Three disjoint draws of 1,000 samples, in shards as large as the smallest draw.
         {"corpus.samples": 3000, "corpus.shard_sequences": 50, "pruning.baselines": {}},
     ),
-    "allocation": Study("Allocation", "Is the logistic curve better than equal shares, and which curve?"),
+    "allocation": Study("Allocation", "Which allocation over the layers is best, and which logistic curve?"),
     "reconstruction": Study(
-        "Reconstruction",
-        "What should stand for what is cut?",
+        "Compensation",
+        "Which compensation is best for what is removed?",
         {
             "pruning.ratio": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7],
             "calibration.statistics": "covariance",
             "pruning.baselines": {},
         },
     ),
-    "ood": Study("Out of distribution", "What happens on a task that the calibration did not see?"),
-    "transfer": Study("Cross-task transfer", "What does an expert still do on the other tasks?"),
+    "ood": Study("Out of distribution", "How good are models on a task that their calibration did not see?"),
+    "transfer": Study("Cross-task transfer", "How good is an expert on the other tasks?"),
     "routing": Study("Routing", "What do the router's errors cost?"),
-    "pooling": Study("Expert against general", "Is it the task's data, or only more data?"),
+    "pooling": Study("Expert against general", "Does an expert gain by its task's data, or only by more data?"),
     "paper": Study(
         "The paper's tables",
-        "Do the paper's numbers come out again?",
+        "Can the paper's numbers be reproduced?",
         {
             "tasks": [
                 *("winogrande", "openbookqa", "hellaswag", "piqa", "arc_challenge", "arc_easy", "boolq"),
@@ -85,6 +86,7 @@ STUDIES: Mapping[StudyName, Study] = {
             "pruning.compensation": "mean",
             "pruning.ratio": [0.2, 0.5],
             "pruning.baselines": {},
+            # All rows of every task.
             "evaluation.samples": None,
             "evaluation.window": 512,
             "evaluation.speed.prompt_tokens": 32,

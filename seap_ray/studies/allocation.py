@@ -1,4 +1,4 @@
-"""Study ``allocation``: is the logistic curve better than equal shares, and which curve?"""
+"""Study ``allocation``: which allocation over the layers is best, and which logistic curve?"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ class _Curve:
     @property
     def experts(self) -> str:
         """Name of the experts' method."""
+        # Only the logistic curve has parameters.
         if self.k is None:
             return self.allocation
         return f"{self.allocation}.k{self.k:g}.x{self.x0:g}"
@@ -43,6 +44,7 @@ class _Curve:
         """Settings of a model that set this curve."""
         if self.k is None:
             return {"allocation": self.allocation}
+
         return {"allocation": self.allocation, "k": self.k, "x0": self.x0}
 
 
@@ -60,6 +62,7 @@ def run(runner: StudyRunner) -> StudyResult:
     wanted = []
     for curve in CURVES:
         for spec in run_specs(config):
+            # The experts of all tasks are one method, so that they get one row of means.
             method = curve.experts if spec.task else curve.general
             wanted.append(variant(spec, method, **curve.settings))
     models = runner.evaluate_models(at_every_ratio(config, wanted))
@@ -74,6 +77,7 @@ def _row(ratio: float, curve: _Curve, by_method: Mapping[tuple[str, float | None
     experts_row = by_method.get((curve.experts, ratio))
     experts = Estimate.mean(experts_row.quality.values()) if experts_row else Estimate()
     general = Estimate.mean(by_method[curve.general, ratio].quality.values())
+
     return AllocationRow(
         ratio=ratio,
         allocation=curve.allocation,

@@ -43,6 +43,8 @@ def check(config: Config) -> None:
 def run(runner: StudyRunner) -> StudyResult:
     """Compare experts that are calibrated on a growing number of samples, each number drawn by several seeds."""
     config = runner.config
+
+    # Each draw is the statistics of an expert.
     parts = _parts(runner)
     planner = runner.planner_with_parts({draw.name: shards for draw, shards in parts.items()})
 
@@ -50,6 +52,7 @@ def run(runner: StudyRunner) -> StudyResult:
     requests = [ModelRequest(_expert(config, draw), ratio) for ratio, draw in keys]
     models = runner.evaluate_models(on_own_task(requests), planner)
 
+    # There is a model for each request, in the same order, even where it could not be made.
     by_key = dict(zip(keys, models, strict=True))
     return StudyResult(models, CorpusRow.columns(runner.mean_head), _rows(by_key))
 
@@ -69,6 +72,7 @@ def _parts(runner: StudyRunner) -> dict[Draw, Sequence[Shard]]:
         # A spread over some of the seeds would not compare with one over all.
         if len(by_seed) == len(SEEDS):
             parts |= by_seed
+
     if not parts:
         corpus = runner.config.corpus
         raise ConfigError(
@@ -80,8 +84,11 @@ def _parts(runner: StudyRunner) -> dict[Draw, Sequence[Shard]]:
 
 def _first_samples(shards: Sequence[Shard], size: int, seed: int) -> Sequence[Shard] | None:
     """Return the shards with the first ``size`` samples of a seed's share, or None where no shards make up so many."""
+    # Shards hold rows in an order that is random already, so a run of shards is a random draw.
     n_shards = len(shards) // len(SEEDS)
     share = shards[n_shards * seed : n_shards * (seed + 1)]
+
+    # A shard is not split: a record is of a whole one.
     for n in range(1, len(share) + 1):
         if sum(shard.n_sequences for shard in share[:n]) == size:
             return share[:n]
@@ -90,7 +97,9 @@ def _first_samples(shards: Sequence[Shard], size: int, seed: int) -> Sequence[Sh
 
 def _expert(config: Config, draw: Draw) -> ModelSpec:
     settings = config.plan_settings(config.pruning.experts)
+    # The experts of all tasks with one size and seed are one method.
     method = f"{draw.size}.{draw.seed}"
+
     return ModelSpec(draw.name, "baseline", method, {draw.name: 1.0}, settings, task=draw.task)
 
 
@@ -107,6 +116,7 @@ def _rows(models: Mapping[tuple[float, Draw], EvaluatedModel]) -> list[CorpusRow
         tasks = [task for task in names if (ratio, Draw(task, sizes[-1], 0)) in models]
         for size in sizes:
             by_seed = [_quality(models, ratio, tasks, size, seed) for seed in SEEDS]
+            # Where no seed could be measured, there is no row.
             if overall := SeedMean.of(by_seed):
                 rows.append(CorpusRow(ratio, size, len(tasks), overall.mean, overall.sd, overall.stderr))
     return rows

@@ -1,4 +1,4 @@
-"""Study ``ood``: what happens on a task that the calibration did not see?"""
+"""Study ``ood``: how good are models on a task that their calibration did not see?"""
 
 from itertools import product
 
@@ -27,7 +27,10 @@ def run(runner: StudyRunner) -> StudyResult:
     quality = {(model.row.name, model.row.ratio): model.row.quality for model in models}
     rows = []
     for ratio, task in product(config.pruning.ratio, tasks):
+        # The experts of the other tasks have not seen this one either.
         others = [quality[other, ratio][task] for other in tasks if other != task]
+
+        # In the order of the table's columns.
         compared = (
             Estimate.mean([quality["dense", None][task]]),
             Estimate.mean([quality[task, ratio][task]]),
@@ -40,12 +43,14 @@ def run(runner: StudyRunner) -> StudyResult:
         for model in compared:
             cells += [model.value, model.stderr]
         rows.append(OutOfDistributionRow(ratio, task, *cells))
+
     return StudyResult(models, OutOfDistributionRow.columns(), rows)
 
 
 def _left_out(config: Config, tasks: tuple[str, ...]) -> list[ModelRequest]:
     """Request, for each task, a general model that is calibrated on the others and judged on that task."""
     general = config.pruning.general
+    # The settings of the general model, so that only its data differ.
     settings = config.plan_settings(general).model_dump()
 
     specs_by_task = {}

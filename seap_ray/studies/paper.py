@@ -1,4 +1,4 @@
-"""Study ``paper``: do the numbers of arXiv 2503.07605 come out again?
+"""Study ``paper``: can the numbers of arXiv 2503.07605 be reproduced?
 
 Its tables are in ``paper.yaml``; here are the settings behind their rows, and ours beside them.
 """
@@ -61,6 +61,8 @@ def run(runner: StudyRunner) -> StudyResult:
         requests.append(replace(request, tasks=request.tasks or tasks))
 
     models = runner.with_speed(runner.evaluate_models(requests))
+
+    # The paper's rows of experts are means too, each expert on its own task.
     rows = [model.row for model in models]
     for_all_tasks = [row for row in rows if not row.task]
     compared = compare(config, [*for_all_tasks, *own_task_rows(rows)])
@@ -81,8 +83,9 @@ def methods(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
     names = {task.name for task in config.tasks}
     if CORPUS not in names:
         raise ConfigError(f"tasks: study=paper calibrates WandA-sp and FLAP on {CORPUS}, which is not among them")
-    judged = tuple(task for task in tables()["tasks"] if task in names)
 
+    # A run may have some of the paper's tasks only.
+    judged = tuple(task for task in tables()["tasks"] if task in names)
     for name, settings in BY_NAME.items():
         common: dict[str, Any] = {"compensation": "none", "k": 1.0, "x0": 0.3}
         if settings.get("per_task"):
@@ -102,6 +105,7 @@ def compare(config: Config, models: Sequence[ModelRow]) -> list[PaperRow]:
     """Return three rows for every row of the paper that has one of ours: ours, the paper's, and the difference."""
     size = "Llama-2-13B" if "13b" in config.model.source.lower() else "Llama-2-7B"
     by_method = {(model.method, model.ratio or 0.0): model for model in models}
+
     return [*_accuracy(size, by_method), *_allocation(size, by_method), *_speed(size, by_method)]
 
 
@@ -120,6 +124,7 @@ def _accuracy(size: str, ours: Ours) -> Iterator[PaperRow]:
     for name, ratio, *numbers in tables()["accuracy"][size]:
         if model := _find(ours, name, ratio):
             theirs = dict(zip(tables()["tasks"], numbers, strict=True))
+            # Not the printed average, which is rounded.
             theirs["average"] = sum(numbers) / len(numbers)
             yield from _three_rows(f"accuracy, {size}", name, ratio, _accuracies(model), theirs)
 
@@ -142,7 +147,9 @@ def _allocation(size: str, ours: Ours) -> Iterator[PaperRow]:
 def _speed(size: str, ours: Ours) -> Iterator[PaperRow]:
     """Yield the rows of Table 2."""
     rows = tables()["speed"][size]
+    # The dense model is the first row; the paper's speed-ups are computed anew, since it prints rounded ones.
     _, _, dense = rows[0]
+
     for name, ratio, tokens in rows:
         model = _find(ours, name, ratio)
         if model and model.speed:
@@ -183,6 +190,7 @@ def _three_rows(
     differences = {}
     for key, their_value in theirs.items():
         our_value = ours.get(key)
+        # Figures of a model of another size do not compare.
         if is_same_size and our_value is not None:
             differences[key] = our_value - their_value
 

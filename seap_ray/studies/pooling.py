@@ -1,4 +1,4 @@
-"""Study ``pooling``: is an expert better for its task's data, or only for having more data?"""
+"""Study ``pooling``: does an expert gain by its task's data, or only by more data?"""
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +27,7 @@ def run(runner: StudyRunner) -> StudyResult:
     wanted = [spec for spec in model_specs(config) if spec.kind == "expert"]
     for like in ("general", "experts"):
         wanted += _general_models(config, like)
+
     planner = runner.planner_with_parts(shares)
     models = runner.evaluate_models(on_own_task(at_every_ratio(config, wanted)), planner)
 
@@ -37,11 +38,13 @@ def run(runner: StudyRunner) -> StudyResult:
         # The experts have one row together, each on its own task, with the mean of their tokens.
         if row.model not in tasks:
             rows.append(_pooling_row(row, tokens.get(row.model, expert_tokens)))
+
     return StudyResult(models, PoolingRow.columns(runner.mean_head, tasks), rows)
 
 
 def _tokens_by_model(wanted: Iterable[ModelSpec], shards: Mapping[str, Sequence[Shard]]) -> dict[str, int]:
     """Return the number of tokens that each model is calibrated on; ``shards`` has those of all statistics."""
+    # The weights name statistics: a task's, or those of a share of its shards.
     tokens = {}
     for spec in wanted:
         tokens[spec.name] = sum(_n_tokens(shards[name]) for name in spec.weights)
@@ -49,6 +52,7 @@ def _tokens_by_model(wanted: Iterable[ModelSpec], shards: Mapping[str, Sequence[
 
 
 def _pooling_row(row: ModelComparisonRow, tokens: int) -> PoolingRow:
+    # The row of this study has the columns of the other, and one more.
     columns = {column.name: getattr(row, column.name) for column in fields(row)}
     return PoolingRow(tokens=tokens, **columns)
 
@@ -62,6 +66,7 @@ def _general_models(config: Config, like: str) -> list[ModelSpec]:
     for pooling in get_args(Pooling):
         method = f"general_like_{like}.{pooling}"
         wanted.append(ModelSpec(f"{method}.all_tokens", "baseline", method, weights, settings, pooling))
+        # A draw's result depends on chance, so there are several; all tokens are there only once.
         for seed in SEEDS:
             parts = {f"{task}.{seed}": weight for task, weight in weights.items()}
             wanted.append(ModelSpec(f"{method}.experts_tokens.{seed}", "baseline", method, parts, settings, pooling))

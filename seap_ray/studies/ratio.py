@@ -1,4 +1,4 @@
-"""Study ``ratio``: how does quality fall with size?"""
+"""Study ``ratio``: how does quality fall with the pruning ratio?"""
 
 from seap_ray.methods import METHODS
 from seap_ray.studies.requests import at_every_ratio, method_specs, on_own_task, run_specs
@@ -10,6 +10,7 @@ def run(runner: StudyRunner) -> StudyResult:
     """Compare the run's models with the built-in methods at every ratio, experts on their own task only."""
     config = runner.config
     wanted = run_specs(config)
+    # The simplest choice of all: equal shares of every layer, the least energy goes, nothing is compensated.
     wanted += method_specs(config, "uniform", allocation="uniform", score="energy", compensation="none")
     for name in METHODS:
         # SEAP's released code removes less than it says, so its models would not stand at their ratio.

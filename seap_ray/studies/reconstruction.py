@@ -1,4 +1,4 @@
-"""Study ``reconstruction``: what should stand for what is cut? Every seed draws all data anew."""
+"""Study ``reconstruction``: which compensation is best for what is removed? Every seed draws all data anew."""
 
 from collections.abc import Iterable
 from itertools import product
@@ -46,6 +46,8 @@ def run(runner: StudyRunner) -> StudyResult:
     for seed in SEEDS:
         # The first seed is the run's own.
         seeded = runner if seed == 0 else _with_seed(runner, seed)
+
+        # All requests of a seed are judged together; each key gets back the model that was requested for it.
         keys, requests = zip(*_requests(seeded.config, seed), strict=True)
         for key, model in zip(keys, seeded.evaluate_models(requests), strict=True):
             models.setdefault((key, seed), []).append(model)
@@ -62,12 +64,14 @@ def run(runner: StudyRunner) -> StudyResult:
 
 def _requests(config: Config, seed: int) -> list[tuple[RowKey, ModelRequest]]:
     """Request the dense model, and the experts and the general model by every compensation and score."""
+    # The dense model stands beside both groups.
     requests = [(RowKey(0.0, models), ModelRequest()) for models in MODEL_GROUPS]
     settings = product(config.pruning.ratio, get_args(Compensation), SCORES)
 
     for (ratio, compensation, score), spec in product(settings, run_specs(config)):
         changed = variant(spec, f"{compensation}.{score}.{seed}", compensation=compensation, score=score)
         models = MODEL_GROUPS[0] if spec.task else MODEL_GROUPS[1]
+
         # An expert is judged on its own task only.
         request = ModelRequest(changed, ratio, (spec.task,) if spec.task else None)
         requests.append((RowKey(ratio, models, compensation, score), request))
@@ -83,6 +87,7 @@ def _with_seed(runner: StudyRunner, seed: int) -> StudyRunner:
     run = Run.of(config)
     run.claim(config)
     calibrated = calibrate_run(config, runner.calibrated.checkpoint, run)
+
     return StudyRunner(calibrated, lm_eval=runner.lm_eval)
 
 
@@ -97,6 +102,7 @@ def _row(key: RowKey, by_seed: Iterable[list[EvaluatedModel]]) -> Reconstruction
     overall = SeedMean.of(qualities)
     if overall is None:
         return None
+
     return ReconstructionRow(*key, mean(realised), overall.mean, overall.sd, overall.stderr)
 
 

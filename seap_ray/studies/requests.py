@@ -17,7 +17,7 @@ ALLOCATIONS = ("uniform", "logistic", "global")
 
 def at_every_ratio(config: Config, wanted: Iterable[ModelSpec]) -> list[ModelRequest]:
     """Request each spec at each of ``pruning.ratio``; a baseline for one task is judged on that task only."""
-    wanted = list(wanted)
+    wanted = list(wanted)  # it is gone through once for every ratio
 
     requests = []
     for ratio in config.pruning.ratio:
@@ -42,6 +42,7 @@ def on_own_task(requests: Iterable[ModelRequest]) -> list[ModelRequest]:
 def method_specs(config: Config, name: str, *, method: str | None = None, **settings: Any) -> list[ModelSpec]:
     """Return the specs of a built-in method, with ``settings`` of one's own, or of settings alone, under a name."""
     built_in = METHODS[method] if method else {}
+    # Settings of one's own win over those of the method.
     return baseline_specs(config, name, Baseline(**{**built_in, **settings}))
 
 
@@ -52,6 +53,7 @@ def run_specs(config: Config) -> list[ModelSpec]:
 
 def variant(spec: ModelSpec, method: str, **settings: Any) -> ModelSpec:
     """Return the same model with some settings changed, as a baseline that is called ``method``."""
+    # Models of several tasks share the method; their names have to differ, since plans are kept by name.
     return replace(
         spec,
         name=f"{method}.{spec.task}" if spec.task else method,

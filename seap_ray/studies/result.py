@@ -27,7 +27,7 @@ class StudyResult:
     @property
     def failures(self) -> set[str]:
         """Reasons why models could not be judged; those of models for which no plan can be made are left out."""
-        # A model without a plan has no folder, and running the same command again does not mend that.
+        # A model without a plan has no folder, and running the same command again does not change that.
         planned = [model.row for model in self.models if model.row.folder]
 
         # One fault often costs many results; it is one reason.
@@ -59,6 +59,7 @@ class SeedMean:
 
         if not values:
             return None
+
         # One value has no spread.
         return cls(mean(values), stdev(values) if len(values) > 1 else None, mean(errors))
 
@@ -75,6 +76,7 @@ def compare_models(runner: StudyRunner, models: Sequence[EvaluatedModel]) -> Stu
 def comparison_rows(models: Sequence[EvaluatedModel], tasks: Sequence[str]) -> list[ModelComparisonRow]:
     """Return a row for every model, and for every method with a model for each task."""
     rows = [model.row for model in models]
+    # The means come last, in the table as in the results file.
     return [_comparison_row(row, tasks) for row in [*rows, *own_task_rows(rows)]]
 
 
@@ -82,6 +84,7 @@ def _comparison_row(row: ModelRow, tasks: Sequence[str]) -> ModelComparisonRow:
     # A mean over some of the tasks does not compare with one over all.
     is_judged_on_all = set(tasks) <= row.quality.keys()
     overall = Estimate.mean(row.quality.values()) if is_judged_on_all else Estimate()
+
     return ModelComparisonRow(
         model=row.name,
         ratio=row.ratio,

@@ -27,6 +27,8 @@ Results = Mapping[tuple[float | None, str], Mapping[str, EvalResult]]
 def run(runner: StudyRunner) -> StudyResult:
     """Send every evaluation prompt by the run's router, by its true task, at random, and to the general model."""
     config = runner.config
+
+    # A user should learn of these before the models are judged, which takes longest.
     if not runner.calibrated.run.router.is_dir():
         raise ConfigError("model.source: study=routing needs a router, which this model's tokenizer cannot have")
     eval_tasks = _with_prompts(runner)
@@ -51,6 +53,7 @@ def run(runner: StudyRunner) -> StudyResult:
     for ratio, (way, choices) in product(config.pruning.ratio, ways.items()):
         qualities = [_quality_by_task(results, ratio, eval_tasks, choice) for choice in choices]
         rows.append(_row(way, ratio, qualities, _share_of_general(choices), milliseconds.get(way, 0.0)))
+
     names = [task.task.name for task in eval_tasks]
     return StudyResult(models, RoutingRow.columns(runner.mean_head, names), rows)
 
@@ -70,15 +73,19 @@ def _route(router: Router, eval_tasks: Sequence[EvalTask]) -> tuple[dict[str, li
     seconds = []
     for eval_task in eval_tasks:
         for item in eval_task.items:
+            # Only the choice itself is timed. A task of plain texts has no questions.
             started = time.perf_counter()
             task = router.route(item.question or item.text).task
             seconds.append(time.perf_counter() - started)
+
+            # Where the router is unsure, the general model answers.
             chosen.setdefault(eval_task.task.name, []).append(task or GENERAL)
     return chosen, seconds
 
 
 def _choose_at_random(tasks: Sequence[str], eval_tasks: Sequence[EvalTask], seed: int) -> dict[str, list[str]]:
     """Return an expert drawn for every prompt."""
+    # One generator for all tasks, or the same prompt numbers would draw the same experts in each.
     rng = random.Random(seed)
     chosen = {}
     for eval_task in eval_tasks:
@@ -131,6 +138,8 @@ def _share_of_general(choices: Sequence[Choices]) -> float:
 def _routed_quality(results: Results, ratio: float, eval_task: EvalTask, names: Sequence[str]) -> EvalResult:
     """Return a task's quality when each item is answered by the model of ``names``, or why there is none."""
     by_model = {name: results[ratio, name][eval_task.task.name] for name in set(names)}
+
+    # A model that fails matters only where prompts are sent to it.
     qualities: dict[str, Quality] = {}
     for name, result in by_model.items():
         if isinstance(result, Failure):

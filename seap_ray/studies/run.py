@@ -98,6 +98,7 @@ def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
     write_json(run.study(config.study), results.to_json())
 
     csv_path = run.study(config.study).with_suffix(".csv")
+    # The csv module writes line ends of its own.
     with atomic_write(csv_path) as path, path.open("w", newline="") as file:
         csv.writer(file).writerows([result.columns, *result.cells])
 
@@ -109,7 +110,9 @@ def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
     # The report reads the results file, so it comes after that.
     say(f"report: {write_report(run)}")
 
+    # At the very end: what could be judged is in the files all the same.
     if result.failures:
         raise IncompleteError(
-            f"{len(result.failures)} reasons for failed cells, first: {min(result.failures)}; mend, run it again"
+            f"some evaluations failed, for {len(result.failures)} reasons, first: {min(result.failures)}; fix that "
+            "and run the same command again"
         )

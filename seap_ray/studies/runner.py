@@ -23,12 +23,12 @@ from seap_ray.models.loading import model_dtype
 from seap_ray.models.model_sources import parse_model_source
 from seap_ray.models.records import load_statistics
 from seap_ray.pipeline.calibrate import make_records
+from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, prepare_checkpoint
 from seap_ray.pipeline.evaluate import EvalResult, EvalTarget, EvalTask, Failure, eval_target, eval_task, evaluate
 from seap_ray.pipeline.job import CalibratedRun
 from seap_ray.pipeline.merge import TaskStatistics, merge_all
 from seap_ray.pipeline.model_specs import ModelSpec
 from seap_ray.pipeline.planner import Planner
-from seap_ray.pipeline.prune import PendingCheckpoint, prepare_checkpoint
 from seap_ray.pipeline.ray_errors import known_error
 from seap_ray.pipeline.results import dense_row, pruned_row, quality_cells
 from seap_ray.pipeline.shard_records import ShardRecords
@@ -42,7 +42,7 @@ from seap_ray.storage.paths import StoragePath, parse_path
 from seap_ray.storage.run import fingerprint
 from seap_ray.tasks import Task
 
-PlannedModel = Checkpoint | PendingCheckpoint | Failure
+SourceOrFailure = Checkpoint | PendingCheckpoint | Failure
 """Where a model of a study comes from, or why there is no such model."""
 HfConfig = dict[str, Any]
 """Contents of a model's config.json."""
@@ -132,7 +132,7 @@ class StudyRunner:
 
         # A shard that several parts have is recorded once.
         shards = _distinct(parts.values())
-        make_records(self.config, records, shards, partial(progress, unit=" tokens"), n_merged=len(parts))
+        make_records(self.config, records, shards, progress, n_merged=len(parts))
         merge_all([TaskStatistics(records, shards, files[name]) for name, shards in parts.items()], checkpoint)
 
         merged = {name: load_statistics(file, checkpoint.architecture) for name, file in files.items()}
@@ -152,13 +152,15 @@ class StudyRunner:
         # All are planned first, because all are judged together, side by side on the cluster.
         sources = [self._source(request, planner or self.calibrated.planner) for request in requests]
         tasks = [request.tasks or self.task_names for request in requests]
+
+        # What cannot be planned is no target.
         targets = [
             eval_target(source, names)
             for source, names in zip(sources, tasks, strict=True)
             if not isinstance(source, Failure)
         ]
 
-        # What cannot be planned is no target, so each other source takes the next result.
+        # Results come in the order of the targets, so each source that is one takes the next result.
         judged = iter(self._evaluate(targets))
         models = []
         for request, source, names in zip(requests, sources, tasks, strict=True):
@@ -169,13 +171,15 @@ class StudyRunner:
             models.append(_evaluated_model(request, source, results))
         return models
 
-    def _source(self, request: ModelRequest, planner: Planner) -> PlannedModel:
+    def _source(self, request: ModelRequest, planner: Planner) -> SourceOrFailure:
         if request.spec is None:
             return self.calibrated.checkpoint
+
         try:
-            plan = planner.plan(request.spec, request.ratio)
-            return prepare_checkpoint(planner, self.calibrated.run, request.spec, plan)
+            model = planner.plan_model(request.spec, request.ratio)
+            return prepare_checkpoint(model, self.config.export, self.calibrated.run)
         except ConfigError as error:
+            # A ratio that this spec cannot meet is a result, not the end of the study.
             return Failure.of(error)
 
     def _evaluate(self, targets: Sequence[EvalTarget]) -> list[dict[str, EvalResult]]:
@@ -185,6 +189,7 @@ class StudyRunner:
         """Judge the checkpoints of ``evaluation.models``; one that cannot be read says so in its results."""
         folders = {name: parse_path(path).absolute() for name, path in self.config.evaluation.models.items()}
         opened = {name: _open(folder) for name, folder in folders.items()}
+
         # What cannot be read is no target, so each other checkpoint takes the next result.
         targets = [
             EvalTarget(name, _fingerprint(checkpoint), self.task_names, checkpoint)
@@ -212,6 +217,7 @@ class StudyRunner:
         """Add the speed of every model whose config is known; models of equal shapes share a measurement."""
         if not self.config.evaluation.speed.rounds:
             return list(models)
+
         configs = {_shape(model.config): model.config for model in models if model.config}
         speeds = self._speeds(configs)
 
@@ -225,12 +231,14 @@ class StudyRunner:
 
     def _speeds(self, configs: dict[str, HfConfig]) -> dict[str, SpeedCell]:
         """Return speeds by shape: those that were stored, or measured now; none where they cannot be measured."""
-        # What was measured on another machine, or with other versions, is measured again.
         calibration = self.config.calibration
+        # What was measured on another machine, or with other versions, is measured again.
         machine = platform.node(), calibration.num_cpus, calibration.num_gpus, versions()
         dtype = model_dtype(self.config.model, self.calibrated.checkpoint)
         settings = self.config.evaluation.speed.model_dump()
+        # All shapes are measured together, so another set of shapes is another measurement.
         key = fingerprint(sorted(configs), settings, str(dtype), machine)
+
         path = self.calibrated.run.cells / f"speed-{key[:20]}.json"
         stored: Artifact[dict[str, Any]] = Artifact(path, key, JsonFile(key_in_name=True))
 
@@ -248,6 +256,7 @@ class StudyRunner:
         say(f"measuring the speed of {len(configs)} shapes in {settings.rounds} rounds")
 
         dense = self.calibrated.checkpoint.config
+        # In a task, as large as a worker's, so that the driver needs no GPU.
         measure = ray.remote(num_cpus=calibration.num_cpus, num_gpus=calibration.num_gpus)(_measure_in_worker)
         speeds = ray.get(
             measure.remote(
@@ -292,7 +301,7 @@ def _shape(config: HfConfig) -> str:
 # --- rows of the results file ----------------------------------------------------------------------------------------
 
 
-def _evaluated_model(request: ModelRequest, source: PlannedModel, results: dict[str, EvalResult]) -> EvaluatedModel:
+def _evaluated_model(request: ModelRequest, source: SourceOrFailure, results: dict[str, EvalResult]) -> EvaluatedModel:
     if isinstance(source, Checkpoint):
         return EvaluatedModel.of(dense_row(source), source.config, results)
     if isinstance(source, PendingCheckpoint):
@@ -307,9 +316,11 @@ def _evaluated_model(request: ModelRequest, source: PlannedModel, results: dict[
 
 def _checkpoint_row(name: str, folder: StoragePath, opened: Checkpoint | Failure) -> ModelRow:
     """Return the row of a checkpoint that was made elsewhere."""
+    # One that seap_ray did not make has no manifest.
     manifest = read_json(folder / "seap.json") or {}
     keys = ("planned_ratio", "realised_ratio", "parameters", "bytes", "kv_bytes_per_token")
     sizes: dict[str, Any] = {key: manifest.get(key) for key in keys}
+    # Its weights are counted, whatever its manifest says.
     if isinstance(opened, Checkpoint):
         sizes |= {"parameters": opened.parameters, "bytes": opened.n_bytes}
 
@@ -323,6 +334,7 @@ def _open(folder: StoragePath) -> Checkpoint | Failure:
     except OSError as error:
         return Failure(f"{folder} cannot be read ({error})")
     except ConfigError as error:
+        # The folder is one of evaluation.models, so another key is at fault than the message names.
         return Failure(str(error).removeprefix("model.source: "))
 
 

@@ -1,4 +1,4 @@
-"""Study ``table``: which method keeps most at equal size?"""
+"""Study ``table``: which method keeps the most quality at equal size?"""
 
 from itertools import product
 from typing import get_args
@@ -54,6 +54,8 @@ def _methods_of_others(config: Config) -> list[ModelSpec]:
     for seed in SEEDS[1:]:
         name = f"random.uniform.{seed}"
         wanted += method_specs(config, name, method="random", seed=config.run.seed + seed)
+
+    # FLAP's own allocation ranks no whole heads and channels, so it is not one of the three.
     return wanted + method_specs(config, "flap.standardised", method="flap")
 
 
@@ -74,6 +76,7 @@ def _seap(config: Config) -> list[ModelSpec]:
         # Its authors' schedule is one of shares by layer, and their code has no L1 norm.
         if budget == "official" and (allocation == "global" or score == "wifn"):
             continue
+
         name = f"seap_{budget}.{score}.{allocation}"
         settings = {"score": score, "budget": budget, "compensation": "none", "allocation": allocation}
         wanted += method_specs(config, name, **settings, per_task=True)
@@ -86,6 +89,7 @@ def _least_squares(config: Config) -> list[ModelSpec]:
     wanted: list[ModelSpec] = []
     if config.calibration.statistics != "covariance":
         return wanted
+
     for score, allocation in product(("wifv", *UNIT_SCORES), ALLOCATIONS):
         name = f"least_squares.{score}.{allocation}"
         settings = {"score": score, "compensation": "least_squares", "allocation": allocation}

@@ -1,4 +1,4 @@
-"""Study ``transfer``: what does an expert still do on the other tasks?"""
+"""Study ``transfer``: how good is an expert on the other tasks?"""
 
 from seap_ray.report.study_rows import Estimate, TransferRow
 from seap_ray.studies.requests import at_every_ratio, run_specs
@@ -9,6 +9,7 @@ from seap_ray.studies.runner import ModelRequest, StudyRunner
 def run(runner: StudyRunner) -> StudyResult:
     """Judge the dense model, the general model and every expert on every task."""
     tasks = runner.task_names
+    # The run's experts are judged on all tasks.
     requests = at_every_ratio(runner.config, run_specs(runner.config))
     models = runner.evaluate_models([ModelRequest(), *requests])
 

@@ -115,7 +115,7 @@ def test_a_run_of_one_study_alone_has_a_page(run, tmp_path):
     alone = make_run(tmp_path / "demo", studies=("pooling",))
     for path in (alone.results, *alone.root.glob("plans/*/*")):
         path.unlink()
-    assert "Is it the task's data, or only more data?" in page_of(alone).text
+    assert "Does an expert gain by its task's data, or only by more data?" in page_of(alone).text
 
 
 def test_a_run_without_results_is_one_line(tmp_path):
