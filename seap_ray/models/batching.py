@@ -27,11 +27,13 @@ def make_batches(decoder: Any, sequences: Sequences, batch_tokens: int) -> list[
     Sequences share a row only where the decoder keeps them apart, which code that is not transformers' own may not do.
     """
     lengths = [len(sequence) for sequence in sequences]
+
     is_packable = family_of(decoder.config.model_type).packs
     if is_packable and type(decoder).__module__.startswith("transformers."):
         batches = pack_sequences(lengths, batch_tokens)
     else:
         batches = [_one_a_row(indices) for indices in group_by_length(lengths, batch_tokens)]
+
     return [_pick(sequences, rows) for rows in batches]
 
 
@@ -63,9 +65,11 @@ class Batch:
     def of(cls, rows: Sequence[Sequences], skip_first: bool, device: torch.device) -> "Batch":
         """Put rows on a device; with ``skip_first`` the first token of every sequence does not count."""
         width = max(_row_length(row) for row in rows)
+        # Padding is token 0, which every vocabulary has; nothing sees it and it does not count.
         ids_BT = torch.zeros(len(rows), width, dtype=torch.int64)
         positions_BT = torch.zeros_like(ids_BT)
         counted_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+
         for i, row in enumerate(rows):
             n_tokens = _row_length(row)
             positions = chain.from_iterable(range(len(sequence)) for sequence in row)
@@ -73,8 +77,11 @@ class Batch:
             positions_BT[i, :n_tokens] = torch.tensor([*positions])
             counted_BT[i, :n_tokens] = True
         if skip_first:
+            # Every sequence begins at position 0; padding, which is 0 there too, does not count
+            # anyway.
             counted_BT &= positions_BT > 0
 
+        # Found on the CPU, where nothing has to wait for a device.
         rows_N = counted_rows(counted_BT)
         is_packed = any(len(row) > 1 for row in rows)
         return cls(
@@ -112,6 +119,8 @@ def group_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     The groups are a pure function of the lengths; a sequence longer than the limit is a group of its own.
     """
     groups: list[list[int]] = []
+    # Ascending, so that the sequence at hand is its group's longest; the index settles equal
+    # lengths.
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         if groups and (len(groups[-1]) + 1) * lengths[i] <= max_tokens:
             groups[-1].append(i)
@@ -147,15 +156,18 @@ def pack_sequences(lengths: Sequence[int], max_tokens: int) -> list[list[list[in
     """
     if not lengths:
         return []
+
     total = sum(lengths)
     longest = max(lengths)
     max_width = max(longest, max_tokens)
+    # Best fit takes the long ones first, which leaves the short ones for the gaps.
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
     # Begin with as many rows, and so as short ones, as there can be, and take fewer until padding is little enough.
     packings: list[_Packing] = []
     n_rows = total // longest
     while n_rows:
+        # The mean length of so many rows, rounded up, but for the longest sequence.
         min_width = min(max(longest, -(-total // n_rows)), max_width)
         packings.append(_narrowest_packing(lengths, longest_first, n_rows, range(min_width, max_width + 1)))
         if total >= (1 - PADDING_TARGET) * packings[-1].computed_tokens or min_width == max_width:
@@ -173,7 +185,10 @@ def _narrowest_packing(lengths: Sequence[int], order: Sequence[int], n_rows: int
     """Find the least width at which ``n_rows`` rows do (MULTIFIT: best fit within a binary search over widths)."""
     # Best fit wastes less than a fifth of a row, so that wider rows need not be tried.
     tried = range(widths.start, min(widths.start * 6 // 5, widths[-1]) + 1)
+
+    # The first width that is wide enough: False sorts before True.
     position = bisect_left(tried, True, key=lambda width: len(_best_fit(lengths, order, width)) <= n_rows)
+    # Where none is, the widest one is taken, and there are more rows.
     rows = _best_fit(lengths, order, tried[min(position, len(tried) - 1)])
     width = max(_tokens_of(row, lengths) for row in rows)
     return _Packing(len(rows) * width, width, rows)
@@ -184,6 +199,7 @@ def _best_fit(lengths: Sequence[int], order: Sequence[int], width: int) -> list[
     rows: list[list[int]] = []
     free: list[tuple[int, int]] = []  # free tokens of each row and its number, sorted
     for i in order:
+        # The fullest row with enough room; of equally full ones the first.
         position = bisect_left(free, (lengths[i], 0))
         if position < len(free):
             free_tokens, row = free.pop(position)

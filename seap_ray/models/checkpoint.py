@@ -24,10 +24,13 @@ INDEX = "model.safetensors.index.json"
 BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 """Ends of names of tensors that old checkpoints, and NeoX's, hold and no model reads: they are no weights."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of weights that can be cut, by the names that safetensors has for them."""
 HASHED_WHOLE_BYTES = 1 << 26
 """Weight files up to this size are hashed whole, larger ones by their header and ``SAMPLED_BLOCKS``."""
 SAMPLED_BLOCKS = 64
+"""Blocks of a large file that are hashed."""
 BLOCK_BYTES = 1 << 16
+"""Size of such a block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class Checkpoint:
                 tensors |= _read_header(file)
         except SafetensorError as error:
             raise ConfigError(f"model.source: {folder}: weights cannot be read ({error})") from None
+
         weights = {name: info for name, info in tensors.items() if not name.endswith(BUFFERS)}
         return cls(folder, _read_json_object(config_path), weights, source)
 
@@ -137,8 +141,10 @@ class Checkpoint:
         """Hash of the configuration and the weight files (a sample of each large one)."""
         # The same model has the same fingerprint in any folder, so paths are left out.
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        # Every file once, and in one order.
         for file in sorted({info.file for info in self.tensors.values()}):
             digest.update(_file_hash(file))
+
         return digest.hexdigest()
 
     def read(self, name: str) -> Tensor:
@@ -170,6 +176,7 @@ def _weight_files(folder: Path, source: ModelSource) -> list[Path]:
             raise ConfigError(f"model.source: {index} names no weight files")
     else:
         files = [folder / "model.safetensors"]
+
     for file in files:
         if not file.is_file():
             raise _missing_weights(file, source, has_index=index.is_file())
@@ -188,6 +195,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     infos: dict[str, TensorInfo] = {}
     with safe_open(file, "pt") as tensors:
         for name in tensors.keys():
+            # A slice knows type and shape, and reads no data.
             stored = tensors.get_slice(name)
             infos[name] = TensorInfo(file, stored.get_dtype(), tuple(stored.get_shape()))
     return infos
@@ -199,14 +207,17 @@ def _file_hash(path: Path) -> bytes:
     with path.open("rb") as file:
         if n_bytes <= HASHED_WHOLE_BYTES:
             return hashlib.file_digest(file, "sha256").digest()
+
         digest = hashlib.sha256(str(n_bytes).encode())
         # A safetensors file begins with the length of its header, 8 bytes.
         header_length = struct.unpack("<Q", file.read(8))[0]
         digest.update(file.read(header_length))
+
         # The first block begins the file, the last one ends it.
         for i in range(SAMPLED_BLOCKS):
             file.seek((n_bytes - BLOCK_BYTES) * i // (SAMPLED_BLOCKS - 1))
             digest.update(file.read(BLOCK_BYTES))
+
     return digest.digest()
 
 

@@ -50,11 +50,14 @@ class Renderer:
     def _templates(self) -> dict[str, Any]:
         task = self.task
         make = self._environment.from_string
+        # A task may have a text as the authors wrote it; else it is the question and its answer.
         text = (task.official if self.official else None) or " ".join(filter(None, (task.question, task.answer)))
+
         return {"text": make(text), "question": make(task.question), "answer": make(task.answer)}
 
     @cached_property
     def _choices(self) -> Any:
+        # An expression gives the list itself, where a template would give its text.
         return self._environment.compile_expression(self.task.choices or "[]", undefined_to_none=False)
 
     def item(self, row: Row) -> Item:
@@ -65,6 +68,7 @@ class Renderer:
         try:
             parts = {name: template.render(row) for name, template in self._templates.items()}
             choices = [str(choice) for choice in self._choices(**row)] if self.task.choices else []
+        # Before TemplateError, which is its base class.
         except UndefinedError as error:
             raise DataError(f"tasks.{self.task.name}: {error}; the columns are {', '.join(row)}") from None
         except (TemplateError, TypeError, ValueError, LookupError) as error:
@@ -85,6 +89,7 @@ def row_key(seed: int, item: Item) -> bytes:
 
     It is a function of content and seed, whatever the row's place in its file.
     """
+    # Zero bytes part what is joined, so that other parts do not join to the same.
     return hashlib.sha256(f"{seed}\0{item.question}\0{item.text}".encode()).digest()[:16]
 
 
@@ -102,8 +107,10 @@ def check_evaluation(task: Task) -> None:
     """Raise DataError where the rows that a task is judged on do not fit it, or lack choices that its metric needs."""
     is_chosen = task.metric in MULTIPLE_CHOICE
     item = _render_first_row(task, evaluation_rows(task), official=False)
+
     if is_chosen and not task.choices:
         raise DataError(f"tasks.{task.name}: metric {task.metric} needs choices; without any, set metric: exact_match")
+
     if is_chosen and item and item.answer not in item.choices:
         choices = ", ".join(map(repr, item.choices))
         raise DataError(

@@ -76,14 +76,18 @@ class CheckpointExport:
     def outputs(self) -> list[OutputTensor]:
         """Return every tensor of the checkpoint, in the base's order."""
         architecture = self.base.architecture
+        # Layers of the base that stay, and their numbers in the checkpoint.
         new_layer = {old: layer for layer, old in enumerate(self.plan.layers)}
         outputs: list[OutputTensor] = []
+
         for name, info in self.base.tensors.items():
             layer, module, kind = architecture.split(name)
             if layer is None:
                 outputs.append(OutputTensor(name, info.dtype, info.shape))
+            # The tensors of a dropped layer go with it.
             elif layer in new_layer:
                 outputs.append(self._sliced(new_layer[layer], module, kind))
+
         return sorted(outputs + self._new_biases(), key=lambda output: _natural_order(architecture, output.name))
 
     def _sliced(self, layer: int, module: str, kind: str) -> OutputTensor:
@@ -100,6 +104,7 @@ class CheckpointExport:
     def _new_biases(self) -> list[OutputTensor]:
         """Return biases that the base does not have: of compensated layers, and zero ones that a stock family wants."""
         architecture = self.base.architecture
+
         new: list[OutputTensor] = []
         for layer in range(len(self.plan.kept)):
             modules = [module for module in architecture.compensated if self.compensates(layer)]
@@ -108,6 +113,7 @@ class CheckpointExport:
                 modules = [*architecture.layout.rows, *architecture.layout.columns]
             for module in modules:
                 weight = self._sliced(layer, module, "weight")
+                # A bias that the base has is among its tensors already.
                 if self._source(layer, module, "bias") not in self.base.tensors:
                     bias = architecture.tensor(layer, module, "bias")
                     new.append(OutputTensor(bias, weight.dtype, weight.shape[:1]))
@@ -139,6 +145,7 @@ class CheckpointExport:
         source = self._source(layer, module, kind)
         if source not in self.base.tensors:
             return iter([torch.zeros(output.shape, dtype=DTYPES[output.dtype])])
+
         original_layer = self.plan.layers[layer]
         kept = self.plan.kept[layer]
         return slice_tensor(architecture, original_layer, module, kind, self.base.read(source), kept)
@@ -168,6 +175,7 @@ class CheckpointExport:
     @cached_property
     def _last(self) -> dict[tuple[int, str], dict[str, Tensor]]:
         """Tensors that compensation made last, by layer and module."""
+        # The export is frozen; what it remembers changes inside this dict.
         return {}
 
     def files(self, max_bytes: int) -> dict[str, list[OutputTensor]]:
@@ -193,6 +201,7 @@ class CheckpointExport:
         sources = [(output.name, self.base.architecture.split(output.name)[0]) for output in carried]
         content = json.dumps([self.base.fingerprint, self.plan.layers, sources])
         name = SHARED + hashlib.sha256(content.encode()).hexdigest()[:12]
+
         changed_files = _fill_files("model", changed, max_bytes, numbered=True) if changed else {}
         return _fill_files(name, carried, max_bytes) | changed_files
 
@@ -224,8 +233,10 @@ class CheckpointExport:
         shortened: dict[str, Any] = {}
         for key, value in config.items():
             is_by_layer = isinstance(value, list) and len(value) == config["num_hidden_layers"]
+            # A list of end tokens may happen to be as long.
             if is_by_layer and not key.endswith("_token_id"):
                 shortened[key] = [value[layer] for layer in layers]
+
         return {**config, **shortened, "num_hidden_layers": len(layers)}
 
     def _seap_config(self) -> dict[str, Any]:
@@ -277,6 +288,9 @@ class CheckpointExport:
         architecture = self.base.architecture
         family = architecture.layout
         config = {key: value for key, value in self._dense_config().items() if key not in NOT_STOCK}
+
+        # Our classes have the family's own names behind Seap. All layers are as wide as the first:
+        # ``check_stock`` has refused others.
         config |= {"model_type": architecture.family, "architectures": [family.model_class.removeprefix("Seap")]}
         config |= self._widths(self.plan.shapes[0])
 
@@ -302,6 +316,7 @@ def _fill_files(
             room = max_bytes
         parts[-1].append(output)
         room -= output.n_bytes
+
     if len(parts) == 1 and not numbered:
         return {f"{name}.safetensors": parts[0]}
     return {f"{name}-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
@@ -334,12 +349,14 @@ def check_stock(plan: Plan, architecture: Architecture) -> None:
             f"export.format: a stock {architecture.family} has heads of one size, hidden size / heads, so none can go; "
             "use pruning.attention_unit=none, or export.format=seap"
         )
+
     if biased and architecture.bias_keys and not _may_have_biases(architecture):
         remedy = "" if architecture.is_compensated else "pruning.compensation=none, or "
         raise ConfigError(
             f"export.format: a stock {architecture.family} has no biases on {family.o_proj} and {family.down_proj}; "
             f"use {remedy}export.format=seap"
         )
+
     if architecture.hidden_size % first.heads:
         raise ConfigError(
             f"export.format: stock needs heads that divide the hidden size {architecture.hidden_size}, not "
@@ -381,9 +398,12 @@ def write_tensors(export: CheckpointExport, outputs: list[OutputTensor], path: S
         # A thread hashes a piece while it is written and the next one is made.
         hashed = hasher.submit(digest.update, b"")
         for chunk in _chunks(export, outputs):
+            # One piece at a time, in order; an error in the thread is raised here.
             hashed.result()
             hashed = hasher.submit(digest.update, chunk)
             file.write(chunk)
+
+    # Leaving the block has waited for the last piece.
     return digest.hexdigest()
 
 
@@ -396,6 +416,7 @@ def _chunks(export: CheckpointExport, outputs: list[OutputTensor]) -> Iterator[A
     for output in outputs:
         n_bytes = 0
         for piece in export.pieces(output):
+            # Seen as bytes, since NumPy knows no bfloat16.
             yield piece.contiguous().flatten().view(torch.uint8).numpy().data
             n_bytes += piece.nbytes
         if n_bytes != output.n_bytes:
@@ -413,6 +434,8 @@ def _header(outputs: Iterable[OutputTensor]) -> bytes:
             "data_offsets": [start, start + output.n_bytes],
         }
         start += output.n_bytes
+
+    # The format allows blanks behind the JSON.
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
     return struct.pack("<Q", len(text)) + text
@@ -438,16 +461,22 @@ def finish(
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
     write_json(folder / "config.json", export.config())
 
+    # A set, since a file may match two patterns, as tokenizer.model does.
     companions: set[Path] = set()
     for pattern in COMPANION_FILES:
         companions |= {file for file in export.base.folder.glob(pattern) if file.is_file()}
+    # transformers has the classes of a stock checkpoint itself.
     code = [] if export.stock else list(hf.FILES)
+
     for file in [*sorted(companions), *code]:
         with atomic_write(folder / file.name) as temporary:
             shutil.copyfile(file, temporary)
+
     tokenizer_config = _tokenizer_config(export)
     if tokenizer_config:
         write_json(folder / TOKENIZER_CONFIG, tokenizer_config)
+
+    # Last: with it the checkpoint is whole.
     write_json(folder / "seap.json", manifest)
 
 
@@ -461,14 +490,17 @@ def _tokenizer_config(export: CheckpointExport) -> dict[str, Any] | None:
     base = export.base
     if export.config()["model_type"] == base.config["model_type"]:
         return None
+
     file = base.folder / TOKENIZER_CONFIG
     stored: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     # transformers asks tokenizer_config.json first, then config.json; without either the tokenizer is a generic one.
     named = stored.get("tokenizer_class") or base.config.get("tokenizer_class") or GENERIC_TOKENIZERS[0]
+
     actual = _tokenizer_class(base.folder)
     are_generic = named in GENERIC_TOKENIZERS and actual in GENERIC_TOKENIZERS
     if actual is None or are_generic or named.removesuffix("Fast") == actual.removesuffix("Fast"):
         return None
+
     return {**stored, "tokenizer_class": actual}
 
 
@@ -477,6 +509,8 @@ def _tokenizer_class(folder: Path) -> str | None:
     """Return the name of the class of a checkpoint's tokenizer; None where it has none, or one by code of its own."""
     try:
         return type(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)).__name__
+    # What transformers raises for no tokenizer, a library that is missing, or code that is not
+    # trusted.
     except (ImportError, OSError, ValueError):
         return None
 

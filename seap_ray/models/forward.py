@@ -83,7 +83,9 @@ class WholeModelRunner:
     def _passes(self) -> list[range]:
         """Return the layers whose covariances are recorded in each pass over a shard; without any: one pass."""
         if self.settings.statistics != "covariance":
+            # Moments alone: no layer has covariances.
             return [range(0)]
+
         layers = range(self.architecture.n_layers)
         size = self._layers_a_pass()
         return [layers[first : first + size] for first in range(0, len(layers), size)]
@@ -91,8 +93,10 @@ class WholeModelRunner:
     def _layers_a_pass(self) -> int:
         if self.settings.covariance_layers != "auto":
             return self.settings.covariance_layers
+
         free = free_memory(self.model.device, self.settings.num_gpus)
         fitting = int(free * COVARIANCE_SHARE // (COVARIANCE_COPIES * covariance_bytes(self.architecture)))
+        # One layer is tried whatever the memory; where it runs out, batches are halved.
         return max(1, fitting)
 
 
@@ -127,6 +131,7 @@ def record(
     """
     # Nothing is copied to the CPU, and so nothing waits for the device, before the last batch.
     total: SiteMoments = {}
+
     for rows in make_batches(model.get_decoder(), sequences, batch_tokens):
         total = added(total, _run_halving(model, rows, skip_first_token, covariances))
     return on_cpu(total)
@@ -147,6 +152,7 @@ def _run_halving(
         torch.cuda.empty_cache()
     if len(rows) == 1:  # a row of several sequences: from here each has its own
         rows = [[sequence] for sequence in rows[0]]
+
     half = len(rows) // 2
     first = _run_halving(model, rows[:half], skip_first, covariances)
     second = _run_halving(model, rows[half:], skip_first, covariances)
@@ -164,6 +170,7 @@ def _forward(
 ) -> SiteMoments:
     batch = Batch.of(rows, skip_first, model.device)
     decoder = model.get_decoder()
+
     with recording(decoder, batch.rows_N, covariances=covariances) as recorded:
         decoder(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False)
     return recorded
@@ -189,6 +196,7 @@ class LayerwiseRunner:
         memory_budget = free_memory(device, settings.num_gpus) // 2
         if settings.statistics == "covariance":
             memory_budget -= COVARIANCE_COPIES * covariance_bytes(checkpoint.architecture)
+
         dtype = model_dtype(config.model, checkpoint)
         model = LayerwiseModel(checkpoint, dtype, device, memory_budget, config.model.trust_remote_code)
         return cls(model, settings)

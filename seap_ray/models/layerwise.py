@@ -39,6 +39,7 @@ class _BatchInFlight:
         """Copy hidden states and arguments to a device; a tensor that layers share stays one tensor."""
         moved: dict[int, Tensor] = {}
         arguments_L = [_move_all(arguments, device, moved) for arguments in self.arguments_L]
+
         return _BatchInFlight(self.batch, self.hidden_BTD.to(device), arguments_L)
 
 
@@ -108,7 +109,9 @@ class LayerwiseModel:
 
         config = AutoConfig.from_pretrained(self.checkpoint.folder, trust_remote_code=self.trust_remote_code)
         if attention := attention_of(self.checkpoint.config):
+            # As load_model does, so that both compute the same.
             config._attn_implementation = attention
+        # On meta, where tensors have shapes and no memory.
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=self.dtype, trust_remote_code=self.trust_remote_code
@@ -127,14 +130,17 @@ class LayerwiseModel:
         self, skeleton: Any, shards: Mapping[str, Sequences], batch_tokens: int, skip_first: bool
     ) -> dict[str, list[_BatchInFlight]]:
         """Embed the sequences of every shard, and catch what the decoder would give to its layers."""
+        # A copy: the skeleton keeps its layers, into which weights are read later.
         decoder = deepcopy(skeleton)
         batches_by_shard: dict[str, list[list[Sequences]]] = {}
+
         for shard, sequences in shards.items():
             batches_by_shard[shard] = make_batches(decoder, sequences, batch_tokens)
         waiting_device = self._waiting_device(batches_by_shard)
 
         # What is left of the decoder, embeddings and masks, runs as in the whole model.
         decoder.layers = nn.ModuleList(_Catcher() for _ in skeleton.layers)
+        # The last norm comes after all layers; nothing reads what it gives.
         decoder.norm = nn.Identity()
         self._load_weights(decoder, self.checkpoint.architecture.layout.layers.removesuffix(LAYERS_PREFIX))
         decoder.to(self.device)
@@ -173,6 +179,7 @@ class LayerwiseModel:
             with recording_layer(block, family, layer, passing.batch.rows_N, part, covariance=covariance):
                 arguments = _move_all(passing.arguments_L[layer], self.device, {})
                 output = self._forward(block, passing.hidden_BTD.to(self.device), arguments)
+
             after_BTD = output[0] if isinstance(output, tuple) else output
             passing.hidden_BTD = after_BTD.to(passing.hidden_BTD.device)
             total = added(total, part)
@@ -199,6 +206,7 @@ class LayerwiseModel:
             """Read a layer on the reader's own stream, and wait until it is there."""
             with torch.cuda.stream(stream):
                 block = self._read_layer(empty, layer)
+
             if stream:
                 stream.synchronize()
             return block
@@ -210,9 +218,11 @@ class LayerwiseModel:
                 if layer < len(empty):
                     next_block = reader.submit(read, layer)
                 yield block
+                # Given back before the wait for the next one.
                 del block
 
     def _read_layer(self, empty: Sequence[nn.Module], layer: int) -> nn.Module:
+        # A copy: filled in itself, the empty layer would hold on to its weights.
         block = deepcopy(empty[layer])
         self._load_weights(block, f"{self.checkpoint.architecture.layout.layers}{layer}.")
         return block
@@ -248,7 +258,9 @@ class LayerwiseModel:
         }
         if name in stored_modules:
             n_experts = self.checkpoint.architecture.n_experts
+            # The rows of a family come gate first, as transformers has them in one matrix.
             return torch.stack([self._read_expert(prefix, stored_modules[name], e) for e in range(n_experts)])
+
         stem = family.down_proj.partition(".experts")[0]
         return self.checkpoint.read(f"{prefix}{stem}{name.removeprefix('mlp')}")
 

@@ -45,7 +45,9 @@ def load_model(config: Config, base: Checkpoint, folder: Path) -> PreTrainedMode
     is_spread = config.calibration.placement == "device_map"
     device_map: Any = None
     if is_spread:
+        # The empty name stands for the whole model.
         device_map = "auto" if config.calibration.num_gpus else {"": "cpu"}
+
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=model_dtype(config.model, base),
@@ -54,6 +56,7 @@ def load_model(config: Config, base: Checkpoint, folder: Path) -> PreTrainedMode
         device_map=device_map,
         attn_implementation=attention_of(base.config),
     )
+
     if not is_spread:
         model = model.to(first_device(config.calibration))
     return model.eval()

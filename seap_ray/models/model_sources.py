@@ -26,8 +26,9 @@ BUILT_IN = "demo"
 """Name of the model that the package contains."""
 CONVERT_COMMAND = (
     'convert it: python -c "from transformers import AutoModelForCausalLM, AutoTokenizer; '
-    "[of.from_pretrained('{0}').save_pretrained('FOLDER') for of in (AutoModelForCausalLM, AutoTokenizer)]\""
+    "[kind.from_pretrained('{0}').save_pretrained('FOLDER') for kind in (AutoModelForCausalLM, AutoTokenizer)]\""
 )
+"""What to do about pickled weights, which run code when they are read; one line for a terminal."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class BucketModel(ModelSource):
         """Return this node's copy of the model's files."""
         try:
             return stage(self.path, MODEL_FILES)
+        # Before OSError, which is its base class.
         except FileNotFoundError:
             raise ConfigError(f"model.source: {self.name} holds no model") from None
         except OSError as error:
@@ -121,6 +123,7 @@ class BucketModel(ModelSource):
         """Return the contents of the bucket's config.json."""
         try:
             return _json_object(self.path / CONFIG_FILE)
+        # A bucket that does not answer is reported by ``fetch``.
         except OSError:
             return None
 
@@ -150,6 +153,7 @@ class HubModel(ModelSource):
 
         try:
             return _json_object(Path(hf_hub_download(self.name, CONFIG_FILE, revision=self.revision)))
+        # Gated, missing or offline is reported by ``fetch``.
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
             return None
 
@@ -180,9 +184,11 @@ def parse_model_source(name: str, revision: str | None = None) -> ModelSource:
     """
     if name == BUILT_IN:
         return BuiltInModel(name, revision)
+
     path = parse_path(name)
     if path.is_remote:
         return BucketModel(name, revision, path)
+
     if path.is_dir():
         # By its whole path: another process may have another current folder.
         return LocalModel(str(path.absolute()), revision, path.absolute())
@@ -200,6 +206,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(MODEL_FILES)))
+    # Before HfHubHTTPError, which is its base class.
     except RepositoryNotFoundError:
         raise ConfigError(f"model.source: the hub has no model {hub_id} that your token may read") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

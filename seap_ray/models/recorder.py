@@ -145,6 +145,7 @@ def _counted_tokens(x: Tensor, rows_N: Tensor | None) -> Tensor:
 
 
 def _add(recorded: SiteMoments, key: tuple[int, Site], moments: Moments) -> None:
+    # What came first stands first: the order of a sum decides its last digits.
     recorded[key] = recorded[key] + moments if key in recorded else moments
 
 
@@ -163,6 +164,7 @@ def on_cpu(recorded: SiteMoments) -> SiteMoments:
     # The copies are asynchronous: one wait a device, not one a tensor.
     for device in {moments.mean_D.device for moments in recorded.values() if moments.mean_D.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
+
     for (layer, site), moments in copies.items():
         if not torch.isfinite(moments.m2_D).all():
             raise DataError(f"activations of layer {layer}, site {site}, are not finite")

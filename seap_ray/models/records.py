@@ -61,6 +61,7 @@ def is_whole(path: StoragePath, **expected: Any) -> bool:
     """
     try:
         metadata = read_metadata(path)
+        # The cheap check first: the header is small, the hash reads everything.
         if any(metadata.get(key) != value for key, value in expected.items()):
             return False
         with open_tensors(path) as file:
@@ -103,9 +104,11 @@ def save_moments(path: StoragePath, statistics: Statistics, **metadata: Any) -> 
     tensors = {}
     # Sorted, so that the same moments give the same file.
     for (layer, site), moments in sorted(statistics.items()):
+        # safetensors writes contiguous tensors alone.
         tensors[f"layers.{layer}.{site}.mean"] = moments.mean_D.contiguous()
         tensors[f"layers.{layer}.{site}.m2"] = moments.m2_D.contiguous()
         tensors[f"layers.{layer}.{site}.count"] = torch.tensor(moments.count)
+
     save_tensors(path, tensors, **metadata)
 
 
@@ -141,15 +144,18 @@ def sites_of(architecture: Architecture, sites: Sequence[Site] = RECORDED) -> It
     layer_sites: list[Site] = []
     for site in sites:
         layer_sites += architecture.sites(site)
+
     return ((layer, site) for layer in range(architecture.n_layers) for site in layer_sites)
 
 
 def save_norms(path: StoragePath, norms: WeightNorms, **metadata: Any) -> None:
     """Write weight norms, float64, with metadata and a hash of their bytes."""
     tensors = {}
+    # Sorted, so that the same norms give the same file.
     for (layer, site), site_norms in sorted(norms.items()):
         tensors[f"layers.{layer}.{site}.l1"] = site_norms.l1_D.contiguous()
         tensors[f"layers.{layer}.{site}.l2_squared"] = site_norms.l2_squared_D.contiguous()
+
     save_tensors(path, tensors, **metadata)
 
 
@@ -210,8 +216,10 @@ def load_covariance(moments: StoragePath, key: tuple[int, Site]) -> Covariance:
     layer, site = key
     with open_tensors(moments) as file:
         site_moments = read_moments(file, key)
+
     with open_tensors(covariance_file(moments, layer)) as file:
         comoment_DD = from_triangle(file.get_tensor(site))
+
     return Covariance(site_moments.count, site_moments.mean_D, site_moments.m2_D, comoment_DD)
 
 
@@ -224,7 +232,9 @@ def from_triangle(triangle: Tensor) -> Tensor:
     """Return the symmetric float64 matrix of a lower triangle: (D (D + 1) / 2,) -> (D, D)."""
     # D (D + 1) / 2 numbers: D is the whole part of the root of twice as many.
     width = math.isqrt(2 * triangle.numel())
+
     matrix_DD = torch.zeros(width, width, dtype=torch.float64)
+    # Row i has i + 1 numbers, up to the diagonal.
     for i, row in enumerate(triangle.split([*range(1, width + 1)])):
         matrix_DD[i, : i + 1] = row
     # The diagonal is there already.
@@ -250,7 +260,9 @@ class PooledCovariance:
         """Return the ridge of one (layer, site): the geometric mean of the sources' ridges, by weight."""
         if self.ridge is not None:
             return self.ridge
+
         layer, site = key
         ridges = [read_metadata(covariance_file(source, layer))["ridges"][site] for source in self.sources]
+        # The mean of logarithms, since ridges to choose from are powers of ten.
         weighted = sum(weight * math.log(ridge) for weight, ridge in zip(self.weights, ridges, strict=True))
         return math.exp(weighted / sum(self.weights))

@@ -111,6 +111,7 @@ class RowFiles(RowSource):
 
         if not files:
             raise DataError(f"tasks.{self.task}: no file of split {self.split!r} under {where}")
+
         if len({file_format(self.task, file) for file in files}) > 1:
             raise DataError(
                 f"tasks.{self.task}: {where} holds files of several formats; name one, for example *.parquet"
@@ -134,12 +135,15 @@ class RowFiles(RowSource):
             patterns = get_data_patterns(str(folder))
         except FileNotFoundError:
             return []
+
+        # Sorted, so that rows come in one order on every disk. A folder may hold a README, too.
         files = DataFilesDict.from_patterns(patterns, base_path=str(folder)).get(self.split, [])
         return sorted(path for path in map(Path, files) if _suffix(path) in FORMATS)
 
     def first_row(self) -> Row:
         """Return the first row of the first file. Raises DataError where there is none, or it cannot be read."""
         file = self.files()[0]
+
         row = read_first_row(self.task, file)
         if row is None:
             raise DataError(f"tasks.{self.task}: {file} has no rows")
@@ -184,6 +188,7 @@ def evaluation_rows(task: Task) -> RowSource:
 def _parse(task: Task, path: str, split: str, demo_part: skills.Split) -> RowSource:
     if path.startswith(DEMO_PREFIX):
         return DemoRows(task.name, path, split, demo_part)
+
     if _names_files(path):
         return RowFiles(task.name, path, split)
     return HubRows(task.name, path, split, task.subset)
@@ -219,11 +224,13 @@ def read_first_row(task: str, file: StoragePath) -> Row | None:
                 batch = next(pq.ParquetFile(file.open("rb")).iter_batches(batch_size=1), None)
                 return batch.to_pylist()[0] if batch is not None and batch.num_rows else None
             case "json":
+                # JSON Lines: every line that is not blank is a row.
                 line = _first_line(file)
                 return json.loads(line) if line else None
             case "csv":
                 with _open_text(file) as text:
                     return next(csv.DictReader(text), None)
+            # Plain text: every line that is not blank is a row.
             case _:
                 line = _first_line(file)
                 return {"text": line} if line else None
@@ -233,6 +240,7 @@ def read_first_row(task: str, file: StoragePath) -> Row | None:
 
 def _open_text(file: StoragePath) -> TextIO:
     raw = file.open("rb")
+    # Line ends stay as they are, which the csv module wants.
     return TextIOWrapper(gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw, "utf-8", newline="")
 
 

@@ -10,6 +10,7 @@ from seap_ray.core.architecture import FAMILIES
 from seap_ray.models.hf import configuration_seap, modeling_seap
 
 FILES = tuple(Path(__file__).with_name(name) for name in ("configuration_seap.py", "modeling_seap.py"))
+"""Code that is written beside the weights of a compacted checkpoint."""
 
 for family in FAMILIES.values():
     config_class = getattr(configuration_seap, family.config_class)

@@ -55,6 +55,8 @@ class SeapQwen2Config(Qwen2Config):
     # vLLM's Llama layer reads it. It is no field, since a Qwen2 always has these biases.
     qkv_bias = True
 
+    # A Qwen2 has no such field: it divides the hidden size by the number of heads, which layers do
+    # not share.
     head_dim: int | None = None
     o_proj_bias: bool = False
     down_proj_bias: bool = False
@@ -102,6 +104,7 @@ class SeapPhi3Config(Phi3Config):
 
     model_type = "seap_phi3"
 
+    # A Phi-3 has no such field either.
     head_dim: int | None = None
     o_proj_bias: bool = False
     down_proj_bias: bool = False
@@ -138,6 +141,7 @@ class SeapQwen3MoeConfig(Qwen3MoeConfig):
 
     model_type = "seap_qwen3_moe"
 
+    # A Qwen3 MoE has no such field either.
     head_dim: int | None = None
     o_proj_bias: bool = False
 
@@ -148,6 +152,7 @@ class SeapOPTConfig(OPTConfig):
 
     model_type = "seap_opt"
 
+    # An OPT has no such field either.
     head_dim: int | None = None
     o_proj_bias: bool = False
     down_proj_bias: bool = False
@@ -159,6 +164,7 @@ class SeapGPTNeoXConfig(GPTNeoXConfig):
 
     model_type = "seap_gpt_neox"
 
+    # A GPT-NeoX has no such field either.
     head_dim: int | None = None
     o_proj_bias: bool = False
     down_proj_bias: bool = False

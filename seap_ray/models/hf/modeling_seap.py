@@ -46,6 +46,7 @@ ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
 
 def dense_twin(config: ConfigT) -> ConfigT:
     """Return a configuration without what differs by layer, from which a family's own model can be built."""
+    # A shallow copy: one key alone is set anew.
     twin = copy.copy(config)
     twin.per_layer_config = None
     return twin
@@ -72,7 +73,9 @@ def resize_layers(
     """
     decoder = model.get_decoder()
     n_heads = model.config.num_attention_heads
+    # The family chose it while it was built; the layers below are built with it.
     config._attn_implementation = model.config._attn_implementation
+    # Until here they have the dense twin's configuration.
     for module in (model, model.base_model, decoder):
         module.config = config
 
@@ -82,6 +85,7 @@ def resize_layers(
             # The dense number of heads, from which the family computes the head size.
             built_from = copy.copy(layer_config)
             built_from.num_attention_heads = n_heads
+
         layer = type(decoder.layers[i])(built_from, i)
         if heads_of_hidden_size:
             _narrow(layer.get_submodule(attention), layer_config.num_attention_heads / n_heads)
@@ -91,24 +95,31 @@ def resize_layers(
 
         biases = {o_proj: layer_config.o_proj_bias, down_proj: getattr(layer_config, "down_proj_bias", False)}
         for name, has_bias in biases.items():
+            # The family's own class has built the module without one.
             if name and has_bias:
                 linear = layer.get_submodule(name)
                 layer.set_submodule(name, nn.Linear(linear.in_features, linear.out_features, bias=True))
         decoder.layers[i] = layer
+
+    # Once more what a model does when it is built: its layers are new.
     model.post_init()
 
 
 def _narrow(attention: nn.Module, share: float) -> None:
     """Leave a share of the heads: rows of the projections before them, columns of the one behind."""
+    # A list, since setattr changes the children.
     for name, linear in list(attention.named_children()):
         if not isinstance(linear, nn.Linear):
             continue
         inside = linear.in_features
         outside = linear.out_features
+
         if name in ("out_proj", "dense"):
+            # Behind the heads: its columns are theirs. All others stand before them.
             inside = round(inside * share)
         else:
             outside = round(outside * share)
+
         setattr(attention, name, nn.Linear(inside, outside, bias=linear.bias is not None))
 
 
@@ -173,6 +184,7 @@ class SeapPhi3ForCausalLM(Compacted, Phi3ForCausalLM):
 
     def __init__(self, config: SeapPhi3Config):
         super().__init__(config)
+
         for layer, layer_config in zip(self.model.layers, config.per_layer_config, strict=True):
             # The number of heads says where the queries end in the fused projection.
             layer.self_attn.config = layer_config
@@ -181,6 +193,7 @@ class SeapPhi3ForCausalLM(Compacted, Phi3ForCausalLM):
     def set_attn_implementation(self, attn_implementation, *more, **named):
         """Set the attention implementation of the model and of every layer's own configuration."""
         super().set_attn_implementation(attn_implementation, *more, **named)
+
         for layer in self.model.layers:
             layer.self_attn.config._attn_implementation = self.config._attn_implementation
 

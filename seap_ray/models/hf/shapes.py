@@ -19,11 +19,14 @@ Shape = tuple[int, ...]
 def declared(config: PreTrainedConfig) -> dict[str, Shape]:
     """Return the name and shape of every tensor that a checkpoint of this configuration holds."""
     with torch.device("meta"):
+        # On meta, where tensors have shapes and no memory.
         model = AutoModelForCausalLM.from_config(config)
+
     # A family's names in checkpoints may be others than in its classes.
     stored = revert_weight_conversion(model, model.state_dict())
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     if config.tie_word_embeddings:
+        # The head, in GPT-NeoX under another name, is the embedding, which is stored once.
         for name in ("lm_head.weight", "embed_out.weight"):
             shapes.pop(name, None)
     return shapes
@@ -54,12 +57,14 @@ def compared(
     """
     if is_quantized:
         expected = {name: shape for name, shape in expected.items() if name.endswith(".bias")}
+
     missing = set(expected)
     for name, shape in stored:
         if not (_is_ignored(name, config) or is_quantized and not name.endswith(".bias")):
             _compare(name, shape, expected)
         missing.discard(name)
         yield name
+
     if missing and are_all:
         raise ValueError(f"the checkpoint lacks {min(missing)}, which config.json declares")
 
@@ -89,6 +94,7 @@ def check_folder(folder: Path) -> None:
     try:
         config = AutoConfig.from_pretrained(folder)
         is_quantized = getattr(config, "quantization_config", None) is not None
+        # Names are compared as they are taken.
         for _ in compared(_headers(folder), config, declared(config), is_quantized=is_quantized):
             pass
     except (OSError, ValueError, SafetensorError) as error:
