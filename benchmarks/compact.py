@@ -22,8 +22,8 @@ from benchmarks.plan import large_run, planner_of
 from benchmarks.shapes import SHAPES, sparse_checkpoint
 from seap_ray.config import Config
 from seap_ray.core.architecture import Architecture
+from seap_ray.pipeline.checkpoint_writer import write_checkpoints
 from seap_ray.pipeline.cluster import connect
-from seap_ray.pipeline.prune import prune
 
 SUITE = "compact"
 LAYERS = 4
@@ -46,7 +46,7 @@ def rows(config: Config) -> Iterator[Row]:
 
         def write(is_synced: bool = False) -> None:
             """Write both checkpoints by the job's own tasks."""
-            prune(planner, run, lambda steps, *_: steps)
+            write_checkpoints(planner.plan_all(), pruning.export, run, lambda steps, *_: steps)
             if is_synced:
                 _sync(Path(str(experts)))
 

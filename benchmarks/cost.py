@@ -38,11 +38,11 @@ from seap_ray.models.forward import record
 from seap_ray.models.layerwise import LayerwiseModel
 from seap_ray.models.records import read_moments, save_moments
 from seap_ray.pipeline.calibrate import group_shards
+from seap_ray.pipeline.checkpoint_writer import prepare_checkpoint
 from seap_ray.pipeline.merge import RECORDS_HELD, TaskStatistics, merge_moments
 from seap_ray.pipeline.model_specs import model_specs
 from seap_ray.pipeline.needs import H100, ModelSize, moments_bytes, token_flops
 from seap_ray.pipeline.planner import Planner, _layer_norms
-from seap_ray.pipeline.prune import prepare_checkpoint
 from seap_ray.pipeline.shard_records import Calibration, ShardRecords
 from seap_ray.pipeline.shards import Shard
 from seap_ray.storage.run import Run
@@ -323,7 +323,7 @@ def compare(hidden_size: int, machine: Machine, folder: Path) -> dict[str, Any]:
     sequences = torch.randint(VOCABULARY, (n_tokens // SEQUENCE, SEQUENCE)).tolist()
     planner = _planner(config, checkpoint, run)
     spec = model_specs(config)[1]
-    pending = prepare_checkpoint(planner, run, spec, planner.plan(spec, RATIO))
+    pending = prepare_checkpoint(planner.plan_model(spec, RATIO), config.export, run)
     # What is the base's is in a file of its own in a run; here all of it is written.
     tensors = [tensor for file in pending.files.values() for tensor in file]
     written = folder / "expert.safetensors"

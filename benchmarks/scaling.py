@@ -88,7 +88,7 @@ def _measure(folder: Path, n_shards: int, seconds: float, workers: int, tokens: 
     shards = [_shard(run, i, tokens) for i in range(n_shards)]
     before = sum(psutil.Process().cpu_times()[:2])
     records = ShardRecords.of(config, checkpoint, run)
-    make_records(config, records, shards, lambda steps, _total, _label: steps, n_merged=0)
+    make_records(config, records, shards, lambda steps, *_: steps, n_merged=0)
     driver = sum(psutil.Process().cpu_times()[:2]) - before
     started = max(path.stat().st_mtime for path in run.root.glob("worker-*"))
     ended = max(path.stat().st_mtime for path in run.records("sort").glob("*.safetensors"))

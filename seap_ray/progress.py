@@ -2,10 +2,12 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from tqdm import tqdm
 
+Progress = Callable[[Iterable[int], int, str, str], Iterable[int]]
+"""A function like ``progress``: steps, their total, a label and a unit in, the steps out."""
 LINE_EVERY_S = 10.0
 """Seconds between two progress lines where there is no terminal."""
 

@@ -1,6 +1,6 @@
 """Calibrate: shards in, a record of each and the merged statistics of every task out. Ray Data runs the model."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +22,7 @@ from seap_ray.pipeline.needs import covariance_files_bytes
 from seap_ray.pipeline.placement import workers_that_fit
 from seap_ray.pipeline.shard_records import MAX_ATTEMPTS, ShardRecords
 from seap_ray.pipeline.shards import Manifest, Shard
+from seap_ray.progress import Progress
 from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run
 
@@ -120,7 +121,7 @@ def calibrate(
     checkpoint: Checkpoint,
     run: Run,
     manifests: list[Manifest],
-    progress: Callable[[Iterable[int], int, str], Iterable[int]],
+    progress: Progress,
 ) -> dict[str, StoragePath]:
     """Make what records are missing, merge every task's, and return the statistics' files by task.
 
@@ -140,7 +141,7 @@ def make_records(
     config: Config,
     records: ShardRecords,
     shards: list[Shard],
-    progress: Callable[[Iterable[int], int, str], Iterable[int]],
+    progress: Progress,
     *,
     n_merged: int,
 ) -> None:
@@ -157,7 +158,7 @@ def make_records(
         # A new job tries again what another one gave up.
         for shard in missing:
             records.clear_attempts(shard)
-        for _ in progress(_measure_all(config, records, missing), _total_tokens(missing), "calibrating"):
+        for _ in progress(_measure_all(config, records, missing), _total_tokens(missing), "calibrating", " tokens"):
             pass
 
 

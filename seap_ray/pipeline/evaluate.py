@@ -5,7 +5,7 @@ stands for the weights and the rows, so the same command resumes an evaluation t
 fails costs no other its result.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,8 +24,9 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import Item, Renderer, check_evaluation, load_tokenizer
 from seap_ray.models.loading import load_model
 from seap_ray.models.row_sources import evaluation_rows
-from seap_ray.pipeline.prune import PendingCheckpoint, write_temporarily
+from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, write_temporarily
 from seap_ray.pipeline.shards import draw, read_in_order, read_rows
+from seap_ray.progress import Progress
 from seap_ray.storage.artifact import Artifact, JsonFile
 from seap_ray.storage.files import stage, write_json
 from seap_ray.storage.run import Run, fingerprint
@@ -33,7 +34,6 @@ from seap_ray.tasks import Task, is_perplexity
 
 SEAP_RAY_JUDGE = "seap_ray"
 """Name of our own judge, which judges the tasks that lm-eval does not have."""
-Progress = Callable[[Iterable[int], int, str, str], Iterable[int]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,11 @@
 """Job: the path of the data from a config to a table, one step a file, on the Ray cluster at hand.
 
-preflight  ->  shards  ->  calibrate, merge  ->  planner  ->  prune  ->  routing  ->  evaluate  ->  results, report
+preflight -> shards -> calibrate, merge -> planner -> checkpoint_writer -> routing -> evaluate -> results, report
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
@@ -15,12 +14,12 @@ from seap_ray.config import Config
 from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.pipeline.calibrate import calibrate, n_workers
+from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, write_checkpoints
 from seap_ray.pipeline.cluster import connect_driver
 from seap_ray.pipeline.evaluate import EvalTask, eval_target, eval_task, evaluate
 from seap_ray.pipeline.placement import with_placement
 from seap_ray.pipeline.planner import Planner, make_planner
 from seap_ray.pipeline.preflight import check_config, cluster_checks, raise_on_error, with_absolute_source
-from seap_ray.pipeline.prune import PendingCheckpoint, prune
 from seap_ray.pipeline.ray_errors import unwrap_ray_errors
 from seap_ray.pipeline.results import dense_row, make_results, pruned_row, quality_cells
 from seap_ray.pipeline.shards import Manifest, make_shards
@@ -47,8 +46,10 @@ def run_job(config: Config) -> None:
 def _run_steps(config: Config, checkpoint: Checkpoint, run: Run) -> None:
     # Corpora -> token shards -> a record of each -> the tasks' statistics.
     calibrated = calibrate_run(config, checkpoint, run)
-    # Statistics -> plans, all of them first -> checkpoints.
-    checkpoints = prune(calibrated.planner, run, partial(progress, unit="B"))
+    # Statistics -> plans, all of them before anything is written: a ratio that cannot be met costs nothing.
+    models = calibrated.planner.plan_all()
+    # Plans -> checkpoints.
+    checkpoints = write_checkpoints(models, config.export, run, progress)
     # The tasks' prompts -> a router.
     router = route(calibrated)
     # Checkpoints -> how well each does -> table, results.json, report.html.
@@ -111,7 +112,7 @@ def calibrate_run(config: Config, checkpoint: Checkpoint, run: Run) -> Calibrate
         left_out = f", {manifest.n_blank} of {manifest.n_rows} rows blank" if manifest.n_blank else ""
         cut = f", {manifest.n_cut} texts cut at the longest sequence" if manifest.n_cut else ""
         say(f"  {manifest.task}: {manifest.n_tokens:,} tokens in {len(manifest.shards)} shards{left_out}{cut}")
-    statistics = calibrate(config, checkpoint, run, manifests, partial(progress, unit=" tokens"))
+    statistics = calibrate(config, checkpoint, run, manifests, progress)
     return CalibratedRun(config, checkpoint, run, manifests, make_planner(config, checkpoint, run, statistics))
 
 

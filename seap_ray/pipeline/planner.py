@@ -28,7 +28,7 @@ from seap_ray.core.scores import (
     standardised,
 )
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.export import check_stock
+from seap_ray.models.export import CheckpointExport, check_stock
 from seap_ray.models.records import (
     PooledCovariance,
     TensorFile,
@@ -41,13 +41,22 @@ from seap_ray.models.records import (
     task_memory,
 )
 from seap_ray.pipeline.cluster import work_task
-from seap_ray.pipeline.model_specs import ModelSpec, pruning_section
+from seap_ray.pipeline.model_specs import ModelSpec, model_specs, pruning_section
 from seap_ray.storage.artifact import Artifact
 from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint
 
 ColumnScore = Callable[[Moments, Norms], torch.Tensor]
 """A score of a site's columns, (D,), from their moments and the norms of the weight that reads them."""
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model that is planned and not written yet: what the next step, ``checkpoint_writer``, gets."""
+
+    spec: ModelSpec
+    export: CheckpointExport
+    """The base, the plan, and the statistics that the plan's compensation needs."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,26 @@ class Planner:
     statistics_files: dict[str, StoragePath]
     """Files of the statistics, with covariances beside them where the run has them."""
     run: Run
+
+    def plan_all(self) -> list[PlannedModel]:
+        """Plan every model that the config asks for at every ratio, ratio by ratio.
+
+        Raises ConfigError for the first ratio that floors, caps and protection do not allow.
+        """
+        config = self.config
+        return [self.plan_model(spec, ratio) for ratio in config.pruning.ratio for spec in model_specs(config)]
+
+    def plan_model(self, spec: ModelSpec, ratio: float) -> PlannedModel:
+        """Plan a model at a ratio and add what its compensation needs. Raises ConfigError as ``plan`` does."""
+        plan = self.plan(spec, ratio)
+        statistics: Statistics | PooledCovariance | None = None
+        if plan.compensation.required == "moments":
+            statistics = self.pooled_moments(spec)
+        elif plan.compensation.required == "covariance":
+            statistics = self.pooled_covariance(spec)
+
+        is_stock = self.config.export.format == "stock"
+        return PlannedModel(spec, CheckpointExport(self.checkpoint, plan, statistics, stock=is_stock))
 
     def plan(self, spec: ModelSpec, ratio: float) -> Plan:
         """Choose what a model keeps at a ratio.

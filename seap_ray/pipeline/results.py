@@ -8,8 +8,8 @@ from typing import Any
 
 from seap_ray.config import Config
 from seap_ray.models.checkpoint import Checkpoint, versions
+from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, checkpoint_sizes, kv_bytes
 from seap_ray.pipeline.evaluate import SEAP_RAY_JUDGE, EvalResult, EvalTask, Failure
-from seap_ray.pipeline.prune import PendingCheckpoint, checkpoint_sizes, kv_bytes
 from seap_ray.report.rows import Cell, FailedCell, ModelRow, QualityCell, Results, SpeedCell, TaskRow
 from seap_ray.tasks import COLUMN_HEADS, Task
 

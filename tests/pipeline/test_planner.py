@@ -20,16 +20,16 @@ from seap_ray.core.moments import Moments, stream_shares
 from seap_ray.core.plan import Plan, ratio_of
 from seap_ray.core.scores import Norms
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.pipeline.model_specs import ModelSpec, model_specs, pruning_section
-from seap_ray.pipeline.plan_files import save_plan
-from seap_ray.pipeline.planner import Planner
-from seap_ray.pipeline.prune import (
+from seap_ray.pipeline.checkpoint_writer import (
     PendingCheckpoint,
     _write_file,
     checkpoint_sizes,
     prepare_checkpoint,
     write_temporarily,
 )
+from seap_ray.pipeline.model_specs import ModelSpec, model_specs, pruning_section
+from seap_ray.pipeline.plan_files import save_plan
+from seap_ray.pipeline.planner import Planner
 from seap_ray.storage.files import read_json
 from seap_ray.storage.run import Run
 from tests.support.builders import load, random_statistics
@@ -252,8 +252,9 @@ def test_a_checkpoint_without_some_layers_says_what_it_is(dense, tmp_path, form)
     planner = planner_of(checkpoint.architecture, checkpoint, **config)
     with_cosines(planner, dict.fromkeys(TASKS, [0.5, 0.9, 0.1, 0.5]))
     spec, run = spec_of(planner, "depth"), Run(tmp_path)
-    plan = planner.plan(spec, 0.5)
-    made = prepare_checkpoint(planner, run, spec, plan)
+    planned = planner.plan_model(spec, 0.5)
+    plan = planned.export.plan
+    made = prepare_checkpoint(planned, planner.config.export, run)
     folder = write_temporarily(made)
     model, whole = load(folder), load(dense("qwen2"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -277,7 +278,8 @@ def test_a_checkpoint_without_some_layers_says_what_it_is(dense, tmp_path, form)
     assert [len(kept[f"layers.{layer}.channels"]) for layer in range(4)] == [80, 0, 80, 0]
     assert [of["heads"] for of in manifest["plan"]["layers"]] == [8, 0, 8, 0]
     other = Plan(plan.name, 0.5, COMPENSATIONS["none"], plan.kept, plan.provenance, dropped=(1, 2))
-    assert prepare_checkpoint(planner, run, spec, other).fingerprint != made.fingerprint
+    planned_otherwise = replace(planned, export=replace(planned.export, plan=other))
+    assert prepare_checkpoint(planned_otherwise, planner.config.export, run).fingerprint != made.fingerprint
 
 
 def pending(dense: Any, tmp_path: Path) -> PendingCheckpoint:
@@ -286,7 +288,7 @@ def pending(dense: Any, tmp_path: Path) -> PendingCheckpoint:
     planner = planner_of(checkpoint.architecture, checkpoint, pruning={"baselines": {"depth": {}}})
     with_cosines(planner, dict.fromkeys(TASKS, [0.5, 0.9, 0.1, 0.5]))
     spec = spec_of(planner, "depth")
-    return prepare_checkpoint(planner, Run(tmp_path), spec, planner.plan(spec, 0.5))
+    return prepare_checkpoint(planner.plan_model(spec, 0.5), planner.config.export, Run(tmp_path))
 
 
 def test_a_checkpoint_is_made_while_all_bytes_are_those_that_were_hashed(dense, tmp_path):

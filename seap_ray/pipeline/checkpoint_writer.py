@@ -1,9 +1,9 @@
-"""Prune: plans in, smaller checkpoints out, written by Ray tasks, one for each file.
+"""Checkpoint writer: planned models in, smaller checkpoints out, written by Ray tasks, one for each file.
 
 Writing a checkpoint takes as long as copying it. One that is there, whole and made from the same inputs stays.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,16 @@ from typing import Any
 import ray
 import torch
 
+from seap_ray.config import ExportSection
 from seap_ray.core.architecture import Shape
-from seap_ray.core.moments import Statistics
-from seap_ray.core.plan import Plan
 from seap_ray.models.checkpoint import Checkpoint, versions
 from seap_ray.models.export import SHARED, CheckpointExport, OutputTensor, finish, parse_size, write_tensors
-from seap_ray.models.records import PooledCovariance, task_memory
+from seap_ray.models.records import task_memory
 from seap_ray.pipeline.cluster import work_task
-from seap_ray.pipeline.model_specs import ModelSpec, model_specs
+from seap_ray.pipeline.model_specs import ModelSpec
 from seap_ray.pipeline.plan_files import describe_plan, save_plan
-from seap_ray.pipeline.planner import Planner
+from seap_ray.pipeline.planner import PlannedModel
+from seap_ray.progress import Progress
 from seap_ray.storage.artifact import Artifact, ChecksummedFile, ManifestFolder, checksum_path
 from seap_ray.storage.files import link, writable
 from seap_ray.storage.paths import StoragePath
@@ -77,42 +77,34 @@ class PendingCheckpoint:
         return CHECKPOINT_FOLDER.has_sizes(self.target, self.fingerprint)
 
 
-def prune(
-    planner: Planner, run: Run, progress: Callable[[Iterable[int], int, str], Iterable[int]]
+def write_checkpoints(
+    models: Iterable[PlannedModel], settings: ExportSection, run: Run, progress: Progress
 ) -> list[PendingCheckpoint]:
-    """Plan and write every model at every ratio; a checkpoint that is there and made the same way stays.
+    """Write the plan and the checkpoint of every model; a checkpoint that is there and made the same way stays."""
+    checkpoints = [prepare_checkpoint(model, settings, run) for model in models]
+    for checkpoint in checkpoints:
+        plan = checkpoint.export.plan
+        save_plan(plan, checkpoint.export.base.architecture, run.plan(plan.requested, plan.name))
 
-    All plans are made before anything is written, so a ratio that cannot be met costs nothing.
-    """
-    config = planner.config
-    plans = [(spec, planner.plan(spec, ratio)) for ratio in config.pruning.ratio for spec in model_specs(config)]
-    for _, plan in plans:
-        save_plan(plan, planner.checkpoint.architecture, run.plan(plan.requested, plan.name))
-
-    checkpoints = [prepare_checkpoint(planner, run, spec, plan) for spec, plan in plans]
     missing = _not_whole(checkpoints)
     if missing:
         files = _pending_files(missing, run.shared)
         n_bytes = sum(file.n_bytes for file in files)
-        for _ in progress(_write_all(missing, files), n_bytes, "writing"):
+        for _ in progress(_write_all(missing, files), n_bytes, "writing", "B"):
             pass
     return checkpoints
 
 
-def prepare_checkpoint(planner: Planner, run: Run, spec: ModelSpec, plan: Plan) -> PendingCheckpoint:
-    """Lay out the checkpoint of a plan: its tensors, files and folder. No weight is read."""
-    settings = planner.config.export
-    statistics: Statistics | PooledCovariance | None = None
-    if plan.compensation.required == "moments":
-        statistics = planner.pooled_moments(spec)
-    elif plan.compensation.required == "covariance":
-        statistics = planner.pooled_covariance(spec)
+def prepare_checkpoint(model: PlannedModel, settings: ExportSection, run: Run) -> PendingCheckpoint:
+    """Lay out the checkpoint of a planned model: its tensors, files and folder. No weight is read."""
+    export = model.export
+    plan = export.plan
 
-    export = CheckpointExport(planner.checkpoint, plan, statistics, stock=settings.format == "stock")
+    # A plan's name and ratio are in the folder's path already.
     cut = (plan.compensation.name, plan.kept, plan.dropped)
-    key = fingerprint(planner.checkpoint.fingerprint, plan.provenance, cut, settings.model_dump(), versions())
+    key = fingerprint(export.base.fingerprint, plan.provenance, cut, settings.model_dump(), versions())
     files = export.files(parse_size(settings.max_shard_size))
-    return PendingCheckpoint(spec, export, run.expert(plan.requested, plan.name), key, files)
+    return PendingCheckpoint(model.spec, export, run.expert(plan.requested, plan.name), key, files)
 
 
 def _not_whole(checkpoints: list[PendingCheckpoint]) -> list[PendingCheckpoint]:
