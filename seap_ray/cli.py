@@ -122,13 +122,14 @@ python jobs/deploy.py [config=ray_config.yaml] [dotted.key=value ...]
 Serves a finished run through vLLM: every expert, the general model and the router behind one OpenAI-compatible
 endpoint. With RAY_ADDRESS it is deployed on that cluster and stays; without, it runs on this machine until Ctrl-C.
 
-In:   a run that seap-ray prune has finished (run.storage, run.name), and one or more API keys, in the environment
-      variable SEAP_API_KEYS or in the file serve.api_keys_file. A request needs one of them.
+In:   a run that seap-ray prune has finished (run.storage, run.name), and one or more API keys of at least 16
+      characters, in the environment variable SEAP_API_KEYS or in the file serve.api_keys_file. A request needs one.
 Out:  http://<serve.host>:<serve.port>/v1, and a playground at /. A request names an expert as its model, or "auto" to
       leave the choice to the router.
 
 Example:
-  SEAP_API_KEYS=my-key seap-ray deploy run.name=demo serve.port=8000
+  export SEAP_API_KEYS=$(openssl rand -hex 16)
+  seap-ray deploy run.name=demo serve.port=8000
 
 Exit codes: 0 done, 2 a key, the run or the cluster is wrong, 4 the engines did not start.
 """
@@ -230,9 +231,9 @@ seap-ray doctor [config=ray_config.yaml] [dotted.key=value ...]
 python jobs/doctor.py [config=ray_config.yaml] [dotted.key=value ...]
 
 Says what a job with this config needs (memory, disk by kind, hours), from the model's config.json alone, then looks at
-what is there: versions, the model, corpora, tokens, and on every node of the cluster of RAY_ADDRESS GPUs, memory, disk,
-and whether it sees the run's folder, the model and the corpora. Every job looks at the cluster in this way before it
-starts.
+what is there: versions, the model, corpora, access tokens, and on every node of the cluster of RAY_ADDRESS GPUs,
+memory, disk, and whether it sees the run's folder, the model and the corpora. Every job looks at the cluster in this
+way before it starts.
 
 In:   the config and the environment of the job.
 Out:  one line a check: ok, warning, or error with its remedy. Nothing is written.

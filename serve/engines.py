@@ -54,8 +54,8 @@ def engine_groups(config: Config, experts: Sequence[Expert]) -> tuple[list[Engin
     # An engine of its own answers without waiting for a turn, so engines are shared only where there is no room.
     n_fitting = _engines_that_fit(config)
     if n_fitting >= len(experts):
-        return separate, f"an engine for each model: there is room for {n_fitting}"
-    return shared, f"{reason}: there is room for {n_fitting}"
+        return separate, f"an engine for each model: there is room for {n_fitting} engines"
+    return shared, f"{reason}: there is room for {n_fitting} engine{'s' * (n_fitting != 1)}"
 
 
 def check_sharing(config: Config, experts: Sequence[Expert]) -> None:

@@ -20,6 +20,9 @@ DEFAULT_PATH = "ray_config.yaml"
 DEMO_PATH = Path(__file__).parents[1] / "demo" / DEFAULT_PATH
 """The demo's settings, which come with the package: a copy of the repository's ``ray_config.yaml``."""
 PATH_VARIABLE = "SEAP_RAY_CONFIG"
+KEYS_TITLE = """\
+Keys of the config file; on the command line: dotted.key=value. Each has the value that holds where neither sets it;
+the demo's ray_config.yaml sets some."""
 HELP_WIDTH = 100
 HELP_INDENT = " " * 6
 
@@ -92,12 +95,12 @@ def _split(argument: str) -> tuple[str, Any]:
     """Return key and value of an override."""
     key, equals, value = argument.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{argument!r} is no override; write dotted.key=value, for example pruning.ratio=0.35")
+        raise ConfigError(f"{argument!r} is not an override; write dotted.key=value, for example pruning.ratio=0.35")
 
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError:
-        raise ConfigError(f"{key}: {value!r} is no YAML value") from None
+        raise ConfigError(f"{key}: {value!r} is not valid YAML") from None
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -110,7 +113,7 @@ def _read(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'no text'})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise ConfigError(f"{path}: no YAML{f', see line {mark.line + 1}' if mark else ''}") from None
+        raise ConfigError(f"{path}: not valid YAML{f', see line {mark.line + 1}' if mark else ''}") from None
 
     # An empty file is read as None, and stands for all defaults.
     if not isinstance(values, dict | None):
@@ -140,6 +143,10 @@ def _one_line(error: ValidationError) -> str:
     where = _where(first["loc"])
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key{nearest(where, _siblings(where))}"
+
+    # Pydantic's own words would name a class.
+    if first["type"] == "model_type" and (keys := [key for key, _ in walk(Config) if key.startswith(f"{where}.")]):
+        return f"{where}: is a section with keys of its own, such as {keys[0]}"
 
     # Pydantic puts this in front of what our own validators say.
     reason = first["msg"].removeprefix("Value error, ")
@@ -179,15 +186,13 @@ def _siblings(where: str) -> list[str]:
 
 def help_text(usage: str) -> str:
     """Return ``usage`` and every key with its meaning, default and possible values, for ``--help``."""
-    lines = [usage.strip(), "", "Keys of ray_config.yaml; on the command line: dotted.key=value", ""]
+    lines = [usage.strip(), "", KEYS_TITLE, ""]
 
     titles = dict(_titles(Config))
     for key, field in walk(Config):
         section = key.rpartition(".")[0]
         if title := titles.pop(section, None):  # once, before the section's first key
             lines += ["", title, ""]
-        elif not section and lines[-1]:  # a key of no section is no part of the one above
-            lines.append("")
         lines += _key_help(key, f"= {_shown(field.default)}", field)
 
     lines += ["", "A task of your own is a mapping in the list `tasks`, with these keys:", ""]

@@ -24,8 +24,10 @@ Ratio = Annotated[float, Field(ge=0, lt=1)]
 FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 AtLeastZero = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
-GENERAL, AUTO = "general", "auto"
-"""Names of the one model for all tasks, and, in a request, of whichever the router chooses."""
+GENERAL = "general"
+"""Name of the model for all tasks."""
+AUTO = "auto"
+"""Name of the model in a request that leaves the choice to the router."""
 RESERVED = (GENERAL, "dense", AUTO, "weight_norms")
 """Names of models and files that every run has."""
 NOT_FOR_ENGINES = {
@@ -219,7 +221,8 @@ class PruningSection(Section):
     score: Score = "wifv"
     """Score that ranks query heads and MLP channels; those with the lowest are removed. `wifv`: variance of the
     activation times squared weight norm, the SEAP paper's default. `obs`: the error that is left after the best repair
-    by the others, usually the best and slowest; it and `block_wifv` need statistics `covariance`. All formulas are in
+    by the others, usually the best and slowest; it and `block_wifv` need statistics `covariance`. These two are for
+    use, and `energy` where nothing is compensated; the others are there to compare with. All formulas are in
     docs/method.md."""
     compensation: Compensation = "mean"
     """What makes up for removed columns of o_proj and down_proj. `none`: nothing. `mean`: their mean over the
@@ -283,7 +286,7 @@ class SpeedSection(Section):
     """How generation speed is measured: every model in turn, so leave the machine to it alone."""
 
     rounds: int = Field(default=3, ge=0)
-    """How often every model is measured, in turn; the median counts. 0 measures no speed."""
+    """How many times every model is measured, in turn; the median counts. 0 measures no speed."""
     batch_size: int = Field(default=1, ge=1)
     """Sequences that are generated at a time."""
     prompt_tokens: int = Field(default=128, ge=1)
@@ -335,7 +338,7 @@ class ServeSection(Section):
     """The service. No file of a run depends on it."""
 
     ratio: Ratio | None = None
-    """Pruning ratio of the models to serve; null: the smallest of pruning.ratio."""
+    """Pruning ratio of the models to serve; null: the smallest ratio that the run holds."""
     experts: tuple[str, ...] | None = None
     """Tasks whose experts are served, beside the general model; null: all. Prompts of other tasks go to the general
     model."""
@@ -364,7 +367,7 @@ class ServeSection(Section):
     """CPUs that each rank (process) of an engine reserves; on device `cpu` also its threads, rounded up."""
     num_gpus: float = Field(default=1, gt=0, le=1)
     """GPUs that each rank of an engine reserves. A part such as 0.5 lets engines share a GPU; then set
-    engine.gpu_memory_utilization to no more than that part."""
+    serve.engine.gpu_memory_utilization to no more than that part."""
     ingress_replicas: int = Field(default=1, ge=1)
     """Processes that take requests and route them."""
     min_replicas: int = Field(default=1, ge=1)
@@ -391,7 +394,7 @@ class ServeSection(Section):
     def _is_safe(self) -> "ServeSection":
         # Without keys whoever reaches the port could use the GPUs.
         if self.auth == "none" and self.host not in LOOPBACK:
-            raise ValueError(f"auth=none is for host {LOOPBACK[0]} only, not {self.host}")
+            raise ValueError(f"auth=none is for the hosts {', '.join(LOOPBACK)} only, not {self.host}")
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas={self.min_replicas} is more than max_replicas={self.max_replicas}")
         if refused := sorted({*NOT_FOR_ENGINES} & {*self.engine}):
@@ -403,7 +406,7 @@ class BenchmarksSection(Section):
     """What seap-ray bench measures; no other command reads it."""
 
     rounds: int = Field(default=5, ge=1)
-    """How often everything is measured, in turns; the median counts."""
+    """How many times everything is measured, in turns; the median counts."""
     shape: Literal["7b", "70b"] = "7b"
     """Size of the Llama whose shapes the records, plans and checkpoints have."""
     records: int = Field(default=200, ge=1)
@@ -463,8 +466,7 @@ class Config(Section):
             # The advice is for who changes the tasks of the demo's file, whose baseline names one of them.
             for task in baseline.tasks or ():
                 if task not in names:
-                    known = nearest(task, names)
-                    raise ValueError(f"pruning.baselines.{name}.tasks: {task}{known} (pruning.baselines={{}}: none)")
+                    raise ValueError(f"pruning.baselines.{name}.tasks: {_task_is_missing(task, names)}")
 
         for name in {*self.evaluation.models} & {*taken, *self.pruning.baselines}:
             raise ValueError(f"evaluation.models: {name} is the name of another model of this run")
@@ -482,7 +484,10 @@ class Config(Section):
             settings = self.plan_settings(plan)
             needs = [value for value in (settings.score, settings.compensation) if value in FROM_COVARIANCES]
             if needs and self.calibration.statistics != "covariance":
-                raise ValueError(f"pruning.{name}: {needs[0]} needs calibration.statistics=covariance")
+                raise ValueError(
+                    f"pruning.{name}: {needs[0]} needs calibration.statistics=covariance (with moments: "
+                    "pruning.score=wifv pruning.compensation=mean)"
+                )
 
             if settings.allocation == "standardised" and settings.score in FROM_COVARIANCES:
                 raise ValueError(
@@ -516,6 +521,14 @@ class Config(Section):
         )
 
 
+def _task_is_missing(task: str, names: Sequence[str]) -> str:
+    """Return what is wrong with a baseline's task that is not among the config's, and what would be right."""
+    # A misspelt name is very similar to the right one. A task that was left out is similar to none.
+    near = difflib.get_close_matches(task, names, n=1, cutoff=0.75)
+    advice = f"did you mean {near[0]}?" if near else "add it there, or set pruning.baselines={} for no baselines"
+    return f"{task} is not among tasks ({', '.join(names)}); {advice}"
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     """Return the end of an error message about an unknown word: the most similar known one, or else all of them."""
     # 0.4 is below difflib's default of 0.6: a poor guess helps more than a list of all keys.
@@ -524,10 +537,15 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every dotted key below ``section`` with its pydantic field."""
+    """Yield every dotted key below ``section`` with its pydantic field, a section's own keys before its subsections."""
+    sections: list[tuple[str, type[Section]]] = []
     for name, field in section.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, Section):
-            yield from walk(inner, f"{prefix}{name}.")
+            sections.append((name, inner))
         else:
             yield f"{prefix}{name}", field
+
+    # Last, since help has a heading for each: a key behind one would seem to belong to it.
+    for name, inner in sections:
+        yield from walk(inner, f"{prefix}{name}.")

@@ -83,12 +83,13 @@ class Router:
         """
         manifest = read_json(folder / MANIFEST_FILE)
         if not isinstance(manifest, dict):
-            raise ConfigError(f"{folder}: no router, or a torn one; the job that made the run makes it again")
+            raise ConfigError(f"{folder}: no usable router; run jobs/prune.py again, which makes it")
 
         try:
             for name, digest in manifest["files"].items():
                 if sha256_of(folder / name) != digest:
                     raise ValueError("a file is not the one that it was fitted with")
+
             # JSON has no infinity: a task without a bound has null.
             bounds = tuple(math.inf if bound is None else bound for bound in manifest["unlike"].values())
             return cls(
@@ -100,6 +101,7 @@ class Router:
                 manifest["weight"],
                 manifest["threshold"],
             )
+        # What a damaged manifest can lead to has many kinds, and all have the same remedy.
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(f"{folder}: the router cannot be read ({reason}); the job makes it again") from None
@@ -117,6 +119,7 @@ class Router:
         with atomic_write(folder / ARRAYS_FILE) as temporary:
             save_file(self.arrays, temporary)
 
+        # JSON has no infinity.
         bounds = (None if math.isinf(bound) else bound for bound in self.bounds)
         manifest = {
             "fingerprint": key,
@@ -157,14 +160,17 @@ class Router:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids; those that the tokenizer does not have are left out."""
+        # A client may send any number, and the tokenizer raises at a negative one.
         size = self.tokenizer.get_vocab_size()
         return self.tokenizer.decode([i for i in ids if 0 <= i < size])
 
     def feature(self, ids_N: np.ndarray) -> np.ndarray:
         """Return the mean of a prompt's projected embeddings [R]; the mean over all fitted prompts is zero."""
         table_VR = self.arrays["table"]
-        if not len(ids_N):
+        if not len(ids_N):  # no token, so no mean: the middle of all prompts favours no task
             return np.zeros(table_VR.shape[1])
+
+        # The table is float32 to be small; sums in float64 hardly depend on the order of the tokens.
         return table_VR.take(ids_N, axis=0).mean(0, dtype=np.float64)
 
     def logits(self, ids_N: np.ndarray) -> np.ndarray:
@@ -204,5 +210,5 @@ class Router:
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
     """Return the logarithm of the softmax over the last axis."""
-    x = x - x.max(-1, keepdims=True)
+    x = x - x.max(-1, keepdims=True)  # so that no exponential overflows
     return x - np.log(np.exp(x).sum(-1, keepdims=True))

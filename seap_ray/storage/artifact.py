@@ -152,7 +152,7 @@ def has_hash(path: StoragePath, digest: str) -> bool:
     except OSError as error:
         if not storage_path(path).is_remote:  # a disk that cannot read a file has a damaged one
             return False
-        raise IncompleteError(f"{path}: cannot be read ({error}); mend that and run the same command again") from error
+        raise IncompleteError(f"{path}: cannot be read ({error}); fix that and run the same command again") from error
 
 
 def has_size(path: StoragePath, n_bytes: int) -> bool:

@@ -53,7 +53,7 @@ def writable(path: StoragePath | Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise IncompleteError(
-            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); mend that and run the same "
+            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); fix that and run the same "
             "command again"
         ) from error
 

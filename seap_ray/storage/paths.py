@@ -379,7 +379,7 @@ def parse_path(text: str) -> StoragePath:
         return LocalPath(text).expanduser()
 
     if scheme not in SCHEMES:
-        raise ConfigError(f"{text}: {scheme}:// is not known; known are {', '.join(f'{s}://' for s in SCHEMES)}")
+        raise ConfigError(f"{text}: unknown scheme {scheme}://; use {' or '.join(f'{s}://' for s in SCHEMES)}")
     if not BUCKET.match(rest):
         raise ConfigError(f"{text}: names no bucket; write {scheme}://BUCKET/FOLDER, the bucket in small letters")
     return BucketPath(text)

@@ -79,7 +79,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("contents", "expected"),
-    [("a: [1\nb: 2\n", "no YAML, see line 2"), ("- a\n- b\n", "sections"), ("just words", "sections")],
+    [("a: [1\nb: 2\n", "not valid YAML, see line 2"), ("- a\n- b\n", "sections"), ("just words", "sections")],
 )
 def test_a_file_that_holds_no_config_is_refused(tmp_path, contents, expected):
     path = tmp_path / "bad.yaml"
@@ -283,6 +283,24 @@ def test_a_baseline_of_an_unknown_task_names_the_nearest(empty):
     assert "pruning.baselines.plain.tasks" in message and "did you mean reverse?" in message
 
 
+def test_a_baseline_of_a_task_that_was_left_out_says_what_to_do(empty):
+    message = refusal(empty, "tasks=[sort, reverse]", "pruning.baselines={plain: {tasks: [prose]}}")
+    assert "prose is not among tasks (sort, reverse)" in message and "pruning.baselines={}" in message
+
+
+def test_a_value_in_place_of_a_section_names_a_key_of_it(empty):
+    assert "pruning.allocation: is a section" in refusal(empty, "pruning.allocation=uniform")
+    assert "such as pruning.allocation.kind" in refusal(empty, "pruning.allocation=uniform")
+
+
+def test_a_sections_own_keys_come_before_its_subsections():
+    """In help a key stands under the heading above it."""
+    keys = [key for key, _ in walk(Config)]
+    assert keys.index("tasks") < keys.index("run.name")
+    assert keys.index("pruning.baselines") < keys.index("pruning.allocation.kind")
+    assert keys.index("serve.engine") < keys.index("serve.router.threshold")
+
+
 def test_what_a_plan_leaves_out_comes_from_the_pruning_section(empty):
     config = load_config([empty, "pruning.score=wifn", "pruning.allocation={kind: uniform, k: 2}", "run.seed=7"])
     whole = config.plan_settings(PlanSettings())
@@ -302,7 +320,8 @@ def test_what_a_plan_leaves_out_comes_from_the_pruning_section(empty):
 def test_what_needs_covariances_asks_for_them(empty):
     for key in ("pruning.compensation=least_squares", "pruning.score=obs", "pruning.score=block_wifv"):
         assert refusal(empty, key).endswith(
-            f"pruning.experts: {key.partition('=')[2]} needs calibration.statistics=covariance"
+            f"pruning.experts: {key.partition('=')[2]} needs calibration.statistics=covariance (with moments: "
+            "pruning.score=wifv pruning.compensation=mean)"
         )
     assert "pruning.general: least_squares" in refusal(empty, "pruning.general.compensation=least_squares")
     assert "pruning.baselines.mine: obs" in refusal(empty, "pruning.baselines={mine: {score: obs}}")

@@ -116,13 +116,13 @@ def test_a_wrong_key_is_one_line_before_any_heavy_import(verb):
 @pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if not verb.takes_words])
 def test_a_word_is_refused_where_none_is_taken(verb, capsys):
     assert main([verb, "word"]) == 2
-    assert capsys.readouterr().err.startswith("error: 'word' is no override; write dotted.key=value")
+    assert capsys.readouterr().err.startswith("error: 'word' is not an override; write dotted.key=value")
 
 
 @pytest.mark.parametrize("verb", ["report", "bench"])
 def test_an_option_that_is_not_known_is_refused(verb, capsys):
     assert main([verb, "--fast"]) == 2
-    assert "'--fast' is no override" in capsys.readouterr().err
+    assert "'--fast' is not an override" in capsys.readouterr().err
 
 
 def test_words_and_keys_come_apart_whatever_their_order(monkeypatch):

@@ -73,7 +73,7 @@ def test_the_general_model_and_all_experts_of_the_smallest_ratio_are_served_and_
         (["serve.ratio=0.3"], "serve.ratio: .* holds 0.20, 0.50, not 0.3"),
         (["serve.experts=[gamma]"], "serve.experts: .* holds no expert gamma; it holds alpha, beta"),
         (["serve.experts=[wanda_sp]"], "serve.experts: .* holds no expert wanda_sp"),
-        ([], "router: no router, or a torn one"),
+        ([], "router: no usable router"),
     ],
 )
 def test_what_is_not_there_is_named(app, run, arguments, message):
@@ -109,7 +109,7 @@ def test_a_general_model_alone_needs_no_router(app, run):
         (["serve.engine.trust_remote_code=true"], "engine.trust_remote_code would let code in"),
         (["serve.engine.model=x"], "engine.model is set by the service itself"),
         (["serve.min_replicas=3", "serve.max_replicas=2"], "min_replicas=3 is more than max_replicas=2"),
-        (["serve.auth=none", "serve.host=10.0.0.1"], "auth=none is for host 127.0.0.1 only"),
+        (["serve.auth=none", "serve.host=10.0.0.1"], "auth=none is for the hosts 127.0.0.1, localhost, ::1 only"),
         (["serve.port=0"], "serve.port"),
     ],
 )
@@ -142,10 +142,10 @@ def test_engines_are_told_every_limit(app, run):
 @pytest.mark.parametrize(
     ("arguments", "gpus", "engines", "reason"),
     [
-        (["serve.device=cpu"], 0, 1, "one engine for 3 models of equal shapes: there is room for 1"),
-        (["serve.device=gpu"], 2, 1, "one engine for 3 models of equal shapes: there is room for 2"),
-        (["serve.device=gpu"], 3, 3, "an engine for each model: there is room for 3"),
-        (["serve.device=gpu", "serve.num_gpus=0.5"], 2, 3, "an engine for each model: there is room for 4"),
+        (["serve.device=cpu"], 0, 1, "one engine for 3 models of equal shapes: there is room for 1 engine"),
+        (["serve.device=gpu"], 2, 1, "one engine for 3 models of equal shapes: there is room for 2 engines"),
+        (["serve.device=gpu"], 3, 3, "an engine for each model: there is room for 3 engines"),
+        (["serve.device=gpu", "serve.num_gpus=0.5"], 2, 3, "an engine for each model: there is room for 4 engines"),
         (["serve.device=gpu", "serve.engine.tensor_parallel_size=2"], 4, 1, ".* room for 2"),
         (["serve.device=gpu", "serve.packing=shared"], 8, 1, "one engine for 3 models of equal shapes"),
         (["serve.device=cpu", "serve.packing=separate"], 0, 3, "an engine for each model"),

@@ -253,7 +253,9 @@ def test_without_keys_a_proxy_on_this_machine_is_not_this_machine(header):
 
 def test_without_keys_another_address_is_no_configuration(tmp_path):
     (tmp_path / "c.yaml").write_text("serve: {auth: none, host: 0.0.0.0}")
-    with pytest.raises(ConfigError, match="serve: .*auth=none is for host 127.0.0.1 only, not 0.0.0.0"):
+    with pytest.raises(
+        ConfigError, match="serve: .*auth=none is for the hosts 127.0.0.1, localhost, ::1 only, not 0.0.0.0"
+    ):
         load_config([f"config={tmp_path}/c.yaml"])
 
 

@@ -104,7 +104,7 @@ def test_a_folder_takes_the_place_of_another_and_its_manifest_comes_last(bucket,
     [
         ("s3://", "names no bucket; write s3://BUCKET/FOLDER"),
         ("s3://My Bucket/x", "names no bucket"),
-        ("gcs://lab/x", "gcs:// is not known; known are s3://, gs://"),
+        ("gcs://lab/x", "unknown scheme gcs://; use s3:// or gs://"),
     ],
 )
 def test_what_names_no_bucket_is_refused(text, said):
