@@ -58,12 +58,12 @@ class Chooser:
         watch: Watch,
         *,
         threshold: float | None,
-        fallback_named: bool,
+        named_falls_back: bool,
     ):
         self._models = models
         self._router = router
         self._watch = watch
-        self._fallback_named = fallback_named
+        self._named_falls_back = named_falls_back
         self.threshold = router.threshold if router and threshold is None else threshold
         self._routing = ThreadPoolExecutor(ROUTING_THREADS, "routing")
         self._seconds = metrics.Histogram(
@@ -94,7 +94,7 @@ class Chooser:
             ApiError: 503 when the general model may not answer for it, or is down as well.
         """
         # Who names an expert may not want another's answer; ``auto`` leaves the choice to the service.
-        may_fall_back = self._fallback_named or decision.reason != "named"
+        may_fall_back = self._named_falls_back or decision.reason != "named"
         if decision.model != GENERAL and may_fall_back and self._watch.is_up(GENERAL):
             return replace(decision, model=GENERAL, reason="expert_down")
 

@@ -35,14 +35,19 @@ PAGE_POLICY = (
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Settings of the ingress. ``key_hashes`` is None when authentication is off."""
+    """Settings of the ingress."""
 
     experts: tuple[Expert, ...]
     router: Path | None
+    """Folder of the router; None where no expert is served."""
     threshold: float | None
-    fallback_named: bool
-    is_single: bool
+    """The value of ``serve.router.threshold``; None for the router's fitted one."""
+    named_falls_back: bool
+    """Whether the general model also stands in for an expert that a request names; for a routed one it always does."""
+    has_one_replica: bool
+    """Whether each model has one engine at most, so that a failed request says that the model is down."""
     key_hashes: tuple[bytes, ...] | None
+    """SHA-256 of every API key; None when authentication is off."""
     max_body_bytes: int
     max_sequences: int
     timeout_s: float
@@ -70,14 +75,14 @@ class ExpertIngress(OpenAiIngress):
 
         deployments = {model: handle.deployment_name for model, handle in llm_deployments.items()}
         # A shared engine restarts itself, so a failed request is no reason to take its models for down.
-        is_single = service.is_single and not service.is_shared
-        self._watch = Watch(deployments, serve.get_replica_context().app_name, is_single=is_single)
+        is_evidence = service.has_one_replica and not service.is_shared
+        self._watch = Watch(deployments, serve.get_replica_context().app_name, has_one_replica=is_evidence)
         self._chooser = Chooser(
             llm_deployments,
             Router.load(service.router) if service.router else None,
             self._watch,
             threshold=service.threshold,
-            fallback_named=service.fallback_named,
+            named_falls_back=service.named_falls_back,
         )
         self._calls = ModelCalls(
             self._get_configured_serve_handle, self._chooser, self._watch, timeout_s=service.timeout_s

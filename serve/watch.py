@@ -19,13 +19,13 @@ DOUBT_S = 5.0
 class Watch:
     """The state of the models, without waiting: a thread of its own queries Serve, from an alarm until all are up.
 
-    ``is_single`` says that every model has one replica, so that a failed request is evidence about the model.
+    ``has_one_replica`` says that every model has one replica, so that a failed request is evidence about the model.
     """
 
-    def __init__(self, deployments: Mapping[str, str], app_name: str, *, is_single: bool):
+    def __init__(self, deployments: Mapping[str, str], app_name: str, *, has_one_replica: bool):
         self._deployments = dict(deployments)
         self._app_name = app_name
-        self._is_single = is_single
+        self._has_one_replica = has_one_replica
         # Until the first query all count as down: the ingress may start before its models.
         self._down = frozenset(deployments)
         self._gone: frozenset[str] = frozenset()
@@ -47,7 +47,7 @@ class Watch:
     def doubt(self, model: str) -> None:
         """Note that a request to ``model`` failed in the way of one whose engine died."""
         # Of several replicas the others may be well, so there the status alone counts.
-        if self._is_single:
+        if self._has_one_replica:
             self._doubted[model] = time.monotonic() + DOUBT_S
         self._alarm.set()
 

@@ -35,10 +35,10 @@ class PlayedRouter:
         return f"verse 0.{ids[0]}"
 
 
-def chooser(*down, fallback_named=True, threshold=None, router=True):
+def chooser(*down, named_falls_back=True, threshold=None, router=True):
     watch = SimpleNamespace(is_up=lambda model: model not in down)
     played = PlayedRouter() if router else None
-    return Chooser(MODELS, played, watch, threshold=threshold, fallback_named=fallback_named)
+    return Chooser(MODELS, played, watch, threshold=threshold, named_falls_back=named_falls_back)
 
 
 def choose(made, model, *prompts):
@@ -110,7 +110,7 @@ def test_what_is_said_of_the_prompt_stays_true_when_another_model_stands_in():
 @pytest.mark.parametrize(
     ("made", "model"),
     [
-        (chooser("sums", fallback_named=False), "sums"),
+        (chooser("sums", named_falls_back=False), "sums"),
         (chooser("sums", "general"), "auto"),
         (chooser("general"), "general"),
         (chooser("general", router=False), "auto"),
@@ -123,7 +123,7 @@ def test_what_nobody_stands_in_for_is_503_and_says_when_to_come_back(made, model
 
 
 def test_a_routed_prompt_is_stood_in_for_even_where_a_name_is_not():
-    assert choose(chooser("sums", fallback_named=False), "auto", "sums 0.9") == ("general", "expert_down")
+    assert choose(chooser("sums", named_falls_back=False), "auto", "sums 0.9") == ("general", "expert_down")
 
 
 # --- what fails ------------------------------------------------------------------------------------------------------
@@ -138,12 +138,12 @@ def module():
     return serve.model_calls
 
 
-def calls(module, *outcomes, is_single):
+def calls(module, *outcomes, has_one_replica):
     """Calls to models that give ``outcomes`` one after the other, and that note whom they ask."""
     down, left = set(), iter(outcomes)
-    doubt = down.add if is_single else lambda model: None
+    doubt = down.add if has_one_replica else lambda model: None
     watch = SimpleNamespace(is_up=lambda model: model not in down, doubt=doubt, alarm=lambda: None)
-    chooser = Chooser(MODELS, None, watch, threshold=None, fallback_named=True)
+    chooser = Chooser(MODELS, None, watch, threshold=None, named_falls_back=True)
     made = module.ModelCalls(None, chooser, watch, timeout_s=600)
     made.asked = []
 
@@ -166,7 +166,7 @@ def begin(made):
 
 
 @pytest.mark.parametrize(
-    ("is_single", "outcomes", "answer", "asked"),
+    ("has_one_replica", "outcomes", "answer", "asked"),
     [
         (True, [DEAD, "hello"], ("general", "expert_down", "hello"), ["verse", "general"]),
         (False, [DEAD, "hello"], ("verse", "named", "hello"), ["verse", "verse"]),
@@ -174,16 +174,16 @@ def begin(made):
     ],
 )
 @pytest.mark.vllm
-def test_a_dead_replica_of_several_is_no_dead_model(module, is_single, outcomes, answer, asked):
-    made = calls(module, *outcomes, is_single=is_single)
+def test_a_dead_replica_of_several_is_no_dead_model(module, has_one_replica, outcomes, answer, asked):
+    made = calls(module, *outcomes, has_one_replica=has_one_replica)
     assert begin(made) == answer and made.asked == asked
 
 
-@pytest.mark.parametrize("is_single", [True, False])
+@pytest.mark.parametrize("has_one_replica", [True, False])
 @pytest.mark.vllm
-def test_who_asks_dead_engines_alone_is_told_to_come_back(module, is_single):
+def test_who_asks_dead_engines_alone_is_told_to_come_back(module, has_one_replica):
     with pytest.raises(ApiError, match="is being started again"):
-        begin(calls(module, *[DEAD] * 9, is_single=is_single))
+        begin(calls(module, *[DEAD] * 9, has_one_replica=has_one_replica))
 
 
 def as_vllm_says(error):
@@ -198,7 +198,7 @@ def test_a_failure_of_a_healthy_engine_takes_no_model_down(module):
 
     for error, status in ((GenerationError("secret detail"), 500), (NotImplementedError("secret detail"), 501)):
         failure = module.refused(as_vllm_says(error))
-        made = calls(module, failure, is_single=True)
+        made = calls(module, failure, has_one_replica=True)
         with pytest.raises(ApiError, match="^vLLM failed at this request$") as told:
             begin(made)
         assert told.value.status == status and made.asked == ["verse"] and made._watch.is_up("verse")

@@ -35,8 +35,8 @@ def states(monkeypatch):
         time.sleep(0.3)
 
 
-def watch(is_single=True):
-    return Watch({"general": "g", "expert": "e"}, "app", is_single=is_single)
+def watch(has_one_replica=True):
+    return Watch({"general": "g", "expert": "e"}, "app", has_one_replica=has_one_replica)
 
 
 def becomes(condition):
@@ -87,7 +87,7 @@ def test_a_stopping_replica_takes_nothing_new_and_ends_what_it_has(states):
 
 
 def test_a_failed_request_is_believed_for_a_while_where_it_speaks_for_the_model(states):
-    single, several = watch(), watch(is_single=False)
+    single, several = watch(), watch(has_one_replica=False)
     becomes(lambda: single.is_up("expert") and several.is_up("expert"))
     for made in (single, several):
         made.doubt("expert")
