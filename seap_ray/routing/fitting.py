@@ -83,6 +83,7 @@ def _load_tokenizer(checkpoint: "Checkpoint", *, trust_remote_code: bool) -> Tok
     if not isinstance(backend, Tokenizer):
         raise ConfigError(f"model.source: {checkpoint.folder} has no tokenizer.json, which the router needs")
 
+    # A copy, since what follows would change the tokenizer of its owner, too.
     tokenizer = Tokenizer.from_str(backend.to_str())
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -140,11 +141,13 @@ def _fit_arrays(router: Router, checkpoint: "Checkpoint", fitting: Labelled) -> 
     else:
         table = np.zeros((n_tokens, 1), np.float32)
 
+    # The classifier is fitted on the features that the router itself computes from the rounded table.
     router = replace(router, arrays={"table": table})
     features_PR = np.array([router.feature(prompt_ids) for prompt_ids in ids])
     coefficients, intercepts = _fit_regression(features_PR, labels_P, n_tasks)
     arrays = {"table": table, "coefficients": coefficients, "intercepts": intercepts}
     arrays |= _pair_probabilities(ids, labels_P, n_tasks, n_tokens)
+
     # safetensors writes an array's memory as it lies, transposed or not.
     return replace(router, arrays={name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
@@ -156,7 +159,7 @@ def _projected_embeddings(checkpoint: "Checkpoint", ids: list[np.ndarray], n_tok
     """Return the embeddings on the whitened principal components of the prompts' means: [V, R], centred, float32."""
     from sklearn.decomposition import PCA
 
-    name = checkpoint.architecture.layout.embedding
+    name = checkpoint.architecture.family.embedding
     if name not in checkpoint.tensors:
         raise ConfigError(f"model.source: {checkpoint.folder} has no tensor {name}")
     embedding_VD = checkpoint.read(name)
@@ -169,6 +172,7 @@ def _projected_embeddings(checkpoint: "Checkpoint", ids: list[np.ndarray], n_tok
     variance_R = pca.explained_variance_
     kept = variance_R > 1e-8 * variance_R[0]
     kept[0] = True
+    # Whitened: every component has variance 1, so the regression's penalty treats all alike.
     projection_DR = (pca.components_[kept] / np.sqrt(np.maximum(variance_R[kept], 1e-30))[:, None]).T
 
     table_VR = np.zeros((n_tokens, projection_DR.shape[1]), np.float32)  # a token without embedding says nothing
@@ -258,20 +262,24 @@ def _pair_probabilities(ids: list[np.ndarray], labels_P: np.ndarray, n_tasks: in
     after_K = keys_K % n
     counts_KT = np.bincount(at * n_tasks + labels, minlength=len(keys_K) * n_tasks).reshape(-1, n_tasks)
 
-    tokens_VT = _sum_by_token(after_K, counts_KT, n)
-    token_VT = _smooth(tokens_VT, _smooth(tokens_VT.sum(1, keepdims=True), np.full((n, 1), 1 / n)))
-    total_VT = _sum_by_token(before_K, counts_KT, n)
+    # p(b): counts of tokens, smoothed by those of all tasks.
+    token_counts_VT = _sum_by_token(after_K, counts_KT, n)
+    all_tasks_V1 = _smooth(token_counts_VT.sum(1, keepdims=True), np.full((n, 1), 1 / n))
+    token_probs_VT = _smooth(token_counts_VT, all_tasks_V1)
+
+    # count(a) and kinds(a).
+    pair_counts_VT = _sum_by_token(before_K, counts_KT, n)
     kinds_VT = _sum_by_token(before_K, counts_KT > 0, n)
 
     # After a token that a task has never seen, p(b) alone.
-    rest_VT = np.where(total_VT > 0, kinds_VT / np.maximum(total_VT + kinds_VT, 1), 1.0)
-    seen_KT = counts_KT / np.maximum(total_VT + kinds_VT, 1)[before_K]
+    rest_VT = np.where(pair_counts_VT > 0, kinds_VT / np.maximum(pair_counts_VT + kinds_VT, 1), 1.0)
+    discounted_KT = counts_KT / np.maximum(pair_counts_VT + kinds_VT, 1)[before_K]
     return {
-        "seen": tokens_VT[:-1].any(1),
-        "token_logs": np.log(token_VT).astype(np.float32),
+        "seen": token_counts_VT[:-1].any(1),  # without the last, which is no token
+        "token_logs": np.log(token_probs_VT).astype(np.float32),
         "rest_logs": np.log(rest_VT).astype(np.float32),
         "pair_keys": keys_K,
-        "pair_logs": np.log(seen_KT + rest_VT[before_K] * token_VT[after_K]).astype(np.float32),
+        "pair_logs": np.log(discounted_KT + rest_VT[before_K] * token_probs_VT[after_K]).astype(np.float32),
     }
 
 
@@ -291,8 +299,9 @@ def _smooth(counts_VT: np.ndarray, rest: np.ndarray) -> np.ndarray:
 
 def _calibrate(router: Router, calibration: Labelled) -> Router:
     """Return the router with bounds, temperature, weight and threshold from prompts that it was not fitted on."""
-    if not calibration:
+    if not calibration:  # too few prompts to spare any
         return router
+
     ids = [router.ids(text) for text, _ in calibration]
     labels_P = np.array([router.tasks.index(task) for _, task in calibration])
     surprise_PT = np.array([router.surprise(prompt_ids) for prompt_ids in ids])
@@ -318,6 +327,8 @@ def _surprise_bound(surprise_P: np.ndarray) -> float:
     n = len(surprise_P)
     if n < 2:
         return math.inf
+
+    # The next prompt spreads around a mean that is itself uncertain: hence 1 + 1 / n.
     spread = float(surprise_P.std(ddof=1)) * math.sqrt(1 + 1 / n)
     return float(surprise_P.mean()) + float(t.ppf(OOD_QUANTILE, n - 1)) * spread
 
@@ -330,8 +341,9 @@ def _temperature_and_weight(logits_PT: np.ndarray, pairs_PT: np.ndarray, labels_
     from scipy.optimize import minimize
 
     n, n_tasks = logits_PT.shape
-    if n_tasks == 1:
+    if n_tasks == 1:  # its probability is 1 whatever the factors are
         return 1.0, 0.0
+
     targets_PT = (np.eye(n_tasks)[labels_P] * n + 1) / (n + n_tasks)
     evidence_FPT = np.stack([logits_PT, pairs_PT])
 
@@ -341,6 +353,7 @@ def _temperature_and_weight(logits_PT: np.ndarray, pairs_PT: np.ndarray, labels_
         slope_PT = np.exp(log_p_PT) - targets_PT
         return -float((targets_PT * log_p_PT).sum()) / n, (evidence_FPT * slope_PT).sum((1, 2)) / n
 
+    # Convex, so the start does not matter. The bounds keep both finite where the tasks part without an error.
     classifier, pair_model = minimize(loss, [1.0, 0.1], jac=True, bounds=[(0.1, 10), (0, 10)], tol=1e-10).x
     return 1 / float(classifier), float(pair_model / classifier)
 
@@ -348,6 +361,7 @@ def _temperature_and_weight(logits_PT: np.ndarray, pairs_PT: np.ndarray, labels_
 def _confidences(router: Router, calibration: Labelled) -> Iterator[tuple[float, bool]]:
     """Yield the confidence of every prompt that is like some task, and whether its likeliest task is right."""
     for text, task in calibration:
+        # At threshold 0 a prompt has no task only where it is unlike all, which no threshold changes.
         route = router.route(text, threshold=0)
         if route.task:
             yield route.confidence, route.task == task
@@ -358,6 +372,7 @@ def _choose_threshold(routed: list[tuple[float, bool]]) -> float:
 
     Where no confidence reaches it, the one with the largest share of right prompts.
     """
+    # Where all together are precise enough, no prompt need be held back.
     if not routed or sum(right for _, right in routed) >= TARGET_PRECISION * len(routed):
         return 0.0
 
@@ -414,6 +429,7 @@ def _by_embeddings(router: Router, text: str) -> str:
 
 def _coverage_at(threshold: float, routes: list[tuple[Route, str]]) -> dict[str, float | None]:
     """Return the share of prompts that a threshold sends to an expert, and the share of these that is right."""
+    # As ``route`` would decide with this threshold; its decision with the fitted one is not used.
     sent = [(route, task) for route, task in routes if route.reason != "unlike" and route.confidence >= threshold]
     return {
         "threshold": threshold,

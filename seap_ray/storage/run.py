@@ -46,7 +46,7 @@ class Run:
         return self.root / "shards" / task
 
     def records(self, task: str) -> StoragePath:
-        """Return the folder of a task's statistics, one file a shard."""
+        """Return the folder of a task's records: the statistics of every shard, one file each."""
         return self.root / "records" / task
 
     def statistics(self, task: str) -> StoragePath:

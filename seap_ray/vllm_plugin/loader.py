@@ -24,6 +24,7 @@ class ExpertLoader(DefaultModelLoader):
     """Reads every file the first time, and afterwards those that the checkpoint in the engine does not have."""
 
     def __init__(self, load_config: LoadConfig):
+        # vLLM's own reader knows no format of our name.
         super().__init__(replace(load_config, load_format="safetensors"))
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Generator[tuple[str, Tensor], None, None]:
@@ -41,6 +42,7 @@ class ExpertLoader(DefaultModelLoader):
         # On a reload vLLM warns that modules which receive no tensor failed to load. They are meant to stay.
         logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
         for file_name in sorted(files):
+            # Other files have the same names in every checkpoint, and other contents.
             is_in_engine = file_name.startswith(SHARED) and file_name in loaded_files
             if not is_in_engine:
                 yield from _tensors(folder / file_name)
@@ -55,6 +57,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _weight_files(folder: Path) -> frozenset[str]:
     """Return the names of a checkpoint's weight files."""
+    # A checkpoint of one file needs no index.
     index = folder / INDEX
     if not index.is_file():
         return frozenset({"model.safetensors"})

@@ -35,6 +35,7 @@ class SeapDecoderLayer(LlamaDecoderLayer):
     """A decoder layer of Llama, Mistral, Qwen2 or Phi-3 with its own widths."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: LlamaConfig | None = None):
+        # As vLLM's own layer chooses it.
         model_config: Any = config or vllm_config.model_config.hf_config
         layer_config = _layer_config(model_config, prefix)
         super().__init__(vllm_config, prefix, config=layer_config)
@@ -111,9 +112,12 @@ class SeapOPTAttention(opt.OPTAttention):
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ):
+        # Not vLLM's own constructor, which would build projections for the other head size.
         nn.Module.__init__(self)
         self.embed_dim, self.head_dim, self.scaling = embed_dim, head_dim, head_dim**-0.5
         self.num_heads = num_heads // get_tensor_model_parallel_world_size()
+
+        # These take the number of all heads, and split it over the ranks themselves.
         self.qkv_proj = QKVParallelLinear(
             embed_dim, head_dim, num_heads, bias=bias, quant_config=quant_config, prefix=f"{prefix}.qkv_proj"
         )
@@ -142,13 +146,15 @@ def _layer_config(model_config: Any, prefix: str) -> Any:
 
 
 def _add_biases(layer: Any, layer_config: Any, quant_config: QuantizationConfig | None, prefix: str) -> None:
-    """Give ``o_proj`` and ``down_proj`` the output biases that the checkpoint has and vLLM's own layer has not."""
+    """Give ``o_proj`` and ``down_proj`` the output biases that the checkpoint has and vLLM's own layer lacks."""
     family = family_of(layer_config.model_type)
     o_proj_width = layer_config.num_attention_heads * layer_config.head_dim
 
     # vLLM's Qwen 3 has no bias on o_proj, whatever the family's configuration says.
     has_family_bias = isinstance(family.o_bias, tuple) and getattr(layer_config, family.o_bias[0])
     is_missing = has_family_bias and layer.get_submodule(family.o_proj).bias is None
+
+    # The down_proj of an MoE's experts get no bias.
     widths = {}
     if layer_config.o_proj_bias or is_missing:
         widths[family.o_proj] = o_proj_width
@@ -163,6 +169,7 @@ def _add_biases(layer: Any, layer_config: Any, quant_config: QuantizationConfig 
             quant_config=quant_config,
             prefix=f"{prefix}.{name}",
         )
+        # In place of vLLM's own, before weights arrive.
         layer.set_submodule(name, linear)
 
 
@@ -175,6 +182,7 @@ def _check_divisible(layer_config: PreTrainedConfig, ranks: int, prefix: str) ->
     heads = layer_config.num_attention_heads
     channels = getattr(layer_config, family.channels_key)
     kv_heads = getattr(layer_config, family.groups_key) if family.groups_key else heads
+
     if heads % ranks or channels % ranks or (kv_heads % ranks and ranks % kv_heads):
         raise ValueError(
             f"{prefix} has {heads} heads, {kv_heads} key-value heads and {channels} channels, which do not divide by "
@@ -192,7 +200,7 @@ def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
     setattr(owner, name, replacement)
     try:
         yield
-    finally:
+    finally:  # whatever happens: the module also builds models that are not compacted
         setattr(owner, name, original)
 
 
@@ -221,6 +229,7 @@ class _CheckedModel:
             weights, self.config, self._declared, is_quantized=is_quantized, are_all=not self.is_loaded
         )
         loaded = super().load_weights(checked_weights)  # type: ignore[misc]
+        # Only now: a load that has failed leaves a model without some of its tensors.
         self.is_loaded = True
         return loaded
 
@@ -308,12 +317,13 @@ def _checked(
     """
     tensor: Tensor
 
-    # ``compared`` looks at names and shapes alone, and asks for the next one when the last has been judged. So the
-    # tensor that it has just let through is the one at hand.
     def names_and_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield what ``compared`` looks at, and keep the tensor itself at hand."""
         nonlocal tensor
         for name, tensor in weights:
             yield name, tuple(tensor.shape)
 
+    # ``compared`` asks for the next tensor when the last has been judged, so the one at hand is what it has just let
+    # through.
     for name in compared(names_and_shapes(), config, expected, is_quantized=is_quantized, are_all=are_all):
         yield name, tensor

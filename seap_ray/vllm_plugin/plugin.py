@@ -24,8 +24,10 @@ END_WITH_PARENT = "SEAP_RAY_END_WITH_PARENT"
 
 def register() -> None:
     """Register every compacted family and the loader with vLLM. A second call changes nothing."""
+    # vLLM calls this in every process of an engine, so it is the place for what each of them should do at its start.
     if os.environ.get(END_WITH_PARENT):
         _end_with_parent()
+
     from vllm import ModelRegistry
 
     import seap_ray.models.hf  # noqa: F401  registers the configurations with transformers
@@ -54,7 +56,7 @@ def _end_with_parent() -> None:
     An engine that outlives its server keeps its memory and answers nobody.
     """
     parent = multiprocessing.parent_process()
-    if parent is None:
+    if parent is None:  # not started by vLLM, such as the server itself
         return
 
     def wait() -> None:
@@ -79,9 +81,13 @@ def check_registered() -> None:
             "the vLLM plugin of seap_ray is not installed in this environment, and a working folder alone does not "
             "carry it: run `python3 -m seap_ray.install`, or `pip install .` in the image of every node"
         )
+
+    # The variable is a list of the plugins that vLLM loads; without it vLLM loads all.
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and NAME not in [name.strip() for name in allowed.split(",")]:
         raise ConfigError(f"VLLM_PLUGINS={allowed} keeps vLLM from loading seap_ray; add {NAME} to it")
+
+    # Called here as vLLM would call it, since vLLM logs its error and goes on.
     try:
         register_with_vllm = plugins[0].load()
         register_with_vllm()
