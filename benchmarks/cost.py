@@ -81,8 +81,8 @@ GPU_MEMORY_RATE = 0.7 * 3.35e12
 GPU_COPY_RATE = 8e9
 """Bytes from mapped pages to a GPU in a second."""
 GPU_RATES: dict[str, Any] = {
-    "flops": H100.flops,
-    "attention": H100.flops,
+    "flops": H100.flop_per_s,
+    "attention": H100.flop_per_s,
     "passes": (GPU_MEMORY_RATE,) * len(ARRAY_BYTES),
     "faults": math.inf,
 }
@@ -374,8 +374,8 @@ def _planner(config: Config, checkpoint: Checkpoint, run: Run) -> Planner:
     """Return a planner of random statistics."""
     norms = {}
     for layer in range(LAYERS):
-        for site, found in _layer_norms(checkpoint, layer).items():
-            norms[layer, site] = found
+        for site, norms_of_site in _layer_norms(checkpoint, layer).items():
+            norms[layer, site] = norms_of_site
     statistics = {"sort": random_statistics(checkpoint.architecture, seed=0)}
     return Planner(config, checkpoint, statistics, norms, {"sort": ""}, {}, run)
 
@@ -401,7 +401,7 @@ def predict_on_gpus(model: ModelSize, core: Machine, gpus: int) -> dict[str, Any
     computing = n_tokens * forward_seconds(model, gpu, LONG_SEQUENCE, BATCH_TOKENS)
     recording = n_tokens * statistics_seconds(model, gpu)
     # The first pass reads from shared storage, the others from the page cache.
-    reads = [streamed_bytes(model) / rate for rate in (H100.read, *[GPU_COPY_RATE] * (rounds - 1))]
+    reads = [streamed_bytes(model) / rate for rate in (H100.read_bytes_per_s, *[GPU_COPY_RATE] * (rounds - 1))]
 
     written = MODELS * pruned_bytes(model, RATIO)
     writers = min(cores, MODELS * math.ceil(written / MODELS / FILE_BYTES))
@@ -412,7 +412,7 @@ def predict_on_gpus(model: ModelSize, core: Machine, gpus: int) -> dict[str, Any
         "merge": -(-TASKS // cores) * merging_seconds(model, core, SHARDS_PER_TASK),
         "norms": -(-n_layers // cores) * norms_seconds(model, core) / n_layers,
         "plans": MODELS * planning_seconds(model, core),
-        "compaction": max(cutting, written / nodes / H100.write),
+        "compaction": max(cutting, written / nodes / H100.write_bytes_per_s),
     }
     parts = {
         "calibration: workers, passes of each": [workers, rounds],

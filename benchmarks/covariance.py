@@ -12,57 +12,73 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from seap_ray.core.moments import SITES, Covariance, Moments, Site
 from seap_ray.core.reconstruction import choose_ridge, least_squares, obs
 from seap_ray.models.recorder import recording
 from seap_ray.models.records import load_covariance, save_covariances, save_moments
+from seap_ray.storage.paths import LocalPath, StoragePath
 
-ROUNDS, SEQUENCE, HEAD_DIM = 3, 512, 128
+ROUNDS = 3
+SEQUENCE = 512
+HEAD_DIM = 128
+VOCABULARY = 64
+RIDGE = 0.01
+POLL_S = 0.02
+"""Seconds between two looks at the process's memory."""
 SHAPE = LlamaConfig(
-    hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=1, vocab_size=64
+    hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=1, vocab_size=VOCABULARY
 )
+OUTPUT_MODULES: dict[Site, str] = {"attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 
 
 def main(tokens: int) -> None:
+    """Measure every step, and print seconds and gigabytes as JSON."""
     torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
     torch.manual_seed(0)
     model = LlamaModel(SHAPE).eval()
-    found = {"threads": torch.get_num_threads(), "tokens": tokens, **_recording(model, tokens)}
-    moments, covariances = _recorded(model, tokens)
+    report = {"threads": torch.get_num_threads(), "tokens": tokens, **_recording_times(model, tokens)}
+    covariances = _record(model, tokens)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "statistics.safetensors"
+        path = LocalPath(folder) / "statistics.safetensors"
+        moments: dict[tuple[int, Site], Moments] = {(0, site): covariances[site] for site in SITES}
         save_moments(path, moments)
-        found |= _timed("write", lambda: save_covariances(path, 0, covariances))
-        found["bytes"] = sum(file.stat().st_size for file in path.with_suffix(".covariances").iterdir())
-        for site, module in {"attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}.items():
+        report |= _timed("write", lambda: save_covariances(path, 0, covariances))
+        report["bytes"] = sum(file.stat().st_size for file in path.with_suffix(".covariances").iterdir())
+        for site, module in OUTPUT_MODULES.items():
             weight_OD = model.layers[0].get_submodule(module).weight.detach()
-            found |= _site(path, site, weight_OD)
-    print(json.dumps(found, indent=2))
+            report |= _site_times(path, site, weight_OD)
+    print(json.dumps(report, indent=2))
 
 
-def _site(path: Path, site: Site, weight_OD: torch.Tensor) -> dict[str, Any]:
+def _site_times(path: StoragePath, site: Site, weight_OD: Tensor) -> dict[str, Any]:
+    """Return the times of what planning and export do with a site's covariance."""
     read: list[Covariance] = []
-    found = _timed(f"{site} read", lambda: read.append(load_covariance(path, (0, site))))
-    covariance, width = read[0], weight_OD.shape[1]
-    kept_S = torch.arange(0, width, 2)
-    found |= _timed(f"{site} least squares", lambda: least_squares(covariance, weight_OD, kept_S, ridge=0.01))
-    found |= _timed(f"{site} ridge", lambda: choose_ridge(covariance, covariance, weight_OD))
+    times = _timed(f"{site} read", lambda: read.append(load_covariance(path, (0, site))))
+    covariance = read[0]
+    kept_S = torch.arange(0, weight_OD.shape[1], 2)
     block = HEAD_DIM if site == "attn" else 1
-    return found | _timed(f"{site} obs", lambda: obs(covariance, weight_OD, block=block, ridge=0.01))
+    times |= _timed(f"{site} least squares", lambda: least_squares(covariance, weight_OD, kept_S, ridge=RIDGE))
+    times |= _timed(f"{site} ridge", lambda: choose_ridge(covariance, covariance, weight_OD))
+    times |= _timed(f"{site} obs", lambda: obs(covariance, weight_OD, block=block, ridge=RIDGE))
+    return times
+
+
+def _random_ids(tokens: int) -> Tensor:
+    return torch.randint(VOCABULARY, (tokens // SEQUENCE, SEQUENCE))
 
 
 @torch.inference_mode()
-def _recording(model: LlamaModel, tokens: int) -> dict[str, Any]:
-    """Seconds of a batch with moments and with covariances over those of the bare forward, medians of rounds."""
-    ids_BT = torch.randint(64, (tokens // SEQUENCE, SEQUENCE))
+def _recording_times(model: LlamaModel, tokens: int) -> dict[str, Any]:
+    """Return the seconds of a batch with moments and with covariances over those of the bare forward, medians."""
+    ids_BT = _random_ids(tokens)
     seconds: dict[str, list[float]] = {"bare": [], "moments": [], "covariance": []}
     for _ in range(ROUNDS):
         for name, layers in (("bare", None), ("moments", ()), ("covariance", (0,))):
@@ -73,41 +89,48 @@ def _recording(model: LlamaModel, tokens: int) -> dict[str, Any]:
                 with recording(model, None, covariances=layers):
                     model(ids_BT)
             seconds[name].append(time.perf_counter() - started)
+
     bare = median(seconds["bare"])
-    return {"forward s": bare, **{f"{name} / bare": median(seconds[name]) / bare for name in ("moments", "covariance")}}
+    ratios = {f"{name} / bare": median(seconds[name]) / bare for name in ("moments", "covariance")}
+    return {"forward s": bare, **ratios}
 
 
 @torch.inference_mode()
-def _recorded(model: LlamaModel, tokens: int) -> tuple[dict[tuple[int, Site], Moments], dict[Site, Covariance]]:
-    ids_BT = torch.randint(64, (tokens // SEQUENCE, SEQUENCE))
+def _record(model: LlamaModel, tokens: int) -> dict[Site, Any]:
+    """Return the covariance of each site of the layer."""
     with recording(model, None, covariances=(0,)) as recorded:
-        model(ids_BT)
-    of: dict[Site, Any] = {site: recorded[0, site] for site in SITES}
-    return {(0, site): of[site] for site in SITES}, of
+        model(_random_ids(tokens))
+    return {site: recorded[0, site] for site in SITES}
 
 
 def _timed(name: str, work: Callable[[], object]) -> dict[str, float]:
+    """Return the seconds that a call takes, and the most memory meanwhile in GB."""
     started = time.perf_counter()
-    with _peak() as peak:
+    with _peak_gb() as peak:
         work()
     return {f"{name} s": time.perf_counter() - started, f"{name} GB": peak[0]}
 
 
 @contextmanager
-def _peak() -> Iterator[list[float]]:
-    """The most memory above what was there before, in GB."""
-    process, done, peak = psutil.Process(), threading.Event(), [0.0]
+def _peak_gb() -> Iterator[list[float]]:
+    """Yield a list of one: the most memory above what was there before, in GB."""
+    process = psutil.Process()
+    done = threading.Event()
     before = process.memory_info().rss
+    peak = [0.0]
 
     def watch() -> None:
-        while not done.wait(0.02):
+        """Look again and again until the block ends."""
+        while not done.wait(POLL_S):
             peak[0] = max(peak[0], (process.memory_info().rss - before) / 1e9)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    yield peak
-    done.set()
-    watcher.join()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
 
 
 if __name__ == "__main__":

@@ -27,56 +27,70 @@ from ray import serve
 from ray.serve.llm.openai_api_models import ChatCompletionRequest
 
 from seap_ray.config import load_config
+from seap_ray.errors import ConfigError
 from seap_ray.pipeline.cluster import connect
 from seap_ray.pipeline.shards import Manifest
 from seap_ray.storage.run import Run
 from serve.application import application, prepare
 from serve.deployment import NAME, _await_ready
+from serve.engines import engine_groups
 from serve.gate import close_environment
 
 KEY = "a-key-of-the-benchmark"
 PAIRS = 300
+"""Pairs of single requests."""
+WARM_UPS = 20
+"""Pairs before those that count."""
 ROUNDS = 5
 CLIENTS = 48
 REQUESTS = 144
 TOKENS = (16, 112)
 """Shortest and longest reply; replies of one length would end together, and the engine wait for the next wave."""
+SETTINGS = ["serve.num_cpus=0.25", "serve.max_ongoing_requests=64", "serve.packing=separate"]
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(["serve.num_cpus=0.25", "serve.max_ongoing_requests=64", *arguments])
+    """Start the service, measure, print the results as JSON, and stop the service."""
+    config = load_config([*SETTINGS, *arguments])
     task = (config.serve.experts or [config.tasks[0].name])[0]
     config = config.model_copy(update={"serve": config.serve.model_copy(update={"experts": (task,)})})
+    run = Run.of(config)
+    manifest = Manifest.read(run.shards(task))
+    if manifest is None:
+        raise ConfigError(f"{run.root}: {task} has no shards; make the run first")
+    prompts = manifest.read_prompts(run)
+
     os.environ["SEAP_API_KEYS"] = KEY
     service = prepare(config)
-    run = Run.of(config)
-    prompts = Manifest.read(run.shards(task)).read_prompts(run)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     close_environment()
     connect("local")
+    groups, _ = engine_groups(config, service.experts)
     serve.start(http_options={"port": config.serve.port})
-    serve.run_many([serve.RunTarget(application(config, service), name=NAME)], wait_for_applications_running=False)
-    _await_ready([expert.name for expert in service.experts])
+    target = serve.RunTarget(application(config, service, groups), name=NAME)
+    serve.run_many([target], wait_for_applications_running=False)
+    _await_ready([group.name for group in groups])
     if os.environ.get("PIN"):
         pin()
-    print(json.dumps(asyncio.run(measured(f"http://127.0.0.1:{config.serve.port}", task, prompts)), indent=2))
+    print(json.dumps(asyncio.run(measure(f"http://127.0.0.1:{config.serve.port}", task, prompts)), indent=2))
     serve.shutdown()
 
 
 def pin() -> None:
-    """Engines on the first core, all else on the others, as where an engine has a device of its own."""
+    """Keep engines on the first core and all else on the others, as where an engine has a device of its own."""
     first, *others = sorted(psutil.Process().cpu_affinity())
     for process in psutil.process_iter(["cmdline"]):
         command = " ".join(process.info["cmdline"] or [])
-        if "EngineCore" in command or "ray::" in command or "raylet" in command or process.pid == os.getpid():
-            cores = [first] if "EngineCore" in command else others
+        is_engine = "EngineCore" in command
+        if is_engine or "ray::" in command or "raylet" in command or process.pid == os.getpid():
             for thread in process.threads():
-                os.sched_setaffinity(thread.id, cores)
+                os.sched_setaffinity(thread.id, [first] if is_engine else others)
 
 
-async def measured(url: str, task: str, prompts: list[str]) -> dict[str, Any]:
+async def measure(url: str, task: str, prompts: list[str]) -> dict[str, Any]:
+    """Measure routing and throughput at an address."""
     headers = {"Authorization": f"Bearer {KEY}"}
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0)  # as many connections as there are clients
     async with aiohttp.ClientSession(url, headers=headers, connector=connector) as http:
         return {
             "routing_ms": await routing(http, task, prompts),
@@ -87,29 +101,39 @@ async def measured(url: str, task: str, prompts: list[str]) -> dict[str, Any]:
         }
 
 
-def body(model: str, prompt: str, n: int, **more: Any) -> dict[str, Any]:
-    asked = {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": n, "temperature": 0}
-    return {**asked, "ignore_eos": True, **more}
+def chat_body(model: str, prompt: str, n_tokens: int, **more: Any) -> dict[str, Any]:
+    """Return the body of a chat with a greedy reply of ``n_tokens``."""
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": n_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        **more,
+    }
 
 
 async def routing(http: aiohttp.ClientSession, task: str, prompts: list[str]) -> dict[str, Any]:
-    """Milliseconds of a request of one token, one at a time, in pairs whose order alternates."""
-    taken: dict[str, list[float]] = {"auto": [], task: []}
-    for i in range(-20, PAIRS):
+    """Return the milliseconds of a request of one token, one at a time, in pairs whose order alternates."""
+    taken_ms: dict[str, list[float]] = {"auto": [], task: []}
+    for i in range(-WARM_UPS, PAIRS):
         prompt = prompts[i % len(prompts)]
         for model in (("auto", task), (task, "auto"))[i % 2]:
             started = time.perf_counter()
-            async with http.post("/v1/chat/completions", json=body(model, prompt, 1)) as reply:
+            async with http.post("/v1/chat/completions", json=chat_body(model, prompt, 1)) as reply:
                 await reply.read()
                 assert reply.status == 200, await reply.text()
             if i >= 0:
-                taken[model].append((time.perf_counter() - started) * 1e3)
-    named, auto = taken[task], taken["auto"]
+                taken_ms[model].append((time.perf_counter() - started) * 1e3)
+
+    named = taken_ms[task]
+    auto = taken_ms["auto"]
+    added = [auto_ms - named_ms for auto_ms, named_ms in zip(auto, named, strict=True)]
     return {
         "named": _quantiles(named),
         "auto": _quantiles(auto),
         "added_p50": round(statistics.median(auto) - statistics.median(named), 2),
-        "added_by_pair_p50": round(statistics.median(a - n for a, n in zip(auto, named, strict=True)), 2),
+        "added_by_pair_p50": round(statistics.median(added), 2),
     }
 
 
@@ -118,27 +142,30 @@ def _quantiles(values: list[float]) -> dict[str, float]:
 
 
 async def throughput(http: aiohttp.ClientSession, task: str, prompts: list[str], *, stream: bool) -> dict[str, Any]:
-    """Tokens per second of chats, by both ways in turns."""
-    handle = serve.get_deployment_handle(f"ExpertServer:{task}", NAME).options(stream=True)
+    """Return the tokens per second of chats through HTTP and by the engine's handle, in turns."""
+    handle: Any = serve.get_deployment_handle(f"ExpertServer:{task}", NAME).options(stream=True)
 
-    async def by_http(prompt: str, n: int) -> None:
-        async with http.post("/v1/chat/completions", json=body("auto", prompt, n, stream=stream)) as reply:
+    async def by_http(prompt: str, n_tokens: int) -> None:
+        """Ask the endpoint."""
+        async with http.post("/v1/chat/completions", json=chat_body("auto", prompt, n_tokens, stream=stream)) as reply:
             text = await reply.read()
             assert reply.status == 200 and b"error" not in text, text[-300:]
 
-    async def by_handle(prompt: str, n: int) -> None:
-        asked = ChatCompletionRequest(**body(task, prompt, n, stream=stream))
-        chunks = [chunk async for chunk in handle.chat.remote(asked, None)]
+    async def by_handle(prompt: str, n_tokens: int) -> None:
+        """Ask the engine's deployment, past proxy and ingress."""
+        request = ChatCompletionRequest(**chat_body(task, prompt, n_tokens, stream=stream))
+        chunks = [chunk async for chunk in handle.chat.remote(request, None)]
         assert chunks and not hasattr(chunks[-1], "error"), chunks[-1]
 
-    ways = {"http": by_http, "handle": by_handle}
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for i in range(-1, ROUNDS):
+    senders = {"http": by_http, "handle": by_handle}
+    rates: dict[str, list[float]] = {name: [] for name in senders}
+    for i in range(-1, ROUNDS):  # the first warms up
         for name in (("http", "handle"), ("handle", "http"))[i % 2]:
-            rate = await _rate(ways[name], prompts)
+            rate = await _rate(senders[name], prompts)
             if i >= 0:
                 rates[name].append(rate)
-    ratios = [h / d for h, d in zip(rates["http"], rates["handle"], strict=True)]
+
+    ratios = [http_rate / rate for http_rate, rate in zip(rates["http"], rates["handle"], strict=True)]
     return {
         "clients": CLIENTS,
         "tokens_per_reply": TOKENS,
@@ -148,13 +175,15 @@ async def throughput(http: aiohttp.ClientSession, task: str, prompts: list[str],
     }
 
 
-async def _rate(ask: Callable[[str, int], Awaitable[None]], prompts: list[str]) -> float:
+async def _rate(send: Callable[[str, int], Awaitable[None]], prompts: list[str]) -> float:
+    """Return the tokens per second that all clients together receive."""
     lengths = [random.Random(i).randint(*TOKENS) for i in range(REQUESTS)]
-    todo = iter([(prompts[i % len(prompts)], n) for i, n in enumerate(lengths)])
+    waiting = iter([(prompts[i % len(prompts)], length) for i, length in enumerate(lengths)])
 
     async def client() -> None:
-        for prompt, n in todo:
-            await ask(prompt, n)
+        """Send one request after the other until none waits."""
+        for prompt, length in waiting:
+            await send(prompt, length)
 
     started = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(CLIENTS)))

@@ -8,8 +8,8 @@ disk limits the shape, and nothing is read from a real disk; the code is what a 
 import json
 import sys
 import tempfile
-import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,64 +17,61 @@ import psutil
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.shapes import SHAPES, sparse_checkpoint
+from benchmarks.merge import peak_memory
+from benchmarks.shapes import BFLOAT16_BYTES, SHAPES, sparse_checkpoint
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.layerwise import LayerwiseModel
 
 SEQUENCE = 512
+BATCH_SEQUENCES = 4
+MEMORY_BUDGET = 1 << 40
+"""Bytes that hidden states may take: all fit."""
 
 
 def main(shape: str, tokens: int) -> None:
+    """Record one shard, and print sizes, times and peak memory as JSON."""
     torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
     config = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Checkpoint.open(str(sparse_checkpoint(Path(folder), config)))
-        model = LayerwiseModel(checkpoint, torch.bfloat16, torch.device("cpu"), 1 << 40)
-        sequences = torch.randint(config.vocab_size, (-(-tokens // SEQUENCE), SEQUENCE)).tolist()
-        before, peak, done = private(), [0], threading.Event()
-        thread = threading.Thread(target=watch, args=(peak, done))
-        thread.start()
-        ends = [time.perf_counter()]
-        for _ in model.record({"shard": sequences}, batch_tokens=4 * SEQUENCE):
-            ends.append(time.perf_counter())
-            print(f"layer {len(ends) - 2}: {ends[-1] - ends[-2]:.1f} s", file=sys.stderr)
-        done.set()
-        thread.join()
-    print(json.dumps({**_sizes(config, len(sequences) * SEQUENCE), **_times(ends), "peak": peak[0] - before}, indent=2))
+        model = LayerwiseModel(checkpoint, torch.bfloat16, torch.device("cpu"), MEMORY_BUDGET)
+        # As many whole sequences as hold the tokens.
+        n_sequences = -(-tokens // SEQUENCE)
+        sequences = torch.randint(config.vocab_size, (n_sequences, SEQUENCE)).tolist()
+        with peak_memory() as peak:
+            ends = [time.perf_counter()]
+            for _ in model.record({"shard": sequences}, batch_tokens=BATCH_SEQUENCES * SEQUENCE):
+                ends.append(time.perf_counter())
+                print(f"layer {len(ends) - 2}: {ends[-1] - ends[-2]:.1f} s", file=sys.stderr)
+    print(json.dumps({**_sizes(config, n_sequences * SEQUENCE), **_times(ends), "peak": peak[0]}, indent=2))
 
 
 def _sizes(config: LlamaConfig, tokens: int) -> dict[str, Any]:
-    """Bytes, bfloat16."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+    """Return the bytes of the model's parts in bfloat16."""
+    hidden = config.hidden_size
     head_dim = hidden // config.num_attention_heads
-    attention = 2 * hidden * head_dim * (config.num_attention_heads + config.num_key_value_heads)
-    layer = 2 * (attention + 3 * hidden * inner + 2 * hidden)
+    n_heads = config.num_attention_heads + (config.num_key_value_heads or config.num_attention_heads)
+    # Queries and output are as wide as all heads, keys and values as the groups: each counts twice.
+    attention = 2 * hidden * head_dim * n_heads
+    mlp = 3 * hidden * config.intermediate_size
+    norms = 2 * hidden
+    layer = BFLOAT16_BYTES * (attention + mlp + norms)
+    embeddings = BFLOAT16_BYTES * config.vocab_size * hidden
     return {
         "tokens": tokens,
         "layers": config.num_hidden_layers,
         "layer": layer,
-        "model": layer * config.num_hidden_layers + 4 * hidden * config.vocab_size,
+        "model": layer * config.num_hidden_layers + 2 * embeddings,
         "two layers": 2 * layer,
-        "hidden states": 2 * tokens * hidden,
-        "embeddings": 2 * config.vocab_size * hidden,
+        "hidden states": BFLOAT16_BYTES * tokens * hidden,
+        "embeddings": embeddings,
     }
 
 
 def _times(ends: list[float]) -> dict[str, Any]:
-    of_layers = sorted(after - before for before, after in zip(ends[1:], ends[2:], strict=False))
-    return {"seconds": ends[-1] - ends[0], "seconds per layer": of_layers[len(of_layers) // 2]}
-
-
-def private() -> int:
-    """Bytes of this process that are no file's: pages of mapped files are the kernel's to drop."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
-
-
-def watch(peak: list[int], done: threading.Event) -> None:
-    """Keep the most of them in ``peak`` until ``done``."""
-    while not done.wait(0.02):
-        peak[0] = max(peak[0], private())
+    """Return the seconds in all, and the median of a layer after the first, which waits for the embeddings."""
+    per_layer = sorted(after - before for before, after in pairwise(ends[1:]))
+    return {"seconds": ends[-1] - ends[0], "seconds per layer": per_layer[len(per_layer) // 2]}
 
 
 if __name__ == "__main__":

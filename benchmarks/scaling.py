@@ -36,72 +36,94 @@ from seap_ray.storage.run import Run
 
 WORKERS = (1, 2, 4, 8)
 TOKENS = 1000
-"""Of a shard."""
+"""Tokens of a shard."""
+TASK = "sort"
+SLEEP_VARIABLE = "SLEEP_S"
+"""Environment variable that says how long a shard takes."""
 
 
 class Sleeper(Calibrator):
-    """Takes a shard's time, and leaves a record of the demo's size."""
+    """A calibrator that takes a shard's time, and leaves a record of the demo's size."""
 
     def __init__(self, config: Config, records: ShardRecords):
         self.records = records
         self.architecture = records.architecture
-        self.seconds = float(os.environ["SLEEP_S"])
-        self.runner = self
-        (records.run.root / f"worker-{os.getpid()}").touch()
-        while len(list(records.run.root.glob("worker-*"))) < int(config.calibration.workers):
+        self.seconds = float(os.environ[SLEEP_VARIABLE])
+        self.runner = self  # it has the one method of a runner
+
+        # Time counts from when all workers are there: each leaves a file, and waits for the others'.
+        root = Path(str(records.run.root))
+        (root / f"worker-{os.getpid()}").touch()
+        while len(list(root.glob("worker-*"))) < int(config.calibration.workers):
             time.sleep(0.01)
 
     def record(self, shards: Mapping[str, Any]) -> Iterator[tuple[str, SiteMoments]]:
+        """Sleep for every shard, and yield moments of its number of tokens."""
         attn, mlp = self.architecture.widths
         widths = {"attn": attn, "mlp": mlp, "block": 1}
         for name, sequences in shards.items():
             time.sleep(self.seconds)
-            n, ones = sum(map(len, sequences)), torch.ones
-            keys = sites_of(self.architecture, RECORDED)
-            yield name, {key: Moments(n, ones(widths[key[1]]).double(), ones(widths[key[1]]).double()) for key in keys}
+            n_tokens = sum(map(len, sequences))
+            moments: SiteMoments = {}
+            for layer, site in sites_of(self.architecture, RECORDED):
+                ones_D = torch.ones(widths[site], dtype=torch.float64)
+                moments[layer, site] = Moments(n_tokens, ones_D, ones_D.clone())
+            yield name, moments
 
 
 def main(n_shards: int, seconds: float) -> None:
-    os.environ |= {"SLEEP_S": str(seconds), "RAY_worker_niceness": "0"}
+    """Measure every number of workers on one cluster, and print the results as JSON."""
+    os.environ |= {SLEEP_VARIABLE: str(seconds), "RAY_worker_niceness": "0"}
     calibrate.Calibrator = Sleeper  # type: ignore[misc]
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for _ in range(max(WORKERS)):
         cluster.add_node(num_cpus=1)
     os.environ["RAY_ADDRESS"] = cluster.address
     connect_driver()
-    found = {}
+
+    report = {}
     try:
         with tempfile.TemporaryDirectory() as folder:
             for workers in WORKERS:
-                found[f"{workers} workers"] = _measure(Path(folder) / str(workers), n_shards, seconds, workers, TOKENS)
-            found["8 workers, four times the tokens"] = _measure(Path(folder) / "4", n_shards, seconds, 8, 4 * TOKENS)
+                run_folder = Path(folder) / str(workers)
+                report[f"{workers} workers"] = _measure(run_folder, n_shards, seconds, workers, TOKENS)
+            run_folder = Path(folder) / "more-tokens"
+            report["8 workers, four times the tokens"] = _measure(run_folder, n_shards, seconds, 8, 4 * TOKENS)
     finally:
         ray.shutdown()
         cluster.shutdown()
-    print(json.dumps(found, indent=2))
+    print(json.dumps(report, indent=2))
 
 
 def _measure(folder: Path, n_shards: int, seconds: float, workers: int, tokens: int) -> dict[str, float]:
+    """Make all records of a run, and return seconds, efficiency and the driver's CPU time."""
     values: Any = {"run": {"storage": str(folder)}, "calibration": {"workers": workers}}
     config = Config.model_validate(values)
-    run, checkpoint = Run.of(config), Checkpoint.open("demo")
-    shards = [_shard(run, i, tokens) for i in range(n_shards)]
-    before = sum(psutil.Process().cpu_times()[:2])
-    records = ShardRecords.of(config, checkpoint, run)
+    run = Run.of(config)
+    records = ShardRecords.of(config, Checkpoint.open("demo"), run)
+    shards = [_write_shard(run, i, tokens) for i in range(n_shards)]
+    before = _cpu_seconds()
     make_records(config, records, shards, lambda steps, *_: steps, n_merged=0)
-    driver = sum(psutil.Process().cpu_times()[:2]) - before
-    started = max(path.stat().st_mtime for path in run.root.glob("worker-*"))
-    ended = max(path.stat().st_mtime for path in run.records("sort").glob("*.safetensors"))
+    driver = _cpu_seconds() - before
+
+    # Files say when the last worker came, and when the last record was there.
+    started = max(path.stat().st_mtime for path in Path(str(run.root)).glob("worker-*"))
+    ended = max(path.stat().st_mtime for path in Path(str(run.records(TASK))).glob("*.safetensors"))
     ideal = -(-n_shards // workers) * seconds
     return {"seconds": ended - started, "efficiency": ideal / (ended - started), "driver's CPU seconds": driver}
 
 
-def _shard(run: Run, number: int, tokens: int) -> Shard:
-    shard = Shard("sort", f"{number:05d}", 1, tokens, "")
-    path = shard.path(run)
+def _cpu_seconds() -> float:
+    return sum(psutil.Process().cpu_times()[:2])
+
+
+def _write_shard(run: Run, number: int, tokens: int) -> Shard:
+    """Write a shard of one sequence."""
+    shard = Shard(TASK, f"{number:05d}", 1, tokens, "")
+    path = Path(str(shard.path(run)))
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"ids": pa.array([[1] * tokens], pa.list_(pa.int32()))}), path)
-    return Shard("sort", shard.shard, 1, tokens, sha256_of(path))
+    return Shard(TASK, shard.shard, 1, tokens, sha256_of(path))
 
 
 if __name__ == "__main__":

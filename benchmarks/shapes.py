@@ -49,7 +49,7 @@ def shapes_of(config: LlamaConfig, ratio: float, kind: str, align: Align = "auto
     """Return what an allocation that knows no scores leaves of every layer."""
     architecture = Architecture.of({**config.to_dict(), "model_type": "llama"})
     pruning = PruningSection(align=align, allocation=AllocationSection(kind=kind))  # type: ignore[arg-type]
-    return choose_shapes(architecture, pruning, ratio=ratio, compensated=True, scores_L=())
+    return choose_shapes(architecture, pruning, ratio=ratio, adds_biases=True, scores_L=())
 
 
 def plan_of(config: LlamaConfig, ratio: float, kind: str, align: Align = "auto") -> Plan:
