@@ -1,6 +1,7 @@
 """Documentation: README's code blocks run as they stand, each in a fresh process, and what documents name exists."""
 
 import ast
+import math
 import os
 import re
 import shlex
@@ -83,6 +84,8 @@ def words_of(command):
 def usable(words):
     """Arguments that can be checked: not those with a variable, an ellipsis or a choice in the place of a value."""
     arguments = [word for word in words if "=" in word and not re.search(r"\$|\.\.\.|^\[|^-|^[A-Z_]+=", word)]
+    # README's reader writes my.yaml; test_yaml_blocks_are_configurations loads what it holds.
+    arguments = [argument for argument in arguments if argument != "config=my.yaml"]
     # Images and nodes have the tree under a path of their own.
     return [re.sub("^config=/(app|srv/seap_ray)/", "config=", argument) for argument in arguments]
 
@@ -187,19 +190,48 @@ def test_the_needs_of_the_8b_model_are_those_of_the_doctors_formulas(column, ove
     monkeypatch.chdir(ROOT)
     model = ModelSize.from_config(LLAMA_3_1_8B)
     needed = needs(model, load_config(["config=configs/llama-3.1-8b.yaml", *overrides.split()]))
-    memory, time_s = needed.memory, needed.time
-    host = f"{size(memory.host)} / {size(memory.covariance_task) if memory.covariance_task else ''}"
-    hours = [f"{seconds / 3600:.2g}" for seconds in (time_s.calibration, time_s.judging, time_s.writing)]
+    memory = needed.memory
+    steps = (needed.time.calibration, needed.time.judging, needed.time.writing)
     expected = [
         f"{size(memory.single)} / {size(memory.stream)}",
-        host.strip(),
+        size(memory.host),
+        size(memory.covariance_task) if memory.covariance_task else "none",
         size(needed.disk.total),
-        ", ".join(hours),
+        " / ".join(f"{math.ceil(seconds / 60)} min" for seconds in steps),
     ]
     rows = README.read_text().partition("| | as configured |")[2].partition("\n\n")[0].splitlines()[2:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [row[1 + column] for row in cells] == expected
-    assert size(model.n_bytes) in cells[2][0]
+    # Two numbers stand in the words of a row: the model's own size, and what README's second ratio adds.
+    (second_ratio,) = re.findall(r"^python jobs/prune.py .*pruning.ratio=(\S+)", README.read_text(), re.MULTILINE)
+    both_ratios = load_config(["config=configs/llama-3.1-8b.yaml", f"pruning.ratio=[0.2, {second_ratio}]"])
+    as_configured = load_config(["config=configs/llama-3.1-8b.yaml"])
+    added = needs(model, both_ratios).disk.total - needs(model, as_configured).disk.total
+    (words_of_disk,) = (row[0] for row in cells if row[0].startswith("disk"))
+    assert f"{size(added)} more" in words_of_disk and f"{size(model.n_bytes)} for the model" in words_of_disk
+
+
+def test_readmes_run_with_least_squares_is_not_the_run_whose_corpus_has_other_shards(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config(["config=configs/llama-3.1-8b.yaml"])
+    least_squares = load_config(["config=configs/llama-3.1-8b.yaml", *LEAST_SQUARES.split()])
+    assert config.corpus != least_squares.corpus and config.run.name != least_squares.run.name
+
+
+def test_blocks_that_serve_print_a_key_and_end_with_the_job_that_does_not_return():
+    serving = [block.text for block in blocks(README, "bash") if "jobs/deploy.py" in block.text]
+    assert len(serving) == 2
+    for text in serving:
+        assert "export SEAP_API_KEYS=$(openssl rand -hex 16); echo $SEAP_API_KEYS" in text
+        assert text.splitlines()[-1].startswith("python jobs/deploy.py")
+
+
+def test_the_tokenizer_of_an_expert_loads_without_trust_in_its_code():
+    assert "AutoTokenizer.from_pretrained(folder)\n" in block_with("from_pretrained(folder", "python")
+
+
+def test_readme_is_short():
+    assert len(README.read_bytes()) < 10_000
 
 
 def check_own_tasks(config):
@@ -315,7 +347,7 @@ def test_a_study_and_the_report(clone):
 def served(clone, tmp_path_factory):
     """The clone while README's block serves it."""
     log = tmp_path_factory.mktemp("deploy") / "log"
-    block = block_with("export SEAP_API_KEYS", "bash")
+    block = block_with("\npython jobs/deploy.py\n", "bash")
     with log.open("w") as out:
         process = clone.popen("bash", "-euo", "pipefail", "-c", block, stdout=out, stderr=out)
     deadline = time.monotonic() + START_S
