@@ -37,6 +37,7 @@ class Calibrator:
     """A Ray Data actor that has the model: shards' descriptors in, their records on storage, a number of tokens out."""
 
     def __init__(self, config: Config, records: ShardRecords):
+        # Every worker opens the model on its own node, where other files may lie under the same path.
         checkpoint = Checkpoint.open(config.model.source, config.model.revision)
         if checkpoint.fingerprint != records.calibration.model:
             raise ConfigError(f"model.source: {checkpoint.folder} differs between the nodes of this cluster")
@@ -59,9 +60,11 @@ class Calibrator:
         """
         for shards in self._split_at_last_attempt(group):
             try:
+                # Counted before it begins: a process that is killed can count nothing afterwards.
                 for shard in shards:
                     self.records.mark_attempt(shard)
                 self._measure(shards)
+            # An error ends the attempt, but not the process, so it does not count either.
             finally:
                 for shard in shards:
                     self.records.clear_attempts(shard)
@@ -71,6 +74,8 @@ class Calibrator:
         attempts = {shard: self.records.attempts(shard) for shard in group}
         if max(attempts.values()) < MAX_ATTEMPTS - 1:
             return [group]
+
+        # Ray delivers a group again as a whole, with shards whose records an earlier attempt has finished.
         left = [shard for shard in group if attempts[shard] < MAX_ATTEMPTS]
         return [[shard] for shard in left if not self.records.is_whole(shard)]
 
@@ -78,6 +83,7 @@ class Calibrator:
         """Run the model over shards and write their records; covariances as they come, as they are large."""
         by_name = {f"{shard.task}/{shard.shard}": shard for shard in shards}
 
+        # A streamed model yields a layer of every shard, then the next layer, so parts of a record come one by one.
         sequences = {name: shard.sequences(self.records.run) for name, shard in by_name.items()}
         moments: dict[str, SiteMoments] = {name: {} for name in by_name}
         for name, recorded in self.runner.record(sequences):
@@ -92,6 +98,7 @@ class Calibrator:
 
     def _save_covariances(self, shard: Shard, recorded: SiteMoments) -> None:
         """Write the covariances among what was recorded, a file for each layer."""
+        # ``block`` has moments alone, and so has a layer whose covariances are left to another pass.
         covariances = {key: part for key, part in recorded.items() if isinstance(part, Covariance)}
         for layer in sorted({layer for layer, _ in covariances}):
             of_layer = {site: covariances[layer, site] for site in SITES}
@@ -130,6 +137,7 @@ def calibrate(
     records = ShardRecords.of(config, checkpoint, run)
     statistics = [TaskStatistics(records, manifest.shards, run.statistics(manifest.task)) for manifest in manifests]
 
+    # A task whose statistics are whole needs no records any more, even where they were removed.
     unmerged = find_unmerged(statistics)
     shards = [shard for one in unmerged for shard in one.shards]
     make_records(config, records, shards, progress, n_merged=len(unmerged))
@@ -150,6 +158,7 @@ def make_records(
     Raises ConfigError where no node could work on the covariances, IncompleteError where they do not fit the disk.
     """
     missing = records.missing(shards)
+    # Before the model runs: what cannot be merged or stored is refused while it has cost nothing.
     if records.calibration.covariance:
         check_memory(records.architecture)
         check_disk(records.run, records.architecture, n_files=len(missing) + n_merged)
@@ -158,6 +167,7 @@ def make_records(
         # A new job tries again what another one gave up.
         for shard in missing:
             records.clear_attempts(shard)
+
         for _ in progress(_measure_all(config, records, missing), _total_tokens(missing), "calibrating", " tokens"):
             pass
 
@@ -175,6 +185,7 @@ def check_memory(architecture: Architecture) -> None:
 def check_disk(run: Run, architecture: Architecture, *, n_files: int) -> None:
     """Raise IncompleteError when the covariances will not fit the disk: a triangle for each shard and task to come."""
     needed = n_files * covariance_files_bytes(architecture)
+    # A disk is asked by a path that exists.
     run.root.mkdir(parents=True, exist_ok=True)
     free = run.root.free_bytes()
 
@@ -193,8 +204,10 @@ def _measure_all(config: Config, records: ShardRecords, missing: list[Shard]) ->
     context = DataContext.get_current()
     # A large model's first shard may take longer than Ray Data's 30 minutes without progress.
     context.execution_no_progress_timeout_s = -1
+    # By default Ray Data ends the job with the first worker that dies while it loads the model.
     context.max_consecutive_actor_init_deaths = 2 * workers
 
+    # A streamed model is read once for each group, so groups are large; a whole model takes each shard by itself.
     max_tokens = settings.stream_tokens if settings.placement == "stream" else 0
     groups = group_shards(missing, max_tokens, workers)
 
@@ -244,8 +257,10 @@ def n_workers(config: Config, n_shards: int) -> int:
     if room < wanted:
         total = ray.cluster_resources()
         raise ConfigError(
-            f"calibration.workers: {wanted} of {settings.num_cpus} CPUs and {settings.num_gpus:g} GPUs do not fit the "
-            f"nodes of the cluster, {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs in all"
+            f"calibration.workers: the nodes have room for {room} of {wanted} with {settings.num_cpus} CPUs and "
+            f"{settings.num_gpus:g} GPUs each; the cluster has {total.get('CPU', 0):g} CPUs and "
+            f"{total.get('GPU', 0):g} GPUs"
         )
 
+    # A shard is measured by one worker: more workers than shards would have nothing to do.
     return min(room, n_shards) if settings.workers == "auto" else wanted

@@ -82,6 +82,8 @@ def write_checkpoints(
 ) -> list[PendingCheckpoint]:
     """Write the plan and the checkpoint of every model; a checkpoint that is there and made the same way stays."""
     checkpoints = [prepare_checkpoint(model, settings, run) for model in models]
+
+    # Plans are small, so they are written again whether or not the checkpoint is there.
     for checkpoint in checkpoints:
         plan = checkpoint.export.plan
         save_plan(plan, checkpoint.export.base.architecture, run.plan(plan.requested, plan.name))
@@ -90,8 +92,10 @@ def write_checkpoints(
     if missing:
         files = _pending_files(missing, run.shared)
         n_bytes = sum(file.n_bytes for file in files)
+
         for _ in progress(_write_all(missing, files), n_bytes, "writing", "B"):
             pass
+
     return checkpoints
 
 
@@ -113,9 +117,12 @@ def _not_whole(checkpoints: list[PendingCheckpoint]) -> list[PendingCheckpoint]:
     Ray tasks read every file to its end, but only where all sizes are right.
     """
     check = work_task(_is_made)
+
+    # Manifests and sizes are looked at here, at once; hashing a checkpoint takes as long as reading it.
     likely = [checkpoint for checkpoint in checkpoints if checkpoint.has_sizes()]
     checks = [check.remote(checkpoint.artifact) for checkpoint in likely]
     whole = {checkpoint.target for checkpoint, is_made in zip(likely, ray.get(checks), strict=True) if is_made}
+
     return [checkpoint for checkpoint in checkpoints if checkpoint.target not in whole]
 
 
@@ -159,6 +166,8 @@ def _pending_files(checkpoints: list[PendingCheckpoint], shared: StoragePath) ->
         # A bucket has no links: there every checkpoint has a copy of its own.
         is_shared = name.startswith(SHARED) and not shared.is_remote
         path = (shared if is_shared else checkpoint.partial) / name
+
+        # A shared file's name tells what is in it, so that of one name every checkpoint has the same bytes.
         others = files[path].checkpoints if path in files else ()
         files[path] = PendingFile((*others, checkpoint), name, path)
     return list(files.values())
@@ -176,6 +185,8 @@ def _place_in_base(checkpoint: PendingCheckpoint, name: str) -> int:
     old_layers = checkpoint.export.plan.layers
     split = checkpoint.export.base.architecture.split
     layers = [layer for tensor in checkpoint.files[name] if (layer := split(tensor.name)[0]) is not None]
+
+    # A file's tensors are in the base's order. The sum is twice the middle, which sorts alike and stays whole.
     return old_layers[layers[0]] + old_layers[layers[-1]] if layers else -1
 
 
@@ -186,8 +197,11 @@ def _write_all(checkpoints: list[PendingCheckpoint], files: list[PendingFile]) -
     in the page cache for the next, so the base is read about once, not once a model.
     """
     pending = _start_writing(checkpoints, files)
+
+    # By checkpoint, its files that are written; a file that several share counts for each.
     hashes: dict[StoragePath, dict[str, str]] = {checkpoint.target: {} for checkpoint in checkpoints}
     while pending:
+        # In the order of finishing, so that no folder waits for a file of another one.
         (done,), _ = ray.wait(list(pending), num_returns=1)
         file = pending.pop(done)
         digest = ray.get(done)
@@ -206,6 +220,8 @@ def _start_writing(checkpoints: list[PendingCheckpoint], files: list[PendingFile
     task = work_task(_write_file)
     architecture = checkpoints[0].export.base.architecture
     covariance_memory = task_memory(architecture)
+
+    # Stored once: each of a checkpoint's tasks gets the same export, statistics and all.
     exports = {checkpoint.target: ray.put(checkpoint.export) for checkpoint in checkpoints}
 
     pending: dict[Any, PendingFile] = {}
@@ -225,7 +241,7 @@ def _write_file(export: CheckpointExport, tensors: list[OutputTensor], path: Sto
         """Write the file, then its checksum, which makes it whole."""
         WEIGHT_FILE.save_checksum(path, write_tensors(export, tensors, path))
 
-    # The name of the hidden folder, or of a shared file itself, is the key.
+    # The name of the hidden folder, or of a shared file itself, carries the key.
     return Artifact(path, str(path), WEIGHT_FILE).get(build)
 
 
@@ -234,6 +250,7 @@ def write_temporarily(checkpoint: PendingCheckpoint) -> StoragePath:
 
     A checkpoint that is there for good is not written again; then its own folder is returned.
     """
+    # Sizes are enough here: a checkpoint that stays was hashed when the job last wrote or found it.
     if checkpoint.has_sizes():
         return checkpoint.target
 
@@ -250,6 +267,7 @@ def _finish(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> None:
     _complete_partial(checkpoint, hashes)
     with writable(checkpoint.target):
         checkpoint.partial.move_folder(checkpoint.target, last=MANIFEST)
+
     # Attempts at other plans of the same name have other fingerprints.
     for leftover in checkpoint.target.parent.glob(f".{checkpoint.target.name}.*.partial"):
         leftover.remove()
@@ -257,9 +275,11 @@ def _finish(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> None:
 
 def _complete_partial(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> None:
     """Add everything but the weights to the hidden folder, the manifest last."""
+    # The manifest says the hashes from here on; files beside the weights are no part of a checkpoint.
     for name in checkpoint.files:
         with writable(checkpoint.partial):
             checksum_path(checkpoint.partial / name).unlink(missing_ok=True)
+
     finish(checkpoint.export, checkpoint.partial, checkpoint.files, _manifest(checkpoint, hashes))
 
 
@@ -293,8 +313,10 @@ def checkpoint_sizes(checkpoint: PendingCheckpoint) -> dict[str, Any]:
     base = checkpoint.export.base
     plan = checkpoint.export.plan
     tensors = [tensor for file in checkpoint.files.values() for tensor in file]
+
     # The ratio counts decoder layers alone, neither embeddings nor head.
     in_layers = [tensor for tensor in tensors if base.architecture.split(tensor.name)[0] is not None]
+
     return {
         "requested_ratio": plan.requested,
         "planned_ratio": plan.planned(base.architecture),
@@ -315,5 +337,6 @@ def kv_bytes(shapes: Sequence[Shape], base: Checkpoint) -> int:
     architecture = base.architecture
     name = architecture.tensor(0, architecture.layout.o_proj)
     itemsize = OutputTensor(name, base.tensors[name].dtype, ()).n_bytes
+
     # Keys and values.
     return sum(2 * shape.groups * architecture.head_dim * itemsize for shape in shapes)

@@ -92,6 +92,7 @@ def merge_all(statistics: Sequence[TaskStatistics], checkpoint: Checkpoint) -> N
     merge = work_task(merge_moments)
     ray.get([merge.remote(one) for one in statistics])
 
+    # A matrix of a large layer is GBs: such a task states its memory, so that Ray starts no more than fit a node.
     with_covariances = [one for one in statistics if one.records.calibration.covariance]
     merge_layer = work_task(merge_covariances, memory=task_memory(checkpoint.architecture))
     layers = range(checkpoint.architecture.n_layers)
@@ -112,12 +113,15 @@ def merge_moments(statistics: TaskStatistics) -> None:
 def _write_moments(statistics: TaskStatistics) -> None:
     records = statistics.records
     paths = records.existing_paths(statistics.shards)
+
+    # Some keys of all records at a time: the memory does not grow with the number of records.
     merged: SiteMoments = {}
     for keys in _key_groups([*sites_of(records.architecture)], len(paths)):
         parts = (_read_sites(path, keys) for path in paths)
         total: SiteMoments = tree_sum(parts, added)
         merged |= total
 
+    # Checked before anything is written: a sum that misses a token is never taken for the task's statistics.
     n_tokens = sum(records.calibration.n_tokens(shard) for shard in statistics.shards)
     _check_counts(merged, records.architecture, n_tokens, statistics.task)
     save_moments(statistics.path, merged, task=statistics.task, made_of=statistics.key)
@@ -145,6 +149,7 @@ def _check_counts(merged: SiteMoments, architecture: Architecture, n_tokens: int
             count = sum(merged[layer, expert].count for expert in experts)
             # In an MoE model a token goes to several experts.
             times = architecture.experts_per_token if len(experts) > 1 else 1
+
             if count != times * n_tokens:
                 raise DataError(f"{task}: layer {layer}, {site}: {count} tokens, the manifest has {n_tokens}")
 
@@ -162,23 +167,27 @@ def merge_covariances(statistics: TaskStatistics, checkpoint: Checkpoint, layer:
 
 def _write_covariances(statistics: TaskStatistics, checkpoint: Checkpoint, layer: int) -> None:
     paths = statistics.records.existing_paths(statistics.shards)
+
+    # One site after another: a matrix of one site is all that is in memory beside what is merged of the layer.
     merged: dict[Site, Covariance] = {}
     ridges: dict[Site, float] = {}
     for site, module in checkpoint.architecture.modules.items():
         weight = checkpoint.architecture.tensor(layer, module)
         merged[site], ridges[site] = _merge_site(paths, (layer, site), checkpoint, weight)
+
     save_covariances(statistics.path, layer, merged, made_of=statistics.key, ridges=ridges)
 
 
 def _merge_site(
     records: Sequence[StoragePath], key: tuple[int, Site], checkpoint: Checkpoint, weight: str
 ) -> tuple[Covariance, float]:
-    """Return a site's covariance over all records, and the ridge that repairs its weight best.
+    """Return a site's covariance over all records, and the ridge whose compensation has the smallest error.
 
-    The ridge is fitted on all records but the last one and chosen by its error on that one.
+    The compensation is fitted on all records but the last one, and its error is that on the last one.
     """
     *fitted_records, last_record = records
     held_out = load_covariance(last_record, key)
+    # With a single record there is nothing to fit on.
     if not fitted_records:
         return held_out, DEFAULT_RIDGE
 

@@ -34,6 +34,7 @@ def model_specs(config: Config) -> list[ModelSpec]:
     for task in weights:
         own_weights = _expert_weights(config, task)
         specs.append(ModelSpec(task, "expert", "experts", own_weights, expert_settings, task=task))
+
     for name, baseline in config.pruning.baselines.items():
         specs += baseline_specs(config, name, baseline)
     return specs
@@ -43,6 +44,8 @@ def _expert_weights(config: Config, task: str) -> dict[str, float]:
     """Return the weights of an expert's statistics: its task alone, or with a share of all tasks."""
     mix = config.pruning.experts.mix
     total = sum(other.weight for other in config.tasks)
+
+    # The share ``mix`` is spread over all tasks by their weights, and the expert's own task has the rest.
     weights = {other.name: mix * other.weight / total + (1 - mix) * (other.name == task) for other in config.tasks}
     # Statistics that count for nothing are not read.
     return {name: weight for name, weight in weights.items() if weight}
@@ -57,6 +60,7 @@ def baseline_specs(config: Config, name: str, baseline: Baseline) -> list[ModelS
     # Baselines of a single task count it once, whatever its weight among all tasks.
     if baseline.per_task:
         return [ModelSpec(f"{name}.{task}", "baseline", name, {task: 1.0}, settings, task=task) for task in tasks]
+
     chosen = {task: weights[task] for task in tasks}
     return [ModelSpec(name, "baseline", name, chosen, settings, baseline.pooling)]
 
@@ -65,5 +69,7 @@ def pruning_section(config: Config, settings: PlanSettings) -> PruningSection:
     """Return the pruning section with one model's settings, which leave nothing out (``Config.plan_settings``)."""
     replaced = settings.model_dump(include={"score", "compensation", "budget"})
     curve = settings.model_dump(include={"k", "x0"})
+
+    # The section's other keys, such as protection and alignment, are those of all models.
     allocation = config.pruning.allocation.model_copy(update={"kind": settings.allocation, **curve})
     return config.pruning.model_copy(update={**replaced, "allocation": allocation})

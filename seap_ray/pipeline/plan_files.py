@@ -22,10 +22,12 @@ def save_plan(plan: Plan, architecture: Architecture, path: StoragePath) -> None
         channels: list[int] = []
         for expert, kept_channels in enumerate(kept.channels):
             channels += [expert * width + channel for channel in kept_channels]
+
         indices[f"layers.{layer}.groups"] = torch.tensor(kept.groups, dtype=torch.int32)
         indices[f"layers.{layer}.heads"] = torch.tensor(kept.heads, dtype=torch.int32)
         indices[f"layers.{layer}.channels"] = torch.tensor(channels, dtype=torch.int32)
 
+    # The JSON comes last, when the indices are there.
     with atomic_write(path.with_suffix(".safetensors")) as temporary:
         save_file(indices, temporary)
     write_json(path, describe_plan(plan, architecture))
@@ -35,6 +37,8 @@ def _by_layer(plan: Plan) -> dict[int, Kept]:
     """Return what is kept of every layer of the base, in order; of a layer that goes as a whole, nothing."""
     kept = dict(zip(plan.layers, plan.kept, strict=True))
     dropped = dict.fromkeys(plan.dropped, Kept((), (), ()))
+
+    # Dropped layers lie between kept ones.
     return dict(sorted((kept | dropped).items()))
 
 
@@ -44,8 +48,10 @@ def describe_plan(plan: Plan, architecture: Architecture) -> dict[str, Any]:
         {"heads": len(kept.heads), "kv_heads": len(kept.groups), "channels": kept.n_channels}
         for kept in _by_layer(plan).values()
     ]
+
     # Plans that drop no layer say nothing of them.
     kept_layers = {"kept_layers": list(plan.layers)} if plan.dropped else {}
+
     return {
         "name": plan.name,
         "requested_ratio": plan.requested,

@@ -85,6 +85,7 @@ class Planner:
     def plan_model(self, spec: ModelSpec, ratio: float) -> PlannedModel:
         """Plan a model at a ratio and add what its compensation needs. Raises ConfigError as ``plan`` does."""
         plan = self.plan(spec, ratio)
+        # Only what is needed, since every task that writes a file of this model is sent the statistics.
         statistics: Statistics | PooledCovariance | None = None
         if plan.compensation.required == "moments":
             statistics = self.pooled_moments(spec)
@@ -105,6 +106,7 @@ class Planner:
         else:
             plan = self._width_plan(spec, pruning, ratio)
 
+        # A stock checkpoint cannot have layers of different shapes; that is refused before anything is written.
         if self.config.export.format == "stock":
             check_stock(plan, self.checkpoint.architecture)
         return plan
@@ -112,12 +114,16 @@ class Planner:
     def pooled_moments(self, spec: ModelSpec) -> Statistics:
         """Return the moments of the spec's tasks as one stream, each task counting by its weight."""
         parts = [self.statistics[task] for task in spec.weights]
+
+        # One task's moments stay as they are, to the last bit.
         return parts[0] if len(parts) == 1 else pooled_statistics(parts, list(spec.weights.values()))
 
     def pooled_covariance(self, spec: ModelSpec) -> PooledCovariance:
         """Return the covariances of the spec's tasks as one stream, read from files when they are asked for."""
         ridge = self.config.pruning.ridge
         files = tuple(self.statistics_files[task] for task in spec.weights)
+
+        # Without a ridge of the config, each file has the one that was chosen when it was merged.
         return PooledCovariance(files, tuple(spec.weights.values()), None if ridge == "auto" else ridge)
 
     # --- plans -------------------------------------------------------------------------------------------------------
@@ -129,6 +135,7 @@ class Planner:
         scores_L = self._unit_scores(spec, pruning) if scores_units else self._column_scores(spec)
         compensation = COMPENSATIONS[pruning.compensation]
 
+        # First how many units each layer keeps, then which: the best by score within the layer.
         shapes = choose_shapes(
             architecture,
             pruning,
@@ -141,6 +148,7 @@ class Planner:
 
         layers = zip(shapes, architecture.layers, scores_L, strict=True)
         kept = tuple(keep(shape, layer.shape, *scores) for shape, layer, scores in layers)
+
         provenance = self._provenance(spec, pruning, score=pruning.score, **self._score_provenance(spec, pruning))
         return Plan(spec.name, ratio, compensation, kept, provenance)
 
@@ -148,6 +156,7 @@ class Planner:
         """Drop whole layers by ShortGPT's Block Influence (arXiv 2403.03853); there is nothing to compensate."""
         architecture = self.checkpoint.architecture
         moments = self.pooled_moments(spec)
+
         # Block Influence is one less the mean cosine of a layer's input and output.
         influence_L = [1 - float(moments[layer, "block"].mean_D) for layer in range(architecture.n_layers)]
         dropped = choose_dropped(architecture, pruning, ratio=ratio, influence_L=influence_L)
@@ -168,6 +177,7 @@ class Planner:
 
     def _score_provenance(self, spec: ModelSpec, pruning: PruningSection) -> dict[str, Any]:
         """Return the settings that only some scores or compensations depend on."""
+        # A setting that changes nothing is left out: a checkpoint whose provenance changes is written again.
         provenance: dict[str, Any] = {}
         if pruning.score == "random":
             provenance["seed"] = spec.settings.seed
@@ -200,6 +210,7 @@ class Planner:
         if spec.pooling == "pooled":
             moments = self.pooled_moments(spec)
             return [self._score(score, moments, layer, site) for layer in layers]
+
         return [self._summed_score(score, spec, layer, site) for layer in layers]
 
     def _summed_score(self, score: ColumnScore, spec: ModelSpec, layer: int, site: Site) -> torch.Tensor:
@@ -230,6 +241,7 @@ class Planner:
         layers = range(self.checkpoint.architecture.n_layers)
         key = self._unit_scores_key(spec, pruning)
         scores_file = TensorFile(key_name=None, read=partial(load_unit_scores, layers=layers))
+        # The key is in the file's name, which the format therefore need not check.
         artifact = Artifact(self.run.unit_scores(key), key, scores_file)
 
         scores_L = artifact.get(lambda: save_tensors(artifact.path, self._score_units(spec, pruning)))
@@ -245,6 +257,8 @@ class Planner:
         """Score the units of every layer in Ray tasks, one for each layer; return them by their names in the file."""
         architecture = self.checkpoint.architecture
         streams = self._scored_streams(spec)
+
+        # A layer's covariances take GBs: such a task states its memory, so that Ray starts no more than fit a node.
         task = work_task(_score_layer, memory=task_memory(architecture))
         pending = [
             task.remote(self.checkpoint, streams, pruning.score, pruning.attention_unit, layer)
@@ -263,6 +277,7 @@ class Planner:
         pooled = self.pooled_covariance(spec)
         if spec.pooling != "score_average":
             return [pooled]
+
         weights = spec.weights.items()
         return [PooledCovariance((self.statistics_files[task],), (weight,), pooled.ridge) for task, weight in weights]
 
@@ -287,6 +302,7 @@ def _score_layer(
     """
     architecture = checkpoint.architecture
     n_heads = 1 if attention_unit == "head" else architecture.layers[layer].shape.heads_per_group
+
     block_U = _score_site(checkpoint, streams, score, (layer, "attn"), block=n_heads * architecture.head_dim)
     channel_C = _score_site(checkpoint, streams, score, (layer, "mlp"), block=1)
     return {"heads": block_U.repeat_interleave(n_heads) / n_heads, "channels": channel_C}
@@ -300,6 +316,7 @@ def _score_site(
     architecture = checkpoint.architecture
     weight_OD = checkpoint.read(architecture.tensor(layer, architecture.modules[site]))
 
+    # One stream is read after another, as each is a matrix of D x D.
     unit_score = UNIT_SCORES[score]
     scores = [unit_score(stream[key], weight_OD, block=block, ridge=stream.ridge_of(key)) for stream in streams]
     weighted = [sum(stream.weights) * score_U for stream, score_U in zip(streams, scores, strict=True)]
@@ -311,6 +328,8 @@ def _weight_norms(checkpoint: Checkpoint, run: Run) -> WeightNorms:
     architecture = checkpoint.architecture
     norms_file = TensorFile(read=partial(load_norms, architecture=architecture))
     artifact = Artifact(run.statistics("weight_norms"), checkpoint.fingerprint, norms_file)
+
+    # They depend on the base alone, so every other ratio and score of the run finds them here.
     return artifact.get(lambda: save_norms(artifact.path, _compute_norms(checkpoint), fingerprint=artifact.key))
 
 

@@ -60,7 +60,8 @@ class Calibration:
 
     def fingerprint(self, shard: Shard) -> str:
         """Return the key of a shard's record."""
-        # The order is part of the key: another one would make all records of older runs again.
+        # The order is part of the key: another one would make all records of older runs again. Covariances are no
+        # part of it: with or without them the moments are the same.
         parts = (self.model, self.dtype, self.skip_first_token, self.batch_tokens, self.schema)
         return fingerprint(parts, shard.sha256, RECORDED)
 
@@ -106,6 +107,8 @@ class ShardRecords:
         """Return a file of moments with those of the covariances beside it, if this calibration has them."""
         # A covariance file is as much a part of a record as the moments: its absence has the record made again.
         layers = range(self.architecture.n_layers if self.calibration.covariance else 0)
+
+        # The moments come first: theirs is the one file that every record has.
         paths = [moments, *(covariance_file(moments, layer) for layer in layers)]
         return [Artifact(path, key, file_format) for path in paths]
 
@@ -121,6 +124,7 @@ class ShardRecords:
         Raises IncompleteError when one is missing; it names a shard that was given up.
         """
         task = shards[0].task
+        # Here it is enough that they are there: ``missing`` has read them to their ends.
         missing = [shard for shard in shards if not self.path(shard).is_file()]
         given_up = [shard for shard in missing if self.attempts(shard) >= MAX_ATTEMPTS]
 
@@ -135,6 +139,7 @@ class ShardRecords:
         if missing:
             name = self.path(missing[0]).name
             raise IncompleteError(f"{task}: {len(missing)} records are missing ({name}, ...); run the command again")
+
         return [self.path(shard) for shard in shards]
 
     # --- attempts ----------------------------------------------------------------------------------------------------
@@ -151,6 +156,7 @@ class ShardRecords:
 
     def mark_attempt(self, shard: Shard) -> None:
         """Count one more attempt, before it begins."""
+        # Replaced as a whole, since an object in a bucket cannot be added to.
         with atomic_write(self.attempt_marker(shard)) as temporary:
             temporary.write_bytes(b"." * (self.attempts(shard) + 1))
 
