@@ -51,6 +51,7 @@ class SeriesStyle:
         if self.marker == "_":
             size = 12
             edge_width = 2.2
+
         return Line2D(
             x,
             y,
@@ -72,6 +73,7 @@ LOWER_BOUND = SeriesStyle(INK, "_", "none")
 
 def series_style(i: int) -> SeriesStyle:
     """Return the style of a chart's i-th series; the first 9 have different markers, the first 7 different colours."""
+    # The three lists have different lengths, so that a combination does not come back soon.
     return SeriesStyle(
         COLOURS[i % len(COLOURS)],
         MARKERS[i % len(MARKERS)],
@@ -98,9 +100,11 @@ class Series:
         colour = self.style.colour
         for low, high in self.bands:
             axes.fill_between(self.x, low, high, color=colour, alpha=0.22, linewidth=0)
+
         if self.errors:
             low, high = self.errors
             axes.vlines(self.x, low, high, colors=colour, linewidth=1)
+
         axes.add_line(self.style.line_2d(self.x, self.y))
 
 
@@ -134,14 +138,17 @@ class Chart:
         # The scale comes first: a change of it would reset ticks and limits.
         axes.set_xscale("log" if self.x_log else "linear")
         axes.set_yscale("log" if self.y_log else "linear")
+
         for series in self.series:
             series.draw(axes)
+
         # Lines that are added by hand change no limits by themselves.
         axes.autoscale_view()
 
         axes.set(xlabel=self.x_label, ylabel=self.y_label)
         if self.y_range:
             axes.set_ylim(*self.y_range)
+
         axes.set_title(self.title, loc="left")
         axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.6)
         axes.set_axisbelow(True)  # the grid lies below the series
@@ -197,6 +204,7 @@ class HeatMap:
         else:
             beside = 0
             above = 16
+
         # 40 pixels of margin, 7 for each character of a row's name, 46 for each column.
         width = 40 + 7 * max(map(len, self.rows)) + 46 * len(self.columns) + beside
         return max(width, 9 * len(self.title)), 56 + 28 * len(self.rows) + above
@@ -216,6 +224,7 @@ class HeatMap:
         axes.set_yticks([i + 0.5 for i in range(len(self.rows))], list(self.rows))
 
         if self.slanted:
+            # The end of a name is at its column, and the name leans away from it.
             for text in axes.get_xticklabels():
                 text.set(rotation=40, ha="left", rotation_mode="anchor")
 
@@ -225,6 +234,7 @@ class HeatMap:
     def _draw_cell(self, axes: Axes, row: int, column: int, value: float) -> None:
         low, high = self.scale
         # A value outside of the scale has the colour of its nearer end.
+        # Where all numbers are equal, none is stronger.
         share = min(max((value - low) / (high - low), 0), 1) if high != low else 0
 
         # At full strength the number could not be read on either a light or a dark page.
@@ -233,6 +243,7 @@ class HeatMap:
         )
         if (row, column) in self.framed:
             axes.add_patch(Rectangle((column + 0.04, row + 0.04), 0.92, 0.92, fill=False, edgecolor=INK, linewidth=1.4))
+
         axes.text(column + 0.5, row + 0.5, f"{value:.{self.digits}f}", ha="center", va="center", fontsize=10.5)
 
 
@@ -268,16 +279,21 @@ def _set_log_ticks(axis: Axis, limits: tuple[float, float]) -> None:
     """
     low, high = limits
     n_decades = math.log10(high / low)
+
+    # Within one decade there may be no power of ten, and so no tick at all.
     if n_decades < 1:
         axis.set_major_locator(FixedLocator(_round_ticks(low, high)))
     else:
         steps = (1, 2, 5) if n_decades < 2.5 else (1,)
         axis.set_major_locator(LogLocator(subs=steps, numticks=6))
+
+    # Matplotlib would label the minor ticks of a short axis, in its own way.
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(_plain_number))
 
 
 def _round_ticks(low: float, high: float) -> list[float]:
+    # The locator also returns the next round numbers outside of the limits.
     ticks: Iterable[float] = MaxNLocator(5, steps=(1, 2, 5, 10)).tick_values(low, high)
     return [tick for tick in ticks if low <= tick <= high]
 
@@ -286,6 +302,7 @@ def _plain_number(value: float, _: int | None = None) -> str:
     """Return a number as text: ``0.1``, ``10⁻⁵``, ``1.6·10⁻⁴``."""
     if 1e-3 <= value < 1e5:
         return f"{value:g}"
+
     exponent = math.floor(math.log10(value) + 1e-9)  # a tick a little below its power of ten belongs to it
     factor = f"{value / 10**exponent:.3g}"
     return ("" if factor == "1" else f"{factor}·") + "10" + str(exponent).translate(SUPERSCRIPTS)

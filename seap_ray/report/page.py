@@ -76,12 +76,15 @@ def save_figures(run: Run, folder: StoragePath) -> list[StoragePath]:
             path = folder / f"{section.key}.svg"
             with atomic_write(path) as temporary:
                 temporary.write_text(figure_svg(section.figure), encoding="utf-8")
+
             paths.append(path)
+
     return paths
 
 
 def sections(data: RunData) -> list[Section]:
     """Return the sections that the run has files for."""
+    # Each decides itself whether the run has what it shows.
     return [section for make in SECTIONS if (section := make(data))]
 
 
@@ -110,11 +113,13 @@ def summary_table(data: RunData) -> Table:
     for ratio in sorted({model.ratio for model in models}, key=lambda ratio: -1 if ratio is None else ratio):
         rows = [_summary_row(model, means, tasks, notes) for model in models if model.ratio == ratio]
         groups.append((_heading(ratio), rows))
+
     return Table(SUMMARY_CAPTION, columns, groups, notes)
 
 
 def _summary_row(model: ModelRow, means: list[bool], tasks: list[str], notes: list[str]) -> list[str]:
     is_planned = model.ratio is not None and model.realised_ratio is not None
+    # A dense model has no ratio, and a model that could not be made has no realised one.
     row = [
         model.name,
         f"{model.realised_ratio:.4f}" if is_planned else "",
@@ -128,6 +133,7 @@ def _summary_row(model: ModelRow, means: list[bool], tasks: list[str], notes: li
     # Last, for their cells number the notes in the order of the page.
     for task in tasks:
         row.append(_cell(model, task, notes))
+
     return row
 
 
@@ -195,17 +201,20 @@ def facts(data: RunData) -> dict[str, str]:
         "Seed": str(config["run"]["seed"]) if "run" in config else "",
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
+
     return {name: value for name, value in entries.items() if value}
 
 
 def _method(pruning: Mapping[str, Any]) -> str:
     allocation = pruning["allocation"]
+    # Other allocations do not read k and x0.
     curve = f" (k {allocation['k']:g}, x0 {allocation['x0']:g})" if allocation["kind"] == "logistic" else ""
     return f"score {pruning['score']}, allocation {allocation['kind']}{curve}, compensation {pruning['compensation']}"
 
 
 def commands(data: RunData) -> list[str]:
     """Return the commands that measured what the page shows, each once."""
+    # A dict, since it keeps the order, and a set does not.
     results = (data.main, *data.studies.values())
     return list(dict.fromkeys(each.command for each in results if each.command))
 

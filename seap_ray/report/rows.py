@@ -110,6 +110,7 @@ class ModelRow:
         # Neither of these was planned, and a summary has no checkpoint.
         if self.kind in ("dense", "summary"):
             del content["planned_ratio"]
+
         if self.kind == "summary":
             del content["folder"]
 
@@ -117,6 +118,7 @@ class ModelRow:
             del content["speed"]
         else:
             content["speed"] = self.speed.to_json()
+
         return content
 
     @property
@@ -182,6 +184,7 @@ class Results:
         table = None
         if "rows" in content:
             table = StudyTable(*(content.get(name, "") for name in StudyTable.__slots__))
+
         return cls(
             {name: TaskRow.from_json(task) for name, task in content["tasks"].items()},
             [ModelRow.from_json(model) for model in content["models"]],

@@ -84,6 +84,7 @@ class RunData:
         for ratio in _ratios(main):
             if at_ratio := _plans(run, main, ratio):
                 plans[ratio] = at_ratio
+
         return cls(run, main.config or read_json(run.config) or {}, main, studies, _architecture(main), plans)
 
     @property
@@ -124,6 +125,7 @@ def study_path(run: Run, name: StudyName) -> StoragePath | None:
         path = candidate.study(name)
         if read_json(path):
             return path
+
     return None
 
 
@@ -155,6 +157,7 @@ def _architecture(results: Results) -> Architecture | None:
             source = (read_json(folder / "seap.json") or {}).get("source", {})
             is_of_dense = not source.get("model_type", "").startswith("seap_")
             return Architecture.of({**config, "per_layer_config": None}) if is_of_dense else None
+
     return None
 
 
@@ -168,6 +171,7 @@ def _plans(run: Run, results: Results, ratio: float) -> list[StoredPlan]:
             tensors = path.with_suffix(".safetensors")
             if path.is_file() and tensors.is_file():
                 plans.append(StoredPlan(read_json(path), load_file(stage(tensors))))
+
     return plans
 
 

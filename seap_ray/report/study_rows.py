@@ -48,16 +48,19 @@ class StudyRow:
                 names += with_stderr(tasks)
             else:
                 names.append(column.format(mean=mean_head))
+
         return names
 
     @classmethod
     def from_table(cls, table: StudyTable) -> list[Self]:
         """Read a table's rows by the names of its columns; a column that it does not have is None."""
+        # A table without a mean has no column of either name, so it does not matter which is looked for.
         mean_head = mean_head_of(table.columns) or MEAN_HEADS[0]
         return [cls._from_cells(table.columns, cells, mean_head) for cells in table.rows]
 
     @classmethod
     def _from_cells(cls, columns: Sequence[str], cells: Sequence[Any], mean_head: str) -> Self:
+        # Columns are taken one by one by their names. What is left over in the end is about the tasks.
         unread = list(zip(columns, cells, strict=True))
         values: dict[str, Any] = {}
         is_after_tasks = False
@@ -70,6 +73,7 @@ class StudyRow:
         # What no other field has taken is about the tasks.
         if is_after_tasks:
             values["by_task"] = _estimates(unread)
+
         return cls(**values)
 
     def to_json(self) -> list[Any]:
@@ -78,14 +82,17 @@ class StudyRow:
         for field, column in zip(_fields(self), self.COLUMNS, strict=True):
             value = getattr(self, field.name)
             if column == BY_TASK:
+                # In the order of the tasks, as ``columns`` names them.
                 for estimate in value.values():
                     cells += [estimate.value, estimate.stderr]
             else:
                 cells.append(value)
+
         return cells
 
 
 def _fields(row: StudyRow | type[StudyRow]) -> tuple[Field[Any], ...]:
+    # In the order of the class's lines, which is the order of COLUMNS.
     return fields(row)
 
 
@@ -118,6 +125,7 @@ def _estimates(unread: Sequence[tuple[str, Any]]) -> dict[str, Estimate]:
 
 def mean_head_of(columns: Sequence[str]) -> str | None:
     """Return ``mean acc`` or ``mean ppl``, whichever a column is named after, or None."""
+    # By the end: a study may name two means, ``experts mean acc`` and ``general mean acc``.
     for column in columns:
         for head in MEAN_HEADS:
             if column.endswith(head):

@@ -28,6 +28,8 @@ def find(config: Config, name: str) -> Run:
     with readable(folder):
         if folder.is_dir():
             run = Run(folder.absolute())
+
+    # A folder without results is as good as none: there is nothing to print.
     if not _results(run):
         raise ConfigError(f"{name}: no run with results at {run.root}; make it with jobs/prune.py or jobs/eval.py")
     return run
@@ -50,10 +52,13 @@ def _results(run: Run) -> dict[str, Results]:
 def _text(name: str, results: Results) -> str:
     if results.table is None:
         return table(results)
+
+    # The tables of these two studies are about models, and so have the main job's form.
     if name in ("table", "ratio"):
         text = table(results)
     else:
         text = text_table(results.table.columns, results.table.rows)
+
     return f"{results.table.title}: {results.table.question}\n\n{text}"
 
 
@@ -61,6 +66,8 @@ def compare(a: Run, b: Run) -> str:
     """Return what differs between two runs: keys of their configs, then the means of every model that both have."""
     lines = [f"a: {a.root}", f"b: {b.root}"]
     results_b = _results(b)
+
+    # Studies that only one of the two has made compare with nothing.
     for name, results in _results(a).items():
         if other := results_b.get(name):
             lines += ["", f"{name}:", *_changed_keys(results, other), "", _changed_models(results, other)]
@@ -70,11 +77,13 @@ def compare(a: Run, b: Run) -> str:
 def _changed_keys(a: Results, b: Results) -> list[str]:
     old = _flat_config(a)
     new = _flat_config(b)
+    # A key that only one of them has counts as changed: versions of the package may differ.
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return [f"  {key}: {old.get(key)} -> {new.get(key)}" for key in changed]
 
 
 def _flat_config(results: Results) -> dict[str, object]:
+    # A results file that was made by hand may have no config.
     return flatten(dict(results.config) or {"tasks": []})
 
 
@@ -89,6 +98,7 @@ def _changed_models(a: Results, b: Results) -> str:
         other = models_b.get((model.name, model.ratio))
         if other is None:
             continue
+
         mean_a = _mean_over_common(model, tasks.keys())
         mean_b = _mean_over_common(other, tasks.keys())
         if mean_a and mean_b:

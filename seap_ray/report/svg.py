@@ -42,6 +42,7 @@ def panel_svg(panel: Panel, label: str) -> str:
 def legend_key_svg(series_style: SeriesStyle) -> str:
     """Return the sample of a style for a legend; it is hidden from screen readers, which read its label."""
     with style.context(["default", RC_PARAMS]):
+        # Room for a line with one marker: 36 by 14 pixels, a line of text high.
         canvas = Canvas(figsize=(36 / PIXELS_PER_INCH, 14 / PIXELS_PER_INCH))
         axes = canvas.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
@@ -61,6 +62,7 @@ def figure_svg(figure: Figure) -> str:
     width = max(panel.size[0] for panel in panels)
     height = max(panel.size[1] for panel in panels)
 
+    # The legend is below the panels, in rows of 24 pixels.
     legend = figure.legend
     n_legend_columns = _legend_columns(list(legend), n_columns * width)
     legend_height = 24 * math.ceil(len(legend) / n_legend_columns)
@@ -69,9 +71,11 @@ def figure_svg(figure: Figure) -> str:
         canvas = _canvas(n_columns * width, n_rows * height + legend_height)
         for i, panel in enumerate(panels):
             panel.draw(canvas.add_subplot(n_rows, n_columns, i + 1))
+
         if legend:
             handles = [series_style.line_2d([], []) for series_style in legend.values()]
             canvas.legend(handles, list(legend), loc="outside lower center", ncols=n_legend_columns, frameon=False)
+
         svg = _svg(canvas, figure.label)
 
     return svg.replace("<svg ", f'<svg style="{STANDALONE_STYLE}" font-family="{STANDALONE_FONT}" ', 1)
@@ -79,6 +83,7 @@ def figure_svg(figure: Figure) -> str:
 
 def _legend_columns(labels: Sequence[str], width: float) -> int:
     """Return how many entries of a legend fit beside each other, each a key of 60 pixels and its label."""
+    # By the longest label, since Matplotlib's columns are equally wide; 8 pixels are enough for a character.
     longest = max(map(len, labels), default=0)
     return max(1, min(len(labels), 5, int(width // (60 + 8 * longest))))
 

@@ -35,6 +35,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    # Names are read from their beginning, numbers are compared by their ends.
     aligned = []
     for i, (cell, width) in enumerate(zip(cells, widths, strict=True)):
         aligned.append(cell.ljust(width) if i == 0 else cell.rjust(width))
@@ -47,6 +48,8 @@ def show(value: Any) -> str:
         return ""
     if not isinstance(value, float):
         return str(value)
+
+    # So an accuracy and a perplexity have about as many digits.
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
@@ -91,6 +94,7 @@ def _row(model: ModelRow, tasks: Iterable[str], with_speed: bool) -> list[str]:
     if with_speed:
         cells += ["" if model.bytes is None else f"{count(model.bytes)}B", show(model.kv_bytes_per_token)]
         cells += [_speed(model, stage) for stage in STAGES]
+
     return cells
 
 
@@ -121,6 +125,7 @@ def _failures(models: Iterable[ModelRow]) -> list[str]:
     for error, cells in cells_of.items():
         others = f" and {len(cells) - 1} others" if len(cells) > 1 else ""
         lines.append(f"failed: {cells[0]}{others}: {error}")
+
     return lines
 
 
@@ -140,6 +145,7 @@ def mean_quality(cells: Iterable[Cell]) -> tuple[float, float] | None:
         if isinstance(cell, FailedCell):
             return None
         qualities.append(cell)
+
     if not qualities:
         return None
 

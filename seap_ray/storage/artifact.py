@@ -47,6 +47,7 @@ class Artifact(Generic[Content]):
     def get(self, build: Callable[[], object]) -> Content:
         """Read the artifact; where it is not made, ``build`` writes it first."""
         self.make(build)
+        # Read back from storage, so that a first run goes on with what a second one would find.
         return self.load()
 
     def make(self, build: Callable[[], object]) -> None:
@@ -66,6 +67,7 @@ class JsonFile:
         content = read_json(path)
         if not isinstance(content, dict):  # missing, torn, or something else of this name
             return False
+
         return self.key_in_name or content.get("fingerprint") == key
 
     def load(self, path: StoragePath) -> Any:
@@ -97,6 +99,7 @@ class ManifestFolder:
         content = self._content_with_key(path, key)
         if content is None:
             return False
+
         return all(has_size(path / name, n_bytes) for name, n_bytes in self.sizes(content).items())
 
     def is_whole(self, path: StoragePath, key: str) -> bool:
@@ -104,6 +107,8 @@ class ManifestFolder:
         content = self._content_with_key(path, key)
         if content is None:
             return False
+
+        # The manifest is written last, so one that is there promises all files. Only their bytes can have changed.
         return all(has_hash(path / name, digest) for name, digest in self.hashes(content).items())
 
     def _content_with_key(self, path: StoragePath, key: str) -> Mapping[str, Any] | None:
@@ -122,6 +127,7 @@ class ChecksummedFile:
 
     def is_whole(self, path: StoragePath, key: str) -> bool:
         """Return whether the file has the bytes that were hashed when it was written."""
+        # The checksum is written after the file, so a file without one may be incomplete.
         digest = read_json(checksum_path(path))
         return digest is not None and has_hash(path, digest)
 

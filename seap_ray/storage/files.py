@@ -32,6 +32,8 @@ def atomic_write(path: StoragePath | Path) -> Iterator[Path]:
 
     Raises IncompleteError, and leaves nothing, when the storage is full or cannot be written to.
     """
+    # Beside the target on a disk, where a rename is one step; in this node's cache for a bucket. The random part of the
+    # name keeps two writers of one path apart.
     target = storage_path(path)
     folder = target.scratch_folder()
     temporary = folder / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -41,6 +43,8 @@ def atomic_write(path: StoragePath | Path) -> Iterator[Path]:
             yield temporary
             temporary.chmod(_MODE)  # safetensors makes files that their owner alone can read
             target.commit(temporary)
+
+    # After a commit on a disk the temporary file is gone, and after one to a bucket it is still there.
     finally:
         with suppress(OSError):  # a folder that could not be made holds nothing to remove
             temporary.unlink()
@@ -63,7 +67,7 @@ def readable(path: StoragePath | Path) -> Iterator[None]:
     """Turn errors of reading ``path`` inside the block into IncompleteError, except those that say it is not there."""
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError):  # the caller knows what a missing file means
         raise
     except OSError as error:
         raise IncompleteError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -104,9 +108,10 @@ def link(file: Path, target: Path) -> None:
     """Give a file on a disk a second name, or where the disk has no hard links, make a copy."""
     with writable(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        # A link is not made over a file that is there.
         target.unlink(missing_ok=True)
         try:
             os.link(file, target)
-        except OSError:
+        except OSError:  # also where the two lie on different disks
             with atomic_write(target) as temporary:
                 shutil.copyfile(file, temporary)

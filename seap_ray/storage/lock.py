@@ -44,9 +44,11 @@ def _process_name() -> str:
 def _lock_on_disk(root: LocalPath) -> Iterator[None]:
     with writable(root):
         root.mkdir(parents=True, exist_ok=True)
+        # Opened without truncation: until the lock is held, the text in it is its owner's.
         file = (root / ".lock").open("a+")
 
     with file:
+        # The system releases the lock when the file is closed, and so when the process ends in any way.
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -54,27 +56,34 @@ def _lock_on_disk(root: LocalPath) -> Iterator[None]:
             raise _locked_error(root, file.read().strip()) from None
         except OSError:
             pass  # a file system without locks
+
         with writable(root):
             file.truncate(0)
             print(_process_name(), file=file, flush=True)
+
         yield
 
 
 @contextmanager
 def _lock_in_bucket(root: BucketPath) -> Iterator[None]:
+    # A store has no locks, and no step that both looks and writes. So a job looks, writes its mark, waits, and looks
+    # again whether the mark is still its own.
     path = root / ".lock"
     mark = f"{_process_name()}, {uuid.uuid4().hex}"
     _wait_until_free(root, path)
     _acquire(root, path, mark)
 
+    # A thread, since the job's own work may take hours without a pause.
     ended = threading.Event()
     heartbeat = threading.Thread(target=_keep_changing, args=(path, mark, ended), daemon=True)
     heartbeat.start()
     try:
         yield
     finally:
+        # Joined before the file is removed, or a last heartbeat could write it anew.
         ended.set()
         heartbeat.join()
+
         with suppress(OSError):
             if path.read_text().startswith(mark):
                 path.unlink(missing_ok=True)
@@ -85,6 +94,9 @@ def _wait_until_free(root: BucketPath, path: BucketPath) -> None:
     before = _read(path)
     if not before:
         return
+
+    # Three heartbeats, so that one which is late does not lose the lock.
+
     say(f"{root} is marked as worked on by {_owner(before)}; seeing whether it still is")
     time.sleep(3 * HEARTBEAT_S)
     now = _read(path)
@@ -96,6 +108,8 @@ def _acquire(root: BucketPath, path: BucketPath, mark: str) -> None:
     """Write the mark, and raise ConfigError if another job wrote its own at the same time and later."""
     with writable(path):
         path.write_bytes(mark.encode())
+
+    # Of several that write now, all read the same text after this time: the last one's.
     time.sleep(SETTLE_S)
     now = _read(path)
     if now != mark:

@@ -76,7 +76,7 @@ class LocalPath(PosixPath):
 
     def move_folder(self, target: "StoragePath", *, last: str) -> None:
         """Rename this folder to ``target``, whose old content goes; all files appear at once, ``last`` among them."""
-        target.remove()
+        target.remove()  # a rename does not replace a folder that holds files
         self.rename(target)
 
     def free_bytes(self) -> float:
@@ -165,6 +165,8 @@ class BucketPath(PurePosixPath):
         info = self._info()
         if info.type == FileType.NotFound:
             raise FileNotFoundError(f"{self} is not there")
+
+        # A folder, and a store that does not say, has neither.
         return Status(info.size or 0, info.mtime_ns or 0)
 
     def open(self, mode: Literal["rb"]) -> IO[bytes]:
@@ -208,6 +210,7 @@ class BucketPath(PurePosixPath):
         """Yield files and folders that match part by part, sorted; ``**`` is not known."""
         wanted = PurePosixPath(pattern).parts
         names = [path.relative_to(self).parts for path, _ in self.below()]
+
         # A folder is there once for each file below it, so a set.
         candidates = {parts[: len(wanted)] for parts in names if len(parts) >= len(wanted)}
         for parts in sorted(candidates):
@@ -246,7 +249,7 @@ class BucketPath(PurePosixPath):
         # A single file is copied as a folder with one file would be.
         files = [(self, self.stat())] if self.is_file() else self.below()
         files = [(file, status) for file, status in files if _matches_any(file.name, patterns)]
-        if not files:
+        if not files:  # such a folder does not exist in a bucket
             raise FileNotFoundError(f"{self}: there is nothing")
 
         content = json.dumps([[str(file), status.st_size, status.st_mtime_ns] for file, status in files])
@@ -256,6 +259,7 @@ class BucketPath(PurePosixPath):
             with _locked(copy.parent / ".lock"):
                 if not copy.exists():  # another process may have made it while this one waited
                     _copy(self, [file for file, _ in files], copy)
+
         return copy
 
     def scratch_folder(self) -> LocalPath:
@@ -270,6 +274,8 @@ class BucketPath(PurePosixPath):
         """Remove a file, or every file below a folder, if it is there."""
         if self.is_file():
             self.unlink(missing_ok=True)
+
+        # A file and a folder may have the same name in a bucket.
         for file, _ in self.below():
             file.unlink(missing_ok=True)
 
@@ -301,6 +307,7 @@ class BucketPath(PurePosixPath):
 
         It is given a local folder of empty files that have the names of those in the bucket.
         """
+        # ``choose`` looks for patterns in a folder on a disk, as it does for data that lie on one.
         with TemporaryDirectory() as names:
             for file, _ in self.below():
                 empty = Path(names) / file.relative_to(self)
@@ -341,6 +348,7 @@ def cache_folder() -> LocalPath:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    # Other processes of this node wait here for the one that downloads. The lock goes with the process, even killed.
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -348,6 +356,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _copy(path: BucketPath, files: list[BucketPath], copy: LocalPath) -> None:
     """Download files below ``path`` to ``copy``, which appears once all of them are there."""
+    # What a process left that was killed in the middle.
     partial = copy.with_name(f".{copy.name}.partial")
     partial.remove()
 
@@ -358,6 +367,7 @@ def _copy(path: BucketPath, files: list[BucketPath], copy: LocalPath) -> None:
 
     with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
         list(pool.map(fetch, files))  # a list, so that errors are raised here
+
     os.replace(partial, copy)
 
 

@@ -113,12 +113,14 @@ class Run:
 
     def claim(self, config: Config) -> None:
         """Write the resolved config, first of all files. Raises ConfigError if the run was made with another one."""
+        # Written again even so: keys that may change in a run are those of its last command.
         if made_with := read_json(self.config):
             self._refuse_another(made_with, config)
         write_json(self.config, config.model_dump(mode="json"))
 
     def _refuse_another(self, made_with: dict[str, Any], config: Config) -> None:
         """Raise ConfigError for the first key on which statistics depend and which differs."""
+        # Only keys that both have: tasks may be added and left out.
         old = flatten(made_with)
         new = flatten(config.model_dump(mode="json"))
         for key in sorted(old.keys() & new.keys()):
@@ -143,17 +145,21 @@ def flatten(values: dict[str, Any]) -> dict[str, Any]:
         value: Any = values
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        if key != "tasks":
+
+        if key != "tasks":  # they are there already, by their names
             flat[key] = value
+
     return flat
 
 
 def ratio_name(ratio: float) -> str:
     """Return the folder name of a ratio: 0.5 -> ``0.50``, 0.125 -> ``0.125``."""
+    # Two decimals where these are exact, else all of them, so that no two ratios share a name.
     short = f"{ratio:.2f}"
     return short if float(short) == ratio else repr(ratio)
 
 
 def fingerprint(*parts: Any) -> str:
     """Return the sha256 of JSON-able values: equal for equal values, in every process."""
+    # Sorted, since a dict's order says nothing about its content; Python's own hashes differ from process to process.
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

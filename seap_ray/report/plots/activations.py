@@ -18,12 +18,15 @@ from seap_ray.storage.paths import StoragePath
 
 def clusters_section(data: RunData) -> Section | None:
     """Return the mean activations of every shard in the first, a middle and the last layer."""
+    # One point a shard needs a record of each; tasks without records are left out.
     records: list[StoragePath] = []
     tasks: list[str] = []
     for task in data.main.tasks:
         for path in data.run.records(task).sorted_glob("*.safetensors"):
             records.append(path)
             tasks.append(task)
+
+    # One task has no other to differ from, and two points always lie on a line.
     if data.architecture is None or len(set(tasks)) < 2 or len(tasks) < 3:
         return None
 
@@ -44,6 +47,7 @@ def clusters_section(data: RunData) -> Section | None:
         finding = (
             f"Share of the shards whose nearest neighbour, over all channels, is of the same task: {', '.join(shares)}."
         )
+
     return Section(
         "clusters",
         "Do tasks activate different channels?",
@@ -76,6 +80,7 @@ def principal_components(x_PD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     u_PR, s_R, _ = np.linalg.svd(x_PD, full_matrices=False)
     at_P2 = (u_PR * s_R)[:, :2]
     at_P2 *= np.sign(at_P2[np.abs(at_P2).argmax(0), [0, 1]])
+    # Equal points have no variance, and 0 / 0 would be no number.
     return at_P2, s_R[:2] ** 2 / max(float((s_R**2).sum()), 1e-300)
 
 
@@ -92,18 +97,21 @@ def nearest_of_same_label(x_PD: np.ndarray, labels: Sequence[str]) -> float | No
     for point, label in enumerate(labels):
         if labels.count(label) > 1:
             is_same.append(labels[nearest_P[point]] == label)
+
     return sum(is_same) / len(is_same) if is_same else None
 
 
 def _scatter_chart(layer: int, x_PD: np.ndarray, tasks: Sequence[str]) -> Chart:
     """Return a point for every shard, in its task's style."""
     at_P2, (first, second) = principal_components(x_PD)
+
     # Points of one task are one series without a line.
     series = []
     for i, task in enumerate(dict.fromkeys(tasks)):
         is_of_task = [other == task for other in tasks]
         x, y = at_P2[is_of_task].T.tolist()
         series.append(Series(task, x, y, replace(series_style(i), line="none")))
+
     x_label = f"1st component ({percent(first)})"
     y_label = f"2nd component ({percent(second)})"
     return Chart(f"layer {layer}", x_label, y_label, tuple(series))

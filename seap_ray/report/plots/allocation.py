@@ -21,6 +21,7 @@ def allocation_section(data: RunData) -> Section | None:
 
     head = mean_head_of(table.columns)
     rows = AllocationRow.from_table(table)
+
     # One row of panels for a ratio: the experts at the left, the general model at the right.
     maps = []
     for ratio in dict.fromkeys(row.ratio for row in rows):
@@ -50,6 +51,7 @@ def _allocation_map(title: str, means: Means, *, lower_is_better: bool) -> HeatM
         column = 0 if row.x0 is None else midpoints.index(row.x0)
         cells.setdefault(name, [None] * n_columns)[column] = mean
 
+    # The colours span what was measured, since allocations differ by little.
     values = [mean for _, mean in means]
     worst_to_best = (max(values), min(values)) if lower_is_better else (min(values), max(values))
     columns = [f"x0 {x0:g}" for x0 in midpoints] or [""]

@@ -16,14 +16,17 @@ def corpus_section(data: RunData) -> Section | None:
     table = data.study_table("corpus")
     if section is None or table is None:
         return None
+
     mean = mean_column_of(table.columns)
     if mean is None:
         return section
 
+    # A size whose models could not be judged has no mean.
     rows = [row for row in CorpusRow.from_table(table) if row.mean is not None]
     by_ratio: dict[float, list[CorpusRow]] = {}
     for row in rows:
         by_ratio.setdefault(row.ratio, []).append(row)
+
     series = [_series(ratio, by_ratio[ratio], i) for i, ratio in enumerate(by_ratio)]
     chart = Chart(mean, "samples per task", "", tuple(series), x_log=True, wide=True)
     how_to_read = (
@@ -36,6 +39,7 @@ def corpus_section(data: RunData) -> Section | None:
 
 
 def _series(ratio: float, rows: Sequence[CorpusRow], i: int) -> Series:
+    # One seed alone has no spread, and so no band.
     low = [row.mean - (row.sd_over_seeds or 0) for row in rows]
     high = [row.mean + (row.sd_over_seeds or 0) for row in rows]
     samples = [row.samples for row in rows]
@@ -55,8 +59,11 @@ def _smallest_stable(by_ratio: dict[float, list[CorpusRow]], *, is_perplexity: b
             tolerance = row.stderr * (row.mean if is_perplexity else 1)
             if abs(row.mean - largest.mean) > tolerance:
                 break
+
             stable = row
+
         clauses.append(f"{stable.samples} with {percent(ratio)} removed")
+
     if not clauses:
         return ""
     return f"Samples from which on the mean stays within one standard error of the last: {', '.join(clauses)}."

@@ -32,6 +32,7 @@ class Overlap:
         expected_MM = both_MM.copy()
         n_M = np.zeros(len(plans))
         for layer, unit, width in groups:
+            # 1 where a model keeps a unit, so that products count units that both keep.
             kept_MU = np.zeros((len(plans), width))
             for kept_U, plan in zip(kept_MU, plans, strict=True):
                 kept_U[plan.indices(layer, unit)] = 1
@@ -42,6 +43,7 @@ class Overlap:
             expected_MM += np.outer(size_M, size_M) / width
             n_M += size_M
 
+        # The union is both sizes less the intersection.
         sum_MM = n_M[:, None] + n_M
         with np.errstate(invalid="ignore"):  # where neither keeps a unit there is nothing to share: no number
             return cls(both_MM / (sum_MM - both_MM), expected_MM / (sum_MM - expected_MM))
@@ -64,9 +66,11 @@ class Overlap:
 
 def overlap_section(data: RunData) -> Section | None:
     """Return what the models of one ratio have in common, over all layers and layer by layer."""
+    # One model has nothing to share with another.
     ratios = [ratio for ratio in data.shown_ratios if len(data.plans[ratio]) > 1]
     if data.architecture is None or not ratios:
         return None
+
     groups_by_unit = {unit: unit_groups(data.architecture, unit) for unit in UNITS}
     all_groups = [group for groups in groups_by_unit.values() for group in groups]
 
@@ -104,6 +108,7 @@ def _overlap_by_layer(
     plans: Sequence[StoredPlan], ratio: float, groups_by_unit: Mapping[str, list[UnitGroup]]
 ) -> Chart | None:
     """Return the mean overlap of two experts in every layer, for heads and for channels."""
+    # Without the general model: this chart asks how the tasks differ.
     experts = [plan for plan in plans if plan.kind == "expert"]
     if len(experts) < 2:
         return None
@@ -115,6 +120,7 @@ def _overlap_by_layer(
         series.append(Series(unit, layers, [overlap.mean for overlap in overlaps], series_style(i)))
         chances = [overlap.mean_chance for overlap in overlaps]
         series.append(Series(f"{unit}, by chance", layers, chances, chance_style))
+
     title = f"between experts, {percent(ratio)} removed"
     return Chart(title, "layer", "mean overlap", tuple(series), x_integer=True, y_range=(-0.04, 1.04))
 

@@ -37,6 +37,7 @@ class Point:
 
 def quality_section(data: RunData) -> Section | None:
     """Return the quality of every method against what it removed."""
+    # A model that could not be made has no place on the axis of what is removed.
     rows = compared(widest_comparisons(data)[0].models)
     models = [model for model in rows if model.realised_ratio is not None]
 
@@ -46,6 +47,7 @@ def quality_section(data: RunData) -> Section | None:
         if points := _points(models, perplexity=perplexity):
             if chart := _quality_chart(points, perplexity=perplexity):
                 charts.append(chart)
+
     if not charts:
         return None
 
@@ -73,6 +75,7 @@ def _points(models: Sequence[ModelRow], *, perplexity: bool) -> list[Point]:
 def _quality_chart(points: Sequence[Point], *, perplexity: bool) -> Chart | None:
     """Return a line for every shown method, from the dense model on."""
     dense = [point for point in points if point.model.kind == "dense"]
+
     # Every line starts at the dense model, from which nothing is removed.
     series = []
     for i, method in enumerate(_shown_methods(points, perplexity=perplexity)):

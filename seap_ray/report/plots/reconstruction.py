@@ -26,6 +26,7 @@ def reconstruction_section(data: RunData) -> Section | None:
     table = data.study_table("reconstruction")
     if section is None or table is None:
         return None
+
     mean = mean_column_of(table.columns)
     if mean is None:
         return section
@@ -34,6 +35,7 @@ def reconstruction_section(data: RunData) -> Section | None:
     charts = []
     for models in dict.fromkeys(row.models for row in rows):
         charts.append(_reconstruction_chart([row for row in rows if row.models == models], mean, models))
+
     how_to_read = (
         "Each line is a compensation with the score that chose what to remove; bars are one standard deviation between "
         "seeds, each of which draws the data of calibration and evaluation anew."
@@ -44,6 +46,7 @@ def reconstruction_section(data: RunData) -> Section | None:
 
 
 def _reconstruction_chart(rows: Sequence[ReconstructionRow], mean: str, models: str) -> Chart:
+    # The dense model's row has ratio 0 and no compensation, so it is none of the lines.
     dense = [row for row in rows if row.ratio == 0]
     series = []
     for i, (compensation, score) in enumerate(SHOWN):
@@ -56,6 +59,7 @@ def _reconstruction_chart(rows: Sequence[ReconstructionRow], mean: str, models: 
         means = [row.mean for row in line]
         name = f"{compensation.replace('_', ' ')}, {score}"
         series.append(Series(name, removed, means, series_style(i), errors=(low, high)))
+
     return Chart(models, REMOVED_LABEL, mean, tuple(series), y_log=mean.endswith("ppl"))
 
 
@@ -63,6 +67,7 @@ def _finding(rows: Sequence[ReconstructionRow], mean: str) -> str:
     """Say which score is best for every compensation, where half is removed or as near as was measured."""
     pruned = [row for row in rows if row.ratio]
     ratio = min({row.ratio for row in pruned}, key=lambda ratio: abs(ratio - 0.5))
+    # Of perplexities the smallest is best.
     pick = min if mean.endswith("ppl") else max
 
     # At the given ratio, a compensation has one row for every score.
@@ -73,4 +78,5 @@ def _finding(rows: Sequence[ReconstructionRow], mean: str) -> str:
         ]
         best = pick(candidates, key=lambda row: row.mean)
         clauses.append(f"{models} with {compensation.replace('_', ' ')} {best.mean:.3f} ({best.score})")
+
     return f"Best {mean} with {percent(ratio)} removed: {', '.join(clauses)}."

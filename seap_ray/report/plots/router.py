@@ -16,6 +16,7 @@ def router_section(data: RunData) -> Section | None:
     report = data.main.router
     if not report or not report["n"]:
         return None
+
     return Section(
         "router",
         "Does the router send prompts to the right expert?",
@@ -34,6 +35,7 @@ def _confusion_map(counts: Counts) -> HeatMap:
     # The experts in the order of the tasks, then what is no task: the general model.
     targets = {target for row in counts.values() for target in row}
     columns = [*counts, *sorted(targets - counts.keys())]
+    # A task without held-out prompts has no shares.
     tasks = [task for task, row in counts.items() if row]
     values = [_shares(counts[task], columns) for task in tasks]
     own = frozenset((i, columns.index(task)) for i, task in enumerate(tasks))
@@ -41,6 +43,7 @@ def _confusion_map(counts: Counts) -> HeatMap:
 
 
 def _shares(row: Mapping[str, int], columns: list[str]) -> list[float | None]:
+    # Where no prompt went the cell is empty: a grid of zeros would hide the few that went astray.
     n_prompts = sum(row.values())
     return [row[column] / n_prompts if column in row else None for column in columns]
 

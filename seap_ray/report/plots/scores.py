@@ -27,21 +27,25 @@ def scores_section(data: RunData) -> Section | None:
     """Return quantiles of the scores in every layer: of the general model, the first expert and the last one."""
     if data.architecture is None or not data.plans:
         return None
+
     # At the largest ratio the lowest score that is kept says most.
     ratio, plans = list(data.plans.items())[-1]
     experts = [plan for plan in plans if plan.kind == "expert"]
     shown = [plan for plan in plans if plan.kind == "general"] + experts[:1] + experts[1:][-1:]
 
+    # Scores are computed again or read, and either may need files that the run has not kept.
     scored = []
     for plan in shown:
         if scores := unit_scores(data, data.architecture, plan):
             scored.append((plan, scores))
+
     if not scored:
         return None
 
     panels = []
     for unit in reversed(UNITS):  # channels first: they are most of the weights
         panels += [_score_chart(plan, unit, scores[unit]) for plan, scores in scored]
+
     held = [f"{percent(_share_of_best_tenth(scores['channels']))} in {plan.name}" for plan, scores in scored]
     return Section(
         "scores",
@@ -66,9 +70,11 @@ def _stored_scores(data: RunData, architecture: Architecture, name: str) -> Unit
     path = data.run.unit_scores(name)
     if not is_whole(path):
         return None
+
     by_layer = load_unit_scores(path, range(architecture.n_layers))
     if not by_layer:
         return None
+
     heads = [scores["heads"].numpy() for scores in by_layer]
     channels = [scores["channels"].numpy() for scores in by_layer]
     return {"heads": heads, "channels": channels}
@@ -78,6 +84,7 @@ def _computed_scores(data: RunData, architecture: Architecture, plan: StoredPlan
     """Compute scores from the run's statistics, as the planner does."""
     metadata = plan.metadata
     paths = [data.run.statistics(name) for name in (*metadata["tasks"], "weight_norms")]
+    # Other scores are no function of the moments alone: ``random``, and those from covariances.
     if metadata["score"] not in SCORES or not all(path.is_file() for path in paths):
         return None
 
@@ -107,6 +114,7 @@ def _computed_scores(data: RunData, architecture: Architecture, plan: StoredPlan
     for layer in range(architecture.n_layers):
         heads.append(head_scores(site_scores(layer, "attn"), architecture.head_dim).numpy())
         channels.append(site_scores(layer, "mlp").flatten().numpy())
+
     return {"heads": heads, "channels": channels}
 
 
@@ -137,6 +145,7 @@ def _share_of_best_tenth(scores: Sequence[np.ndarray]) -> float:
     shares = []
     for score_U in scores:
         n_best = max(len(score_U) // 10, 1)
+        # Sorted upwards, so the best are the last.
         best = np.sort(score_U)[-n_best:].sum()
         shares.append(best / max(score_U.sum(), 1e-300))
     return float(np.mean(shares))

@@ -25,6 +25,7 @@ def sparsity_section(data: RunData) -> Section | None:
     panels = []
     for ratio in data.shown_ratios:
         panels += [_sparsity_chart(data, architecture, ratio, unit) for unit in UNITS]
+
     return Section(
         "sparsity",
         "How much is removed from each layer?",
@@ -52,8 +53,8 @@ def _requested_shares(data: RunData, architecture: Architecture, plan: StoredPla
 
     # The config says which widths are allowed, which bounds what a layer can give.
     pruning = PruningSection.model_validate(data.config["pruning"])
-    compensated = COMPENSATIONS[metadata["compensation"]].adds_biases
-    constraints_L = WidthConstraints.of(architecture, pruning, compensated=compensated)
+    adds_biases = COMPENSATIONS[metadata["compensation"]].adds_biases
+    constraints_L = WidthConstraints.of(architecture, pruning, adds_biases=adds_biases)
     shares = layer_sparsity(constraints_L, allocation, metadata["requested_ratio"])
     return [Series("requested", range(len(shares)), [100 * share for share in shares], REFERENCE)]
 
@@ -80,6 +81,7 @@ def _finding(data: RunData, ratio: float, architecture: Architecture) -> str:
     for model in data.main.models:
         if model.ratio == ratio and model.name in names and model.realised_ratio is not None:
             realised.append(model.realised_ratio)
+
     # One number where all models realise the same ratio.
     ends = dict.fromkeys(f"{end:.4f}" for end in (min(realised), max(realised)))
 

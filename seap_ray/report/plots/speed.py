@@ -16,6 +16,7 @@ Measured = list[tuple[ModelRow, SpeedCell]]
 def speed_section(data: RunData) -> Section | None:
     """Return the speed-up over the dense model against what was removed."""
     for results in widest_comparisons(data):
+        # A summary stands for models that are rows themselves.
         measured = [(model, model.speed) for model in results.models if model.speed and model.kind != "summary"]
         pruned = [(m, speed) for m, speed in measured if m.ratio is not None and m.realised_ratio is not None]
         if pruned:
@@ -36,7 +37,7 @@ def _section(measured: Measured, pruned: Measured) -> Section:
     # The models are in the order of what was removed, so the last is the smallest.
     smallest, speed = pruned[-1]
     removed = _removed(smallest)
-    ideal = 1 / (1 - removed)
+    ideal = 1 / (1 - removed)  # time in proportion to the weights that are left
     columns = ["model", "prefill, tokens/s", "decode, tokens/s", "prefill, × dense", "decode, × dense"]
     rows = [_table_row(model, cell) for model, cell in measured]
     return Section(
@@ -67,6 +68,7 @@ def _speed_chart(pruned: Measured, stage: str) -> Chart:
         removed = [100 * _removed(model) for model, _ in of_method]
         speedups = [speed.speedup(stage) for _, speed in of_method]
         series.append(Series(method, removed, speedups, series_style(i)))
+
     return Chart(stage, REMOVED_LABEL, "× dense model", tuple(series), y_range=(0, None), wide=True)
 
 

@@ -28,6 +28,7 @@ def study_tables(data: RunData, name: str) -> tuple[Table, ...]:
     table = data.study_table(name)
     if table is None:
         return ()
+    # One group without a heading: only the summary is grouped by ratio.
     rows = [_texts(table.columns, row) for row in table.rows]
     return (Table(table.title, table.columns, [("", rows)]),)
 
@@ -61,6 +62,7 @@ def _best_and_worst(table: StudyTable) -> str:
     if mean.endswith("ppl"):
         worst = ascending[-1]
         best = ascending[0]
+
     range_text = f"{_row_text(best, mean)} at best and {_row_text(worst, mean)} at worst"
     name = mean.replace("mean acc", "mean accuracy").replace("mean ppl", "mean perplexity")
     return f"With {percent(largest)} removed, the {name} is {range_text}."
@@ -94,6 +96,7 @@ def ood_section(data: RunData) -> Section | None:
         return None
 
     tasks = data.studies["ood"].tasks
+    # At the largest ratio, and by accuracies alone: these have a common mean, and perplexities have none with them.
     rows = OutOfDistributionRow.from_table(table)
     largest = max(row.ratio for row in rows)
     rows = [row for row in rows if row.ratio == largest and row.task in tasks]
@@ -105,6 +108,7 @@ def ood_section(data: RunData) -> Section | None:
         values = [value for row in rows if (value := getattr(row, model)) is not None]
         if len(values) == len(rows) > 0:
             means.append(f"{model.replace('_', ' ')} {sum(values) / len(values):.3f}")
+
     if not means:
         return section
     return replace(section, finding=f"Mean accuracy with {percent(largest)} removed: {', '.join(means)}.")
@@ -119,11 +123,14 @@ def paper_section(data: RunData) -> Section | None:
 
     gaps = []
     for row in PaperRow.from_table(table):
+        # The paper's tables of accuracy are about the same tasks; the others have their own units.
         is_difference = row.whose == "difference" and row.table.startswith("accuracy")
         if is_difference and row.average is not None:
             gaps.append(row.average)
+
     if not gaps:
         return section
+
     gap = f"Our average accuracy less the paper's: {min(gaps):+.1f} to {max(gaps):+.1f} points over {len(gaps)} rows."
     return replace(section, finding=gap)
 

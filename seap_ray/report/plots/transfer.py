@@ -30,6 +30,7 @@ class Transfer:
         values = []
         for model in models:
             values.append([_relative(model.quality.get(task), dense.get(task)) for task in results.tasks])
+
         return cls(models, list(results.tasks), values)
 
     @property
@@ -55,6 +56,7 @@ class Transfer:
                 is_wanted = self.models[i].kind == "expert" and ((i, j) in self.own_cells) == own
                 if value is not None and is_wanted:
                     values.append(value)
+
         return sum(values) / len(values) if values else None
 
 
@@ -98,6 +100,7 @@ def _finding(transfer: Transfer, ratio: float) -> str:
     others = transfer.mean(own=False)
     if own is None:
         return ""
+
     rest = f" and {percent(others)} on the others" if others is not None else ""
     return (
         f"With {percent(ratio)} removed, an expert keeps {percent(own)} of the dense model's quality on its own "
