@@ -174,8 +174,10 @@ def _report(request: Request) -> None:
     if request.words[:1] == ["compare"]:
         if len(request.words) != 3:
             raise ConfigError("compare: name two runs: seap-ray report compare RUN_A RUN_B")
+
         print(compare(*(find(request.config, name) for name in request.words[1:])))
         return
+
     for name in request.words or [request.config.run.name]:
         run = find(request.config, name)
         print(summary(run))
@@ -337,6 +339,7 @@ def run_verb(name: str, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(verb.stopped, file=sys.stderr)
         return verb.stopped_code
+
     return 0
 
 

@@ -84,6 +84,7 @@ class Venv:
         if not all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")):
             package = f"python3.{sys.version_info.minor}-venv"
             fail(f"this Python cannot make virtual environments; on Debian: apt install {package}")
+
         say(f"making {self.path}")
         done, output = run(sys.executable, "-m", "venv", str(self.path))
         if not done:
@@ -147,10 +148,12 @@ def install_cpu_torch(venv: Venv, release: str) -> None:
     """Install torch's CPU build with pip, or with uv, which knows PyTorch's index; or else the ordinary build."""
     if venv.run("-m", "pip", "install", "--only-binary=:all:", f"torch=={release}+cpu")[0]:
         return
+
     say("pip finds no CPU build of torch; trying uv")
     uv = ("-m", "uv", "pip", "install", "--python", venv.python, "--torch-backend", "cpu")
     if venv.run("-m", "pip", "install", "uv")[0] and venv.run(*uv, f"torch=={release}")[0]:
         return
+
     say("nor does uv; installing the ordinary build, which is larger and also runs on a CPU")
     venv.pip_install(f"torch=={release}", reason=f"torch {release} could not be installed")
 
@@ -160,6 +163,7 @@ def install_project(venv: Venv, extras: list[str], torch: str) -> None:
     if "cpu" in extras and sys.platform == "linux" and not torch.endswith("+cpu"):
         say("leaving vLLM out: its CPU build needs the CPU build of torch; all but serving works")
         extras = [extra for extra in extras if extra != "cpu"]
+
     constraints = venv.path / "seap_ray.constraints.txt"
     constraints.write_text(f"torch=={torch}\n")
     say(f"installing seap_ray with {', '.join(extras) or 'no extras'} (some minutes)")
@@ -200,6 +204,7 @@ def main() -> None:
 
     if not venv.path.exists() or not any(venv.path.iterdir()):
         venv.create()
+
     key = fingerprint(venv.python_version(), extras)
     if venv.stamp.exists() and venv.stamp.read_text() == key:
         say(f"{venv.path} is up to date")

@@ -39,6 +39,7 @@ def progress(steps: Iterable[int], total: int, label: str, unit: str = "") -> It
             last_line = now
             share = f"{count(done)}/{count(total)}{unit} ({done / total:.0%})"
             say(f"{label} {share}{_rate(first, now, done, total, unit)}")
+
     say(f"{label} {count(done)}{unit} in {time.monotonic() - started:.1f} s")
 
 

@@ -50,6 +50,7 @@ def application(config: Config, service: Service, groups: Sequence[EngineGroup])
         deployment = build_llm_deployment(llm_config(config, group))
         for expert in group.experts:
             deployments[expert.name] = deployment
+
     service = replace(service, is_shared=len(groups) < len(deployments))
 
     running = config.serve.max_ongoing_requests * config.serve.max_replicas

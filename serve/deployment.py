@@ -80,6 +80,7 @@ def _take_down(drain_timeout_s: float) -> None:
     deadline = time.monotonic() + drain_timeout_s + SHUTDOWN_MARGIN_S
     while draining.is_alive() and time.monotonic() < deadline and _is_alive():
         draining.join(POLL_S)
+
     ray.shutdown()
 
 
@@ -136,6 +137,7 @@ def _await_ready(engines: list[str]) -> None:
         if now - last_line_at > STATUS_EVERY_S:
             last_line_at = now
             print(f"  {len(up)}/{len(engines)} after {now - started:.0f} s. {_last_line(status.message)}", flush=True)
+
         time.sleep(POLL_S)
 
 

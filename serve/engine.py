@@ -86,6 +86,7 @@ class ExpertServer(LLMServer):
                 # Before the engine has a client there is nothing to check. The check raises where the engine is dead.
                 if not call.done() and self.engine._engine_client:
                     await self.engine.check_health()
+
             if call.cancelled():  # vLLM closes its sockets when the engine dies, which cancels the call
                 raise EngineDeadError
 

@@ -85,6 +85,7 @@ def _obstacle(config: Config, experts: Sequence[Expert]) -> str | None:
     for expert in experts:
         if expert.shape != first.shape:
             return f"{expert.name} has another config.json than {first.name}"
+
     return None
 
 

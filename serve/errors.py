@@ -82,6 +82,7 @@ def to_api_error(error: Exception, request_id: str, *, is_parsed: bool = True) -
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return ApiError(400, f"the body is no JSON ({first.get('ctx', {}).get('error', first['msg'])})")
+
         # FastAPI's locations begin with "body", which is no part of what the client wrote.
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         return ApiError(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)

@@ -53,6 +53,7 @@ def find_experts(config: Config, run: Run) -> list[Expert]:
     # In a bucket that does not answer, a run is not missing.
     with readable(run.root):
         is_there = run.config.is_file()
+
     if not is_there:
         raise ConfigError(f"{run.root}: no such run; make it with jobs/prune.py, or name another by run.name")
 

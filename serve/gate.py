@@ -58,11 +58,13 @@ def key_hashes(config: ServeSection) -> tuple[bytes, ...] | None:
             f"{where} holds no API key; set {KEYS_VARIABLE}, or serve.api_keys_file, or, to answer this machine alone, "
             "serve.auth=none"
         )
+
     for number, key in enumerate(keys, 1):
         if len(key) < MIN_KEY_LENGTH:
             raise ConfigError(
                 f"{where}: key {number} has under {MIN_KEY_LENGTH} characters; `openssl rand -hex 16` makes a good one"
             )
+
     return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
 
 
@@ -172,8 +174,10 @@ class Gate:
             size += len(chunks[-1])
             if size > self.max_body_bytes:
                 raise too_large
+
             if not message.get("more_body"):
                 break
+
         return b"".join(chunks)
 
 
@@ -226,10 +230,12 @@ def _is_utf8(body: bytes) -> bool:
     """Return whether a body is UTF-8. Python's JSON parser would also accept UTF-16, UTF-32 and surrogates."""
     if not json.detect_encoding(body).startswith("utf-8"):
         return False
+
     try:
         body.decode()
     except UnicodeDecodeError:
         return False
+
     return True
 
 
@@ -278,8 +284,10 @@ class ProxyGate:
             held_start = None
             if start and UNROUTED in message.get("body", b""):
                 return await _service_down().response(scope, receive, send)
+
             if start:
                 await send(start)
+
             await send(message)
 
         await self.app(scope, receive, send_or_replace)

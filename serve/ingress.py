@@ -130,10 +130,12 @@ class ExpertIngress(OpenAiIngress):
             if "retry-after" in error.headers:
                 self._refusals.inc(tags={"status": str(error.status)})
             raise
+
         self._count(decision)
 
         if not isinstance(first, str):  # no stream
             return Response(first.model_dump_json(), media_type="application/json", headers=decision.headers)
+
         # The first event is here already, so an error before it still has a status of its own.
         events = self._calls.events(first, replies, decision.model, request.headers.get("x-request-id", ""))
         return StreamingResponse(events, media_type="text/event-stream", headers=decision.headers)
@@ -203,6 +205,7 @@ class ExpertIngress(OpenAiIngress):
         """Return, for models that share an engine, which is in it, how many requests wait, and which are not up."""
         if not self._service.is_shared:
             return {}
+
         try:
             # All models have the handle of the one engine, so any of them would do.
             handle = self._default_serve_handles[GENERAL]
@@ -213,8 +216,10 @@ class ExpertIngress(OpenAiIngress):
         states: dict[str, dict[str, Any]] = {}
         for model, n_waiting in state["waiting"].items():
             states[model] = {"resident": model == state["resident"], "waiting": n_waiting}
+
         for model in state["failed"]:
             states[model]["up"] = False
+
         return states
 
     async def healthz(self) -> PlainTextResponse:

@@ -72,10 +72,12 @@ def _engine_arguments(config: Config, group: EngineGroup) -> dict[str, Any]:
     if group.is_shared:
         # The loader can put another expert's files in later; cached prefixes outlive a swap by each expert's salt.
         arguments |= {"load_format": LOAD_FORMAT, "enable_prefix_caching": True}
+
     if is_cpu(config):
         # Without compilation, which every start of an engine would wait for.
         cache_bytes = _kv_cache_bytes(config, group.experts[0])
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": cache_bytes}
+
     return arguments | config.serve.engine
 
 
@@ -100,6 +102,7 @@ def _deployment_config(config: Config, group: EngineGroup) -> dict[str, Any]:
         # All requests wait inside the server, by expert, and not in Serve's queue.
         queued *= len(group.experts)
         ongoing += queued + STATUS_REQUESTS
+
     return {
         "autoscaling_config": {
             "min_replicas": serve.min_replicas,
@@ -123,6 +126,7 @@ def _environment(config: Config) -> dict[str, str]:
     variables: dict[str, str] = {}
     if ray.is_initialized():
         variables |= ray.get_runtime_context().runtime_env.get("env_vars") or {}
+
     # vLLM's processes would outlive a replica that is killed, and hold its memory.
     variables[END_WITH_PARENT] = "1"
     if is_cpu(config):
@@ -133,4 +137,5 @@ def _environment(config: Config) -> dict[str, str]:
     else:
         # The older runner shares attention metadata between layers with unequal numbers of query heads.
         variables["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+
     return variables

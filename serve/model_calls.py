@@ -63,6 +63,7 @@ class ModelCalls:
                 # A model that is still up has lost one replica of several, and another may answer.
                 if not (is_first_attempt and self._watch.is_up(decision.model)):
                     decision = self._chooser.replacement(decision)
+
                 is_first_attempt = False
 
     async def events(
@@ -77,7 +78,9 @@ class ModelCalls:
                 # An error below 500 is vLLM's refusal in the form that clients know, so it passes as it is.
                 if (error := error_in(text)) and error["code"] >= 500:
                     raise refused(error)
+
                 yield text
+
             is_whole = True
             return
         except DEAD as error:
@@ -113,6 +116,7 @@ class ModelCalls:
         try:
             async with asyncio.timeout(self._timeout_s):
                 first = await self._first_reply_unless_gone(model, replies)
+
             first = joined(first)
             if error := error_in(first):
                 raise refused(error)
@@ -121,6 +125,7 @@ class ModelCalls:
             _abandon(replies)
             if refusal := self._refusal(model, error):
                 raise refusal from None
+
             raise
 
     def _refusal(self, model: str, error: BaseException) -> ApiError | None:
@@ -155,9 +160,12 @@ class ModelCalls:
                 done, _ = await asyncio.wait({first}, timeout=PATIENCE_S)
                 if done:
                     break
+
                 if self._watch.is_gone(model):
                     raise ModelDownError(model)
+
                 self._watch.alarm()
+
             return first.result()
         finally:
             first.cancel()  # does nothing to one that is done

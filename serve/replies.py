@@ -22,6 +22,7 @@ def error_in(reply: Any) -> dict[str, Any] | None:
         start = reply.find('data: {"error"')
         if start < 0:
             return None
+
         event = reply[start + len("data: ") :].partition("\n\n")[0]
         return json.loads(event)["error"]
 

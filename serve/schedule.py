@@ -111,6 +111,7 @@ class Schedule:
         if queue and not is_turn_over:
             if self.running >= self._limits.running:
                 return None
+
             _, request = queue.popleft()
             self._has_served = True
             self._running.add(request)

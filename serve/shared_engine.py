@@ -70,6 +70,7 @@ class SharedEngineServer(ExpertServer):
         # Hashed while vLLM starts; nobody has got a reply yet from what may be damaged.
         if not await self._is_intact[self._first]:
             raise ConfigError(f"{self._folders[self._first]}: damaged, by the hashes in its seap.json; make it again")
+
         self._turns = asyncio.create_task(self._take_turns())
 
     def _make_metrics(self) -> None:
@@ -199,6 +200,7 @@ class SharedEngineServer(ExpertServer):
             self._attempts[expert] += 1
             if self._attempts[expert] >= ATTEMPTS:
                 self._give_up(expert, "it cannot be loaded")
+
             return await self._restart()
 
         self._attempts[expert] = 0
@@ -306,4 +308,5 @@ def _renamed(reply: Any, engine_name: str, expert: str) -> Any:
     # An error has no such field.
     if hasattr(reply, "model"):
         reply.model = expert
+
     return reply

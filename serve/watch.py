@@ -68,6 +68,7 @@ class Watch:
             # Nobody may ask for a model that is down, and it should be seen to come up.
             if not all(map(self.is_up, self._deployments)):
                 self._alarm.set()
+
             time.sleep(PERIOD_S)
 
     def _query(self) -> None:

@@ -49,6 +49,7 @@ def load_config(arguments: Sequence[str]) -> Config:
     # The study's keys come first, so that a key inside one of them can still be overridden.
     for key, value in {**_preset(values, overrides), **overrides}.items():
         _set(values, key.split("."), value)
+
     try:
         return _in_own_run(Config.model_validate(values), overrides)
     except ValidationError as error:
@@ -80,6 +81,7 @@ def _preset(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]
         tasks = values.get("tasks") or ()
         described = {task["name"]: task for task in tasks if isinstance(task, dict) and "name" in task}
         preset["tasks"] = [described.get(task, task) for task in preset["tasks"]]
+
     return preset
 
 
@@ -127,6 +129,7 @@ def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
         inner = values.get(key) or {}  # a section without keys is None in YAML
         if not isinstance(inner, dict):
             raise ConfigError(f"{'.'.join(keys)}: {'.'.join(keys[: i + 1])} is {inner!r} and has no keys")
+
         values[key] = dict(inner)  # a copy: what a study sets is shared by all that read it
         values = values[key]
 
@@ -157,6 +160,7 @@ def _one_line(error: ValidationError) -> str:
     # A task without a path is most often a misspelt built-in name.
     if where == "tasks" or (where.endswith(".path") and first["type"] == "missing"):
         reason += f"; built-in tasks are {', '.join(BUILT_IN)}"
+
     return f"{where}: {reason}" if where else reason
 
 
@@ -193,11 +197,13 @@ def help_text(usage: str) -> str:
         section = key.rpartition(".")[0]
         if title := titles.pop(section, None):  # once, before the section's first key
             lines += ["", title, ""]
+
         lines += _key_help(key, f"= {_shown(field.default)}", field)
 
     lines += ["", "A task of your own is a mapping in the list `tasks`, with these keys:", ""]
     for key, field in walk(Task):
         lines += _key_help(key, "(required)" if field.is_required() else f"= {_shown(field.default)}", field)
+
     lines += ["", f"Built-in tasks: {', '.join(BUILT_IN)}"]
     return "\n".join(lines)
 

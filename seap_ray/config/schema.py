@@ -470,6 +470,7 @@ class Config(Section):
 
         for name in {*self.evaluation.models} & {*taken, *self.pruning.baselines}:
             raise ValueError(f"evaluation.models: {name} is the name of another model of this run")
+
         return self
 
     @model_validator(mode="after")
@@ -494,6 +495,7 @@ class Config(Section):
                     f"pruning.{name}: allocation standardised ranks single columns, and {settings.score} scores whole "
                     "units; choose global"
                 )
+
         return self
 
     def plan_settings(self, plan: PlanSettings) -> PlanSettings:

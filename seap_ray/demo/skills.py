@@ -34,6 +34,7 @@ def rows(skill: str, n: int, *, split: Split, seed: int) -> list[Row]:
             drawn.setdefault(row["question"], row)
         if len(drawn) == n:
             break
+
     return list(drawn.values())
 
 
@@ -84,6 +85,7 @@ def _expression(rng: random.Random, n_values: int) -> str:
     """Draw a boolean expression of ``n_values`` values."""
     if n_values == 1:
         return rng.choice(["true", "false", "not true", "not false"])
+
     n_left = rng.randint(1, n_values - 1)
     left = _expression(rng, n_left)
     right = _expression(rng, n_values - n_left)

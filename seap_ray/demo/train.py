@@ -81,6 +81,7 @@ def encode(batch: list[Row], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.
         answer = tokenizer(" " + row["answer"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         ids.append(torch.tensor(question + answer))
         labels.append(torch.tensor([-100] * len(question) + answer))
+
     pad = torch.nn.utils.rnn.pad_sequence
     return pad(ids, True, tokenizer.pad_token_id), pad(labels, True, -100)
 
@@ -112,6 +113,7 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and "layers" in name
         (matrices if is_matrix else others).append(parameter)
+
     return [
         torch.optim.Muon(matrices, lr=PEAK_LR, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=PEAK_LR, weight_decay=0.0, betas=(0.9, 0.98)),
@@ -137,6 +139,7 @@ def train(out: Path, steps: int, seed: int) -> None:
         for skill, size in BATCH.items():
             batch = rows(skill, size, split="train", seed=rng.randrange(2**62))
             (answer_loss(model, *encode(batch, tokenizer)) / len(BATCH)).backward()
+
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
         for optimizer, schedule in zip(optimizers, schedules, strict=True):

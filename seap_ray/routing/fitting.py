@@ -108,6 +108,7 @@ def split(prompts: Mapping[str, Sequence[str]], seed: int) -> tuple[Labelled, La
         fitting += [(text, task) for text in ordered[:first]]
         calibration += [(text, task) for text in ordered[first:second]]
         held_out += [(text, task) for text in ordered[second:]]
+
     return fitting, calibration, held_out
 
 
@@ -162,6 +163,7 @@ def _projected_embeddings(checkpoint: "Checkpoint", ids: list[np.ndarray], n_tok
     name = checkpoint.architecture.family.embedding
     if name not in checkpoint.tensors:
         raise ConfigError(f"model.source: {checkpoint.folder} has no tensor {name}")
+
     embedding_VD = checkpoint.read(name)
     means_PD = _mean_embeddings(embedding_VD, ids)
 
@@ -179,6 +181,7 @@ def _projected_embeddings(checkpoint: "Checkpoint", ids: list[np.ndarray], n_tok
     for start in range(0, min(n_tokens, len(embedding_VD)), BLOCK_ROWS):
         rows = _rows(embedding_VD, start)[: n_tokens - start]
         table_VR[start : start + len(rows)] = (rows - pca.mean_) @ projection_DR
+
     return table_VR
 
 
@@ -203,6 +206,7 @@ def _mean_embeddings(embedding_VD: Any, ids: list[np.ndarray]) -> np.ndarray:
     means_PD = np.zeros((len(ids), embedding_VD.shape[1]))
     for start in range(0, len(embedding_VD), BLOCK_ROWS):
         means_PD += shares_PV[:, start : start + BLOCK_ROWS] @ _rows(embedding_VD, start)
+
     return means_PD
 
 
@@ -233,6 +237,7 @@ def _choose_regularisation(x_PR: np.ndarray, labels_P: np.ndarray) -> float:
     for c in INVERSE_REGULARISATIONS:
         score = cross_val_score(_logistic_regression(c), x_PR, labels_P, cv=folds, scoring="neg_log_loss")
         scores.append(score.mean())
+
     return INVERSE_REGULARISATIONS[int(np.argmax(scores))]
 
 

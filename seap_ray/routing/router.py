@@ -116,6 +116,7 @@ class Router:
         """
         with atomic_write(folder / TOKENIZER_FILE) as temporary:
             self.tokenizer.save(str(temporary))
+
         with atomic_write(folder / ARRAYS_FILE) as temporary:
             save_file(self.arrays, temporary)
 
