@@ -45,11 +45,12 @@ def version() -> str:
     try:
         return f"lm-eval {metadata.version('lm_eval')}"
     except metadata.PackageNotFoundError:
-        raise ConfigError("lm-eval is not installed: pip install 'seap-ray[eval]'") from None
+        raise ConfigError("lm-eval is not installed: python3 -m seap_ray.install --extras eval") from None
 
 
 def check(task: Task) -> None:
     """Raise ConfigError or DataError, before any work, for what lm-eval cannot judge; ask nothing of the hub."""
+    # A task without local rows is checked no further: its own are on the hub.
     _metric(task)
     if files := _evaluation_files(task):
         _check_first_row(task, files[0])
@@ -75,7 +76,7 @@ def judge(
 ) -> LmEvalResult:
     """Judge a model on a task by lm-eval.
 
-    Arguments:
+    Args:
         model: A causal language model; it is left as it is.
         tokenizer: The model's tokenizer; it is left as it is.
         task: A task with the name of one of lm-eval's.
@@ -88,7 +89,9 @@ def judge(
         ConfigError: lm-eval is not installed, or has no such task or metric.
         DataError: The evaluation rows cannot be had.
     """
+    # An unknown metric is found before anything is downloaded.
     metric = _metric(task)
+
     with _quiet():
         lm_task = _load_task(task, num_fewshot)
         rows = _draw(len(lm_task.eval_docs), samples, seed)
@@ -106,6 +109,7 @@ def _run_lm_eval(lm_task: Any, lm: Any, rows: list[int] | None) -> list[dict[str
     output = evaluate(lm=lm, task_dict={"tasks": {name: lm_task}}, samples=chosen, bootstrap_iters=0)
     answers = output["samples"][name]
 
+    # lm-eval answers once for every filter of a task; GSM8K has a strict and a flexible one.
     filters = [answer["filter"] for answer in answers]
     wanted = "strict-match" if "strict-match" in filters else filters[0]
     return [answer for answer in answers if answer["filter"] == wanted]
@@ -115,6 +119,7 @@ def _result(metric: str, answers: list[dict[str, Any]]) -> LmEvalResult:
     from lm_eval.api.metrics import mean, mean_stderr
 
     values = tuple(float(answer[metric]) for answer in answers)
+    # One value has no spread, which lm-eval's function would divide by.
     return LmEvalResult(metric, mean(values), mean_stderr(values) if len(values) > 1 else 0.0, values)
 
 
@@ -122,6 +127,7 @@ def _draw(n: int, samples: int | None, seed: int) -> list[int] | None:
     """Return indices of the drawn rows, None for all."""
     if samples is None or samples >= n:
         return None
+
     # lm-eval goes by the rows' order whatever that of the indices is, so they are sorted to match its answers.
     return sorted(random.Random(seed).sample(range(n), samples))
 
@@ -142,8 +148,9 @@ def _definition(task: Task) -> dict[str, Any]:
 
     Raises ConfigError when lm-eval is not installed or has no such task.
     """
-    version()
+    version()  # refuses where lm-eval is not installed, before it is imported
     name = task.lm_eval or ""
+
     manager = _manager()
     if name not in manager.all_subtasks:
         near = get_close_matches(name, manager.all_subtasks)
@@ -159,6 +166,8 @@ def _metric(task: Task) -> str:
     """
     definition = _definition(task)
     metric = "exact_match" if is_perplexity(task.metric) else task.metric
+
+    # Without a list lm-eval takes the metrics of the task's kind of output.
     listed = [entry["metric"] for entry in definition.get("metric_list") or []]
     known = listed or _default_metrics(definition)
     if metric not in known:
@@ -180,9 +189,11 @@ def _load_task(task: Task, num_fewshot: int | None) -> Any:
     default = _definition(task).get("num_fewshot")
     # A task that says 0 means it, here as on lm-eval's command line.
     shots = (default or 0) if num_fewshot is None or default == 0 else num_fewshot
+
     if files := _evaluation_files(task):
         examples = _example_files(task) if shots else []
         return _load_local_task(task, shots, _rows(task, files), _rows(task, examples) if examples else None)
+
     try:
         return _build(task, {"num_fewshot": shots})
     except Exception as error:  # the hub client raises many kinds: offline, missing, gated, no such split
@@ -205,6 +216,8 @@ def _load_local_task(task: Task, shots: int, rows: Any, examples: Any = None) ->
     judged_split = examples_split if examples is None else "evaluation"
     # The order matters: where the two splits are one, it has the rows.
     splits = {examples_split: examples, judged_split: rows}
+
+    # The task's own splits are on the hub, so they are unset.
     overrides = {
         "custom_dataset": lambda **_: splits,
         "training_split": None,
@@ -223,6 +236,7 @@ def _build(task: Task, overrides: dict[str, Any]) -> Any:
     # lm-eval merges overrides into a task of its own only for the members of a group.
     group = {"group": "seap_ray", "task": [{"task": task.lm_eval, **overrides}]}
     (lm_task,) = _manager().load([group])["tasks"].values()
+    # The seed of lm-eval's command line, so that the examples are those that others report figures with.
     lm_task.set_fewshot_seed(DEFAULT_OTHER_SEED)
     return lm_task
 
@@ -252,6 +266,7 @@ def _hellaswag_parts(row: Row) -> Row:
 
     In that text the sentence to go on with is the last one, which has no end.
     """
+    # "Making a cake: A woman breaks eggs. She"
     label, _, context = row["query"].partition(": ")
     # Whole sentences with their quotes and brackets, a space, and what has no end.
     sentences = re.fullmatch(r"(.*[.!?][\"')]*)\s+([^.!?]*)", context, re.DOTALL)
@@ -266,6 +281,7 @@ LAYOUTS = {
 
 
 def _layout(task: Task, columns: Sequence[str]) -> Layout | None:
+    # Rows that have what lm-eval reads stay as they are, whatever else they have.
     layout = LAYOUTS.get(task.lm_eval or "")
     return layout if layout and layout.lacks not in columns and layout.has in columns else None
 
@@ -279,8 +295,10 @@ def _example_files(task: Task) -> list[StoragePath]:
     """Return local files of the calibration split; none where they are the files to judge on."""
     try:
         files = [*calibration_rows(task).files()]
-    except DataError:
+    except DataError:  # without them examples are drawn from the rows to judge on
         return []
+
+    # Where both are the same files, lm-eval draws examples from them and leaves out the row in question.
     return files if files != _evaluation_files(task) else []
 
 
@@ -295,6 +313,7 @@ def _rows(task: Task, files: list[StoragePath]) -> Any:
         )
     except (DatasetsError, OSError, ValueError) as error:
         raise DataError(f"tasks.{task.name}: {files[0]} cannot be read ({_line(error)})") from None
+
     layout = _layout(task, rows.column_names)
     # A cache of its own would not notice that ``adapt`` has changed.
     return rows.map(layout.adapt, keep_in_memory=True, load_from_cache_file=False) if layout else rows
@@ -307,6 +326,8 @@ def _check_first_row(task: Task, file: StoragePath) -> None:
         raise DataError(f"tasks.{task.name}: {file} has no rows")
     if layout := _layout(task, list(row)):
         row = row | layout.adapt(row)
+
+    # lm-eval would take these for text and judge all the same, so they are looked for first.
     plain, named = _columns(_definition(task))
     missing = named - row.keys()
     if plain - row.keys():
@@ -315,14 +336,17 @@ def _check_first_row(task: Task, file: StoragePath) -> None:
     try:
         answered = _is_answered(task, row)
     except Exception as error:  # whatever lm-eval's templates and functions raise on a row not made for them
+        # A KeyError that names a column is most likely one that the rows lack.
         key = str(*error.args[:1])
         if isinstance(error, KeyError) and key.isidentifier() and key not in row:
             raise _lacking(task, file, {key}) from None
         if isinstance(error, UndefinedError) and missing:
             raise _lacking(task, file, missing) from None
+
         raise DataError(
             f"tasks.{task.name}: the first row of {file} does not fit lm-eval's task {task.lm_eval} ({_line(error)})"
         ) from None
+
     if not answered:
         raise DataError(f"tasks.{task.name}: {file} has no right answer in its first row")
 
@@ -339,13 +363,16 @@ def _line(error: Exception) -> str:
 
 
 def _columns(definition: dict[str, Any]) -> tuple[set[str], set[str]]:
-    """Return the columns that are a template as they stand, and all columns that templates name.
+    """Return the columns that are a whole template by themselves, and all columns that any template names.
 
-    The first lm-eval takes for text where they are missing. A task whose rows are made by a function has neither: they
-    are for that function to miss.
+    The first are templates that are no more than a column's name, such as ``doc_to_text: question``: where the column
+    is missing, lm-eval would use the name as the text. A task whose rows are made by a function (``process_docs``) has
+    neither: what that function needs, it says itself.
     """
     if definition.get("process_docs"):
         return set(), set()
+
+    # A part may be a function, which says itself what it needs.
     settings = [definition.get(f"doc_to_{part}") for part in ("text", "target", "choice")]
     templates = [setting for setting in settings if isinstance(setting, str)]
     plain = {template for template in templates if template.isidentifier()}
@@ -364,8 +391,11 @@ def _is_answered(task: Task, row: Row) -> bool:
         lm_task = _load_local_task(task, 0, Dataset.from_list([row]))
         if lm_task.OUTPUT_TYPE != "multiple_choice":
             return True
+        # The row as the task's own function makes it.
         (row,) = lm_task.eval_docs
+
     choices = lm_task.doc_to_choice(row)
+    # Where the choices are contexts, as in WinoGrande, lm-eval has the right one's index in place of the text.
     target = lm_task.doc_to_text(row) if lm_task.multiple_input else lm_task.doc_to_target(row)
     targets = target if isinstance(target, list) else [target]
     return any(_is_choice(target, choices) for target in targets)
@@ -392,6 +422,7 @@ def _lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens
             return min(super().max_gen_toks, self.max_length // 2)
 
         def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+            # Groups are by length, so answers come in another order than requests.
             answers: list[Any] = [None] * len(requests)
             lengths = [len(context) + len(end) for _, context, end in requests]
             for group in group_by_length(lengths, batch_tokens):
@@ -400,10 +431,12 @@ def _lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens
                 batch = super()._loglikelihood_tokens([requests[i] for i in group])
                 for i, answer in zip(group, batch, strict=True):
                     answers[i] = answer
+
             return answers
 
         def generate_until(self, requests: list[Any], **_: Any) -> list[str]:
             """Generate answers, in batches of one size that the longest prompt and answer allow."""
+            # A prompt longer than the context is cut to it, so no batch is longer than that.
             longest = max(len(self.tok_encode(request.args[0])) for request in requests) + self.max_gen_toks
             self.batch_size_per_gpu = max(1, batch_tokens // min(longest, self.max_length))
             return super().generate_until(requests)
@@ -419,6 +452,7 @@ def _quiet() -> Iterator[None]:
     levels = [log.level for log in logs]
     for log in logs:
         log.setLevel(logging.ERROR)
+
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             yield

@@ -50,6 +50,7 @@ class Quality:
         # One item has no spread: the divisor keeps it from dividing by 0.
         squares = sum((value - mean * weight) ** 2 for value, weight in zip(values, weights, strict=True))
         stderr = math.sqrt(squares * n / max(n - 1, 1)) / total
+
         return cls(metric, math.exp(mean) if is_perplexity(metric) else mean, stderr, total, tuple(values), weights)
 
     @classmethod
@@ -77,7 +78,7 @@ def measure(
 ) -> Quality:
     """Judge a model on one task's rows.
 
-    Arguments:
+    Args:
         model: A causal language model.
         tokenizer: The model's tokenizer.
         task: A task with one of our metrics; windows of a text are for ``measure_windows``.
@@ -93,12 +94,14 @@ def measure(
         scored = score(model, tokenizer, pairs, batch_tokens=batch_tokens)
         return Quality.of(task.metric, [float(s.is_greedy) for s in scored])
 
+    # The choices of all items are scored in one go, so that batches are full, and then dealt out again.
     pairs = [(item.question, choice) for item in items for choice in item.choices]
     scored_choices = iter(score(model, tokenizer, pairs, batch_tokens=batch_tokens))
     right = []
     for item in items:
         scored = [next(scored_choices) for _ in item.choices]
         right.append(float(_is_right(item, scored, task.metric)))
+
     return Quality.of(task.metric, right)
 
 
@@ -138,6 +141,8 @@ def _is_right(item: Item, scored: list[Scored], metric: str) -> bool:
     for choice_scored, choice in zip(scored, item.choices, strict=True):
         divisor = len(choice.encode()) if metric == "acc_norm" else 1
         values.append(choice_scored.log_likelihood / divisor)
+
+    # Of two equally likely choices the first counts.
     return item.choices[values.index(max(values))] == item.answer
 
 
@@ -149,6 +154,7 @@ def score(
     batch_tokens: int,
 ) -> list[Scored]:
     """Score each (context, continuation), in order; the two are one text with a space between, tokenised as a whole."""
+    # A config without that key has a model without a bound on positions; 2048 is what lm-eval takes there too.
     limit = getattr(model.config, "max_position_embeddings", None) or 2048
     encoded = [_encode(tokenizer, context, continuation, limit) for context, continuation in pairs]
     return _score_encoded(model, encoded, batch_tokens=batch_tokens)
@@ -158,6 +164,7 @@ def _score_encoded(model: PreTrainedModel, encoded: list[tuple[list[int], int]],
     # Texts of like lengths are batched together, so results come in another order than the texts.
     scored: dict[int, Scored] = {}
     for group in group_by_length([len(ids) for ids, _ in encoded], batch_tokens):
+        # A group has the indices of its texts, and there is a result for each.
         for i, result in zip(group, _score_batch(model, [encoded[i] for i in group]), strict=True):
             scored[i] = result
     return [scored[i] for i in range(len(encoded))]
@@ -170,6 +177,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str,
     """
     ids = tokenizer(f"{context} {continuation}" if context else continuation)["input_ids"]
     start = len(tokenizer(context)["input_ids"])
+
+    # No context, and a tokenizer that puts no token of its own before a text.
     if not start:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         ids = [first, *ids]
@@ -178,6 +187,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str,
     # Of a continuation that fills the context its first token is given.
     if len(ids) > limit and start < len(ids) - limit + 1:
         start = len(ids) - limit + 1
+
+    # The end is kept: it has the continuation.
     dropped = max(0, len(ids) - limit)
     return ids[dropped:], start - dropped
 
@@ -186,11 +197,15 @@ def _encode(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str,
 def _score_batch(model: PreTrainedModel, group: list[tuple[list[int], int]]) -> list[Scored]:
     """Score the token ids of each pair from its second part, an index, on."""
     longest = max(len(ids) for ids, _ in group)
+
+    # Padding is at the end, where causal attention keeps it from all that is scored.
     ids_BT = torch.zeros(len(group), longest, dtype=torch.int64)
     mask_BT = torch.zeros(len(group), longest, dtype=torch.bool)
     for row, (ids, _) in enumerate(group):
         ids_BT[row, : len(ids)] = torch.tensor(ids)
         mask_BT[row, : len(ids)] = True
+
+    # Filled on the host, since each small copy to a GPU would take as long as this one.
     ids_BT = ids_BT.to(model.device)
     mask_BT = mask_BT.to(model.device)
 
@@ -202,9 +217,12 @@ def _score_batch(model: PreTrainedModel, group: list[tuple[list[int], int]]) -> 
 def _score_row(model: PreTrainedModel, hidden_TD: torch.Tensor, ids_T: torch.Tensor, length: int, start: int) -> Scored:
     # A position predicts the token after it.
     logits_NV = model.get_output_embeddings()(hidden_TD[start - 1 : length - 1]).float()
+
     # Gemma 2 caps its logits in its own forward, which is not run here.
     if cap := getattr(model.config, "final_logit_softcapping", None):
         logits_NV = cap * (logits_NV / cap).tanh()
+
+    # With a device map the head may be on another GPU than the inputs. Sums are in float64: texts may be long.
     target_N = ids_T[start:length].to(logits_NV.device)
     chosen_N = log_softmax(logits_NV, -1).gather(1, target_N[:, None])
     return Scored(float(chosen_N.double().sum()), length - start, bool((logits_NV.argmax(-1) == target_N).all()))

@@ -38,7 +38,7 @@ def measure_speeds(
     All models take turns, round by round, so that what slows the machine down slows all of them. The figures are
     medians over rounds of the tokens per second, and of the ratio to the dense model of the same round.
 
-    Arguments:
+    Args:
         configs: Contents of config.json, by name of the model.
         settings: Rounds, batch size and numbers of tokens.
         dense: Name of the model that the ratios are to.
@@ -60,6 +60,8 @@ def _speed(settings: SpeedSection, rounds: Sequence[dict[str, Seconds]], name: s
     """Return the medians over rounds of one model."""
     prefill, decode = zip(*(seconds[name] for seconds in rounds), strict=True)
     dense_prefill, dense_decode = zip(*(seconds[dense] for seconds in rounds), strict=True)
+
+    # A speed-up is the median of ratios within a round, not the ratio of two medians.
     return Speed(
         prefill_tokens_per_s=settings.batch_size * settings.prompt_tokens / median(prefill),
         decode_tokens_per_s=settings.batch_size * settings.new_tokens / median(decode),
@@ -73,6 +75,8 @@ def _random_model(config: dict[str, Any], dtype: torch.dtype, device: str) -> Pr
 
     # With auto_map transformers would ask for remote code, although the families are known here.
     loaded = AutoConfig.for_model(**{key: value for key, value in config.items() if key != "auto_map"})
+
+    # Weights are drawn on the device itself, without a copy in the host's memory.
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(loaded, dtype=dtype)
     return model.eval()
@@ -83,6 +87,7 @@ def _time(model: PreTrainedModel, settings: SpeedSection) -> Seconds:
     """Return the seconds of one prefill, and of decoding greedily after it; a short prompt warms up."""
     shape = settings.batch_size, settings.prompt_tokens
     ids_BT = torch.randint(model.config.vocab_size, shape, device=model.device)
+
     _generate(model, ids_BT[:, :8], 2)
     return _generate(model, ids_BT, settings.new_tokens)
 

@@ -35,8 +35,10 @@ def connect(address: str | None = None) -> None:
         # Actors are processes of their own; Ray would end as many idle ones in their favour after a second, and what
         # comes after the actors would import torch and transformers, seconds of CPU time, in new ones.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(1000 * IDLE_WORKER_S))
+
         with _silent_stderr():
             ray.init(address, logging_level=logging.ERROR, log_to_driver=bool(os.environ.get("RAY_LOG_TO_DRIVER")))
+        # A daemon, so that it does not keep a finished job alive.
         threading.Thread(target=_watch_head, args=(ray.get_runtime_context().gcs_address,), daemon=True).start()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # after ray.init, which sets its own
 
@@ -46,6 +48,8 @@ def connect_driver() -> None:
     # The first error ends the job with one line; those of tasks beside it would add a traceback each.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     connect()
+
+    # Ray Data's own progress would be drawn over the job's.
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -63,12 +67,15 @@ def work_task(function: Callable[..., Any], **options: Any) -> Any:
 def working_nodes() -> list[Mapping[str, Any]]:
     """Return the nodes that a ``work_task`` may run on."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
+
+    # The selector has the head's id behind an exclamation mark, or is empty where the head works too.
     excluded = _not_on_head(nodes).get("ray.io/node-id", "")
     return [node for node in nodes if not excluded or f"!{node['NodeID']}" != excluded]
 
 
 def _not_on_head(nodes: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """Return a label selector that keeps a task off the head; empty where only the head, or no head, has CPUs."""
+    # Nodes without CPUs cannot take the head's work.
     with_cpu = [node for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     heads = [node["NodeID"] for node in with_cpu if HEAD in node["Resources"]]
     return {"ray.io/node-id": f"!{heads[0]}"} if heads and len(with_cpu) > 1 else {}
@@ -77,6 +84,8 @@ def _not_on_head(nodes: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 def _watch_head(address: str) -> None:
     """Warn when the head is gone: Ray's core then ends this process after a minute, in silence."""
     host, _, port = address.rpartition(":")
+
+    # A single check fails on a busy network, too.
     missed = 0
     while missed < MAX_MISSED_CHECKS:
         time.sleep(WATCH_INTERVAL_S)
@@ -95,9 +104,11 @@ def _watch_head(address: str) -> None:
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
     """Discard what C++ code writes to standard error; Python's exceptions come through."""
+    # The descriptor itself: C++ does not write through sys.stderr.
     terminal = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
+
     try:
         yield
     finally:

@@ -29,24 +29,30 @@ def diagnose(config: Config) -> None:
     Raises SeapError for what keeps a job from starting.
     """
     run = Run.of(config)
+
+    # Each line is shown as soon as it is known: what comes next may fail, or take minutes.
     _show(local_checks(config))
     _show(needs_findings(config, run))
 
     checkpoint = check_config(config, check_evaluation_rows=config.evaluation.samples != 0)
     config = with_absolute_source(config)
+
     connect_driver()
     with unwrap_ray_errors():
         findings = cluster_checks(config, checkpoint, run)
         _show(findings)
+
+        # This raises where the cluster holds no worker, so it comes after the lines that may say why.
         settings = config.calibration
         n = n_workers(config, sys.maxsize)
         each = f"{settings.num_cpus} CPUs and {settings.num_gpus:g} GPUs"
         placement = choose_placement(config, checkpoint)
         _show([Finding("ok", "workers", f"{n}, each of {each}; placement {placement}")])
 
+    # Warnings keep no job from starting.
     n_errors = sum(finding.level == "error" for finding in findings)
     if n_errors:
-        raise ConfigError(f"{n_errors} of these lines must be mended before a job can run")
+        raise ConfigError(f"{n_errors} of these lines must be fixed before a job can run")
 
 
 def _show(findings: Sequence[Finding]) -> None:

@@ -48,6 +48,7 @@ class Failure:
         if isinstance(error, RayTaskError):  # its own text is a traceback
             error = error.cause
 
+        # Some errors have no text at all.
         lines = str(error).strip().splitlines() or [""]
         return cls(lines[0] if isinstance(error, SeapError) else f"{type(error).__name__}: {lines[0]}")
 
@@ -102,14 +103,16 @@ def eval_task(config: Config, run: Run, task: Task, *, by_lm_eval: bool) -> Eval
     settings = config.evaluation
     if by_lm_eval and task.lm_eval:
         lm_eval.check(task)
+        # lm-eval draws its rows by itself, so the hash is of what it draws them by.
         inputs = [lm_eval.fingerprint_of(task), settings.samples, settings.num_fewshot, config.run.seed]
         return EvalTask(task, lm_eval.version(), fingerprint(inputs))
 
     check_evaluation(task)
     drawn = _drawn_items(config, run, task)
-
     stored = drawn.get(partial(_draw_items, config, task, drawn))
     items = tuple(Item(**item) for item in stored["items"])
+
+    # The window is no part of the drawn rows, but the figures depend on it.
     window = _window(config) if task.metric == "window_perplexity" else None
     return EvalTask(task, SEAP_RAY_JUDGE, fingerprint(stored, window), items)
 
@@ -126,6 +129,7 @@ def _draw_items(config: Config, task: Task, drawn: Artifact[dict[str, Any]]) -> 
     seed = config.run.seed
     rows = read_rows(task, evaluation=True, seed=seed)
 
+    # A text is one item; its windows are drawn once it is tokenised.
     if task.metric == "window_perplexity":
         renderer = Renderer(task, official=True)
         text = "\n\n".join(renderer.item(row).text for row in read_in_order(rows))
@@ -169,15 +173,19 @@ def evaluate(
     What was judged before, with the same weights and rows, is read from the run.
     """
     files = [_result_files(config, run, target, eval_tasks) for target in targets]
+
+    # A model with nothing to judge is neither written nor loaded.
     missing = []
     for target, target_files in zip(targets, files, strict=True):
         unmade = {task: file for task, file in target_files.items() if not file.is_made()}
         if unmade:
             missing.append(_MissingResults(target, unmade))
 
+    # Failures are not kept in the run: the same command tries again.
     failures: dict[tuple[str, str], Failure] = {}
     if missing:
         total = sum(len(results.files) for results in missing)
+        # The work is done by going through its progress.
         for _ in progress(_judge_all(config, eval_tasks, missing, failures), total, "evaluating", " cells"):
             pass
 
@@ -197,6 +205,7 @@ def _result_files(
         judged = eval_tasks[task]
         if isinstance(judged, EvalTask):
             key = fingerprint(target.fingerprint, judged.fingerprint, config.model.dtype)
+            # 20 hexadecimal digits are 80 bits, enough that no two keys share a name.
             path = run.cells / f"{judged.task.name}-{key[:20]}.json"
             files[task] = Artifact(path, key, JsonFile(key_in_name=True))
     return files
@@ -209,9 +218,11 @@ def _result(
     failures: Mapping[tuple[str, str], Failure],
     task: str,
 ) -> EvalResult:
+    # A task that cannot be judged is every model's failure.
     judged = eval_tasks[task]
     if isinstance(judged, Failure):
         return judged
+
     failure = failures.get((target.fingerprint, task))
     return failure or Quality.stored(files[task].load())
 
@@ -223,10 +234,13 @@ def _judge_all(
     failures: dict[tuple[str, str], Failure],
 ) -> Iterator[int]:
     """Yield the number of results of each model as they are there; what failed is added to ``failures``."""
+    # Judges take as much of a node as workers of the calibration did.
     settings = config.calibration
     judge = ray.remote(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)(_judge)
     # Each task's rows are in the object store once, whatever the number of models.
     stored = {name: ray.put(task) for name, task in eval_tasks.items() if isinstance(task, EvalTask)}
+
+    # One task a model, so that it is loaded once for all it is judged on.
     pending = {}
     for results in missing:
         tasks = {task: stored[task] for task in results.files}
@@ -253,6 +267,7 @@ def _judge(
     eval_tasks: dict[str, "ray.ObjectRef[EvalTask]"],
 ) -> dict[str, Failure]:
     """Judge one model, write its results to ``files``, and return by task what went wrong; no error is raised."""
+    # Whatever a judge raises costs one result, and whatever loading raises the results of one model.
     failures = {}
     try:
         with _opened(source) as folder:
@@ -265,6 +280,7 @@ def _judge(
                     failures[task] = Failure.of(error)
     except Exception as error:  # the model itself cannot be written or loaded
         return dict.fromkeys(files, Failure.of(error))
+
     return failures
 
 
@@ -297,6 +313,7 @@ def _load(config: Config, folder: Path) -> tuple[PreTrainedModel, PreTrainedToke
 
     if load_tokenizer(folder, trust_remote_code=trust).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(f"{folder} has another tokenizer than model.source, so their figures do not compare")
+
     return load_model(config, base, folder), tokenizer
 
 
@@ -305,15 +322,18 @@ def _judge_task(
 ) -> Quality:
     settings = config.evaluation
     task = eval_task.task
+
     if eval_task.judge != SEAP_RAY_JUDGE:
         return _judge_by_lm_eval(config, model, tokenizer, task)
 
     if task.metric == "window_perplexity":
         # A window is no longer than the positions that the model knows.
         longest = getattr(model.config, "max_position_embeddings", None) or _window(config)
+        # Without verbose=False a text longer than the context is warned of.
         ids = tokenizer(eval_task.items[0].text, verbose=False)["input_ids"]
         cut = windows(ids, min(_window(config), longest), samples=settings.samples, seed=config.run.seed)
         return measure_windows(model, cut, batch_tokens=settings.batch_tokens)
+
     return measure(model, tokenizer, task, list(eval_task.items), batch_tokens=settings.batch_tokens)
 
 
@@ -330,5 +350,7 @@ def _judge_by_lm_eval(
         num_fewshot=settings.num_fewshot,
         batch_tokens=settings.batch_tokens,
     )
+
+    # Each row counts once. Value and standard error are lm-eval's own, not computed anew.
     n = len(judged.values)
     return Quality(judged.metric, judged.value, judged.stderr, n, judged.values, (1,) * n)

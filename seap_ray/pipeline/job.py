@@ -38,7 +38,7 @@ def run_job(config: Config) -> None:
     Every step leaves files in the run, and makes only those that are not there, so the same command resumes a job that
     was cut short.
 
-    Raises SeapError for what a user can mend.
+    Raises SeapError for what a user can fix.
     """
     on_cluster(config, _run_steps, check_evaluation_rows=config.evaluation.samples != 0)
 
@@ -75,9 +75,13 @@ def on_cluster(config: Config, work: Callable[[Config, Checkpoint, Run], None], 
     """
     started = time.monotonic()
     transformers_logging.disable_progress_bar()
+
+    # What a look at the config and its files can refuse needs no cluster, which takes seconds to start.
     checkpoint = check_config(config, check_evaluation_rows=check_evaluation_rows)
     run = Run.of(config)
     config = with_absolute_source(config)
+
+    # One job at a time writes to a run, and its config stays with it for life.
     with run.locked():
         run.claim(config)
         connect_driver()
@@ -107,11 +111,13 @@ def calibrate_run(config: Config, checkpoint: Checkpoint, run: Run) -> Calibrate
     """Bring shards and statistics up to date; what is whole stays."""
     source = f"{config.model.source} ({checkpoint.parameters:,} parameters)"
     say(f"{source}: {len(config.tasks)} tasks to {run.root}")
+
     manifests = make_shards(config, checkpoint, run, say)
     for manifest in manifests:
         left_out = f", {manifest.n_blank} of {manifest.n_rows} rows blank" if manifest.n_blank else ""
         cut = f", {manifest.n_cut} texts cut at the longest sequence" if manifest.n_cut else ""
         say(f"  {manifest.task}: {manifest.n_tokens:,} tokens in {len(manifest.shards)} shards{left_out}{cut}")
+
     statistics = calibrate(config, checkpoint, run, manifests, progress)
     return CalibratedRun(config, checkpoint, run, manifests, make_planner(config, checkpoint, run, statistics))
 
@@ -126,6 +132,7 @@ def route(calibrated: CalibratedRun) -> dict[str, Any] | None:
     """
     run = calibrated.run
     prompts = {manifest.task: manifest.read_prompts(run) for manifest in calibrated.manifests}
+
     seed = calibrated.config.run.seed
     trust = calibrated.config.model.trust_remote_code
     try:
@@ -133,10 +140,12 @@ def route(calibrated: CalibratedRun) -> dict[str, Any] | None:
     except ConfigError as error:
         say(f"router: none; {error}")
         return None
+
+    # A corpus may be too small to hold prompts out.
     if report["n"]:
         say(
-            f"router: {report['accuracy']:.3f} of {report['n']} held-out prompts to their task; threshold "
-            f"{report['threshold']:.2f} leaves {1 - report['routed']:.0%} to the general model"
+            f"router: {report['accuracy']:.1%} of {report['n']} held-out prompts go to their task; "
+            f"{1 - report['routed']:.0%} are left to the general model (threshold {report['threshold']:.2f})"
         )
     return report
 
@@ -151,11 +160,12 @@ def _evaluate(
     if config.evaluation.samples == 0:
         return {}, rows
 
+    # The main job does without the extra packages of lm-eval, which judges in studies only.
     eval_tasks = {task.name: eval_task(config, run, task, by_lm_eval=False) for task in config.tasks}
     targets = [eval_target(calibrated.checkpoint, eval_tasks)]
     targets += [eval_target(checkpoint, eval_tasks) for checkpoint in checkpoints]
-    results = evaluate(config, run, targets, eval_tasks, progress)
 
+    results = evaluate(config, run, targets, eval_tasks, progress)
     # The dense model comes first among the rows and among the targets, then the checkpoints in their order.
     judged = [replace(row, quality=quality_cells(by_task)) for row, by_task in zip(rows, results, strict=True)]
     return eval_tasks, judged

@@ -58,8 +58,10 @@ class ModelSize:
         architecture = Architecture.of(config)
         dtype = _dtype_of(config)
         # Gemma's configs leave the key out, and their models share the embedding with the head.
-        is_tied = config.get("tie_word_embeddings", architecture.family.startswith("gemma"))
+        is_tied = config.get("tie_word_embeddings", architecture.family_name.startswith("gemma"))
         embeddings = config["vocab_size"] * architecture.hidden_size * (1 if is_tied else 2)
+
+        # What is left outside of the layers is the last norm, one weight for each number of the hidden state.
         return cls(architecture, embeddings + architecture.hidden_size, ITEM_BYTES[dtype], dtype)
 
     @classmethod
@@ -67,6 +69,8 @@ class ModelSize:
         """Count the weights of a checkpoint."""
         parameters = checkpoint.parameters
         outer = parameters - checkpoint.architecture.decoder_parameters
+
+        # Weights may be stored in several types, so their bytes are a mean.
         return cls(checkpoint.architecture, outer, checkpoint.n_bytes / parameters, _dtype_of(checkpoint.config))
 
     @property
@@ -85,12 +89,14 @@ class ModelSize:
 
 
 def _dtype_of(config: Mapping[str, Any]) -> str:
+    # Older versions of transformers called it torch_dtype; without either weights are float32.
     return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
 
 
 def columns_per_layer(architecture: Architecture) -> int:
     """Return the columns of a layer's ``o_proj`` and ``down_proj``; of a mixture of experts those of every expert."""
     attn, mlp = architecture.widths
+    # A model without a mixture has no experts, but one MLP.
     return attn + mlp * max(architecture.n_experts, 1)
 
 
@@ -110,10 +116,12 @@ def largest_corpora(config: Config, architecture: Architecture) -> dict[str, Cor
     """Return by task what a config draws at most: every row there, and as long as the longest sequence."""
     corpus = config.corpus
     longest = min(corpus.sequence_length, architecture.max_position_embeddings)
+
     tokens = corpus.samples * longest
     if corpus.max_tokens is not None:  # the draw ends with the row that reaches the budget
         tokens = min(tokens, corpus.max_tokens + longest)
-    shards = -(-corpus.samples // corpus.shard_sequences)
+
+    shards = -(-corpus.samples // corpus.shard_sequences)  # rounded up
     return {task.name: CorpusSize(corpus.samples, tokens, shards) for task in config.tasks}
 
 
@@ -166,8 +174,10 @@ def disk_needs(model: ModelSize, config: Config, corpora: Mapping[str, CorpusSiz
     covariances = 0
     if config.calibration.statistics == "covariance":
         covariances = (n_shards + n_tasks) * covariance_files_bytes(architecture)
+
     # The norms of the weights are one more file of the same form.
     statistics = (n_tasks + 1) * record_bytes(architecture) + _unit_score_bytes(architecture, config)
+
     return DiskNeeds(
         shards=SHARD_TOKEN_BYTES * sum(size.tokens for size in corpora.values()),
         records=n_shards * record_bytes(architecture),
@@ -183,6 +193,8 @@ def _unit_score_bytes(architecture: Architecture, config: Config) -> int:
     for spec in model_specs(config):
         if spec.settings.score in UNIT_SCORES:
             scored.add((spec.settings.score, spec.pooling, tuple(spec.weights.items())))
+
+    # A score for each head and channel; a layer's two sites are a tensor each.
     numbers = sum(layer.shape.heads + layer.shape.channels for layer in architecture.layers)
     per_file = FLOAT64_BYTES * numbers + 2 * architecture.n_layers * TENSOR_HEADER_BYTES
     return len(scored) * per_file
@@ -193,6 +205,7 @@ def checkpoint_bytes(model: ModelSize, config: Config) -> int:
 
     On a disk the tensors that models have unchanged from the base are there once; in a bucket in every checkpoint.
     """
+    # Models that leave the same layers whole share the files of what they have unchanged.
     parameters = 0
     shared: dict[frozenset[int], int] = {}
     for ratio in config.pruning.ratio:
@@ -203,6 +216,7 @@ def checkpoint_bytes(model: ModelSize, config: Config) -> int:
                 parameters += size.carried
             else:
                 shared[size.whole_layers] = size.carried
+
     return round(model.item_bytes * (parameters + sum(shared.values())))
 
 
@@ -220,8 +234,10 @@ class _PrunedSize:
 
 def _pruned_size(model: ModelSize, config: Config, spec: ModelSpec, ratio: float) -> _PrunedSize:
     architecture = model.architecture
-    compensated = COMPENSATIONS[spec.settings.compensation or "none"].adds_biases
-    shapes = _shapes(architecture, pruning_section(config, spec.settings), config, ratio, compensated=compensated)
+    adds_biases = COMPENSATIONS[spec.settings.compensation or "none"].adds_biases
+    shapes = _shapes(architecture, pruning_section(config, spec.settings), config, ratio, adds_biases=adds_biases)
+
+    # The widths depend on scores: all that stays of the layers counts as changed.
     if not shapes:
         changed = round((1 - ratio) * architecture.decoder_parameters)
         return _PrunedSize(changed, model.outer_parameters, frozenset())
@@ -231,7 +247,7 @@ def _pruned_size(model: ModelSize, config: Config, spec: ModelSpec, ratio: float
     carried = model.outer_parameters
     whole_layers = []
     for i, (given, shape) in enumerate(zip(architecture.layers, shapes, strict=True)):
-        after = architecture.layer_parameters(architecture.resized(i, shape, compensated=compensated))
+        after = architecture.layer_parameters(architecture.resized(i, shape, adds_biases=adds_biases))
         if shape == given.shape and not is_stock:
             carried += after
             whole_layers.append(i)
@@ -239,11 +255,12 @@ def _pruned_size(model: ModelSize, config: Config, spec: ModelSpec, ratio: float
             unchanged = _unchanged_parameters(architecture, given)
             carried += unchanged
             changed += after - unchanged
+
     return _PrunedSize(changed, carried, frozenset(whole_layers))
 
 
 def _shapes(
-    architecture: Architecture, pruning: PruningSection, config: Config, ratio: float, *, compensated: bool
+    architecture: Architecture, pruning: PruningSection, config: Config, ratio: float, *, adds_biases: bool
 ) -> Sequence[Shape]:
     """Return the widths of every layer where they do not depend on scores; else none.
 
@@ -251,12 +268,14 @@ def _shapes(
     """
     if pruning.allocation.kind not in ("uniform", "logistic"):
         return []
+
     stock = config.export.format == "stock"
-    return choose_shapes(architecture, pruning, ratio=ratio, compensated=compensated, scores_L=(), stock=stock)
+    return choose_shapes(architecture, pruning, ratio=ratio, adds_biases=adds_biases, scores_L=(), stock=stock)
 
 
 def _unchanged_parameters(architecture: Architecture, layer: Layer) -> int:
     """Return the weights of a layer that a cut leaves as they are: norms, and the router of a mixture."""
+    # Every product of attention and MLP loses rows or columns, so it is written anew.
     cut = architecture.attention_parameters(layer.shape) + layer.shape.channels * architecture.channel_cost
     return architecture.layer_parameters(layer) - cut
 
@@ -287,6 +306,7 @@ def memory_needs(model: ModelSize, config: Config, corpora: Mapping[str, CorpusS
     architecture = model.architecture
     item_bytes = model.compute_bytes(config)
     has_covariances = config.calibration.statistics == "covariance"
+
     # One layer's covariances at least; where there is room a worker takes more of them in one pass.
     recording = COVARIANCE_COPIES * covariance_bytes(architecture) if has_covariances else 0
     whole = memory_with_batch(model.parameters, item_bytes)
@@ -294,8 +314,9 @@ def memory_needs(model: ModelSize, config: Config, corpora: Mapping[str, CorpusS
     largest_layer = max(architecture.layer_parameters(layer) for layer in architecture.layers)
     n_tokens = min(config.calibration.stream_tokens, sum(size.tokens for size in corpora.values()))
     hidden_states = n_tokens * architecture.hidden_size * item_bytes
-    # The input embedding goes before the first layer comes.
+    # Two layers, since one is loaded while the other computes. The input embedding goes before the first layer comes.
     streamed = max(2 * largest_layer, model.outer_parameters // 2)
+
     return MemoryNeeds(
         single=whole + recording,
         device_map=round(whole / max(1, config.calibration.num_gpus)) + recording,
@@ -312,34 +333,45 @@ def memory_needs(model: ModelSize, config: Config, corpora: Mapping[str, CorpusS
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What one worker and the run's storage do in a second."""
+    """How fast one worker and the run's storage are."""
 
     name: str
-    flops: float
-    """FLOP of products of matrices in the model's type."""
-    read: float
-    """Bytes of weights that are read from storage."""
-    write: float
-    """Bytes of checkpoints that are written to storage."""
+    flop_per_s: float
+    """Products of matrices in the model's type."""
+    read_bytes_per_s: float
+    """Weights that are read from storage."""
+    write_bytes_per_s: float
+    """Checkpoints that are written to storage."""
 
 
-STORAGE_READ = 2e9
-"""Assumed bytes that a node reads from shared storage in a second."""
-STORAGE_WRITE = 1e9
-"""Assumed bytes that a node writes to shared storage in a second."""
+STORAGE_READ_BYTES_PER_S = 2e9
+"""Assumed rate at which a node reads from shared storage."""
+STORAGE_WRITE_BYTES_PER_S = 1e9
+"""Assumed rate at which a node writes to shared storage."""
 STORAGE_NAME = "storage read at 2 GB/s and written at 1 GB/s"
-H100 = Rates(f"an H100 at 40 % of 989 TFLOP/s, {STORAGE_NAME}", 0.4 * 989e12, STORAGE_READ, STORAGE_WRITE)
+H100 = Rates(
+    name=f"an H100 at 40 % of 989 TFLOP/s, {STORAGE_NAME}",
+    flop_per_s=0.4 * 989e12,
+    read_bytes_per_s=STORAGE_READ_BYTES_PER_S,
+    write_bytes_per_s=STORAGE_WRITE_BYTES_PER_S,
+)
 """Assumed rates of a GPU; an H200 calibrates a Llama-2-7B at 44 % (docs/benchmarks.md)."""
-CPU_CORE_FLOPS = 40e9
-"""Assumed FLOP of a CPU core in float32."""
+CPU_CORE_FLOP_PER_S = 40e9
+"""Assumed rate of a CPU core in float32."""
 
 
 def assumed_rates(config: Config) -> Rates:
     """Return the rates of a worker as the config describes it."""
     if config.calibration.num_gpus:
         return H100
-    flops = config.calibration.num_cpus * CPU_CORE_FLOPS
-    return Rates(f"CPUs at {flops / 1e9:.0f} GFLOP/s, {STORAGE_NAME}", flops, STORAGE_READ, STORAGE_WRITE)
+
+    flop_per_s = config.calibration.num_cpus * CPU_CORE_FLOP_PER_S
+    return Rates(
+        name=f"CPUs at {flop_per_s / 1e9:.0f} GFLOP/s, {STORAGE_NAME}",
+        flop_per_s=flop_per_s,
+        read_bytes_per_s=STORAGE_READ_BYTES_PER_S,
+        write_bytes_per_s=STORAGE_WRITE_BYTES_PER_S,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,6 +394,7 @@ def token_flops(architecture: Architecture, sequence: int) -> TokenFlops:
     though a token goes to some of them only.
     """
     attn, _ = architecture.widths
+
     return TokenFlops(2 * architecture.decoder_parameters, 2 * architecture.n_layers * attn * sequence)
 
 
@@ -378,23 +411,26 @@ def time_needs(model: ModelSize, config: Config, corpora: Mapping[str, CorpusSiz
     """Return the seconds of one worker. Starting processes, reading corpora and planning are not counted."""
     architecture = model.architecture
     longest = min(config.corpus.sequence_length, architecture.max_position_embeddings)
-    flops = token_flops(architecture, longest).total
-    reading = model.n_bytes / rates.read
+    flop_per_token = token_flops(architecture, longest).total
+    reading = model.n_bytes / rates.read_bytes_per_s
 
     n_tokens = sum(size.tokens for size in corpora.values())
     recording = 0
-    if config.calibration.statistics == "covariance":  # on a GPU two products of each site's columns
+    if config.calibration.statistics == "covariance":
+        # A sum of outer products is 2 FLOP for each pair of columns; on a GPU there are two such sums.
         recording = 4 * architecture.n_layers * sum(width**2 for width in architecture.widths)
-    calibration = n_tokens * (flops + recording) / rates.flops + reading
+    calibration = n_tokens * (flop_per_token + recording) / rates.flop_per_s + reading
 
     judging = None
     judged_tokens = _judged_tokens(config, corpora)
     if judged_tokens is not None:
+        # The dense model is judged too.
         n_models = 1 + len(model_specs(config)) * len(config.pruning.ratio)
-        judging = n_models * (judged_tokens * flops / rates.flops + reading) if judged_tokens else 0.0
+        # Each model is loaded once; where nothing is judged, none is.
+        judging = n_models * (judged_tokens * flop_per_token / rates.flop_per_s + reading) if judged_tokens else 0.0
 
     # The base is read about once for all models of a run (docs/scale.md).
-    writing = checkpoint_bytes(model, config) / rates.write + reading
+    writing = checkpoint_bytes(model, config) / rates.write_bytes_per_s + reading
     return TimeNeeds(calibration, judging, writing)
 
 
@@ -403,12 +439,15 @@ def _judged_tokens(config: Config, corpora: Mapping[str, CorpusSize]) -> int | N
     n_rows = config.evaluation.samples
     if n_rows is None:
         return None
+
     return sum(_row_tokens(config, task, corpora[task.name]) * n_rows for task in config.tasks)
 
 
 def _row_tokens(config: Config, task: Task, corpus: CorpusSize) -> int:
     if task.metric == "window_perplexity":
         return config.evaluation.window or config.corpus.sequence_length
+
+    # Every choice of a multiple-choice row is scored as a text with the question before it.
     mean_length = -(-corpus.tokens // max(corpus.sequences, 1))
     return mean_length * CHOICES if task.metric in ("acc", "acc_norm") else mean_length
 

@@ -62,19 +62,23 @@ def choose_placement(config: Config, checkpoint: Checkpoint) -> PlacementChoice:
     settings = config.calibration
     needed = memory_with_batch(checkpoint.parameters, model_dtype(config.model, checkpoint).itemsize)
     memory = _worker_memory(config)
+
     kind = settings.placement
     if kind == "auto":
         kind = _first_that_fits(needed, memory)
+
+    # Only the whole model can be evaluated.
     if kind == "stream" and needed > memory.all_devices and config.evaluation.samples != 0:
         raise ConfigError(
-            f"evaluation.samples: the model takes {size(needed)} and a worker has {size(memory.all_devices)}, which "
-            "calibrates it layer by layer, but cannot judge it; choose evaluation.samples=0, or more num_gpus or "
-            "num_cpus"
+            f"evaluation.samples: a worker's {size(memory.all_devices)} are too little to evaluate the model "
+            f"({size(needed)}), though enough to calibrate it layer by layer; choose evaluation.samples=0, or more "
+            "num_gpus or num_cpus"
         )
     return PlacementChoice(kind, needed, memory.first_device if kind == "single" else memory.all_devices)
 
 
 def _first_that_fits(needed: int, memory: WorkerMemory) -> Placement:
+    # The fastest comes first.
     if needed <= memory.first_device:
         return "single"
     if needed <= memory.all_devices:
@@ -91,6 +95,7 @@ def with_placement(config: Config, checkpoint: Checkpoint) -> Config:
     settings = config.calibration
     if settings.placement == "auto":
         say(f"placement {choice}")
+
     # Only a model that is spread over devices has use for several.
     num_gpus = settings.num_gpus if choice.kind == "device_map" else min(settings.num_gpus, 1)
     calibration = settings.model_copy(update={"placement": choice.kind, "num_gpus": num_gpus})
@@ -102,6 +107,7 @@ def with_placement(config: Config, checkpoint: Checkpoint) -> Config:
 
 def workers_that_fit(resources: Mapping[str, float], settings: CalibrationSection) -> int:
     """Return how many workers a node with these resources holds."""
+    # A share of a GPU is a number below 1, so these are divisions of floats.
     n_workers = int(resources.get("CPU", 0) // settings.num_cpus)
     if settings.num_gpus:
         n_workers = min(n_workers, int(resources.get("GPU", 0) // settings.num_gpus))
@@ -123,14 +129,18 @@ def _worker_memory(config: Config) -> WorkerMemory:
 def _host_share(nodes: list[dict[str, Any]], config: Config) -> WorkerMemory:
     """Return a worker's share of its node's memory for Ray tasks."""
     settings = config.calibration
+    # Judges are as many as fit, so only a run without evaluation has its workers bounded by the setting.
     max_workers = sys.maxsize
     if settings.workers != "auto" and config.evaluation.samples == 0:
         max_workers = settings.workers
+
     # ``memory`` is what Ray gives to tasks; workers on a node have equal shares of it.
     shares: list[int] = []
     for node in nodes:
         resources = node["Resources"]
         shares.append(int(resources.get("memory", 0)) // min(max_workers, workers_that_fit(resources, settings)))
+
+    # A worker on CPUs has one device, its node's memory.
     return WorkerMemory(min(shares), min(shares))
 
 
@@ -140,6 +150,8 @@ def _gpu_share(nodes: list[dict[str, Any]], num_gpus: float) -> WorkerMemory:
     if [] in gpus_by_node:
         name = nodes[gpus_by_node.index([])]["NodeManagerHostname"]
         raise ConfigError(f"calibration.num_gpus: torch sees no GPU on {name}; install its CUDA build, or set 0")
+
+    # Below 1 several workers are on one GPU, and each has that share of it.
     share = min(num_gpus, 1)
     first_device = min(gpus[0] for gpus in gpus_by_node)
     all_devices = min(sum(gpus) for gpus in gpus_by_node)
@@ -157,12 +169,15 @@ def _gpus_of(nodes: list[dict[str, Any]], num_gpus: float) -> list[list[int]]:
     for node in nodes:
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         probes.append(probe.options(scheduling_strategy=strategy).remote())
+
+    # Where other jobs hold the GPUs, a probe waits for them.
     _, unanswered = ray.wait(probes, num_returns=len(probes), timeout=GPU_PROBE_TIMEOUT_S)
     if unanswered:
         name = nodes[probes.index(unanswered[0])]["NodeManagerHostname"]
         raise IncompleteError(
             f"calibration.num_gpus: {num_gpus:g} GPUs of {name} are not free; wait for what works there, or stop it"
         )
+
     return ray.get(probes)
 
 

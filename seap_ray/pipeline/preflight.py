@@ -74,6 +74,7 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
         DataError: A corpus is wrong.
     """
     checkpoint = Checkpoint.open(config.model.source, config.model.revision)
+    # Workers will load the tokenizer; whatever is wrong with it shows here.
     load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
 
     for task in config.tasks:
@@ -96,11 +97,13 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
 def check_ratios(config: Config, architecture: Architecture) -> None:
     """Raise ConfigError for a ratio beyond reach: what a layer can give does not depend on statistics."""
     stock = config.export.format == "stock"
+
     for spec in model_specs(config):
+        # Added biases are parameters too, so they count in what a layer can give.
         pruning = pruning_section(config, spec.settings)
-        compensated = COMPENSATIONS[pruning.compensation].adds_biases
+        adds_biases = COMPENSATIONS[pruning.compensation].adds_biases
         for ratio in config.pruning.ratio:
-            check_ratio(architecture, pruning, ratio=ratio, compensated=compensated, stock=stock)
+            check_ratio(architecture, pruning, ratio=ratio, adds_biases=adds_biases, stock=stock)
 
 
 def with_absolute_source(config: Config) -> Config:
@@ -113,7 +116,7 @@ def with_absolute_source(config: Config) -> Config:
 
 
 def local_checks(config: Config) -> list[Finding]:
-    """Return what this process can tell alone: versions, tokens, keys."""
+    """Return what this process can tell alone: versions, access tokens, API keys."""
     return [*_check_versions(), *_check_vllm(), *_check_hub_token(config), *_check_api_keys(config)]
 
 
@@ -127,14 +130,16 @@ def _check_versions() -> Iterator[Finding]:
 
     # Those with a marker belong to extras, or to other machines.
     requirements = [requirement for requirement in requirements if not requirement.marker]
+
     installed = {requirement.name: _version(requirement.name) for requirement in requirements}
     untested = []
     for requirement in requirements:
         if _is_untested(requirement, installed[requirement.name]):
             untested.append(f"{requirement.name} {installed[requirement.name]}")
 
+    # Other versions may work as well, so this is no error.
     if untested:
-        message = f"tested with others than {', '.join(untested)}: python3 -m seap_ray.install"
+        message = f"not tested with {', '.join(untested)}; python3 -m seap_ray.install installs tested versions"
         yield Finding("warning", "versions", message)
 
     shown = [f"{name} {installed[name]}" for name in ("ray", *NUMERIC_PACKAGES) if installed.get(name)]
@@ -142,6 +147,7 @@ def _check_versions() -> Iterator[Finding]:
 
 
 def _is_untested(requirement: Requirement, installed: str | None) -> bool:
+    # A package that is missing makes itself known when it is imported.
     return installed is not None and not requirement.specifier.contains(installed, prereleases=True)
 
 
@@ -157,9 +163,8 @@ def _check_vllm() -> Iterator[Finding]:
     if not installed:
         yield Finding("warning", "vllm", "is not installed; jobs/deploy.py needs it: python3 -m seap_ray.install")
     elif not _has_plugin():
-        yield Finding(
-            "warning", "vllm", "does not know our plugin; jobs/deploy.py needs it: python3 -m seap_ray.install"
-        )
+        message = "seap_ray's plugin is not registered; jobs/deploy.py needs it: python3 -m seap_ray.install"
+        yield Finding("warning", "vllm", message)
     else:
         yield Finding("ok", "vllm", installed)
 
@@ -179,12 +184,16 @@ def _has_plugin() -> bool:
 def _check_hub_token(config: Config) -> Iterator[Finding]:
     from huggingface_hub import get_token
 
+    # Local sources have no id.
     hub_ids = [parse_model_source(config.model.source).hub_id]
     hub_ids += [calibration_rows(task).hub_id for task in config.tasks]
     wanted = [hub_id for hub_id in hub_ids if hub_id]
 
     if wanted and not get_token():
-        message = f"no token, so what is gated will not come ({wanted[0]}?): hf auth login, or HF_TOKEN"
+        message = (
+            f"no access token: a gated model or data set ({wanted[0]}, perhaps) cannot be downloaded; run hf auth "
+            "login, or set HF_TOKEN"
+        )
         yield Finding("warning", "hub", message)
     elif wanted:
         # Several tasks may come from one data set.
@@ -192,6 +201,7 @@ def _check_hub_token(config: Config) -> Iterator[Finding]:
 
 
 def _check_api_keys(config: Config) -> Iterator[Finding]:
+    # Only serving needs keys, so their lack keeps no job from starting.
     serve = config.serve
     if serve.auth == "keys" and not serve.api_keys_file and not os.environ.get("SEAP_API_KEYS"):
         yield Finding("warning", "keys", "jobs/deploy.py needs one: export SEAP_API_KEYS=$(openssl rand -hex 16)")
@@ -215,9 +225,11 @@ def needs_findings(config: Config, run: Run) -> list[Finding]:
 
     model = ModelSize.from_config(content)
     needed = needs(model, config, corpus_sizes(config, model, run))
+
     disk_line = _disk_line(needed.disk)
     if source.is_copied:
         disk_line += f"; and {size(model.n_bytes)} for the model in each node's cache"
+
     lines = [_worker_line(config, needed), _host_line(config, needed), disk_line, _time_line(needed)]
     return [Finding("ok", "needs", line) for line in lines]
 
@@ -229,8 +241,10 @@ def corpus_sizes(config: Config, model: ModelSize, run: Run) -> dict[str, Corpus
         manifest = read_json(run.shards(task.name) / "manifest.json")
         if isinstance(manifest, dict) and manifest.get("shards"):
             shards = manifest["shards"]
-            sequences = sum(shard["n_sequences"] for shard in shards)
-            sizes[task.name] = CorpusSize(sequences, sum(shard["n_tokens"] for shard in shards), len(shards))
+            n_sequences = sum(shard["n_sequences"] for shard in shards)
+            n_tokens = sum(shard["n_tokens"] for shard in shards)
+            sizes[task.name] = CorpusSize(n_sequences, n_tokens, len(shards))
+
     return sizes
 
 
@@ -244,17 +258,19 @@ def _worker_line(config: Config, needed: Needs) -> str:
 
 def _host_line(config: Config, needed: Needs) -> str:
     memory = needed.memory
+
     parts = [f"{size(memory.driver)} for the job's own process"]
     if config.calibration.num_gpus:
         parts.insert(0, f"{size(memory.host)} for a worker while it loads the model")
     if memory.covariance_task:
         parts.append(f"{size(memory.covariance_task)} for a task on one layer's covariances")
+
     return f"host memory {', '.join(parts)}"
 
 
 def _disk_line(disk: DiskNeeds) -> str:
     kinds = {kind.name: getattr(disk, kind.name) for kind in fields(disk)}
-    # The largest first: what there is to save.
+    # The largest come first, since they are worth saving; kinds that the run does not have are left out.
     kinds = dict(sorted(kinds.items(), key=lambda item: -item[1]))
     return f"disk {size(disk.total)}: {', '.join(f'{name} {size(n)}' for name, n in kinds.items() if n)}"
 
@@ -270,6 +286,7 @@ def _time_line(needed: Needs) -> str:
 
 def _duration(seconds: float) -> str:
     """Return two digits in the unit that suits: 40 s, 12 min, 3.5 h."""
+    # A unit serves up to 90 of it, so that no number is below 1.5.
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
     if seconds < 90 * 60:
@@ -305,6 +322,7 @@ def cluster_checks(config: Config, checkpoint: Checkpoint, run: Run) -> list[Fin
     the cluster is gone.
     """
     nodes = _probe_nodes(config, checkpoint, run)
+    # A job stops at the first error of this list.
     return [
         *_check_resources(config),
         *_check_covariance_memory(config, checkpoint),
@@ -337,21 +355,25 @@ def _probe_nodes(config: Config, checkpoint: Checkpoint, run: Run) -> list[Node]
         corpora = tuple(files[0] for task in config.tasks if (files := calibration_rows(task).files()))
         arguments = (checkpoint.folder, corpora, probe)
         if len(alive) == 1:
+            # A task would first start a process there, which takes seconds.
             return [_look(*arguments)]
 
+        # All nodes look at the same time.
         look = ray.remote(num_cpus=0)(_look)
         before = time.time()
         pending = []
-        # A task for each node that runs there and nowhere else, and takes no CPU from a job at work.
+        # A task for each node, which runs there and nowhere else, and takes no CPU from a job at work.
         for node in alive:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             pending.append(look.options(scheduling_strategy=there).remote(*arguments))
+
         nodes = [_probed(node, ref) for node, ref in zip(alive, pending, strict=True)]
         after = time.time()
 
     seen = [node for node in nodes if node]
     if not seen:
         raise IncompleteError("the cluster is gone; run the same command again, on a new one")
+
     # A clock that was read between two moments of ours is right if it lies between them.
     return [replace(node, skew=max(before - node.clock, node.clock - after, 0.0)) for node in seen]
 
@@ -364,6 +386,7 @@ def _probed(node: dict[str, Any], ref: Any) -> Node | None:
     try:
         return ray.get(ref)
     except (RayTaskError, RuntimeEnvSetupError) as error:
+        # Of a traceback the last line says what went wrong.
         reason = str(error).strip().splitlines()[-1]
         raise ConfigError(
             f"{node['NodeManagerHostname']} cannot run a task of seap_ray ({reason}); install the same packages there: "
@@ -376,6 +399,7 @@ def _probed(node: dict[str, Any], ref: Any) -> Node | None:
 @contextmanager
 def _probe_file(run: Run) -> Iterator[StoragePath]:
     """Make a file in the run's folder that other nodes are to see. Raises ConfigError when none can be made."""
+    # A name of its own, since several checks may run at the same time.
     path = run.root / f".probe-{uuid.uuid4().hex}"
     try:
         run.root.mkdir(parents=True, exist_ok=True)
@@ -414,20 +438,22 @@ def _is_seen(file: StoragePath) -> bool:
 def _fingerprint(model: Path) -> str | None:
     try:
         return Checkpoint.at(model).fingerprint
-    except (SeapError, OSError):
+    except (SeapError, OSError):  # none there, or not all of it
         return None
 
 
 def _check_resources(config: Config) -> Iterator[Finding]:
     nodes = _alive_nodes()
     resources = ray.cluster_resources()
+
     noun = "node" if len(nodes) == 1 else "nodes"
     cpus = f"{resources.get('CPU', 0):g} CPUs"
     gpus = f"{resources.get('GPU', 0):g} GPUs"
     memory = size(resources.get("memory", 0))
     yield Finding("ok", "cluster", f"{len(nodes)} {noun}, {cpus}, {gpus}, {memory} for tasks")
+
     if resources.get("GPU", 0) and not config.calibration.num_gpus:
-        yield Finding("warning", "cluster", f"{resources['GPU']:g} GPUs stay idle: calibration.num_gpus=1")
+        yield Finding("warning", "cluster", f"{gpus} would stay idle; to use them, set calibration.num_gpus=1")
 
 
 def _check_covariance_memory(config: Config, checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -440,6 +466,7 @@ def _check_covariance_memory(config: Config, checkpoint: Checkpoint) -> Iterator
 
 def _check_versions_alike(nodes: Sequence[Node]) -> Iterator[Finding]:
     """Refuse nodes with other releases: they give other bits, and a record does not say which node made it."""
+    # All are alike if each is like the first.
     first = nodes[0]
     for node, name in product(nodes[1:], NUMERIC_PACKAGES):
         expected = first.versions[name]
@@ -462,6 +489,7 @@ def _release(version: str) -> str:
 
 
 def _check_storage(config: Config, checkpoint: Checkpoint, run: Run, nodes: Sequence[Node]) -> Iterator[Finding]:
+    # A node that does not see the folder finds no inputs and leaves its outputs where nobody looks.
     blind = [node.name for node in nodes if not node.sees_storage]
     if blind:
         message = (
@@ -478,6 +506,7 @@ def _check_storage(config: Config, checkpoint: Checkpoint, run: Run, nodes: Sequ
     room = "is a bucket" if math.isinf(free) else f"has {size(free)} free"
     message = f"{run.root} {room}; the run takes about {size(missing)} more"
 
+    # No error: the job stops when the disk is full, and the same command then goes on.
     if missing > free:
         yield Finding("warning", "storage", f"{message}: make room, or choose another run.storage")
     else:
@@ -489,6 +518,7 @@ def _check_model(checkpoint: Checkpoint, nodes: Sequence[Node]) -> Iterator[Find
     without = [node.name for node in nodes if node.model is None]
     others = [node.name for node in nodes if node.model not in (None, checkpoint.fingerprint)]
 
+    # A model from elsewhere is copied to a node that does not have it; a local folder is not.
     if others:
         message = f"model.source: {folder} differs on {', '.join(others)}; put the same files on every node"
         yield Finding("error", "model", message)
@@ -500,13 +530,14 @@ def _check_model(checkpoint: Checkpoint, nodes: Sequence[Node]) -> Iterator[Find
         message = f"model.source: {folder} is not on {names}; put it there, or on a disk that every node sees"
         yield Finding("error", "model", message)
     else:
-        family = checkpoint.architecture.family
+        family = checkpoint.architecture.family_name
         yield Finding("ok", "model", f"{family}, {checkpoint.parameters:,} parameters, {size(checkpoint.n_bytes)}")
 
 
 def _check_corpora(nodes: Sequence[Node]) -> Iterator[Finding]:
     for node in nodes:
         if node.unseen:
+            # The first stands for all that are missing there.
             message = f"tasks: {node.unseen[0]} is not on {node.name}; put it there, or on a disk that every node sees"
             yield Finding("error", "tasks", message)
 

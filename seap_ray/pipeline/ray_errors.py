@@ -1,4 +1,4 @@
-"""Ray errors: an error that Ray wrapped in, the error that a user can mend out."""
+"""Ray errors: an error that Ray wrapped in, the error that a user can fix out."""
 
 import re
 from collections.abc import Iterator
@@ -15,10 +15,11 @@ RAY_DATA_ERROR = re.compile(r"^seap_ray\.errors\.(\w+): (.+)$", re.MULTILINE)
 
 @contextmanager
 def unwrap_ray_errors() -> Iterator[None]:
-    """While inside, raise errors that a user can mend as they are; Ray's own text of one is a traceback."""
+    """While inside, raise errors that a user can fix as they are; Ray's own text of one is a traceback."""
     try:
         yield
     except Exception as error:
+        # What no user can fix is a fault of ours, whose traceback is needed.
         known = known_error(error)
         if known is None:
             raise
@@ -26,20 +27,27 @@ def unwrap_ray_errors() -> Iterator[None]:
 
 
 def known_error(error: BaseException | None) -> SeapError | None:
-    """Return what a Ray task, actor or Ray Data function met, out of Ray's wrappers; None if no user can mend it."""
+    """Return what a Ray task, actor or Ray Data function met, out of Ray's wrappers; None if no user can fix it."""
+    # From the outermost wrapper inwards; the first that is known counts.
     while error is not None:
         cause = getattr(error, "cause", None)
         if isinstance(cause, SeapError):
             return cause
         if isinstance(error, SeapError):
             return error
+
+        # Ray Data keeps of our error only the text.
         if isinstance(error, RayTaskError) and (match := RAY_DATA_ERROR.search(str(error))):
             name, message = match.groups()
             return getattr(errors, name)(message)
+
         if isinstance(error, OutOfDiskError):
             return IncompleteError("the disk of a node is full; make room and run the same command again")
+        # What is left of Ray's own errors are lost nodes, processes and objects; an error in a task is none of these.
         if isinstance(error, RayError) and not isinstance(error, (RayTaskError, RuntimeEnvSetupError)):
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             return IncompleteError(f"the cluster lost a part of the job ({reason}); run the same command again")
+
         error = cause or error.__cause__
+
     return None

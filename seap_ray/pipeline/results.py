@@ -27,6 +27,8 @@ def _cell(result: EvalResult) -> Cell:
 
 def dense_row(checkpoint: Checkpoint) -> ModelRow:
     """Return the row of the model that all others are pruned from."""
+    shapes = [layer.shape for layer in checkpoint.architecture.layers]
+
     return ModelRow(
         name="dense",
         method="dense",
@@ -34,7 +36,7 @@ def dense_row(checkpoint: Checkpoint) -> ModelRow:
         realised_ratio=0.0,
         parameters=checkpoint.parameters,
         bytes=checkpoint.n_bytes,
-        kv_bytes_per_token=kv_bytes([layer.shape for layer in checkpoint.architecture.layers], checkpoint),
+        kv_bytes_per_token=kv_bytes(shapes, checkpoint),
         folder=str(checkpoint.folder),
     )
 
@@ -42,6 +44,7 @@ def dense_row(checkpoint: Checkpoint) -> ModelRow:
 def pruned_row(pending: PendingCheckpoint) -> ModelRow:
     """Return the row of a pruned model."""
     spec = pending.spec
+
     sizes = checkpoint_sizes(pending)
     # The manifest has a longer name for what a row calls its ratio.
     ratio = sizes.pop("requested_ratio")
@@ -64,6 +67,7 @@ def own_task_rows(models: Sequence[ModelRow]) -> list[ModelRow]:
     """Return, for every method that has a model for each task, one row a ratio: each model on its own task."""
     # A model without quality is one of a run that judges nothing. A dict keeps the order of first appearance.
     methods = {(row.method, row.ratio): None for row in models if row.task and row.quality}
+
     return [_own_task_row(models, method, ratio) for method, ratio in methods]
 
 
@@ -102,6 +106,7 @@ def _mean_speed(speeds: Sequence[SpeedCell | None]) -> SpeedCell | None:
 
 def _mean(values: Sequence[Any]) -> Any:
     """Return a whole number for whole numbers; None where a value is None, as of a model that has no plan."""
+    # A mean over the others would not compare with one over all.
     if None in values:
         return None
 
@@ -119,7 +124,9 @@ def make_results(
     router: dict[str, Any] | None,
 ) -> Results:
     """Return what a results file says, whichever job writes it; below the models each method's mean over its own."""
+    # A run without evaluation has tasks all the same.
     tasks = {task.name: _task_row(task, eval_tasks.get(task.name)) for task in config.tasks}
+
     return Results(
         tasks=tasks,
         models=[*models, *own_task_rows(models)],

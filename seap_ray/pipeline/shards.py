@@ -2,7 +2,10 @@
 
 ``shards/<task>/00017.parquet`` holds one sequence a row: ``ids`` (int32 list) and ``text``. ``prompts.parquet`` holds
 what a user would ask of every drawn row. ``manifest.json``, written last, holds the token count and sha256 of every
-shard. Which row goes where depends on content and seed alone.
+shard.
+
+Which row goes where depends on content and seed alone: a row's key is a hash of both, so the rows with the n smallest
+keys are n rows at random, wherever they lie in the corpus and however it is cut into blocks.
 """
 
 import os
@@ -49,10 +52,11 @@ UNUSED_FIELDS = {"metric", "lm_eval", "weight", "choices", "evaluation_path", "e
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One shard file: name, number of sequences and tokens, sha256 of its bytes."""
+    """One shard file, as the manifest has it: name, number of sequences and tokens, sha256 of its bytes."""
 
     task: str
     shard: str
+    """The shard's number among those of its task, in five digits, as in the file's name."""
     n_sequences: int
     n_tokens: int
     sha256: str
@@ -96,6 +100,7 @@ class Manifest:
     def read(cls, folder: StoragePath) -> "Manifest | None":
         """Read the manifest in a task's folder of shards; None when it is missing or torn."""
         content = read_json(folder / MANIFEST_FILE)
+        # A file that is not there, not JSON or of another version lacks keys or is no mapping.
         try:
             shards = tuple(Shard(**shard) for shard in content["shards"])
             return cls(**{**content, "shards": shards})
@@ -118,12 +123,14 @@ class ShardFolder:
         manifest = Manifest.read(path)
         if manifest is None or manifest.fingerprint != key:
             return False
+
+        # Last, since it reads every byte.
         return all(has_hash(path / name, digest) for name, digest in manifest.hashes().items())
 
     def load(self, path: StoragePath) -> Manifest:
         """Read the manifest of shards that are whole."""
         manifest = Manifest.read(path)
-        assert manifest is not None
+        assert manifest is not None, "only a folder that is whole is loaded"
         return manifest
 
 
@@ -145,7 +152,7 @@ def shards_artifact(config: Config, checkpoint: Checkpoint, run: Run, task: Task
 def make_shards(config: Config, checkpoint: Checkpoint, run: Run, report: Callable[[str], None]) -> list[Manifest]:
     """Bring every task's shards up to date; what is whole and still valid stays.
 
-    Arguments:
+    Args:
         config: The job's settings.
         checkpoint: The model, whose tokenizer is used.
         run: Where the shards go.
@@ -163,6 +170,7 @@ def make_shards(config: Config, checkpoint: Checkpoint, run: Run, report: Callab
         report(f"reading {', '.join(task.name for task in stale)}")
         keys = [artifacts[task.name].key for task in stale]
         _write_all(config, run, stale, keys)
+
     return [artifacts[task.name].load() for task in config.tasks]
 
 
@@ -171,12 +179,15 @@ def _write_all(config: Config, run: Run, tasks: Sequence[Task], keys: Sequence[s
     corpus = config.corpus
     is_official = corpus.prompt_format == "official"
     write = ray.remote(_write_task)
+
     # Each is written while the next one is drawn.
     pending = []
     for task, key in zip(tasks, keys, strict=True):
         rows = read_rows(task, seed=config.run.seed, n=corpus.samples)
         drawn = draw(task, rows, n=corpus.samples, seed=config.run.seed, official=is_official)
         pending.append(write.remote(config, run, task.name, key, drawn))
+
+    # An error of any task is raised here.
     ray.get(pending)
 
 
@@ -186,7 +197,7 @@ def _write_all(config: Config, run: Run, tasks: Sequence[Task], keys: Sequence[s
 def read_rows(task: Task, *, evaluation: bool = False, seed: int = 0, n: int | None = None) -> ray.data.Dataset:
     """Return the rows of a task's source as a Ray Dataset.
 
-    Arguments:
+    Args:
         task: The task.
         evaluation: Read the rows that the task is judged on, not those that it is calibrated on.
         seed: Seed of the demo's generators.
@@ -204,6 +215,7 @@ def read_rows(task: Task, *, evaluation: bool = False, seed: int = 0, n: int | N
         case HubRows():
             # Not ray.data.from_huggingface: it asks the hub again, and fails offline where the data set is cached.
             return ray.data.from_arrow(source.load())
+
     raise TypeError(f"tasks.{task.name}: {source} has no reader")
 
 
@@ -215,12 +227,15 @@ def _read_files(source: RowFiles) -> ray.data.Dataset:
         "csv": ray.data.read_csv,
         "text": ray.data.read_text,
     }
+
+    # All files of a source have one format.
     files = source.files()
     return readers[file_format(source.task, files[0])]([str(file) for file in files])
 
 
 def read_in_order(rows: ray.data.Dataset) -> list[Row]:
     """Return all rows as they lie in their files, which Ray Data promises only where it is asked to."""
+    # The option is the whole process's, so it is put back afterwards.
     options = DataContext.get_current().execution_options
     before = options.preserve_order
     options.preserve_order = True
@@ -254,7 +269,10 @@ class Render:
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Render a block."""
         items = [self.renderer.item(row) for row in rows.to_pylist()]
+        # No hash is empty, so an empty key stands for a row that cannot be drawn.
         keys = [row_key(self.seed, item) if item.text.strip() else b"" for item in items]
+
+        # With the types stated, blocks of nothing but empty lists fit the others.
         return pa.table(
             {
                 "key": pa.array(keys, pa.binary()),
@@ -272,7 +290,10 @@ def draw(task: Task, rows: ray.data.Dataset, *, n: int | None, seed: int, offici
     Every block keeps its own ``n`` smallest keys, so only candidates travel. Raises DataError where no row has text.
     """
     render = Render(task, seed, official)
+    # A batch is a whole block: each block is ranked once.
     rendered = rows.map_batches(lambda batch: _candidates(render(batch), n), batch_format="pyarrow", batch_size=None)
+
+    # Empty blocks may have no columns, which would not fit those of the others.
     tables = [table for table in ray.get(rendered.to_arrow_refs()) if table.num_rows]
     if not tables:
         raise DataError(f"tasks.{task.name}: the corpus has no rows")
@@ -281,9 +302,12 @@ def draw(task: Task, rows: ray.data.Dataset, *, n: int | None, seed: int, offici
     # A block's counts stand in its first row, so that their sums are those of the corpus.
     n_rows = sum(table.column("n_rows").to_pylist())
     n_blank = sum(table.column("n_blank").to_pylist())
+
+    # The smallest of all blocks are among the smallest of each.
     drawn = _smallest_keys(table.filter(pa.compute.not_equal(table.column("key"), b"")), n)
     if not drawn.num_rows:
         raise DataError(f"tasks.{task.name}: all {n_rows} rows of the corpus are blank")
+
     return Draw(drawn.drop_columns(["n_rows", "n_blank"]), n_rows, n_blank)
 
 
@@ -295,11 +319,14 @@ def _candidates(rendered: pa.Table, n: int | None) -> pa.Table:
     is_text = pa.compute.not_equal(rendered.column("key"), b"")
     n_text = pa.compute.sum(is_text).as_py() or 0
     kept = _smallest_keys(rendered.filter(is_text), n) if n_text else rendered.slice(0, 1)
+
     n_rows = np.zeros(kept.num_rows, np.int64)
     n_blank = np.zeros(kept.num_rows, np.int64)
+    # A block without any rows has no first one.
     if kept.num_rows:
         n_rows[0] = rendered.num_rows
         n_blank[0] = rendered.num_rows - n_text
+
     return kept.append_column("n_rows", pa.array(n_rows)).append_column("n_blank", pa.array(n_blank))
 
 
@@ -313,6 +340,7 @@ def _smallest_keys(table: pa.Table, n: int | None) -> pa.Table:
 def _write_task(config: Config, run: Run, task: str, key: str, drawn: Draw) -> None:
     """Tokenise the drawn rows, cut them into shards, write these and, last, the manifest."""
     corpus = config.corpus
+    # Opened here, on the node that does the work: a checkpoint's folder may lie elsewhere there.
     checkpoint = Checkpoint.open(config.model.source, config.model.revision)
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
     longest = min(corpus.sequence_length, checkpoint.architecture.max_position_embeddings)
@@ -321,6 +349,8 @@ def _write_task(config: Config, run: Run, task: str, key: str, drawn: Draw) -> N
     questions = drawn.table.column("question").to_pylist()
     all_ids = tokenizer(texts)["input_ids"]
     rows = [row for row in zip(all_ids, texts, questions, strict=True) if row[0]]  # some texts have no token
+
+    # Where a task asks nothing, its text is what a user would write.
     prompts = _write_prompts(run, task, [question or text for _, text, question in rows])
 
     # Buckets cut long texts; packing has the stream of all texts, so that nothing is lost.
@@ -339,6 +369,8 @@ def _write_task(config: Config, run: Run, task: str, key: str, drawn: Draw) -> N
             chunks = chunk_stream([ids for ids, _ in shard_pairs], longest)
             shard_pairs = [(ids, "") for ids in chunks]
         shards.append(_write_shard(run, task, f"{len(shards):05d}", shard_pairs))
+
+    # Last: a folder without a manifest is made again.
     manifest = Manifest(task, key, tuple(shards), drawn.n_rows, drawn.n_blank, n_cut, prompts)
     write_json(run.shards(task) / MANIFEST_FILE, asdict(manifest))
 
@@ -347,6 +379,8 @@ def _within_budget(pairs: list[tuple[list[int], str]], max_tokens: int | None) -
     """Keep sequences up to the one that reaches the budget."""
     if max_tokens is None:
         return pairs
+
+    # Tokens of all sequences that come before one, so that the one that reaches the budget is kept.
     tokens_before = np.cumsum([0, *(len(ids) for ids, _ in pairs)])[:-1]
     return [pair for pair, before in zip(pairs, tokens_before, strict=True) if before < max_tokens]
 
@@ -365,8 +399,11 @@ def _write_shard(run: Run, task: str, shard: str, pairs: list[tuple[list[int], s
             "text": pa.array([text for _, text in pairs], pa.string()),
         }
     )
+
+    # Hashed before it moves to its place, which may be a bucket.
     path = run.shards(task) / f"{shard}.parquet"
     with atomic_write(path) as temporary:
         pq.write_table(table, temporary)
         digest = sha256_of(temporary)
+
     return Shard(task, shard, len(pairs), sum(len(ids) for ids, _ in pairs), digest)

@@ -341,7 +341,9 @@ def test_without_lm_eval_a_line_says_how_to_install_it(monkeypatch):
 
     monkeypatch.setattr(metadata, "version", missing)
     for call in (lm_eval.version, lambda: lm_eval.check(local("piqa")), lambda: lm_eval.fingerprint_of(local("piqa"))):
-        with pytest.raises(ConfigError, match=r"^lm-eval is not installed: pip install 'seap-ray\[eval\]'$"):
+        with pytest.raises(
+            ConfigError, match=r"^lm-eval is not installed: python3 -m seap_ray\.install --extras eval$"
+        ):
             call()
 
 

@@ -160,7 +160,7 @@ def test_a_streamed_70b_needs_two_layers():
 def test_time_is_products_over_rates():
     config = config_of(evaluation={"samples": 10}, pruning={"ratio": 0.2})
     corpora = {task.name: CorpusSize(10, 500, 1) for task in config.tasks}
-    rates = Rates("made up", flops=1e9, read=1e6, write=1e6)
+    rates = Rates("made up", flop_per_s=1e9, read_bytes_per_s=1e6, write_bytes_per_s=1e6)
     time = time_needs(DEMO_SIZE, config, corpora, rates)
     flops = token_flops(DEMO.architecture, 256).total
     reading = DEMO.n_bytes / 1e6

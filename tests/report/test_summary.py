@@ -25,7 +25,8 @@ def test_a_run_by_name_or_folder_has_its_tables_printed_and_its_page_written(sto
     by_name = capsys.readouterr().out
     assert report(storage, str(storage / "a")) == 0
     assert capsys.readouterr().out == by_name
-    for head in ("mean acc", "All methods: Which method keeps the most quality at equal size?", "Routing: What do the router's"):
+    questions = ("All methods: Which method keeps the most quality at equal size?", "Routing: What do the router's")
+    for head in ("mean acc", *questions):
         assert head in by_name
     assert by_name.rstrip().endswith("report.html") and (storage / "a" / "report.html").is_file()
     assert {"quality", "transfer", "router"} <= {path.stem for path in (storage / "a" / "pictures").glob("*.svg")}
