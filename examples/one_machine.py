@@ -38,7 +38,7 @@ for layer in range(architecture.n_layers):
     scores.append((head_scores(column_scores["attn"], architecture.head_dim), column_scores["mlp"]))
 
 # Plan: widths of every layer that meet the ratio, then the best heads and channels for these widths.
-shapes = choose_shapes(architecture, Config().pruning, ratio=RATIO, compensated=True, scores_L=scores)
+shapes = choose_shapes(architecture, Config().pruning, ratio=RATIO, adds_biases=True, scores_L=scores)
 layers = zip(shapes, architecture.layers, scores, strict=True)
 kept = tuple(keep(shape, layer.shape, *layer_scores) for shape, layer, layer_scores in layers)
 plan = Plan("arithmetic", RATIO, COMPENSATIONS["mean"], kept, provenance={})

@@ -35,7 +35,7 @@ def choose_shapes(
     pruning: PruningSection,
     *,
     ratio: float,
-    compensated: bool,
+    adds_biases: bool,
     scores_L: Sequence[LayerScores],
     comparable: bool = False,
     stock: bool = False,
@@ -46,21 +46,21 @@ def choose_shapes(
         architecture: The model before the cut.
         pruning: The ``pruning`` section of the configuration.
         ratio: Share of the model's decoder weights that shall go, from 0 to 1.
-        compensated: Whether cut layers get output biases, which count against what they save.
+        adds_biases: Whether cut layers get output biases, which count against what they save.
         scores_L: Scores of every layer's heads and channels. They count under ``global``, which divides those of a
             layer by their mean, and ``standardised``, which takes standardised ones that may be negative.
         comparable: Under ``global`` the scores compare between layers as they are.
         stock: Ask for the same widths in all layers, as an ordinary checkpoint has.
 
     Returns:
-        Widths of every layer. They meet the ratio within half a tile of channels (``pruning.budget: official``: as
+        Widths of every layer. They meet the ratio within one tile of channels (``pruning.budget: official``: as
         the authors' rounding does).
 
     Raises:
         ConfigError: Floors, caps, protection or alignment do not allow the ratio.
     """
     allocation = pruning.allocation
-    constraints_L = WidthConstraints.of(architecture, pruning, compensated=compensated, stock=stock)
+    constraints_L = WidthConstraints.of(architecture, pruning, adds_biases=adds_biases, stock=stock)
     _check_budget(pruning)
     if pruning.budget == "official":
         return _official_shapes(architecture, allocation, ratio)
@@ -98,18 +98,18 @@ def choose_dropped(
     Raises:
         ConfigError: Protection leaves too few layers.
     """
-    weight_L, may_go = _droppable(architecture, pruning, ratio)
+    relative_size_L, may_go = _droppable(architecture, pruning, ratio)
     # The deeper of two equal layers sorts first; the slice leaves one layer of all.
     order = sorted(may_go, key=lambda layer: (influence_L[layer], -layer))[: architecture.n_layers - 1]
     # Weights gone, in mean layers, after dropping none, one, two, ... layers of the order.
-    gone = [*accumulate((weight_L[layer] for layer in order), initial=0.0)]
+    gone = [*accumulate((relative_size_L[layer] for layer in order), initial=0.0)]
     # min takes the first of equal distances: fewer layers.
     n_dropped = min(range(len(gone)), key=lambda n: abs(gone[n] - ratio * architecture.n_layers))
     return tuple(sorted(order[:n_dropped]))
 
 
 def check_ratio(
-    architecture: Architecture, pruning: PruningSection, *, ratio: float, compensated: bool, stock: bool = False
+    architecture: Architecture, pruning: PruningSection, *, ratio: float, adds_biases: bool, stock: bool = False
 ) -> None:
     """Check, before there is a statistic, that some scores could give a plan for a ratio.
 
@@ -117,7 +117,7 @@ def check_ratio(
         architecture: The model before the cut.
         pruning: The ``pruning`` section of the configuration.
         ratio: Share of the model's decoder weights that shall go.
-        compensated: Whether cut layers get output biases.
+        adds_biases: Whether cut layers get output biases.
         stock: Whether all layers must have the same widths.
 
     Raises:
@@ -134,11 +134,11 @@ def check_ratio(
         _droppable(architecture, pruning, ratio)
     elif pruning.allocation.kind in RANKING_VALUES:
         _check_budget(pruning)
-        constraints_L = WidthConstraints.of(architecture, pruning, compensated=compensated, stock=stock)
+        constraints_L = WidthConstraints.of(architecture, pruning, adds_biases=adds_biases, stock=stock)
         _check_reach(constraints_L, pruning.allocation, ratio)
     else:
         # These allocations read no scores, so the choice itself is the check.
-        choose_shapes(architecture, pruning, ratio=ratio, compensated=compensated, scores_L=(), stock=stock)
+        choose_shapes(architecture, pruning, ratio=ratio, adds_biases=adds_biases, scores_L=(), stock=stock)
 
 
 # --- shares of layers ------------------------------------------------------------------------------------------------
@@ -152,26 +152,26 @@ def layer_sparsity(
     Raises:
         ConfigError: Caps and protected layers do not allow the ratio.
     """
-    weight_L = _relative_sizes(constraints_L)
+    relative_size_L = _relative_sizes(constraints_L)
     cap_L = _caps(constraints_L, allocation)
 
     if allocation.kind == "uniform":
         _check_reach(constraints_L, allocation, ratio)
-        return sparsity.uniform(weight_L, ratio, cap_L)
+        return sparsity.uniform(relative_size_L, ratio, cap_L)
 
-    first, last = protected_layers(weight_L, allocation, ratio, cap_L)
-    return sparsity.logistic(weight_L, ratio, cap_L, k=allocation.k, x0=allocation.x0, first=first, last=last)
+    first, last = protected_layers(relative_size_L, allocation, ratio, cap_L)
+    return sparsity.logistic(relative_size_L, ratio, cap_L, k=allocation.k, x0=allocation.x0, first=first, last=last)
 
 
 def protected_layers(
-    weight_L: Sequence[float], allocation: AllocationSection, ratio: float, cap_L: Sequence[float]
+    relative_size_L: Sequence[float], allocation: AllocationSection, ratio: float, cap_L: Sequence[float]
 ) -> tuple[int, int]:
     """Return how many first and last layers stay whole.
 
     An ``auto`` number yields to a ratio beyond it, the last layers first.
 
     Args:
-        weight_L: Size of every layer relative to their mean.
+        relative_size_L: Size of every layer relative to their mean.
         allocation: The numbers that the configuration has.
         ratio: Share of all weights that shall go.
         cap_L: Largest share that each layer may give.
@@ -189,7 +189,7 @@ def protected_layers(
     def too_many() -> bool:
         """Return whether the other layers cannot give the ratio."""
         active = range(first, max(n_layers - last, first))
-        return ratio > sparsity.largest_ratio(weight_L, cap_L, active) + ROUNDING
+        return ratio > sparsity.largest_ratio(relative_size_L, cap_L, active) + ROUNDING
 
     # Both ends yield in turn while the last end has at least as many.
     while too_many() and last_yields and last and last >= first:
@@ -204,7 +204,7 @@ def protected_layers(
 
 
 def _check_budget(pruning: PruningSection) -> None:
-    """Raise ConfigError for the official budget under an allocation that the authors' code has not."""
+    """Raise ConfigError for the official budget under an allocation that the authors' code does not have."""
     kind = pruning.allocation.kind
     if pruning.budget == "official" and kind not in ("uniform", "logistic"):
         raise ConfigError(f"pruning.budget: official goes with allocation uniform or logistic, not {kind}")
@@ -227,7 +227,7 @@ def _droppable(architecture: Architecture, pruning: PruningSection, ratio: float
     """
     _check_budget(pruning)
     # Layers that stay must split over the ranks, too.
-    weight_L = _relative_sizes(WidthConstraints.of(architecture, pruning, compensated=False))
+    relative_size_L = _relative_sizes(WidthConstraints.of(architecture, pruning, adds_biases=False))
     n_layers = architecture.n_layers
     allocation = pruning.allocation
 
@@ -236,15 +236,15 @@ def _droppable(architecture: Architecture, pruning: PruningSection, ratio: float
     last = 0 if allocation.protect_last == "auto" else allocation.protect_last
     may_go = range(first, max(n_layers - last, first))
 
-    protected_weights = [weight_L[layer] for layer in range(n_layers) if layer not in may_go]
-    largest = sum(weight_L[layer] for layer in may_go) / n_layers
+    protected_weights = [relative_size_L[layer] for layer in range(n_layers) if layer not in may_go]
+    largest = sum(relative_size_L[layer] for layer in may_go) / n_layers
     # Too few only where one more layer, if it could go, would come nearer to the ratio.
     if len(protected_weights) > 1 and (ratio - largest) * n_layers > min(protected_weights) / 2:
         raise ConfigError(
             f"pruning.ratio: {ratio:g} is beyond what {first} + {last} protected layers allow; the largest is "
             f"{_rounded_down(largest)}"
         )
-    return weight_L, may_go
+    return relative_size_L, may_go
 
 
 def _relative_sizes(constraints_L: Sequence[WidthConstraints]) -> list[float]:
@@ -409,8 +409,8 @@ def _greedy_shapes(
 ) -> list[Shape]:
     """Take narrower widths by their value over all layers, the least first, while they fit the budget.
 
-    ``global`` ranks by normalised score per weight (the paper's AL, by score per cost and not by score),
-    ``standardised`` by the mean standardised score of the columns, whatever they cost (FLAP's AL-AM).
+    ``global`` ranks by normalised score divided by the parameters saved (the SEAP paper's AL ranks by score alone),
+    ``standardised`` by the mean standardised score of the columns, whatever they save (FLAP's AL-AM).
     """
     target = ratio * sum(constraints.size for constraints in constraints_L)
     cap_L = _caps(constraints_L, allocation)

@@ -88,7 +88,7 @@ class Family:
     Mistral and Qwen2."""
     mixes_windows: bool = False
     """Whether some layers have a sliding window and others none, where the config does not say it: True for Gemma 2."""
-    packs: bool = True
+    supports_packing: bool = True
     """Whether transformers keeps sequences that share a row apart, by their positions: False for OPT."""
 
     @property
@@ -202,7 +202,7 @@ FAMILIES: dict[str, Family] = {
         channels_key="ffn_dim",
         groups_key=None,
         has_head_dim=False,
-        packs=False,
+        supports_packing=False,
     ),
     "gpt_neox": Family(
         config_class="SeapGPTNeoXConfig",
@@ -261,14 +261,14 @@ class Layer:
     shape: Shape
     """Widths of its attention and MLP."""
     biases: tuple[str, ...] = ()
-    """Config keys of output biases that its family has not: an earlier compensation put them there."""
+    """Config keys of output biases that its family does not have: an earlier compensation put them there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """Dimensions of a model, dense or compacted already. Sizes are in numbers of weights."""
 
-    family: str
+    family_name: str
     """Key of ``FAMILIES``."""
     layers: tuple[Layer, ...]
     """Every decoder layer, in order."""
@@ -292,8 +292,9 @@ class Architecture:
     """Whether some layers do, and others attend to everything."""
     has_norm_weights: bool = True
     """Whether the norms have weights."""
-    has_free_heads: bool = True
-    """Whether the family's own config may have another number of heads: Phi-3's long ropes tell it by them."""
+    n_heads_may_change: bool = True
+    """Whether the family's own config may have another number of heads. False for a Phi-3 with long RoPE: transformers
+    checks the length of its factors by the number of heads in the config."""
     n_experts: int = 0
     """MoE experts of every layer; a layer's channels are then the width of each. 0: no mixture of experts."""
     experts_per_token: int = 0
@@ -333,8 +334,11 @@ class Architecture:
         for layer in range(config["num_hidden_layers"]):
             layers.append(_layer({**config, **overrides.get(str(layer), {})}, family))
 
+        # Older configs name the parameters of RoPE rope_scaling.
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+
         return cls(
-            family=name,
+            family_name=name,
             layers=tuple(layers),
             hidden_size=config["hidden_size"],
             # Configs without a head size leave it to this division.
@@ -343,16 +347,14 @@ class Architecture:
             qkv_bias=flag(family.qkv_bias),
             o_bias=flag(family.o_bias),
             mlp_bias=flag(family.mlp_bias),
-            # What transformers takes for a Llama, OPT or GPT-NeoX whose config.json has no such
-            # key.
+            # transformers' own default of Llama, OPT and GPT-NeoX.
             max_position_embeddings=config.get("max_position_embeddings", 2048),
             has_windows=_has_windows(config, family),
             mixes_windows=_mixes_windows(config, family),
-            # A key of OPT alone; the other families have not got it, which is no False.
+            # A key of OPT alone; without it norms have weights.
             has_norm_weights=config.get("layer_norm_elementwise_affine") is not False,
-            # Older configs name the rope's parameters rope_scaling. Only long ropes have short
-            # factors.
-            has_free_heads="short_factor" not in (config.get("rope_parameters") or config.get("rope_scaling") or {}),
+            # Long RoPE has factors for short sequences and for long ones.
+            n_heads_may_change="short_factor" not in rope,
             # Qwen's own configs say num_experts, those that transformers writes num_local_experts.
             n_experts=(config.get("num_local_experts") or config["num_experts"]) if family.is_moe else 0,
             experts_per_token=config["num_experts_per_tok"] if family.is_moe else 0,
@@ -364,26 +366,26 @@ class Architecture:
         return len(self.layers)
 
     @property
-    def layout(self) -> Family:
+    def family(self) -> Family:
         """The family's row of ``FAMILIES``."""
-        return FAMILIES[self.family]
+        return FAMILIES[self.family_name]
 
     @property
     def modules(self) -> dict[Site, str]:
         """The module whose input each site is; attention first, then the MLP or every MoE expert of it."""
-        down_proj = self.layout.down_proj
+        down_proj = self.family.down_proj
         if not self.n_experts:
-            return {"attn": self.layout.o_proj, "mlp": down_proj}
-        return {"attn": self.layout.o_proj} | {f"mlp.{e}": down_proj.format(e=e) for e in range(self.n_experts)}
+            return {"attn": self.family.o_proj, "mlp": down_proj}
+        return {"attn": self.family.o_proj} | {f"mlp.{e}": down_proj.format(e=e) for e in range(self.n_experts)}
 
     def sites(self, site: Site) -> list[Site]:
         """Return a site itself, or in a mixture of experts for ``mlp`` the sites of all MoE experts."""
         return [f"mlp.{e}" for e in range(self.n_experts)] if site == "mlp" and self.n_experts else [site]
 
     @property
-    def compensated(self) -> tuple[str, ...]:
+    def compensable_modules(self) -> tuple[str, ...]:
         """Modules that compensation may change; an MoE expert is none, since the router weighs what it gives."""
-        return (self.layout.o_proj,) if self.n_experts else tuple(self.layout.columns)
+        return (self.family.o_proj,) if self.n_experts else tuple(self.family.columns)
 
     @property
     def bias_keys(self) -> tuple[str, ...]:
@@ -392,8 +394,8 @@ class Architecture:
         return tuple(key for key, is_missing in missing.items() if is_missing)
 
     @property
-    def is_compensated(self) -> bool:
-        """Whether layers have output biases already that their family has not."""
+    def has_added_biases(self) -> bool:
+        """Whether layers have output biases already that their family does not have."""
         return any(layer.biases for layer in self.layers)
 
     @property
@@ -420,7 +422,7 @@ class Architecture:
         In a mixture of experts one channel of each MoE expert, since all of a layer are equally wide.
         """
         # The bias of down_proj is as long as the hidden size, so no channel has a part of it.
-        per_mlp = self.layout.channel_modules * (self.hidden_size + self.mlp_bias) + self.hidden_size
+        per_mlp = self.family.channel_modules * (self.hidden_size + self.mlp_bias) + self.hidden_size
         return per_mlp * max(self.n_experts, 1)
 
     def attention_parameters(self, shape: Shape) -> int:
@@ -430,7 +432,7 @@ class Architecture:
     def layer_parameters(self, layer: Layer) -> int:
         """Return all weights of a decoder layer: attention, MLP, biases, norms and router."""
         # Vectors as long as the hidden size, and as a head: norms, output biases, and rows of the router.
-        n_hidden, n_head = self.layout.norms if self.has_norm_weights else (0, 0)
+        n_hidden, n_head = self.family.norms if self.has_norm_weights else (0, 0)
         n_hidden += self.o_bias + self.mlp_bias + len(layer.biases) + self.n_experts
         fixed = self.hidden_size * n_hidden + self.head_dim * n_head
         return self.attention_parameters(layer.shape) + layer.shape.channels * self.channel_cost + fixed
@@ -440,19 +442,19 @@ class Architecture:
         """All weights of the decoder layers: what a ratio is a share of."""
         return sum(map(self.layer_parameters, self.layers))
 
-    def resized(self, layer: int, shape: Shape, *, compensated: bool) -> Layer:
+    def resized(self, layer: int, shape: Shape, *, adds_biases: bool) -> Layer:
         """Return a layer with other widths.
 
         Args:
             layer: Number of the layer.
             shape: Its new widths.
-            compensated: Whether it gets output biases if its widths change; otherwise it has those that it had.
+            adds_biases: Whether it gets output biases if its widths change; otherwise it has those that it had.
 
         Returns:
             The layer after the cut.
         """
         original = self.layers[layer]
-        gets_biases = compensated and shape != original.shape
+        gets_biases = adds_biases and shape != original.shape
         return Layer(shape, self.bias_keys if gets_biases else original.biases)
 
     def align(self, setting: int | str) -> int:
@@ -468,17 +470,17 @@ class Architecture:
 
     def tensor(self, layer: int, module: str, kind: str = "weight") -> str:
         """Return the checkpoint's name of a decoder layer's tensor."""
-        return f"{self.layout.layers}{layer}.{module}.{kind}"
+        return f"{self.family.layers}{layer}.{module}.{kind}"
 
     def split(self, name: str) -> tuple[int | None, str, str]:
         """Split a tensor's name: ``model.layers.3.mlp.up_proj.weight`` -> (3, ``mlp.up_proj``, ``weight``).
 
         A tensor of no layer gives (None, its name, "").
         """
-        if not name.startswith(self.layout.layers):
+        if not name.startswith(self.family.layers):
             return None, name, ""
         # The module's own name has dots: the layer ends at the first one, the kind begins at the last.
-        layer, _, rest = name.removeprefix(self.layout.layers).partition(".")
+        layer, _, rest = name.removeprefix(self.family.layers).partition(".")
         module, _, kind = rest.rpartition(".")
         return int(layer), module, kind
 

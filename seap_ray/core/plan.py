@@ -98,7 +98,7 @@ class Plan:
     def layer_after(self, layer: int, architecture: Architecture) -> Layer:
         """Return what a layer of the checkpoint is, with the biases that compensation gives it."""
         return architecture.resized(
-            self.layers[layer], self.kept[layer].shape, compensated=self.compensation.adds_biases
+            self.layers[layer], self.kept[layer].shape, adds_biases=self.compensation.adds_biases
         )
 
     def planned(self, architecture: Architecture) -> float:
@@ -173,16 +173,16 @@ def _top(score: Tensor, n: int) -> tuple[int, ...]:
     return tuple(order.sort().values.tolist())
 
 
-def ratio_of(shapes: Sequence[Shape], architecture: Architecture, *, compensated: bool) -> float:
+def ratio_of(shapes: Sequence[Shape], architecture: Architecture, *, adds_biases: bool) -> float:
     """Return the share of the decoder layers' weights that these widths save.
 
     Args:
         shapes: Widths of every layer.
         architecture: The model before the cut.
-        compensated: Whether cut layers get output biases, which count against the share.
+        adds_biases: Whether cut layers get output biases, which count against the share.
 
     Returns:
         A share from 0 to 1.
     """
-    layers = (architecture.resized(layer, shape, compensated=compensated) for layer, shape in enumerate(shapes))
+    layers = (architecture.resized(layer, shape, adds_biases=adds_biases) for layer, shape in enumerate(shapes))
     return 1 - sum(map(architecture.layer_parameters, layers)) / architecture.decoder_parameters

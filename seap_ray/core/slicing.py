@@ -59,7 +59,7 @@ def sliced_shape(
     Returns:
         The shape after the cut.
     """
-    family = architecture.layout
+    family = architecture.family
     module, expert = split_moe_expert(module)
     kept = kept.of_moe_expert(expert)
 
@@ -132,7 +132,7 @@ def _kept_of_dimension(
     architecture: Architecture, layer: int, module: str, kind: str, kept: Kept
 ) -> tuple[int, Tensor] | None:
     """Return the dimension in which a layer's tensor is cut, and the indices that stay; None where it is not."""
-    family = architecture.layout
+    family = architecture.family
     module, expert = split_moe_expert(module)
     kept = kept.of_moe_expert(expert)
 

@@ -1,6 +1,6 @@
 """Sparsity: how much each layer gives. A target ratio in, one share per layer out; the shares average to the target.
 
-Layers of unequal size count by their weights: sizes relative to their mean, each 1 where all are alike.
+Layers of unequal size count by their relative sizes: weights divided by their mean, each 1 where all are alike.
 
 Letters: L layers.
 """
@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from seap_ray.errors import ConfigError
 
 
-def largest_ratio(weight_L: Sequence[float], cap_L: Sequence[float], active: range) -> float:
+def largest_ratio(relative_size_L: Sequence[float], cap_L: Sequence[float], active: range) -> float:
     """Return the largest ratio that the ``active`` layers can give, each its cap."""
-    return math.fsum(weight_L[i] * cap_L[i] for i in active) / len(cap_L)
+    return math.fsum(relative_size_L[i] * cap_L[i] for i in active) / len(cap_L)
 
 
-def uniform(weight_L: Sequence[float], target: float, cap_L: Sequence[float]) -> list[float]:
+def uniform(relative_size_L: Sequence[float], target: float, cap_L: Sequence[float]) -> list[float]:
     """Return the same share for every layer, more where others have a cap below it.
 
     This is the SEAP paper's UL, UL-UM in its code.
 
     Args:
-        weight_L: Size of every layer relative to their mean.
+        relative_size_L: Size of every layer relative to their mean.
         target: Share of all weights that shall go.
         cap_L: Largest share that each layer may give.
 
@@ -33,11 +33,18 @@ def uniform(weight_L: Sequence[float], target: float, cap_L: Sequence[float]) ->
     # Below every cap the shares are the target itself, without rounding.
     if target <= min(cap_L):
         return [target] * n_layers
-    return _scaled([1.0] * n_layers, target * n_layers, weight_L, cap_L)
+    return _scaled([1.0] * n_layers, target * n_layers, relative_size_L, cap_L)
 
 
 def logistic(
-    weight_L: Sequence[float], target: float, cap_L: Sequence[float], *, k: float, x0: float, first: int, last: int
+    relative_size_L: Sequence[float],
+    target: float,
+    cap_L: Sequence[float],
+    *,
+    k: float,
+    x0: float,
+    first: int,
+    last: int,
 ) -> list[float]:
     """Return shares that rise along a logistic curve in depth; protected layers give 0.
 
@@ -46,7 +53,7 @@ def logistic(
     turn (arXiv 2503.07605, eqs. 16 and 17, without their numerical search).
 
     Args:
-        weight_L: Size of every layer relative to their mean.
+        relative_size_L: Size of every layer relative to their mean.
         target: Share of all weights that shall go.
         cap_L: Largest share that each layer may give.
         k: Steepness of the curve.
@@ -62,7 +69,7 @@ def logistic(
     """
     n_layers = len(cap_L)
     active = range(first, max(n_layers - last, first))
-    largest = largest_ratio(weight_L, cap_L, active)
+    largest = largest_ratio(relative_size_L, cap_L, active)
     # Sums of floats are off by about this much.
     if target > largest + 1e-12:
         raise ConfigError(
@@ -74,22 +81,22 @@ def logistic(
 
     # One active layer alone has no depth: its x is 0.
     curve = [_sigmoid(k * (i / max(len(active) - 1, 1) - x0)) for i in range(len(active))]
-    weights = [weight_L[i] for i in active]
+    sizes = [relative_size_L[i] for i in active]
     caps = [cap_L[i] for i in active]
-    return [0.0] * first + _scaled(curve, target * n_layers, weights, caps) + [0.0] * last
+    return [0.0] * first + _scaled(curve, target * n_layers, sizes, caps) + [0.0] * last
 
 
-def _scaled(curve: Sequence[float], total: float, weights: Sequence[float], caps: Sequence[float]) -> list[float]:
-    """Scale ``curve`` so that its weighted sum is ``total``, with no value above its cap."""
+def _scaled(curve: Sequence[float], total: float, sizes: Sequence[float], caps: Sequence[float]) -> list[float]:
+    """Scale ``curve`` so that its sum, each value times its layer's size, is ``total``, with none above its cap."""
     capped: set[int] = set()
     # Every round takes the layers above their cap out, which raises the scale of the others; at most L rounds.
     while True:
         free = [i for i in range(len(curve)) if i not in capped]
         if not free:
             return list(caps)
-        taken = math.fsum(weights[i] * caps[i] for i in capped)
+        taken = math.fsum(sizes[i] * caps[i] for i in capped)
         # Free layers share what the capped ones leave, along the curve.
-        scale = (total - taken) / sum(weights[i] * curve[i] for i in free)
+        scale = (total - taken) / sum(sizes[i] * curve[i] for i in free)
         over = {i for i in free if scale * curve[i] > caps[i]}
         if not over:
             return [caps[i] if i in capped else scale * value for i, value in enumerate(curve)]

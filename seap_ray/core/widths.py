@@ -24,19 +24,19 @@ class WidthConstraints:
     """Allowed (groups, heads per group), most parameters first."""
     tile: int
     """Kept channels are a multiple of this, or all."""
-    compensated: bool
+    adds_biases: bool
     """Whether a cut layer gets output biases, which count against what it saves."""
 
     @classmethod
     def of(
-        cls, architecture: Architecture, pruning: PruningSection, *, compensated: bool, stock: bool = False
+        cls, architecture: Architecture, pruning: PruningSection, *, adds_biases: bool, stock: bool = False
     ) -> tuple["WidthConstraints", ...]:
         """Find the widths that every layer may take.
 
         Args:
             architecture: The model before the cut.
             pruning: Unit of attention, alignment and ranks of tensor parallelism.
-            compensated: Whether cut layers get output biases.
+            adds_biases: Whether cut layers get output biases.
             stock: Allow only head counts that a family's own config accepts: the hidden size's divisors.
 
         Returns:
@@ -57,7 +57,7 @@ class WidthConstraints:
         for layer, options in enumerate(options_L):
             size = architecture.layer_parameters(architecture.layers[layer])
             allowed = _allowed(architecture, layer, options, pruning, tile, stock)
-            constraints_L.append(cls(architecture, layer, size, allowed, tile, compensated))
+            constraints_L.append(cls(architecture, layer, size, allowed, tile, adds_biases))
         return tuple(constraints_L)
 
     @property
@@ -76,7 +76,7 @@ class WidthConstraints:
 
     def removed(self, shape: Shape) -> int:
         """Return how many weights these widths save, added biases counted against them."""
-        layer = self.architecture.resized(self.layer, shape, compensated=self.compensated)
+        layer = self.architecture.resized(self.layer, shape, adds_biases=self.adds_biases)
         return self.size - self.architecture.layer_parameters(layer)
 
     @property
@@ -108,7 +108,7 @@ class WidthConstraints:
 
         # Biases that compensation will add must be saved elsewhere; channels give what attention does not.
         n_added = len(architecture.bias_keys) - len(architecture.layers[self.layer].biases)
-        added = architecture.hidden_size * n_added * self.compensated
+        added = architecture.hidden_size * n_added * self.adds_biases
         cut = share * self.size + carry + added - (attention - self.attention_cost(option))
         return Shape(*option, self.channels(original.channels - cut / architecture.channel_cost))
 
@@ -139,7 +139,7 @@ def _check_equal_groups(architecture: Architecture, unit: str, options_L: Sequen
     raise ConfigError(
         f"pruning.attention_unit: {unit} leaves layers with unequal numbers of key-value "
         f"heads, which no engine serves beside the sliding windows that some layers of this "
-        f"{architecture.family} have; choose {alternatives}"
+        f"{architecture.family_name} have; choose {alternatives}"
     )
 
 

@@ -28,7 +28,7 @@ def make_batches(decoder: Any, sequences: Sequences, batch_tokens: int) -> list[
     """
     lengths = [len(sequence) for sequence in sequences]
 
-    is_packable = family_of(decoder.config.model_type).packs
+    is_packable = family_of(decoder.config.model_type).supports_packing
     if is_packable and type(decoder).__module__.startswith("transformers."):
         batches = pack_sequences(lengths, batch_tokens)
     else:

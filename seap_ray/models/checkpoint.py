@@ -161,7 +161,7 @@ class Checkpoint:
 def _read_json_object(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ConfigError(f"model.source: {path} is torn, or no JSON object")
+        raise ConfigError(f"model.source: {path} is truncated, or not a JSON object")
     return content
 
 

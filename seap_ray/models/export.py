@@ -41,7 +41,7 @@ NOT_STOCK = {
     "down_proj_bias",
     "allow_global_per_layer_attribute_access",
 }
-"""Config keys of a compacted checkpoint that a stock one has not, or has by its family alone."""
+"""Config keys that a stock checkpoint must not carry over from a compacted one; some it has by its family."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
 """Names of classes that all mean a tokenizer as ``tokenizer.json`` has it."""
@@ -98,7 +98,7 @@ class CheckpointExport:
         return OutputTensor(architecture.tensor(layer, module, kind), info.dtype, shape)
 
     def _source(self, layer: int, module: str, kind: str = "weight") -> str:
-        """Return the base's name of a tensor: layers behind one that goes as a whole move up."""
+        """Return the base's name of a tensor: where whole layers are dropped, later ones are renumbered."""
         return self.base.architecture.tensor(self.plan.layers[layer], module, kind)
 
     def _new_biases(self) -> list[OutputTensor]:
@@ -107,10 +107,10 @@ class CheckpointExport:
 
         new: list[OutputTensor] = []
         for layer in range(len(self.plan.kept)):
-            modules = [module for module in architecture.compensated if self.compensates(layer)]
+            modules = [module for module in architecture.compensable_modules if self.compensates(layer)]
             # A stock Llama's biases are all there or none.
             if self.stock and _has_biases(self.plan, architecture):
-                modules = [*architecture.layout.rows, *architecture.layout.columns]
+                modules = [*architecture.family.rows, *architecture.family.columns]
             for module in modules:
                 weight = self._sliced(layer, module, "weight")
                 # A bias that the base has is among its tensors already.
@@ -130,14 +130,14 @@ class CheckpointExport:
             output: One of ``outputs``.
 
         Returns:
-            Pieces that are the tensor, one below the other.
+            Blocks of rows, in order.
         """
         architecture = self.base.architecture
         layer, module, kind = architecture.split(output.name)
         if layer is None:
             return in_pieces(self.base.read(output.name))
 
-        is_replaced = module in architecture.compensated and kind in self.plan.compensation.replaces
+        is_replaced = module in architecture.compensable_modules and kind in self.plan.compensation.replaces
         if is_replaced and self.compensates(layer):
             return iter([self._repaired(layer, module)[kind]])
 
@@ -152,19 +152,20 @@ class CheckpointExport:
 
     def _repaired(self, layer: int, module: str) -> dict[str, Tensor]:
         """Return the tensors of an output module that compensation makes."""
-        # A bias is asked for right before its weight, so the last pair is kept.
-        if (layer, module) not in self._last:
+        # Tensors are in the order of their names, so a bias comes right before its weight: one pair
+        # is remembered.
+        if (layer, module) not in self._repair_memo:
             repaired = self.plan.compensation.repaired(self._output_module(layer, module), self.statistics)
-            self._last.clear()
-            self._last[layer, module] = repaired
-        return self._last[layer, module]
+            self._repair_memo.clear()
+            self._repair_memo[layer, module] = repaired
+        return self._repair_memo[layer, module]
 
     def _output_module(self, layer: int, module: str) -> OutputModule:
         """Read an output module from the base."""
         architecture = self.base.architecture
         original_layer = self.plan.layers[layer]
-        site: Site = "attn" if module == architecture.layout.o_proj else "mlp"
-        unit = architecture.layout.columns[module]
+        site: Site = "attn" if module == architecture.family.o_proj else "mlp"
+        unit = architecture.family.columns[module]
         return OutputModule(
             weight_OD=self.base.read(self._source(layer, module)),
             bias_O=self.base.read_bias(original_layer, module),
@@ -173,7 +174,7 @@ class CheckpointExport:
         )
 
     @cached_property
-    def _last(self) -> dict[tuple[int, str], dict[str, Tensor]]:
+    def _repair_memo(self) -> dict[tuple[int, str], dict[str, Tensor]]:
         """Tensors that compensation made last, by layer and module."""
         # The export is frozen; what it remembers changes inside this dict.
         return {}
@@ -211,7 +212,7 @@ class CheckpointExport:
         layer, module, _ = architecture.split(output.name)
         if layer is None or not (self.stock or self.plan.cuts(layer, architecture)):
             return True
-        family = architecture.layout
+        family = architecture.family
         module, _ = split_moe_expert(module)
         return not (module in family.rows or module in family.columns)
 
@@ -242,9 +243,9 @@ class CheckpointExport:
     def _seap_config(self) -> dict[str, Any]:
         """Return the config of one of our model types, with what differs by layer."""
         architecture = self.base.architecture
-        family = architecture.layout
+        family = architecture.family
         # A generic PreTrainedConfig checks a long rope by the number of heads, which layers do not share.
-        access = {} if architecture.has_free_heads else {"allow_global_per_layer_attribute_access": True}
+        access = {} if architecture.n_heads_may_change else {"allow_global_per_layer_attribute_access": True}
 
         per_layer: dict[str, dict[str, Any]] = {}
         for layer in range(len(self.plan.kept)):
@@ -255,7 +256,7 @@ class CheckpointExport:
         return {
             **self._dense_config(),
             "architectures": [family.model_class],
-            "model_type": f"seap_{architecture.family}",
+            "model_type": f"seap_{architecture.family_name}",
             "auto_map": {
                 "AutoConfig": f"configuration_seap.{family.config_class}",
                 "AutoModelForCausalLM": f"modeling_seap.{family.model_class}",
@@ -270,7 +271,7 @@ class CheckpointExport:
 
     def _widths(self, shape: Shape) -> dict[str, int]:
         """Return the family's config keys for the widths of a layer."""
-        family = self.base.architecture.layout
+        family = self.base.architecture.family
         groups = {family.groups_key: shape.groups} if family.groups_key else {}
         return {"num_attention_heads": shape.heads, **groups, family.channels_key: shape.channels}
 
@@ -286,12 +287,12 @@ class CheckpointExport:
     def _stock_config(self) -> dict[str, Any]:
         """Return the config of an ordinary family's model type."""
         architecture = self.base.architecture
-        family = architecture.layout
+        family = architecture.family
         config = {key: value for key, value in self._dense_config().items() if key not in NOT_STOCK}
 
         # Our classes have the family's own names behind Seap. All layers are as wide as the first:
         # ``check_stock`` has refused others.
-        config |= {"model_type": architecture.family, "architectures": [family.model_class.removeprefix("Seap")]}
+        config |= {"model_type": architecture.family_name, "architectures": [family.model_class.removeprefix("Seap")]}
         config |= self._widths(self.plan.shapes[0])
 
         if family.has_head_dim:
@@ -341,20 +342,20 @@ def check_stock(plan: Plan, architecture: Architecture) -> None:
                 f"{first}; use pruning.allocation.kind=uniform, or export.format=seap"
             )
 
-    family = architecture.layout
+    family = architecture.family
     biased = _has_biases(plan, architecture)
     # Without a head size in its config, the family divides the hidden size by the number of heads.
-    if first.heads != architecture.dense.heads and not (family.has_head_dim and architecture.has_free_heads):
+    if first.heads != architecture.dense.heads and not (family.has_head_dim and architecture.n_heads_may_change):
         raise ConfigError(
-            f"export.format: a stock {architecture.family} has heads of one size, hidden size / heads, so none can go; "
-            "use pruning.attention_unit=none, or export.format=seap"
+            f"export.format: a stock {architecture.family_name} has heads of one size, hidden size / heads, so none "
+            "can go; use pruning.attention_unit=none, or export.format=seap"
         )
 
     if biased and architecture.bias_keys and not _may_have_biases(architecture):
-        remedy = "" if architecture.is_compensated else "pruning.compensation=none, or "
+        remedy = "" if architecture.has_added_biases else "pruning.compensation=none, or "
         raise ConfigError(
-            f"export.format: a stock {architecture.family} has no biases on {family.o_proj} and {family.down_proj}; "
-            f"use {remedy}export.format=seap"
+            f"export.format: a stock {architecture.family_name} has no biases on {family.o_proj} and "
+            f"{family.down_proj}; use {remedy}export.format=seap"
         )
 
     if architecture.hidden_size % first.heads:
@@ -373,13 +374,13 @@ def _natural_order(architecture: Architecture, name: str) -> tuple[int, int, str
 
 
 def _has_biases(plan: Plan, architecture: Architecture) -> bool:
-    """Return whether there are, or may be, output biases that the family has not."""
-    return plan.compensation.adds_biases or architecture.is_compensated
+    """Return whether there are, or may be, output biases that the family does not have."""
+    return plan.compensation.adds_biases or architecture.has_added_biases
 
 
 def _may_have_biases(architecture: Architecture) -> bool:
     """Return whether a stock checkpoint can have output biases: Llama alone has them everywhere, but no window."""
-    return architecture.layout.like_llama and not architecture.has_windows
+    return architecture.family.like_llama and not architecture.has_windows
 
 
 def write_tensors(export: CheckpointExport, outputs: list[OutputTensor], path: StoragePath) -> str:

@@ -142,7 +142,7 @@ class LayerwiseModel:
         decoder.layers = nn.ModuleList(_Catcher() for _ in skeleton.layers)
         # The last norm comes after all layers; nothing reads what it gives.
         decoder.norm = nn.Identity()
-        self._load_weights(decoder, self.checkpoint.architecture.layout.layers.removesuffix(LAYERS_PREFIX))
+        self._load_weights(decoder, self.checkpoint.architecture.family.layers.removesuffix(LAYERS_PREFIX))
         decoder.to(self.device)
 
         in_flight: dict[str, list[_BatchInFlight]] = {}
@@ -171,7 +171,7 @@ class LayerwiseModel:
         self, block: nn.Module, layer: int, in_flight: list[_BatchInFlight], covariance: bool
     ) -> SiteMoments:
         """Take a shard's batches through one layer, whose output they hold then; return its moments, on the CPU."""
-        family = self.checkpoint.architecture.layout
+        family = self.checkpoint.architecture.family
         total: SiteMoments = {}
         # Batch by batch in the order of the whole model's, so that sums are the same bytes.
         for passing in in_flight:
@@ -224,7 +224,7 @@ class LayerwiseModel:
     def _read_layer(self, empty: Sequence[nn.Module], layer: int) -> nn.Module:
         # A copy: filled in itself, the empty layer would hold on to its weights.
         block = deepcopy(empty[layer])
-        self._load_weights(block, f"{self.checkpoint.architecture.layout.layers}{layer}.")
+        self._load_weights(block, f"{self.checkpoint.architecture.family.layers}{layer}.")
         return block
 
     def _load_weights(self, module: nn.Module, prefix: str) -> None:
@@ -247,7 +247,7 @@ class LayerwiseModel:
 
     def _read_weight(self, prefix: str, name: str) -> Tensor:
         """Read a weight by its name in a module; in transformers' MoE layers the experts' matrices are one tensor."""
-        family = self.checkpoint.architecture.layout
+        family = self.checkpoint.architecture.family
         if not family.is_moe or not name.startswith("mlp."):
             return self.checkpoint.read(prefix + name)
 

@@ -95,7 +95,7 @@ class LocalModel(ModelSource):
         if self.path.is_dir():
             return self.path
         raise ConfigError(
-            f"model.source: {self.name} is no folder with a model, no hub id (owner/name) and not `{BUILT_IN}`"
+            f"model.source: {self.name} is not a folder with a model, not a hub id (owner/name) and not `{BUILT_IN}`"
         )
 
     def read_config(self) -> dict[str, Any] | None:
@@ -212,5 +212,5 @@ def _download(hub_id: str, revision: str | None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"model.source: {hub_id} is no local folder, and the hub did not give it ({reason})"
+            f"model.source: {hub_id} is not a local folder, and the hub did not give it ({reason})"
         ) from None

@@ -71,7 +71,7 @@ def is_whole(path: StoragePath, **expected: Any) -> bool:
     except OSError as error:
         if not storage_path(path).is_remote:  # a disk that cannot be read has a damaged file
             return False
-        raise IncompleteError(f"{path}: cannot be read ({error}); mend that and run the same command again") from error
+        raise IncompleteError(f"{path}: cannot be read ({error}); fix that and run the same command again") from error
 
 
 @dataclass(frozen=True, slots=True)

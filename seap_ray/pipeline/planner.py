@@ -140,7 +140,7 @@ class Planner:
             architecture,
             pruning,
             ratio=ratio,
-            compensated=compensation.adds_biases,
+            adds_biases=compensation.adds_biases,
             scores_L=scores_L,
             comparable=scores_units,
             stock=self.config.export.format == "stock",

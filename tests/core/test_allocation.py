@@ -86,12 +86,12 @@ def section(kind, **pruning):
     return PruningSection(allocation=allocation, **pruning)
 
 
-def chosen(architecture, ratio, kind, *, compensated=False, stock=False, scores_L=None, **pruning):
+def chosen(architecture, ratio, kind, *, adds_biases=False, stock=False, scores_L=None, **pruning):
     return choose_shapes(
         architecture,
         section(kind, **pruning),
         ratio=ratio,
-        compensated=compensated,
+        adds_biases=adds_biases,
         scores_L=scores_for(kind, architecture) if scores_L is None else scores_L,
         stock=stock,
     )
@@ -104,9 +104,9 @@ def tile_of(architecture, tensor_parallel=1):
     return channels * tensor_parallel * (3 * architecture.hidden_size + biases)
 
 
-def off_by(shapes, architecture, ratio, compensated):
+def off_by(shapes, architecture, ratio, adds_biases):
     """Weights between the realised and the requested ratio."""
-    return abs(ratio_of(shapes, architecture, compensated=compensated) - ratio) * architecture.decoder_parameters
+    return abs(ratio_of(shapes, architecture, adds_biases=adds_biases) - ratio) * architecture.decoder_parameters
 
 
 def assert_widths_are_allowed(shapes, architecture, tensor_parallel=1):
@@ -132,9 +132,9 @@ def test_the_ratio_is_met_within_a_tile_and_no_layer_is_emptied(model, kind, uni
     architecture = MODELS[model]
     slow = kind in WIDTHS_BY_SCORE and model != "demo"  # up to a second a plan
     for ratio in (0.2, 0.5) if slow else (0.1, 0.2, 0.35, 0.5, 0.7):
-        for compensated in (True,) if slow else (True, False):
-            shapes = chosen(architecture, ratio, kind, compensated=compensated, attention_unit=unit)
-            off = off_by(shapes, architecture, ratio, compensated)
+        for adds_biases in (True,) if slow else (True, False):
+            shapes = chosen(architecture, ratio, kind, adds_biases=adds_biases, attention_unit=unit)
+            off = off_by(shapes, architecture, ratio, adds_biases)
             assert off <= 0.5001 * tile_of(architecture), "the nearest tile"
             assert_widths_are_allowed(shapes, architecture)
             grouped = unit == "group" or architecture.dense.heads_per_group == 1
@@ -146,14 +146,14 @@ def test_the_ratio_is_met_within_a_tile_and_no_layer_is_emptied(model, kind, uni
     ratio=st.floats(0.001, 0.73),
     kind=st.sampled_from(KINDS),
     unit=st.sampled_from(["group", "head"]),
-    compensated=st.booleans(),
+    adds_biases=st.booleans(),
     seed=st.integers(0, 1000),
 )
 @often
-def test_any_ratio_within_reach_is_met(ratio, kind, unit, compensated, seed):
+def test_any_ratio_within_reach_is_met(ratio, kind, unit, adds_biases, seed):
     scores_L = scores_for(kind, DEMO, seed)
-    shapes = chosen(DEMO, ratio, kind, compensated=compensated, attention_unit=unit, scores_L=scores_L)
-    assert off_by(shapes, DEMO, ratio, compensated) <= tile_of(DEMO)
+    shapes = chosen(DEMO, ratio, kind, adds_biases=adds_biases, attention_unit=unit, scores_L=scores_L)
+    assert off_by(shapes, DEMO, ratio, adds_biases) <= tile_of(DEMO)
     assert_widths_are_allowed(shapes, DEMO)
 
 
@@ -162,12 +162,12 @@ def test_what_the_last_layers_cannot_round_away_the_others_do():
     config = {**CONFIGS["demo"], "num_hidden_layers": 20, "num_key_value_heads": 8, "num_attention_heads": 32}
     architecture = Architecture.of({**config, "head_dim": 64, "intermediate_size": 200})
     shapes = chosen(architecture, 0.251, "logistic", attention_unit="head")
-    assert WidthConstraints.of(architecture, PruningSection(), compensated=False)[0].tile == 8
+    assert WidthConstraints.of(architecture, PruningSection(), adds_biases=False)[0].tile == 8
     assert off_by(shapes, architecture, 0.251, False) <= 8 * 3 * architecture.hidden_size
 
 
 def test_a_width_is_the_nearest_allowed_one_and_never_less_than_a_tile():
-    rules, *_ = WidthConstraints.of(DEMO, PruningSection(align=100), compensated=False)
+    rules, *_ = WidthConstraints.of(DEMO, PruningSection(align=100), adds_biases=False)
     wanted = {-500: 100, 0: 100, 149: 100, 151: 200, 349: 300, 420: 400, 430: 448, 448: 448, 900: 448}
     assert {n: rules.channels(n) for n in wanted} == wanted
 
@@ -210,15 +210,15 @@ def test_a_model_whose_own_heads_do_not_split_is_refused():
             chosen(MODELS["qwen2-7b"], 0.3, kind, attention_unit="head", tensor_parallel=8)
     for kind in (*KINDS, "depth"):
         with pytest.raises(ConfigError, match=r"pruning\.tensor_parallel: 8 ranks"):
-            check_ratio(MODELS["qwen2-7b"], section(kind, tensor_parallel=8), ratio=0.3, compensated=False)
+            check_ratio(MODELS["qwen2-7b"], section(kind, tensor_parallel=8), ratio=0.3, adds_biases=False)
 
 
-@pytest.mark.parametrize("compensated", [True, False])
+@pytest.mark.parametrize("adds_biases", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_ratio_of_zero_is_the_identity(kind, compensated):
-    shapes = chosen(DEMO, 0.0, kind, compensated=compensated)
+def test_a_ratio_of_zero_is_the_identity(kind, adds_biases):
+    shapes = chosen(DEMO, 0.0, kind, adds_biases=adds_biases)
     assert shapes == [DEMO.dense] * DEMO.n_layers
-    assert ratio_of(shapes, DEMO, compensated=compensated) == 0
+    assert ratio_of(shapes, DEMO, adds_biases=adds_biases) == 0
     kept = keep(shapes[0], DEMO.dense, *scores(DEMO)[0])
     assert kept == Kept(tuple(range(4)), tuple(range(8)), (tuple(range(448)),))
 
@@ -242,14 +242,14 @@ def test_stock_and_uniform_give_equal_shapes_in_all_layers():
     for model in ("demo", "llama-2-7b", "llama-3-8b", "qwen2-7b"):
         architecture = MODELS[model]
         for ratio in (0.1, 0.2, 0.5, 0.7):
-            for compensated in (True, False):
-                shapes = chosen(architecture, ratio, "uniform", compensated=compensated, stock=True)
+            for adds_biases in (True, False):
+                shapes = chosen(architecture, ratio, "uniform", adds_biases=adds_biases, stock=True)
                 assert len(shapes) == architecture.n_layers and len(set(shapes)) == 1
                 # A stock Llama refuses heads that do not divide the hidden size.
                 assert architecture.hidden_size % shapes[0].heads == 0
                 assert_widths_are_allowed(shapes, architecture)
                 half_a_tile_each = tile_of(architecture) * architecture.n_layers / 2
-                assert off_by(shapes, architecture, ratio, compensated) <= half_a_tile_each
+                assert off_by(shapes, architecture, ratio, adds_biases) <= half_a_tile_each
 
 
 @given(ratio=st.floats(0, 0.9999), kind=st.sampled_from(WIDTHS_BY_RATIO), model=st.sampled_from(sorted(MODELS)))
@@ -262,7 +262,7 @@ def test_the_official_budget_never_empties_a_layer(ratio, kind, model):
 @pytest.mark.parametrize("kind", [*WIDTHS_BY_SCORE, "depth"])
 def test_the_official_budget_knows_only_allocations_by_ratio(kind):
     official = section(kind, budget="official")
-    refusals = [lambda: check_ratio(DEMO, official, ratio=0.2, compensated=False)]
+    refusals = [lambda: check_ratio(DEMO, official, ratio=0.2, adds_biases=False)]
     if kind == "depth":
         refusals.append(lambda: choose_dropped(DEMO, official, ratio=0.2, influence_L=[0.5] * 8))
     else:
@@ -302,20 +302,20 @@ def scores_of_layers(architecture, kind):
     ratio=st.floats(0.01, 0.6),
     kind=st.sampled_from(KINDS),
     unit=st.sampled_from(["group", "head", "none"]),
-    compensated=st.booleans(),
+    adds_biases=st.booleans(),
 )
 @often
 def test_layers_of_unequal_widths_give_the_ratio_of_them_all_within_a_tile(
-    architecture, ratio, kind, unit, compensated
+    architecture, ratio, kind, unit, adds_biases
 ):
-    more = {"compensated": compensated, "attention_unit": unit, "scores_L": scores_of_layers(architecture, kind)}
+    more = {"adds_biases": adds_biases, "attention_unit": unit, "scores_L": scores_of_layers(architecture, kind)}
     try:
         shapes = chosen(architecture, ratio, kind, **more)
     except ConfigError as error:
         largest = float(re.search(r"largest is ([0-9.]+)$", str(error)).group(1))
         assert largest < ratio
         shapes, ratio = chosen(architecture, largest, kind, **more), largest
-    assert off_by(shapes, architecture, ratio, compensated) <= tile_of(architecture)
+    assert off_by(shapes, architecture, ratio, adds_biases) <= tile_of(architecture)
     before, after = 0, 0
     for layer, shape in zip(architecture.layers, shapes, strict=True):
         given_ = layer.shape
@@ -324,8 +324,8 @@ def test_layers_of_unequal_widths_give_the_ratio_of_them_all_within_a_tile(
         assert shape.heads_per_group == given_.heads_per_group or unit == "head"
         assert shape.channels == given_.channels or (shape.channels < given_.channels and shape.channels % 16 == 0)
         before += n_weights(given_, len(layer.biases))
-        after += n_weights(shape, 2 if compensated and shape != given_ else len(layer.biases))
-    assert ratio_of(shapes, architecture, compensated=compensated) == pytest.approx(1 - after / before, rel=1e-12)
+        after += n_weights(shape, 2 if adds_biases and shape != given_ else len(layer.biases))
+    assert ratio_of(shapes, architecture, adds_biases=adds_biases) == pytest.approx(1 - after / before, rel=1e-12)
 
 
 def n_weights(shape, n_biases):
@@ -376,9 +376,9 @@ def test_layers_of_unequal_widths_have_no_stock_export_and_a_rank_that_cannot_sh
     architecture = Architecture.of({**CONFIGS["demo"], "model_type": "seap_llama", "per_layer_config": own})
     for kind in (*KINDS, "depth"):
         with pytest.raises(ConfigError, match="export.format: stock needs equal widths, but layers of this model"):
-            check_ratio(architecture, section(kind), ratio=0.2, compensated=False, stock=True)
+            check_ratio(architecture, section(kind), ratio=0.2, adds_biases=False, stock=True)
         with pytest.raises(ConfigError, match="2 ranks .* 6 heads, 3 key-value heads and 448 channels of layer 3"):
-            check_ratio(architecture, section(kind, tensor_parallel=2), ratio=0.2, compensated=False)
+            check_ratio(architecture, section(kind, tensor_parallel=2), ratio=0.2, adds_biases=False)
 
 
 # --- what the ratio counts -------------------------------------------------------------------------------------------
@@ -395,41 +395,41 @@ def n_decoder_parameters(config):
         return sum(p.numel() for p in model_class(config).model.layers.parameters())
 
 
-@pytest.mark.parametrize("compensated", [True, False])
+@pytest.mark.parametrize("adds_biases", [True, False])
 @pytest.mark.parametrize("unit", ["group", "head"])
 @pytest.mark.parametrize("model", CONFIGS)
-def test_the_ratio_is_what_the_models_own_parameters_say(model, unit, compensated):
+def test_the_ratio_is_what_the_models_own_parameters_say(model, unit, adds_biases):
     architecture, values = MODELS[model], {**CONFIGS[model], "vocab_size": 8}
     values.pop("model_type")
     dense_class, cut_class = {"llama": (LlamaConfig, SeapLlamaConfig), "qwen2": (Qwen2Config, SeapQwen2Config)}[
-        architecture.family
+        architecture.family_name
     ]
     dense = n_decoder_parameters(dense_class(**values))
     assert architecture.decoder_parameters == dense
 
-    shapes = chosen(architecture, 0.35, "logistic", compensated=compensated, attention_unit=unit)
+    shapes = chosen(architecture, 0.35, "logistic", adds_biases=adds_biases, attention_unit=unit)
     assert len(set(shapes)) > 2 and shapes[0] == architecture.dense
     own = {
         str(layer): {
             "num_attention_heads": shape.heads,
             "num_key_value_heads": shape.groups,
             "intermediate_size": shape.channels,
-            "o_proj_bias": compensated and shape != architecture.dense,
-            "down_proj_bias": compensated and shape != architecture.dense,
+            "o_proj_bias": adds_biases and shape != architecture.dense,
+            "down_proj_bias": adds_biases and shape != architecture.dense,
         }
         for layer, shape in enumerate(shapes)
     }
     values["head_dim"] = architecture.head_dim
     cut = n_decoder_parameters(cut_class(**values, per_layer_config=own))
-    assert ratio_of(shapes, architecture, compensated=compensated) == pytest.approx(1 - cut / dense, rel=1e-12)
+    assert ratio_of(shapes, architecture, adds_biases=adds_biases) == pytest.approx(1 - cut / dense, rel=1e-12)
 
 
 def test_a_plan_reports_the_ratio_of_what_it_keeps():
-    shapes = chosen(DEMO, 0.5, "logistic", compensated=True)
+    shapes = chosen(DEMO, 0.5, "logistic", adds_biases=True)
     kept = tuple(keep(s, DEMO.dense, *layer) for s, layer in zip(shapes, scores(DEMO), strict=True))
     plan = Plan("x", 0.5, COMPENSATIONS["mean"], kept, {})
     assert list(plan.shapes) == shapes
-    assert plan.planned(DEMO) == ratio_of(shapes, DEMO, compensated=True)
+    assert plan.planned(DEMO) == ratio_of(shapes, DEMO, adds_biases=True)
     assert [plan.cuts(layer, DEMO) for layer in range(8)] == [False, *[True] * 6, False]
 
 
@@ -474,9 +474,9 @@ def test_auto_protection_yields_in_this_order(ratio, expected):
 @given(n_layers=st.integers(4, 48), ratio=st.floats(0.01, 0.9), mine=st.integers(0, 3))
 @often
 def test_auto_protection_never_touches_an_explicit_one(n_layers, ratio, mine):
-    weight_L, cap_L = [1.0] * n_layers, [0.9] * n_layers
-    assert protected_layers(weight_L, AllocationSection(protect_first=mine), ratio, cap_L)[0] == mine
-    assert protected_layers(weight_L, AllocationSection(protect_last=mine), ratio, cap_L)[1] == mine
+    relative_size_L, cap_L = [1.0] * n_layers, [0.9] * n_layers
+    assert protected_layers(relative_size_L, AllocationSection(protect_first=mine), ratio, cap_L)[0] == mine
+    assert protected_layers(relative_size_L, AllocationSection(protect_last=mine), ratio, cap_L)[1] == mine
 
 
 def refused_with(architecture, ratio, kind, **pruning):
@@ -489,8 +489,8 @@ def refused_with(architecture, ratio, kind, **pruning):
 @pytest.mark.parametrize("model", ["demo", "llama-3-8b", "qwen2-7b", "llama-biased"])
 def test_a_refusal_names_the_largest_ratio_and_that_one_works(model, unit):
     architecture, protect = MODELS[model], AllocationSection(protect_first=2, protect_last=1)
-    for compensated in (True, False):
-        pruning = {"attention_unit": unit, "compensated": compensated}
+    for adds_biases in (True, False):
+        pruning = {"attention_unit": unit, "adds_biases": adds_biases}
         for kind, allocation in (
             ("logistic", protect),
             ("logistic", AllocationSection()),
@@ -500,12 +500,12 @@ def test_a_refusal_names_the_largest_ratio_and_that_one_works(model, unit):
         ):
             largest = refused_with(architecture, 0.95, kind, allocation=allocation, **pruning)
             shapes = chosen(architecture, largest, kind, allocation=allocation, **pruning)
-            assert off_by(shapes, architecture, largest, compensated) <= tile_of(architecture)
+            assert off_by(shapes, architecture, largest, adds_biases) <= tile_of(architecture)
             assert refused_with(architecture, largest + 2e-4, kind, allocation=allocation, **pruning) == largest
             own = section(kind, allocation=allocation, attention_unit=unit)
-            check_ratio(architecture, own, ratio=largest, compensated=compensated)
+            check_ratio(architecture, own, ratio=largest, adds_biases=adds_biases)
             with pytest.raises(ConfigError, match=f"largest is {largest:g}$"):  # no score is needed to know
-                check_ratio(architecture, own, ratio=0.95, compensated=compensated)
+                check_ratio(architecture, own, ratio=0.95, adds_biases=adds_biases)
 
 
 def test_explicit_protection_that_cannot_be_met_is_refused():
@@ -580,7 +580,7 @@ def test_a_refusal_of_whole_layers_names_the_largest_ratio_and_that_one_works():
         dropped(DEMO, 0.9, [0.5] * 8, **allocation)
     with pytest.raises(ConfigError, match=r"the largest is 0\.375$"):
         own = section("depth", allocation=AllocationSection(**allocation))
-        check_ratio(DEMO, own, ratio=0.9, compensated=False)
+        check_ratio(DEMO, own, ratio=0.9, adds_biases=False)
     assert dropped(DEMO, 0.375, [0.5] * 8, **allocation) == (3, 4, 5)
 
 
@@ -625,10 +625,10 @@ def test_equal_scores_everywhere_still_make_a_plan():
 
 def test_the_tile_follows_the_model_and_the_ranks():
     # 128 as a rule; a small MLP still has 16 tiles.
-    assert WidthConstraints.of(MODELS["llama-3-8b"], PruningSection(), compensated=False)[0].tile == 128
-    assert WidthConstraints.of(DEMO, PruningSection(), compensated=False)[0].tile == 16
-    assert WidthConstraints.of(DEMO, PruningSection(align=8), compensated=False)[0].tile == 8
-    assert WidthConstraints.of(DEMO, PruningSection(align=8, tensor_parallel=4), compensated=False)[0].tile == 32
+    assert WidthConstraints.of(MODELS["llama-3-8b"], PruningSection(), adds_biases=False)[0].tile == 128
+    assert WidthConstraints.of(DEMO, PruningSection(), adds_biases=False)[0].tile == 16
+    assert WidthConstraints.of(DEMO, PruningSection(align=8), adds_biases=False)[0].tile == 8
+    assert WidthConstraints.of(DEMO, PruningSection(align=8, tensor_parallel=4), adds_biases=False)[0].tile == 32
 
 
 # --- mixtures of experts ---------------------------------------------------------------------------------------------
@@ -645,10 +645,10 @@ def test_a_channel_of_a_mixture_costs_one_of_each_expert_and_the_router_stays():
         mixture,
         section("global"),
         ratio=0.3,
-        compensated=False,
+        adds_biases=False,
         scores_L=[(head, channel) for head, channel in zip(heads, flat, strict=True)],
     )
-    assert ratio_of(shapes, mixture, compensated=False) == pytest.approx(0.3, abs=0.01)
+    assert ratio_of(shapes, mixture, adds_biases=False) == pytest.approx(0.3, abs=0.01)
 
 
 def test_layers_without_experts_beside_layers_with_them_are_refused():

@@ -77,7 +77,7 @@ def test_layer_and_decoder_parameters_are_what_the_model_has(name):
     stored = revert_weight_conversion(model, model.state_dict()).keys() if name in MIXTURES else modules
     assert {architecture.tensor(0, module) for module in output_modules(model).values()} <= modules
     assert {architecture.tensor(0, module) for module in architecture.modules.values()} <= stored
-    assert architecture.layout.embedding in modules
+    assert architecture.family.embedding in modules
 
 
 @pytest.mark.parametrize(
@@ -143,9 +143,9 @@ def test_compensation_adds_only_the_biases_that_are_missing():
     def added(config):
         architecture = Architecture.of(config.to_dict())
         narrower = Shape(architecture.dense.groups, architecture.dense.heads_per_group, 8)
-        with_and_without = (architecture.resized(0, narrower, compensated=c) for c in (True, False))
+        with_and_without = (architecture.resized(0, narrower, adds_biases=c) for c in (True, False))
         both = [architecture.layer_parameters(layer) for layer in with_and_without]
-        assert architecture.resized(0, architecture.dense, compensated=True) == architecture.layers[0]
+        assert architecture.resized(0, architecture.dense, adds_biases=True) == architecture.layers[0]
         return both[0] - both[1]
 
     hidden = 48
@@ -199,10 +199,10 @@ def test_key_value_heads_of_layers_beside_windows_stay_equal_or_the_ratio_is_ref
     architecture = Architecture.of(Gemma2Config(num_hidden_layers=4).to_dict())
     for unit in ("head", "none"):
         pruning = PruningSection(attention_unit=unit)
-        for rules in WidthConstraints.of(architecture, pruning, compensated=False):
+        for rules in WidthConstraints.of(architecture, pruning, adds_biases=False):
             assert {groups for groups, _ in rules.options} == {4}
     with pytest.raises(ConfigError, match="attention_unit: group leaves layers with unequal .* choose head or none"):
-        WidthConstraints.of(architecture, PruningSection(), compensated=False)
+        WidthConstraints.of(architecture, PruningSection(), adds_biases=False)
 
 
 def test_a_tile_of_channels_leaves_a_small_model_16_of_them():

@@ -150,7 +150,7 @@ LLAMA_2 = {"7B": llama_2(4096, 11008, 32, 32), "13B": llama_2(5120, 13824, 40, 4
 
 def official_shapes(architecture, kind, ratio):
     pruning = PruningSection(budget="official", allocation=AllocationSection(kind=kind))
-    return choose_shapes(architecture, pruning, ratio=ratio, compensated=False, scores_L=())
+    return choose_shapes(architecture, pruning, ratio=ratio, adds_biases=False, scores_L=())
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_the_official_schedule_removes_less_than_it_says(model, requested, reali
     architecture = LLAMA_2[model]
     shapes, dense = official_shapes(architecture, "logistic", requested), architecture.dense
     # docs/method.md leaves the two norms of a layer out: 1e-5 of its weights.
-    assert ratio_of(shapes, architecture, compensated=False) == pytest.approx(realised, abs=7e-5)
+    assert ratio_of(shapes, architecture, adds_biases=False) == pytest.approx(realised, abs=7e-5)
     assert sum(dense.heads - shape.heads for shape in shapes) == heads_cut
     channels_cut = sum(dense.channels - shape.channels for shape in shapes)
     assert channels_cut / (dense.channels * architecture.n_layers) == pytest.approx(mlp_cut, abs=1e-4)
@@ -178,7 +178,7 @@ def test_the_official_schedule_removes_less_than_it_says(model, requested, reali
 )
 def test_the_official_uniform_budget_realises_the_known_ratios(model, requested, realised):
     shapes = official_shapes(LLAMA_2[model], "uniform", requested)
-    assert ratio_of(shapes, LLAMA_2[model], compensated=False) == pytest.approx(realised, abs=5e-5)
+    assert ratio_of(shapes, LLAMA_2[model], adds_biases=False) == pytest.approx(realised, abs=5e-5)
 
 
 @pytest.mark.parametrize(

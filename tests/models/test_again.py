@@ -132,7 +132,7 @@ def test_layers_that_go_as_a_whole_take_their_widths_and_biases_with_them(once, 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_written_layers_have_the_parameters_that_the_plan_counts_on(once, tmp_path, name, compensation):
     export = again_of(once(name, "mean"), compensation)
-    architecture, prefix = export.base.architecture, export.base.architecture.layout.layers
+    architecture, prefix = export.base.architecture, export.base.architecture.family.layers
 
     def sizes(folder: Path) -> list[int]:
         of: dict[str, int] = {}

@@ -479,7 +479,7 @@ def test_what_is_the_bases_lies_in_files_that_all_experts_of_a_shape_share(dense
     base, own = tensors_of(dense(name)), load_file(tmp_path / "first" / "model-00001-of-00001.safetensors")
     carried = load_file(tmp_path / "first" / file)
     assert all(torch.equal(tensor, base[key]) for key, tensor in carried.items())
-    assert first.base.architecture.layout.embedding in carried
+    assert first.base.architecture.family.embedding in carried
     modules = [{key.rpartition(".")[0] for key in of} for of in (carried, own)]
     assert not modules[0] & modules[1]
 
@@ -877,9 +877,9 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     for source in (tmp_path / "nowhere", "./nowhere", "nowhere"):
-        assert "is no folder with a model" in refused(source)
+        assert "is not a folder with a model" in refused(source)
     (tmp_path / "file").write_text("")
-    assert "is no folder with a model" in refused(tmp_path / "file")
+    assert "is not a folder with a model" in refused(tmp_path / "file")
 
 
 def test_a_folder_without_config_is_refused(base):

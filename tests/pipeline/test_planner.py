@@ -62,6 +62,8 @@ LLAMA_3 = architecture_of(
 def planner_of(architecture: Architecture, checkpoint: Any = None, **config: Any) -> Planner:
     """Random statistics of two tasks; the layers' scores lie far apart."""
     whole = Config.model_validate({"tasks": list(TASKS), **config})
+
+    # Each layer's norms are twice those of the one before.
     generator = torch.Generator().manual_seed(9)
     widths = {"attn": architecture.dense.heads * architecture.head_dim, "mlp": architecture.dense.channels}
     norms = {
@@ -69,6 +71,7 @@ def planner_of(architecture: Architecture, checkpoint: Any = None, **config: Any
         for layer in range(architecture.n_layers)
         for site, n in widths.items()
     }
+
     statistics = {task: random_statistics(architecture, seed, n=6) for seed, task in enumerate(TASKS)}
     hashes = dict.fromkeys(TASKS, "hash")
     checkpoint = checkpoint or SimpleNamespace(architecture=architecture)
@@ -87,12 +90,16 @@ def spec_of(planner: Planner, name: str) -> ModelSpec:
 
 
 def ranked(planner: Planner, unit: str) -> list[tuple[float, int, str, tuple[int, ...], int]]:
-    """Every group (or every head's place in the ranking of its group, of all groups at once) and channel of all layers:
-    value, layer, what it is, its indices, weights. By wifv over both tasks, in numpy, from the columns up."""
-    dense, found = SMALL.dense, []
+    """Every unit of all layers, the lowest score first: score, layer, kind of unit, its indices, parameters.
+
+    Units are channels, and groups or, where heads are cut, the heads of one place in their groups' rankings, of all
+    groups at once. The score is wifv over both tasks, in numpy, from the columns up.
+    """
+    dense = SMALL.dense
+    units = []
     weights = [task.weight for task in planner.config.tasks]
     for layer in range(SMALL.n_layers):
-        column = {}
+        score_of_columns = {}
         for site in ("attn", "mlp"):
             parts = [planner.statistics[task][layer, site] for task in TASKS]  # type: ignore[index]
             means = np.array([part.mean_D.numpy() for part in parts])
@@ -100,19 +107,23 @@ def ranked(planner: Planner, unit: str) -> list[tuple[float, int, str, tuple[int
             mean = np.average(means, axis=0, weights=weights)
             variance = np.average(variances + (means - mean) ** 2, axis=0, weights=weights)
             score = variance * planner.norms[layer, site].l2_squared_D.numpy()  # type: ignore[index]
-            column[site] = (score - score.mean()) / score.std(ddof=1)
-        of_head = column["attn"].reshape(dense.heads, SMALL.head_dim).mean(1).reshape(dense.groups, -1)
+            score_of_columns[site] = (score - score.mean()) / score.std(ddof=1)
+
+        # A row for each group, with the scores of its heads.
+        head_scores = score_of_columns["attn"].reshape(dense.heads, SMALL.head_dim).mean(1).reshape(dense.groups, -1)
         if unit == "group":
             size = (2 * dense.heads_per_group + 2) * SMALL.head_dim * SMALL.hidden_size
-            found += [(value, layer, "groups", (k,), size) for k, value in enumerate(of_head.mean(1))]
+            units += [(value, layer, "groups", (k,), size) for k, value in enumerate(head_scores.mean(1))]
         else:
             size = 2 * dense.groups * SMALL.head_dim * SMALL.hidden_size
-            worst_first = of_head.argsort(1)
+            worst_first = head_scores.argsort(1)
             for place in range(dense.heads_per_group):
                 heads = worst_first[:, place] + np.arange(dense.groups) * dense.heads_per_group
-                found.append((of_head.flatten()[heads].mean(), layer, "heads", tuple(heads), size))
-        found += [(v, layer, "channels", (c,), 3 * SMALL.hidden_size) for c, v in enumerate(column["mlp"])]
-    return sorted(found)
+                units.append((head_scores.flatten()[heads].mean(), layer, "heads", tuple(heads), size))
+
+        channel_scores = enumerate(score_of_columns["mlp"])
+        units += [(score, layer, "channels", (c,), 3 * SMALL.hidden_size) for c, score in channel_scores]
+    return sorted(units)
 
 
 @pytest.mark.parametrize("n", [1, 60, 106, 122, 150])
@@ -122,11 +133,14 @@ def test_standardised_cuts_the_lowest_of_all_layers_as_a_ranking_by_hand_does(un
     allocation = {"kind": "standardised", "max_sparsity": 0.99}
     flap = {"baselines": {"flap": {"compensation": "none"}}}
     planner = planner_of(SMALL, pruning={**pruning, **flap, "allocation": allocation})
+
+    # A ratio at which the n lowest units go, and no other.
     cut = ranked(planner, unit)[:n]
     plan = plan_of(planner, "flap", sum(size for *_, size in cut) / SMALL.decoder_parameters)
+
     for layer, kept in enumerate(plan.kept):
         for what in (f"{unit}s", "channels"):
-            gone = {i for _, of, name, indices, _ in cut if (of, name) == (layer, what) for i in indices}
+            gone = {i for _, cut_layer, kind, indices, _ in cut if (cut_layer, kind) == (layer, what) for i in indices}
             width = getattr(SMALL.dense, what)
             left = tuple(i for i in range(width) if i not in gone)
             assert getattr(kept, what) == ((left,) if what == "channels" else left)
@@ -161,6 +175,7 @@ def test_plans_meet_the_ratio_within_a_tile(
     own = {"score": score, "allocation": allocation, "compensation": compensation}
     pruning = {"baselines": {"x": own}, "attention_unit": unit, "align": 8, "allocation": {"max_sparsity": 0.95}}
     plan = plan_of(planner_of(architecture, pruning=pruning), "x", ratio)
+
     tile = 8 * 3 * architecture.hidden_size
     assert abs(plan.planned(architecture) - ratio) * architecture.decoder_parameters <= tile
     assert len(plan.kept) == n_layers and all(kept.groups and kept.heads and kept.channels for kept in plan.kept)
@@ -194,19 +209,21 @@ def test_a_plan_keeps_to_its_own_budget_and_curve():
     }
     planner = planner_of(SMALL, pruning={"baselines": baselines, "allocation": {"k": 0.5}, "align": 1})
     plans = {name: plan_of(planner, name, 0.3) for name in ("sort", *baselines)}
+
     for name, k, x0 in (("sort", 0.5, 0.3), ("steep", 8.0, 0.7), ("same", 0.5, 0.3)):
         pruning = planner.config.pruning
         allocation = pruning.allocation.model_copy(update={"kind": "logistic", "k": k, "x0": x0})
         own = pruning.model_copy(update={"allocation": allocation})
-        expected = choose_shapes(SMALL, own, ratio=0.3, compensated=True, scores_L=())
+        expected = choose_shapes(SMALL, own, ratio=0.3, adds_biases=True, scores_L=())
         assert list(plans[name].shapes) == expected
         assert plans[name].provenance["allocation"] == allocation.model_dump()
         assert plans[name].provenance["budget"] == "exact"
+
     assert plans["sort"].shapes == plans["same"].shapes != plans["steep"].shapes
     official = plans["official"]
     assert official.provenance["budget"] == "official" and official.provenance["score"] == "official_wifn"
     assert official.compensation.name == "none"
-    assert ratio_of(official.shapes, SMALL, compensated=False) < 0.2 < 0.29 < plans["same"].planned(SMALL)
+    assert ratio_of(official.shapes, SMALL, adds_biases=False) < 0.2 < 0.29 < plans["same"].planned(SMALL)
 
 
 def test_what_a_plan_leaves_out_is_the_pruning_sections():
@@ -220,8 +237,8 @@ def test_what_a_plan_leaves_out_is_the_pruning_sections():
 # --- whole layers ----------------------------------------------------------------------------------------------------
 
 
-def with_cosines(planner: Planner, of: dict[str, list[float]]) -> Planner:
-    for task, cosine_L in of.items():
+def with_cosines(planner: Planner, cosines: dict[str, list[float]]) -> Planner:
+    for task, cosine_L in cosines.items():
         for layer, cosine in enumerate(cosine_L):
             mean_D, m2_D = torch.tensor([[cosine], [0.0]], dtype=torch.float64)
             planner.statistics[task][layer, "block"] = Moments(20, mean_D, m2_D)  # type: ignore[index]
@@ -251,15 +268,19 @@ def test_a_checkpoint_without_some_layers_says_what_it_is(dense, tmp_path, form)
     config = {"pruning": {"baselines": {"depth": {}}}, "export": {"format": form}}
     planner = planner_of(checkpoint.architecture, checkpoint, **config)
     with_cosines(planner, dict.fromkeys(TASKS, [0.5, 0.9, 0.1, 0.5]))
-    spec, run = spec_of(planner, "depth"), Run(tmp_path)
+    spec = spec_of(planner, "depth")
+    run = Run(tmp_path)
     planned = planner.plan_model(spec, 0.5)
     plan = planned.export.plan
     made = prepare_checkpoint(planned, planner.config.export, run)
     folder = write_temporarily(made)
-    model, whole = load(folder), load(dense("qwen2"))
+
+    model = load(folder)
+    whole = load(dense("qwen2"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     layer = sum(parameter.numel() for parameter in whole.model.layers[0].parameters())
     assert parameters == sum(parameter.numel() for parameter in whole.parameters()) - 2 * layer
+
     expected = {
         "requested_ratio": 0.5,
         "planned_ratio": 0.5,
@@ -269,14 +290,18 @@ def test_a_checkpoint_without_some_layers_says_what_it_is(dense, tmp_path, form)
         "kv_bytes_per_token": 2 * 2 * 4 * 6 * 4,  # keys and values, layers, heads, head dimension, bytes
     }
     assert checkpoint_sizes(made) == expected
+
     manifest = read_json(folder / "seap.json")
     assert {key: manifest[key] for key in expected} == expected
     assert manifest["plan"]["kept_layers"] == [0, 2]
+
     save_plan(plan, checkpoint.architecture, tmp_path / "depth.json")
     assert read_json(tmp_path / "depth.json") == manifest["plan"]
     kept = load_file(tmp_path / "depth.safetensors")
     assert [len(kept[f"layers.{layer}.channels"]) for layer in range(4)] == [80, 0, 80, 0]
-    assert [of["heads"] for of in manifest["plan"]["layers"]] == [8, 0, 8, 0]
+    assert [widths["heads"] for widths in manifest["plan"]["layers"]] == [8, 0, 8, 0]
+
+    # The same widths of other layers are another checkpoint.
     other = Plan(plan.name, 0.5, COMPENSATIONS["none"], plan.kept, plan.provenance, dropped=(1, 2))
     planned_otherwise = replace(planned, export=replace(planned.export, plan=other))
     assert prepare_checkpoint(planned_otherwise, planner.config.export, run).fingerprint != made.fingerprint
@@ -314,9 +339,12 @@ def test_a_weight_file_of_an_earlier_attempt_stays_if_it_is_whole_and_is_written
     name, tensors = next(iter(made.files.items()))
     path = made.partial / name
     digest = _write_file(made.export, tensors, path)
-    intact, written = path.read_bytes(), path.stat().st_mtime_ns
+    intact = path.read_bytes()
+    written = path.stat().st_mtime_ns
     assert _write_file(made.export, tensors, path) == digest
     assert path.stat().st_mtime_ns == written
+
+    # Without its last bytes the file no longer has its hash.
     path.write_bytes(intact[:-9])
     assert _write_file(made.export, tensors, path) == digest and path.read_bytes() == intact
 
@@ -350,7 +378,7 @@ def test_scores_that_compare_as_they_are_are_not_divided_by_their_mean():
     generator = torch.Generator().manual_seed(3)
     scores = [torch.rand(n, generator=generator, dtype=torch.float64) + 0.5 for n in (12, 40)]
     scores_L = [(scores[0] * 10.0**layer, scores[1] * 10.0**layer) for layer in range(SMALL.n_layers)]
-    options = {"ratio": 0.05, "compensated": False, "scores_L": scores_L}
+    options = {"ratio": 0.05, "adds_biases": False, "scores_L": scores_L}
     shared = choose_shapes(SMALL, pruning.pruning, **options)
     own = choose_shapes(SMALL, pruning.pruning, **options, comparable=True)
     assert len({shape.channels for shape in shared}) <= 2
@@ -359,9 +387,9 @@ def test_scores_that_compare_as_they_are_are_not_divided_by_their_mean():
 
 def test_a_mixture_of_tasks_counts_an_experts_tokens_by_how_much_of_a_task_is_routed_to_it():
     """Task a sends 3 of 4 tokens to an expert, task b 1 of 4: of equal weight, they are 3 to 1 of what it sees."""
-    of = {"a": Moments(4, torch.zeros(1), torch.ones(1)), "b": Moments(400, torch.zeros(1), torch.ones(1))}
+    stream = {"a": Moments(4, torch.zeros(1), torch.ones(1)), "b": Moments(400, torch.zeros(1), torch.ones(1))}
     routed = {"a": Moments(3, torch.zeros(1), torch.ones(1)), "b": Moments(100, torch.ones(1), torch.ones(1))}
-    parts = [{(0, "attn"): of[t], (0, "mlp.0"): routed[t]} for t in "ab"]
+    parts = [{(0, "attn"): stream[t], (0, "mlp.0"): routed[t]} for t in "ab"]
     assert stream_shares(parts, [1.0, 1.0], (0, "mlp.0")) == [0.75, 0.25]
     assert stream_shares(parts, [2.0, 3.0], (0, "attn")) == [2.0, 3.0]
     none = Moments(0, torch.zeros(1), torch.zeros(1))
