@@ -122,7 +122,7 @@ def alternate(
 ) -> Rounds:
     """Time every contestant once a round, so that what slows the machine slows all.
 
-    Arguments:
+    Args:
         contestants: What to time, by name.
         rounds: How often each is timed.
         warm_up: Run each once before, untimed.

@@ -75,7 +75,7 @@ def rows(config: Config) -> Iterator[Row]:
 def large_run(source: Path, folder: Path, **sections: dict[str, object]) -> tuple[Config, Checkpoint, Run]:
     """Make a run of one task that is calibrated already, with random statistics.
 
-    Arguments:
+    Args:
         source: Folder of the dense checkpoint.
         folder: Folder to put the run in.
         sections: More of the config, by section.

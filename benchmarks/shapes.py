@@ -63,7 +63,7 @@ def plan_of(config: LlamaConfig, ratio: float, kind: str, align: Align = "auto")
 def sparse_checkpoint(folder: Path, config: LlamaConfig, *, max_bytes: int = 5 * 10**9) -> Path:
     """Write a bfloat16 checkpoint of zeros with an index, as the hub has large ones, and return its folder.
 
-    Arguments:
+    Args:
         folder: Folder to make.
         config: Shape of the model.
         max_bytes: Size of a file of weights; a tensor is never torn apart.

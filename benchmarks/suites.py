@@ -38,7 +38,7 @@ COLUMNS = ("what", "baseline", "ours", "unit", "ratio", "limit", "target", "met"
 def run_suites(config: Config, names: Sequence[str], keys: Sequence[str]) -> None:
     """Measure, print and write suites.
 
-    Arguments:
+    Args:
         config: The job's settings; ``benchmarks`` is what suites read.
         names: Suites to run; none means those of ``DEFAULT``.
         keys: The settings on the command line, which the rows repeat.

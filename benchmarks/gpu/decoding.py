@@ -92,7 +92,7 @@ def cache_bytes(model: Any) -> int:
 def time_steps(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Return the seconds of a step in each round.
 
-    Arguments:
+    Args:
         steps: Steps by name. It is empty afterwards, so that the graphs' memory is free again.
         repeats: Steps of a round.
     """
@@ -171,7 +171,7 @@ class Context(StaticLayer):
 def captured_step(model: Any, B: int, T: int, past: int) -> Callable[[], object]:
     """Return a forward pass with a greedy choice at its end, on a GPU as a graph that is replayed.
 
-    Arguments:
+    Args:
         model: A causal language model.
         B: Sequences.
         T: Tokens of each.
@@ -192,7 +192,7 @@ def captured_step(model: Any, B: int, T: int, past: int) -> Callable[[], object]
 def as_graph(step: Callable[[], object], *inputs: object) -> Callable[[], object]:
     """Return a step as a CUDA graph; without a GPU the step itself.
 
-    Arguments:
+    Args:
         step: What to capture.
         inputs: What the step reads, which must live as long as the graph.
     """

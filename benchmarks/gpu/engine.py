@@ -121,7 +121,7 @@ class Engine:
     def step(self, ids_B: Tensor, contexts: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Compute a decoding step.
 
-        Arguments:
+        Args:
             ids_B: Token ids at the last position.
             contexts: Keys and values of each layer, (B, G, T, D) both; those of the last position are written.
 

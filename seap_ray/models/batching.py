@@ -146,7 +146,7 @@ def pack_sequences(lengths: Sequence[int], max_tokens: int) -> list[list[list[in
     Rows are as short as ``PADDING_TARGET`` allows, since attention takes longer in long ones. The result is a pure
     function of the lengths.
 
-    Arguments:
+    Args:
         lengths: Tokens of each sequence.
         max_tokens: Bound on the tokens of a batch, padding included; a batch of one row may be as long as the longest
             sequence.

@@ -58,7 +58,7 @@ class Checkpoint:
     def open(cls, source: str, revision: str | None = None) -> "Checkpoint":
         """Open a model that is to be pruned.
 
-        Arguments:
+        Args:
             source: ``demo``, a local folder, a folder in a bucket (``s3://``, ``gs://``), or a hub id (``owner/name``).
             revision: Branch, tag or commit of a model of the hub.
 
@@ -84,7 +84,7 @@ class Checkpoint:
     def at(cls, folder: Path, source: ModelSource | None = None) -> "Checkpoint":
         """Open what is in a folder, whatever family it is of.
 
-        Arguments:
+        Args:
             folder: A folder on a disk.
             source: Where the folder's content comes from; by default the folder itself.
 

@@ -32,7 +32,7 @@ class CalibrationRunner(Protocol):
     def record(self, shards: Mapping[str, Sequences]) -> Iterator[tuple[str, SiteMoments]]:
         """Run the model over the sequences of every shard.
 
-        Arguments:
+        Args:
             shards: Token ids of each shard's sequences, by its name.
 
         Yields:
@@ -113,7 +113,7 @@ def record(
     The decoder alone runs: no head, no cache, no gradients. Sequences are packed, and do not see each other. Where
     memory runs out, the batch is halved and run again.
 
-    Arguments:
+    Args:
         model: A causal language model of a supported family, in evaluation mode.
         sequences: Token ids of each text.
         batch_tokens: Tokens of a forward pass, padding included.

@@ -79,7 +79,7 @@ class LayerwiseModel:
     ) -> Iterator[tuple[str, SiteMoments]]:
         """Run all shards through one layer after another.
 
-        Arguments:
+        Args:
             shards: Token ids of each shard's sequences, by its name.
             batch_tokens: Tokens of a forward pass, padding included.
             skip_first_token: Leave the first token of every sequence out of the statistics.

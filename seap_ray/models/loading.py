@@ -33,7 +33,7 @@ def attention_of(config: Mapping[str, Any]) -> str | None:
 def load_model(config: Config, base: Checkpoint, folder: Path) -> PreTrainedModel:
     """Load a model in evaluation mode on this worker's device or devices, by ``calibration.placement``.
 
-    Arguments:
+    Args:
         config: The job's settings.
         base: The dense checkpoint, which says what type and attention to compute with.
         folder: The folder of the base itself, or of a checkpoint cut from it.

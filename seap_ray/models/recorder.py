@@ -28,7 +28,7 @@ def recording(decoder: Any, rows_N: Tensor | None, *, covariances: Container[int
 
     The hooks are gone afterwards, also after an error.
 
-    Arguments:
+    Args:
         decoder: The model without its head.
         rows_N: The tokens that count, as ``batching.counted_rows`` returns them. No other is read at all, so whatever
             stands at padding, NaN included, is left out.

@@ -122,7 +122,7 @@ def read_moments(file: Any, key: tuple[int, Site]) -> Moments:
 def load_statistics(path: StoragePath, architecture: Architecture, *, sites: Sequence[Site] = RECORDED) -> Statistics:
     """Read the moments of every layer.
 
-    Arguments:
+    Args:
         path: A task's statistics, or a shard's record.
         architecture: The model that the moments are of.
         sites: Kinds of sites to read.
