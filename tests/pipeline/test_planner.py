@@ -63,7 +63,7 @@ def planner_of(architecture: Architecture, checkpoint: Any = None, **config: Any
     """Random statistics of two tasks; the layers' scores lie far apart."""
     whole = Config.model_validate({"tasks": list(TASKS), **config})
 
-    # Each layer's norms are twice those of the one before.
+    # Each layer's norms lie about twice as high as those of the layer before.
     generator = torch.Generator().manual_seed(9)
     widths = {"attn": architecture.dense.heads * architecture.head_dim, "mlp": architecture.dense.channels}
     norms = {
