@@ -133,12 +133,36 @@ def test_every_relative_link_leads_to_a_file(path):
 def test_each_step_of_the_way_to_an_expert_is_called_by_one_above_it():
     table = (ROOT / "CONTRIBUTING.md").read_text().partition("to a written expert")[2].partition("After that")[0]
     files = re.findall(r"^\| \d+ \| `([\w/]+\.py)`", table, re.MULTILINE)
-    assert len(files) == 14
+    assert len(files) == 15
     for i, file in enumerate(files[1:], 1):
         above = {module for earlier in files[:i] for module in imported_modules(earlier)}
         module = file.removesuffix(".py").replace("/", ".")
         assert {module, module.rpartition(".")[0]} & above, file
         assert i < 4 or not {"seap_ray.cli", "seap_ray.pipeline.job"} & {*imported_modules(file)}, file
+
+
+def test_the_job_calls_the_steps_that_the_way_names():
+    way = (ROOT / "CONTRIBUTING.md").read_text().partition("to a written expert")[2].partition("After that")[0]
+    (steps,) = re.findall(r"`job.py` calls ([\d, and]+) in this order", way)
+    job = (ROOT / "seap_ray/pipeline/job.py").read_text()
+    for step in re.findall(r"\d+", steps):
+        (file,) = re.findall(rf"^\| {step} \| `([\w/]+)\.py`", way, re.MULTILINE)
+        assert f"from {file.replace('/', '.')} import" in job, file
+
+
+def test_the_layers_are_those_of_the_import_contract_from_the_top():
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("| layer | folders |")[2].partition("\n\n")[0]
+    rows = [row.split("|")[2] for row in table.splitlines()[2:]]
+    named = [re.findall(r"`(?:seap_ray/)?(\w+)(?:\.py|/)`", row) for row in rows]
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    heights = {
+        module.strip().removeprefix("seap_ray."): height
+        for height, layer in enumerate(layers)
+        for module in layer.split("|")
+    }
+    order = [heights[name] for row in named for name in row if name != "jobs"]
+    assert order == sorted(order) and len(order) == len(heights)
 
 
 def imported_modules(file):
