@@ -42,10 +42,11 @@ def activations(n, width, dtype, seed=0):
 @pytest.mark.parametrize(("n", "width"), [(0, 5), (1, 5), (31, 64), (257, 70), (8192, 96), (20000, 3)])
 def test_moments_are_those_of_two_passes_in_float64(n, width, dtype):
     x_ND = activations(n, width, dtype)
-    found, expected = Moments.of(x_ND.cuda()), Moments.of(x_ND)
-    assert found.count == n and found.mean_D.dtype == found.m2_D.dtype == torch.float64
-    torch.testing.assert_close(found.mean_D.cpu(), expected.mean_D, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found.m2_D.cpu(), expected.m2_D, rtol=1e-11, atol=1e-18)
+    moments = Moments.of(x_ND.cuda())
+    expected = Moments.of(x_ND)
+    assert moments.count == n and moments.mean_D.dtype == moments.m2_D.dtype == torch.float64
+    torch.testing.assert_close(moments.mean_D.cpu(), expected.mean_D, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(moments.m2_D.cpu(), expected.m2_D, rtol=1e-11, atol=1e-18)
 
 
 @pytest.mark.parametrize("statistic", [Moments, Covariance])
@@ -59,7 +60,8 @@ def test_named_tokens_give_the_bytes_of_those_tokens_alone_and_others_are_not_re
 
 def test_moments_and_cosines_are_the_same_bytes_every_time():
     x_ND, y_ND = (activations(5000, 300, torch.bfloat16, seed).cuda() for seed in (1, 2))
-    first, cosine_N = Moments.of(x_ND), token_cosines(x_ND, y_ND, None)
+    first = Moments.of(x_ND)
+    cosine_N = token_cosines(x_ND, y_ND, None)
     for _ in range(5):
         assert_equal({"": Moments.of(x_ND)}, {"": first})
         assert torch.equal(token_cosines(x_ND, y_ND, None), cosine_N)
@@ -70,9 +72,9 @@ def test_cosines_are_those_in_float64(width):
     x_ND, y_ND = (activations(200, width, torch.bfloat16, seed) for seed in (1, 2))
     rows_N = torch.arange(0, 200, 3)
     expected_N = cosine_similarity(x_ND.double(), y_ND.double())
-    found_N = token_cosines(x_ND.cuda(), y_ND.cuda(), None).cpu()
-    torch.testing.assert_close(found_N, expected_N, rtol=1e-12, atol=1e-14)
-    assert torch.equal(token_cosines(x_ND.cuda(), y_ND.cuda(), rows_N.cuda()).cpu(), found_N[rows_N])
+    cosine_N = token_cosines(x_ND.cuda(), y_ND.cuda(), None).cpu()
+    torch.testing.assert_close(cosine_N, expected_N, rtol=1e-12, atol=1e-14)
+    assert torch.equal(token_cosines(x_ND.cuda(), y_ND.cuda(), rows_N.cuda()).cpu(), cosine_N[rows_N])
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "mixtral", "qwen3_moe"])
@@ -89,10 +91,11 @@ def test_layer_by_layer_gives_the_bytes_of_the_whole_model(dense, name, dtype):
     checkpoint = Checkpoint.open(str(folder))
     attention = attention_of(checkpoint.config)
     whole = load(folder, **({"attn_implementation": attention} if attention else {})).cuda()
-    for room in (1 << 30, 0):  # hidden states wait on the GPU, or on the host
-        found = recorded_by(LayerwiseModel(checkpoint, dtype, torch.device("cuda"), room), covariance=True)
+    for memory_budget in (1 << 30, 0):  # hidden states wait on the GPU, or on the host
+        model = LayerwiseModel(checkpoint, dtype, torch.device("cuda"), memory_budget)
+        recorded = recorded_by(model, covariance=True)
         for shard, sequences in SHARDS.items():
-            assert_equal(found[shard], record(whole, sequences, batch_tokens=40, covariances=range(4)))
+            assert_equal(recorded[shard], record(whole, sequences, batch_tokens=40, covariances=range(4)))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-4), (torch.bfloat16, 0.1)])
@@ -105,25 +108,31 @@ def test_a_compacted_model_gives_the_logits_of_the_cpu(dense, tmp_path, name, dt
     )
     model = load(folder)
     expected = logits(model, random_ids())
-    found = logits(model.cuda(), random_ids().cuda()).cpu()
-    assert (found - expected).double().norm() <= tolerance * expected.double().norm()
+    on_gpu = logits(model.cuda(), random_ids().cuda()).cpu()
+    assert (on_gpu - expected).double().norm() <= tolerance * expected.double().norm()
 
 
 def test_a_batch_that_does_not_fit_is_halved(dense, monkeypatch):
     model = load(dense("llama_gqa")).cuda()
     sequences = [list(range(3, 43))] * 4096
     expected = record(model, sequences, batch_tokens=4000)
-    sizes, run_batch = [], forward._forward
-    monkeypatch.setattr(forward, "_forward", lambda *given: sizes.append(len(given[1])) or run_batch(*given))
+    sizes = []
+    run_batch = forward._forward
+
+    def noted(model, rows, *arguments):
+        sizes.append(len(rows))
+        return run_batch(model, rows, *arguments)
+
+    monkeypatch.setattr(forward, "_forward", noted)
     torch.cuda.empty_cache()
-    room = torch.cuda.memory_reserved() + (48 << 20)
+    allowed_bytes = torch.cuda.memory_reserved() + (48 << 20)
     try:
-        torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1])
-        found = record(model, sequences, batch_tokens=10**6)
+        torch.cuda.set_per_process_memory_fraction(allowed_bytes / torch.cuda.mem_get_info()[1])
+        halved = record(model, sequences, batch_tokens=10**6)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert sizes[:2] == [4096, 2048] and sizes[-1] < 2048
-    assert_close(found, as_tuples(expected), 1e-4)
+    assert_close(halved, as_tuples(expected), 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
