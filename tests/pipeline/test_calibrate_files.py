@@ -51,8 +51,8 @@ def two_pass(x_ND: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor]:
     return x_ND.shape[0], mean_D, (x_ND - mean_D).square().sum(0)
 
 
-def statistics_of(of: dict[tuple[int, str], torch.Tensor]) -> Statistics:
-    return {key: Moments(*two_pass(x_ND)) for key, x_ND in of.items()}  # type: ignore[misc]
+def statistics_of(inputs: dict[tuple[int, str], torch.Tensor]) -> Statistics:
+    return {key: Moments(*two_pass(x_ND)) for key, x_ND in inputs.items()}  # type: ignore[misc]
 
 
 def manifest_of(lengths: list[int] = LENGTHS, task: str = "arithmetic") -> Manifest:
@@ -97,9 +97,11 @@ def flipped(path: Path, place: int) -> None:
 def test_the_same_moments_give_the_same_bytes_whatever_the_order(tmp_path):
     statistics = statistics_of(activations(9, 1))
     save_moments(tmp_path / "a", statistics, task="t", shard="00001", fingerprint="f")
+
     backwards = dict(reversed(statistics.items()))
     save_moments(tmp_path / "b", backwards, fingerprint="f", shard="00001", task="t")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
     save_moments(tmp_path / "a", statistics, task="t", shard="00001", fingerprint="f")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert {file.name for file in tmp_path.iterdir()} == {"a", "b"}
@@ -114,6 +116,8 @@ save_moments(path, of, task="t", shard="00001", fingerprint="f", more=[1, 2])
     exec(code, {"torch": torch, "Moments": Moments, "save_moments": save_moments, "path": tmp_path / "here"})
     imports = "import sys, pathlib, torch\nfrom seap_ray.models.records import Moments, save_moments\n"
     there = f"{imports}path = pathlib.Path(sys.argv[1]){code}"
+
+    # Another seed of hashes, and so another order of sets.
     subprocess.run(
         [sys.executable, "-c", there, tmp_path / "there"],
         cwd=ROOT,
@@ -125,14 +129,17 @@ save_moments(path, of, task="t", shard="00001", fingerprint="f", more=[1, 2])
 
 
 def test_moments_come_back_exactly_with_what_was_said_about_them(tmp_path):
-    path, statistics = tmp_path / "deep" / "m.safetensors", statistics_of(activations(9, 2))
+    path = tmp_path / "deep" / "m.safetensors"
+    statistics = statistics_of(activations(9, 2))
     save_moments(path, statistics, task="t", made_of="x")
+
     back = load_statistics(path, ARCHITECTURE)
     assert back.keys() == statistics.keys()
     for key, moments in statistics.items():
         assert back[key].count == moments.count == 9
         assert torch.equal(back[key].mean_D, moments.mean_D) and back[key].mean_D.dtype == torch.float64
         assert torch.equal(back[key].m2_D, moments.m2_D) and back[key].m2_D.dtype == torch.float64
+
     about = read_metadata(path)
     assert (about["task"], about["made_of"], len(about["sha256"])) == ("t", "x", 64)
 
@@ -148,6 +155,7 @@ def test_a_whole_file_is_whole_and_only_for_what_it_says(tmp_path):
     path = tmp_path / "m"
     assert not is_whole(path)
     save_moments(path, statistics_of(activations(9, 3)), task="t", fingerprint="f")
+
     assert is_whole(path)
     assert is_whole(path, fingerprint="f")
     assert is_whole(path, fingerprint="f", task="t")
@@ -161,6 +169,7 @@ def test_a_flipped_byte_is_seen_wherever_it_is(tmp_path):
     path = tmp_path / "m"
     save_moments(path, statistics_of(activations(9, 4)), fingerprint="f")
     size = path.stat().st_size
+    # A safetensors file: eight bytes with the header's length, the header, the data.
     start = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     for place in [0, 2, 9, *range(start, size, (size - start) // 23), size - 1]:
         flipped(path, place)
@@ -173,8 +182,8 @@ def test_moments_under_the_name_of_others_are_seen(tmp_path):
     path = tmp_path / "m"
     save_moments(path, statistics_of(activations(9, 4)), fingerprint="f")
     data = path.read_bytes()
-    for of, to in (("layers.3", "layers.9"), ("layers.0.attn.mean", "layers.0.attn.mode")):
-        path.write_bytes(data.replace(of.encode(), to.encode()))
+    for old, new in (("layers.3", "layers.9"), ("layers.0.attn.mean", "layers.0.attn.mode")):
+        path.write_bytes(data.replace(old.encode(), new.encode()))
         assert load_file(path).keys() != load_bytes(data).keys()
         assert not is_whole(path, fingerprint="f")
 
@@ -201,7 +210,8 @@ def test_a_file_of_something_else_is_not_whole(tmp_path, dense):
 
 
 def test_a_record_has_another_name_when_anything_that_its_numbers_depend_on_changes(tmp_path):
-    run, shard = Run(tmp_path), manifest_of().shards[0]
+    run = Run(tmp_path)
+    shard = manifest_of().shards[0]
     paths = {records_of(run).path(shard)}
     for change in ({"model": "other"}, {"dtype": "torch.float16"}, {"skip_first_token": True}, {"batch_tokens": 99}):
         paths.add(records_of(run, replace(CALIBRATION, **change)).path(shard))
@@ -217,15 +227,18 @@ def test_a_record_has_another_name_when_anything_that_its_numbers_depend_on_chan
 
 
 def test_merged_records_are_the_tree_sum_and_the_two_pass_moments_of_all_tokens(tmp_path):
-    run, manifest = Run(tmp_path), manifest_of()
+    run = Run(tmp_path)
+    manifest = manifest_of()
     records = make_records(run, manifest)
     path = merge(run, manifest)
     assert path == run.statistics("arithmetic")
     merged = load_statistics(path, ARCHITECTURE)
+
     parts = [activations(n, seed=i) for i, n in enumerate(LENGTHS)]
     for key, moments in merged.items():
         tree = tree_sum(records[shard.shard][key] for shard in manifest.shards)
         assert torch.equal(moments.mean_D, tree.mean_D) and torch.equal(moments.m2_D, tree.m2_D)
+
         count, mean_D, m2_D = two_pass(torch.cat([part[key] for part in parts]))
         assert moments.count == count == sum(LENGTHS)
         torch.testing.assert_close(moments.mean_D, mean_D, rtol=1e-12, atol=0)
@@ -233,7 +246,8 @@ def test_merged_records_are_the_tree_sum_and_the_two_pass_moments_of_all_tokens(
 
 
 def test_the_tree_of_seven_is_four_and_two_and_one(tmp_path):
-    run, manifest = Run(tmp_path), manifest_of()
+    run = Run(tmp_path)
+    manifest = manifest_of()
     records = make_records(run, manifest)
     merged = load_statistics(merge(run, manifest), ARCHITECTURE)
     for key, moments in merged.items():
@@ -243,7 +257,8 @@ def test_the_tree_of_seven_is_four_and_two_and_one(tmp_path):
 
 
 def test_statistics_are_the_same_bytes_whatever_was_done_first(tmp_path):
-    manifest, digests = manifest_of(), set()
+    manifest = manifest_of()
+    digests = set()
     orders = {"up": manifest.shards, "down": manifest.shards[::-1], "mid": manifest.shards[3:] + manifest.shards[:3]}
     for name, order in orders.items():
         run = Run(tmp_path / name)
@@ -257,7 +272,8 @@ def test_statistics_are_the_same_bytes_whatever_was_done_first(tmp_path):
 
 def test_skipped_first_tokens_are_not_expected_in_the_count(tmp_path):
     skipping = replace(CALIBRATION, skip_first_token=True)
-    run, lengths = Run(tmp_path), [5, 9, 4]
+    run = Run(tmp_path)
+    lengths = [5, 9, 4]
     manifest = manifest_of(lengths)
     make_records(run, manifest, skipping)
     merged = load_statistics(merge(run, manifest, skipping), ARCHITECTURE)
@@ -265,14 +281,17 @@ def test_skipped_first_tokens_are_not_expected_in_the_count(tmp_path):
 
 
 def test_a_merge_is_done_once_and_again_when_its_records_are_others(tmp_path):
-    run, manifest = Run(tmp_path), manifest_of()
+    run = Run(tmp_path)
+    manifest = manifest_of()
     make_records(run, manifest)
     path = merge(run, manifest)
-    before, made_of = (path.stat().st_mtime_ns, path.stat().st_ino, sha256_of(path)), read_metadata(path)["made_of"]
+    before = (path.stat().st_mtime_ns, path.stat().st_ino, sha256_of(path))
+    made_of = read_metadata(path)["made_of"]
     shutil.rmtree(run.records("arithmetic"))
     assert merge(run, manifest) == path  # not a record is read
     assert (path.stat().st_mtime_ns, path.stat().st_ino, sha256_of(path)) == before
 
+    # One shard of other content: its record is missing, and the merge has to be made again.
     shards = (replace(manifest.shards[0], sha256="other"), *manifest.shards[1:])
     other = replace(manifest, shards=shards)
     with pytest.raises(IncompleteError):
@@ -283,7 +302,8 @@ def test_a_merge_is_done_once_and_again_when_its_records_are_others(tmp_path):
 
 
 def test_damaged_statistics_are_made_again(tmp_path):
-    run, manifest = Run(tmp_path), manifest_of()
+    run = Run(tmp_path)
+    manifest = manifest_of()
     make_records(run, manifest)
     path = merge(run, manifest)
     digest = sha256_of(path)
@@ -292,7 +312,8 @@ def test_damaged_statistics_are_made_again(tmp_path):
 
 
 def test_a_count_that_is_not_the_manifests_is_refused(tmp_path):
-    run, manifest = Run(tmp_path), manifest_of()
+    run = Run(tmp_path)
+    manifest = manifest_of()
     make_records(run, manifest)
     shard = manifest.shards[2]
     save_record(run, shard, statistics_of(activations(shard.n_tokens - 1, seed=2)))
@@ -302,7 +323,8 @@ def test_a_count_that_is_not_the_manifests_is_refused(tmp_path):
 
 
 def test_a_count_that_differs_in_one_site_alone_is_refused(tmp_path):
-    run, manifest = Run(tmp_path), manifest_of()
+    run = Run(tmp_path)
+    manifest = manifest_of()
     records = make_records(run, manifest)
     statistics: dict[Any, Moments] = dict(records["00004"])
     statistics[3, "mlp"] = replace(statistics[3, "mlp"], count=statistics[3, "mlp"].count + 5)
@@ -312,7 +334,8 @@ def test_a_count_that_differs_in_one_site_alone_is_refused(tmp_path):
 
 
 def test_missing_records_are_named_and_counted(tmp_path):
-    run, manifest = Run(tmp_path), manifest_of()
+    run = Run(tmp_path)
+    manifest = manifest_of()
     make_records(run, manifest)
     lost = [records_of(run).path(shard) for shard in manifest.shards[3:5]]
     for record in lost:
@@ -325,7 +348,9 @@ def test_missing_records_are_named_and_counted(tmp_path):
 
 
 def test_tasks_do_not_mix(tmp_path):
-    run, one, other = Run(tmp_path), manifest_of(), manifest_of([3, 3], task="sort")
+    run = Run(tmp_path)
+    one = manifest_of()
+    other = manifest_of([3, 3], task="sort")
     make_records(run, one)
     make_records(run, other)
     counts = [load_statistics(merge(run, m), ARCHITECTURE)[0, "attn"].count for m in (one, other)]
@@ -364,28 +389,35 @@ def table_of(shards: tuple[Shard, ...]) -> pa.Table:
 def test_records_of_an_actor_merge_to_the_moments_of_every_token(dense, tmp_path, float64_norms, skip):
     source = dense("llama_gqa", torch.float64)
     config = config_of(source, tmp_path, skip_first_token=skip)
-    run, checkpoint = Run.of(config), Checkpoint.open(str(source))
+    run = Run.of(config)
+    checkpoint = Checkpoint.open(str(source))
     generator = torch.Generator().manual_seed(0)
     sequences = [
         [torch.randint(3, 40, (n,), generator=generator).tolist() for n in lengths]
         for lengths in ([4, 19, 2], [7], [1, 30, 6, 6])
     ]
     manifest = save_shards(run, sequences)
+
+    # Two deliveries to the same actor.
     calibration = Calibration.of(config, checkpoint)
     actor = Calibrator(config, records_of(run, calibration))
     done = actor(table_of(manifest.shards[:2])), actor(table_of(manifest.shards[2:]))
     assert [row for table in done for row in table.to_pylist()] == [
         {"n_tokens": shard.n_tokens} for shard in manifest.shards
     ]
+
     for shard in manifest.shards:
         assert is_whole(records_of(run, calibration).path(shard), fingerprint=calibration.fingerprint(shard))
     merged = load_statistics(merge(run, manifest, calibration), ARCHITECTURE)
 
-    model, seen = load(source), []
+    # The same model on the same tokens, all activations kept.
+    model = load(source)
+    seen = []
     model.model.layers[2].mlp.down_proj.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0][0]))
     with torch.no_grad():
         for ids in (ids for shard in sequences for ids in shard):
             model(torch.tensor([ids]))
+
     count, mean_D, m2_D = two_pass(torch.cat([x_TD[int(skip) :] for x_TD in seen]))
     assert {moments.count for moments in merged.values()} == {count}
     torch.testing.assert_close(merged[2, "mlp"].mean_D, mean_D, rtol=1e-9, atol=1e-12)
@@ -393,7 +425,8 @@ def test_records_of_an_actor_merge_to_the_moments_of_every_token(dense, tmp_path
 
 
 def test_a_record_is_the_same_bytes_again(dense, tmp_path):
-    source, digests = dense("qwen2", torch.bfloat16), set()
+    source = dense("qwen2", torch.bfloat16)
+    digests = set()
     for name in ("a", "b"):
         config = config_of(source, tmp_path / name)
         run = Run.of(config)

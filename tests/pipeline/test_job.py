@@ -122,7 +122,8 @@ def test_the_job_leaves_results_of_dense_general_and_every_expert(finished):
 
 
 def test_the_job_leaves_a_router_of_its_tasks_and_its_figures(finished):
-    router, report = Router.load(run_of(finished).router), json.loads(run_of(finished).results.read_text())["router"]
+    router = Router.load(run_of(finished).router)
+    report = json.loads(run_of(finished).results.read_text())["router"]
     assert router.tasks == ("arithmetic", "logic")
     assert router.route("12 + 34 =").task == "arithmetic" and router.route("true or not false is").task == "logic"
     assert router.route("What is the capital of France?").task is None
@@ -178,7 +179,8 @@ AGAIN = """pruning.baselines={
 def test_a_finished_expert_is_pruned_again_by_every_allocation_and_stream_finds_the_same(finished, tmp_path):
     expert = run_of(finished).expert(0.5, "arithmetic")
     settings = [f"model.source={expert}", "pruning.ratio=[0, 0.3]", UNJUDGED, "calibration.workers=1"]
-    whole, streamed = tmp_path / "single", tmp_path / "stream"
+    whole = tmp_path / "single"
+    streamed = tmp_path / "stream"
     assert main(arguments(whole, *settings, AGAIN, "calibration.placement=single")) == 0
     base = json.loads((expert / "seap.json").read_text())
     for name in ("general", "logic", "uniform", "global", "standardised", "depth"):
@@ -303,14 +305,16 @@ def test_a_stopped_job_ends_with_4_and_says_that_it_can_go_on(tmp_path):
 
 def test_a_damaged_record_or_weight_file_is_found_by_its_hash_and_made_again(finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    expected, files = statistics(tmp_path), records(tmp_path)
+    expected = statistics(tmp_path)
+    files = records(tmp_path)
     damaged = bytearray(files[0].read_bytes())
     damaged[-3] ^= 1
     files[0].write_bytes(damaged)
     (tmp_path / "run" / "statistics" / "arithmetic.safetensors").unlink()
     experts = tmp_path / "run" / "experts" / "0.50"
     weights, other = (experts / name / "model-00001-of-00001.safetensors" for name in ("logic", "general"))
-    intact, changed = weights.read_bytes(), other.stat().st_mtime_ns
+    intact = weights.read_bytes()
+    changed = other.stat().st_mtime_ns
     weights.write_bytes(intact[:-3] + bytes([intact[-3] ^ 1]) + intact[-2:])  # of the same size
     times = [path.stat().st_mtime_ns for path in files[1:]]
     assert main(arguments(tmp_path)) == 0
@@ -479,7 +483,8 @@ def test_ray_job_submit_runs_the_job_on_a_cluster_with_token_authentication(tmp_
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
     }
-    port, dashboard = "26379", "28265"
+    port = "26379"
+    dashboard = "28265"
     start = [ray, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
     # The agent takes jobs; on its usual port stands the one of this process's own cluster.
     short = tempfile.mkdtemp(prefix="ray")  # a path of sockets may have 107 characters, fewer than pytest's folders

@@ -25,6 +25,7 @@ def test_attempts_are_counted_shard_by_shard_until_one_ends(tmp_path):
     for n in (1, 2):
         records.mark_attempt(SHARDS[0])
         assert [records.attempts(shard) for shard in SHARDS] == [n, 0, 0]
+
     records.clear_attempts(SHARDS[0])
     records.clear_attempts(SHARDS[1])
     assert [records.attempts(shard) for shard in SHARDS] == [0, 0, 0]
@@ -37,6 +38,7 @@ def test_a_shard_without_a_record_is_missing_until_its_attempts_are_spent_then_g
         records.mark_attempt(SHARDS[1])
     with pytest.raises(IncompleteError, match="sort: 3 records are missing"):
         records.existing_paths(SHARDS)
+
     records.mark_attempt(SHARDS[1])
     with pytest.raises(IncompleteError, match="sort: shard 00001 ended its worker's process 3 times") as caught:
         records.existing_paths(SHARDS)
@@ -44,8 +46,10 @@ def test_a_shard_without_a_record_is_missing_until_its_attempts_are_spent_then_g
 
 
 def test_records_with_covariances_have_a_file_more_for_every_layer_under_the_same_key(tmp_path):
-    plain, full = records_of(tmp_path), records_of(tmp_path, covariance=True)
+    plain = records_of(tmp_path)
+    full = records_of(tmp_path, covariance=True)
     assert plain.path(SHARDS[0]) == full.path(SHARDS[0]) and plain.key(SHARDS[0]) == full.key(SHARDS[0])
+
     moments = full.path(SHARDS[0])
     paths = [artifact.path for artifact in full.files(moments, full.key(SHARDS[0]), RECORD_FILE)]
     assert paths == [moments, *(covariance_file(moments, layer) for layer in range(4))]
