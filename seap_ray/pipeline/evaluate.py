@@ -186,7 +186,7 @@ def evaluate(
     if missing:
         total = sum(len(results.files) for results in missing)
         # The work is done by going through its progress.
-        for _ in progress(_judge_all(config, eval_tasks, missing, failures), total, "evaluating", " cells"):
+        for _ in progress(_judge_all(config, eval_tasks, missing, failures), total, "evaluating", " results"):
             pass
 
     results = []

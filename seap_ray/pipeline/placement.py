@@ -175,7 +175,8 @@ def _gpus_of(nodes: list[dict[str, Any]], num_gpus: float) -> list[list[int]]:
     if unanswered:
         name = nodes[probes.index(unanswered[0])]["NodeManagerHostname"]
         raise IncompleteError(
-            f"calibration.num_gpus: {num_gpus:g} GPUs of {name} are not free; wait for what works there, or stop it"
+            f"calibration.num_gpus: {num_gpus:g} GPUs of {name} are not free; wait for the jobs that use them, or "
+            "stop those"
         )
 
     return ray.get(probes)

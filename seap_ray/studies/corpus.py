@@ -76,8 +76,8 @@ def _parts(runner: StudyRunner) -> dict[Draw, Sequence[Shard]]:
     if not parts:
         corpus = runner.config.corpus
         raise ConfigError(
-            f"corpus.samples: {corpus.samples} in shards of {corpus.shard_sequences} leave "
-            f"none of the {len(SEEDS)} seeds {SAMPLES[0]} samples"
+            f"corpus.samples: {corpus.samples} in shards of {corpus.shard_sequences} are too few for {len(SEEDS)} "
+            f"seeds with {SAMPLES[0]} samples each"
         )
     return parts
 

@@ -1,13 +1,18 @@
 """Study ``ood``: how good are models on a task that their calibration did not see?"""
 
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 from seap_ray.config import GENERAL, Config
 from seap_ray.errors import ConfigError
+from seap_ray.report.rows import Cell
 from seap_ray.report.study_rows import Estimate, OutOfDistributionRow
 from seap_ray.studies.requests import at_every_ratio, method_specs, run_specs
 from seap_ray.studies.result import StudyResult
 from seap_ray.studies.runner import ModelRequest, StudyRunner
+
+QualityByModel = Mapping[tuple[str, float | None], Mapping[str, Cell]]
+"""By name and ratio of a model, its quality on each task."""
 
 
 def check(config: Config) -> None:
@@ -25,26 +30,27 @@ def run(runner: StudyRunner) -> StudyResult:
     )
 
     quality = {(model.row.name, model.row.ratio): model.row.quality for model in models}
-    rows = []
-    for ratio, task in product(config.pruning.ratio, tasks):
-        # The experts of the other tasks have not seen this one either.
-        others = [quality[other, ratio][task] for other in tasks if other != task]
-
-        # In the order of the table's columns.
-        compared = (
-            Estimate.mean([quality["dense", None][task]]),
-            Estimate.mean([quality[task, ratio][task]]),
-            Estimate.mean([quality[GENERAL, ratio][task]]),
-            Estimate.mean([quality[_without(task), ratio][task]]),
-            Estimate.mean(others),
-        )
-
-        cells = []
-        for model in compared:
-            cells += [model.value, model.stderr]
-        rows.append(OutOfDistributionRow(ratio, task, *cells))
-
+    rows = [_row(quality, tasks, task, ratio) for ratio, task in product(config.pruning.ratio, tasks)]
     return StudyResult(models, OutOfDistributionRow.columns(), rows)
+
+
+def _row(quality: QualityByModel, tasks: Sequence[str], task: str, ratio: float) -> OutOfDistributionRow:
+    # The experts of the other tasks have not seen this one either.
+    others = [quality[other, ratio][task] for other in tasks if other != task]
+
+    # In the order of the table's columns.
+    compared = (
+        Estimate.mean([quality["dense", None][task]]),
+        Estimate.mean([quality[task, ratio][task]]),
+        Estimate.mean([quality[GENERAL, ratio][task]]),
+        Estimate.mean([quality[_without(task), ratio][task]]),
+        Estimate.mean(others),
+    )
+
+    values = []
+    for model in compared:
+        values += [model.value, model.stderr]
+    return OutOfDistributionRow(ratio, task, *values)
 
 
 def _left_out(config: Config, tasks: tuple[str, ...]) -> list[ModelRequest]:

@@ -30,10 +30,12 @@ def run(runner: StudyRunner) -> StudyResult:
 
     # A user should learn of these before the models are judged, which takes longest.
     if not runner.calibrated.run.router.is_dir():
-        raise ConfigError("model.source: study=routing needs a router, which this model's tokenizer cannot have")
+        raise ConfigError(
+            "model.source: study=routing needs a router, and none can be fitted for this model's tokenizer"
+        )
     eval_tasks = _with_prompts(runner)
     if not eval_tasks:
-        raise ConfigError("tasks: study=routing needs one with prompts; windows of a text are none")
+        raise ConfigError("tasks: study=routing needs a task with prompts; a text that is judged in windows has none")
 
     models = runner.evaluate_models(at_every_ratio(config, run_specs(config)))
     results = {(model.row.ratio, model.row.name): model.results for model in models}

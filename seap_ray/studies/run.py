@@ -14,7 +14,7 @@ from seap_ray.pipeline.job import calibrate_run, on_cluster, route
 from seap_ray.pipeline.results import make_results
 from seap_ray.progress import say
 from seap_ray.report.page import write_report
-from seap_ray.report.rows import StudyTable
+from seap_ray.report.rows import Results, StudyTable
 from seap_ray.report.table import table as models_table
 from seap_ray.report.table import text_table
 from seap_ray.storage.files import atomic_write, write_json
@@ -93,14 +93,9 @@ def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
     result = RUNS[config.study](runner)
 
     rows = [model.row for model in result.models]
+    results = make_results(config, runner.eval_tasks, rows, router)
     study_table = StudyTable(config.study, study.title, study.question, result.columns, result.cells)
-    results = replace(make_results(config, runner.eval_tasks, rows, router), table=study_table)
-    write_json(run.study(config.study), results.to_json())
-
-    csv_path = run.study(config.study).with_suffix(".csv")
-    # The csv module writes line ends of its own.
-    with atomic_write(csv_path) as path, path.open("w", newline="") as file:
-        csv.writer(file).writerows([result.columns, *result.cells])
+    _write_files(run, replace(results, table=study_table))
 
     # Where rows are models, a table made for these is easier to read than all columns.
     is_about_models = config.study in ("table", "ratio")
@@ -116,3 +111,15 @@ def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
             f"some evaluations failed, for {len(result.failures)} reasons, first: {min(result.failures)}; fix that "
             "and run the same command again"
         )
+
+
+def _write_files(run: Run, results: Results) -> None:
+    """Write the results of a study as JSON, and its table as CSV beside that."""
+    table = results.table
+    assert table is not None, "every study has a table"
+    json_path = run.study(table.study)
+    write_json(json_path, results.to_json())
+
+    # The csv module writes line ends of its own.
+    with atomic_write(json_path.with_suffix(".csv")) as path, path.open("w", newline="") as file:
+        csv.writer(file).writerows([table.columns, *table.rows])
