@@ -93,11 +93,13 @@ def test_the_run_takes_the_disk_that_its_needs_say(finished):
     model = ModelSize.from_checkpoint(Checkpoint.open("demo"))
     needed = disk_needs(model, config, corpus_sizes(config, model, run_of(finished)))
     folder = run_of(finished).root
+
     covariances = bytes_of(folder / "records", "*/*.covariances/*") + bytes_of(folder / "statistics", "*.covariances/*")
     assert needed.covariances == pytest.approx(covariances, rel=0.02)
     assert needed.records == pytest.approx(bytes_of(folder / "records", "*/*.safetensors"), rel=0.02)
     moments = bytes_of(folder / "statistics", "*.safetensors") + bytes_of(folder / "statistics", "scores/*.safetensors")
     assert needed.statistics == pytest.approx(moments, rel=0.02)
+
     weights = bytes_of(folder / "experts", "*/*/*.safetensors")
     assert needed.checkpoints == pytest.approx(weights, rel=0.02)
     assert bytes_of(folder / "shards", "*/*.parquet") < needed.shards + 10_000, (
@@ -124,6 +126,7 @@ def test_the_job_leaves_results_of_dense_general_and_every_expert(finished):
 def test_the_job_leaves_a_router_of_its_tasks_and_its_figures(finished):
     router = Router.load(run_of(finished).router)
     report = json.loads(run_of(finished).results.read_text())["router"]
+
     assert router.tasks == ("arithmetic", "logic")
     assert router.route("12 + 34 =").task == "arithmetic" and router.route("true or not false is").task == "logic"
     assert router.route("What is the capital of France?").task is None
@@ -179,14 +182,18 @@ AGAIN = """pruning.baselines={
 def test_a_finished_expert_is_pruned_again_by_every_allocation_and_stream_finds_the_same(finished, tmp_path):
     expert = run_of(finished).expert(0.5, "arithmetic")
     settings = [f"model.source={expert}", "pruning.ratio=[0, 0.3]", UNJUDGED, "calibration.workers=1"]
+
     whole = tmp_path / "single"
     streamed = tmp_path / "stream"
     assert main(arguments(whole, *settings, AGAIN, "calibration.placement=single")) == 0
+
+    # At ratio 0 a model is the base, whatever the allocation.
     base = json.loads((expert / "seap.json").read_text())
     for name in ("general", "logic", "uniform", "global", "standardised", "depth"):
         same = run_of(whole).expert(0, name)
         assert tensors_of(same) == tensors_of(expert)
         assert (same / "config.json").read_bytes() == (expert / "config.json").read_bytes()
+
         folder = run_of(whole).expert(0.3, name)
         manifest = json.loads((folder / "seap.json").read_text())
         assert manifest["source"]["model"] == str(expert) and manifest["source"]["model_type"] == "seap_llama"
@@ -195,9 +202,11 @@ def test_a_finished_expert_is_pruned_again_by_every_allocation_and_stream_finds_
         assert manifest["realised_ratio"] == pytest.approx(manifest["planned_ratio"], abs=1e-12)
         n_parameters = AutoModelForCausalLM.from_pretrained(folder).num_parameters()
         assert n_parameters == manifest["parameters"] < 0.8 * base["parameters"]
+
     dense = json.loads(run_of(whole).results.read_text())["models"][0]
     assert (dense["name"], dense["parameters"]) == ("dense", base["parameters"])
     assert dense["kv_bytes_per_token"] == base["kv_bytes_per_token"]
+
     assert main(arguments(streamed, *settings, "calibration.placement=stream")) == 0
     assert statistics(streamed) == statistics(whole)
 
@@ -260,15 +269,19 @@ def test_a_shard_that_kills_every_worker_is_given_up_named_and_costs_no_other(fi
                 os.kill(os.getpid(), signal.SIGKILL)
             super()._measure(shards)
 
+    # The shard is in a group with all others, each of which has to have its record in the end.
     with monkeypatch.context() as poisoned:
         poisoned.setattr("seap_ray.pipeline.calibrate.Calibrator", Poisoned)
         streamed = ["calibration.placement=stream", "calibration.stream_tokens=1000000", "calibration.workers=1"]
         code, line = refused(capsys, arguments(tmp_path, *streamed, UNJUDGED))
+
     assert code == 4 and "logic: shard 00002 ended its worker's process 3 times and was given up" in line
     assert str(tmp_path / "run" / "shards" / "logic" / "00002.parquet") in line
     assert {path.name for path in records(finished)} - {path.name for path in records(tmp_path)} == {
         path.name for path in records(finished) if path.name.startswith("00002") and path.parent.name == "logic"
     }
+
+    # A new job tries it again, with workers that do not die.
     assert main(arguments(tmp_path, UNJUDGED)) == 0
     assert statistics(tmp_path) == statistics(finished)
     assert not list((tmp_path / "run" / "records").rglob("*.tried"))
@@ -283,6 +296,7 @@ def test_a_killed_driver_resumes_with_the_records_that_it_had(finished, tmp_path
         assert job.wait(60) == -signal.SIGKILL
     finally:
         job.kill()
+
     had = {path: path.stat().st_mtime_ns for path in records(tmp_path)}
     assert 3 <= len(had) < len(records(finished))
     assert main(arguments(tmp_path, UNJUDGED)) == 0
@@ -307,15 +321,18 @@ def test_a_damaged_record_or_weight_file_is_found_by_its_hash_and_made_again(fin
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     expected = statistics(tmp_path)
     files = records(tmp_path)
+
     damaged = bytearray(files[0].read_bytes())
     damaged[-3] ^= 1
     files[0].write_bytes(damaged)
     (tmp_path / "run" / "statistics" / "arithmetic.safetensors").unlink()
+
     experts = tmp_path / "run" / "experts" / "0.50"
     weights, other = (experts / name / "model-00001-of-00001.safetensors" for name in ("logic", "general"))
     intact = weights.read_bytes()
     changed = other.stat().st_mtime_ns
     weights.write_bytes(intact[:-3] + bytes([intact[-3] ^ 1]) + intact[-2:])  # of the same size
+
     times = [path.stat().st_mtime_ns for path in files[1:]]
     assert main(arguments(tmp_path)) == 0
     assert bytes(damaged) != files[0].read_bytes()
@@ -426,6 +443,7 @@ def test_a_full_disk_ends_with_4_and_more_room_lets_the_same_command_finish(fini
         code, line = refused(capsys, arguments(tmp_path, *moments))
         assert code == 4 and "No space left on device" in line
         assert not list(tmp_path.rglob("seap.json"))
+
         subprocess.run(["mount", "-o", "remount,size=256m", str(tmp_path)], check=True)
         assert main(arguments(tmp_path, UNJUDGED)) == 0
         assert statistics(tmp_path) == statistics(finished)
@@ -496,12 +514,15 @@ def test_ray_job_submit_runs_the_job_on_a_cluster_with_token_authentication(tmp_
         done = _submitted(command, environment)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "is complete" in done.stdout
+
+        # Another token is not let in.
         token.write_text(secrets.token_hex(32))
         assert subprocess.run(command, env=environment, capture_output=True, timeout=100).returncode != 0
     finally:
         head.terminate()
         head.wait(60)
         shutil.rmtree(short, ignore_errors=True)
+
     results = json.loads(run_of(tmp_path).results.read_text())
     assert [model["name"] for model in results["models"]][:2] == ["dense", "general"]
 
