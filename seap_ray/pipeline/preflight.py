@@ -508,7 +508,9 @@ def _check_storage(config: Config, checkpoint: Checkpoint, run: Run, nodes: Sequ
 
     # No error: the job stops when the disk is full, and the same command then goes on.
     if missing > free:
-        yield Finding("warning", "storage", f"{message}: make room, or choose another run.storage")
+        yield Finding(
+            "warning", "storage", f"{message}; make room or choose another run.storage: a job stops when it is full"
+        )
     else:
         yield Finding("ok", "storage", message)
 

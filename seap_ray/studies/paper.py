@@ -33,7 +33,7 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "FLAP AL": {"score": "wifv", "allocation": "standardised", "tasks": (CORPUS,)},
     "SEAP-gen UL": {"score": "wifv", "allocation": "uniform", "pooling": "score_average"},
 }
-"""Settings of the rows of Tables 1, 3 and 4; no bias anywhere, k = 1, x0 = 0.3."""
+"""Settings of the rows of Tables 1, 3 and 4, by the paper's own names; no bias anywhere, k = 1, x0 = 0.3."""
 ALIAS = {
     "WandA-sp LB": "WandA-sp (s_W)",
     "FLAP LB": "FLAP (s_F)",
