@@ -310,7 +310,7 @@ def test_a_reply_streams_in_and_its_speed_is_shown(ingress: Ingress, page_at: Pa
     state(page, "finished")
     expect(reply(page)).to_have_text("19 is it")
     expect(pane(page).get_by_role("heading")).to_have_text("arithmetic")
-    expect(pane(page)).to_contain_text("asked for auto · routed 0.981 · 1.39M parameters, 50 % cut")
+    expect(pane(page)).to_contain_text("asked for auto · routed 0.981 · 1.39M parameters, 50 % removed")
     expect(pane(page)).to_contain_text("request req-7f3a")
     assert number(page, "Tokens") == "7"  # by the server's count: the reply came in three pieces
     first, whole = milliseconds(number(page, "First token")), milliseconds(number(page, "Time"))
@@ -335,7 +335,7 @@ def test_settings_are_sent_and_a_cut_reply_says_so(ingress: Ingress, page_at: Pa
     page.get_by_label("Max tokens").fill("5")
     page.get_by_label("Temperature").fill("0.75")
     send(page, "sort stone:")
-    state(page, "cut at 5 tokens")
+    state(page, "stopped at the limit of 5 tokens")
     ((_, body, _),) = ingress.requests()
     assert (body["model"], body["max_tokens"], body["temperature"]) == ("sort", 5, 0.75)
 
@@ -372,7 +372,7 @@ def test_a_reply_with_html_is_shown_as_text(ingress: Ingress, page_at: PageAt) -
     ingress.replies["auto"] = speaks(html)
     ingress.replies["general"] = refuses(400, html)
     page = page_at(ingress.url)
-    page.get_by_label("Side by side with").check()
+    page.get_by_label("Compare with").check()
     page.get_by_role("button", name="<img").click()
     page.get_by_role("button", name="Send").click()
     expect(reply(page)).to_have_text(html)
@@ -414,7 +414,7 @@ def test_bars_show_the_probabilities_and_mark_the_expert(ingress: Ingress, page_
     page = page_at(ingress.url, reduced_motion="reduce")
     expect(row(page, "sort").locator(".value")).to_have_text("–")
     send(page)
-    expect(why(page)).to_have_text("Routed to arithmetic: 0.981 reaches the threshold of 0.62.")
+    expect(why(page)).to_have_text("Routed to arithmetic: its probability 0.981 reaches the threshold of 0.62.")
     for task, probability in decision()["probabilities"].items():
         expect(row(page, task).locator(".value")).to_have_text(f"{probability:.3f}")
         rail, fill, mark = (row(page, task).locator(f".{name}").bounding_box() for name in ("rail", "fill", "mark"))
@@ -429,9 +429,15 @@ def test_bars_show_the_probabilities_and_mark_the_expert(ingress: Ingress, page_
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        (decision("general", "unsure", 0.41), "Unsure: logic, the likeliest, has 0.410, below the threshold of 0.62."),
-        (decision("general", "unlike", 0.9), "Unlike all of the tasks. The general model answers."),
-        (decision("general", "not_served", 0.9) | {"task": "sort"}, "Taken for sort, which has no expert here."),
+        (
+            decision("general", "unsure", 0.41),
+            "Unsure: the likeliest task, logic, has a probability of 0.410 below the threshold of 0.62.",
+        ),
+        (decision("general", "unlike", 0.9), "The prompt is unlike all tasks. The general model answers."),
+        (
+            decision("general", "not_served", 0.9) | {"task": "sort"},
+            "The prompt is taken for sort, which has no expert here.",
+        ),
         (decision("general", "expert_down", 0.9) | {"task": "sort"}, "sort is being started again. general answers."),
         (decision("general", "anything", 0.9), "Reason: anything. general answers."),
         (
@@ -458,7 +464,7 @@ def test_a_named_model_is_marked_beside_what_auto_would_take(ingress: Ingress, p
     page = page_at(ingress.url)
     page.get_by_label("Model", exact=True).select_option("sort")
     send(page)
-    expect(why(page)).to_have_text("You named sort. Auto would take arithmetic (0.981).")
+    expect(why(page)).to_have_text("You chose sort. The router would choose arithmetic (0.981).")
     expect(page.locator("[aria-current=true]")).to_have_attribute("data-task", "sort")
 
 
@@ -475,7 +481,7 @@ def test_without_the_router_the_reply_still_comes(ingress: Ingress, page_at: Pag
     page = page_at(ingress.url)
     send(page)
     state(page, "finished")
-    expect(why(page)).to_contain_text("Routed to arithmetic: 0.981")
+    expect(why(page)).to_contain_text("Routed to arithmetic: its probability 0.981")
     expect(why(page)).to_contain_text("No probabilities: 503 Not available. The router is not loaded")
 
 
@@ -487,8 +493,8 @@ def test_side_by_side_shows_two_models_replies_at_the_same_time(ingress: Ingress
     ingress.replies = {"auto": speaks("nineteen", "!", hold=hold), "general": speaks("21", "?", hold=hold)}
     page = page_at(ingress.url)
     expect(pane(page, "B")).to_be_hidden()
-    page.get_by_label("Side by side with").check()
-    assert page.get_by_label("Model of pane B").input_value() == "general"
+    page.get_by_label("Compare with").check()
+    assert page.get_by_label("Model to compare with").input_value() == "general"
     send(page)
     expect(reply(page, "A")).to_have_text("nineteen")  # neither has ended, both have begun
     expect(reply(page, "B")).to_have_text("21")
@@ -501,7 +507,7 @@ def test_side_by_side_shows_two_models_replies_at_the_same_time(ingress: Ingress
     page.set_viewport_size({"width": 600, "height": 800})
     a, b = (pane(page, letter).bounding_box() for letter in "AB")
     assert a["x"] == b["x"] and a["y"] + a["height"] <= b["y"]
-    page.get_by_label("Side by side with").uncheck()
+    page.get_by_label("Compare with").uncheck()
     send(page)
     state(page, "finished")
     assert [body["model"] for _, body, _ in ingress.requests()].count("general") == 1
@@ -510,8 +516,8 @@ def test_side_by_side_shows_two_models_replies_at_the_same_time(ingress: Ingress
 def test_another_expert_may_be_compared_with(ingress: Ingress, page_at: PageAt) -> None:
     ingress.replies["sort"] = speaks("from sort")
     page = page_at(ingress.url)
-    page.get_by_label("Model of pane B").select_option("sort")
-    assert page.get_by_label("Side by side with").is_checked()
+    page.get_by_label("Model to compare with").select_option("sort")
+    assert page.get_by_label("Compare with").is_checked()
     send(page)
     expect(reply(page, "B")).to_have_text("from sort")
 
@@ -521,7 +527,7 @@ def test_stop_leaves_what_arrived_and_hangs_up(ingress: Ingress, page_at: PageAt
     ingress.replies["auto"] = speaks("one ", "two", "never", hold=threading.Event(), gone=gone[0])
     ingress.replies["general"] = speaks("drei ", "never", hold=threading.Event(), gone=gone[1])
     page = page_at(ingress.url)
-    page.get_by_label("Side by side with").check()
+    page.get_by_label("Compare with").check()
     stop = page.get_by_role("button", name="Stop")
     assert stop.get_attribute("aria-disabled") == "true"
     send(page)
@@ -572,7 +578,7 @@ def test_each_refusal_is_readable(answer: Reply, title: str, message: str, ingre
             "EngineDeadError",
         ),
         (writes(BEGINNING), "Connection lost", "The stream ended before the reply was complete."),
-        (writes(BEGINNING, event("{half")), "Bad reply", "The stream held what is not JSON: {half"),
+        (writes(BEGINNING, event("{half")), "Bad reply", "The stream held something that is not JSON: {half"),
     ],
     ids=["error event", "ends early", "not json"],
 )
@@ -621,7 +627,7 @@ def test_models_that_cannot_be_listed_are_asked_for_again(ingress: Ingress, page
     expect(pane(page)).to_contain_text("Experts are loading.")
     ingress.models = None
     page.get_by_role("button", name="Try again").click()
-    expect(page.get_by_text("6 experts and a general model, 50 % cut")).to_be_visible()
+    expect(page.get_by_text("6 experts and a general model, 50 % of the weights removed")).to_be_visible()
     expect(page.get_by_role("button", name="Try again")).to_be_hidden()
 
 
@@ -717,7 +723,7 @@ def test_it_works_by_keyboard_alone(ingress: Ingress, page_at: PageAt) -> None:
         if seen is None:
             break
         visited.append(seen)
-    controls = ["Model", "Max tokens", "Temperature", "Side by side with", "Model of pane B", "Send", "Stop"]
+    controls = ["Model", "Max tokens", "Temperature", "Compare with", "Model to compare with", "Send", "Stop"]
     assert [name for name, _, _ in visited] == ["Prompt", *EXAMPLES.values(), *controls]
     assert all(style == "solid" and width >= 2 for _, style, width in visited)
 
@@ -752,7 +758,7 @@ def test_what_changes_is_announced(ingress: Ingress, page_at: PageAt) -> None:
 def test_text_and_controls_stand_out_from_what_is_behind_them(scheme: str, ingress: Ingress, page_at: PageAt) -> None:
     ingress.replies["general"] = refuses(503, "general is loading.")
     page = page_at(ingress.url, color_scheme=scheme, reduced_motion="reduce")
-    page.get_by_label("Side by side with").check()
+    page.get_by_label("Compare with").check()
     send(page)
     state(page, "error", "B")
     state(page, "finished", "A")
@@ -804,7 +810,7 @@ def test_at_360_pixels_nothing_is_wider_than_the_screen(ingress: Ingress, page_a
     fits = "document.documentElement.scrollWidth <= innerWidth && innerWidth === 360"
     expect(row(page, "sort")).to_be_visible()
     assert page.evaluate(fits)
-    page.get_by_label("Side by side with").check()
+    page.get_by_label("Compare with").check()
     send(page, long)
     state(page, "finished")
     state(page, "error", "B")
