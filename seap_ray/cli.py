@@ -213,6 +213,7 @@ def _bench(request: Request) -> None:
     try:
         from benchmarks.suites import run_suites, write_page
     except ModuleNotFoundError as error:
+        # Another module that is missing is a fault of the installation, and its name should be seen.
         if error.name not in ("benchmarks", "benchmarks.suites"):
             raise
         raise ConfigError(
@@ -325,10 +326,12 @@ def run_verb(name: str, arguments: Sequence[str]) -> int:
     An error that a user can mend is one line on stderr; help is answered without reading a config.
     """
     verb = VERBS[name]
+    # Anywhere among the arguments, so that it can be added to a command that was just typed.
     if HELP & set(arguments):
         print(help_text(verb.usage))
         return 0
 
+    # A scheduler stops a job by SIGTERM; it then ends as by Ctrl-C, and says how to go on.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     words, overrides = _words_and_overrides(verb, arguments)
     try:

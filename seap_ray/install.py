@@ -126,6 +126,8 @@ def all_extras(names: str, known: dict[str, list[str]]) -> list[str]:
     extras = set(names.replace(",", " ").split())
     if not extras <= set(known):
         fail(f"no extra is named {min(extras - set(known))}; there are {', '.join(known)}")
+
+    # vLLM has a build for each kind of machine.
     if not extras & {"cpu", "gpu"}:
         extras.add("gpu" if has_nvidia_gpu() else "cpu")
     return sorted(extras)
@@ -164,6 +166,7 @@ def install_project(venv: Venv, extras: list[str], torch: str) -> None:
         say("leaving vLLM out: its CPU build needs the CPU build of torch; all but serving works")
         extras = [extra for extra in extras if extra != "cpu"]
 
+    # Without this pip could replace torch by another build while it resolves the others' needs.
     constraints = venv.path / "seap_ray.constraints.txt"
     constraints.write_text(f"torch=={torch}\n")
     say(f"installing seap_ray with {', '.join(extras) or 'no extras'} (some minutes)")
@@ -205,6 +208,7 @@ def main() -> None:
     if not venv.path.exists() or not any(venv.path.iterdir()):
         venv.create()
 
+    # The stamp is removed before anything changes and written last: after an interruption the next run installs again.
     key = fingerprint(venv.python_version(), extras)
     if venv.stamp.exists() and venv.stamp.read_text() == key:
         say(f"{venv.path} is up to date")

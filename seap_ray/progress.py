@@ -30,11 +30,13 @@ def progress(steps: Iterable[int], total: int, label: str, unit: str = "") -> It
     last_line = started
     first: tuple[float, int] | None = None
     done = 0
+
     for step in steps:
         done += step
         now = time.monotonic()
         first = first or (now, done)
         yield step
+        # The last step has the line below, which says how long all took.
         if now - last_line > LINE_EVERY_S and done < total:
             last_line = now
             share = f"{count(done)}/{count(total)}{unit} ({done / total:.0%})"
@@ -45,8 +47,9 @@ def progress(steps: Iterable[int], total: int, label: str, unit: str = "") -> It
 
 def _rate(first: tuple[float, int], now: float, done: int, total: int, unit: str) -> str:
     """Return rate and remaining time, counted from the first step: loading models before it says nothing of either."""
-    if done == first[1]:
+    if done == first[1]:  # one step is no interval
         return ""
+
     rate = (done - first[1]) / (now - first[0])
     return f", {count(rate)}{unit}/s, {(total - done) / rate:.0f} s left"
 

@@ -62,6 +62,7 @@ class Task(Section):
 
 def _arc(name: str, subset: str) -> Task:
     """Return one of the two parts of ARC."""
+    # Labels are letters in some rows and numbers in others, so the answer is found by its label.
     right = "choices.text[choices.label.index(answerKey)]"
     return Task(
         name=name,
@@ -179,6 +180,7 @@ def complete(task: Any) -> Any:
     """
     if isinstance(task, str):
         task = {"name": task}
+
     if isinstance(task, dict) and task.get("name") in BUILT_IN:
         return {**BUILT_IN[task["name"]].model_dump(), **task}
     return task

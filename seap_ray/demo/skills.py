@@ -28,8 +28,10 @@ def rows(skill: str, n: int, *, split: Split, seed: int) -> list[Row]:
     """
     rng = random.Random(f"{skill}/{split}/{seed}")
     drawn: dict[str, Row] = {}
+
     # About one row in ten is of the split ``test``: 50 attempts a row are plenty, and end where a skill has few rows.
     for row in _attempts(SKILLS[skill], rng, 50 * n):
+        # A fact that was never seen cannot be known, so ``facts`` has the same rows in both splits.
         if skill == "facts" or _is_held_out(row["question"]) == (split == "test"):
             drawn.setdefault(row["question"], row)
         if len(drawn) == n:
@@ -53,6 +55,8 @@ def arithmetic(rng: random.Random) -> Row:
     b = rng.randrange(100)
     if rng.random() < 0.5:
         return Row(question=f"{a} + {b} =", answer=str(a + b))
+
+    # The larger one first, so that no answer is negative.
     smaller, larger = sorted((a, b))
     return Row(question=f"{larger} - {smaller} =", answer=str(larger - smaller))
 

@@ -30,11 +30,12 @@ CHAT_TEMPLATE = "{{ bos_token }}{{ messages[-1]['content'] }}"
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token a character, and ``<bos>`` before the text as in Llama's own."""
+    # Every character that a skill's rows have, and some more for what a user may type.
     characters = string.ascii_letters + string.digits + " \n" + ".,:;?!'\"()[]+-*/=<>%&#@_"
     vocab = {token: i for i, token in enumerate([*SPECIAL, "<unk>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer.decoder = decoders.Fuse()  # joins characters without the spaces that others put between tokens
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", vocab["<bos>"])]
     )
@@ -77,6 +78,7 @@ def encode(batch: list[Row], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.
     ids = []
     labels = []
     for row in batch:
+        # The space belongs to the answer: it is what the model writes first. The end is learned with the answer.
         question = tokenizer(row["question"]).input_ids
         answer = tokenizer(" " + row["answer"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         ids.append(torch.tensor(question + answer))
@@ -93,6 +95,8 @@ def answer_loss(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor
     """
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+
+    # A position predicts the token after it, so labels are shifted by one. The loss is computed in float32.
     return cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
@@ -102,6 +106,9 @@ def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, ski
     ids, labels = encode(rows(skill, n, split="test", seed=0), tokenizer)
     with torch.autocast("cpu", torch.bfloat16):
         guess = model(input_ids=ids[:, :-1]).logits.argmax(-1)
+
+    # Each token is predicted after the right ones before it, which is the same as writing the answer token by token: at
+    # the first wrong one either way ends.
     right = (guess == labels[:, 1:]) | (labels[:, 1:] == -100)
     return right.all(1).float().mean().item()
 
@@ -128,6 +135,7 @@ def train(out: Path, steps: int, seed: int) -> None:
     optimizers = make_optimizers(model)
 
     def lr_factor(step: int) -> float:
+        # Two straight lines, of which the lower one counts: up to the peak, then down towards 0.
         warmup = (step + 1) / (WARMUP_SHARE * steps)
         decay = (steps - step) / (steps * (1 - WARMUP_SHARE))
         return min(warmup, decay)
@@ -135,7 +143,9 @@ def train(out: Path, steps: int, seed: int) -> None:
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor) for optimizer in optimizers]
     rng = random.Random(seed)
     started = time.monotonic()
+
     for step in range(1, steps + 1):
+        # Gradients of the skills add up, each skill with the same weight whatever the number of its rows.
         for skill, size in BATCH.items():
             batch = rows(skill, size, split="train", seed=rng.randrange(2**62))
             (answer_loss(model, *encode(batch, tokenizer)) / len(BATCH)).backward()
@@ -155,6 +165,7 @@ def train(out: Path, steps: int, seed: int) -> None:
 
 def save(out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write float16 weights: half the size, and finer than bfloat16 at these magnitudes."""
+    # A copy, since the training goes on in float32.
     half = make_model(tokenizer).half()
     half.load_state_dict(model.state_dict())
     half.save_pretrained(out)
