@@ -73,6 +73,7 @@ def test_every_task_is_judged_on_local_files_in_silence_and_the_model_stays_as_i
     task = local(name)
     lm_eval.check(task)
     judged = lm_eval.judge(model, tokenizer, task, samples=6, seed=1, num_fewshot=None, batch_tokens=2048)
+
     assert (judged.metric, len(judged.values)) == (METRICS[name], 6)
     assert set(judged.values) <= {0.0, 1.0} and judged.value == mean(judged.values)
     assert torch.equal(model(ids).logits, before) and tokenizer.pad_token == padding
@@ -172,6 +173,7 @@ def test_prompts_choices_and_answers_are_lm_evals(name):
     lm_task = lm_eval._load_task(local(name), 0)
     doc = lm_task.eval_docs[0]
     choices = lm_task.doc_to_choice(doc) if lm_task.config.doc_to_choice else None
+
     assert (lm_task.doc_to_text(doc), choices, lm_task.doc_to_target(doc)) == FIRST[name](row)
     assert lm_task.fewshot_context(doc, 0) == FIRST[name](row)[0]
 
@@ -180,6 +182,7 @@ def test_winogrande_is_scored_on_what_follows_either_name():
     lm_task = lm_eval._load_task(local("winogrande"), 0)
     doc = lm_task.eval_docs[0]
     assert doc["sentence"] == "Sarah was a much better surgeon than Maria so _ always got the easier cases."
+
     requests = lm_task.construct_requests(doc=doc, ctx=lm_task.fewshot_context(doc, 0))
     assert [request.args for request in requests] == [
         (f"Sarah was a much better surgeon than Maria so {who}", " always got the easier cases.")
@@ -193,6 +196,7 @@ def test_hellaswag_of_llama_cpp_is_prepared_as_lm_eval_prepares_its_own():
     doc = lm_task.eval_docs[0]
     assert lm_task.doc_to_text(doc) == "Roof shingle removal: A man is sitting on a roof. He"
     assert lm_task.doc_to_choice(doc)[3] == "starts pulling up roofing on a roof." and lm_task.doc_to_target(doc) == 3
+
     for line in (DATA / "tasks/hellaswag/hellaswag_train_3368.jsonl").open():
         row = json.loads(line)
         parts = {key: row[key] for key in ("activity_label", "ctx_a", "ctx_b")}
@@ -208,6 +212,7 @@ def test_a_generated_number_is_judged_by_the_strict_filter(stories, tmp_path, mo
     rows = [{"question": "How many?", "answer": f"So many. #### {number}"} for number in ("42", "7", "42")]
     task = local("gsm8k", write(tmp_path / "test.parquet", rows))
     judged = lm_eval.judge(*stories, task, **ARGUMENTS)
+
     assert (judged.metric, judged.values, judged.value) == ("exact_match", (1.0, 0.0, 1.0), pytest.approx(2 / 3))
     assert judged.stderr == pytest.approx((2 / 3 * 1 / 3 / 2) ** 0.5)
 
@@ -219,10 +224,12 @@ def test_samples_are_drawn_from_all_rows_by_the_seed_and_keep_their_order(storie
     task = local("arc_easy", write(tmp_path / "test.parquet", rows_of("ai2_arc_easy", "test", 40)))
     whole = lm_eval.judge(*stories, task, **ARGUMENTS)
     drawn = {seed: lm_eval._draw(40, 10, seed) for seed in range(5)}
+
     assert len({tuple(rows) for rows in drawn.values()}) == 5 and max(map(max, drawn.values())) >= 35
     for seed in (0, 1):
         judged = lm_eval.judge(*stories, task, **ARGUMENTS | {"samples": 10, "seed": seed})
         assert judged.values == tuple(whole.values[row] for row in drawn[seed])
+
     assert lm_eval.judge(*stories, task, **ARGUMENTS | {"samples": 40}) == whole
     assert lm_eval.judge(*stories, task, **ARGUMENTS | {"batch_tokens": 1}) == whole
 
@@ -251,8 +258,10 @@ def test_a_fingerprint_tells_other_files_and_metrics_apart(tmp_path):
     rows = rows_of("ai2_arc_easy", "test", 4)
     task = local("arc_easy", write(tmp_path / "test.parquet", rows))
     before = lm_eval.fingerprint_of(task)
+
     assert json.loads(json.dumps(before)) == before == lm_eval.fingerprint_of(task)
     assert before != lm_eval.fingerprint_of(task.model_copy(update={"metric": "acc_norm"}))
+
     write(tmp_path / "test.parquet", rows[:3])
     assert before != lm_eval.fingerprint_of(task)
 
@@ -265,10 +274,12 @@ def test_a_compacted_model_is_judged_and_writes_answers(dense, tmp_path):
     folder = write_compacted(CheckpointExport(checkpoint, plan, {}), tmp_path / "expert")
     model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder, eos_token="<unk>")
     before = model(random_ids()).logits
+
     assert model.config.model_type == "seap_llama"
     for name in ("gsm8k", "arc_easy"):
         judged = lm_eval.judge(model, tokenizer, local(name), **ARGUMENTS | {"samples": 5})
         assert 0 <= judged.value <= 1 and len(judged.values) == 5
+
     assert torch.equal(model(random_ids()).logits, before)
 
 
@@ -354,6 +365,7 @@ def test_the_hub_is_asked_only_to_judge_and_where_it_fails_a_line_names_the_way_
     monkeypatch.setattr("datasets.load_dataset", offline)
     task = BUILT_IN["piqa"]
     lm_eval.check(task)
+
     assert lm_eval.fingerprint_of(task)[-1] == []
     with pytest.raises(DataError) as failed:
         lm_eval.judge(*stories, task, **ARGUMENTS)

@@ -77,6 +77,7 @@ def test_perplexity_is_the_exponential_of_the_mean_loss_of_all_tokens(demo):
             losses += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
         n += ids.shape[1] - 1
     quality = measure(model, tokenizer, task, [Item(text, "", text, []) for text in texts], batch_tokens=4096)
+
     assert (quality.value, quality.n) == (pytest.approx(math.exp(losses / n), rel=1e-4), n)
 
 
@@ -153,11 +154,13 @@ def test_progress_passes_every_step_through_and_ends_with_a_line(capsys):
 def test_scores_are_those_of_the_models_own_logits_with_their_soft_cap(dense):
     model, ids = load(dense("gemma2"), attn_implementation="eager"), random_ids(1, 12)[0].tolist()
     assert model.config.final_logit_softcapping
+
     (scored,) = _score_batch(model, [(ids, 4)])
     with torch.no_grad():
         own_TV = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
         hidden_TD = model.get_decoder()(torch.tensor([ids])).last_hidden_state[0]
         uncapped_TV = model.get_output_embeddings()(hidden_TD).double().log_softmax(-1)
     expected, uncapped = (sum(float(of[i - 1, ids[i]]) for i in range(4, 12)) for of in (own_TV, uncapped_TV))
+
     assert scored.log_likelihood == pytest.approx(expected, rel=1e-5)
     assert abs(uncapped - expected) > 1, "the cap matters here"

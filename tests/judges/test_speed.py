@@ -38,6 +38,7 @@ def test_rates_are_of_the_whole_batch_and_speed_ups_of_the_same_round(monkeypatc
         {"dense": {"name": "dense"}, "cut": {"name": "cut"}}, SETTINGS, dense="dense", dtype=torch.float32, device="cpu"
     )
     cut = found["cut"]
+
     assert cut.prefill_tokens_per_s == pytest.approx(2 * 12 / 2.5)  # medians over the rounds
     assert cut.decode_tokens_per_s == pytest.approx(2 * 4 / 2.0)
     assert (cut.prefill_speedup, cut.decode_speedup) == (2.0, 2.0)  # of 2, 4, 1 and of 2, 2, 3

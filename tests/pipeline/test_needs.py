@@ -94,6 +94,7 @@ def test_records_and_statistics_are_counted_by_shards_and_tasks():
     config = config_of(corpus={"samples": 100, "shard_sequences": 30})
     corpora = largest_corpora(config, DEMO.architecture)
     assert set(corpora.values()) == {CorpusSize(100, 100 * 256, 4)}
+
     disk = disk_needs(DEMO_SIZE, config, corpora)
     assert disk.records == 2 * 4 * record_bytes(DEMO.architecture)
     assert disk.statistics == 3 * record_bytes(DEMO.architecture), "and the weights' norms"
@@ -121,6 +122,7 @@ def test_what_is_the_bases_counts_once_on_a_disk_and_in_every_checkpoint_of_a_bu
     in_bucket = checkpoint_bytes(DEMO_SIZE, config_of(pruning=uniform, run={"storage": "s3://bucket/runs"}))
     norms = 2 * 8 * DEMO.architecture.hidden_size
     carried = 2 * (DEMO_SIZE.outer_parameters + norms)
+
     assert in_bucket - on_disk == 2 * carried, "three models"
     decoder = 2 * DEMO.architecture.decoder_parameters
     assert in_bucket == pytest.approx(3 * (0.5 * decoder + 2 * DEMO_SIZE.outer_parameters), rel=0.01)
@@ -139,11 +141,14 @@ def test_memory_is_of_the_type_that_is_computed_in():
     config = config_of(model={"dtype": "float32"})
     corpora = largest_corpora(config, DEMO.architecture)
     memory = memory_needs(DEMO_SIZE, config, corpora)
+
     assert memory.single == int(1.2 * 4 * DEMO.parameters) and memory.host == 4 * DEMO.parameters
     assert memory_needs(DEMO_SIZE, config_of(), corpora).host == 2 * DEMO.parameters, "its config says float16"
+
     on_four = config_of(calibration={"num_gpus": 4, "placement": "device_map"})
     assert memory_needs(DEMO_SIZE, on_four, corpora).device_map == pytest.approx(1.2 * 2 * DEMO.parameters / 4, abs=1)
     assert memory.covariance_task == 0
+
     with_pairs = memory_needs(DEMO_SIZE, config_of(calibration={"statistics": "covariance"}), corpora)
     assert with_pairs.covariance_task > 0 and with_pairs.stream > memory_needs(DEMO_SIZE, config_of(), corpora).stream
 
@@ -164,6 +169,7 @@ def test_time_is_products_over_rates():
     time = time_needs(DEMO_SIZE, config, corpora, rates)
     flops = token_flops(DEMO.architecture, 256).total
     reading = DEMO.n_bytes / 1e6
+
     assert flops == 2 * DEMO.architecture.decoder_parameters + 2 * 8 * 256 * 256
     assert time.calibration == pytest.approx(1000 * flops / 1e9 + reading)
     assert time.judging == pytest.approx(4 * (2 * 10 * 50 * flops / 1e9 + reading)), "dense, general, two experts"
@@ -181,6 +187,7 @@ def test_the_8b_config_can_be_planned_without_weights():
         load_config([f"config={ROOT / 'configs' / 'llama-3.1-8b.yaml'}", "pruning.ratio=0.35"]),
         Architecture.of(LLAMA_8B),
     )
+
     with pytest.raises(ConfigError, match="pruning.ratio"):
         check_ratios(
             EXAMPLE.model_copy(update={"pruning": EXAMPLE.pruning.model_copy(update={"ratio": (0.95,)})}),

@@ -122,6 +122,7 @@ def test_a_disk_that_the_run_may_fill_is_a_warning_less_what_is_there(tmp_path, 
     model = ModelSize.from_checkpoint(DEMO)
     needed = disk_needs(model, config, largest_corpora(config, model.architecture)).total
     monkeypatch.setattr("shutil.disk_usage", lambda _path: type("Usage", (), {"free": int(needed) - 1000}))
+
     assert only(_check_storage(config, DEMO, Run(tmp_path), [NODE])).level == "warning"
     (tmp_path / "records").write_bytes(bytes(1000))
     assert only(_check_storage(config, DEMO, Run(tmp_path), [NODE])).level == "ok"
@@ -150,6 +151,7 @@ def test_needs_of_a_model_of_the_hub_take_its_config_and_no_weight(monkeypatch, 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     config = Config.model_validate({"model": {"source": "owner/name", "revision": "v2"}})
     disk = needs_findings(config, Run(tmp_path / "run"))[2].message
+
     assert asked == [(("owner/name", "config.json"), {"revision": "v2"})]
     assert disk.endswith("; and 5.47 MB for the model in each node's cache")
 
@@ -170,6 +172,7 @@ def test_the_shards_of_a_run_count_in_place_of_the_longest_possible(tmp_path):
     shards = [{"n_sequences": 64, "n_tokens": 1200}, {"n_sequences": 36, "n_tokens": 700}]
     (folder / "manifest.json").write_text(json.dumps({"shards": shards}))
     sizes = corpus_sizes(Config(), model, run)
+
     assert sizes["sort"] == CorpusSize(100, 1900, 2)
     assert sizes["logic"] == CorpusSize(200, 200 * 256, 4), "the demo's longest sequence is 256"
 
@@ -190,9 +193,11 @@ def test_keys_and_tokens_that_will_be_missed_are_warned_of(monkeypatch, tmp_path
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     config = Config.model_validate({"model": {"source": "meta-llama/Llama-3.1-8B"}})
     found = {finding.subject: finding for finding in local_checks(config)}
+
     assert found["keys"].level == found["hub"].level == "warning" and "meta-llama/Llama-3.1-8B" in found["hub"].message
     monkeypatch.setenv("SEAP_API_KEYS", "a-key-of-mine")
     found = {finding.subject: finding for finding in local_checks(Config())}
+
     assert "keys" not in found and "hub" not in found
     assert not any("a-key-of-mine" in finding.message for finding in local_checks(Config()))
 
@@ -211,8 +216,10 @@ def test_a_job_heeds_what_is_wrong_and_says_what_it_is_warned_of(capsys):
 def test_the_doctor_says_what_one_machine_has(cluster, tmp_path, capsys):
     main = runpy.run_path(str(ROOT / "jobs" / "doctor.py"))["main"]
     assert main([f"config={ROOT / 'ray_config.yaml'}", f"run.storage={tmp_path}"]) == 0
+
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines} <= {"ok", "warning"}
+
     subjects = [line.split()[1] for line in lines]
     assert [name for name in subjects if name in ("cluster", "storage", "model", "workers")] == [
         "cluster",

@@ -54,6 +54,7 @@ def test_the_draw_does_not_depend_on_the_order_or_the_blocks_of_the_corpus():
         drawn_from(rows, n=40, blocks=blocks, seed=seed)[0].column("text").to_pylist()
         for rows, blocks, seed in ((ROWS, 1, 0), (shuffled, 7, 0), (ROWS, 1, 1))
     )
+
     assert one == other
     assert one != reseeded
 
@@ -130,6 +131,7 @@ def test_shards_hold_every_drawn_text_once_and_the_manifest_counts_their_tokens(
     tables = [pq.read_table(pa.BufferReader(file)) for file in files]
     texts = [text for table in tables for text in table.column("text").to_pylist()]
     ids = [ids for table in tables for ids in table.column("ids").to_pylist()]
+
     assert len(texts) == len(set(texts)) == 50
     assert [shard.n_sequences for shard in manifest.shards] == [16, 16, 16, 2]
     assert manifest.n_tokens == sum(map(len, ids)) == sum(len(text) + 1 for text in texts)
@@ -148,10 +150,12 @@ def test_whole_shards_stay_and_a_damaged_one_is_made_again(tmp_path):
     path = manifest.shards[1].path(run)
     written = path.stat().st_mtime_ns
     shards_of(tmp_path, mine)
+
     assert path.stat().st_mtime_ns == written
     damaged = bytearray(files[1])
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
+
     assert not ShardFolder().is_whole(run.shards("mine"), manifest.fingerprint)
     assert shards_of(tmp_path, mine)[2] == files
 
@@ -160,6 +164,7 @@ def test_packed_shards_lose_no_token_and_are_full(tmp_path):
     mine = parquet(tmp_path / "rows.parquet")
     _, bucketed, _ = shards_of(tmp_path / "1", mine)
     _, packed, files = shards_of(tmp_path / "2", mine, packing="pack", sequence_length=32)
+
     assert packed.n_tokens == bucketed.n_tokens
     for file in files:
         lengths = [len(ids) for ids in pq.read_table(pa.BufferReader(file)).column("ids").to_pylist()]
@@ -182,9 +187,11 @@ def test_prompts_are_the_questions_of_all_drawn_rows_or_their_texts_where_there_
     prompts = asked.read_prompts(run)
     assert len(set(prompts)) == 50 > sum(shard.n_sequences for shard in asked.shards)
     assert set(prompts) <= {row["q"] for row in ROWS}
+
     prose = task(tmp_path / "rows.parquet", question="", answer="{{ q }} {{ a }}")
     run, told, files = shards_of(tmp_path / "2", prose)
     texts = [text for file in files for text in pq.read_table(pa.BufferReader(file)).column("text").to_pylist()]
+
     assert told.read_prompts(run) == texts
 
 
@@ -202,6 +209,7 @@ def test_prompts_that_are_not_whole_are_made_again_and_the_shards_stay_the_same(
         values = json.loads(about.read_text())
         del values["prompts"]
         about.write_text(json.dumps(values))
+
     assert not ShardFolder().is_whole(run.shards("mine"), manifest.fingerprint)
     _, again, made = shards_of(tmp_path, mine)
     assert (again, made, path.read_bytes()) == (manifest, files, prompts)

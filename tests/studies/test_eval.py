@@ -87,6 +87,7 @@ def test_a_study_leaves_one_table_as_json_and_csv_with_its_command(finished, stu
     results = read(finished, study)
     assert results["study"] == study and results["rows"] and "python" in results["command"]
     assert len(set(results["columns"])) == len(results["columns"])
+
     with Run(finished / "run").study(study).with_suffix(".csv").open(newline="") as file:
         head, *rows = csv.reader(file)
     assert head == results["columns"]
@@ -97,17 +98,21 @@ def test_reconstruction_has_every_compensation_over_seeds_that_draw_anew(finishe
     rows = rows_of(read(finished, "reconstruction"))
     dense = {row["models"]: row for row in rows if row["ratio"] == 0}
     assert set(dense) == {"experts", "general"} and dense["experts"]["realised"] == 0
+
     cut = {(row["models"], row["compensation"]): row for row in rows if row["ratio"]}
     ways = {(models, way) for models in dense for way in ("none", "mean", "least_squares")}
     assert cut.keys() == ways
+
     for row in cut.values():
         assert row["realised"] == pytest.approx(0.5, abs=0.01) and row["score"] == "obs"
         assert row["sd over seeds"] is not None and 0 <= row["mean acc"] <= 1
     one, other = (json.loads((finished / name / "config.json").read_text()) for name in ("run", "run-seed1"))
+
     assert (one["run"]["seed"], other["run"]["seed"]) == (0, 1)
     shards = [
         sorted(p.read_bytes() for p in (finished / n / "shards" / "logic").glob("0*")) for n in ("run", "run-seed1")
     ]
+
     assert shards[0] != shards[1]
 
 
@@ -123,6 +128,7 @@ def test_the_table_has_every_method_at_equal_size(finished):
     models = models_of(read(finished, "table"))
     for score in ("wanda_sp", "flap", "magnitude", "random"):
         assert {f"{score}.{allocation}" for allocation in ("uniform", "logistic", "global")} <= models.keys()
+
     assert {
         "dense",
         "general",
@@ -133,10 +139,12 @@ def test_the_table_has_every_method_at_equal_size(finished):
         "seap_exact.wifv.logistic, own task",
     } <= models.keys()
     assert {"random.uniform.1", "random.uniform.2", "seap_official.official_wifn.logistic.gen"} <= models.keys()
+
     tile = 16 * 3 * 192 / 2_200_000  # of channels, as a share of the decoder
     for name, model in models.items():
         if name != "dense" and not name.startswith("seap_official"):
             assert model["realised_ratio"] == pytest.approx(0.5, abs=2 * tile), name
+
     assert models["seap_official.official_wifn.logistic.gen"]["realised_ratio"] < 0.45  # as its authors' code does
 
 
@@ -184,6 +192,7 @@ def test_a_task_left_out_is_missing_from_the_plan_and_judged(finished):
     results = read(finished, "ood")
     models = models_of(results)
     (row,) = [row for row in rows_of(results) if row["task"] == "sort"]
+
     # Of two tasks the one that is left decides alone, with the general model's settings.
     assert list(models["without_sort"]["quality"]) == ["sort"]
     assert row["general without it"] == models["without_sort"]["quality"]["sort"]["value"]
@@ -194,6 +203,7 @@ def test_routing_by_the_true_task_is_every_expert_on_its_own_and_to_none_is_the_
     rows = {row["routing"]: row for row in rows_of(read(finished, "routing"))}
     models = models_of(read(finished, "transfer"))
     own = sum(models[task]["quality"][task]["value"] for task in ("sort", "logic")) / 2
+
     assert rows["oracle"]["mean acc"] == pytest.approx(own)
     assert rows["general"]["mean acc"] == pytest.approx(mean_of(models["general"]))
     assert rows["general"]["to general"] == 1 and rows["oracle"]["to general"] == 0
@@ -221,6 +231,7 @@ def test_the_allocation_study_holds_the_default_curve_beside_the_others(finished
     (default,) = [row for row in rows if (row["k"], row["x0"]) == (1.0, 0.3)]
     transfer = models_of(read(finished, "transfer"))
     own = sum(transfer[task]["quality"][task]["value"] for task in ("sort", "logic")) / 2
+
     assert default["experts mean acc"] == pytest.approx(own)
     assert default["general mean acc"] == pytest.approx(mean_of(transfer["general"]))
     assert {row["allocation"] for row in rows} == {"uniform", "global", "logistic"} and len(rows) == 22
@@ -229,11 +240,14 @@ def test_the_allocation_study_holds_the_default_curve_beside_the_others(finished
 def test_the_corpus_study_has_a_spread_over_seeds_in_a_run_of_its_own(cluster, tmp_path, capsys):
     small = ["corpus.samples=150", "corpus.shard_sequences=50", "tasks=[sort]"]
     assert main(arguments(tmp_path, "study=corpus", *small)) == 0
+
     (row,) = rows_of(read(tmp_path, "corpus", run="run-corpus"))
     assert (row["samples"], row["tasks"], row["ratio"]) == (50, 1, 0.5) and row["sd over seeds"] >= 0
+
     models = models_of(read(tmp_path, "corpus", run="run-corpus"))
     values = [models[f"sort.50.{seed}"]["quality"]["sort"]["value"] for seed in range(3)]
     assert row["mean acc"] == pytest.approx(sum(values) / 3)
+
     capsys.readouterr()
     assert main(arguments(tmp_path, "study=corpus", *small, "corpus.samples=90", "run.name=few")) == 2
     assert "corpus.samples: 90 in shards of 50" in capsys.readouterr().err
@@ -262,6 +276,7 @@ def test_a_study_that_was_cut_short_judges_only_what_is_missing(finished, tmp_pa
         assert main(arguments(tmp_path, f"study={study}", *more)) == 0
         assert read(tmp_path, study)["rows"] == read(finished, study)["rows"]
     judged = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluating") and " in " in line]
+
     assert sum(int(line.split()[1]) for line in judged) == 3
 
 
@@ -285,15 +300,18 @@ def test_cells_that_cannot_be_judged_say_why_and_cost_no_others(finished, tmp_pa
     odd = lost.replace("name: lost", "name: odd").replace(f"{tmp_path}/no", str(odd_rows))
     models = f"evaluation.models={{stranger: {stranger}, torn: {torn}, gone: {tmp_path / 'nowhere'}}}"
     capsys.readouterr()
+
     assert main(arguments(tmp_path, f"tasks=[sort, logic, {lost}, {odd}]", models)) == 4
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in out
+
     table = models_of(read(tmp_path, "table"))
     errors = {name: table[name]["quality"]["sort"].get("error", "") for name in ("stranger", "torn", "gone")}
     assert "another tokenizer" in errors["stranger"]
     assert "model_type" in errors["torn"] and "no config.json" in errors["gone"]
     assert table["general"]["quality"]["lost"]["error"].startswith("tasks.lost: no file of split 'validation' under ")
     assert table["general"]["quality"]["odd"]["error"] == "tasks.odd: 'q' is undefined; the columns are other"
+
     before = models_of(read(finished, "table"))
     assert table["dense"]["quality"]["sort"] == before["dense"]["quality"]["sort"]
     assert table["sort"]["quality"]["logic"] == before["sort"]["quality"]["logic"]
@@ -345,16 +363,19 @@ def test_the_papers_recipe_runs_on_a_real_model_and_local_files(cluster, tmp_pat
     listed = ", ".join(f"{{name: {name}, {more}}}" for name, more in local.items())
     small = ["corpus.samples=24", "evaluation.samples=6", "corpus.sequence_length=128", "pruning.ratio=0.5"]
     override = [f"model.source={DATA / 'models' / 'stories260k'}", f"tasks=[{listed}]", *small]
+
     assert main(arguments(tmp_path, "study=paper", *override)) == 0
     results = read(tmp_path, "paper", run="run-paper")
     rows = rows_of(results)
     tables = {row["table"] for row in rows}
+
     assert {"accuracy, Llama-2-7B", "allocation, Llama-2-13B", "speed, Llama-2-7B"} == tables
     for ours, paper, difference in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
         assert (ours["whose"], paper["whose"], difference["whose"]) == ("ours", "paper", "difference")
         if ours["piqa"] is not None:
             assert difference["piqa"] == pytest.approx(ours["piqa"] - paper["piqa"])
     models = models_of(results)
+
     assert models["dense"]["quality"]["wikitext2"]["metric"] == "window_perplexity"
     assert results["tasks"]["piqa"] == {
         "metric": "acc_norm",

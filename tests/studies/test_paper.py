@@ -75,6 +75,7 @@ def test_ours_stand_beside_the_papers_with_the_difference():
         for row in (dict(zip(PaperRow.columns(), r.to_json(), strict=True)) for r in rows)
     }
     ours, theirs, gap = (by["accuracy, Llama-2-7B", "SEAP (s_F)", whose] for whose in ("ours", "paper", "difference"))
+
     assert ours["piqa"] == pytest.approx(60) and theirs["piqa"] == 78.07 and gap["piqa"] == pytest.approx(60 - 78.07)
     assert ours["stderr"] == pytest.approx(100 * 0.01 / 7**0.5) and theirs["average"] == pytest.approx(65.46, abs=0.005)
     assert by["allocation, Llama-2-13B", "SEAP-gen LB", "paper"]["average"] == 60.89
@@ -96,7 +97,9 @@ def test_an_average_needs_every_task_and_the_perplexity_stands_beside_it():
     whole = model("dense", None, 0.7)
     whole.quality["wikitext2"] = QualityCell("window_perplexity", 12.5, 0.1, n=9)
     row = dict(zip(PaperRow.columns(), paper.compare(Config(), [whole])[0].to_json(), strict=True))
+
     assert row["average"] == pytest.approx(70) and row["wikitext2 perplexity"] == 12.5
     del whole.quality["piqa"]
     row = dict(zip(PaperRow.columns(), paper.compare(Config(), [whole])[0].to_json(), strict=True))
+
     assert row["average"] is None and row["piqa"] is None and row["boolq"] == pytest.approx(70)

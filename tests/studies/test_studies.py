@@ -35,10 +35,12 @@ def test_reconstruction_is_not_studied_where_its_scores_would_not_count(allocati
     own = load_config(
         [f"pruning.allocation.kind={allocation}", "pruning.baselines={}", "study=reconstruction", *MOMENTS]
     )
+
     with pytest.raises(
         ConfigError, match=f"pruning.allocation.kind: .*{allocation} does not .* uniform, logistic, global"
     ):
         check(own)
+
     check(load_config(["pruning.allocation.kind=global", "study=reconstruction"]))
 
 
@@ -76,6 +78,7 @@ def test_the_spread_is_over_seeds_and_the_mean_over_tasks_that_have_the_largest_
     by_key = {(0.5, Draw("sort", size, seed)): evaluated(value) for size in (50, 100) for seed, value in values.items()}
     by_key |= {(0.5, Draw("logic", 50, seed)): evaluated(0.0) for seed in range(3)}  # has no 100
     rows = [row.to_json() for row in _rows(by_key)]
+
     assert [row[:3] for row in rows] == [[0.5, 50, 1], [0.5, 100, 1]]
     for row in rows:
         assert row[3:] == pytest.approx([0.6, 0.1, 0.01])
@@ -89,9 +92,11 @@ def test_a_share_is_as_near_as_its_order_allows_and_never_empty(tokens, share, s
     shards = shards_of([1] * len(tokens), tokens)
     drawn = _share(shards, share, seed)
     wanted, n = share * sum(tokens), sum(shard.n_tokens for shard in drawn)
+
     assert drawn and len({shard.shard for shard in drawn}) == len(drawn)
     without_last = n - drawn[-1].n_tokens
     assert len(drawn) == 1 or abs(n - wanted) <= abs(without_last - wanted)
+
     rest = [shard.n_tokens for shard in shards if shard not in drawn]
     assert not rest or abs(n - wanted) <= abs(n + max(rest) - wanted)
     assert _share(shards, 1, seed) and set(_share(shards, 1, seed)) == set(shards)
@@ -144,6 +149,7 @@ def test_a_method_of_which_one_model_could_not_be_planned_has_no_sizes():
     whole = {**common, **sizes, "task": "sort", "name": "m.sort", "quality": {"sort": cell}}
     lost = {**common, **dict.fromkeys(sizes), "task": "logic", "name": "m.logic", "quality": {"logic": {"error": "no"}}}
     (summary,) = own_tasks([whole, lost])
+
     assert [summary[key] for key in sizes] == [None] * 4 and summary["quality"]["logic"] == {"error": "no"}
     (summary,) = own_tasks([whole, {**whole, "task": "logic", "parameters": 13}])
     assert summary["parameters"] == 12 and "speed" not in summary
