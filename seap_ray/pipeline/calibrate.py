@@ -64,8 +64,8 @@ class Calibrator:
                 for shard in shards:
                     self.records.mark_attempt(shard)
                 self._measure(shards)
-            # An error ends the attempt, but not the process, so it does not count either.
             finally:
+                # An error ends the attempt, but not the process, so it does not count either.
                 for shard in shards:
                     self.records.clear_attempts(shard)
 
@@ -101,8 +101,8 @@ class Calibrator:
         # ``block`` has moments alone, and so has a layer whose covariances are left to another pass.
         covariances = {key: part for key, part in recorded.items() if isinstance(part, Covariance)}
         for layer in sorted({layer for layer, _ in covariances}):
-            of_layer = {site: covariances[layer, site] for site in SITES}
-            save_covariances(self.records.path(shard), layer, of_layer, fingerprint=self.records.key(shard))
+            by_site = {site: covariances[layer, site] for site in SITES}
+            save_covariances(self.records.path(shard), layer, by_site, fingerprint=self.records.key(shard))
 
 
 def _row_of(group: list[Shard]) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def calibrate(
 
     # A task whose statistics are whole needs no records any more, even where they were removed.
     unmerged = find_unmerged(statistics)
-    shards = [shard for one in unmerged for shard in one.shards]
+    shards = [shard for task_statistics in unmerged for shard in task_statistics.shards]
     make_records(config, records, shards, progress, n_merged=len(unmerged))
     merge_all(unmerged, checkpoint)
     return {manifest.task: run.statistics(manifest.task) for manifest in manifests}
@@ -158,6 +158,7 @@ def make_records(
     Raises ConfigError where no node could work on the covariances, IncompleteError where they do not fit the disk.
     """
     missing = records.missing(shards)
+
     # Before the model runs: what cannot be merged or stored is refused while it has cost nothing.
     if records.calibration.covariance:
         check_memory(records.architecture)
@@ -185,6 +186,7 @@ def check_memory(architecture: Architecture) -> None:
 def check_disk(run: Run, architecture: Architecture, *, n_files: int) -> None:
     """Raise IncompleteError when the covariances will not fit the disk: a triangle for each shard and task to come."""
     needed = n_files * covariance_files_bytes(architecture)
+
     # A disk is asked by a path that exists.
     run.root.mkdir(parents=True, exist_ok=True)
     free = run.root.free_bytes()
@@ -201,6 +203,7 @@ def _measure_all(config: Config, records: ShardRecords, missing: list[Shard]) ->
     """Yield the tokens of each group of shards as their records are done."""
     settings = config.calibration
     workers = n_workers(config, len(missing))
+
     context = DataContext.get_current()
     # A large model's first shard may take longer than Ray Data's 30 minutes without progress.
     context.execution_no_progress_timeout_s = -1
@@ -257,8 +260,8 @@ def n_workers(config: Config, n_shards: int) -> int:
     if room < wanted:
         total = ray.cluster_resources()
         raise ConfigError(
-            f"calibration.workers: the nodes have room for {room} of {wanted} with {settings.num_cpus} CPUs and "
-            f"{settings.num_gpus:g} GPUs each; the cluster has {total.get('CPU', 0):g} CPUs and "
+            f"calibration.workers: the nodes have room for {room} of {wanted} workers with {settings.num_cpus} CPUs "
+            f"and {settings.num_gpus:g} GPUs each; the cluster has {total.get('CPU', 0):g} CPUs and "
             f"{total.get('GPU', 0):g} GPUs"
         )
 

@@ -75,8 +75,9 @@ class TaskStatistics:
 def find_unmerged(statistics: Sequence[TaskStatistics]) -> list[TaskStatistics]:
     """Return those that are not there, not of these shards, or damaged. A Ray task for each reads its files."""
     check = work_task(_is_whole)
-    checks = [check.remote(one) for one in statistics]
-    return [one for one, is_whole in zip(statistics, ray.get(checks), strict=True) if not is_whole]
+    checks = [check.remote(task_statistics) for task_statistics in statistics]
+    answers = zip(statistics, ray.get(checks), strict=True)
+    return [task_statistics for task_statistics, is_whole in answers if not is_whole]
 
 
 def _is_whole(statistics: TaskStatistics) -> bool:
@@ -90,13 +91,16 @@ def merge_all(statistics: Sequence[TaskStatistics], checkpoint: Checkpoint) -> N
     Raises IncompleteError when records are missing, DataError when a token is.
     """
     merge = work_task(merge_moments)
-    ray.get([merge.remote(one) for one in statistics])
+    ray.get([merge.remote(task_statistics) for task_statistics in statistics])
 
     # A matrix of a large layer is GBs: such a task states its memory, so that Ray starts no more than fit a node.
-    with_covariances = [one for one in statistics if one.records.calibration.covariance]
     merge_layer = work_task(merge_covariances, memory=task_memory(checkpoint.architecture))
     layers = range(checkpoint.architecture.n_layers)
-    ray.get([merge_layer.remote(one, checkpoint, layer) for one in with_covariances for layer in layers])
+    pending = []
+    for task_statistics in statistics:
+        if task_statistics.records.calibration.covariance:
+            pending += [merge_layer.remote(task_statistics, checkpoint, layer) for layer in layers]
+    ray.get(pending)
 
 
 # --- moments ---------------------------------------------------------------------------------------------------------

@@ -389,7 +389,7 @@ def corpus(path: Path, rows: list[dict]) -> str:
         ("pruning.ratio=1.5", 2, "pruning.ratio.0: Input should be less than 1"),
         ("pruning.ratio=0.99", 2, "pruning.ratio: 0.99 is beyond"),
         ("model.source=./nowhere", 2, "model.source: ./nowhere is not a folder with a model"),
-        ("calibration.num_cpus=4096", 2, "nodes have room for 0 of 1 with 4096 CPUs"),
+        ("calibration.num_cpus=4096", 2, "nodes have room for 0 of 1 workers with 4096 CPUs"),
         ("tasks=[{name: boolq, path: ./nowhere}]", 3, "tasks.boolq: no file of split 'train' under"),
     ],
 )

@@ -94,7 +94,9 @@ def test_workers_are_counted_node_by_node(cluster_of, monkeypatch):
     cluster_of(*(node(str(i), CPU=8, GPU=1) for i in range(4)), node(alive=False, CPU=8, GPU=8))
     monkeypatch.setattr(placement.ray, "cluster_resources", lambda: {"CPU": 32, "GPU": 4})
     assert n_workers(config_of(num_gpus=1), 99) == 4 and n_workers(config_of(num_gpus=0.5), 3) == 3
-    with pytest.raises(ConfigError, match="nodes have room for 0 of 1 with 1 CPUs and 4 GPUs each; the cluster has "):
+    with pytest.raises(
+        ConfigError, match="nodes have room for 0 of 1 workers with 1 CPUs and 4 GPUs each; the cluster has "
+    ):
         n_workers(config_of(num_gpus=4), 99)
 
 
