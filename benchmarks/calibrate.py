@@ -91,6 +91,7 @@ def _overhead_rows(config: LlamaConfig, dtype: torch.dtype, rounds: int) -> Iter
     decoder = model.get_decoder()
     sequences = random_sequences(config.vocab_size)
     lengths = [len(sequence) for sequence in sequences]
+    # Rows of one sequence each, of similar lengths: what packing is compared with.
     bucketed: list[list[Sequences]] = []
     for group in group_by_length(lengths, BATCH_TOKENS):
         bucketed.append([[sequences[i]] for i in group])
@@ -102,6 +103,7 @@ def _overhead_rows(config: LlamaConfig, dtype: torch.dtype, rounds: int) -> Iter
             batch = Batch.of(batch_rows, False, model.device)
             decoder(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False)
 
+    # "bare" computes the batches that "ours" computes, so that they differ by the statistics alone.
     timings = alternate(
         {
             "bare": partial(forward, make_batches(decoder, sequences, BATCH_TOKENS)),
@@ -116,6 +118,7 @@ def _overhead_rows(config: LlamaConfig, dtype: torch.dtype, rounds: int) -> Iter
 
 
 def _timing_rows(name: str, timings: Rounds, n_tokens: int) -> Iterator[Row]:
+    # Seconds of all tokens, as milliseconds of a thousand.
     ms_per_thousand = 1e6 / n_tokens
     bare_ms = timings.median("bare") * ms_per_thousand
     yield Row.of(
@@ -131,6 +134,7 @@ def _timing_rows(name: str, timings: Rounds, n_tokens: int) -> Iterator[Row]:
         why="the sums pass over every activation in float64, and the faster the products of a model, and the narrower "
         "it is, the less the forward hides them; a fused kernel that converts as it adds would close it",
     )
+
     yield Row.of(
         SUITE,
         f"forward of packed rows over length buckets, {name}",
@@ -145,6 +149,7 @@ def random_sequences(vocabulary: int) -> Sequences:
     """Return sequences whose lengths are spread like those of short questions: median 60 tokens, a tail to hundreds."""
     random = Random(0)
     generator = torch.Generator().manual_seed(0)
+    # exp(4.1) is 60, the median.
     lengths = [min(1024, max(8, int(random.lognormvariate(4.1, 0.6)))) for _ in range(N_SEQUENCES)]
     return [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
@@ -159,9 +164,11 @@ def _padding_row() -> Row:
         buckets: list[list[list[int]]] = []
         for group in group_by_length(lengths, BATCH_TOKENS):
             buckets.append([[i] for i in group])
+        # A job packs; buckets of one sequence a row are what it is compared with.
         packed.append(_padding_share(lengths, pack_sequences(lengths, BATCH_TOKENS)))
         bucketed.append(_padding_share(lengths, buckets))
 
+    # The worst skill counts for both.
     return Row.of(
         SUITE,
         "padding, the most of six corpora",
@@ -198,6 +205,7 @@ def _official_rows(checkout: Path, rounds: int) -> Iterator[Row]:
     """Yield their loop and ours, from texts to a file of statistics, on the demo's model and on a larger one."""
     demo = Checkpoint.open("demo").folder
     with tempfile.TemporaryDirectory() as temporary:
+        # The demo is so small that it says little of a real model.
         larger = Path(temporary) / "larger"
         load_tokenizer(demo).save_pretrained(larger)
         torch.manual_seed(0)
@@ -226,6 +234,8 @@ def _official_row(name: str, checkout: Path, source: Path, folder: Path, rounds:
         timings = alternate(
             {"official": official, "ours": ours}, rounds, now=lambda: time.process_time() + cpu_seconds()
         )
+
+    # Tokens are counted without padding, for both.
     n_tokens = sum(map(len, tokenizer(texts)["input_ids"]))
     return Row.of(
         SUITE,

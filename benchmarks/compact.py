@@ -36,6 +36,7 @@ def rows(config: Config) -> Iterator[Row]:
     settings = config.benchmarks
     connect()
     with tempfile.TemporaryDirectory() as folder:
+        # A few layers of full width: files of some gigabytes.
         shape = LlamaConfig.from_dict({**SHAPES[settings.shape].to_dict(), "num_hidden_layers": LAYERS})
         source = sparse_checkpoint(Path(folder) / "base", shape)
         pruning, checkpoint, run = large_run(source, Path(folder), export={"max_shard_size": "300MB"})
@@ -56,6 +57,7 @@ def rows(config: Config) -> Iterator[Row]:
             if is_synced:
                 _sync(copies)
 
+        # The first writing is watched and not timed; its files are those that are copied.
         with _peak_of_processes() as peak:
             write()
         Path(str(experts)).rename(kept)
@@ -67,6 +69,7 @@ def rows(config: Config) -> Iterator[Row]:
             shutil.rmtree(copies, ignore_errors=True)
             os.sync()  # what a turn has left to the kernel is not the next one's
 
+        # Each to the page cache and to the disk.
         contestants: dict[str, Callable[[], object]] = {
             "copy": copy,
             "write": write,

@@ -435,6 +435,7 @@ def main() -> None:
     for hidden_size in BATCH_TOKENS_BY_HIDDEN_SIZE:
         with tempfile.TemporaryDirectory() as folder:
             report[f"hidden size {hidden_size}"] = compare(hidden_size, machine, Path(folder))
+
     model = ModelSize.from_config({**LLAMA_3_70B.to_dict(), "dtype": "bfloat16"})
     for gpus in (1, 8, 64):
         report[f"70B, GPUs: {gpus}"] = predict_on_gpus(model, machine, gpus)

@@ -41,20 +41,24 @@ OUTPUT_MODULES: dict[Site, str] = {"attn": "self_attn.o_proj", "mlp": "mlp.down_
 
 def main(tokens: int) -> None:
     """Measure every step, and print seconds and gigabytes as JSON."""
+    # Two threads of one core would share its units for products.
     torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
     torch.manual_seed(0)
     model = LlamaModel(SHAPE).eval()
     report = {"threads": torch.get_num_threads(), "tokens": tokens, **_recording_times(model, tokens)}
     covariances = _record(model, tokens)
+
     with tempfile.TemporaryDirectory() as folder:
         path = LocalPath(folder) / "statistics.safetensors"
         moments: dict[tuple[int, Site], Moments] = {(0, site): covariances[site] for site in SITES}
         save_moments(path, moments)
         report |= _timed("write", lambda: save_covariances(path, 0, covariances))
+        # Covariances lie in files beside the moments.
         report["bytes"] = sum(file.stat().st_size for file in path.with_suffix(".covariances").iterdir())
         for site, module in OUTPUT_MODULES.items():
             weight_OD = model.layers[0].get_submodule(module).weight.detach()
             report |= _site_times(path, site, weight_OD)
+
     print(json.dumps(report, indent=2))
 
 
@@ -63,7 +67,9 @@ def _site_times(path: StoragePath, site: Site, weight_OD: Tensor) -> dict[str, A
     read: list[Covariance] = []
     times = _timed(f"{site} read", lambda: read.append(load_covariance(path, (0, site))))
     covariance = read[0]
+    # Every second column: which ones does not matter for the time.
     kept_S = torch.arange(0, weight_OD.shape[1], 2)
+    # Attention loses whole heads, an MLP single channels.
     block = HEAD_DIM if site == "attn" else 1
     times |= _timed(f"{site} least squares", lambda: least_squares(covariance, weight_OD, kept_S, ridge=RIDGE))
     times |= _timed(f"{site} ridge", lambda: choose_ridge(covariance, covariance, weight_OD))
@@ -81,6 +87,7 @@ def _recording_times(model: LlamaModel, tokens: int) -> dict[str, Any]:
     ids_BT = _random_ids(tokens)
     seconds: dict[str, list[float]] = {"bare": [], "moments": [], "covariance": []}
     for _ in range(ROUNDS):
+        # In turns, so that what slows the machine slows all.
         for name, layers in (("bare", None), ("moments", ()), ("covariance", (0,))):
             started = time.perf_counter()
             if layers is None:

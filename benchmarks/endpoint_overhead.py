@@ -53,6 +53,7 @@ def main(arguments: list[str]) -> None:
     """Start the service, measure, print the results as JSON, and stop the service."""
     config = load_config([*SETTINGS, *arguments])
     task = (config.serve.experts or [config.tasks[0].name])[0]
+    # One expert and the general model, whatever the config serves.
     config = config.model_copy(update={"serve": config.serve.model_copy(update={"experts": (task,)})})
     run = Run.of(config)
     manifest = Manifest.read(run.shards(task))
@@ -60,11 +61,13 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"{run.root}: {task} has no shards; make the run first")
     prompts = manifest.read_prompts(run)
 
+    # Before the service is prepared, which reads it.
     os.environ["SEAP_API_KEYS"] = KEY
     service = prepare(config)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     close_environment()
     connect("local")
+    # The same steps as in a deployment, but this process goes on.
     groups, _ = engine_groups(config, service.experts)
     serve.start(http_options={"port": config.serve.port})
     target = serve.RunTarget(application(config, service, groups), name=NAME)
@@ -116,8 +119,10 @@ def chat_body(model: str, prompt: str, n_tokens: int, **more: Any) -> dict[str, 
 async def routing(http: aiohttp.ClientSession, task: str, prompts: list[str]) -> dict[str, Any]:
     """Return the milliseconds of a request of one token, one at a time, in pairs whose order alternates."""
     taken_ms: dict[str, list[float]] = {"auto": [], task: []}
+    # Pairs below 0 warm up.
     for i in range(-WARM_UPS, PAIRS):
         prompt = prompts[i % len(prompts)]
+        # Who comes first alternates, so that neither always finds a warm cache.
         for model in (("auto", task), (task, "auto"))[i % 2]:
             started = time.perf_counter()
             async with http.post("/v1/chat/completions", json=chat_body(model, prompt, 1)) as reply:
@@ -177,6 +182,7 @@ async def throughput(http: aiohttp.ClientSession, task: str, prompts: list[str],
 
 async def _rate(send: Callable[[str, int], Awaitable[None]], prompts: list[str]) -> float:
     """Return the tokens per second that all clients together receive."""
+    # The same lengths in every round.
     lengths = [random.Random(i).randint(*TOKENS) for i in range(REQUESTS)]
     waiting = iter([(prompts[i % len(prompts)], length) for i, length in enumerate(lengths)])
 

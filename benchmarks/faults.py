@@ -77,6 +77,7 @@ class Machines:
 
     def __post_init__(self) -> None:
         with _environment(DEFAULT_ENVIRONMENT | self.environment):
+            # The head does no work, so that a fault of a node is never one of the head.
             self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
             with _environment(self.one_node_environment):
                 first = self.cluster.add_node(num_cpus=1)
@@ -158,6 +159,7 @@ def pause_node(machines: Machines, _job: subprocess.Popen, draw: random.Random) 
     for process in processes:
         with suppress(psutil.Error):
             process.suspend()
+
     time.sleep(seconds)
     for process in processes:
         with suppress(psutil.Error):
@@ -233,11 +235,13 @@ def _damage_random_file(storage: Path, draw: random.Random) -> None:
     if not files:
         return
     path = draw.choice(files)
+    # Half of the faults are a torn file, half a flipped bit.
     content = bytearray(path.read_bytes())
     if draw.random() < 0.5:
         content = content[: len(content) // 2]
     else:
         content[draw.randrange(len(content))] ^= 1
+
     path.write_bytes(content)
     print(f"  damaged {path.relative_to(storage)}", file=sys.stderr)
 
@@ -259,6 +263,7 @@ def main(runs: int, seed: int, kinds: Sequence[str]) -> None:
         started = time.monotonic()
         reference_exit = _exit_code(machines.start(Path(folder) / "reference"))
         usual_s = time.monotonic() - started
+        # Every run has a cluster of its own.
         machines.stop()
         assert reference_exit == 0, "the job fails without any fault"
         reference = _hashes(Path(folder) / "reference")
@@ -270,6 +275,7 @@ def main(runs: int, seed: int, kinds: Sequence[str]) -> None:
             result = _run_with_fault(Path(folder) / str(number), number, kind, usual_s, reference)
             print(json.dumps(result), file=sys.stderr, flush=True)
             results.append(result)
+
     summary = {kind: _summary(results, kind) for kind in kinds}
     print(json.dumps({"seconds without a fault": round(usual_s, 1), "faults": summary}, indent=2))
 
@@ -289,11 +295,13 @@ def _run_with_fault(storage: Path, number: int, kind: str, usual_s: float, refer
     """Run the job under one fault until it ends well, and compare what it wrote."""
     draw = random.Random(number)
     machines = Machines(ENVIRONMENTS.get(kind, {}), ONE_NODE_ENVIRONMENTS.get(kind, {}))
+    # Never at the very begin or end, where there is little to fail.
     moment_s = draw.uniform(0.05, 0.95) * usual_s
     exits: list[int | str] = []
     if kind == "full":
         storage.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={draw.randint(100, 140)}m", "tmpfs", storage], check=True)
+
     try:
         job = machines.start(storage)
         time.sleep(moment_s)
@@ -302,6 +310,7 @@ def _run_with_fault(storage: Path, number: int, kind: str, usual_s: float, refer
         stderr = storage.with_suffix(".stderr").read_text()
         if kind in REPAIRS:
             REPAIRS[kind](storage, draw)
+        # As a user would: the same command again.
         while exits[-1] != 0 and len(exits) < MAX_COMMANDS:
             if kind == "head":
                 machines.stop()
@@ -313,7 +322,9 @@ def _run_with_fault(storage: Path, number: int, kind: str, usual_s: float, refer
     hashes = _hashes(storage)
     if kind == "full":
         subprocess.run(["umount", "--lazy", storage], check=True)
+    # By folder: statistics, plans, experts.
     different = Counter(path.split("/")[0] for path in reference if hashes.get(path) != reference[path])
+
     return {
         "run": number,
         "fault": kind,

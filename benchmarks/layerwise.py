@@ -30,6 +30,7 @@ MEMORY_BUDGET = 1 << 40
 
 def main(shape: str, tokens: int) -> None:
     """Record one shard, and print sizes, times and peak memory as JSON."""
+    # Two threads of one core would share its units for products.
     torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
     config = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
@@ -39,10 +40,12 @@ def main(shape: str, tokens: int) -> None:
         n_sequences = -(-tokens // SEQUENCE)
         sequences = torch.randint(config.vocab_size, (n_sequences, SEQUENCE)).tolist()
         with peak_memory() as peak:
+            # A model of one shard yields once a layer.
             ends = [time.perf_counter()]
             for _ in model.record({"shard": sequences}, batch_tokens=BATCH_SEQUENCES * SEQUENCE):
                 ends.append(time.perf_counter())
                 print(f"layer {len(ends) - 2}: {ends[-1] - ends[-2]:.1f} s", file=sys.stderr)
+
     print(json.dumps({**_sizes(config, n_sequences * SEQUENCE), **_times(ends), "peak": peak[0]}, indent=2))
 
 
@@ -57,6 +60,7 @@ def _sizes(config: LlamaConfig, tokens: int) -> dict[str, Any]:
     norms = 2 * hidden
     layer = BFLOAT16_BYTES * (attention + mlp + norms)
     embeddings = BFLOAT16_BYTES * config.vocab_size * hidden
+
     return {
         "tokens": tokens,
         "layers": config.num_hidden_layers,

@@ -41,5 +41,6 @@ def answer(llm: Any, load: Load, vocabulary: int) -> None:
     generator = torch.Generator().manual_seed(0)
     # The first ids are special tokens in most vocabularies.
     ids = torch.randint(3, vocabulary, (load.requests, load.prompt), generator=generator)
+    # The length is fixed: no end of text, and no text at all.
     sampling = SamplingParams(max_tokens=load.reply, temperature=0, ignore_eos=True, detokenize=False)
     llm.generate([{"prompt_token_ids": prompt} for prompt in ids.tolist()], sampling, use_tqdm=False)

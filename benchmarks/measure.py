@@ -65,6 +65,7 @@ class Row:
 
         ``why`` is left out where the target is met, and ``command`` where the job adds it.
         """
+        # Ratios within a round: what slows the machine for some seconds slows both.
         ratio = median(ratios) if ratios else None
         spread = (min(ratios), max(ratios)) if ratios else None
         met = is_met(target, ratio=ratio, ours=ours) if target else None
@@ -147,6 +148,7 @@ def alternate(
             started = now()
             contestants[name]()
             seconds[name][turn] = now() - started
+
     return Rounds(seconds)
 
 
@@ -167,6 +169,7 @@ def machine() -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
+    # Linux has a line "model name : ..." for every core.
     from_model_name = Path("/proc/cpuinfo").read_text().partition("model name")[2]
     return from_model_name.partition(":")[2].partition("\n")[0].strip() or platform.processor()
 

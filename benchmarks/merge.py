@@ -52,6 +52,7 @@ def rows(config: Config) -> Iterator[Row]:
             for path in paths:
                 path.read_bytes()
 
+        # The first merge is watched and not timed.
         with peak_memory() as peak:
             merge()
         timings = alternate({"read": read, "merge": merge}, settings.rounds)
@@ -68,6 +69,7 @@ def rows(config: Config) -> Iterator[Row]:
         limit=memory_bandwidth() / 1e9,
         limit_name="memory bandwidth",
     )
+
     yield Row.of(
         SUITE,
         f"memory for {name}",
@@ -88,6 +90,7 @@ def _write_records(run: Run, architecture: Architecture, n_records: int) -> Task
     paths = [records.path(shard) for shard in shards]
     for i, path in enumerate(paths[:DISTINCT]):
         save_moments(path, random_statistics(architecture, seed=i))
+    # A link is read like a file of its own, and takes no disk.
     for i, path in enumerate(paths[DISTINCT:]):
         os.link(paths[i % DISTINCT], path)
     return TaskStatistics(records, shards, run.statistics(TASK))
@@ -97,6 +100,7 @@ def random_statistics(architecture: Architecture, seed: int = 0) -> Statistics:
     """Return random moments of 1,000 tokens at every site of a dense model."""
     generator = torch.Generator().manual_seed(seed)
     attn, mlp = architecture.widths
+    # The cosine of a layer is one column.
     widths = {"attn": attn, "mlp": mlp, "block": 1}
     statistics: dict[tuple[int, Site], Moments] = {}
     for layer, site in sites_of(architecture, RECORDED):

@@ -25,10 +25,12 @@ def main(checkout: str, model: str, texts: str, out: str) -> None:
     activations = import_module("src.activations")
     model_utils = import_module("src.model_utils")
 
+    # On the CPU, as the suite measures both.
     loaded, tokenizer = model_utils.load_model_and_tokenizer(model, "cpu")
     manager = activations.ActivationHookManager()
     manager.register_activation_hooks(loaded)
     prompts = json.loads(Path(texts).read_text())
+
     for _ in sys.stdin:
         # Standard output is for the answers alone.
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):

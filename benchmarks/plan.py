@@ -42,15 +42,18 @@ def rows(config: Config) -> Iterator[Row]:
             planner = planner_of(pruning, checkpoint, run)
             planner.plan(next(spec for spec in model_specs(pruning) if spec.task), RATIO)
 
+        # Once alone: a second time the weights would be in the page cache.
         first_seconds = alternate({"first": first}, 1, warm_up=False).median("first")
         timings = alternate({"again": again}, settings.rounds)
         statistics_bytes = sum(run.statistics(name).stat().st_size for name in (TASK, "weight_norms"))
 
     architecture = checkpoint.architecture
     columns = architecture.n_layers * sum(architecture.widths)
+    # Norms are of the two output modules of every layer.
     weight_bytes = BFLOAT16_BYTES * architecture.hidden_size * columns
     shape = settings.shape.upper()
     bandwidth = memory_bandwidth()
+
     yield Row.of(
         SUITE,
         f"first plan of {shape} shape, with norms of {weight_bytes / 1e9:.1f} GB of weights",
@@ -59,6 +62,7 @@ def rows(config: Config) -> Iterator[Row]:
         limit=weight_bytes / bandwidth,
         limit_name="weights at memory bandwidth",
     )
+
     yield Row.of(
         SUITE,
         f"a plan of {shape} shape at another ratio",

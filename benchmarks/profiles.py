@@ -35,6 +35,7 @@ def calibrate(dtype: str = "float32") -> None:
     torch.set_num_threads(1)
     model = LlamaForCausalLM(MODELS[512]).eval().to(getattr(torch, dtype))
     sequences = random_sequences(VOCABULARY)
+    # The first run allocates and is not profiled.
     record(model, sequences, batch_tokens=BATCH_TOKENS)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(ROUNDS):
@@ -56,6 +57,7 @@ def compact() -> None:
         kept = tuple(_random_half(base, seed=layer) for layer in range(LAYERS))
         plan = Plan("expert", 0.5, COMPENSATIONS["mean"], kept, {})
         export = CheckpointExport(base, plan, random_statistics(base.architecture))
+        # The first round reads the sparse file, the others its pages.
         for i in range(ROUNDS):
             out = Path(folder) / str(i)
             out.mkdir()

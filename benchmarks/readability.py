@@ -178,6 +178,7 @@ def line_shares(sources: list[Source]) -> tuple[float, float, float]:
             inside.update(_lines(function))
         n_inside += len(inside)
         n_blank += sum(not source.lines[number - 1].strip() for number in inside)
+
     return share(n_blank, n_inside), share(n_comments, n_lines), share(n_long, n_lines)
 
 
@@ -191,6 +192,7 @@ def docstring_shares(sources: list[Source]) -> tuple[float, float]:
             documented.append(has_docstring)
             if not node.name.startswith("_"):
                 public.append(has_docstring)
+
     return _share_true(documented), _share_true(public)
 
 

@@ -62,6 +62,7 @@ def rows(config: Config) -> Iterator[Row]:
         settings = _settings(Path(folder), base)
         run_python([str(JOBS / "prune.py"), *settings])
         run = Run.of(load_config(settings))
+        # One expert is served beside the general model; the other task is what the router tells it from.
         task = TASKS[0]
         expert = Path(str(run.expert(RATIO, task)))
         prompts = _prompts(task)
@@ -72,6 +73,7 @@ def rows(config: Config) -> Iterator[Row]:
         }
 
         yield _router_row(Router.load(run.router), prompts)
+        # In our service an expert has its task's name, in vLLM's own server the folder's.
         named = {"expert": str(expert), "ours": task, "auto": "auto"}
         first = _latencies(urls, prompts, named, 1, TOKEN_ROUNDS)
         yield from _first_rows(first)
@@ -103,6 +105,7 @@ def _first_rows(first: Rounds) -> Iterator[Row]:
             unit="ms",
             ratios=first.ratios(name, baseline),
         )
+
     added = _added_ms(first, "ours")
     yield Row.of(SUITE, "added by the router, median of pairs", ours=median(added), unit="ms", target="ours <= 2")
     yield Row.of(SUITE, "added by the router, standard error", ours=_standard_error(added), unit="ms")
@@ -135,7 +138,9 @@ def _reply_rows(first: Rounds, whole: Rounds) -> Iterator[Row]:
         limit=TOKENS / whole.median("expert"),
         limit_name="the expert in vLLM's own server",
     )
+    # What the cut saves in every token of a reply.
     saved_ms = 1e3 * (whole.median("dense") - whole.median("expert")) / TOKENS
+
     yield Row.of(
         SUITE,
         "tokens after which the expert has earned what endpoint and router add",
@@ -152,6 +157,7 @@ def _crowd_rows(
     for name, model in models.items():
         contestants[name] = partial(_send_crowd, _url(urls, name), model, prompts)
     timings = alternate(contestants, config.benchmarks.rounds)
+
     for baseline, compared in (("dense", "the dense model"), ("expert", "the same expert")):
         yield Row.of(
             SUITE,
@@ -208,6 +214,7 @@ def _send_crowd(url: str, model: str, prompts: list[str]) -> None:
     async def ask_all() -> None:
         """Run all clients at the same time."""
         async with httpx.AsyncClient(base_url=url, headers=_headers(), timeout=300) as http:
+            # All clients take from one iterator, so that none is idle while requests are left.
             waiting = itertools.islice(itertools.cycle(prompts), REQUESTS)
             await asyncio.gather(*(ask(http, waiting) for _ in range(CLIENTS)))
 
@@ -256,6 +263,7 @@ def _settings(folder: Path, base: Path) -> list[str]:
         "tasks": TASKS,
         "corpus.samples": 200,
         "calibration.statistics": "moments",
+        # What can be made of moments; covariances would take longer than the rest.
         "pruning.score": "wifv",
         "pruning.compensation": "mean",
         "pruning.ratio": RATIO,
@@ -264,6 +272,7 @@ def _settings(folder: Path, base: Path) -> list[str]:
         "serve.experts": TASKS[:1],
         "serve.packing": "separate",
         "serve.num_cpus": 1,
+        # The router never falls back to the general model.
         "serve.router.threshold": 0,
         "serve.engine.enable_prefix_caching": False,
         "serve.engine.kv_cache_memory_bytes": KV_CACHE_BYTES,
@@ -303,6 +312,7 @@ def _running(command: list[str], port: int, ready_path: str) -> Iterator[str]:
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, cwd=JOBS.parent, env=_environment(), stdout=log, stderr=log)
         try:
+            # It may end before it is ready, or never be.
             while not _is_ready(f"{url}{ready_path}"):
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
@@ -327,5 +337,6 @@ def _is_ready(url: str) -> bool:
 
 def _free_port() -> int:
     with socket.socket() as probe:
+        # The system chooses; the port is free again when the socket is closed.
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

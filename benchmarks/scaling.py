@@ -74,7 +74,9 @@ class Sleeper(Calibrator):
 def main(n_shards: int, seconds: float) -> None:
     """Measure every number of workers on one cluster, and print the results as JSON."""
     os.environ |= {SLEEP_VARIABLE: str(seconds), "RAY_worker_niceness": "0"}
+    # The pipeline finds the class by its name in the module.
     calibrate.Calibrator = Sleeper  # type: ignore[misc]
+    # The head does no work, as on a cluster of machines.
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for _ in range(max(WORKERS)):
         cluster.add_node(num_cpus=1)
@@ -92,6 +94,7 @@ def main(n_shards: int, seconds: float) -> None:
     finally:
         ray.shutdown()
         cluster.shutdown()
+
     print(json.dumps(report, indent=2))
 
 
@@ -109,6 +112,7 @@ def _measure(folder: Path, n_shards: int, seconds: float, workers: int, tokens: 
     # Files say when the last worker came, and when the last record was there.
     started = max(path.stat().st_mtime for path in Path(str(run.root)).glob("worker-*"))
     ended = max(path.stat().st_mtime for path in Path(str(run.records(TASK))).glob("*.safetensors"))
+    # Rounds of all workers, the last one perhaps not full.
     ideal = -(-n_shards // workers) * seconds
     return {"seconds": ended - started, "efficiency": ideal / (ended - started), "driver's CPU seconds": driver}
 
@@ -119,6 +123,7 @@ def _cpu_seconds() -> float:
 
 def _write_shard(run: Run, number: int, tokens: int) -> Shard:
     """Write a shard of one sequence."""
+    # The hash is known once the file is written.
     shard = Shard(TASK, f"{number:05d}", 1, tokens, "")
     path = Path(str(shard.path(run)))
     path.parent.mkdir(parents=True, exist_ok=True)

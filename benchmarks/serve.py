@@ -71,6 +71,7 @@ def measure_loads(rounds: int) -> list[Row]:
         models = {DENSE: base}
         for ratio, kind, align in CUTS:
             models[f"{ratio:.0%} {kind}, align {align}"] = _save_cut(base, ratio, kind, align)
+        # All engines live at the same time, so that they can take turns.
         engines = {name: start_engine(path) for name, path in models.items()}
         checkpoints = {name: Checkpoint.open(str(path)) for name, path in models.items()}
 
@@ -85,9 +86,12 @@ def _load_rows(
 ) -> Iterator[Row]:
     contestants = {name: partial(answer, llm, load, MODEL.vocab_size) for name, llm in engines.items()}
     timings = alternate(contestants, rounds)
+    # An engine that was bound by its weights alone would gain in their proportion.
     dense_rate = load.tokens / timings.median(DENSE)
     weights = {name: _multiplied_parameters(checkpoint, load) for name, checkpoint in checkpoints.items()}
+    # Names and cuts are in the same order.
     cut_names = [name for name in engines if name != DENSE]
+
     for name, (ratio, _, _) in zip(cut_names, CUTS, strict=True):
         yield Row.of(
             SUITE,

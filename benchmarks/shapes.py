@@ -48,6 +48,7 @@ TensorShapes = dict[str, tuple[int, ...]]
 def shapes_of(config: LlamaConfig, ratio: float, kind: str, align: Align = "auto") -> list[Shape]:
     """Return what an allocation that knows no scores leaves of every layer."""
     architecture = Architecture.of({**config.to_dict(), "model_type": "llama"})
+    # Without scores an allocation goes by the layer's place in the model.
     pruning = PruningSection(align=align, allocation=AllocationSection(kind=kind))  # type: ignore[arg-type]
     return choose_shapes(architecture, pruning, ratio=ratio, adds_biases=True, scores_L=())
 
@@ -88,7 +89,9 @@ def sparse_checkpoint(folder: Path, config: LlamaConfig, *, max_bytes: int = 5 *
         path = folder / f"model-{i:05d}-of-{len(files):05d}.safetensors"
         _write_zeros(path, shapes)
         weight_map |= dict.fromkeys(shapes, path.name)
+
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    # What a config on the hub has.
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)

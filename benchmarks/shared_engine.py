@@ -75,6 +75,7 @@ def measure_mixes(arguments: Sequence[str]) -> None:
     """Print a line for every kind of service and mix of traffic, and how many replies are the same."""
     config = load_config(arguments)
     models = served_models(config)
+    # Engines of their own share two cores.
     share_of_cpus = min(0.25, 2 / len(models))
     ratio = f"serve.ratio={config.serve.ratio or DEFAULT_RATIO}"
     settings_by_mode = {
@@ -83,11 +84,13 @@ def measure_mixes(arguments: Sequence[str]) -> None:
         "dense": ["serve.ratio=0", "serve.experts=[]", "serve.num_cpus=1"],
     }
     replies: dict[str, list[str]] = {mode: [] for mode in settings_by_mode}
+
     for mode, settings in settings_by_mode.items():
         with DeployedService([*arguments, *settings]) as service:
             for mix, shares in MIXES.items():
                 requests = traffic(models, shares)
                 if mode == "dense":
+                    # The dense model answers everything.
                     requests = [(GENERAL, prompt) for _, prompt in requests]
                 swaps_before = service.swaps()
                 load = asyncio.run(send_all(service.url, requests))
@@ -124,6 +127,7 @@ def _expert_folders(config: Config) -> list[Path]:
 def traffic(models: list[str], shares: list[float]) -> list[Request]:
     """Return which model each request names, and its prompt: of any task, so that all models see all kinds."""
     rng = random.Random(0)
+    # More shares than models are cut off.
     weights = shares[: len(models)]
     n_others = len(models) - len(weights)
     if n_others:
@@ -184,6 +188,7 @@ class DeployedService:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+
         self.url = f"http://127.0.0.1:{port}"
         settings = [f"serve.port={port}", "serve.max_queued_requests=1000"]
         started = time.perf_counter()
@@ -199,6 +204,7 @@ class DeployedService:
         for line in self.process.stdout:
             if "are served at" in line or "is served at" in line:
                 break
+
         assert self.process.poll() is None
         self.start_s = time.perf_counter() - started
 
@@ -250,6 +256,7 @@ def measure_faults(arguments: Sequence[str]) -> None:
     """Ask every model in turns, half of the prompts with a beginning in common; then again while engines die."""
     models = served_models(load_config(arguments))
     prompts: list[str] = []
+    # Twenty prompts, with and without the beginning.
     for _, prompt in traffic(models[:1], [1.0])[:20]:
         prompts += [prompt, LONG_PREFIX + prompt]
     requests = [*itertools.product(models, prompts)] * 10
@@ -260,6 +267,7 @@ def measure_faults(arguments: Sequence[str]) -> None:
     with DeployedService([*arguments, *settings]) as service:
         first = asyncio.run(send_all(service.url, requests))
         reply_of = dict(zip(requests, first.replies, strict=True))
+        # A prompt has one reply, whatever was in the engine before.
         expected = [reply_of[request] for request in requests]
         n_same = _n_equal(first.replies, expected)
         queries = service.metric("ray_vllm_prefix_cache_queries_total")
@@ -307,6 +315,8 @@ def measure_swaps(config: Config) -> None:
     copied = torch.empty(n_bytes, dtype=torch.uint8)
     source = torch.ones(n_bytes, dtype=torch.uint8)
     seconds: dict[str, list[float]] = {}
+
+    # Our loader reads what differs, vLLM's own everything.
     for load_format in (LOAD_FORMAT, "auto"):
         llm = LLM(
             str(folders[0]),
@@ -318,9 +328,11 @@ def measure_swaps(config: Config) -> None:
         )
         for i in range(SWAPS):
             _time(seconds, "copy of the same bytes", partial(copied.copy_, source))
+            # Back and forth between two experts.
             target = {"weights_path": str(folders[(i + 1) % 2])}
             _time(seconds, load_format, partial(llm.collective_rpc, "reload_weights", kwargs=target))
         del llm  # before the next one is there
+
     gather = _gather_from_dense(config, folders[0].name)
     for _ in range(SWAPS):
         _time(seconds, "gather from the dense model in memory", gather)

@@ -21,6 +21,7 @@ def rows(config: Config) -> Iterator[Row]:
     """Yield the suite's rows: one for each job's help, one for the demo."""
     commands = {job.name: [str(job), "--help"] for job in sorted(JOBS.glob("*.py"))}
     contestants = {name: partial(run_python, command) for name, command in commands.items()}
+    # All in turns with an interpreter that does nothing.
     timings = alternate({"python": partial(run_python, ["-c", ""]), **contestants}, config.benchmarks.rounds)
     for name in commands:
         yield Row.of(
@@ -35,10 +36,12 @@ def rows(config: Config) -> Iterator[Row]:
             target="ours <= 1",
         )
 
+    # Once: it takes minutes.
     with tempfile.TemporaryDirectory() as storage:
         started = time.perf_counter()
         run_python([str(JOBS / "prune.py"), f"run.storage={storage}"])
         seconds = time.perf_counter() - started
+
     yield Row.of(SUITE, "the demo's whole job", ours=seconds, unit="s", target="ours <= 180")
 
 
@@ -48,6 +51,7 @@ def run_python(command: list[str]) -> None:
     Raises:
         IncompleteError: It failed; the message ends with its last output.
     """
+    # Never the cluster that this process may be part of.
     environment = {**os.environ, "RAY_ADDRESS": "local"}
     python = [sys.executable, *command]
     done = subprocess.run(python, cwd=JOBS.parent, env=environment, capture_output=True, text=True)

@@ -46,9 +46,11 @@ def run_suites(config: Config, names: Sequence[str], keys: Sequence[str]) -> Non
     Raises:
         ConfigError: A name is unknown, or a suite needs vLLM and it is not there; before any work.
     """
+    # Everything is checked before minutes are spent.
     for name in names:
         if name not in SUITES:
             raise ConfigError(f"{name}: no such suite; there are {', '.join(SUITES)}, and docs")
+
     if WITH_VLLM & {*names}:
         check_registered()
 
@@ -56,6 +58,7 @@ def run_suites(config: Config, names: Sequence[str], keys: Sequence[str]) -> Non
     folder = Path(config.benchmarks.folder)
     for name in names or DEFAULT:
         say(f"{name}:")
+        # What a user types to measure the same again.
         command = " ".join(["python jobs/bench.py", name, *_portable(keys)])
         rows = [replace(row, command=command) for row in SUITES[name](config)]
         path = save_rows(folder, name, rows)
@@ -82,6 +85,7 @@ def _cells(row: Row) -> list[Any]:
     """Return a row's cells in the order of ``COLUMNS``."""
     met = {True: "yes", False: "no", None: None}[row.met]
     limit = None if row.limit is None else f"{_number(row.limit)} ({row.limit_name})"
+    # Ratios have a column of their own.
     numbers = [_number(row.baseline), _number(row.ours)]
     return [row.name, *numbers, row.unit, _ratio(row), limit, row.target or None, met]
 
@@ -122,6 +126,7 @@ def write_page(config: Config) -> Path:
     text = page.read_text() if page.is_file() else f"# Benchmarks\n\n{BEGIN}\n{END}\n"
     if not files:
         raise ConfigError(f"benchmarks.folder: nothing is measured in {folder}")
+    # What people wrote before and after the lines stays.
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

@@ -55,6 +55,7 @@ def main(path: Path, names: Sequence[str]) -> None:
     rows: list[Row] = []
     parts: dict[str, dict[str, Any]] = {}
     ceilings = measure_ceilings()
+
     for name in names:
         measure_rows, allowed_s = PARTS[name]
         started = time.perf_counter()
@@ -65,6 +66,7 @@ def main(path: Path, names: Sequence[str]) -> None:
                 rows.append(row)
                 print(describe(row), flush=True)
                 status["seconds"] = time.perf_counter() - started
+                # After every row: what is measured stays, whatever ends this process.
                 save(path, rows, parts)
                 if status["seconds"] > allowed_s:
                     status["cut off"] = True
@@ -75,6 +77,7 @@ def main(path: Path, names: Sequence[str]) -> None:
 
         status["seconds"] = time.perf_counter() - started
         save(path, rows, parts)
+        # The next part begins with an empty device.
         free_memory()
         print(f"--- {name}: {status['seconds']:.0f} s", flush=True)
 

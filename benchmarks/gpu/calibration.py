@@ -38,6 +38,7 @@ def contrast_rows(ceilings: Ceilings) -> Iterator[Row]:
     name, config = next(iter(SIZES.models.items()))
     model = build_model(config)
     B, T = SIZES.batches[-1]
+    # Without a GPU there are no kernels to leave out.
     if HAS_GPU:
         batches = [random_sequences(config, [T] * B) for _ in range(BATCHES)]
         limit = ceilings.flops_per_s / flops_per_token(model.get_decoder(), T)
@@ -45,6 +46,7 @@ def contrast_rows(ceilings: Ceilings) -> Iterator[Row]:
             case = f"calibration of {name}, {B} x {T}, without kernels"
             yield from _compared_rows(case, model, batches, limit, target="")
 
+    # From half of a row to a whole one.
     lengths = torch.linspace(T / 2, T, B).long().tolist()
     ragged = [random_sequences(config, lengths) for _ in range(BATCHES)]
     yield from _compared_rows(f"calibration of {name}, {B} of {T // 2} to {T}", model, ragged, None)
@@ -63,6 +65,7 @@ def _compared_rows(
     }
     timings = alternate(contestants, SIZES.rounds, now=now)
     n_tokens = sum(map(len, sequences))
+
     for contestant in ("hooks", "record"):
         yield gpu_row(
             f"{name}: {contestant} beside the bare forward pass (ratio of seconds)",
@@ -81,6 +84,7 @@ def _compared_rows(
 def _forward(model: Any, sequences: Sequences, *, is_recording: bool = False) -> None:
     """Run the decoder over a batch whose rows are one sequence each."""
     decoder = model.get_decoder()
+    # Positions are left out: without them a decoder counts from 0 in each row.
     batch = Batch.of([[sequence] for sequence in sequences], False, model.device)
     if is_recording:
         with recording(decoder, batch.rows_N):

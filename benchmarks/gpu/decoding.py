@@ -85,6 +85,7 @@ def weight_bytes(model: Any) -> int:
 
 def cache_bytes(model: Any) -> int:
     """Return the bytes of keys and values of one position in all layers."""
+    # Keys and values are as wide as each other.
     columns = sum(layer.self_attn.k_proj.out_features for layer in model.get_decoder().layers)
     return 2 * columns * DTYPE.itemsize
 
@@ -103,6 +104,7 @@ def time_steps(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str
             step()
 
     timings = alternate({name: partial(repeat, step) for name, step in steps.items()}, SIZES.rounds, now=now)
+    # A graph keeps the memory that it was captured with.
     steps.clear()
     free_memory()
     seconds_per_step: dict[str, list[float]] = {}
@@ -118,6 +120,7 @@ def speed_row(name: str, seconds: Mapping[str, Sequence[float]], tokens: int, *,
         ours=tokens / median(seconds["cut"]),
         baseline=tokens / median(seconds["dense"]),
         unit="tokens/s",
+        # Rates are compared, so the ratio of seconds is turned over.
         ratios=[dense / cut for dense, cut in zip(seconds["dense"], seconds["cut"], strict=True)],
         limit=limit,
         limit_name="product in bfloat16" if "prefill" in name else "reading weights and cache at the speed of a copy",
@@ -204,6 +207,7 @@ def as_graph(step: Callable[[], object], *inputs: object) -> Callable[[], object
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
             step()
+
     torch.cuda.current_stream().wait_stream(stream)
 
     graph = torch.cuda.CUDAGraph()

@@ -125,10 +125,12 @@ def median_seconds(work: Callable[[], object], repeats: int = 20) -> float:
     begins = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
     ends = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
     torch.cuda._sleep(SPIN_CYCLES)
+
     for begin, end in zip(begins, ends, strict=True):
         begin.record()
         work()
         end.record()
+
     torch.cuda.synchronize()
     # Events count in milliseconds.
     return median(begin.elapsed_time(end) for begin, end in zip(begins, ends, strict=True)) / 1e3
@@ -174,6 +176,7 @@ def flops_per_token(decoder: Any, positions: int) -> int:
 
 def measure_ceilings() -> Ceilings:
     """Measure a copy on the device and a large product."""
+    # Two arrays of float32: each has half of the bytes.
     source, target = torch.randn(2, SIZES.copied // 8, device=DEVICE).unbind()
     copied = 2 * source.nbytes / median_seconds(lambda: target.copy_(source))
     n = SIZES.matmul

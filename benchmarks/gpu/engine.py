@@ -129,9 +129,12 @@ class Engine:
             Logits (B, V).
         """
         x_BD = self.decoder.embed_tokens(ids_B)
+        # All sequences are at the same position.
         last = torch.full((1, 1), contexts[0][0].shape[2] - 1, device=ids_B.device)
         cos_D, sin_D = (part[0, 0] for part in self.decoder.rotary_emb(x_BD, last))
+        # The residual sum is added where the next norm is taken, as engines do.
         residual_BD = torch.zeros_like(x_BD)
+
         for layer, (keys_BGTD, values_BGTD) in zip(self.layers, contexts, strict=True):
             normed_BD, residual_BD = self.add_and_norm(x_BD, residual_BD, layer.norms[0], self.eps)
             qkv_BD = functional.linear(normed_BD, layer.qkv)
@@ -145,6 +148,7 @@ class Engine:
             normed_BD, residual_BD = self.add_and_norm(x_BD, residual_BD, layer.norms[1], self.eps)
             gated_BD = self.silu_and_mul(functional.linear(normed_BD, layer.gate_up))
             x_BD = functional.linear(gated_BD, *layer.down)
+
         normed_BD, _ = self.add_and_norm(x_BD, residual_BD, self.decoder.norm.weight, self.eps)
         return functional.linear(normed_BD, self.head)
 
@@ -158,6 +162,7 @@ def engine_rows(ceilings: Ceilings) -> Iterator[Row]:
         dense = build_model(config, attn_implementation=CAUSAL)
         dense_engine = Engine(dense, is_compiled=HAS_GPU)
         yield _difference_row(f"{name}, engine beside transformers", dense, dense_engine)
+        # Our kernels beside transformers', for the dense model.
         for B in SIZES.decoding:
             steps = {"cut": engine_step(dense, dense_engine, B), "dense": captured_step(dense, B, 1, PAST)}
             seconds = time_steps(steps, SIZES.steps)
@@ -208,11 +213,13 @@ def _random_context(model: Any, B: int) -> tuple[Tensor, list[tuple[Tensor, Tens
 def difference(model: Any, engine: Engine) -> float:
     """Return how far the engine's logits are from transformers', over the length of these."""
     ids_B, contexts = _random_context(model, 2)
+    # Both see the same past; each writes into its own copy.
     layers: list[Any] = [Context(PAST) for _ in contexts]
     for layer, (keys_BGTD, values_BGTD) in zip(layers, contexts, strict=True):
         layer.keys = keys_BGTD.clone()
         layer.values = values_BGTD.clone()
         layer.is_initialized = True
+
     past = Cache(layers=layers)
     expected_BV = model(input_ids=ids_B[:, None], past_key_values=past, use_cache=True).logits[:, -1]
     difference_BV = engine.step(ids_B, contexts) - expected_BV

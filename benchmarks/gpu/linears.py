@@ -32,6 +32,7 @@ def linears_rows(ceilings: Ceilings) -> Iterator[Row]:
         shapes = shapes_of(config, ratio, kind, align)
         cases[f"{ratio:.0%} {kind}, align {align}"] = weight_sizes(config, shapes)
 
+    # The dense model's weights are the largest, so that all cases fit.
     pool = torch.empty(_pool_size(cases["dense"]), device=DEVICE, dtype=DTYPE).normal_()
     for B in (SIZES.decoding[0], SIZES.decoding[-1]):
         seconds = {case: median_seconds(products_step(pool, sizes, B)) for case, sizes in cases.items()}
@@ -54,12 +55,14 @@ def weight_sizes(config: LlamaConfig, shapes: Sequence[Shape]) -> list[Size]:
     head_dim = config.hidden_size // config.num_attention_heads
     sizes: list[Size] = []
     for shape in shapes:
+        # Queries, keys and values; output; gate and up; down.
         sizes += [
             ((shape.heads + 2 * shape.groups) * head_dim, hidden),
             (hidden, shape.heads * head_dim),
             (2 * shape.channels, hidden),
             (hidden, shape.channels),
         ]
+
     return sizes
 
 
@@ -73,6 +76,7 @@ def products_step(pool: Tensor, sizes: Sequence[Size], B: int) -> Callable[[], o
     for size in sizes:
         weights.append(pool[first : first + math.prod(size)].view(size))
         first += _pool_size([size])
+
     inputs = {columns: torch.randn(B, columns, device=DEVICE, dtype=DTYPE) for _, columns in sizes}
 
     def step() -> None:

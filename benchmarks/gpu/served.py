@@ -96,6 +96,7 @@ def starts_rows(_ceilings: Ceilings) -> Iterator[Row]:
     for kind in ALLOCATIONS:
         configs[f"{RATIOS[-1]:.0%} {kind}"] = cut_config(config, RATIOS[-1], kind)
 
+    # What vLLM compiles is kept in a folder, which is empty the first time.
     with TemporaryDirectory() as cache:
         os.environ["VLLM_CACHE_ROOT"] = cache
         try:
@@ -122,6 +123,7 @@ def _start_seconds(config: Any) -> float:
 @contextmanager
 def engine(config: Any, **more: Any) -> Iterator[Any]:
     """Start vLLM with a model of a configuration, and yield its ``LLM``; ``more`` are arguments of that."""
+    # A process that is forked could not use a GPU that this one has used.
     os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM
@@ -137,6 +139,7 @@ def engine(config: Any, **more: Any) -> Iterator[Any]:
         "enforce_eager": not HAS_GPU,
         "compilation_config": GRAPHS if HAS_GPU else {},
         "kv_cache_memory_bytes": SIZES.served_cache,
+        # Several engines share the device; the cache's size is set in bytes.
         "gpu_memory_utilization": 0.1,
         "max_model_len": longest_prompt + 2 * SIZES.reply,
         "max_num_seqs": B,
@@ -144,8 +147,10 @@ def engine(config: Any, **more: Any) -> Iterator[Any]:
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
+    # vLLM finds the class of the model by this name.
     saved = copy.deepcopy(config)
     saved.architectures = saved.architectures or ["LlamaForCausalLM"]
+
     with TemporaryDirectory() as folder:
         saved.save_pretrained(folder)
         llm: Any = LLM(folder, **{**settings, **more})

@@ -49,6 +49,7 @@ def float32_sums(x_ND: Tensor) -> tuple[Tensor, Tensor]:
 
 def activations(n: int, width: int) -> Tensor:
     """Return columns of other means and scales, (N, D), with a first token far from all others, as a text's is."""
+    # Scales from 0.01 to 10.
     x_ND = torch.randn(n, width, device=DEVICE) * torch.logspace(-2, 1, width, device=DEVICE)
     x_ND += torch.randn(width, device=DEVICE)
     x_ND[0] *= FIRST_TOKEN
@@ -111,8 +112,10 @@ def _method_rows(
     mean_error_D = (mean_D - exact.mean_D).abs() / exact.square_D.sqrt()
     m2_error_D = (m2_D - exact.m2_D).abs() / exact.m2_D
     error = max(float(mean_error_D.max()), float(m2_error_D.max()))
+    # Statistics are compared by their hashes, so bytes must not change from run to run.
     is_same = torch.equal(mean_D, again_mean_D) and torch.equal(m2_D, again_m2_D)
     seconds = median_seconds(compute)
+
     yield gpu_row(
         name,
         ours=1e3 * seconds,
@@ -140,6 +143,7 @@ def _cosine_rows(n: int, width: int, ceilings: Ceilings) -> Iterator[Row]:
         from seap_ray.core import kernels
 
         methods["kernel"] = lambda: kernels.cosines(x_ND, y_ND)
+
     for name, compute in methods.items():
         yield gpu_row(
             f"cosines of {n} x {width}, {name}",
@@ -173,11 +177,13 @@ def _covariance_rows(n: int, width: int, ceilings: Ceilings) -> Iterator[Row]:
     x_ND = activations(n, width)
     name = f"covariance of {n} x {width}"
     deviation_ND = x_ND - x_ND.mean(0, dtype=torch.float64)
+    # In float64, which no method here uses.
     exact_DD = deviation_ND.T @ deviation_ND
     single_ND = deviation_ND.float()
     scale_D = exact_DD.diagonal().sqrt()
     base_s = median_seconds(partial(product_methods()["float32"], single_ND), PRODUCT_REPEATS)
     seconds = median_seconds(partial(Covariance.of, x_ND), PRODUCT_REPEATS)
+
     yield gpu_row(
         f"{name}, as recorded, beside the product in float32",
         ours=1e3 * seconds,

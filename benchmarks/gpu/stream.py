@@ -74,10 +74,12 @@ def stream_rows(_ceilings: Ceilings) -> Iterator[Row]:
     config = copy.deepcopy(whole)
     config.num_hidden_layers = SIZES.layers
     B, T = SIZES.batches[0]
+
     with TemporaryDirectory() as folder:
         build_model(config).save_pretrained(folder)
         free_memory()
         layerwise = LayerwiseModel(Checkpoint.open(folder), DTYPE, DEVICE, MEMORY_BUDGET)
+        # With few tokens reading is the longer work, with many computing.
         for n_shards in (1, 8):
             shards = {f"{i}": random_sequences(config, [T] * B) for i in range(n_shards)}
             n_tokens = B * T * n_shards
@@ -156,6 +158,7 @@ def _overlap_rows(case: _Case, streamed_s: float) -> Iterator[Row]:
         ratios=[streamed_s / least_s],
     )
     hidden_share = (embedding_s + longer_s + shorter_s - streamed_s) / hideable_s
+
     yield gpu_row(
         f"share of the shorter of reading and computing that is hidden behind the other, {case.name}",
         ours=hidden_share,
@@ -177,6 +180,7 @@ def _embedding_seconds(case: _Case) -> float:
 
 def _layer_reading_seconds(case: _Case) -> float:
     """Return the seconds of reading one layer onto the device."""
+    # The skeleton is built once; it has no weights.
     skeleton = case.layerwise._skeleton()
     reading = {"layer": lambda: case.layerwise._read_layer(skeleton.layers, 1)}
     return alternate(reading, LAYER_ROUNDS, now=now).median("layer")
