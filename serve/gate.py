@@ -40,17 +40,7 @@ def key_hashes(config: ServeSection) -> tuple[bytes, ...] | None:
     if config.auth == "none":
         return None
 
-    # The message names where the keys were looked for.
-    if config.api_keys_file:
-        where = f"serve.api_keys_file: {config.api_keys_file}"
-        try:
-            text = Path(config.api_keys_file).expanduser().read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{where} cannot be read ({getattr(error, 'strerror', None) or 'no text'})") from None
-    else:
-        where = KEYS_VARIABLE
-        text = os.environ.get(KEYS_VARIABLE, "").replace(",", "\n")
-
+    where, text = _read_keys(config)
     lines = [line.strip() for line in text.splitlines()]
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
@@ -66,6 +56,22 @@ def key_hashes(config: ServeSection) -> tuple[bytes, ...] | None:
             )
 
     return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
+
+
+def _read_keys(config: ServeSection) -> tuple[str, str]:
+    """Return where the keys are, in words for an error, and the text there, with a key on every line.
+
+    Raises ConfigError for a file that cannot be read.
+    """
+    # Where both are set the file counts.
+    if not config.api_keys_file:
+        return KEYS_VARIABLE, os.environ.get(KEYS_VARIABLE, "").replace(",", "\n")
+
+    where = f"serve.api_keys_file: {config.api_keys_file}"
+    try:
+        return where, Path(config.api_keys_file).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where} cannot be read ({getattr(error, 'strerror', None) or 'no text'})") from None
 
 
 def close_environment() -> None:

@@ -18,14 +18,7 @@ from seap_ray.storage.paths import StoragePath
 
 def clusters_section(data: RunData) -> Section | None:
     """Return the mean activations of every shard in the first, a middle and the last layer."""
-    # One point a shard needs a record of each; tasks without records are left out.
-    records: list[StoragePath] = []
-    tasks: list[str] = []
-    for task in data.main.tasks:
-        for path in data.run.records(task).sorted_glob("*.safetensors"):
-            records.append(path)
-            tasks.append(task)
-
+    records, tasks = _records(data)
     # One task has no other to differ from, and two points always lie on a line.
     if data.architecture is None or len(set(tasks)) < 2 or len(tasks) < 3:
         return None
@@ -57,6 +50,18 @@ def clusters_section(data: RunData) -> Section | None:
         finding,
         Figure("Mean activations of the MLP channels over every shard, by task.", tuple(panels)),
     )
+
+
+def _records(data: RunData) -> tuple[list[StoragePath], list[str]]:
+    """Return the record of every shard, and the task of each; tasks without records are left out."""
+    records: list[StoragePath] = []
+    tasks: list[str] = []
+    for task in data.main.tasks:
+        for path in data.run.records(task).sorted_glob("*.safetensors"):
+            records.append(path)
+            tasks.append(task)
+
+    return records, tasks
 
 
 def _mean_activations(path: StoragePath, keys: Sequence[tuple[int, Site]]) -> np.ndarray:
