@@ -35,26 +35,27 @@ ROW = Row.of(
 )
 
 
-def config(folder, **own):
-    return Config.model_validate({"benchmarks": {"folder": str(folder), **own}})
+def config(folder, **settings):
+    return Config.model_validate({"benchmarks": {"folder": str(folder), **settings}})
 
 
 def test_contestants_take_turns_and_none_always_follows_the_same():
-    called, clock = [], iter(range(1000))
-    found = alternate(
+    called = []
+    clock = iter(range(1000))
+    timings = alternate(
         {name: lambda name=name: called.append(name) for name in "abc"},
         3,
         before=lambda: called.append("-"),
         now=lambda: next(clock),
     )
     assert "".join(called) == "-a-b-c" + "-a-b-c" + "-a-c-b" + "-c-a-b"
-    assert found.seconds == {name: [1, 1, 1] for name in "abc"}
+    assert timings.seconds == {name: [1, 1, 1] for name in "abc"}
 
 
 def test_ratios_are_of_the_same_round():
-    found = Rounds({"base": [1.0, 10.0, 2.0], "ours": [2.0, 5.0, 4.0]})
-    assert found.ratios("ours", "base") == [2.0, 0.5, 2.0] and found.median("ours") == 4.0
-    assert found.speedups("ours", "base") == [0.5, 2.0, 0.5]
+    timings = Rounds({"base": [1.0, 10.0, 2.0], "ours": [2.0, 5.0, 4.0]})
+    assert timings.ratios("ours", "base") == [2.0, 0.5, 2.0] and timings.median("ours") == 4.0
+    assert timings.speedups("ours", "base") == [0.5, 2.0, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,8 @@ def test_rows_come_back_from_their_file_with_the_machine(tmp_path):
 
 
 def test_the_page_has_a_table_of_every_suite_and_keeps_what_people_wrote(tmp_path):
-    folder, page = tmp_path / "benchmarks", tmp_path / "benchmarks.md"
+    folder = tmp_path / "benchmarks"
+    page = tmp_path / "benchmarks.md"
     with pytest.raises(ConfigError, match="nothing is measured"):
         suites.write_page(config(folder))
     save_rows(folder, "compact", [ROW])
@@ -145,7 +147,8 @@ def test_what_routing_costs_is_set_against_what_the_expert_saves():
 
 
 def test_a_load_counts_its_prompts_or_its_replies():
-    prefill, decoding = Load(8, 256, 1), Load(16, 16, 24)
+    prefill = Load(8, 256, 1)
+    decoding = Load(16, 16, 24)
     assert (prefill.tokens, prefill.name) == (2048, "prefill of 8 x 256 tokens")
     assert (decoding.tokens, decoding.name) == (384, "16 x 24 tokens at 16")
 
@@ -164,8 +167,8 @@ def test_suites_that_need_vllm_say_so_before_any_work(tmp_path, monkeypatch):
 def test_parts_for_a_gpu_run_without_one(tmp_path):
     parts = ["ceilings", "calibration", "contrast", "statistics", "stream", "covariance", "linears"]
     gpu.main(tmp_path / "gpu.json", parts)
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert {name: part["error"] for name, part in found["parts"].items()} == dict.fromkeys(parts, "")
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert {name: part["error"] for name, part in report["parts"].items()} == dict.fromkeys(parts, "")
     _, rows = load_rows(tmp_path / "gpu.json")
     assert any(row.name.startswith("stream and single the same bytes") and row.met for row in rows)
 
