@@ -66,6 +66,7 @@ def rows(config: Config) -> Iterator[Row]:
     checkout = _checkout(config.benchmarks.official)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+
     try:
         for model, dtype in product(MODELS.values(), (torch.float32, torch.bfloat16)):
             yield from _overhead_rows(model, dtype, config.benchmarks.rounds)
@@ -159,6 +160,7 @@ def _padding_row() -> Row:
     tokenizer = load_tokenizer(Checkpoint.open("demo").folder)
     packed: list[float] = []
     bucketed: list[float] = []
+
     for skill in SKILLS:
         lengths = [len(ids) for ids in tokenizer(_texts(skill, SHARD_ITEMS))["input_ids"]]
         buckets: list[list[list[int]]] = []

@@ -162,6 +162,7 @@ def measure_machine(folder: Path) -> Machine:
     squares = [_best(lambda x: torch.square(x, out=out[: len(x)]), x, calls=1 + size // 64 // len(x)) for x in arrays]
     opening = _best(lambda: safe_open(large, "pt").get_tensor("x"), calls=100)
     listing = _best(lambda: safe_open(small, "pt").get_tensor("layers.0.attn.m2"), calls=100) - opening
+
     return Machine(
         flops=2 * side**3 / _best(linear, x_ND, x_ND),
         attention=2

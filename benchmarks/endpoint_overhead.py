@@ -134,6 +134,7 @@ async def routing(http: aiohttp.ClientSession, task: str, prompts: list[str]) ->
     named = taken_ms[task]
     auto = taken_ms["auto"]
     added = [auto_ms - named_ms for auto_ms, named_ms in zip(auto, named, strict=True)]
+
     return {
         "named": _quantiles(named),
         "auto": _quantiles(auto),

@@ -69,6 +69,7 @@ class Row:
         ratio = median(ratios) if ratios else None
         spread = (min(ratios), max(ratios)) if ratios else None
         met = is_met(target, ratio=ratio, ours=ours) if target else None
+
         return cls(
             suite,
             name,

@@ -157,6 +157,7 @@ async def send_all(
     turn = asyncio.Semaphore(CLIENTS)
     waits: list[float] = []
     headers = {"authorization": f"Bearer {KEY}"}
+
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=600) as http:
 
         async def send(model: str, prompt: str) -> str:

@@ -23,6 +23,7 @@ def rows(config: Config) -> Iterator[Row]:
     contestants = {name: partial(run_python, command) for name, command in commands.items()}
     # All in turns with an interpreter that does nothing.
     timings = alternate({"python": partial(run_python, ["-c", ""]), **contestants}, config.benchmarks.rounds)
+
     for name in commands:
         yield Row.of(
             SUITE,

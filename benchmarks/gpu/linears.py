@@ -54,6 +54,7 @@ def weight_sizes(config: LlamaConfig, shapes: Sequence[Shape]) -> list[Size]:
     hidden = config.hidden_size
     head_dim = config.hidden_size // config.num_attention_heads
     sizes: list[Size] = []
+
     for shape in shapes:
         # Queries, keys and values; output; gate and up; down.
         sizes += [

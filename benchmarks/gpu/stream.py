@@ -150,6 +150,7 @@ def _overlap_rows(case: _Case, streamed_s: float) -> Iterator[Row]:
     shorter_s, longer_s = sorted((reading_s, computing_s))
     hideable_s = shorter_s * (1 - 1 / SIZES.layers)
     least_s = embedding_s + longer_s + shorter_s - hideable_s
+
     yield gpu_row(
         f"stream beside the least that reading and computing take together, {case.name}",
         ours=streamed_s,
