@@ -69,7 +69,7 @@ def scores(architecture, seed=0):
 
 @cache
 def standardised_scores(architecture, seed=0):
-    """The same, each column's score less its mean over its standard deviation, and heads of equal columns."""
+    """Return the scores less their mean over their standard deviation, with heads of equal columns."""
 
     def of(score):
         return (score - score.mean()) / score.std()
@@ -289,7 +289,7 @@ def compacted(draw):
 
 
 def scores_of_layers(architecture, kind):
-    """As ``scores``, as many as each layer has units."""
+    """Return scores like ``scores``, as many as each layer has units."""
     generator, scores_L = torch.Generator().manual_seed(3), []
     for layer in architecture.layers:
         some = [torch.rand(n, generator=generator).double() for n in (layer.shape.heads, layer.shape.channels)]
@@ -329,7 +329,7 @@ def test_layers_of_unequal_widths_give_the_ratio_of_them_all_within_a_tile(
 
 
 def n_weights(shape, n_biases):
-    """Of a layer of the demo: queries and outputs, keys and values, gated MLP, norms and added biases."""
+    """Count a layer's weights in the demo: queries and outputs, keys and values, gated MLP, norms, added biases."""
     hidden, head = DEMO.hidden_size, DEMO.head_dim
     return hidden * (2 * shape.heads * head + 2 * shape.groups * head + 3 * shape.channels + 2 + n_biases)
 

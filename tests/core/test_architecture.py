@@ -189,8 +189,8 @@ def test_a_quantised_model_is_refused():
     ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else str(value),
 )
 def test_windows_are_told_with_and_without_the_kinds_of_the_layers(config, has, mixes):
-    told = config.to_dict()
-    for each in (told, {key: value for key, value in told.items() if key != "layer_types"}):
+    content = config.to_dict()
+    for each in (content, {key: value for key, value in content.items() if key != "layer_types"}):
         architecture = Architecture.of(each)
         assert (architecture.has_windows, architecture.mixes_windows) == (has, mixes)
 

@@ -102,8 +102,8 @@ def test_counts_are_summed_exactly(lengths, seed):
 
 
 def test_counts_beyond_float_precision_are_exact():
-    of = Moments(2**53, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
-    assert (of + Moments.of(torch.ones(1, 1))).count == 2**53 + 1
+    many = Moments(2**53, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+    assert (many + Moments.of(torch.ones(1, 1))).count == 2**53 + 1
 
 
 @given(n=st.integers(1, 20), seed=seeds)

@@ -197,12 +197,13 @@ def test_what_an_expert_is_believed_of_is_linear_in_its_variance_and_mean_square
     some = experts(64, 640)
     half, _ = shrunk(some)
     total = 64 + 640
-    usual_var = sum(of.count * of.var_D.mean() for of in some) / total
-    usual_square = sum(of.count * of.square_D.mean() for of in some) / total
+    usual_var = sum(moments.count * moments.var_D.mean() for moments in some) / total
+    usual_square = sum(moments.count * moments.square_D.mean() for moments in some) / total
     torch.testing.assert_close(half.var_D, (some[0].var_D + usual_var) / 2)
     torch.testing.assert_close(half.square_D, (some[0].square_D + usual_square) / 2)
 
 
 def test_experts_that_saw_nothing_at_all_have_scores_that_are_numbers():
-    for of in shrunk(experts(0, 0)):
-        assert of.count == 1 and torch.isfinite(of.var_D).all() and torch.isfinite(of.square_D).all()
+    for moments in shrunk(experts(0, 0)):
+        assert moments.count == 1
+        assert torch.isfinite(moments.var_D).all() and torch.isfinite(moments.square_D).all()

@@ -58,12 +58,12 @@ def dense_tensors(dense, head_dim):
     return {key: torch.arange(float(np.prod(shape))).reshape(shape) for key, shape in shapes.items()}
 
 
-def sliced(*of):
-    return torch.cat([*slice_tensor(*of)])
+def sliced(*arguments):
+    return torch.cat([*slice_tensor(*arguments)])
 
 
 def by_numpy(module, kind, array, kept, head_dim):
-    """The same cut by fancy indexing, unit by unit."""
+    """Cut an array by fancy indexing, unit by unit."""
     if module not in MODULES:
         return array
     unit = MODULES[module]
@@ -143,8 +143,8 @@ def test_fused_rows_are_cut_as_what_was_fused_is(cut):
     by_head = [q_proj.reshape(dense.heads, head_dim, HIDDEN) + 1000 * i for i in range(3)]
     whole = torch.cat(by_head, 1)
     small = whole[list(kept.heads)].reshape(-1, HIDDEN)
-    found = sliced(neox, 0, "attention.query_key_value", "weight", whole.reshape(-1, HIDDEN), kept)
-    assert torch.equal(found, small)
+    cut = sliced(neox, 0, "attention.query_key_value", "weight", whole.reshape(-1, HIDDEN), kept)
+    assert torch.equal(cut, small)
 
 
 @given(cuts())

@@ -485,9 +485,11 @@ def test_what_is_the_bases_lies_in_files_that_all_experts_of_a_shape_share(dense
 
 
 def _other_units(kept, architecture):
-    """The same widths, with the last channels in the place of those that were kept."""
+    """Return equal widths, with the last channels instead of those that were kept."""
     n = architecture.dense.channels
-    return tuple(replace(of, channels=(tuple(range(n - of.n_channels, n)),) * len(of.channels)) for of in kept)
+    return tuple(
+        replace(layer, channels=(tuple(range(n - layer.n_channels, n)),) * len(layer.channels)) for layer in kept
+    )
 
 
 def test_the_same_plan_gives_the_same_bytes(dense, tmp_path):

@@ -262,7 +262,7 @@ def test_activations_that_are_not_finite_are_refused_with_their_layer_and_site(d
 
 
 def test_what_enters_a_layer_on_one_device_is_compared_where_it_leaves_on_another():
-    """As under device_map: accelerate moves inputs after the hooks have seen them."""
+    """This happens under device_map: accelerate moves inputs after the hooks have seen them."""
     recorded: dict = {}
     x_BTD = torch.ones(1, 3, 4)
     recorder._block_hook(recorded, (0, "block"), torch.arange(2))(nn.Identity(), (x_BTD,), {}, x_BTD.to("meta"))
