@@ -9,7 +9,8 @@
 #   model_type qwen2, tokenizer_class PreTrainedTokenizerFast  8 tokens: NFC-normalised first, and every digit alone
 #   model_type llama, tokenizer_class PreTrainedTokenizerFast  5 tokens, as in the file
 #
-# transformers keeps a list of model types whose named class it does not believe; llama and qwen2 are not on it.
+# transformers keeps a list of model types whose named class it does not believe: qwen2 is on it, so its own class is
+# taken whatever tokenizer_config.json names; llama is not.
 set -euo pipefail
 
 folder=$(mktemp -d)
