@@ -139,6 +139,36 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrai
         raise ConfigError(f"model.source: {folder} has no usable tokenizer ({reason})") from None
 
 
+PROBE = "The year 2024:\n\tcafe\u0301, 3.14 km"
+"""A text with what tokenizers treat differently: spaces, digits, line breaks, and an accent that is not composed."""
+
+
+def tokenizer_warning(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> str | None:
+    """Return a warning where transformers splits texts otherwise than ``tokenizer.json`` says; None where it does not.
+
+    transformers may build a pipeline of its own, by the class that ``tokenizer_config.json`` or the model type names,
+    and leave the normalizer and pre-tokenizer of the file aside. It says nothing about that.
+    """
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+
+    by_file = Tokenizer.from_file(str(file))
+    # A file may cut or fill every text to a length, which transformers does on demand alone.
+    by_file.no_truncation()
+    by_file.no_padding()
+    expected = by_file.encode(PROBE, add_special_tokens=False).ids
+    if tokenizer(PROBE, add_special_tokens=False)["input_ids"] == expected:
+        return None
+
+    return (
+        f"model.source: transformers loads this tokenizer as {type(tokenizer).__name__}, which does not split texts as "
+        f"{file} says; if the model was trained with that file, correct tokenizer_class in tokenizer_config.json"
+    )
+
+
 def tokenizer_hash(checkpoint: "Checkpoint") -> str:
     """Return the hash of the names and contents of the tokenizer's files."""
     files = sorted(checkpoint.folder.glob("tokenizer*")) + sorted(checkpoint.folder.glob("*.model"))

@@ -28,7 +28,7 @@ from seap_ray.core.architecture import Architecture
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.errors import ConfigError, IncompleteError, SeapError
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.corpus import check_evaluation, check_source, load_tokenizer
+from seap_ray.models.corpus import check_evaluation, check_source, load_tokenizer, tokenizer_warning
 from seap_ray.models.export import parse_size
 from seap_ray.models.model_sources import parse_model_source
 from seap_ray.models.row_sources import calibration_rows
@@ -75,7 +75,9 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
     """
     checkpoint = Checkpoint.open(config.model.source, config.model.revision)
     # Workers will load the tokenizer; whatever is wrong with it shows here.
-    load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
+    if warning := tokenizer_warning(tokenizer, checkpoint.folder):
+        say(f"warning: {warning}")
 
     for task in config.tasks:
         check_source(task, official=config.corpus.prompt_format == "official")

@@ -6,12 +6,16 @@ import random
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from seap_ray.errors import DataError
+from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import (
     Item,
     Renderer,
+    load_tokenizer,
     row_key,
+    tokenizer_warning,
 )
 from seap_ray.tasks import BUILT_IN, Task
 from tests.support import DATA
@@ -201,3 +205,37 @@ def test_the_draw_is_a_random_one_over_the_whole_corpus():
     drawn = sorted(range(3000), key=lambda i: row_key(7, corpus[i]))[:300]
     for third in range(3):
         assert 60 < sum(third * 1000 <= i < (third + 1) * 1000 for i in drawn) < 140
+
+
+# --- tokenizers that transformers reads in its own way ---------------------------------------------------------------
+
+
+def byte_level_tokenizer(folder, tokenizer_class):
+    """A byte-level BPE without a normalizer, as a model's folder has it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["the year 2024"] * 9, trainer)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return folder
+
+
+def test_a_tokenizer_whose_class_overrides_its_file_is_warned_of(tmp_path):
+    as_in_file = byte_level_tokenizer(tmp_path / "plain", "PreTrainedTokenizerFast")
+    assert tokenizer_warning(load_tokenizer(as_in_file), as_in_file) is None
+
+    overridden = byte_level_tokenizer(tmp_path / "llama", "LlamaTokenizerFast")
+    warning = tokenizer_warning(load_tokenizer(overridden), overridden)
+    assert warning.startswith("model.source: ") and "LlamaTokenizer" in warning and "tokenizer.json" in warning
+    assert "\n" not in warning
+
+
+def test_the_demo_and_a_folder_without_tokenizer_json_give_no_warning(tmp_path):
+    demo = Checkpoint.open("demo").folder
+    tokenizer = load_tokenizer(demo)
+    assert tokenizer_warning(tokenizer, demo) is None and tokenizer_warning(tokenizer, tmp_path) is None
