@@ -146,7 +146,7 @@ def test_engines_are_told_every_limit(app, run):
         (["serve.device=gpu"], 2, 1, "one engine for 3 models of equal shapes: there is room for 2 engines"),
         (["serve.device=gpu"], 3, 3, "an engine for each model: there is room for 3 engines"),
         (["serve.device=gpu", "serve.num_gpus=0.5"], 2, 3, "an engine for each model: there is room for 4 engines"),
-        (["serve.device=gpu", "serve.engine.tensor_parallel_size=2"], 4, 1, ".* room for 2"),
+        (["serve.device=gpu", "serve.engine.tensor_parallel_size=2"], 4, 1, ".* room for 2 engines"),
         (["serve.device=gpu", "serve.packing=shared"], 8, 1, "one engine for 3 models of equal shapes"),
         (["serve.device=cpu", "serve.packing=separate"], 0, 3, "an engine for each model"),
         (["serve.device=cpu", "serve.experts=[]"], 0, 1, "an engine for each model"),
