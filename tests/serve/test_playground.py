@@ -494,7 +494,7 @@ def test_side_by_side_shows_two_models_replies_at_the_same_time(ingress: Ingress
     page = page_at(ingress.url)
     expect(pane(page, "B")).to_be_hidden()
     page.get_by_label("Compare with").check()
-    assert page.get_by_label("Model to compare with").input_value() == "general"
+    assert page.get_by_label("Second model").input_value() == "general"
     send(page)
     expect(reply(page, "A")).to_have_text("nineteen")  # neither has ended, both have begun
     expect(reply(page, "B")).to_have_text("21")
@@ -516,7 +516,7 @@ def test_side_by_side_shows_two_models_replies_at_the_same_time(ingress: Ingress
 def test_another_expert_may_be_compared_with(ingress: Ingress, page_at: PageAt) -> None:
     ingress.replies["sort"] = speaks("from sort")
     page = page_at(ingress.url)
-    page.get_by_label("Model to compare with").select_option("sort")
+    page.get_by_label("Second model").select_option("sort")
     assert page.get_by_label("Compare with").is_checked()
     send(page)
     expect(reply(page, "B")).to_have_text("from sort")
@@ -723,7 +723,7 @@ def test_it_works_by_keyboard_alone(ingress: Ingress, page_at: PageAt) -> None:
         if seen is None:
             break
         visited.append(seen)
-    controls = ["Model", "Max tokens", "Temperature", "Compare with", "Model to compare with", "Send", "Stop"]
+    controls = ["Model", "Max tokens", "Temperature", "Compare with", "Second model", "Send", "Stop"]
     assert [name for name, _, _ in visited] == ["Prompt", *EXAMPLES.values(), *controls]
     assert all(style == "solid" and width >= 2 for _, style, width in visited)
 
