@@ -154,11 +154,11 @@ def _add_biases(layer: Any, layer_config: Any, quant_config: QuantizationConfig 
     has_family_bias = isinstance(family.o_bias, tuple) and getattr(layer_config, family.o_bias[0])
     is_missing = has_family_bias and layer.get_submodule(family.o_proj).bias is None
 
-    # The down_proj of an MoE's experts get no bias.
+    # The down_proj of an MoE's experts get no bias, and its configuration does not have the key.
     widths = {}
     if layer_config.o_proj_bias or is_missing:
         widths[family.o_proj] = o_proj_width
-    if layer_config.down_proj_bias and not family.is_moe:
+    if not family.is_moe and layer_config.down_proj_bias:
         widths[family.down_proj] = getattr(layer_config, family.channels_key)
 
     for name, width in widths.items():

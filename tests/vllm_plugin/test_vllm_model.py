@@ -394,6 +394,17 @@ def test_what_does_not_divide_over_the_ranks_is_named():
         _check_divisible(layer, 2, "model.layers.5")
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_a_layer_of_a_mixture_of_experts_is_given_a_bias_on_its_attention_alone(name):
+    from seap_ray.models.hf.configuration_seap import SeapMixtralConfig, SeapQwen3MoeConfig
+    from seap_ray.vllm_plugin.model import _add_biases
+
+    config = {"mixtral": SeapMixtralConfig, "qwen3_moe": SeapQwen3MoeConfig}[name](head_dim=32)
+    layer = torch.nn.Module()
+    _add_biases(layer, config, None, "model.layers.0")
+    assert not list(layer.named_modules())[1:]
+
+
 # --- the entry point -------------------------------------------------------------------------------------------------
 
 
