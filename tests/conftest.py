@@ -139,6 +139,6 @@ def ordered_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def served_run(tmp_path_factory):
     """The run that the tests of the service share."""
-    from served import make_run
+    from tests.support.served import make_run
 
     return make_run(tmp_path_factory.mktemp("served"))
