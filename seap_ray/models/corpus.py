@@ -155,12 +155,19 @@ def tokenizer_warning(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> str
     if not file.is_file():
         return None
 
-    by_file = Tokenizer.from_file(str(file))
-    # A file may cut or fill every text to a length, which transformers does on demand alone.
-    by_file.no_truncation()
-    by_file.no_padding()
-    expected = by_file.encode(PROBE, add_special_tokens=False).ids
-    if tokenizer(PROBE, add_special_tokens=False)["input_ids"] == expected:
+    try:
+        by_file = Tokenizer.from_file(str(file))
+        # A file may cut or fill every text to a length, which transformers does on demand alone.
+        by_file.no_truncation()
+        by_file.no_padding()
+        expected = by_file.encode(PROBE, add_special_tokens=False).ids
+        ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    # A vocabulary without an unknown token cannot encode every text, but may serve its own corpus. The library raises
+    # a plain Exception.
+    except Exception:
+        return None
+
+    if ids == expected:
         return None
 
     return (

@@ -239,3 +239,15 @@ def test_the_demo_and_a_folder_without_tokenizer_json_give_no_warning(tmp_path):
     demo = Checkpoint.open("demo").folder
     tokenizer = load_tokenizer(demo)
     assert tokenizer_warning(tokenizer, demo) is None and tokenizer_warning(tokenizer, tmp_path) is None
+
+
+def test_a_tokenizer_that_cannot_encode_every_text_gives_no_warning_and_no_error(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+
+    loaded = load_tokenizer(tmp_path)
+    assert loaded("b a")["input_ids"] == [1, 0]
+    assert tokenizer_warning(loaded, tmp_path) is None
