@@ -12,7 +12,7 @@ Every folder has one layer and imports only from layers below it (contracts in `
                     calibrate  shards -> shard_records, by the actors that hold the model
                     merge      shard_records -> statistics of every task
                     planner    model_specs and statistics -> scores -> plans, kept as plan_files
-                    prune      plans -> checkpoints
+                    checkpoint_writer  plans -> checkpoints
                     evaluate   models x tasks -> accuracies and perplexities, cached
                     results    models and their measurements -> a results file
     report        a run -> tables, pictures and one HTML page
