@@ -90,7 +90,9 @@ class ModelSize:
 
 def _dtype_of(config: Mapping[str, Any]) -> str:
     # Older versions of transformers called it torch_dtype; without either weights are float32.
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    # An unknown type is refused, if need be, when the model is opened; here it counts as the widest usual one.
+    return name if name in ITEM_BYTES else "float32"
 
 
 def columns_per_layer(architecture: Architecture) -> int:

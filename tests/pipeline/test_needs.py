@@ -71,6 +71,12 @@ def test_the_size_of_a_model_follows_from_its_config():
     assert ModelSize.from_config(LLAMA_8B).parameters - tied.parameters == 128256 * 4096
 
 
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "auto"])
+def test_a_type_that_is_not_known_counts_as_float32(name):
+    model = ModelSize.from_config({**LLAMA_8B, "torch_dtype": name})
+    assert model == ModelSize.from_config({**LLAMA_8B, "torch_dtype": "float32"})
+
+
 # --- disk ------------------------------------------------------------------------------------------------------------
 
 
