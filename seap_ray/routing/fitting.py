@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from seap_ray.errors import ConfigError
 from seap_ray.routing.router import ROUTER_FOLDER, Arrays, Route, Router, log_softmax
 from seap_ray.storage.artifact import Artifact
+from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint
 
 if TYPE_CHECKING:
@@ -71,7 +72,18 @@ def fit(
         router, report = _fit_router(checkpoint, tokenizer, prompts, seed)
         router.save(run.router, key=key, report=report)
 
+    # The manifest has no hash of its own: what is wrong in it shows when the router is read.
+    if not _is_readable(run.router):
+        build()
     return Artifact(run.router, key, ROUTER_FOLDER).get(build)["report"]
+
+
+def _is_readable(folder: StoragePath) -> bool:
+    try:
+        Router.load(folder)
+    except ConfigError:
+        return False
+    return True
 
 
 def _load_tokenizer(checkpoint: "Checkpoint", *, trust_remote_code: bool) -> Tokenizer:

@@ -455,6 +455,19 @@ def test_a_router_that_holds_is_not_fitted_again_and_any_other_is(folder, tmp_pa
     assert fitted(tmp_path)[1] == report
 
 
+@pytest.mark.parametrize("key", ["threshold", "unlike", "files"])
+def test_a_manifest_that_the_router_cannot_be_read_by_is_made_again(tmp_path, key):
+    prompts = {"one": PROMPTS["sort"], "two": PROMPTS["logic"]}
+    _, report = fitted(tmp_path, prompts)
+    path = tmp_path / "router" / "router.json"
+    manifest = json.loads(path.read_text())
+    del manifest[key]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match="the job makes it again"):
+        Router.load(tmp_path / "router")
+    assert fitted(tmp_path, prompts)[1] == report
+
+
 def damage(path: Path, how: str) -> None:
     content = bytearray(path.read_bytes())
     if how == "missing":
