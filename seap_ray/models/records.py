@@ -168,9 +168,11 @@ def load_norms(path: StoragePath, architecture: Architecture) -> WeightNorms:
     """
     norms: dict[tuple[int, Site], Norms] = {}
     with open_tensors(path) as file:
+        # Runs of 0.1.0 hold them under the names of moments, and their reports are made from that file.
+        l1, l2_squared = ("mean", "m2") if "layers.0.attn.mean" in file.keys() else ("l1", "l2_squared")
         for layer, site in sites_of(architecture, SITES):
-            l1_D = file.get_tensor(f"layers.{layer}.{site}.l1")
-            norms[layer, site] = Norms(l1_D, file.get_tensor(f"layers.{layer}.{site}.l2_squared"))
+            l1_D = file.get_tensor(f"layers.{layer}.{site}.{l1}")
+            norms[layer, site] = Norms(l1_D, file.get_tensor(f"layers.{layer}.{site}.{l2_squared}"))
     return norms
 
 
