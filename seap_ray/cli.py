@@ -1,6 +1,6 @@
 """Command line: ``seap-ray VERB``, and the same verbs as ``python jobs/VERB.py``.
 
-Each verb reads a config, does its work, and says in one line what a user can mend. What a verb imports for its work is
+Each verb reads a config, does its work, and says in one line what a user can fix. What a verb imports for its work is
 imported when it starts, so that help and a misspelt key are answered at once.
 """
 
@@ -323,7 +323,7 @@ def overview() -> str:
 def run_verb(name: str, arguments: Sequence[str]) -> int:
     """Do one verb's work with the config that ``arguments`` describe and return the exit code.
 
-    An error that a user can mend is one line on stderr; help is answered without reading a config.
+    An error that a user can fix is one line on stderr; help is answered without reading a config.
     """
     verb = VERBS[name]
     # Anywhere among the arguments, so that it can be added to a command that was just typed.

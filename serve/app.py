@@ -21,7 +21,7 @@ from seap_ray.vllm_plugin.plugin import check_registered
 def build(args: Mapping[str, Any]) -> Application:
     """Return the application that ``args`` describe.
 
-    An error that the user can mend ends ``serve run`` with one line.
+    An error that the user can fix ends ``serve run`` with one line.
     """
     try:
         # Through the texts of a command line, so that every entry point reads and refuses keys alike.

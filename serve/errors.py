@@ -77,7 +77,7 @@ def to_api_error(error: Exception, request_id: str, *, is_parsed: bool = True) -
     if isinstance(error, ApiError):
         return error
 
-    # What the client can mend is said; the first fault is enough.
+    # The client reads what it can fix; the first fault is enough.
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         if first["type"] == "json_invalid":

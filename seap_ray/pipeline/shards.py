@@ -98,7 +98,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: StoragePath) -> "Manifest | None":
-        """Read the manifest in a task's folder of shards; None when it is missing or torn."""
+        """Read the manifest in a task's folder of shards; None when it is missing or incomplete."""
         content = read_json(folder / MANIFEST_FILE)
         # A file that is not there, not JSON or of another version lacks keys or is no mapping.
         try:

@@ -63,9 +63,9 @@ class JsonFile:
     key_in_name: bool = False
 
     def is_whole(self, path: StoragePath, key: str) -> bool:
-        """Return whether the file is there, is not torn and has the key."""
+        """Return whether the file is there, is complete and has the key."""
         content = read_json(path)
-        if not isinstance(content, dict):  # missing, torn, or something else of this name
+        if not isinstance(content, dict):  # missing, incomplete, or something else of this name
             return False
 
         return self.key_in_name or content.get("fingerprint") == key

@@ -80,7 +80,7 @@ def write_json(path: StoragePath | Path, value: Any) -> None:
 
 
 def read_json(path: StoragePath | Path) -> Any:
-    """Return the content of a JSON file, or None when it is missing or torn. Raises IncompleteError."""
+    """Return the content of a JSON file, or None when it is missing or incomplete. Raises IncompleteError."""
     try:
         with readable(path):
             return json.loads(path.read_text())
