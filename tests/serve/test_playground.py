@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
 from tests.support import ROOT
-from tests.support.browser import MISSING, chromium
+from tests.support.browser import DEADLINE, MISSING, chromium, open_page, send
 
 if not MISSING:
     from playwright.sync_api import Browser, Locator, Page, expect
@@ -31,30 +31,9 @@ POLICY = (
 )
 TASKS = ["arithmetic", "reverse", "sort", "logic", "facts", "prose"]
 EXAMPLES = {"arithmetic": "12 + 7 =", "sort": "sort stone:", "logic": "not (true or false) and true is"}
-DEADLINE = 10.0
 
 
 # --- the browser -----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def open_page(url: str, browser: "Browser | None" = None, **context: Any) -> Iterator["Page"]:
-    """The page at a URL, in a fresh session (``context``: ``color_scheme``, ``viewport``, ``http_credentials``, ...).
-
-    On the way out it asserts that the browser had nothing to complain of: no error, nothing that the policy forbids.
-    """
-    with ExitStack() as stack:
-        browser = browser or stack.enter_context(chromium())
-        session = browser.new_context(**context)
-        stack.callback(session.close)
-        page, complaints = session.new_page(), []
-        page.set_default_timeout(1000 * DEADLINE)
-        page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(url)
-        yield page
-        # Chromium writes every answer that is not 2xx to the console, whatever the page makes of it.
-        assert [each for each in complaints if not each.startswith("Failed to load resource")] == []
 
 
 @pytest.fixture(scope="module")
@@ -259,11 +238,6 @@ def ingress(stage: Stage) -> Ingress:
 
 
 # --- the page, in the words of its user ------------------------------------------------------------------------------
-
-
-def send(page: "Page", prompt: str = "12 + 7 =") -> None:
-    page.get_by_label("Prompt", exact=True).fill(prompt)
-    page.get_by_role("button", name="Send").click()
 
 
 def pane(page: "Page", letter: str = "A") -> "Locator":

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import seap_ray.models.hf  # noqa: F401
+from tests.support.browser import open_page, send
 from tests.support.served import (
     KEY,
     METRICS_S,
@@ -407,12 +408,12 @@ def test_metrics_tell_where_prompts_went(service):
 
 
 def test_the_playground_works_in_a_browser(service):
-    playground = pytest.importorskip("test_playground", reason="needs playwright")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     text = questions("reverse", 1)[0]
-    with playground.open_page(service.url, http_credentials={"username": "x", "password": KEY}) as page:
-        playground.send(page, text)
-        playground.expect(page.locator("body")).to_contain_text("Routed to reverse")
-        playground.expect(page.locator("body")).to_contain_text("finished", timeout=60_000)
+    with open_page(service.url, http_credentials={"username": "x", "password": KEY}) as page:
+        send(page, text)
+        sync_api.expect(page.locator("body")).to_contain_text("Routed to reverse")
+        sync_api.expect(page.locator("body")).to_contain_text("finished", timeout=60_000)
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------

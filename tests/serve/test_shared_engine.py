@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import seap_ray.models.hf  # noqa: F401
+from tests.support.browser import open_page, send
 from tests.support.served import KEY, TASKS, Service, chat, command_of, questions
 
 # The time of a test counts what its fixtures take: a run and a start, each at its longest.
@@ -145,9 +146,9 @@ def test_more_requests_than_may_wait_are_told_to_come_back(service):
 
 
 def test_the_playground_tells_which_expert_is_in_the_engine(service):
-    playground = pytest.importorskip("test_playground", reason="needs playwright")
-    with playground.open_page(service.url, http_credentials={"username": "x", "password": KEY}) as page:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    with open_page(service.url, http_credentials={"username": "x", "password": KEY}) as page:
         for model in ("sort", "general"):
             page.select_option("#model", model)
-            playground.send(page, TEXTS[0])
-            playground.expect(page.locator("#resident")).to_contain_text(f"{model} is in it", timeout=20_000)
+            send(page, TEXTS[0])
+            sync_api.expect(page.locator("#resident")).to_contain_text(f"{model} is loaded", timeout=20_000)
