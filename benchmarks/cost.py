@@ -346,7 +346,7 @@ def compare(hidden_size: int, machine: Machine, folder: Path) -> dict[str, Any]:
             lambda: [_layer_norms(checkpoint, layer) for layer in range(LAYERS)],
         ),
         "plan": (planning_seconds(model, machine), lambda: planner.plan(spec, RATIO)),
-        "compaction": (
+        "writing": (
             export_seconds(model, machine, RATIO, repaired=True),
             lambda: write_tensors(pending.export, tensors, _without(written)),
         ),
@@ -413,7 +413,7 @@ def predict_on_gpus(model: ModelSize, core: Machine, gpus: int) -> dict[str, Any
         "merge": -(-TASKS // cores) * merging_seconds(model, core, SHARDS_PER_TASK),
         "norms": -(-n_layers // cores) * norms_seconds(model, core) / n_layers,
         "plans": MODELS * planning_seconds(model, core),
-        "compaction": max(cutting, written / nodes / H100.write_bytes_per_s),
+        "writing": max(cutting, written / nodes / H100.write_bytes_per_s),
     }
     parts = {
         "calibration: workers, passes of each": [workers, rounds],
@@ -421,7 +421,7 @@ def predict_on_gpus(model: ModelSize, core: Machine, gpus: int) -> dict[str, Any
         "calibration: statistics": rounds * recording,
         "calibration: reading": sum(reads),
         "calibration, if it read meanwhile": sum(max(computing + recording, read) for read in reads),
-        "compaction: cores": cutting,
+        "writing: cores": cutting,
     }
     return {"longest": max(seconds, key=lambda stage: seconds[stage])} | seconds | parts
 

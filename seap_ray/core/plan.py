@@ -5,7 +5,6 @@ First the widths of every layer are chosen (``seap_ray.core.allocation``), then 
 Letters: K key-value groups, G query heads of a group, H query heads, E MoE experts, C channels.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,18 +170,3 @@ def _top(score: Tensor, n: int) -> tuple[int, ...]:
     # Counted from the front, since [-n:] would be everything for n = 0.
     order = torch.sort(score, stable=True).indices[score.numel() - n :]
     return tuple(order.sort().values.tolist())
-
-
-def ratio_of(shapes: Sequence[Shape], architecture: Architecture, *, adds_biases: bool) -> float:
-    """Return the share of the decoder layers' weights that these widths save.
-
-    Args:
-        shapes: Widths of every layer.
-        architecture: The model before the cut.
-        adds_biases: Whether cut layers get output biases, which count against the share.
-
-    Returns:
-        A share from 0 to 1.
-    """
-    layers = (architecture.resized(layer, shape, adds_biases=adds_biases) for layer, shape in enumerate(shapes))
-    return 1 - sum(map(architecture.layer_parameters, layers)) / architecture.decoder_parameters

@@ -16,11 +16,12 @@ from seap_ray.config import AllocationSection, PruningSection
 from seap_ray.core.allocation import check_ratio, choose_dropped, choose_shapes, protected_layers
 from seap_ray.core.architecture import Architecture, Layer, Shape
 from seap_ray.core.compensation import COMPENSATIONS
-from seap_ray.core.plan import Kept, Plan, keep, ratio_of
+from seap_ray.core.plan import Kept, Plan, keep
 from seap_ray.core.widths import WidthConstraints
 from seap_ray.errors import ConfigError
 from seap_ray.models.hf.configuration_seap import SeapLlamaConfig, SeapQwen2Config
 from seap_ray.models.hf.modeling_seap import SeapLlamaForCausalLM, SeapQwen2ForCausalLM
+from tests.support.oracles import ratio_of
 
 often = settings(max_examples=60, deadline=None)
 

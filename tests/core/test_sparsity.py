@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from seap_ray.config import AllocationSection, PruningSection
 from seap_ray.core.allocation import choose_shapes
 from seap_ray.core.architecture import Architecture
-from seap_ray.core.plan import ratio_of
 from seap_ray.core.sparsity import logistic, official_logistic, uniform
 from seap_ray.errors import ConfigError
+from tests.support.oracles import ratio_of
 
 often = settings(max_examples=100, deadline=None)
 PAPER = {"k": 1.0, "x0": 0.3}

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import seap_ray.models.hf  # noqa: F401  (registers the classes that load a cut checkpoint)
+from seap_ray.core.architecture import Architecture, Shape
 from seap_ray.core.moments import Moments
 from seap_ray.core.plan import Plan
 from seap_ray.models.export import CheckpointExport
@@ -212,3 +213,18 @@ def _luminance(colour: str) -> float:
     shares = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
     r, g, b = (share / 12.92 if share <= 0.03928 else ((share + 0.055) / 1.055) ** 2.4 for share in shares)
     return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def ratio_of(shapes: Sequence[Shape], architecture: Architecture, *, adds_biases: bool) -> float:
+    """Return the share of the decoder layers' weights that these widths save.
+
+    Args:
+        shapes: Widths of every layer.
+        architecture: The model before the cut.
+        adds_biases: Whether cut layers get output biases, which count against the share.
+
+    Returns:
+        A share from 0 to 1.
+    """
+    layers = (architecture.resized(layer, shape, adds_biases=adds_biases) for layer, shape in enumerate(shapes))
+    return 1 - sum(map(architecture.layer_parameters, layers)) / architecture.decoder_parameters
