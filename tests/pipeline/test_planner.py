@@ -17,7 +17,7 @@ from seap_ray.core.allocation import choose_shapes
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.moments import Moments, stream_shares
-from seap_ray.core.plan import Plan, ratio_of
+from seap_ray.core.plan import Plan
 from seap_ray.core.scores import Norms
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.pipeline.checkpoint_writer import (
@@ -33,6 +33,7 @@ from seap_ray.pipeline.planner import Planner
 from seap_ray.storage.files import read_json
 from seap_ray.storage.run import Run
 from tests.support.builders import load, random_statistics
+from tests.support.oracles import ratio_of
 
 often = settings(max_examples=40, deadline=None)
 TASKS = ("sort", "facts")
