@@ -1,16 +1,18 @@
 """Tasks: where a corpus lies, and how a row of it becomes a question and its right answer.
 
-Templates are Jinja, as in lm-eval's task files. The calibration text is the question, a space and the right answer;
-``official`` is the text that the SEAP authors' code feeds for the same task, its lower-casing included.
+Templates are Jinja, as in lm-eval's task files. The calibration text is the question, a space and the right answer, or
+the conversation in the model's chat template; ``official`` is the text that the SEAP authors' code feeds for the same
+task, its lower-casing included.
 """
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Metric = Literal["acc", "acc_norm", "exact_match", "perplexity", "window_perplexity"]
 COLUMN_HEADS = {"acc": "acc", "acc_norm": "acc_n", "exact_match": "em", "perplexity": "ppl", "window_perplexity": "ppl"}
 """Column heads of the metrics."""
+CorpusFormat = Literal["auto", "alpaca", "sharegpt", "messages"]
 MULTIPLE_CHOICE = ("acc", "acc_norm")
 """Metrics of tasks whose answer is one of several."""
 
@@ -33,31 +35,60 @@ class Task(Section):
     """Name of the task, of its expert and of its folders: small letters, digits and underscores."""
     path: str
     """The corpus: the id of a data set on the Hugging Face hub, or a file, folder or glob pattern of parquet, jsonl,
-    csv or txt files, on a disk or in a bucket."""
+    json, csv, txt or arrow files, on a disk or in a bucket (docs/corpora.md)."""
+    format: CorpusFormat = "auto"
+    """Layout of the rows of a task that has neither `answer` nor `messages`: `alpaca` (instruction, input, output),
+    `sharegpt` (conversations of from and value), `messages` (OpenAI's role and content); `auto`: by the columns."""
     subset: str | None = None
     """Configuration (subset) of a hub data set, `name` in datasets.load_dataset; null: its only one."""
     split: str = "train"
     """Split that calibration rows are drawn from."""
     evaluation_path: str | None = None
     """Where evaluation rows lie, in the forms of `path`; null: under `path`, too."""
-    evaluation_split: str = "validation"
-    """Split that evaluation rows are drawn from. It must not be the calibration split."""
+    evaluation_split: str | None = None
+    """Split that evaluation rows are drawn from; null: `validation` where there is one. Where the rows are none but
+    those of the corpus, a fifth of these is held out for evaluation, by a hash of their content."""
+    held_out: bool = True
+    """Whether a row that was calibrated on, or a duplicate of one, is left out of the evaluation; false is for tasks of
+    recall."""
     question: str = ""
-    """Jinja template of the prompt, without the answer; the columns of a row are its variables."""
-    answer: str
+    """Jinja template of the prompt, without the answer; the columns of a row are its variables, and `row` is all of
+    them: row['a b']."""
+    answer: str = ""
     """Jinja template of the right answer."""
+    messages: str | None = None
+    """Jinja expression in braces that gives a conversation, such as "{{ messages }}": a list of roles (system, user,
+    assistant, tool) with their contents. Without `answer` the last message is the right answer."""
+    system: str | None = None
+    """Jinja template of the system message that conversations, and questions in a chat template, begin with."""
+    chat: Literal["always", "never"] | None = None
+    """Whether the task's texts are in the model's chat template; null: corpus.chat."""
     choices: str | None = None
     """For a multiple-choice task: Jinja expression that gives the list of possible answers."""
     official: str | None = None
     """Jinja template of the calibration text under corpus.prompt_format `official`; null: question, space, answer."""
     metric: Metric = "acc"
-    """How evaluation rows are judged. `acc`: the likeliest choice is the right one. `acc_norm`: the same, by likelihood
+    """How evaluation rows are judged; where there is no `answer`, `perplexity` is the default. `acc`: the likeliest
+    choice is the right one. `acc_norm`: the same, by likelihood
     per byte of the answer. `exact_match`: the generated answer is the right one. `perplexity`: of each row.
     `window_perplexity`: of all rows as one text, in windows."""
     lm_eval: str | None = None
     """Name of the task in lm-eval, which then judges it in seap-ray eval; null: `metric` does."""
     weight: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     """Weight of the task in the general model. The SEAP paper gives language-model corpora 3 and other tasks 2."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _judge_conversations_by_perplexity(cls, values: Any) -> Any:
+        # A conversation's answer is free text, for which no choice and no exact match is right.
+        if isinstance(values, dict) and not values.get("answer"):
+            return {"metric": "perplexity", **values}
+        return values
+
+    @property
+    def has_templates(self) -> bool:
+        """Return whether the task says what its rows mean; else their columns do."""
+        return bool(self.answer or self.messages)
 
 
 def _arc(name: str, subset: str) -> Task:
@@ -82,8 +113,12 @@ def _demo(name: str, weight: float = 2.0) -> Task:
         name=name,
         path=f"demo:{name}",
         evaluation_split="test",
+        # What is to be remembered must have been seen.
+        held_out=name != "facts",
         question="{{ question }}",
         answer="{{ answer }}",
+        # The demo's model was trained on plain texts; its chat template is for the endpoint.
+        chat="never",
         metric="exact_match",
         weight=weight,
     )
@@ -159,6 +194,7 @@ BUILT_IN: dict[str, Task] = {
             path="Salesforce/wikitext",
             subset="wikitext-2-raw-v1",
             answer="{{ text }}",
+            chat="never",
             metric="window_perplexity",
             weight=3.0,
         ),

@@ -91,6 +91,13 @@ class CorpusSection(Section):
     prompt_format: Literal["clean", "official"] = "clean"
     """Calibration text of a row. `clean`: the task's question, a space and the right answer. `official`: the text that
     the SEAP authors' code builds, lower-casing included, to reproduce their results."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """Whether calibration, evaluation and the router see a question as the model's chat template writes it, as the
+    endpoint's chats do. `auto`: where the model has a template, and the task a question or messages. A task's own
+    `chat` wins."""
+    count: Literal["all", "assistant"] = "all"
+    """Tokens that count in the statistics: `all`, or `assistant`, those of the assistant's messages (of a plain text
+    the right answer's) alone."""
     shard_sequences: int = Field(default=64, ge=1)
     """Rows per shard. A shard is what one worker records at a time, and the most that is lost when a worker dies. With
     statistics `covariance` every shard takes disk: choose about half of `samples`."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from seap_ray.models.checkpoint import Checkpoint
 
+Message = dict[str, str]
+"""A message of a conversation: ``role`` and ``content``."""
 SHOWN_CHARACTERS = 160
 """Characters of a row that an error shows."""
 
@@ -29,10 +31,14 @@ class Item:
     """One row with the task's templates filled in."""
 
     text: str
-    """What the model is calibrated on."""
+    """What the model is calibrated on where no chat template is used."""
     question: str
+    """The prompt: of a conversation the user's first message, by which the endpoint routes."""
     answer: str
     choices: list[str]
+    messages: list[Message] = field(default_factory=list)
+    """The conversation before the answer: of a question the system message, if any, and the user's; of a mere text
+    none."""
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def calibration_rows(task: Task) -> RowSource:
 
 def evaluation_rows(task: Task) -> RowSource:
     """Return the source of the rows that a task is judged on."""
-    return _parse(task, task.evaluation_path or task.path, task.evaluation_split, "test")
+    return _parse(task, task.evaluation_path or task.path, task.evaluation_split or "validation", "test")
 
 
 def _parse(task: Task, path: str, split: str, demo_part: skills.Split) -> RowSource:
