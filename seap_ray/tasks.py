@@ -5,9 +5,10 @@ the conversation in the model's chat template; ``official`` is the text that the
 task, its lower-casing included.
 """
 
+import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Metric = Literal["acc", "acc_norm", "exact_match", "perplexity", "window_perplexity"]
 COLUMN_HEADS = {"acc": "acc", "acc_norm": "acc_n", "exact_match": "em", "perplexity": "ppl", "window_perplexity": "ppl"}
@@ -84,6 +85,31 @@ class Task(Section):
         if isinstance(values, dict) and not values.get("answer"):
             return {"metric": "perplexity", **values}
         return values
+
+    @field_validator("messages")
+    @classmethod
+    def _messages_are_one_expression(cls, messages: str | None) -> str | None:
+        # A template would give the list's text; what stands in the braces gives the list itself.
+        if messages is not None and not re.fullmatch(r"\s*\{\{.*\}\}\s*", messages, re.DOTALL):
+            raise ValueError('should be one expression in braces, such as "{{ messages }}"')
+        return messages
+
+    @model_validator(mode="after")
+    def _templates_fit_each_other(self) -> "Task":
+        if self.messages and self.question:
+            raise ValueError("messages: the question stands in them; leave out one of messages and question")
+        if self.question and not self.answer:
+            raise ValueError("answer: a question needs one")
+        # Before the rows are seen, a task without templates may be anything.
+        if self.has_templates and not self.has_prompt and (self.system or self.chat == "always"):
+            key = "system" if self.system else "chat"
+            raise ValueError(f"{key}: a task of mere texts has no conversation; give it a question, or messages")
+        return self
+
+    @property
+    def has_prompt(self) -> bool:
+        """Return whether an answer follows something that a user says; else the rows are mere texts."""
+        return bool(self.question or self.messages)
 
     @property
     def has_templates(self) -> bool:

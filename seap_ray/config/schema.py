@@ -481,6 +481,22 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _chats_are_possible(self) -> "Config":
+        """Refuse a chat template for what has no conversation."""
+        if self.corpus.chat != "always":
+            return self
+        if self.corpus.prompt_format == "official":
+            raise ValueError("corpus.chat: always is not for prompt_format official, whose texts are the authors'")
+
+        for task in self.tasks:
+            if task.has_templates and not task.has_prompt and not task.chat:
+                raise ValueError(
+                    f"corpus.chat: always is not for mere texts such as those of {task.name}; give the task a question "
+                    "or messages, or set its chat to never"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _covariances_are_there(self) -> "Config":
         """Refuse plans whose covariances are not recorded, and those that rank columns by scores of whole units."""
         plans: dict[str, PlanSettings] = {"experts": self.pruning.experts, "general": self.pruning.general}

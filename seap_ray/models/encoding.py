@@ -28,8 +28,7 @@ def uses_chat(config: "Config", task: Task, tokenizer: "PreTrainedTokenizerBase"
     if setting != "auto":
         return setting == "always"
 
-    has_prompt = bool(task.question or task.messages)
-    return has_prompt and bool(tokenizer.chat_template) and config.corpus.prompt_format != "official"
+    return task.has_prompt and bool(tokenizer.chat_template) and config.corpus.prompt_format != "official"
 
 
 @dataclass(frozen=True)

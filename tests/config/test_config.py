@@ -237,11 +237,41 @@ def test_a_built_in_task_may_lie_elsewhere(empty):
     assert task == BUILT_IN["piqa"].model_copy(update={"path": "/data/piqa", "weight": 1.0})
 
 
-def test_a_task_of_ones_own_needs_a_path_and_an_answer(empty):
+def test_a_task_of_ones_own_needs_a_path(empty):
     (task,) = load_config([empty, f"tasks=[{MINE}]"]).tasks
     assert (task.name, task.path, task.split, task.weight) == ("mine", "/data/mine.jsonl", "train", 2.0)
-    assert "answer" in refusal(empty, "tasks=[{name: mine, path: /data}]")
     assert "path" in refusal(empty, "tasks=[{name: mine, answer: x}]")
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        ("messages: '{{ chat }}', question: '{{ q }}'", "messages: the question stands in them"),
+        ("messages: chat", 'messages: should be one expression in braces, such as "{{ messages }}"'),
+        ("question: '{{ q }}'", "answer: a question needs one"),
+        ("answer: '{{ text }}', system: 'Be brief.'", "system: a task of mere texts has no conversation"),
+        ("answer: '{{ text }}', chat: always", "chat: a task of mere texts has no conversation"),
+        ("format: vicuna", "format"),
+    ],
+)
+def test_templates_that_do_not_fit_each_other_are_refused(empty, keys, said):
+    assert said in refusal(empty, f"tasks=[{{name: mine, path: /data/mine.jsonl, {keys}}}]")
+
+
+def test_a_conversation_is_judged_by_perplexity_unless_the_task_says_otherwise(empty):
+    chat = "{name: chat, path: chat.jsonl, messages: '{{ messages }}'}"
+    alpaca = "{name: alpaca, path: alpaca.json, metric: exact_match}"
+    tasks = load_config([empty, f"tasks=[{chat}, {alpaca}]"]).tasks
+    assert [task.metric for task in tasks] == ["perplexity", "exact_match"]
+    assert [task.has_templates for task in tasks] == [True, False]
+
+
+def test_a_chat_template_is_refused_for_mere_texts_and_for_the_authors_texts(empty):
+    assert "such as those of mine" in refusal(empty, f"tasks=[{MINE}]", "corpus.chat=always")
+    assert "prompt_format official" in refusal(
+        empty, "tasks=[boolq]", "corpus.chat=always", "corpus.prompt_format=official"
+    )
+    load_config([empty, f"tasks=[boolq, {MINE[:-1]}, chat: never}}]", "corpus.chat=always"])
 
 
 def test_an_unknown_task_names_the_built_in_ones(empty):
