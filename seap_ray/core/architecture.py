@@ -90,6 +90,8 @@ class Family:
     """Whether some layers have a sliding window and others none, where the config does not say it: True for Gemma 2."""
     supports_packing: bool = True
     """Whether transformers keeps sequences that share a row apart, by their positions: False for OPT."""
+    needs_bos: bool = False
+    """Whether models lose most of their quality where a text has no beginning token: True for Gemma."""
 
     @property
     def columns(self) -> dict[str, Unit]:
@@ -140,6 +142,7 @@ FAMILIES: dict[str, Family] = {
         o_bias=("attention_bias", False),
         norms=(4, 0),
         mixes_windows=True,
+        needs_bos=True,
     ),
     "gemma3_text": Family(
         config_class="SeapGemma3Config",
@@ -149,6 +152,7 @@ FAMILIES: dict[str, Family] = {
         o_bias=("attention_bias", False),
         norms=(4, 2),
         mixes_windows=True,
+        needs_bos=True,
     ),
     "phi3": Family(
         config_class="SeapPhi3Config",
