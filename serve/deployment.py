@@ -19,6 +19,8 @@ from serve.engines import engine_groups, is_cpu, n_ranks
 from serve.gate import KEYS_VARIABLE, close_environment
 from serve.watch import PERIOD_S
 
+logger = logging.getLogger("ray.serve")
+
 NAME = "seap_ray"
 """Name of the Serve application."""
 POLL_S = 1.0
@@ -44,11 +46,13 @@ def deploy(config: Config) -> None:
     # Before Ray starts, since its processes inherit the environment.
     close_environment()
     connect(address)
+    has_started = False
     try:
         groups, reason = engine_groups(config, service.experts)
         print(reason, flush=True)
         _check_room(config, len(groups))
 
+        has_started = True  # from here on there is something to take down, even where the start itself fails
         serve.start(http_options={"host": config.serve.host, "port": config.serve.port})
         target = serve.RunTarget(application(config, service, groups), name=NAME, route_prefix="/")
         # The wait below names the engines as they come up, and ends when one cannot start.
@@ -60,19 +64,25 @@ def deploy(config: Config) -> None:
     finally:
         if address == "local":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the shutdown short
-            _take_down(config.serve.drain_timeout_s)
+            if has_started:
+                _take_down(config.serve.drain_timeout_s)
+            ray.shutdown()
 
 
 def _take_down(drain_timeout_s: float) -> None:
-    """Let replies that have begun end, then stop Ray.
+    """Let replies that have begun end, then stop Serve.
 
     A signal that reached all processes may have ended Ray already, so nothing here waits for it without a bound.
     """
 
     def drain() -> None:
         """Delete the application, which waits for its replies, and then stop Serve."""
-        serve.delete(NAME)  # `shutdown` alone would cut replies off
-        serve.shutdown()
+        try:
+            serve.delete(NAME)  # `shutdown` alone would cut replies off
+            serve.shutdown()
+        except Exception as error:
+            # Serve has ended already, or is ending. What ended it is what the user reads, not a thread's traceback.
+            logger.info(f"Serve could not be stopped in order ({error})")
 
     # In a thread, since Serve's calls do not end once Ray's processes are gone.
     draining = threading.Thread(target=drain, daemon=True)
@@ -80,8 +90,6 @@ def _take_down(drain_timeout_s: float) -> None:
     deadline = time.monotonic() + drain_timeout_s + SHUTDOWN_MARGIN_S
     while draining.is_alive() and time.monotonic() < deadline and _is_alive():
         draining.join(POLL_S)
-
-    ray.shutdown()
 
 
 def _is_alive() -> bool:

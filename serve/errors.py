@@ -1,6 +1,7 @@
 """Errors: turns whatever goes wrong into OpenAI's error form, without a traceback."""
 
 import logging
+from collections.abc import Sequence
 from pickle import PicklingError
 from typing import Any
 
@@ -83,8 +84,7 @@ def to_api_error(error: Exception, request_id: str, *, is_parsed: bool = True) -
         if first["type"] == "json_invalid":
             return ApiError(400, f"the body is no JSON ({first.get('ctx', {}).get('error', first['msg'])})")
 
-        # FastAPI's locations begin with "body", which is no part of what the client wrote.
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        where = _place(first["loc"], error.body)
         return ApiError(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
@@ -98,6 +98,26 @@ def to_api_error(error: Exception, request_id: str, *, is_parsed: bool = True) -
     if not is_parsed and isinstance(error, UNREADABLE):
         return ApiError(400, f"vLLM cannot use this request ({type(error).__name__})")
     return ApiError(500, f"internal error; the log has it under request {request_id}")
+
+
+def _place(location: Sequence[int | str], body: Any) -> str:
+    """Return where in a body pydantic found a fault, such as ``tools[0].function.name``.
+
+    Of a location it leaves out what the client did not write: FastAPI's "body", and the types that a value might have.
+    """
+    place = ""
+    value = body
+    for step in location:
+        if isinstance(step, int) and isinstance(value, list):
+            place += f"[{step}]"
+            value = value[step] if step < len(value) else None
+        elif isinstance(value, dict) and step in value:
+            place += f".{step}"
+            value = value[step]
+        elif isinstance(value, dict) and step == location[-1]:  # the client should have written it
+            place += f".{step}"
+
+    return place.removeprefix(".")
 
 
 def add_handlers(app: FastAPI) -> None:

@@ -105,7 +105,7 @@ def _expert(config: Config, folder: StoragePath, kind: str, manifest: dict[str, 
         ratio=manifest["requested_ratio"],
         parameters=manifest["parameters"],
         kv_bytes_per_token=manifest["kv_bytes_per_token"],
-        has_chat_template=_has_chat_template(folder),
+        has_chat_template="chat_template" in config.serve.engine or _has_chat_template(folder),
         created=int((folder / "seap.json").stat().st_mtime),  # the manifest is written last
         example=_example(config, folder.name),
     )

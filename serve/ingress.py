@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
-from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+from ray.serve.llm.openai_api_models import CompletionRequest
 from ray.util import metrics
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
@@ -21,9 +21,10 @@ from serve.choice import Chooser, Decision, Prompt
 from serve.errors import ApiError, add_handlers
 from serve.experts import Expert
 from serve.gate import Gate
-from serve.model_calls import PATIENCE_S, ModelCalls
+from serve.messages import ChatRequest, check_messages, first_user_text
+from serve.model_calls import PATIENCE_S, ModelCalls, constraint_in
 from serve.node_metrics import gather
-from serve.prompts import first_user_text, prompts_of
+from serve.prompts import prompts_of
 from serve.watch import Watch
 
 PAGE_POLICY = (
@@ -54,12 +55,17 @@ class Service:
     is_shared: bool = False
     """Whether all models share an engine, whose server restarts it itself when it dies."""
 
+    @property
+    def can_chat(self) -> bool:
+        """Whether the models have a chat template. They have the dense model's tokenizer, so all or none do."""
+        return any(expert.has_chat_template for expert in self.experts)
+
 
 class RouteRequest(BaseModel):
     """Body of ``/v1/route``: a prompt, or the messages of a chat, to be routed and not answered."""
 
-    prompt: str | list[str] | None = None
-    messages: list[dict[str, Any]] | None = None
+    prompt: str | list[int] | list[list[int]] | list[str] | None = None
+    messages: list[Any] | None = None
     model: str | None = None
 
 
@@ -96,17 +102,12 @@ class ExpertIngress(OpenAiIngress):
 
     # --- answering ---------------------------------------------------------------------------------------------------
 
-    async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a chat completion with OpenAI's and vLLM's parameters; `model` may be `auto`."""
         request.state.is_parsed = True  # from here on an error is ours: see ``to_api_error``
-        for message in body.messages:
-            if not isinstance(message, dict):  # a form that vLLM knows for one family, and ours do not read
-                raise ApiError(400, "messages: each should have a role and a content", param="messages")
-
-            for key in ("content", "tool_calls"):
-                # Pydantic leaves an iterator here, which can be read once only and cannot be sent to an engine.
-                if not isinstance(message.get(key), str | None):
-                    message[key] = list(message[key])
+        if not (self._service.can_chat or body.chat_template):
+            message = "the models have no chat template, so they continue texts alone: use /v1/completions"
+            raise ApiError(400, message, param="messages")
 
         return await self._answer("chat", body, request, [first_user_text(body.messages)])
 
@@ -116,7 +117,7 @@ class ExpertIngress(OpenAiIngress):
         return await self._answer("completions", body, request, prompts_of(body.prompt))
 
     async def _answer(
-        self, method: str, body: ChatCompletionRequest | CompletionRequest, request: Request, prompts: list[Prompt]
+        self, method: str, body: ChatRequest | CompletionRequest, request: Request, prompts: list[Prompt]
     ) -> Response:
         """Choose a model, and return its whole reply or its stream."""
         best_of = getattr(body, "best_of", None)  # no field of a chat, so there it may be of any type
@@ -137,7 +138,8 @@ class ExpertIngress(OpenAiIngress):
             return Response(first.model_dump_json(), media_type="application/json", headers=decision.headers)
 
         # The first event is here already, so an error before it still has a status of its own.
-        events = self._calls.events(first, replies, decision.model, request.headers.get("x-request-id", ""))
+        request_id = request.headers.get("x-request-id", "")
+        events = self._calls.events(first, replies, decision.model, request_id, constraint=constraint_in(body))
         return StreamingResponse(events, media_type="text/event-stream", headers=decision.headers)
 
     def _check_sequences(self, n: int) -> None:
@@ -159,7 +161,12 @@ class ExpertIngress(OpenAiIngress):
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "one of prompt and messages is needed", param="prompt")
 
-        prompts = prompts_of(body.prompt) if body.messages is None else [first_user_text(body.messages)]
+        if body.messages is None:
+            prompts = prompts_of(body.prompt)
+        else:
+            check_messages(body.messages)
+            prompts = [first_user_text(body.messages)]
+
         self._check_sequences(len(prompts))
         decision = await self._chooser.choose(body.model, prompts)
 

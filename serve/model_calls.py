@@ -10,11 +10,12 @@ from typing import Any
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from vllm.exceptions import GenerationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from serve.choice import RESTART_S, Chooser, Decision, Prompt
 from serve.errors import UNUSABLE, ApiError, DeadlyRequestError, ModelDownError, to_api_error
-from serve.replies import error_in, is_engine_death, joined
+from serve.replies import error_in, is_engine_death, joined, with_our_keys
 from serve.schedule import QueueFullError
 from serve.watch import Watch
 
@@ -67,9 +68,18 @@ class ModelCalls:
                 is_first_attempt = False
 
     async def events(
-        self, first: str, replies: DeploymentResponseGenerator, model: str, request_id: str
+        self,
+        first: str,
+        replies: DeploymentResponseGenerator,
+        model: str,
+        request_id: str,
+        *,
+        constraint: str | None = None,
     ) -> AsyncIterator[str]:
-        """Yield server-sent events. The status has been sent already, so an engine that fails now is an event, too."""
+        """Yield server-sent events. The status has been sent already, so an engine that fails now is an event, too.
+
+        ``constraint`` is what ``constraint_in`` returns for the request.
+        """
         is_whole = False
         try:
             yield first
@@ -77,7 +87,7 @@ class ModelCalls:
                 text = joined(chunk)
                 # An error below 500 is vLLM's refusal in the form that clients know, so it passes as it is.
                 if (error := error_in(text)) and error["code"] >= 500:
-                    raise refused(error)
+                    raise refused(error, constraint)
 
                 yield text
 
@@ -111,6 +121,7 @@ class ModelCalls:
             ApiError: The model refuses the request, is busy, or an engine dies at it.
         """
         body.model = model
+        constraint = constraint_in(body)
         # No headers are handed on: engines need none of them, least of all the client's key.
         replies = getattr(self._handle_of(model), method).remote(body, None)
         try:
@@ -119,17 +130,20 @@ class ModelCalls:
 
             first = joined(first)
             if error := error_in(first):
-                raise refused(error)
+                raise refused(error, constraint)
             return first, replies
         except BaseException as error:  # a client that leaves cancels this task, which is no Exception
             _abandon(replies)
-            if refusal := self._refusal(model, error):
+            if refusal := self._refusal(model, error, constraint):
                 raise refusal from None
 
             raise
 
-    def _refusal(self, model: str, error: BaseException) -> ApiError | None:
+    def _refusal(self, model: str, error: BaseException, constraint: str | None) -> ApiError | None:
         """Return what the client reads about an error of a call; None for one that is handled elsewhere."""
+        if constraint and isinstance(error, RayTaskError) and isinstance(error.cause, GenerationError):
+            return _unspellable(constraint)
+
         if isinstance(error, BackPressureError | QueueFullError):
             message = f"{model} has as many requests as it can hold"
             return ApiError(429, message, code="model_busy", retry_after=RETRY_AFTER_S)
@@ -171,17 +185,44 @@ class ModelCalls:
             first.cancel()  # does nothing to one that is done
 
 
-def refused(error: dict[str, Any]) -> Exception:
-    """Return the exception for an error of vLLM.
+def constraint_in(body: Any) -> str | None:
+    """Return the field of a request that binds its reply to a form, such as JSON; None where none does."""
+    # Text is the form that every reply has.
+    format_type = getattr(getattr(body, "response_format", None), "type", "text")
+    if format_type != "text":
+        return "response_format"
+    if getattr(body, "structured_outputs", None) is not None:
+        return "structured_outputs"
+
+    # "none" and "auto" leave the form of the reply to the model.
+    if getattr(body, "tool_choice", None) not in (None, "none", "auto"):
+        return "tool_choice"
+    return None
+
+
+def _unspellable(constraint: str) -> ApiError:
+    """Return the error for a reply that cannot have the form that a field of the request asks for.
+
+    vLLM checks that the form is a form, not that there are tokens to write it with. Where none may come next, it takes
+    one that may not, and its grammar ends the request as an internal error.
+    """
+    message = f"{constraint}: no token of this model's vocabulary can begin or continue a reply of this form"
+    return ApiError(400, message, param=constraint)
+
+
+def refused(error: dict[str, Any], constraint: str | None = None) -> Exception:
+    """Return the exception for an error of vLLM, at a request with or without a ``constraint`` on its reply.
 
     The client reads vLLM's words where it refuses a request. Where vLLM itself fails, they go to the log alone.
     """
     code = error["code"]
     message = error["message"]
     if code < 500:
-        return ApiError(code, message, param=error.get("param"))
+        return ApiError(code, with_our_keys(message), param=error.get("param"))
     if is_engine_death(error):
         return EngineDeadError()
+    if constraint and message == str(GenerationError()):
+        return _unspellable(constraint)
 
     logger.error(f"vLLM failed at a request, and its engine is alive: {message}")
     return ApiError(code, "vLLM failed at this request", retry_after=RETRY_AFTER_S if code == 503 else None)

@@ -1,9 +1,18 @@
 """Replies: reads vLLM's replies, whole or in chunks of a stream, and the errors in them."""
 
 import json
+import re
+from dataclasses import fields
 from typing import Any
 
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import FrontendArgs
 from vllm.v1.engine.exceptions import EngineDeadError
+
+FLAG = re.compile(r"--([a-z][a-z0-9]*(?:-[a-z0-9]+)*)")
+"""A flag of vLLM's command line, as its messages name it."""
+ENGINE_KEYS = frozenset(field.name for arguments in (AsyncEngineArgs, FrontendArgs) for field in fields(arguments))
+"""Arguments of vLLM that the section ``serve.engine`` may set."""
 
 
 def joined(reply: Any) -> Any:
@@ -34,3 +43,14 @@ def is_engine_death(error: dict[str, Any]) -> bool:
     """Return whether an error of vLLM says that its engine is dead."""
     # By the words: the exception's type is lost on the way into a reply.
     return str(EngineDeadError()) in error["message"]
+
+
+def with_our_keys(message: str) -> str:
+    """Return a message of vLLM with our keys in place of its command line's flags, which nobody here can set."""
+
+    def key(flag: re.Match[str]) -> str:
+        """Return the key for a flag; one that no key stands for stays."""
+        name = flag[1].replace("-", "_")
+        return f"serve.engine.{name}" if name in ENGINE_KEYS else flag[0]
+
+    return FLAG.sub(key, message)

@@ -1,6 +1,7 @@
 """What is refused before an engine starts, what engines are told, and the metrics page. No engine runs here."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -198,6 +199,30 @@ def test_the_job_ends_with_one_line_and_no_traceback(run):
     command = [sys.executable, "jobs/deploy.py", f"run.storage={run.parent}", "run.name=none"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.ray
+def test_a_cluster_without_room_ends_the_job_with_one_line_and_no_traceback(run):
+    """Ray runs by then, and has to be stopped; Serve does not."""
+    command = [sys.executable, "jobs/deploy.py", f"run.storage={run.parent}", f"run.name={run.name}"]
+    settings = ["serve.experts=[]", "serve.device=cpu", "serve.num_cpus=9999"]
+    environment = {**os.environ, "RAY_ADDRESS": "local"}
+    done = subprocess.run([*command, *settings], cwd=ROOT, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: serve.num_cpus: 1 engines reserve 9999 CPUs, and the cluster has ")
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stdout
+
+
+def test_the_end_of_a_serve_that_is_gone_shows_no_traceback(monkeypatch, capsys):
+    from serve import deployment
+
+    def delete(name):
+        raise RuntimeError("the controller is gone")
+
+    monkeypatch.setattr(deployment.serve, "delete", delete)
+    monkeypatch.setattr(deployment, "_is_alive", lambda: True)
+    deployment._take_down(drain_timeout_s=5)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,64 @@ def test_an_error_before_the_first_reply_has_a_status_and_ends_the_call(outcome,
     assert "secret" not in refused.value.message and replies.is_cancelled
 
 
+SPELLED = {"response_format": SimpleNamespace(type="json_object")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({}, None),
+        ({"response_format": SimpleNamespace(type="text")}, None),
+        ({"tool_choice": "auto", "structured_outputs": None}, None),
+        (SPELLED, "response_format"),
+        ({"structured_outputs": SimpleNamespace(regex="[A-Z]")}, "structured_outputs"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": SimpleNamespace(type="function")}, "tool_choice"),
+    ],
+)
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_a_form_that_the_vocabulary_cannot_spell_is_the_requests_fault(fields, param, is_stream):
+    """vLLM ends such a request as it ends one that fails by a fault of its own."""
+    from ray.exceptions import RayTaskError
+    from vllm.exceptions import GenerationError
+
+    if is_stream:
+        outcome = "data: " + json.dumps({"error": {"message": str(GenerationError()), "code": 500}}) + "\n\n"
+    else:
+        outcome = RayTaskError("chat", "a traceback", GenerationError())
+    with pytest.raises((ApiError, RayTaskError)) as refused:
+        asyncio.run(calls(Replies(outcome)).start("chat", SimpleNamespace(model="sums", **fields), ["a"]))
+    if param:
+        assert (refused.value.status, refused.value.param) == (400, param)
+        assert refused.value.message.startswith(f"{param}: no token of this model's vocabulary")
+    else:
+        assert getattr(refused.value, "status", 500) == 500
+
+
+def test_a_form_that_cannot_be_spelled_to_its_end_ends_a_stream_with_an_error_that_says_so():
+    from vllm.exceptions import GenerationError
+
+    replies = Replies(WHOLE[0], "data: " + json.dumps({"error": {"message": str(GenerationError()), "code": 500}}))
+
+    async def collect():
+        stream = calls(replies).events("data: 0\n\n", replies, "sums", "r1", constraint="response_format")
+        return [event async for event in stream]
+
+    *_, last = asyncio.run(collect())
+    error = json.loads(last.removeprefix("data: ").split("\n\n")[0])["error"]
+    assert error["param"] == "response_format" and error["type"] == "invalid_request_error"
+
+
+def test_vllms_flags_are_named_as_our_keys():
+    from serve.replies import with_our_keys
+
+    message = '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'
+    keys = "serve.engine.enable_auto_tool_choice and serve.engine.tool_call_parser"
+    assert with_our_keys(message) == f'"auto" tool choice requires {keys} to be set'
+    assert with_our_keys("You must set `--enable-prompt-embeds`") == "You must set `serve.engine.enable_prompt_embeds`"
+    assert with_our_keys("a -- b, --help and x--dtype-y") == "a -- b, --help and x--dtype-y"
+
+
 def test_a_model_that_gives_no_first_reply_in_time_is_busy():
     replies = Replies(*WHOLE, delay_s=5)
     with pytest.raises(ApiError, match=r"gave no token in 0\.05 s"):
