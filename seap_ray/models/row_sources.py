@@ -1,32 +1,38 @@
 """Row sources: what a task's ``path`` names, the demo's generators, files, or a data set of the hub.
 
-A new kind of source is a class here, a case of ``_parse``, and one of ``pipeline.shards.read_rows``.
+A source gives its rows in parts, which are read at the same time. A new kind of source is a class here and a case of
+``_parse``.
 """
 
-import csv
-import gzip
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from glob import has_magic as is_pattern
-from io import TextIOWrapper
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from seap_ray.demo import skills
 from seap_ray.errors import DataError
+from seap_ray.models.row_files import RowPart, cut_file, is_row_file, part_type
+from seap_ray.models.row_values import Row, arrow_rows
 from seap_ray.storage.paths import StoragePath, is_uri, parse_path
 from seap_ray.tasks import Task
 
-Row = dict[str, Any]
-FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
-"""Names that ``datasets`` has for the formats, by the ends of file names."""
 DEMO_PREFIX = "demo:"
 MIN_DEMO_ROWS = 1000
 """Rows that a demo's corpus has at least; a draw of fewer is taken from them."""
+HUB_PART_BYTES = 64 << 20
+"""Bytes of a part of a hub data set, about."""
+HUB_BATCH_ROWS = 1000
+SAVED_FILES = ("dataset_info.json", "state.json")
+"""Files that make a folder one that ``Dataset.save_to_disk`` wrote."""
+SAVED_SPLITS = "dataset_dict.json"
+"""File that makes a folder one that ``DatasetDict.save_to_disk`` wrote: a folder for each split."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,32 @@ class RowSource:
         """Return the files that are read by their names; none where the source is not made of such."""
         return []
 
+    def has_split(self, split: str) -> bool:
+        """Return whether the rows are parted by splits, and one has this name."""
+        return False
+
+    def parts(self, *, seed: int = 0, n: int | None = None) -> Sequence[RowPart]:
+        """Return the parts of the source, in the order of its rows.
+
+        Args:
+            seed: Seed of the demo's generators.
+            n: Rows that the demo's generators make at least.
+
+        Raises:
+            DataError: The rows cannot be had; it names the task.
+        """
+        raise NotImplementedError
+
+    def first_rows(self, n: int) -> list[Row]:
+        """Return the first rows, ``n`` at most; none where they cannot be had in an instant.
+
+        Raises DataError where there is no row at all, or one cannot be read.
+        """
+        return []
+
     def first_row(self) -> Row | None:
         """Return the first row, None where it cannot be had in an instant. Raises DataError where there is none."""
-        return None
+        return next(iter(self.first_rows(1)), None)
 
     def public_example(self, seed: int) -> str | None:
         """Return a prompt that anybody may see, None where there is none: rows may be confidential."""
@@ -64,6 +93,19 @@ class RowSource:
         """Return name, size and time of change (ns) of every file, which change with the rows."""
         statuses = [(str(file), file.stat()) for file in self.files()]
         return [(name, status.st_size, status.st_mtime_ns) for name, status in statuses]
+
+
+@dataclass(frozen=True)
+class DemoPart(RowPart):
+    """Rows of one of the demo's skills."""
+
+    source: "DemoRows"
+    seed: int
+    n: int | None
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows."""
+        yield from self.source.generate(self.n, self.seed)
 
 
 @dataclass(frozen=True)
@@ -84,6 +126,14 @@ class DemoRows(RowSource):
             known = ", ".join(f"{DEMO_PREFIX}{name}" for name in skills.SKILLS)
             raise DataError(f"tasks.{self.task}: no {self.path}; there are {known}")
 
+    def has_split(self, split: str) -> bool:
+        """Return whether there is such a split."""
+        return split in ("train", "test")
+
+    def parts(self, *, seed: int = 0, n: int | None = None) -> Sequence[RowPart]:
+        """Return all rows as one part."""
+        return [DemoPart(self.task, self, seed, n)]
+
     def public_example(self, seed: int) -> str:
         """Return the question of a held-out row."""
         return skills.rows(self.skill, 1, split="test", seed=seed)[0]["question"]
@@ -103,7 +153,7 @@ class RowFiles(RowSource):
 
         Raises DataError naming the task when there are none, or files of several formats.
         """
-        where = parse_path(self.path).absolute()  # workers may have another current folder
+        where = self._where()
         try:
             files = self._list(where)
         except OSError as error:
@@ -112,19 +162,51 @@ class RowFiles(RowSource):
         if not files:
             raise DataError(f"tasks.{self.task}: no file of split {self.split!r} under {where}")
 
-        if len({file_format(self.task, file) for file in files}) > 1:
+        if len({part_type(self.task, file) for file in files}) > 1:
             raise DataError(
                 f"tasks.{self.task}: {where} holds files of several formats; name one, for example *.parquet"
             )
         return files
+
+    def _where(self) -> StoragePath:
+        # Workers may have another current folder.
+        return parse_path(self.path).absolute()
+
+    def has_split(self, split: str) -> bool:
+        """Return whether the path is a folder with files of such a split; a file or a pattern has none."""
+        where = self._where()
+        is_parted = where.is_dir() and not _is_saved(where)
+        return is_parted and bool(replace(self, split=split)._list(where))
+
+    def parts(self, *, seed: int = 0, n: int | None = None) -> Sequence[RowPart]:
+        """Return the parts of all files."""
+        return list(self._parts())
+
+    def _parts(self) -> Iterator[RowPart]:
+        for file in self.files():
+            yield from cut_file(self.task, file)
+
+    def first_rows(self, n: int) -> list[Row]:
+        """Return the first rows, ``n`` at most. Raises DataError where there is none, or one cannot be read."""
+        rows = list(islice(chain.from_iterable(part.rows() for part in self._parts()), n))
+        if n and not rows:
+            raise DataError(f"tasks.{self.task}: {self._where()} has no rows")
+        return rows
 
     def _list(self, where: StoragePath) -> Sequence[StoragePath]:
         # The order decides: a file's or folder's name may hold a pattern's characters.
         if where.is_file():
             return [where]
         if where.is_dir():
-            return where.select_files(self._files_of_split)
+            return self._list_folder(where)
         return where.parent.sorted_glob(where.name) if is_pattern(where.name) else []
+
+    def _list_folder(self, folder: StoragePath) -> Sequence[StoragePath]:
+        if (folder / SAVED_SPLITS).is_file():
+            folder = folder / self.split
+            return _saved_files(folder) if _is_saved(folder) else []
+
+        return _saved_files(folder) if _is_saved(folder) else folder.select_files(self._files_of_split)
 
     def _files_of_split(self, folder: Path) -> list[Path]:
         """Return the files of the split by the names in a local folder, as ``datasets`` reads them."""
@@ -138,16 +220,41 @@ class RowFiles(RowSource):
 
         # Sorted, so that rows come in one order on every disk. A folder may hold a README, too.
         files = DataFilesDict.from_patterns(patterns, base_path=str(folder)).get(self.split, [])
-        return sorted(path for path in map(Path, files) if _suffix(path) in FORMATS)
+        return sorted(path for path in map(Path, files) if is_row_file(path))
 
-    def first_row(self) -> Row:
-        """Return the first row of the first file. Raises DataError where there is none, or it cannot be read."""
-        file = self.files()[0]
 
-        row = read_first_row(self.task, file)
-        if row is None:
-            raise DataError(f"tasks.{self.task}: {file} has no rows")
-        return row
+def _is_saved(folder: StoragePath) -> bool:
+    """Return whether ``Dataset.save_to_disk`` wrote a folder."""
+    return all((folder / name).is_file() for name in SAVED_FILES)
+
+
+def _saved_files(folder: StoragePath) -> list[StoragePath]:
+    """Return the files of a saved data set, in the order of its rows."""
+    state = json.loads((folder / "state.json").read_text())
+    return [folder / file["filename"] for file in state["_data_files"]]
+
+
+@dataclass(frozen=True)
+class HubPart(RowPart):
+    """Rows of a hub data set that follow one another."""
+
+    source: "HubRows"
+    start: int
+    stop: int
+    dataset: bytes
+    """The data set, pickled: it names the files of the hub's cache, so that no task asks the hub."""
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows; a node whose cache lacks them downloads the data set."""
+        try:
+            dataset = pickle.loads(self.dataset)
+        except OSError:
+            dataset = self.source.open()
+
+        rows = dataset.select(range(self.start, self.stop)).with_format("arrow")
+        for table in rows.iter(HUB_BATCH_ROWS):
+            for batch in table.to_batches():
+                yield from arrow_rows(batch)
 
 
 @dataclass(frozen=True)
@@ -161,18 +268,48 @@ class HubRows(RowSource):
         """Return the hub's name of the data set."""
         return self.path
 
-    def load(self) -> pa.Table:
-        """Return all rows, downloaded where they are not in the hub's cache. Raises DataError when they do not come."""
+    def has_split(self, split: str) -> bool:
+        """Return whether the data set has a split; where the hub does not tell, its download will."""
+        splits = _hub_splits(self.path, self.subset)
+        return splits is None or split in splits
+
+    def open(self) -> Any:
+        """Return the data set, downloaded where the hub's cache lacks it. Raises DataError when it does not come."""
         import datasets
 
         try:
-            return datasets.load_dataset(self.path, self.subset, split=self.split).with_format("arrow")[:]
+            return datasets.load_dataset(self.path, self.subset, split=self.split)
         except Exception as error:  # the hub client raises many kinds: offline, missing, gated, no such split
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise DataError(
                 f"tasks.{self.task}: the hub did not give {self.path} ({reason}); a local copy works: "
                 f"tasks=[{{name: {self.task}, path: FOLDER}}]"
             ) from None
+
+    def load(self) -> pa.Table:
+        """Return all rows. Raises DataError when they do not come."""
+        return self.open().with_format("arrow")[:]
+
+    def parts(self, *, seed: int = 0, n: int | None = None) -> Sequence[RowPart]:
+        """Return ranges of rows; the data set is downloaded once, here."""
+        dataset = self.open()
+        pickled = pickle.dumps(dataset)
+
+        n_rows = len(dataset)
+        n_parts = max(1, min(n_rows, dataset.data.nbytes // HUB_PART_BYTES))
+        bounds = [n_rows * i // n_parts for i in range(n_parts + 1)]
+        ranges = zip(bounds[:-1], bounds[1:], strict=True)
+        return [HubPart(self.task, self, start, stop, pickled) for start, stop in ranges]
+
+
+@cache
+def _hub_splits(path: str, subset: str | None) -> list[str] | None:
+    import datasets
+
+    try:
+        return datasets.get_dataset_split_names(path, subset)
+    except Exception:  # the hub client raises many kinds; the download has the same trouble, and names it
+        return None
 
 
 def calibration_rows(task: Task) -> RowSource:
@@ -181,8 +318,16 @@ def calibration_rows(task: Task) -> RowSource:
 
 
 def evaluation_rows(task: Task) -> RowSource:
-    """Return the source of the rows that a task is judged on."""
-    return _parse(task, task.evaluation_path or task.path, task.evaluation_split or "validation", "test")
+    """Return the source of the rows that a task is judged on.
+
+    Where the task names no split, it is ``validation``, or that of the corpus where there is no such split.
+    """
+    path = task.evaluation_path or task.path
+    if task.evaluation_split:
+        return _parse(task, path, task.evaluation_split, "test")
+
+    source = _parse(task, path, "validation", "test")
+    return source if source.has_split("validation") else replace(source, split=task.split)
 
 
 def _parse(task: Task, path: str, split: str, demo_part: skills.Split) -> RowSource:
@@ -197,54 +342,14 @@ def _parse(task: Task, path: str, split: str, demo_part: skills.Split) -> RowSou
 def _names_files(path: str) -> bool:
     # A data set of the hub may be one word, so what ends like a file or is there counts as files.
     looks_like_path = is_uri(path) or path.startswith((".", "/", "~"))
-    return looks_like_path or _suffix(Path(path)) in FORMATS or Path(path).exists()
-
-
-# --- one file --------------------------------------------------------------------------------------------------------
+    return looks_like_path or is_row_file(Path(path)) or Path(path).exists()
 
 
 def file_format(task: str, file: StoragePath) -> str:
     """Return the format of a file by its name, as ``datasets`` calls it. Raises DataError for an unknown one."""
-    if _suffix(file) not in FORMATS:
-        raise DataError(f"tasks.{task}: {file} is none of {', '.join(FORMATS)}")
-    return FORMATS[_suffix(file)]
-
-
-def _suffix(file: Path | StoragePath) -> str:
-    """Return the end of a file's name, without that of a compressed file."""
-    return file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
+    return part_type(task, file).dataset_format
 
 
 def read_first_row(task: str, file: StoragePath) -> Row | None:
     """Return the first row of a file, None if it has none. Raises DataError when it cannot be read."""
-    try:
-        match file_format(task, file):
-            case "parquet":
-                # One row of the first row group; the file may be large, or in a bucket.
-                batch = next(pq.ParquetFile(file.open("rb")).iter_batches(batch_size=1), None)
-                return batch.to_pylist()[0] if batch is not None and batch.num_rows else None
-            case "json":
-                # JSON Lines: every line that is not blank is a row.
-                line = _first_line(file)
-                return json.loads(line) if line else None
-            case "csv":
-                with _open_text(file) as text:
-                    return next(csv.DictReader(text), None)
-            # Plain text: every line that is not blank is a row.
-            case _:
-                line = _first_line(file)
-                return {"text": line} if line else None
-    except (OSError, ValueError) as error:
-        raise DataError(f"tasks.{task}: {file} cannot be read ({error})") from None
-
-
-def _open_text(file: StoragePath) -> TextIO:
-    raw = file.open("rb")
-    # Line ends stay as they are, which the csv module wants.
-    return TextIOWrapper(gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw, "utf-8", newline="")
-
-
-def _first_line(file: StoragePath) -> str:
-    """Return the first line that is not blank, an empty string if there is none."""
-    with _open_text(file) as text:
-        return next((line for line in text if line.strip()), "")
+    return next(chain.from_iterable(part.rows() for part in cut_file(task, file)), None)

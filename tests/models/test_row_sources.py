@@ -131,11 +131,16 @@ def test_a_file_without_rows_names_the_task(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "contents"), [("rows.jsonl", b'{"text": '), ("rows.parquet", b"PAR1?"), ("rows.csv", b"\xff\xfe\x81")]
+    ("name", "contents", "reason"),
+    [
+        ("rows.jsonl", b'{"text": ', ", line 1: not JSON"),
+        ("rows.parquet", b"PAR1?", " cannot be read"),
+        ("rows.csv", b"\xff\xfe\x81", " cannot be read"),
+    ],
 )
-def test_a_torn_file_names_the_task(tmp_path, name, contents):
+def test_a_torn_file_names_the_task(tmp_path, name, contents, reason):
     (tmp_path / name).write_bytes(contents)
-    with pytest.raises(DataError, match=rf"tasks\.mine: .*{name} cannot be read"):
+    with pytest.raises(DataError, match=rf"tasks\.mine: .*{name}{reason}"):
         check_source(task(tmp_path / name), official=False)
 
 
