@@ -218,7 +218,7 @@ class Encoding:
             return RenderedText(prompt, rest, True, spans)
 
         # The text of the paper's authors may not end with the answer as it stands in the item.
-        has_answer = bool(item.question) and item.text.endswith(item.answer)
+        has_answer = bool(item.prompt) and item.text.endswith(item.answer)
         start = len(item.text) - len(item.answer) if has_answer else 0
         answer = ((start, len(item.text)),) if count == "assistant" and has_answer else None
         return RenderedText(item.text[:start], item.text[start:], False, answer)
@@ -274,7 +274,8 @@ class Encoding:
         it, nor what the template itself writes before it. Raises DataError as ``render`` does.
         """
         if not self._is_chat(item):
-            return self._split(item.question, f"{item.question} {answer}" if item.question else answer)
+            context = item.prompt
+            return self._split(context, f"{context}{item.separator}{answer}" if context else answer)
 
         prompt = self.prompt_text(item)
         rest = self._answered(item, prompt, answer)
