@@ -1,17 +1,18 @@
-"""Corpus: rows of a data set in; questions, answers, texts and token ids out. Ray is in ``pipeline.shards``."""
+"""Corpus: rows of a data set in; questions, answers, texts and their keys out. Ray is in ``pipeline.draw``."""
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from jinja2 import StrictUndefined, TemplateError, UndefinedError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 
 from seap_ray.errors import ConfigError, DataError
 from seap_ray.models.row_sources import Row, RowSource, calibration_rows, evaluation_rows
+from seap_ray.models.templates import RowEnvironment, WholeValueError, without_missing
 from seap_ray.storage.run import fingerprint
 from seap_ray.tasks import MULTIPLE_CHOICE, Task
 
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 
     from seap_ray.models.checkpoint import Checkpoint
 
+Filled = TypeVar("Filled")
 Message = dict[str, str]
 """A message of a conversation: ``role`` and ``content``."""
+BLANK_LINE = "\n\n"
+"""What stands between the messages of a conversation in plain text."""
 SHOWN_CHARACTERS = 160
 """Characters of a row that an error shows."""
 
@@ -31,102 +35,404 @@ class Item:
     """One row with the task's templates filled in."""
 
     text: str
-    """What the model is calibrated on where no chat template is used."""
+    """What the model is calibrated on where no chat template is used: prompt, separator and answer."""
     question: str
-    """The prompt: of a conversation the user's first message, by which the endpoint routes."""
+    """What the user asks, by which the endpoint routes: of a conversation the user's first message."""
     answer: str
     choices: list[str]
     messages: list[Message] = field(default_factory=list)
     """The conversation before the answer: of a question the system message, if any, and the user's; of a mere text
     none."""
+    gold: int | None = None
+    """Index of the right choice; None where the answer is none of the choices."""
+    separator: str = " "
+    """What stands between prompt and answer in plain text: a space, nothing behind a question that ends in a line break
+    and where nothing is asked, a blank line in a conversation."""
+
+    @property
+    def prompt(self) -> str:
+        """What stands before separator and answer in plain text."""
+        if self.separator == BLANK_LINE:
+            return BLANK_LINE.join(message["content"] for message in self.messages)
+        return self.question
+
+    def is_right(self, choice: int) -> bool:
+        """Return whether a choice, by its index, is the right one, or has the same text."""
+        return self.gold is not None and self.choices[choice].strip() == self.choices[self.gold].strip()
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """Jinja templates of one task, compiled once per process; an undefined column is an error, not a blank."""
+    """Jinja templates of one task, compiled once per process.
+
+    What is null or missing is an empty text; ``undefined`` says which names a row lacked.
+    """
 
     task: Task
     official: bool = False
 
     @cached_property
-    def _environment(self) -> ImmutableSandboxedEnvironment:
-        return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    def _environment(self) -> RowEnvironment:
+        return RowEnvironment()
 
     @cached_property
     def _templates(self) -> dict[str, Any]:
         task = self.task
-        make = self._environment.from_string
+        sources = {"system": task.system, "question": task.question, "answer": task.answer}
         # A task may have a text as the authors wrote it; else it is the question and its answer.
-        text = (task.official if self.official else None) or " ".join(filter(None, (task.question, task.answer)))
+        if self.official:
+            sources["official"] = task.official or " ".join(filter(None, (task.question, task.answer)))
 
-        return {"text": make(text), "question": make(task.question), "answer": make(task.answer)}
+        templates = {}
+        for name, source in sources.items():
+            if source:
+                templates[name] = self._compile(name, source)
+        return templates
 
     @cached_property
-    def _choices(self) -> Any:
+    def _expressions(self) -> dict[str, Any]:
         # An expression gives the list itself, where a template would give its text.
-        return self._environment.compile_expression(self.task.choices or "[]", undefined_to_none=False)
+        sources = {"choices": self.task.choices, "messages": _without_braces(self.task.messages)}
+        return {name: self._compile(name, source, is_expression=True) for name, source in sources.items() if source}
+
+    def _compile(self, name: str, source: str, *, is_expression: bool = False) -> Any:
+        environment = self._environment
+        try:
+            if is_expression:
+                return environment.compile_expression(source, undefined_to_none=False)
+            return environment.from_string(source)
+        except TemplateSyntaxError as error:
+            raise DataError(f"tasks.{self.task.name}.{name}: not valid Jinja ({error.message})") from None
+
+    @property
+    def undefined(self) -> list[str]:
+        """What the templates used in the row of the last item though the row lacks it, in words."""
+        return list(self._environment.used)
 
     def item(self, row: Row) -> Item:
         """Fill the templates in with a row.
 
-        Raises DataError naming the task and the row's columns when a template does not fit the row.
+        Raises DataError naming the task, and the row or its columns, when a template does not fit the row.
         """
-        try:
-            parts = {name: template.render(row) for name, template in self._templates.items()}
-            choices = [str(choice) for choice in self._choices(**row)] if self.task.choices else []
-        # Before TemplateError, which is its base class.
-        except UndefinedError as error:
-            raise DataError(f"tasks.{self.task.name}: {error}; the columns are {', '.join(row)}") from None
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise DataError(f"tasks.{self.task.name}: template does not fit the row {_short(row)} ({error})") from None
+        self._environment.used.clear()
+        context = self._environment.context(row)
+
+        texts = {name: self._filled(name, template.render, row, context) for name, template in self._templates.items()}
+        if self.task.messages:
+            item = self._conversation(row, context, texts)
+        else:
+            item = self._question(row, context, texts)
 
         # The authors feed their texts as they are; a space before or after is a token of its own.
-        text = parts["text"] if self.official else parts["text"].strip()
-        return Item(text, parts["question"].strip(), parts["answer"].strip(), choices)
+        return replace(item, text=texts["official"]) if "official" in texts else item
+
+    def _question(self, row: Row, context: Mapping[str, Any], texts: Mapping[str, str]) -> Item:
+        question, separator = _question_and_separator(texts.get("question", ""))
+        answer = texts.get("answer", "")
+        choices = self._choices(row, context)
+        messages = _with_system([_message("user", question.strip())] if question else [], texts)
+        gold = _index(choices, answer)
+
+        answer = answer.strip()
+        return Item(f"{question}{separator}{answer}", question, answer, choices, messages, gold, separator)
+
+    def _conversation(self, row: Row, context: Mapping[str, Any], texts: Mapping[str, str]) -> Item:
+        from seap_ray.models.row_formats import as_messages
+
+        fill = self._expressions["messages"]
+        messages = self._filled("messages", lambda context: as_messages(without_missing(fill(context))), row, context)
+        answer = texts.get("answer", "").strip()
+        # Without a template of its own the last message is the answer, if the assistant wrote it.
+        if not self.task.answer and messages and messages[-1]["role"] == "assistant":
+            answer = messages.pop()["content"]
+
+        messages = _with_system(messages, texts)
+        question = next((message["content"] for message in messages if message["role"] == "user"), "")
+        choices = self._choices(row, context)
+
+        separator = BLANK_LINE if messages else ""
+        text = BLANK_LINE.join([*(message["content"] for message in messages), answer])
+        return Item(text, question, answer, choices, messages, _index(choices, answer), separator)
+
+    def _choices(self, row: Row, context: Mapping[str, Any]) -> list[str]:
+        if "choices" not in self._expressions:
+            return []
+
+        expression = self._expressions["choices"]
+        return self._filled("choices", lambda context: _texts(expression(context)), row, context)
+
+    def _filled(
+        self, name: str, fill: Callable[[Mapping[str, Any]], Filled], row: Row, context: Mapping[str, Any]
+    ) -> Filled:
+        """Fill one template in. Raises DataError where it does not fit the row."""
+        task = self.task.name
+        try:
+            return fill(context)
+        # Before TemplateError, which is its base class.
+        except UndefinedError as error:
+            raise DataError(f"tasks.{task}.{name}: {error} in the row {_short(row)}") from None
+        except WholeValueError as error:
+            raise DataError(
+                f"tasks.{task}.{name}: {error}; name an element of it, or for a conversation write "
+                'messages: "{{ messages }}"'
+            ) from None
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            raise DataError(f"tasks.{task}.{name}: does not fit the row {_short(row)} ({error})") from None
+
+
+def _without_braces(messages: str | None) -> str:
+    # The configuration takes an expression in braces alone.
+    return (messages or "").strip().removeprefix("{{").removesuffix("}}")
+
+
+def _question_and_separator(rendered: str) -> tuple[str, str]:
+    """Return a question without the space around it, and what stands between it and its answer in plain text."""
+    question = rendered.strip()
+    if not question:
+        return "", ""
+
+    # A question that ends in a line break has the answer on the next line.
+    space_behind = rendered[len(rendered.rstrip()) :]
+    return (question + space_behind, "") if "\n" in space_behind else (question, " ")
+
+
+def _with_system(messages: list[Message], texts: Mapping[str, str]) -> list[Message]:
+    """Return messages that begin with the task's system message, unless the row has one of its own."""
+    system = texts.get("system", "").strip()
+    has_own = bool(messages) and messages[0]["role"] == "system"
+    return [_message("system", system), *messages] if system and messages and not has_own else messages
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _texts(choices: Any) -> list[str]:
+    """Return the texts of a list of choices. Raises ValueError for what is no list."""
+    if isinstance(choices, str):
+        raise ValueError("a text, not a list")
+    return ["" if choice is None else str(choice) for choice in choices]
+
+
+def _index(choices: Sequence[str], answer: str) -> int | None:
+    """Return the index of the right choice: the one with the answer's text, or else with that text but for space."""
+    if answer in choices:
+        return choices.index(answer)
+
+    stripped = [choice.strip() for choice in choices]
+    return stripped.index(answer.strip()) if answer.strip() in stripped else None
 
 
 def _short(row: Row) -> str:
-    text = json.dumps(row, default=str)
+    text = json.dumps(row, default=repr, ensure_ascii=False)
     return text if len(text) < SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
 
 
 def row_key(seed: int, item: Item) -> bytes:
     """Return a row's place in the random draw, 16 bytes.
 
-    It is a function of content and seed, whatever the row's place in its file.
+    It is a function of content and seed, whatever the row's place in its file; rows with one key are duplicates.
     """
     # Zero bytes part what is joined, so that other parts do not join to the same.
     return hashlib.sha256(f"{seed}\0{item.question}\0{item.text}".encode()).digest()[:16]
 
 
+def content_key(item: Item) -> bytes:
+    """Return what two rows have in common that are the same to a judge, 16 bytes, whatever the calibration's format."""
+    return hashlib.sha256(f"{item.prompt.strip()}\0{item.answer.strip()}".encode()).digest()[:16]
+
+
+def _split_key(seed: int, item: Item) -> int:
+    """Return a number below 2 ** 64 by which a question, with all its answers, is held out or not."""
+    question = item.question.strip() or item.answer.strip()
+    return int.from_bytes(hashlib.sha256(f"held out\0{seed}\0{question}".encode()).digest()[:8])
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Which rows of a corpus are held out for evaluation: those whose question has a small hash.
+
+    Rows with the same question are on the same side, wherever they lie.
+    """
+
+    seed: int
+    below: int = 2**64 // 5
+    """Hashes below this number are held out: a fifth of them."""
+
+    def key(self, item: Item) -> int:
+        """Return the hash of an item's question."""
+        return _split_key(self.seed, item)
+
+    def holds_out(self, item: Item) -> bool:
+        """Return whether an item is held out."""
+        return self.key(item) < self.below
+
+    def fitted(self, task: Task, smallest: int, largest: int) -> "Split":
+        """Return the split with a row on each side, for the smallest and largest hash of a corpus.
+
+        A few rows may all have hashes on one side. Raises DataError where all rows have one question.
+        """
+        if smallest == largest:
+            raise DataError(
+                f"tasks.{task.name}: all rows have the same question, so none can be held out for evaluation; set "
+                "evaluation_path, or held_out: false"
+            )
+
+        if smallest >= self.below:
+            return replace(self, below=smallest + 1)
+        return replace(self, below=min(self.below, largest))
+
+
+def split_of(task: Task, seed: int, items: Iterable[Item]) -> Split:
+    """Return the split of a corpus whose items are all here. Raises DataError where it has no two questions."""
+    split = Split(seed)
+    keys = [split.key(item) for item in items if defect(item) is None]
+    if not keys:
+        raise DataError(f"tasks.{task.name}: no row has an answer")
+    return split.fitted(task, min(keys), max(keys))
+
+
+# --- rows that do not count ------------------------------------------------------------------------------------------
+
+Reason = Literal["blank", "no_answer", "held_out", "left", "calibrated", "wrong_answer", "same_choices", "duplicate"]
+REASONS: dict[Reason, str] = {
+    "blank": "blank",
+    "no_answer": "without an answer",
+    "held_out": "held out for evaluation",
+    "left": "left to the calibration",
+    "calibrated": "calibrated on",
+    "wrong_answer": "whose answer is none of their choices",
+    "same_choices": "with equal choices",
+    "duplicate": "that others have already",
+}
+"""Why rows are left out, or worth a look, in the words that follow a number of rows."""
+
+
+def defect(item: Item) -> Reason | None:
+    """Return why a row can be neither calibrated nor judged on, None where it can."""
+    # Prompt and answer are the same in every format of the calibration text.
+    if item.answer.strip():
+        return None
+    return "no_answer" if item.prompt.strip() else "blank"
+
+
+def choice_defect(task: Task, item: Item) -> Reason | None:
+    """Return what is wrong with the choices of a task that is judged by them, None where nothing is.
+
+    A row whose answer is none of its choices cannot be judged. One with equal choices can be: whichever of them is
+    likeliest, its text is right or wrong.
+    """
+    if task.metric not in MULTIPLE_CHOICE or not task.choices:
+        return None
+    if item.gold is None:
+        return "wrong_answer"
+
+    stripped = [choice.strip() for choice in item.choices]
+    return "same_choices" if len(set(stripped)) < len(stripped) else None
+
+
+def rows_lines(task: str, n_rows: int, counts: Mapping[str, int]) -> list[str]:
+    """Return lines for people on the rows of a task that are held out, left out, or worth a look."""
+    lines = []
+    if n_held_out := counts.get("held_out"):
+        lines.append(f"tasks.{task}: {n_held_out:,} of {n_rows:,} rows held out for evaluation")
+    if others := listed({reason: n for reason, n in counts.items() if reason not in ("held_out", "left")}):
+        lines.append(f"tasks.{task}: of {n_rows:,} rows {others}")
+    return lines
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """Return counts of rows in words: ``3 blank, 2 without an answer``."""
+    return ", ".join(f"{counts[reason]:,} {words}" for reason, words in REASONS.items() if counts.get(reason))
+
+
+# --- rows to judge on ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedRows:
+    """Where the rows come from that a task is judged on."""
+
+    source: RowSource
+    is_split_off: bool
+    """Whether they are, in part or all, rows of the corpus, so that a fifth of these is held out."""
+
+
+def judged_rows(task: Task) -> JudgedRows:
+    """Return the rows that a task is judged on: those of its own, or else some of its corpus."""
+    source = evaluation_rows(task)
+    return JudgedRows(source, task.held_out and _share_rows(source, calibration_rows(task)))
+
+
+def _share_rows(source: RowSource, other: RowSource) -> bool:
+    """Return whether two sources name one data set, or have a file in common."""
+    if source == other:
+        return True
+
+    # A pattern and a folder may name the same files by other paths.
+    return bool(_file_names(source) & _file_names(other))
+
+
+def _file_names(source: RowSource) -> set[str]:
+    # Folders in buckets have no links.
+    return {str(file.resolve() if isinstance(file, Path) else file) for file in source.files()}
+
+
 # --- checks before any work ------------------------------------------------------------------------------------------
+
+FIRST_ROWS = 20
+"""Rows that are looked at before any work."""
 
 
 def check_source(task: Task, *, official: bool) -> None:
     """Raise DataError for a task whose file is missing, empty, or lacks a column that its template names."""
     calibration_rows(task).check()
-    evaluation_rows(task).check()
-    _render_first_row(task, calibration_rows(task), official=official)
+    judged_rows(task).source.check()
+    _render_first_rows(task, calibration_rows(task), official=official)
 
 
 def check_evaluation(task: Task) -> None:
     """Raise DataError where the rows that a task is judged on do not fit it, or lack choices that its metric needs."""
     is_chosen = task.metric in MULTIPLE_CHOICE
-    item = _render_first_row(task, evaluation_rows(task), official=False)
-
+    items = _render_first_rows(task, judged_rows(task).source, official=False)
     if is_chosen and not task.choices:
         raise DataError(f"tasks.{task.name}: metric {task.metric} needs choices; without any, set metric: exact_match")
 
-    if is_chosen and item and item.answer not in item.choices:
-        choices = ", ".join(map(repr, item.choices))
+    # Some rows of a data set may be wrong; where all are, the templates are.
+    answered = [item for item in items if defect(item) is None]
+    if is_chosen and answered and all(item.gold is None for item in answered):
+        choices = ", ".join(map(repr, answered[0].choices))
         raise DataError(
-            f"tasks.{task.name}: the answer {item.answer!r} of the first row is none of its choices, {choices}"
+            f"tasks.{task.name}: the answer {answered[0].answer!r} of the first row is none of its choices, {choices}"
         )
 
 
-def _render_first_row(task: Task, source: RowSource, *, official: bool) -> Item | None:
-    row = source.first_row()
-    return None if row is None else Renderer(task, official).item(row)
+def _render_first_rows(task: Task, source: RowSource, *, official: bool) -> list[Item]:
+    """Render the first rows. Raises DataError where none of them has what a template names."""
+    rows = source.first_rows(FIRST_ROWS)
+    renderer = Renderer(task, official)
+    items = []
+    undefined = None
+    for row in rows:
+        items.append(renderer.item(row))
+        undefined = common(undefined, renderer.undefined)
+
+    check_defined(task, undefined, rows[0] if rows else {})
+    return items
+
+
+def common(undefined: list[str] | None, others: list[str]) -> list[str]:
+    """Return what is undefined in all rows; None stands for no row yet."""
+    return others if undefined is None else [name for name in undefined if name in others]
+
+
+def check_defined(task: Task, undefined: list[str] | None, columns: Iterable[str]) -> None:
+    """Raise DataError for what templates name and no row has, with the columns of a row."""
+    if undefined:
+        raise DataError(f"tasks.{task.name}: {undefined[0]}; the columns are {', '.join(columns)}")
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

@@ -21,11 +21,11 @@ from seap_ray.errors import ConfigError, SeapError
 from seap_ray.judges import lm_eval
 from seap_ray.judges.quality import Quality, measure, measure_windows, windows
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.corpus import Item, Renderer, check_evaluation, load_tokenizer
+from seap_ray.models.corpus import Item, check_evaluation, judged_rows, load_tokenizer
 from seap_ray.models.loading import load_model
-from seap_ray.models.row_sources import evaluation_rows
 from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, write_temporarily
-from seap_ray.pipeline.shards import draw, read_in_order, read_rows
+from seap_ray.pipeline.draw import draw_judged, judged_text
+from seap_ray.pipeline.shards import Manifest
 from seap_ray.progress import Progress
 from seap_ray.storage.artifact import Artifact, JsonFile
 from seap_ray.storage.files import stage, write_json
@@ -109,7 +109,7 @@ def eval_task(config: Config, run: Run, task: Task, *, by_lm_eval: bool) -> Eval
 
     check_evaluation(task)
     drawn = _drawn_items(config, run, task)
-    stored = drawn.get(partial(_draw_items, config, task, drawn))
+    stored = drawn.get(partial(_draw_items, config, run, task, drawn))
     items = tuple(Item(**item) for item in stored["items"])
 
     # The window is no part of the drawn rows, but the figures depend on it.
@@ -119,27 +119,39 @@ def eval_task(config: Config, run: Run, task: Task, *, by_lm_eval: bool) -> Eval
 
 def _drawn_items(config: Config, run: Run, task: Task) -> Artifact[dict[str, Any]]:
     """Return the file of a task's drawn rows; its key stands for the settings and the source's files."""
-    state = evaluation_rows(task).state()
-    key = fingerprint([task.model_dump(), config.evaluation.samples, config.run.seed, state])
+    calibrated = _calibrated_rows(run, task)
+    key = fingerprint(
+        [
+            task.model_dump(),
+            config.evaluation.samples,
+            config.run.seed,
+            judged_rows(task).source.state(),
+            calibrated.rows if calibrated else None,
+        ]
+    )
     return Artifact(run.cells / f"{task.name}.items.json", key, JsonFile())
 
 
-def _draw_items(config: Config, task: Task, drawn: Artifact[dict[str, Any]]) -> None:
+def _calibrated_rows(run: Run, task: Task) -> Manifest | None:
+    """Return the manifest of the rows that are not to be judged on; None where any may be."""
+    return Manifest.read(run.shards(task.name)) if task.held_out else None
+
+
+def _draw_items(config: Config, run: Run, task: Task, drawn: Artifact[dict[str, Any]]) -> None:
     """Draw held-out rows like the calibration's; of a text take all rows in their order, with its own blank lines."""
     seed = config.run.seed
-    rows = read_rows(task, evaluation=True, seed=seed)
-
     # A text is one item; its windows are drawn once it is tokenised.
     if task.metric == "window_perplexity":
-        renderer = Renderer(task, official=True)
-        text = "\n\n".join(renderer.item(row).text for row in read_in_order(rows))
-        items = [asdict(Item(text, "", text, []))]
+        text = judged_text(task, seed=seed)
+        content = {"items": [asdict(Item(text, "", text, []))]}
     else:
         # As many and as random as the calibration's rows, from the other split; None draws all of them.
-        table, _, _ = draw(task, rows, n=config.evaluation.samples, seed=seed, official=False)
-        items = table.select(["text", "question", "answer", "choices"]).to_pylist()
+        calibrated = _calibrated_rows(run, task)
+        keys = calibrated.read_row_keys(run) if calibrated else frozenset()
+        rows = draw_judged(task, n=config.evaluation.samples, seed=seed, calibrated=keys)
+        content = {"items": list(map(asdict, rows.items)), "n_rows": rows.n_rows, "counts": rows.counts}
 
-    write_json(drawn.path, {"fingerprint": drawn.key, "items": items})
+    write_json(drawn.path, {"fingerprint": drawn.key, **content})
 
 
 def _window(config: Config) -> int:

@@ -13,13 +13,20 @@ from transformers.utils import logging as transformers_logging
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.corpus import rows_lines
 from seap_ray.pipeline.calibrate import calibrate, n_workers
 from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, write_checkpoints
 from seap_ray.pipeline.cluster import connect_driver
 from seap_ray.pipeline.evaluate import EvalTask, eval_target, eval_task, evaluate
 from seap_ray.pipeline.placement import with_placement
 from seap_ray.pipeline.planner import Planner, make_planner
-from seap_ray.pipeline.preflight import check_config, cluster_checks, raise_on_error, with_absolute_source
+from seap_ray.pipeline.preflight import (
+    check_config,
+    cluster_checks,
+    raise_on_error,
+    with_absolute_source,
+    with_recognised_tasks,
+)
 from seap_ray.pipeline.ray_errors import unwrap_ray_errors
 from seap_ray.pipeline.results import dense_row, make_results, pruned_row, quality_cells
 from seap_ray.pipeline.shards import Manifest, make_shards
@@ -77,6 +84,7 @@ def on_cluster(config: Config, work: Callable[[Config, Checkpoint, Run], None], 
     transformers_logging.disable_progress_bar()
 
     # What a look at the config and its files can refuse needs no cluster, which takes seconds to start.
+    config = with_recognised_tasks(config)
     checkpoint = check_config(config, check_evaluation_rows=check_evaluation_rows)
     run = Run.of(config)
     config = with_absolute_source(config)
@@ -114,9 +122,10 @@ def calibrate_run(config: Config, checkpoint: Checkpoint, run: Run) -> Calibrate
 
     manifests = make_shards(config, checkpoint, run, say)
     for manifest in manifests:
-        left_out = f", {manifest.n_blank} of {manifest.n_rows} rows blank" if manifest.n_blank else ""
         cut = f", {manifest.n_cut} texts cut at the longest sequence" if manifest.n_cut else ""
-        say(f"  {manifest.task}: {manifest.n_tokens:,} tokens in {len(manifest.shards)} shards{left_out}{cut}")
+        say(f"  {manifest.task}: {manifest.n_tokens:,} tokens in {len(manifest.shards)} shards{cut}")
+        for line in rows_lines(manifest.task, manifest.n_rows, manifest.counts):
+            say(f"  {line}")
 
     statistics = calibrate(config, checkpoint, run, manifests, progress)
     return CalibratedRun(config, checkpoint, run, manifests, make_planner(config, checkpoint, run, statistics))

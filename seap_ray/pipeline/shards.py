@@ -1,38 +1,24 @@
-"""Shards: corpora in, immutable token shards with a manifest out. Ray Data reads, renders, draws and writes.
+"""Shards: corpora in, immutable token shards with a manifest out.
 
 ``shards/<task>/00017.parquet`` holds one sequence a row: ``ids`` (int32 list) and ``text``. ``prompts.parquet`` holds
-what a user would ask of every drawn row. ``manifest.json``, written last, holds the token count and sha256 of every
-shard.
-
-Which row goes where depends on content and seed alone: a row's key is a hash of both, so the rows with the n smallest
-keys are n rows at random, wherever they lie in the corpus and however it is cut into blocks.
+what a user would ask of every drawn row, and ``rows.json`` the content key of each, so that none is judged on.
+``manifest.json``, written last, holds the token count and sha256 of every shard.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from ray.data import DataContext
 
 from seap_ray.config import Config
-from seap_ray.errors import DataError
 from seap_ray.models.batching import chunk_stream
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.corpus import Renderer, load_tokenizer, row_key, tokenizer_hash
-from seap_ray.models.row_sources import (
-    DemoRows,
-    HubRows,
-    Row,
-    RowFiles,
-    calibration_rows,
-    evaluation_rows,
-    file_format,
-)
+from seap_ray.models.corpus import Item, content_key, judged_rows, load_tokenizer, tokenizer_hash
+from seap_ray.models.row_sources import calibration_rows
+from seap_ray.pipeline.draw import Draw, draw_corpus
 from seap_ray.storage.artifact import Artifact, has_hash
 from seap_ray.storage.files import atomic_write, read_json, sha256_of, stage, write_json
 from seap_ray.storage.paths import StoragePath
@@ -41,11 +27,9 @@ from seap_ray.tasks import Task
 
 MANIFEST_FILE = "manifest.json"
 PROMPTS_FILE = "prompts.parquet"
-FOOTER_READERS = "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"
-"""Environment variable of Ray Data: processes that look at the footers of parquet files. By default 32 start for every
-corpus, of one file or of many; one has 128 reads under way at a time."""
-UNUSED_FIELDS = {"metric", "lm_eval", "weight", "choices", "evaluation_path", "evaluation_split"}
-"""Fields of a task that its shards do not depend on."""
+ROWS_FILE = "rows.json"
+UNUSED_FIELDS = {"metric", "lm_eval", "weight", "choices", "evaluation_path", "evaluation_split", "held_out"}
+"""Fields of a task that its shards do not depend on, but for whether rows of the corpus are held out."""
 
 # --- what is on storage ----------------------------------------------------------------------------------------------
 
@@ -80,12 +64,15 @@ class Manifest:
     shards: tuple[Shard, ...]
     n_rows: int
     """Rows in the corpus."""
-    n_blank: int
-    """Rows without text, left out."""
     n_cut: int
     """Texts cut at the longest sequence."""
     prompts: str
     """sha256 of the file of prompts."""
+    rows: str
+    """sha256 of the file of content keys."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Rows that are left out, or worth a look, by ``corpus.REASONS``. Duplicates are estimated where more than
+    ``draw.COUNTED_KEYS`` rows are distinct."""
 
     @property
     def n_tokens(self) -> int:
@@ -95,6 +82,10 @@ class Manifest:
     def read_prompts(self, run: Run) -> list[str]:
         """Read the questions of the drawn rows, or their texts where the task asks none, in the order of the draw."""
         return pq.read_table(stage(run.shards(self.task) / PROMPTS_FILE)).column("prompt").to_pylist()
+
+    def read_row_keys(self, run: Run) -> frozenset[bytes]:
+        """Read the content keys of the drawn rows."""
+        return frozenset(map(bytes.fromhex, read_json(run.shards(self.task) / ROWS_FILE)))
 
     @classmethod
     def read(cls, folder: StoragePath) -> "Manifest | None":
@@ -111,6 +102,7 @@ class Manifest:
         """Return the sha256 of every other file in the folder, by its name."""
         hashes = {f"{shard.shard}.parquet": shard.sha256 for shard in self.shards}
         hashes[PROMPTS_FILE] = self.prompts
+        hashes[ROWS_FILE] = self.rows
         return hashes
 
 
@@ -142,6 +134,7 @@ def shards_artifact(config: Config, checkpoint: Checkpoint, run: Run, task: Task
         config.run.seed,
         tokenizer_hash(checkpoint),
         calibration_rows(task).state(),
+        judged_rows(task).is_split_off,
     )
     return Artifact(run.shards(task.name), key, ShardFolder())
 
@@ -183,155 +176,11 @@ def _write_all(config: Config, run: Run, tasks: Sequence[Task], keys: Sequence[s
     # Each is written while the next one is drawn.
     pending = []
     for task, key in zip(tasks, keys, strict=True):
-        rows = read_rows(task, seed=config.run.seed, n=corpus.samples)
-        drawn = draw(task, rows, n=corpus.samples, seed=config.run.seed, official=is_official)
+        drawn = draw_corpus(task, n=corpus.samples, seed=config.run.seed, official=is_official)
         pending.append(write.remote(config, run, task.name, key, drawn))
 
     # An error of any task is raised here.
     ray.get(pending)
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
-def read_rows(task: Task, *, evaluation: bool = False, seed: int = 0, n: int | None = None) -> ray.data.Dataset:
-    """Return the rows of a task's source as a Ray Dataset.
-
-    Args:
-        task: The task.
-        evaluation: Read the rows that the task is judged on, not those that it is calibrated on.
-        seed: Seed of the demo's generators.
-        n: Rows that the demo's generators make at least.
-
-    Raises:
-        DataError: The rows cannot be had; it names the task.
-    """
-    source = evaluation_rows(task) if evaluation else calibration_rows(task)
-    match source:
-        case DemoRows():
-            return ray.data.from_items(source.generate(n, seed))
-        case RowFiles():
-            return _read_files(source)
-        case HubRows():
-            # Not ray.data.from_huggingface: it asks the hub again, and fails offline where the data set is cached.
-            return ray.data.from_arrow(source.load())
-
-    raise TypeError(f"tasks.{task.name}: {source} has no reader")
-
-
-def _read_files(source: RowFiles) -> ray.data.Dataset:
-    os.environ.setdefault(FOOTER_READERS, "1")  # a user's own value counts
-    readers: dict[str, Callable[..., ray.data.Dataset]] = {
-        "parquet": ray.data.read_parquet,
-        "json": ray.data.read_json,
-        "csv": ray.data.read_csv,
-        "text": ray.data.read_text,
-    }
-
-    # All files of a source have one format.
-    files = source.files()
-    return readers[file_format(source.task, files[0])]([str(file) for file in files])
-
-
-def read_in_order(rows: ray.data.Dataset) -> list[Row]:
-    """Return all rows as they lie in their files, which Ray Data promises only where it is asked to."""
-    # The option is the whole process's, so it is put back afterwards.
-    options = DataContext.get_current().execution_options
-    before = options.preserve_order
-    options.preserve_order = True
-    try:
-        return rows.take_all()
-    finally:
-        options.preserve_order = before
-
-
-# --- the draw --------------------------------------------------------------------------------------------------------
-
-
-class Draw(NamedTuple):
-    """Rows drawn from a corpus."""
-
-    table: pa.Table
-    """Columns ``key``, ``text``, ``question``, ``answer`` and ``choices``, in the order of the keys."""
-    n_rows: int
-    """Rows in the corpus."""
-    n_blank: int
-    """Rows without text, which cannot be drawn."""
-
-
-class Render:
-    """Renders blocks of rows: key, text, question, answer, choices; the key of a blank text is empty."""
-
-    def __init__(self, task: Task, seed: int, official: bool):
-        self.renderer = Renderer(task, official)
-        self.seed = seed
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        """Render a block."""
-        items = [self.renderer.item(row) for row in rows.to_pylist()]
-        # No hash is empty, so an empty key stands for a row that cannot be drawn.
-        keys = [row_key(self.seed, item) if item.text.strip() else b"" for item in items]
-
-        # With the types stated, blocks of nothing but empty lists fit the others.
-        return pa.table(
-            {
-                "key": pa.array(keys, pa.binary()),
-                "text": pa.array([item.text for item in items], pa.string()),
-                "question": pa.array([item.question for item in items], pa.string()),
-                "answer": pa.array([item.answer for item in items], pa.string()),
-                "choices": pa.array([item.choices for item in items], pa.list_(pa.string())),
-            }
-        )
-
-
-def draw(task: Task, rows: ray.data.Dataset, *, n: int | None, seed: int, official: bool) -> Draw:
-    """Draw ``n`` rows (None: all) at random over the whole corpus, and count all and blank ones.
-
-    Every block keeps its own ``n`` smallest keys, so only candidates travel. Raises DataError where no row has text.
-    """
-    render = Render(task, seed, official)
-    # A batch is a whole block: each block is ranked once.
-    rendered = rows.map_batches(lambda batch: _candidates(render(batch), n), batch_format="pyarrow", batch_size=None)
-
-    # Empty blocks may have no columns, which would not fit those of the others.
-    tables = [table for table in ray.get(rendered.to_arrow_refs()) if table.num_rows]
-    if not tables:
-        raise DataError(f"tasks.{task.name}: the corpus has no rows")
-
-    table = pa.concat_tables(tables)
-    # A block's counts stand in its first row, so that their sums are those of the corpus.
-    n_rows = sum(table.column("n_rows").to_pylist())
-    n_blank = sum(table.column("n_blank").to_pylist())
-
-    # The smallest of all blocks are among the smallest of each.
-    drawn = _smallest_keys(table.filter(pa.compute.not_equal(table.column("key"), b"")), n)
-    if not drawn.num_rows:
-        raise DataError(f"tasks.{task.name}: all {n_rows} rows of the corpus are blank")
-
-    return Draw(drawn.drop_columns(["n_rows", "n_blank"]), n_rows, n_blank)
-
-
-def _candidates(rendered: pa.Table, n: int | None) -> pa.Table:
-    """Return a block's smallest keys; the first row carries the block's counts.
-
-    Where no row has text, a blank one carries them.
-    """
-    is_text = pa.compute.not_equal(rendered.column("key"), b"")
-    n_text = pa.compute.sum(is_text).as_py() or 0
-    kept = _smallest_keys(rendered.filter(is_text), n) if n_text else rendered.slice(0, 1)
-
-    n_rows = np.zeros(kept.num_rows, np.int64)
-    n_blank = np.zeros(kept.num_rows, np.int64)
-    # A block without any rows has no first one.
-    if kept.num_rows:
-        n_rows[0] = rendered.num_rows
-        n_blank[0] = rendered.num_rows - n_text
-
-    return kept.append_column("n_rows", pa.array(n_rows)).append_column("n_blank", pa.array(n_blank))
-
-
-def _smallest_keys(table: pa.Table, n: int | None) -> pa.Table:
-    return table.take(pa.compute.sort_indices(table, [("key", "ascending")])).slice(0, n)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -345,8 +194,8 @@ def _write_task(config: Config, run: Run, task: str, key: str, drawn: Draw) -> N
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
     longest = min(corpus.sequence_length, checkpoint.architecture.max_position_embeddings)
 
-    texts = drawn.table.column("text").to_pylist()
-    questions = drawn.table.column("question").to_pylist()
+    texts = [item.text for item in drawn.items]
+    questions = [item.question for item in drawn.items]
     all_ids = tokenizer(texts)["input_ids"]
     rows = [row for row in zip(all_ids, texts, questions, strict=True) if row[0]]  # some texts have no token
 
@@ -371,7 +220,8 @@ def _write_task(config: Config, run: Run, task: str, key: str, drawn: Draw) -> N
         shards.append(_write_shard(run, task, f"{len(shards):05d}", shard_pairs))
 
     # Last: a folder without a manifest is made again.
-    manifest = Manifest(task, key, tuple(shards), drawn.n_rows, drawn.n_blank, n_cut, prompts)
+    rows_hash = _write_row_keys(run, task, drawn.items)
+    manifest = Manifest(task, key, tuple(shards), drawn.n_rows, n_cut, prompts, rows_hash, drawn.counts)
     write_json(run.shards(task) / MANIFEST_FILE, asdict(manifest))
 
 
@@ -390,6 +240,13 @@ def _write_prompts(run: Run, task: str, prompts: list[str]) -> str:
     with atomic_write(run.shards(task) / PROMPTS_FILE) as temporary:
         pq.write_table(pa.table({"prompt": pa.array(prompts, pa.string())}), temporary)
         return sha256_of(temporary)
+
+
+def _write_row_keys(run: Run, task: str, items: Sequence[Item]) -> str:
+    """Write the file of content keys and return its sha256."""
+    path = run.shards(task) / ROWS_FILE
+    write_json(path, [content_key(item).hex() for item in items])
+    return sha256_of(stage(path))
 
 
 def _write_shard(run: Run, task: str, shard: str, pairs: list[tuple[list[int], str]]) -> Shard:
