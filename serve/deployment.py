@@ -111,9 +111,10 @@ def _check_room(config: Config, n_engines: int) -> None:
         have = ray.cluster_resources().get(kind, 0)
         # What other jobs hold may become free, so the whole cluster counts and not what is free now.
         if total_ranks * share > have:
+            reserve = "engines reserve" if n_engines > 1 else "engine reserves"
             fitting = math.floor(have / total_ranks * 100) / 100  # rounded down, so that it does fit
             raise ConfigError(
-                f"serve.num_{kind.lower()}s: {n_engines} engines reserve {total_ranks * share:g} {kind}s, and the "
+                f"serve.num_{kind.lower()}s: {n_engines} {reserve} {total_ranks * share:g} {kind}s, and the "
                 f"cluster has {have:g}; lower it to {fitting:g}, or serve fewer of serve.experts"
             )
 

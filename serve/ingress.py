@@ -105,7 +105,9 @@ class ExpertIngress(OpenAiIngress):
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a chat completion with OpenAI's and vLLM's parameters; `model` may be `auto`."""
         request.state.is_parsed = True  # from here on an error is ours: see ``to_api_error``
-        if not (self._service.can_chat or body.chat_template):
+        if body.chat_template:
+            raise ApiError(400, "chat_template: the models' own is used, and no other", param="chat_template")
+        if not self._service.can_chat:
             message = "the models have no chat template, so they continue texts alone: use /v1/completions"
             raise ApiError(400, message, param="messages")
 
@@ -114,6 +116,9 @@ class ExpertIngress(OpenAiIngress):
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Answer a text completion with OpenAI's and vLLM's parameters; `model` may be `auto`."""
         request.state.is_parsed = True  # as in ``chat``
+        if body.prompt_embeds:
+            raise ApiError(400, "prompt_embeds: prompts are texts or token ids here", param="prompt_embeds")
+
         return await self._answer("completions", body, request, prompts_of(body.prompt))
 
     async def _answer(

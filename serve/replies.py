@@ -9,9 +9,12 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import FrontendArgs
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from seap_ray.config.schema import NOT_FOR_ENGINES
+
 FLAG = re.compile(r"--([a-z][a-z0-9]*(?:-[a-z0-9]+)*)")
 """A flag of vLLM's command line, as its messages name it."""
-ENGINE_KEYS = frozenset(field.name for arguments in (AsyncEngineArgs, FrontendArgs) for field in fields(arguments))
+ARGUMENTS = (*fields(AsyncEngineArgs), *fields(FrontendArgs))
+ENGINE_KEYS = frozenset(argument.name for argument in ARGUMENTS) - {*NOT_FOR_ENGINES}
 """Arguments of vLLM that the section ``serve.engine`` may set."""
 
 

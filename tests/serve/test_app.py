@@ -209,7 +209,7 @@ def test_a_cluster_without_room_ends_the_job_with_one_line_and_no_traceback(run)
     environment = {**os.environ, "RAY_ADDRESS": "local"}
     done = subprocess.run([*command, *settings], cwd=ROOT, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: serve.num_cpus: 1 engines reserve 9999 CPUs, and the cluster has ")
+    assert done.stderr.startswith("error: serve.num_cpus: 1 engine reserves 9999 CPUs, and the cluster has ")
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stdout
 
 
@@ -222,7 +222,7 @@ def test_the_end_of_a_serve_that_is_gone_shows_no_traceback(monkeypatch, capsys)
     monkeypatch.setattr(deployment.serve, "delete", delete)
     monkeypatch.setattr(deployment, "_is_alive", lambda: True)
     deployment._take_down(drain_timeout_s=5)
-    assert capsys.readouterr().err == ""
+    assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

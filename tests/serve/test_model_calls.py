@@ -147,7 +147,8 @@ def test_vllms_flags_are_named_as_our_keys():
     message = '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'
     keys = "serve.engine.enable_auto_tool_choice and serve.engine.tool_call_parser"
     assert with_our_keys(message) == f'"auto" tool choice requires {keys} to be set'
-    assert with_our_keys("You must set `--enable-prompt-embeds`") == "You must set `serve.engine.enable_prompt_embeds`"
+    assert with_our_keys("You must set `--reasoning-parser`") == "You must set `serve.engine.reasoning_parser`"
+    assert with_our_keys("--trust-remote-code") == "--trust-remote-code", "no key: it is refused"
     assert with_our_keys("a -- b, --help and x--dtype-y") == "a -- b, --help and x--dtype-y"
 
 
