@@ -14,16 +14,16 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from seap_ray.demo import skills
 from seap_ray.errors import DataError
 from seap_ray.models.row_files import RowPart, cut_file, is_row_file, part_type
 from seap_ray.models.row_values import Row, arrow_rows
 from seap_ray.storage.paths import StoragePath, is_uri, parse_path
-from seap_ray.tasks import Task
+from seap_ray.tasks import BUILT_IN, Task
 
 DEMO_PREFIX = "demo:"
+VALIDATION = "validation"
+"""Split that a task is judged on where it names none."""
 MIN_DEMO_ROWS = 1000
 """Rows that a demo's corpus has at least; a draw of fewer is taken from them."""
 HUB_PART_BYTES = 64 << 20
@@ -242,17 +242,16 @@ class HubPart(RowPart):
     start: int
     stop: int
     dataset: bytes
-    """The data set, pickled: it names the files of the hub's cache, so that no task asks the hub."""
+    """These rows as a pickled ``Dataset``: it names the files of the hub's cache, so that no task asks the hub."""
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows; a node whose cache lacks them downloads the data set."""
         try:
             dataset = pickle.loads(self.dataset)
         except OSError:
-            dataset = self.source.open()
+            dataset = self.source.open().select(range(self.start, self.stop))
 
-        rows = dataset.select(range(self.start, self.stop)).with_format("arrow")
-        for table in rows.iter(HUB_BATCH_ROWS):
+        for table in dataset.with_format("arrow").iter(HUB_BATCH_ROWS):
             for batch in table.to_batches():
                 yield from arrow_rows(batch)
 
@@ -286,25 +285,28 @@ class HubRows(RowSource):
                 f"tasks=[{{name: {self.task}, path: FOLDER}}]"
             ) from None
 
-    def load(self) -> pa.Table:
-        """Return all rows. Raises DataError when they do not come."""
-        return self.open().with_format("arrow")[:]
-
     def parts(self, *, seed: int = 0, n: int | None = None) -> Sequence[RowPart]:
         """Return ranges of rows; the data set is downloaded once, here."""
         dataset = self.open()
-        pickled = pickle.dumps(dataset)
-
         n_rows = len(dataset)
         n_parts = max(1, min(n_rows, dataset.data.nbytes // HUB_PART_BYTES))
         bounds = [n_rows * i // n_parts for i in range(n_parts + 1)]
-        ranges = zip(bounds[:-1], bounds[1:], strict=True)
-        return [HubPart(self.task, self, start, stop, pickled) for start, stop in ranges]
+
+        parts = []
+        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+            pickled = pickle.dumps(dataset.select(range(start, stop)))
+            parts.append(HubPart(self.task, self, start, stop, pickled))
+        return parts
 
 
 @cache
 def _hub_splits(path: str, subset: str | None) -> list[str] | None:
+    """Return the splits of a data set; None where the hub does not tell."""
     import datasets
+
+    # The hub need not be asked for what the built-in tasks are judged on.
+    if any(task.path == path and not task.evaluation_split for task in BUILT_IN.values()):
+        return [VALIDATION]
 
     try:
         return datasets.get_dataset_split_names(path, subset)
@@ -326,8 +328,8 @@ def evaluation_rows(task: Task) -> RowSource:
     if task.evaluation_split:
         return _parse(task, path, task.evaluation_split, "test")
 
-    source = _parse(task, path, "validation", "test")
-    return source if source.has_split("validation") else replace(source, split=task.split)
+    source = _parse(task, path, VALIDATION, "test")
+    return source if source.has_split(VALIDATION) else replace(source, split=task.split)
 
 
 def _parse(task: Task, path: str, split: str, demo_part: skills.Split) -> RowSource:
