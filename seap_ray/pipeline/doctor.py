@@ -15,6 +15,7 @@ from seap_ray.pipeline.preflight import (
     local_checks,
     needs_findings,
     with_absolute_source,
+    with_recognised_tasks,
 )
 from seap_ray.pipeline.ray_errors import unwrap_ray_errors
 from seap_ray.progress import say
@@ -34,6 +35,7 @@ def diagnose(config: Config) -> None:
     _show(local_checks(config))
     _show(needs_findings(config, run))
 
+    config = with_recognised_tasks(config)
     checkpoint = check_config(config, check_evaluation_rows=config.evaluation.samples != 0)
     config = with_absolute_source(config)
 
