@@ -315,7 +315,8 @@ class Architecture:
             The architecture.
 
         Raises:
-            ConfigError: The family, or the layout that the config says, is not supported, or the model is quantised.
+            ConfigError: The family, or the layout that the config says, is not supported, the model is quantised, or
+                a size is missing or none.
         """
         model_type = config.get("model_type")
         name = str(model_type).removeprefix("seap_")
@@ -323,7 +324,8 @@ class Architecture:
             raise ConfigError(f"model family {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
 
         family = FAMILIES[name]
-        if config.get("quantization_config"):
+        # MLX's own key for a quantised model has no ending.
+        if config.get("quantization_config") or config.get("quantization"):
             raise ConfigError("model is quantised; prune the unquantised checkpoint, then quantise the result")
         if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
             raise ConfigError("model has layers without experts beside layers with them, which is not supported")
@@ -335,7 +337,7 @@ class Architecture:
         # A compacted model's layers differ from its top level.
         overrides = config.get("per_layer_config") or {}
         layers: list[Layer] = []
-        for layer in range(config["num_hidden_layers"]):
+        for layer in range(_size(config, "num_hidden_layers")):
             layers.append(_layer({**config, **overrides.get(str(layer), {})}, family))
 
         # Older configs name the parameters of RoPE rope_scaling.
@@ -344,15 +346,15 @@ class Architecture:
         return cls(
             family_name=name,
             layers=tuple(layers),
-            hidden_size=config["hidden_size"],
+            hidden_size=_size(config, "hidden_size"),
             # Configs without a head size leave it to this division.
-            head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+            head_dim=_size(config, "head_dim", _size(config, "hidden_size") // _size(config, "num_attention_heads")),
             dense=_layer(config, family).shape,
             qkv_bias=flag(family.qkv_bias),
             o_bias=flag(family.o_bias),
             mlp_bias=flag(family.mlp_bias),
             # transformers' own default of Llama, OPT and GPT-NeoX.
-            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            max_position_embeddings=_size(config, "max_position_embeddings", 2048),
             has_windows=_has_windows(config, family),
             mixes_windows=_mixes_windows(config, family),
             # A key of OPT alone; without it norms have weights.
@@ -360,8 +362,8 @@ class Architecture:
             # Long RoPE has factors for short sequences and for long ones.
             n_heads_may_change="short_factor" not in rope,
             # Qwen's own configs say num_experts, those that transformers writes num_local_experts.
-            n_experts=(config.get("num_local_experts") or config["num_experts"]) if family.is_moe else 0,
-            experts_per_token=config["num_experts_per_tok"] if family.is_moe else 0,
+            n_experts=_size(config, "num_local_experts", config.get("num_experts")) if family.is_moe else 0,
+            experts_per_token=_size(config, "num_experts_per_tok") if family.is_moe else 0,
         )
 
     @property
@@ -489,14 +491,30 @@ class Architecture:
         return int(layer), module, kind
 
 
+def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Return a whole number above zero; ``default`` where the key is missing or null.
+
+    Raises ConfigError for any other value, and for none without a default.
+    """
+    value = default if config.get(key) is None else config[key]
+    if value is None:
+        raise ConfigError(f"config.json has no {key}")
+    # Python's True is an int, too.
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"config.json: {key} is {value!r}, not a whole number above 0")
+    return value
+
+
 def _layer(config: Mapping[str, Any], family: Family) -> Layer:
     """Read a layer from the config that holds for it."""
-    heads = config["num_attention_heads"]
+    heads = _size(config, "num_attention_heads")
     # A missing number of key-value heads, or none, means one for every query head.
-    groups = (family.groups_key and config.get(family.groups_key)) or heads
+    groups = _size(config, family.groups_key, heads) if family.groups_key else heads
+    if heads % groups:
+        raise ConfigError(f"config.json: {heads} query heads cannot share {groups} key-value heads")
 
     biases = tuple(key for key in ("o_proj_bias", "down_proj_bias") if config.get(key))
-    return Layer(Shape(groups, heads // groups, config[family.channels_key]), biases)
+    return Layer(Shape(groups, heads // groups, _size(config, family.channels_key)), biases)
 
 
 def split_moe_expert(module: str) -> tuple[str, int | None]:

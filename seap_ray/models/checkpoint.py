@@ -1,10 +1,14 @@
-"""Checkpoint: a folder of safetensors. Open one, fingerprint it, read it tensor by tensor."""
+"""Checkpoint: a folder of safetensors. Open one, check it, fingerprint it, read it tensor by tensor.
+
+What is opened to be pruned is checked whole: every tensor that transformers would load is there, in the shape that
+config.json declares. Whatever cannot be so is one line; nothing is filled up with random numbers.
+"""
 
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib.metadata import version
 from math import prod
@@ -12,19 +16,57 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from seap_ray.core.architecture import Architecture
+from seap_ray.core.architecture import FAMILIES, Architecture
 from seap_ray.errors import ConfigError
-from seap_ray.models.model_sources import ModelSource, parse_model_source
+from seap_ray.models.model_sources import (
+    ADAPTER_CONFIG,
+    CONFIG_FILE,
+    INDEX,
+    WEIGHTS,
+    ModelSource,
+    parse_model_source,
+)
 from seap_ray.storage.files import read_json
 
-INDEX = "model.safetensors.index.json"
 BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 """Ends of names of tensors that old checkpoints, and NeoX's, hold and no model reads: they are no weights."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of weights that can be cut, by the names that safetensors has for them."""
+HEADS = ("lm_head.weight", "embed_out.weight")
+"""Names of a head, which may be the embedding."""
+CONFIG_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What a value that nobody expects leads to, in transformers' checks of a config.json or while the model is built."""
+LFS_POINTER = b"version https://git-lfs.github.com"
+"""Beginning of the text that Git has for a file that Git LFS did not fetch."""
+LFS_POINTER_BYTES = 1024
+"""No such text is longer."""
+OTHER_WEIGHTS = {
+    ".onnx": "an ONNX graph",
+    ".h5": "weights of TensorFlow",
+    ".msgpack": "weights of Flax",
+    ".pth": "weights in the format of their makers",
+    ".pt": "weights in the format of their makers",
+    ".bin": "weights under another name",
+    ".safetensors": "weights under another name",
+    ".gguf": "GGUF files",
+    ".npz": "weights of MLX",
+}
+"""What weights are that transformers does not load from a folder, by the end of their names."""
+SAVE_HINT = "save the model that it was made from by transformers' save_pretrained"
+"""What to do about weights that cannot be read."""
 HASHED_WHOLE_BYTES = 1 << 26
 """Weight files up to this size are hashed whole, larger ones by their header and ``SAMPLED_BLOCKS``."""
 SAMPLED_BLOCKS = 64
@@ -53,6 +95,10 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     """Every weight by its name."""
     source: ModelSource
+    files: tuple[Path, ...] = ()
+    """The weight files, those that transformers loads."""
+    surplus: frozenset[str] = field(default=frozenset(), repr=False)
+    """Names of tensors in the files that the model does not have; they are left out of ``tensors``."""
 
     @classmethod
     def open(cls, source: str, revision: str | None = None) -> "Checkpoint":
@@ -68,17 +114,19 @@ class Checkpoint:
         Raises:
             ConfigError: The model cannot be had or pruned; one line, which says why.
         """
-        checkpoint = cls._fetch(parse_model_source(source, revision))
-        checkpoint._check()
-        return checkpoint
+        return cls._fetch(parse_model_source(source, revision))._checked()
 
     @classmethod
-    def _fetch(cls, source: ModelSource) -> "Checkpoint":
-        return cls.at(source.fetch(), source)
+    def _fetch(cls, source: ModelSource, surplus: frozenset[str] = frozenset()) -> "Checkpoint":
+        return cls.at(source.fetch(), source)._without(surplus)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # It travels as its source, and the node that it comes to reads its own copy.
-        return Checkpoint._fetch, (self.source.pinned(self.folder),)
+        return Checkpoint._fetch, (self.source.pinned(self.folder), self.surplus)
+
+    def _without(self, surplus: frozenset[str]) -> "Checkpoint":
+        tensors = {name: info for name, info in self.tensors.items() if name not in surplus}
+        return replace(self, tensors=tensors, surplus=surplus)
 
     @classmethod
     def at(cls, folder: Path, source: ModelSource | None = None) -> "Checkpoint":
@@ -92,39 +140,168 @@ class Checkpoint:
             ConfigError: The folder holds no model in safetensors, or a damaged one.
         """
         source = source or parse_model_source(str(folder.absolute()))
-        config_path = folder / "config.json"
+        config_path = folder / CONFIG_FILE
         if not config_path.is_file():
             raise ConfigError(f"model.source: {folder} has no config.json")
 
-        # Headers alone are read, which say where every tensor lies.
+        _refuse_pointers(folder)
+        files = _weight_files(folder, source)
+        # Headers alone are read, which say where every tensor lies. Of two files with the same tensor the later one
+        # counts, as in transformers.
         tensors: dict[str, TensorInfo] = {}
         try:
-            for file in _weight_files(folder, source):
+            for file in files:
                 tensors |= _read_header(file)
         except SafetensorError as error:
             raise ConfigError(f"model.source: {folder}: weights cannot be read ({error})") from None
 
         weights = {name: info for name, info in tensors.items() if not name.endswith(BUFFERS)}
-        return cls(folder, _read_json_object(config_path), weights, source)
+        return cls(folder, _read_json_object(config_path), weights, source, tuple(files))
 
-    def _check(self) -> None:
-        """Raise ConfigError where a module that is cut has no weight, or one of an unknown type."""
-        for name in self._pruned_tensors():
+    # --- what is checked ---------------------------------------------------------------------------------------------
+
+    def _checked(self) -> "Checkpoint":
+        """Return the checkpoint with the tensors alone that the model has.
+
+        Raises ConfigError, one line, where transformers would load something else than what is pruned, or nothing: a
+        tensor is missing, or has another shape than config.json declares, or a type that cannot be cut.
+        """
+        self._refuse_ambiguous()
+        # The architecture is read first: a family that is not supported is no matter of its tensors.
+        architecture = self.architecture
+        _ = self.dtype
+        declared = self._declared_shapes()
+
+        for name, shape in declared.items():
             if name not in self.tensors:
-                raise ConfigError(f"model.source: {self.folder} has no tensor {name}")
+                raise ConfigError(f"model.source: {self.folder} has no tensor {name}{self._reason_of_absence(name)}")
             if self.tensors[name].dtype not in DTYPES:
                 raise ConfigError(f"model.source: {name} is {self.tensors[name].dtype}, not one of {', '.join(DTYPES)}")
+            if self.tensors[name].shape != shape:
+                raise self._wrong_shape(name, shape)
 
-    def _pruned_tensors(self) -> Iterator[str]:
-        architecture = self.architecture
-        for layer in range(architecture.n_layers):
-            for module in architecture.modules.values():
-                yield architecture.tensor(layer, module)
+        unread = self.tensors.keys() - declared.keys()
+        if self._config_value("tie_word_embeddings"):
+            # A head that is the embedding may be stored a second time.
+            for head in unread & set(HEADS):
+                self._refuse_untied_head(head, architecture.family.embedding)
+            unread -= set(HEADS)
+        return self._without(frozenset(unread))
+
+    def _refuse_ambiguous(self) -> None:
+        """Raise ConfigError where it depends on the program, or on what is installed, which weights are loaded."""
+        if (self.folder / ADAPTER_CONFIG).is_file():
+            raise ConfigError(
+                f"model.source: {self.folder} holds a model and an adapter beside it ({ADAPTER_CONFIG}), which "
+                "transformers adds where peft is installed and leaves out elsewhere; keep them in two folders"
+            )
+        if self.config.get("transformers_weights"):
+            raise ConfigError(
+                f"model.source: {self.folder}: config.json names its weights itself (transformers_weights), which vLLM "
+                f"does not read; call the file {WEIGHTS} and delete the key"
+            )
+
+    def _declared_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all tensors that config.json declares, by their names in a checkpoint."""
+        from transformers import AutoConfig
+
+        # It also registers the classes of compacted models.
+        from seap_ray.models.hf.shapes import declared
+
+        try:
+            return declared(AutoConfig.from_pretrained(self.folder))
+        except CONFIG_ERRORS as error:
+            raise _refused_config(error) from None
+
+    def _reason_of_absence(self, name: str) -> str:
+        """Return what config.json has to do with a tensor that is missing."""
+        if name not in HEADS:
+            return f", which config.json declares ({self.config.get('model_type')})"
+
+        classes = self.config.get("architectures") or []
+        if classes and not str(classes[0]).endswith(("CausalLM", "LMHeadModel")):
+            return f": {classes[0]} has no head that predicts tokens"
+        return (
+            ": config.json says tie_word_embeddings is false; where the head is the embedding, as in merges of tied "
+            "models, set it to true"
+        )
+
+    def _wrong_shape(self, name: str, shape: tuple[int, ...]) -> ConfigError:
+        """Return the error of a tensor whose shape is not as config.json declares."""
+        stored = self.tensors[name].shape
+        if name in (self.architecture.family.embedding, *HEADS) and stored[1:] == shape[1:]:
+            reason = f"if the vocabulary was resized, set vocab_size to {stored[0]}"
+        elif self.architecture.split(name)[0] is not None:
+            reason = "it was pruned by another tool, perhaps, which keeps its widths elsewhere"
+        else:
+            reason = "config.json is another model's, perhaps"
+        return ConfigError(
+            f"model.source: {self.folder}: {name} is {list(stored)}, and {list(shape)} by config.json; {reason}"
+        )
+
+    def _refuse_untied_head(self, head: str, embedding: str) -> None:
+        """Raise ConfigError where a stored head differs from the embedding that config.json says it is."""
+        if self.tensors[head].dtype != self.tensors[embedding].dtype or not torch.equal(
+            self.read(head), self.read(embedding)
+        ):
+            raise ConfigError(
+                f"model.source: {self.folder}: {head} differs from {embedding}, and config.json says "
+                "tie_word_embeddings, so that programs differ in what they load; set it to false"
+            )
+
+    @property
+    def warnings(self) -> list[str]:
+        """Lines on what is in the folder and not read, or read and of no use."""
+        lines = []
+        if self.surplus:
+            lines.append(f"{len(self.surplus)} tensors that the model does not have are ignored ({min(self.surplus)})")
+
+        unread = {file.name for file in self.folder.glob("*.safetensors")} - {file.name for file in self.files}
+        if unread:
+            lines.append(f"{len(unread)} weight files are ignored, as transformers does ({min(unread)})")
+
+        for key in ("bos_token_id", "eos_token_id"):
+            value = self.config.get(key)
+            for token in value if isinstance(value, list) else [value]:
+                if isinstance(token, int) and not 0 <= token < self.vocabulary_size:
+                    lines.append(f"config.json: {key} {token} is none of the {self.vocabulary_size} tokens")
+        return lines
+
+    # --- what it is --------------------------------------------------------------------------------------------------
 
     @cached_property
     def architecture(self) -> Architecture:
         """What the model is made of. Raises ConfigError for a family that is not supported."""
-        return Architecture.of(self.config)
+        return Architecture.of(completed_config(self.config))
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, which transformers loads them in: config.json's, or else that of the first weight.
+
+        Raises ConfigError for a value that is no name of a type of weights.
+        """
+        # Older configs have the second name.
+        name = self.config.get("dtype") or self.config.get("torch_dtype")
+        if name is None:
+            stored = next(iter(self.tensors.values()), None)
+            return DTYPES.get(stored.dtype, torch.float32) if stored else torch.float32
+
+        dtype = getattr(torch, name, None) if isinstance(name, str) else None
+        if dtype not in DTYPES.values():
+            raise ConfigError(
+                f"model.source: {self.folder}: config.json says dtype {name!r}, which transformers does not read as a "
+                "type of weights; write bfloat16, float16 or float32"
+            )
+        return dtype
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the input embedding; a token id is smaller. The tokenizer may know more tokens, or fewer."""
+        return self.tensors[self.architecture.family.embedding].shape[0]
+
+    def _config_value(self, key: str) -> Any:
+        """Return a value of config.json, or transformers' default where it does not have the key."""
+        return completed_config(self.config).get(key)
 
     @property
     def parameters(self) -> int:
@@ -141,8 +318,7 @@ class Checkpoint:
         """Hash of the configuration and the weight files (a sample of each large one)."""
         # The same model has the same fingerprint in any folder, so paths are left out.
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        # Every file once, and in one order.
-        for file in sorted({info.file for info in self.tensors.values()}):
+        for file in sorted(self.files):
             digest.update(_file_hash(file))
 
         return digest.hexdigest()
@@ -165,29 +341,78 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def completed_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a config.json with transformers' own defaults for keys that are missing or null.
+
+    Raises ConfigError for a value that transformers refuses; a family that is not supported is returned as it is.
+    """
+    model_type = config.get("model_type")
+    if str(model_type).removeprefix("seap_") not in FAMILIES:
+        return dict(config)
+
+    from transformers import CONFIG_MAPPING
+
+    import seap_ray.models.hf  # noqa: F401  registers the model types of compacted models
+
+    try:
+        # The type of the weights is looked at elsewhere.
+        known = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+        defaults = CONFIG_MAPPING[model_type].from_dict(known).to_dict()
+    except CONFIG_ERRORS as error:
+        raise _refused_config(error) from None
+    return {**defaults, **{key: value for key, value in config.items() if value is not None}}
+
+
+def _refused_config(error: Exception) -> ConfigError:
+    """Return the error of a config.json that transformers does not read, in one line."""
+    # Its own errors tell the field first and the fault after it.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ConfigError(
+        f"model.source: transformers refuses config.json ({' '.join(lines[:2]) or type(error).__name__})"
+    )
+
+
+def _refuse_pointers(folder: Path) -> None:
+    """Raise ConfigError where Git left the text that stands for a large file instead of the file."""
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.stat().st_size < LFS_POINTER_BYTES and file.read_bytes().startswith(LFS_POINTER):
+            raise ConfigError(
+                f"model.source: {file} is a Git LFS pointer and not the file itself; run git lfs pull in {folder}"
+            )
+
+
 def _weight_files(folder: Path, source: ModelSource) -> list[Path]:
-    """Return the files that the index names, or the one file of a small model. Raises ConfigError if one is missing."""
+    """Return the files that transformers loads, in its order: the one file, or else those that the index names.
+
+    Raises ConfigError if one is missing.
+    """
+    whole = folder / WEIGHTS
     index = folder / INDEX
-    if index.is_file():
+    if whole.is_file() or not index.is_file():
+        files = [whole]
+    else:
         # The index maps every tensor to its file, so that files come many times.
         names = set(_read_json_object(index).get("weight_map", {}).values())
         files = sorted(folder / name for name in names)
         if not files:
             raise ConfigError(f"model.source: {index} names no weight files")
-    else:
-        files = [folder / "model.safetensors"]
 
     for file in files:
         if not file.is_file():
-            raise _missing_weights(file, source, has_index=index.is_file())
+            raise _missing_weights(file, source, has_index=len(files) > 1 or file != whole)
     return files
 
 
 def _missing_weights(file: Path, source: ModelSource, *, has_index: bool) -> ConfigError:
-    if list(file.parent.glob("pytorch_model*.bin")):
-        return ConfigError(f"model.source: {source.name} holds pickled weights only; {source.convert_hint}")
-    if source.is_copied and not has_index:  # pickled weights are not copied, so that they cannot be seen here
-        return ConfigError(f"model.source: {source.name} has no model.safetensors; {source.convert_hint}")
+    if has_index:
+        return ConfigError(f"model.source: {file} is missing, which {INDEX} names; copy it there")
+    # What lies there instead tells what was taken for a model.
+    others = sorted(other.name for other in file.parent.iterdir() if other.suffix in OTHER_WEIGHTS)
+    if others:
+        return ConfigError(
+            f"model.source: {source.name} holds {OTHER_WEIGHTS[Path(others[0]).suffix]} ({others[0]}) and no "
+            f"{WEIGHTS}; {SAVE_HINT}"
+        )
     return ConfigError(f"model.source: {file} is missing")
 
 

@@ -25,8 +25,8 @@ from seap_ray.core.moments import Site, Statistics
 from seap_ray.core.plan import Plan
 from seap_ray.core.slicing import in_pieces, kept_indices, slice_tensor, sliced_shape
 from seap_ray.errors import ConfigError
-from seap_ray.models.checkpoint import DTYPES, INDEX, Checkpoint
-from seap_ray.models.model_sources import COMPANION_FILES
+from seap_ray.models.checkpoint import DTYPES, Checkpoint
+from seap_ray.models.model_sources import COMPANION_FILES, INDEX
 from seap_ray.models.records import PooledCovariance
 from seap_ray.storage.files import atomic_write, write_json
 from seap_ray.storage.paths import StoragePath
@@ -233,7 +233,7 @@ class CheckpointExport:
         # A list as long as the model, like Qwen2's ``layer_types``, has an entry for each layer.
         shortened: dict[str, Any] = {}
         for key, value in config.items():
-            is_by_layer = isinstance(value, list) and len(value) == config["num_hidden_layers"]
+            is_by_layer = isinstance(value, list) and len(value) == self.base.architecture.n_layers
             # A list of end tokens may happen to be as long.
             if is_by_layer and not key.endswith("_token_id"):
                 shortened[key] = [value[layer] for layer in layers]

@@ -15,11 +15,8 @@ from seap_ray.models.checkpoint import Checkpoint
 
 
 def model_dtype(model: ModelSection, checkpoint: Checkpoint) -> torch.dtype:
-    """Return the type to compute in; ``auto`` is the one in the model's config.json, float32 where it names none."""
-    name = model.dtype
-    if name == "auto":  # older configs have the second name
-        name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
-    return getattr(torch, name)
+    """Return the type to compute in; ``auto`` is the checkpoint's own, as transformers takes it."""
+    return checkpoint.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
 
 
 def attention_of(config: Mapping[str, Any]) -> str | None:

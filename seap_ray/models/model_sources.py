@@ -22,6 +22,12 @@ MODEL_FILES = ("*.safetensors", "*.json", *COMPANION_FILES)
 """Files of a model that are copied from the hub or a bucket."""
 CONFIG_FILE = "config.json"
 """File with a model's dimensions."""
+WEIGHTS = "model.safetensors"
+"""Weights in one file."""
+INDEX = "model.safetensors.index.json"
+"""Which file of several each tensor is in."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""File of an adapter that names its base and says what it changes."""
 BUILT_IN = "demo"
 """Name of the model that the package contains."""
 CONVERT_COMMAND = (

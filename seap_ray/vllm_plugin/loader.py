@@ -16,8 +16,8 @@ from vllm.config import ModelConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import DefaultModelLoader
 
-from seap_ray.models.checkpoint import INDEX
 from seap_ray.models.export import SHARED
+from seap_ray.models.model_sources import INDEX
 
 
 class ExpertLoader(DefaultModelLoader):
