@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 
 from seap_ray.errors import ConfigError, DataError
+from seap_ray.models.row_formats import as_messages
 from seap_ray.models.row_sources import Row, RowSource, calibration_rows, evaluation_rows
 from seap_ray.models.templates import RowEnvironment, WholeValueError, without_missing
 from seap_ray.storage.run import fingerprint
@@ -137,8 +138,6 @@ class Renderer:
         return Item(f"{question}{separator}{answer}", question, answer, choices, messages, gold, separator)
 
     def _conversation(self, row: Row, context: Mapping[str, Any], texts: Mapping[str, str]) -> Item:
-        from seap_ray.models.row_formats import as_messages
-
         fill = self._expressions["messages"]
         messages = self._filled("messages", lambda context: as_messages(without_missing(fill(context))), row, context)
         answer = texts.get("answer", "").strip()
@@ -379,6 +378,38 @@ def _share_rows(source: RowSource, other: RowSource) -> bool:
 def _file_names(source: RowSource) -> set[str]:
     # Folders in buckets have no links.
     return {str(file.resolve() if isinstance(file, Path) else file) for file in source.files()}
+
+
+def held_out_rows(task: Task, *, seed: int, calibrated: frozenset[bytes] = frozenset()) -> Callable[[Row], bool] | None:
+    """Return a function that tells whether a row may be judged on; None for a task of recall, where any row may.
+
+    Args:
+        task: The task.
+        seed: Seed of the run, by which rows of the corpus are held out.
+        calibrated: Content keys of the rows that were calibrated on.
+
+    Raises:
+        DataError: The rows are to be split off those of a corpus, and cannot be read or all have one question.
+    """
+    if not task.held_out:
+        return None
+
+    renderer = Renderer(task)
+    judged = judged_rows(task)
+    split = None
+    if judged.is_split_off:
+        items = (renderer.item(row) for part in judged.source.parts(seed=seed) for row in part.rows())
+        split = split_of(task, seed, items)
+
+    def is_held_out(row: Row) -> bool:
+        try:
+            item = renderer.item(row)
+        # A row that the templates do not fit was not calibrated on.
+        except DataError:
+            return True
+        return (split is None or split.holds_out(item)) and content_key(item) not in calibrated
+
+    return is_held_out
 
 
 # --- checks before any work ------------------------------------------------------------------------------------------

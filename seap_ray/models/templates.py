@@ -6,13 +6,14 @@ the test ``is none``. A text that is no number stays empty under ``int`` and ``f
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import GeneratorType
 from typing import Any, ClassVar
 
-from jinja2 import ChainableUndefined
+from jinja2 import ChainableUndefined, pass_eval_context
 from jinja2.exceptions import SecurityError
-from jinja2.filters import do_float, do_int
+from jinja2.filters import do_float, do_int, do_join
+from jinja2.nodes import EvalContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from seap_ray.models.row_sources import Row
@@ -71,6 +72,7 @@ class RowEnvironment(ImmutableSandboxedEnvironment):
         self.used = missing.used
         self.tests["none"] = lambda value: value is None or isinstance(value, Missing)
         self.filters["tojson"] = _to_json
+        self.filters["join"] = _join
         self.filters["int"] = self._number_filter(do_int)
         self.filters["float"] = self._number_filter(do_float)
 
@@ -107,8 +109,8 @@ class RowEnvironment(ImmutableSandboxedEnvironment):
         no_number = object()
 
         def to_number(value: Any, default: Any = no_number, *args: Any) -> Any:
-            if isinstance(value, Missing) and default is no_number:
-                return value.note()
+            if isinstance(value, Missing):
+                return value.note() if default is no_number else default
 
             number = convert(value, default, *args)
             return self.undefined(hint=f"{value!r} is no number") if number is no_number else number
@@ -121,6 +123,12 @@ def _printable(value: Any) -> Any:
     if isinstance(value, list | tuple | set | Mapping | GeneratorType):
         raise WholeValueError(f"prints a whole {'mapping' if isinstance(value, Mapping) else 'list'}")
     return "" if value is None else value
+
+
+@pass_eval_context
+def _join(context: EvalContext, values: Iterable[Any], separator: str = "", attribute: str | int | None = None) -> str:
+    """Join the texts of a list, in which null is an empty one."""
+    return do_join(context, ("" if value is None else value for value in values), separator, attribute)
 
 
 def _to_json(

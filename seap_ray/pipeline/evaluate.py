@@ -7,7 +7,7 @@ fails costs no other its result.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from seap_ray.errors import ConfigError, SeapError
 from seap_ray.judges import lm_eval
 from seap_ray.judges.quality import Quality, measure, measure_windows, windows
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.corpus import Item, check_evaluation, judged_rows, load_tokenizer
+from seap_ray.models.corpus import Item, check_evaluation, held_out_rows, judged_rows, load_tokenizer
+from seap_ray.models.encoding import Encoding
 from seap_ray.models.loading import load_model
 from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, write_temporarily
-from seap_ray.pipeline.draw import draw_judged, judged_text
+from seap_ray.pipeline.draw import Draw, draw_judged, judged_text
 from seap_ray.pipeline.shards import Manifest
 from seap_ray.progress import Progress
 from seap_ray.storage.artifact import Artifact, JsonFile
@@ -66,6 +67,12 @@ class EvalTask:
     """Hash of the task, its rows and everything else that the figures depend on."""
     items: tuple[Item, ...] = ()
     """The drawn rows; none where lm-eval is the judge."""
+    n_rows: int = 0
+    """Rows that they were drawn from."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Rows that are left out, or worth a look, by ``corpus.REASONS``."""
+    calibrated: frozenset[bytes] = frozenset()
+    """Content keys of the rows that lm-eval is not to judge on."""
 
     @property
     def metric(self) -> str:
@@ -101,35 +108,24 @@ def eval_task(config: Config, run: Run, task: Task, *, by_lm_eval: bool) -> Eval
     Raises DataError when the rows cannot be had.
     """
     settings = config.evaluation
+    manifest = _calibrated_rows(run, task)
+    calibrated = manifest.read_row_keys(run) if manifest else frozenset()
     if by_lm_eval and task.lm_eval:
         lm_eval.check(task)
         # lm-eval draws its rows by itself, so the hash is of what it draws them by.
         inputs = [lm_eval.fingerprint_of(task), settings.samples, settings.num_fewshot, config.run.seed]
-        return EvalTask(task, lm_eval.version(), fingerprint(inputs))
+        inputs += [task.held_out, manifest and manifest.rows]
+        return EvalTask(task, lm_eval.version(), fingerprint(inputs), calibrated=calibrated)
 
     check_evaluation(task)
-    drawn = _drawn_items(config, run, task)
-    stored = drawn.get(partial(_draw_items, config, run, task, drawn))
+    drawn = _drawn_items(config, run, task, manifest)
+    stored = drawn.get(partial(_draw_items, config, task, drawn, calibrated))
     items = tuple(Item(**item) for item in stored["items"])
 
     # The window is no part of the drawn rows, but the figures depend on it.
     window = _window(config) if task.metric == "window_perplexity" else None
-    return EvalTask(task, SEAP_RAY_JUDGE, fingerprint(stored, window), items)
-
-
-def _drawn_items(config: Config, run: Run, task: Task) -> Artifact[dict[str, Any]]:
-    """Return the file of a task's drawn rows; its key stands for the settings and the source's files."""
-    calibrated = _calibrated_rows(run, task)
-    key = fingerprint(
-        [
-            task.model_dump(),
-            config.evaluation.samples,
-            config.run.seed,
-            judged_rows(task).source.state(),
-            calibrated.rows if calibrated else None,
-        ]
-    )
-    return Artifact(run.cells / f"{task.name}.items.json", key, JsonFile())
+    key = fingerprint(stored, window)
+    return EvalTask(task, SEAP_RAY_JUDGE, key, items, stored["n_rows"], stored["counts"])
 
 
 def _calibrated_rows(run: Run, task: Task) -> Manifest | None:
@@ -137,21 +133,26 @@ def _calibrated_rows(run: Run, task: Task) -> Manifest | None:
     return Manifest.read(run.shards(task.name)) if task.held_out else None
 
 
-def _draw_items(config: Config, run: Run, task: Task, drawn: Artifact[dict[str, Any]]) -> None:
+def _drawn_items(config: Config, run: Run, task: Task, calibrated: Manifest | None) -> Artifact[dict[str, Any]]:
+    """Return the file of a task's drawn rows; its key stands for the settings and the source's files."""
+    state = judged_rows(task).source.state()
+    rows = calibrated.rows if calibrated else None
+    key = fingerprint([task.model_dump(), config.evaluation.samples, config.run.seed, state, rows])
+    return Artifact(run.cells / f"{task.name}.items.json", key, JsonFile())
+
+
+def _draw_items(config: Config, task: Task, drawn: Artifact[dict[str, Any]], calibrated: frozenset[bytes]) -> None:
     """Draw held-out rows like the calibration's; of a text take all rows in their order, with its own blank lines."""
     seed = config.run.seed
     # A text is one item; its windows are drawn once it is tokenised.
     if task.metric == "window_perplexity":
         text = judged_text(task, seed=seed)
-        content = {"items": [asdict(Item(text, "", text, []))]}
+        rows = Draw((Item(text, "", text, []),), n_rows=0, counts={})
     else:
         # As many and as random as the calibration's rows, from the other split; None draws all of them.
-        calibrated = _calibrated_rows(run, task)
-        keys = calibrated.read_row_keys(run) if calibrated else frozenset()
-        rows = draw_judged(task, n=config.evaluation.samples, seed=seed, calibrated=keys)
-        content = {"items": list(map(asdict, rows.items)), "n_rows": rows.n_rows, "counts": rows.counts}
+        rows = draw_judged(task, n=config.evaluation.samples, seed=seed, calibrated=calibrated)
 
-    write_json(drawn.path, {"fingerprint": drawn.key, **content})
+    write_json(drawn.path, {"fingerprint": drawn.key, **asdict(rows)})
 
 
 def _window(config: Config) -> int:
@@ -336,7 +337,7 @@ def _judge_task(
     task = eval_task.task
 
     if eval_task.judge != SEAP_RAY_JUDGE:
-        return _judge_by_lm_eval(config, model, tokenizer, task)
+        return _judge_by_lm_eval(config, model, tokenizer, eval_task)
 
     if task.metric == "window_perplexity":
         # A window is no longer than the positions that the model knows.
@@ -350,17 +351,19 @@ def _judge_task(
 
 
 def _judge_by_lm_eval(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eval_task: EvalTask
 ) -> Quality:
     settings = config.evaluation
+    task = eval_task.task
     judged = lm_eval.judge(
         model,
-        tokenizer,
+        Encoding.of(config, task, tokenizer),
         task,
         samples=settings.samples,
         seed=config.run.seed,
         num_fewshot=settings.num_fewshot,
         batch_tokens=settings.batch_tokens,
+        is_held_out=held_out_rows(task, seed=config.run.seed, calibrated=eval_task.calibrated),
     )
 
     # Each row counts once. Value and standard error are lm-eval's own, not computed anew.
