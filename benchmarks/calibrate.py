@@ -26,11 +26,12 @@ from benchmarks.measure import Rounds, Row, alternate
 from seap_ray.config import Config
 from seap_ray.demo import skills
 from seap_ray.errors import ConfigError
-from seap_ray.models.batching import Batch, Sequences, group_by_length, make_batches, pack_sequences
+from seap_ray.models.batching import Batch, group_by_length, make_batches, pack_sequences
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import Renderer, load_tokenizer
 from seap_ray.models.forward import record
 from seap_ray.models.records import save_moments
+from seap_ray.models.sequences import Sequences
 from seap_ray.storage.paths import LocalPath
 from seap_ray.tasks import BUILT_IN
 

@@ -15,9 +15,10 @@ from torch.nn.functional import cosine_similarity
 from benchmarks.gpu.device import HAS_GPU, SIZES, Ceilings, build_model, flops_per_token, gpu_row, now, random_sequences
 from benchmarks.gpu.statistics import select_rows, two_pass
 from benchmarks.measure import Row, alternate
-from seap_ray.models.batching import Batch, Sequences
+from seap_ray.models.batching import Batch
 from seap_ray.models.forward import record
 from seap_ray.models.recorder import recording
+from seap_ray.models.sequences import Sequences
 
 BATCHES = 3
 """Batches of a shard."""

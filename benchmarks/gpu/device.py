@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import seap_ray.models.hf  # noqa: F401  makes the compacted families known
 from benchmarks.measure import Row, alternate
 from benchmarks.shapes import LLAMA_2_7B, LLAMA_3_8B
-from seap_ray.models.batching import Sequences
+from seap_ray.models.sequences import Sequences
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")

@@ -25,11 +25,11 @@ from benchmarks.gpu.device import (
     random_sequences,
 )
 from benchmarks.measure import Row, alternate
-from seap_ray.models.batching import Sequences
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.forward import record
 from seap_ray.models.layerwise import LayerwiseModel
 from seap_ray.models.recorder import SiteMoments
+from seap_ray.models.sequences import Sequences
 
 ROUNDS = 3
 LAYER_ROUNDS = 5

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from seap_ray.core.architecture import family_of
+from seap_ray.models.sequences import Sequences, counted_of, joined
 
-Sequences = Sequence[Sequence[int]]
-"""Token ids of several texts."""
 PADDING_TARGET = 0.02
 """Share of the computed tokens that packing leaves to padding where it can."""
 
@@ -63,7 +62,7 @@ class Batch:
 
     @classmethod
     def of(cls, rows: Sequence[Sequences], skip_first: bool, device: torch.device) -> "Batch":
-        """Put rows on a device; with ``skip_first`` the first token of every sequence does not count."""
+        """Put rows on a device; with ``skip_first`` the first token of every sequence does not count, either."""
         width = max(_row_length(row) for row in rows)
         # Padding is token 0, which every vocabulary has; nothing sees it and it does not count.
         ids_BT = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -75,7 +74,7 @@ class Batch:
             positions = chain.from_iterable(range(len(sequence)) for sequence in row)
             ids_BT[i, :n_tokens] = torch.tensor([*chain(*row)])
             positions_BT[i, :n_tokens] = torch.tensor([*positions])
-            counted_BT[i, :n_tokens] = True
+            counted_BT[i, :n_tokens] = torch.tensor([*chain.from_iterable(map(counted_of, row))])
         if skip_first:
             # Every sequence begins at position 0; padding, which is 0 there too, does not count
             # anyway.
@@ -107,9 +106,9 @@ def counted_rows(counted_BT: Tensor) -> Tensor | None:
 # --- which sequences share a batch -----------------------------------------------------------------------------------
 
 
-def chunk_stream(sequences: Sequences, length: int) -> list[list[int]]:
+def chunk_stream(sequences: Sequences, length: int) -> list[Sequence[int]]:
     """Join sequences end to end and cut the stream into chunks of ``length``; the last may be shorter."""
-    stream = [*chain(*sequences)]
+    stream = joined(sequences)
     return [stream[start : start + length] for start in range(0, len(stream), length)]
 
 

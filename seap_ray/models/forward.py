@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from seap_ray.config import CalibrationSection, Config
 from seap_ray.core.architecture import Architecture
-from seap_ray.models.batching import Batch, Sequences, make_batches
+from seap_ray.models.batching import Batch, make_batches
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.layerwise import LayerwiseModel
 from seap_ray.models.loading import first_device, free_memory, load_model, model_dtype, prepare_process
 from seap_ray.models.recorder import SiteMoments, added, error_context, on_cpu, recording
 from seap_ray.models.records import covariance_bytes
+from seap_ray.models.sequences import Sequences
 
 COVARIANCE_COPIES = 3
 """Times that a layer's covariances are in memory at once: the sum so far, a batch's part, and the sum of both."""

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from seap_ray.errors import ConfigError
-from seap_ray.models.batching import Batch, Sequences, make_batches
+from seap_ray.models.batching import Batch, make_batches
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.loading import attention_of
 from seap_ray.models.recorder import SiteMoments, added, error_context, on_cpu, recording_layer
+from seap_ray.models.sequences import Sequences
 
 COPY_ELEMENTS = 1 << 24
 """Elements of a weight that are copied to a GPU at a time."""

@@ -1,7 +1,8 @@
 """Sequences: token ids, and which of them count in the statistics."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import overload
 
 
@@ -18,6 +19,9 @@ class CountedSequence(Sequence[int]):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.ids)
 
     @overload
     def __getitem__(self, place: int) -> int: ...
@@ -38,3 +42,16 @@ Sequences = Sequence[Sequence[int]]
 def counted_of(sequence: Sequence[int]) -> Sequence[bool]:
     """Return whether each token of a sequence counts in the statistics."""
     return sequence.counted if isinstance(sequence, CountedSequence) else [True] * len(sequence)
+
+
+def n_counted(sequence: Sequence[int]) -> int:
+    """Return how many tokens of a sequence count in the statistics."""
+    return sum(counted_of(sequence))
+
+
+def joined(sequences: Sequences) -> Sequence[int]:
+    """Return sequences end to end, as one."""
+    ids = [*chain(*sequences)]
+    if not any(isinstance(sequence, CountedSequence) for sequence in sequences):
+        return ids
+    return CountedSequence(ids, [*chain.from_iterable(map(counted_of, sequences))])

@@ -3,10 +3,12 @@
 import random
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seap_ray.models.batching import chunk_stream, group_by_length, pack_sequences
+from seap_ray.models.batching import Batch, chunk_stream, group_by_length, pack_sequences
+from seap_ray.models.sequences import CountedSequence, counted_of
 
 often = settings(max_examples=100, deadline=None)
 
@@ -59,3 +61,20 @@ def test_pack_keeps_every_token_in_order(sequences, length):
     assert [t for piece in pieces for t in piece] == [t for sequence in sequences for t in sequence]
     assert all(len(piece) == length for piece in pieces[:-1])
     assert all(1 <= len(piece) <= length for piece in pieces)
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=12), max_size=12))
+@often
+def test_pack_keeps_with_every_token_whether_it_counts(texts):
+    marked = [CountedSequence(*zip(*text, strict=True)) for text in texts]
+    pieces = chunk_stream([*marked, [1, 2]], 5)
+    pairs = [pair for piece in pieces for pair in zip(piece, counted_of(piece), strict=True)]
+    assert pairs == [*(pair for text in texts for pair in text), (1, True), (2, True)]
+
+
+def test_a_batch_counts_what_counts_and_no_padding():
+    rows = [[CountedSequence([5, 6, 7], [False, True, True]), [8, 9]], [[4]]]
+    cpu = torch.device("cpu")
+    assert Batch.of(rows, False, cpu).rows_N.tolist() == [1, 2, 3, 4, 5]
+    assert Batch.of(rows, True, cpu).rows_N.tolist() == [1, 2, 4]
+    assert Batch.of([[[4]], [[5]]], False, cpu).rows_N is None

@@ -16,6 +16,7 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.forward import record
 from seap_ray.models.layerwise import LayerwiseModel, _BatchInFlight
 from seap_ray.models.loading import attention_of, load_model
+from seap_ray.models.sequences import CountedSequence
 from tests.support.builders import CONFIGS, SHARDS, layerwise, recorded_by
 from tests.support.oracles import assert_equal
 
@@ -35,6 +36,17 @@ def test_moments_and_covariances_are_the_bytes_of_the_whole_model(dense, name, s
         for shard, sequences in SHARDS.items():
             expected = record(whole, sequences, batch_tokens=40, covariances=range(4), **settings)
             assert_equal(found[shard], expected)
+
+
+def test_tokens_that_count_are_those_of_the_whole_model(dense):
+    folder = dense("llama_gqa")
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    marked = {shard: [CountedSequence(ids, [i % 3 > 0 for i in ids]) for ids in SHARDS[shard]] for shard in SHARDS}
+    marked["none/00000"] = [CountedSequence([5, 6, 7], [False] * 3)]
+    found = recorded_by(layerwise(folder), marked)
+    for shard, sequences in marked.items():
+        assert_equal(found[shard], record(whole, sequences, batch_tokens=40))
+    assert found["none/00000"][0, "attn"].count == 0
 
 
 def test_a_model_in_many_files_is_the_same_model(dense):

@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+from seap_ray.core.moments import Moments
 from seap_ray.errors import DataError
 from seap_ray.models import forward, recorder
 from seap_ray.models.batching import counted_rows, group_by_length, make_batches, pack_sequences
 from seap_ray.models.forward import record
 from seap_ray.models.recorder import recording
+from seap_ray.models.sequences import CountedSequence
 from tests.support.builders import CONFIGS, RAGGED, load, output_modules, prompts
-from tests.support.oracles import as_tuples, assert_close, two_pass
+from tests.support.oracles import as_tuples, assert_close, assert_equal, two_pass
 
 pytestmark = pytest.mark.usefixtures("float64_norms")
 
@@ -105,6 +107,42 @@ def test_skip_first_token_bears_a_batch_of_sequences_of_one_token(dense):
     assert group_by_length([1, 20, 1], 20) == [[0, 2], [1]]
     recorded = record(model, sequences, batch_tokens=20, skip_first_token=True)
     assert_close(recorded, two_pass(model, sequences, skip_first=True))
+
+
+def spans(sequences, start: int, end: int) -> list[CountedSequence]:
+    """Let the tokens from start up to end count."""
+    return [CountedSequence(ids, [start <= place < end for place in range(len(ids))]) for ids in sequences]
+
+
+@pytest.mark.parametrize(
+    ("name", "skip_first"),
+    [("llama_gqa", False), ("llama_gqa", True), ("gemma2", False), ("qwen3_moe", False), ("opt", True)],
+)
+def test_only_tokens_that_count_are_in_the_moments(dense, name, skip_first):
+    """A token sees nothing behind it: those before a span are the moments of texts that end there."""
+    model = load(dense(name, torch.float64))
+    settings = {"batch_tokens": 50, "skip_first_token": skip_first}
+    before = two_pass(model, [ids[:3] for ids in RAGGED], skip_first=skip_first)
+    until = two_pass(model, [ids[:9] for ids in RAGGED], skip_first=skip_first)
+    span = record(model, spans(RAGGED, 3, 9), **settings)
+    both = {key: Moments(*before[key]) + moments for key, moments in span.items()}
+    assert_close(both, until)
+    assert span[0, "attn"].count == sum(len(ids[3:9]) for ids in RAGGED)
+
+
+def test_where_all_tokens_count_the_moments_are_the_same_bytes_as_without_a_mark(dense):
+    model = load(dense("llama_gqa", torch.float32))
+    assert_equal(record(model, spans(RAGGED, 0, 99), batch_tokens=50), record(model, RAGGED, batch_tokens=50))
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "qwen3_moe"])
+def test_sequences_of_which_no_token_counts_have_moments_of_no_token(dense, name):
+    model = load(dense(name, torch.float64))
+    covariances = range(4) if name == "llama_gqa" else ()
+    none = record(model, spans(RAGGED, 99, 99), batch_tokens=50, covariances=covariances)
+    assert {moments.count for moments in none.values()} == {0}
+    expected = record(model, RAGGED[:2], batch_tokens=50, covariances=covariances)
+    assert_equal({key: moments + expected[key] for key, moments in none.items()}, expected)
 
 
 @pytest.mark.parametrize("as_tuple", [False, True], ids=["tensor", "tuple"])

@@ -30,10 +30,10 @@ from seap_ray.core.architecture import Architecture, Shape
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.moments import RECORDED, Moments, Statistics
 from seap_ray.core.plan import Kept, Plan
-from seap_ray.models.batching import Sequences
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport, finish, write_tensors
 from seap_ray.models.layerwise import LayerwiseModel
+from seap_ray.models.sequences import Sequences
 from seap_ray.tasks import Task
 
 transformers_logging.disable_progress_bar()
