@@ -1,15 +1,16 @@
 """lm-eval as a judge: a model and a task in; the metric's value, and each row's part in it, out.
 
-Prompts, metrics and filters are those of lm-eval's own task. Where the task's evaluation rows lie in local files,
-lm-eval runs on these, and nothing is asked of the hub. lm-eval is an optional extra, and takes seconds to import: hence
-the imports inside functions.
+Prompts, metrics and filters are those of lm-eval's own task; text becomes token ids as everywhere (models.encoding).
+Where the task's evaluation rows lie in local files, lm-eval runs on these, and nothing is asked of the hub. lm-eval is
+an optional extra, and takes seconds to import: hence the imports inside functions.
 """
 
 import copy
 import io
+import json
 import logging
 import random
-import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -19,14 +20,23 @@ from importlib import metadata
 from typing import Any
 
 from jinja2 import Environment, UndefinedError, meta
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from seap_ray.errors import ConfigError, DataError
+from seap_ray.judges.lm_eval_rows import RowSplit, adapt, evaluation_files, example_files, read
 from seap_ray.models.batching import group_by_length
-from seap_ray.models.row_sources import Row, calibration_rows, evaluation_rows, file_format, read_first_row
-from seap_ray.storage.files import stage
+from seap_ray.models.corpus import judged_rows
+from seap_ray.models.encoding import Encoding
+from seap_ray.models.row_sources import Row, calibration_rows
 from seap_ray.storage.paths import StoragePath
 from seap_ray.tasks import Task, is_perplexity
+
+CHECKED_ROWS = 1000
+"""Rows among which one has to fit lm-eval's task; each costs milliseconds."""
+CALIBRATED = "calibrated on"
+"""Reason for which a row is left out: the model has seen it."""
+NO_ANSWER = "no right answer"
+"""Reason for which a row is left out: whatever a model answers is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +48,19 @@ class LmEvalResult:
     stderr: float
     values: tuple[float, ...]
     """Each row's part, in the rows' order; their mean is ``value``."""
+    left_out: dict[str, int]
+    """Numbers of rows that are not judged, whatever is drawn, by their reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class _LoadedTask:
+    """lm-eval's task with its rows."""
+
+    lm_task: Any
+    places: list[int]
+    """Rows that can be judged, by their places in ``lm_task.eval_docs``."""
+    left_out: dict[str, int]
+    """Numbers of the other rows, by their reason."""
 
 
 def version() -> str:
@@ -52,38 +75,43 @@ def check(task: Task) -> None:
     """Raise ConfigError or DataError, before any work, for what lm-eval cannot judge; ask nothing of the hub."""
     # A task without local rows is checked no further: its own are on the hub.
     _metric(task)
-    if files := _evaluation_files(task):
-        _check_first_row(task, files[0])
+    _system(task)
+    if files := evaluation_files(task):
+        _check_rows(task, files[0])
 
 
 def fingerprint_of(task: Task) -> list[Any]:
     """Return what the metric's value depends on besides the model and the arguments of ``judge``."""
-    files = _evaluation_files(task) + _example_files(task)
+    files = evaluation_files(task) + example_files(task)
     states = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     revision = (_definition(task).get("metadata") or {}).get("version")
-    return [version(), task.lm_eval, revision, _metric(task), states]
+    return [version(), task.lm_eval, revision, _metric(task), _system(task), states]
 
 
 def judge(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
     task: Task,
     *,
     samples: int | None,
     seed: int,
     num_fewshot: int | None,
     batch_tokens: int,
+    is_held_out: Callable[[Row], bool] | None = None,
 ) -> LmEvalResult:
     """Judge a model on a task by lm-eval.
 
     Args:
         model: A causal language model; it is left as it is.
-        tokenizer: The model's tokenizer; it is left as it is.
+        encoding: How its texts become token ids. In a chat template lm-eval runs as its command line does with
+            ``--apply_chat_template``: examples are turns, and the task's system message is the first one.
         task: A task with the name of one of lm-eval's.
         samples: Number of rows, drawn at random by ``seed``; None takes all rows.
         seed: Seed of that draw. The examples are drawn as lm-eval's command line does, whatever the seed.
         num_fewshot: Number of examples before each question; None takes as many as lm-eval has for the task.
         batch_tokens: Tokens in a batch, padding included.
+        is_held_out: Function that returns whether a row may be judged, which one that was calibrated on may not; None
+            takes all rows.
 
     Raises:
         ConfigError: lm-eval is not installed, or has no such task or metric.
@@ -91,22 +119,31 @@ def judge(
     """
     # An unknown metric is found before anything is downloaded.
     metric = _metric(task)
+    system = _system(task) if encoding.is_chat else None
 
-    with _quiet():
-        lm_task = _load_task(task, num_fewshot)
-        rows = _draw(len(lm_task.eval_docs), samples, seed)
-        answers = _run_lm_eval(lm_task, _lm(model, tokenizer, batch_tokens), rows)
-        return _result(metric, answers)
+    with _quiet(), _nulls_are_empty():
+        loaded = _load_task(task, num_fewshot, is_held_out)
+        rows = _draw(loaded.places, samples, seed)
+        answers = _run_lm_eval(loaded.lm_task, _lm(model, encoding, batch_tokens), rows, system)
+        return _result(metric, answers, loaded.left_out)
 
 
-def _run_lm_eval(lm_task: Any, lm: Any, rows: list[int] | None) -> list[dict[str, Any]]:
+def _run_lm_eval(lm_task: Any, lm: Any, rows: list[int], system: str | None) -> list[dict[str, Any]]:
     """Return what lm-eval says of each row, by the task's strict filter where there are several."""
     from lm_eval.evaluator import evaluate
 
     name = lm_task.task_name
-    chosen = {name: rows} if rows else None
-    # The standard error of a mean needs no bootstrap, and the bootstrap wants processes of its own.
-    output = evaluate(lm=lm, task_dict={"tasks": {name: lm_task}}, samples=chosen, bootstrap_iters=0)
+    output = evaluate(
+        lm=lm,
+        task_dict={"tasks": {name: lm_task}},
+        samples={name: rows},
+        # The standard error of a mean needs no bootstrap, and the bootstrap wants processes of its own.
+        bootstrap_iters=0,
+        apply_chat_template=lm.encoding.is_chat,
+        # The default of lm-eval's command line.
+        fewshot_as_multiturn=lm.encoding.is_chat,
+        system_instruction=system,
+    )
     answers = output["samples"][name]
 
     # lm-eval answers once for every filter of a task; GSM8K has a strict and a flexible one.
@@ -115,21 +152,22 @@ def _run_lm_eval(lm_task: Any, lm: Any, rows: list[int] | None) -> list[dict[str
     return [answer for answer in answers if answer["filter"] == wanted]
 
 
-def _result(metric: str, answers: list[dict[str, Any]]) -> LmEvalResult:
+def _result(metric: str, answers: list[dict[str, Any]], left_out: dict[str, int]) -> LmEvalResult:
     from lm_eval.api.metrics import mean, mean_stderr
 
     values = tuple(float(answer[metric]) for answer in answers)
     # One value has no spread, which lm-eval's function would divide by.
-    return LmEvalResult(metric, mean(values), mean_stderr(values) if len(values) > 1 else 0.0, values)
+    stderr = mean_stderr(values) if len(values) > 1 else 0.0
+    return LmEvalResult(metric, mean(values), stderr, values, left_out)
 
 
-def _draw(n: int, samples: int | None, seed: int) -> list[int] | None:
-    """Return indices of the drawn rows, None for all."""
-    if samples is None or samples >= n:
-        return None
+def _draw(places: list[int], samples: int | None, seed: int) -> list[int]:
+    """Return the places of ``samples`` rows drawn at random; None takes all."""
+    if samples is None or samples >= len(places):
+        return places
 
-    # lm-eval goes by the rows' order whatever that of the indices is, so they are sorted to match its answers.
-    return sorted(random.Random(seed).sample(range(n), samples))
+    # lm-eval goes by the rows' order whatever that of the places is, so they are sorted to match its answers.
+    return sorted(random.Random(seed).sample(places, samples))
 
 
 # --- lm-eval's task --------------------------------------------------------------------------------------------------
@@ -184,20 +222,92 @@ def _default_metrics(definition: dict[str, Any]) -> list[str]:
     return DEFAULT_METRIC_REGISTRY.get(definition.get("output_type", "generate_until"), [])
 
 
-def _load_task(task: Task, num_fewshot: int | None) -> Any:
+def _system(task: Task) -> str | None:
+    """Return the task's system message. Raises ConfigError where it differs from row to row: lm-eval has one for all."""
+    if task.system is None:
+        return None
+
+    environment = Environment(keep_trailing_newline=True)
+    if columns := meta.find_undeclared_variables(environment.parse(task.system)):
+        raise ConfigError(
+            f"tasks.{task.name}.system: lm-eval has one system message for all rows, and this one is made of "
+            f"{', '.join(sorted(columns))}; with lm_eval: null the task's own metric judges it"
+        )
+    return environment.from_string(task.system).render().strip() or None
+
+
+def _load_task(task: Task, num_fewshot: int | None, is_held_out: Callable[[Row], bool] | None = None) -> _LoadedTask:
     """Return lm-eval's task with its rows, local or from the hub. Raises DataError when they cannot be had."""
     default = _definition(task).get("num_fewshot")
     # A task that says 0 means it, here as on lm-eval's command line.
     shots = (default or 0) if num_fewshot is None or default == 0 else num_fewshot
 
-    if files := _evaluation_files(task):
-        examples = _example_files(task) if shots else []
-        return _load_local_task(task, shots, _rows(task, files), _rows(task, examples) if examples else None)
+    if evaluation_files(task):
+        rows, calibrated = _split_rows(read(task, judged_rows(task).source), is_held_out)
+        if not rows:
+            raise _none_left(task)
+        lm_task = _load_local_task(task, shots, RowSplit(rows), _examples(task, shots, rows, calibrated))
+        return _loaded(task, lm_task, len(calibrated))
 
     try:
-        return _build(task, {"num_fewshot": shots})
+        lm_task = _build(task, {"num_fewshot": shots})
     except Exception as error:  # the hub client raises many kinds: offline, missing, gated, no such split
         raise _not_from_hub(task, error) from None
+
+    split = lm_task.config.test_split or lm_task.config.validation_split
+    rows = lm_task.dataset[split]
+    held_out = [i for i, row in enumerate(rows) if is_held_out is None or is_held_out(row)]
+    if not held_out:
+        raise _none_left(task)
+    n_calibrated = len(rows) - len(held_out)
+    if n_calibrated:
+        lm_task.dataset[split] = rows.select(held_out)
+        lm_task.task_docs = lm_task.eval_docs
+    return _loaded(task, lm_task, n_calibrated)
+
+
+def _split_rows(rows: Iterator[Row], is_held_out: Callable[[Row], bool] | None) -> tuple[list[Row], list[Row]]:
+    """Return the rows that may be judged, and those that were calibrated on."""
+    held_out = []
+    calibrated = []
+    for row in rows:
+        kept = is_held_out is None or is_held_out(row)
+        (held_out if kept else calibrated).append(row)
+    return held_out, calibrated
+
+
+def _none_left(task: Task) -> DataError:
+    return DataError(f"tasks.{task.name}: no row is left to judge: all were calibrated on, or there are none")
+
+
+def _examples(task: Task, shots: int, rows: list[Row], calibrated: list[Row]) -> RowSplit | None:
+    """Return the rows to draw examples from, none of them judged; None where these are the other judged rows."""
+    if not shots:
+        return None
+
+    source = read(task, calibration_rows(task)) if example_files(task) else iter(calibrated)
+    judged = {_content(row) for row in rows}
+    examples = [row for row in source if _content(row) not in judged]
+    return RowSplit(examples) if examples else None
+
+
+def _content(row: Row) -> str:
+    return json.dumps(row, sort_keys=True, default=str)
+
+
+def _loaded(task: Task, lm_task: Any, n_calibrated: int) -> _LoadedTask:
+    """Return a task whose rows are prepared once, and which of them can be judged."""
+    # lm-eval prepares its rows anew on every reading, but some tasks shuffle choices at that.
+    split = lm_task.config.test_split or lm_task.config.validation_split
+    lm_task.dataset = {split: lm_task.task_docs}
+    lm_task.set_config("process_docs", None)
+
+    places = [i for i, row in enumerate(lm_task.task_docs) if _is_answered(lm_task, row)]
+    if not places:
+        raise DataError(f"tasks.{task.name}: no row of lm-eval's task {task.lm_eval} has a right answer")
+
+    left_out = Counter({CALIBRATED: n_calibrated, NO_ANSWER: len(lm_task.task_docs) - len(places)})
+    return _LoadedTask(lm_task, places, dict(+left_out))
 
 
 def _not_from_hub(task: Task, error: Exception) -> DataError:
@@ -238,117 +348,78 @@ def _build(task: Task, overrides: dict[str, Any]) -> Any:
     (lm_task,) = _manager().load([group])["tasks"].values()
     # The seed of lm-eval's command line, so that the examples are those that others report figures with.
     lm_task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+
+    if lm_task.OUTPUT_TYPE == "multiple_choice":
+        lm_task.doc_to_target = _with_text_as_index(lm_task)
     return lm_task
 
 
-# --- local rows ------------------------------------------------------------------------------------------------------
+def _with_text_as_index(lm_task: Any) -> Callable[..., Any]:
+    """Return the task's function for a row's right answer, which takes a text such as "1" for the index that it is.
 
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """A common layout of a data set, other than the one that lm-eval's task reads."""
-
-    lacks: str
-    """Column that lm-eval's task reads and this layout does not have."""
-    has: str
-    """Column by which this layout is known."""
-    adapt: Callable[[Row], Row]
-    """Function that returns the columns to add to a row."""
-
-
-def _boolq_label(row: Row) -> Row:
-    """Return the label: 1 where the answer is true."""
-    return {"label": int(row["answer"] in (True, 1, "True"))}
-
-
-def _hellaswag_parts(row: Row) -> Row:
-    """Return the columns that llama.cpp's layout joins to one text.
-
-    In that text the sentence to go on with is the last one, which has no end.
+    lm-eval looks for a text among the choices alone: every row of a csv file, whose cells are texts, would be wrong.
     """
-    # "Making a cake: A woman breaks eggs. She"
-    label, _, context = row["query"].partition(": ")
-    # Whole sentences with their quotes and brackets, a space, and what has no end.
-    sentences = re.fullmatch(r"(.*[.!?][\"')]*)\s+([^.!?]*)", context, re.DOTALL)
-    first, last = sentences.groups() if sentences else (context, "")
-    return {"activity_label": label, "ctx_a": first, "ctx_b": last}
+    target_of = lm_task.doc_to_target
+
+    def doc_to_target(doc: Row, *arguments: Any) -> Any:
+        target = target_of(doc, *arguments)
+        is_index = isinstance(target, str) and target.isdecimal() and target not in lm_task.doc_to_choice(doc)
+        return int(target) if is_index else target
+
+    return doc_to_target
 
 
-LAYOUTS = {
-    "boolq": Layout(lacks="label", has="answer", adapt=_boolq_label),
-    "hellaswag": Layout(lacks="ctx_a", has="query", adapt=_hellaswag_parts),
-}
+# --- checks of local rows --------------------------------------------------------------------------------------------
 
 
-def _layout(task: Task, columns: Sequence[str]) -> Layout | None:
-    # Rows that have what lm-eval reads stay as they are, whatever else they have.
-    layout = LAYOUTS.get(task.lm_eval or "")
-    return layout if layout and layout.lacks not in columns and layout.has in columns else None
-
-
-def _evaluation_files(task: Task) -> list[StoragePath]:
-    """Return local files of the rows to judge on; none where they are lm-eval's own, from the hub."""
-    return [*evaluation_rows(task).files()]
-
-
-def _example_files(task: Task) -> list[StoragePath]:
-    """Return local files of the calibration split; none where they are the files to judge on."""
-    try:
-        files = [*calibration_rows(task).files()]
-    except DataError:  # without them examples are drawn from the rows to judge on
-        return []
-
-    # Where both are the same files, lm-eval draws examples from them and leaves out the row in question.
-    return files if files != _evaluation_files(task) else []
-
-
-def _rows(task: Task, files: list[StoragePath]) -> Any:
-    """Read rows, in the layout that lm-eval's task reads. Raises DataError when they cannot be read."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        rows = load_dataset(
-            file_format(task.name, files[0]), data_files=[str(stage(file)) for file in files], split="train"
-        )
-    except (DatasetsError, OSError, ValueError) as error:
-        raise DataError(f"tasks.{task.name}: {files[0]} cannot be read ({_line(error)})") from None
-
-    layout = _layout(task, rows.column_names)
-    # A cache of its own would not notice that ``adapt`` has changed.
-    return rows.map(layout.adapt, keep_in_memory=True, load_from_cache_file=False) if layout else rows
-
-
-def _check_first_row(task: Task, file: StoragePath) -> None:
-    """Raise DataError when the first row lacks a column or the answer that lm-eval's task needs."""
-    row = read_first_row(task.name, file)
-    if row is None:
+def _check_rows(task: Task, file: StoragePath) -> None:
+    """Raise DataError when no row has the columns and the right answer that lm-eval's task needs."""
+    rows = [adapt(task, row) for row in judged_rows(task).source.first_rows(CHECKED_ROWS)]
+    if not rows:
         raise DataError(f"tasks.{task.name}: {file} has no rows")
-    if layout := _layout(task, list(row)):
-        row = row | layout.adapt(row)
 
+    # A row that lacks a column has none of its own there.
+    split = RowSplit(rows)
     # lm-eval would take these for text and judge all the same, so they are looked for first.
     plain, named = _columns(_definition(task))
-    missing = named - row.keys()
-    if plain - row.keys():
+    missing = named - split.features.keys()
+    if plain - split.features.keys():
         raise _lacking(task, file, missing)
 
+    # One row without an answer, or an odd one, says nothing about the others.
+    first_problem = None
+    for row in split:
+        problem = _problem(task, row, file, missing)
+        if problem is None:
+            return
+        first_problem = first_problem or problem
+
+    assert first_problem, "there is a row"
+    raise first_problem
+
+
+def _problem(task: Task, row: Row, file: StoragePath, missing: set[str]) -> DataError | None:
+    """Return what is wrong with a row, None if nothing is."""
     try:
-        answered = _is_answered(task, row)
+        with _quiet(), _nulls_are_empty():
+            lm_task = _load_local_task(task, 0, RowSplit([row]))
+            # The rows as the task's own function makes them, which may leave some out.
+            is_answered = any(_is_answered(lm_task, doc) for doc in lm_task.task_docs)
     except Exception as error:  # whatever lm-eval's templates and functions raise on a row not made for them
         # A KeyError that names a column is most likely one that the rows lack.
         key = str(*error.args[:1])
         if isinstance(error, KeyError) and key.isidentifier() and key not in row:
-            raise _lacking(task, file, {key}) from None
+            return _lacking(task, file, {key})
         if isinstance(error, UndefinedError) and missing:
-            raise _lacking(task, file, missing) from None
+            return _lacking(task, file, missing)
 
-        raise DataError(
+        return DataError(
             f"tasks.{task.name}: the first row of {file} does not fit lm-eval's task {task.lm_eval} ({_line(error)})"
-        ) from None
+        )
 
-    if not answered:
-        raise DataError(f"tasks.{task.name}: {file} has no right answer in its first row")
+    if is_answered:
+        return None
+    return DataError(f"tasks.{task.name}: {file} has no row with a right answer among its first {CHECKED_ROWS:,}")
 
 
 def _lacking(task: Task, file: StoragePath, columns: set[str]) -> DataError:
@@ -383,45 +454,102 @@ def _columns(definition: dict[str, Any]) -> tuple[set[str], set[str]]:
     return plain, named
 
 
-def _is_answered(task: Task, row: Row) -> bool:
-    """Return whether the row's right answer is one of its choices; what is not is wrong to lm-eval, and no error."""
-    from datasets import Dataset
+def _is_answered(lm_task: Any, doc: Row) -> bool:
+    """Return whether a row has a right answer that a model can give; what has none is wrong to lm-eval, and no error."""
+    target = lm_task.doc_to_target(doc)
+    if lm_task.OUTPUT_TYPE != "multiple_choice":
+        # A task may judge without a right answer, but not by a column that is empty.
+        return not (lm_task.config.doc_to_target and isinstance(target, str) and not target.strip())
 
-    with _quiet():
-        lm_task = _load_local_task(task, 0, Dataset.from_list([row]))
-        if lm_task.OUTPUT_TYPE != "multiple_choice":
-            return True
-        # The row as the task's own function makes it.
-        (row,) = lm_task.eval_docs
-
-    choices = lm_task.doc_to_choice(row)
+    choices = lm_task.doc_to_choice(doc)
     # Where the choices are contexts, as in WinoGrande, lm-eval has the right one's index in place of the text.
-    target = lm_task.doc_to_text(row) if lm_task.multiple_input else lm_task.doc_to_target(row)
+    if lm_task.multiple_input:
+        target = lm_task.doc_to_text(doc)
     targets = target if isinstance(target, list) else [target]
-    return any(_is_choice(target, choices) for target in targets)
+    # An empty choice has no token to be scored by.
+    return all(choices) and any(_is_choice(target, choices) for target in targets)
 
 
-def _is_choice(target: str | int, choices: list[str]) -> bool:
+def _is_choice(target: Any, choices: list[str]) -> bool:
     """Return whether a right answer, as text or as an index, is one of the choices."""
-    return target in choices if isinstance(target, str) else 0 <= target < len(choices)
+    if isinstance(target, str):
+        return target in choices
+    return target is not None and 0 <= target < len(choices)
 
 
 # --- lm-eval's model -------------------------------------------------------------------------------------------------
 
 
-def _lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int) -> Any:
+def _lm(model: PreTrainedModel, encoding: Encoding, batch_tokens: int) -> Any:
     """Return lm-eval's wrapper of ``model``, which forms batches of at most ``batch_tokens``."""
     from lm_eval.models.huggingface import HFLM
 
     class TokenBatchedLM(HFLM):
-        """lm-eval's wrapper, whose batches are bounded by tokens instead of requests."""
+        """lm-eval's wrapper, with batches bounded by tokens instead of requests, and ids as everywhere."""
+
+        def __init__(self) -> None:
+            # lm-eval gives the tokenizer a padding token, so it has a copy.
+            super().__init__(model, backend="causal", tokenizer=copy.deepcopy(encoding.tokenizer))
+            self.encoding = encoding
 
         @property
         def max_gen_toks(self) -> int:
             """lm-eval's 256 tokens, or half of a context that is too short for these and a prompt."""
             return min(super().max_gen_toks, self.max_length // 2)
 
+        # --- token ids ---
+
+        @property
+        def prefix_token_id(self) -> int:
+            """The token that an empty prompt is: the one that the tokenizer begins with, or lm-eval's choice."""
+            beginning, _ = encoding.added
+            return beginning[-1] if beginning else super().prefix_token_id
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            """Return the ids of a text that is continued, or with ``add_special_tokens`` false of the text alone.
+
+            What a chat template has written is the text alone: the template has its special tokens.
+            """
+            if encoding.is_chat or add_special_tokens is False:
+                return encoding.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
+            return encoding.ids(string)
+
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            if not encoding.is_chat:
+                prompt, answer = super()._encode_pair(context, continuation)
+                return prompt or [self.prefix_token_id], answer
+
+            # lm-eval moves white space at a prompt's end to the answer, but in a template it is the prompt's: what is
+            # served begins to answer behind it.
+            prompt = self.tok_encode(context)
+            whole = self.tok_encode(context + continuation)
+            if whole[: len(prompt)] == prompt:
+                return prompt, whole[len(prompt) :]
+            return prompt, self.tok_encode(continuation, add_special_tokens=False)
+
+        def tok_batch_encode(self, strings: Sequence[str], *_: Any, left_truncate_len: int, **__: Any) -> tuple:
+            """Return ids and attention masks of prompts, padded on the left, each cut to ``left_truncate_len``."""
+            ids = [self._cut(self.tok_encode(string), left_truncate_len) for string in strings]
+            padded = self.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+            return padded["input_ids"], padded["attention_mask"]
+
+        def _cut(self, ids: list[int], length: int) -> list[int]:
+            """Return the end of a prompt that is too long, with the beginning token that it had."""
+            if len(ids) <= length:
+                return ids
+
+            beginning, _ = encoding.added
+            if ids[: len(beginning)] != beginning:
+                beginning = []
+            return beginning + ids[len(ids) - length + len(beginning) :]
+
+        # --- batches ---
+
         def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+            # The last token is predicted, and not read.
+            longest = self.max_length + 1
+            requests = [(texts, self._cut(prompt, longest - len(end)), end) for texts, prompt, end in requests]
+
             # Groups are by length, so answers come in another order than requests.
             answers: list[Any] = [None] * len(requests)
             lengths = [len(context) + len(end) for _, context, end in requests]
@@ -441,8 +569,20 @@ def _lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens
             self.batch_size_per_gpu = max(1, batch_tokens // min(longest, self.max_length))
             return super().generate_until(requests)
 
-    # lm-eval gives the tokenizer a padding token, so it has a copy.
-    return TokenBatchedLM(model, backend="causal", tokenizer=copy.deepcopy(tokenizer))
+    return TokenBatchedLM()
+
+
+@contextmanager
+def _nulls_are_empty() -> Iterator[None]:
+    """Let lm-eval's templates print nothing for a null, in place of the word None."""
+    from lm_eval import utils
+
+    usual = utils.env
+    utils.env = usual.overlay(finalize=lambda value: "" if value is None else value)
+    try:
+        yield
+    finally:
+        utils.env = usual
 
 
 @contextmanager

@@ -17,7 +17,9 @@ from transformers import AutoTokenizer
 
 from seap_ray.errors import ConfigError, DataError
 from seap_ray.judges import lm_eval
+from seap_ray.judges.lm_eval_rows import hellaswag_parts
 from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.encoding import Encoding
 from seap_ray.models.export import CheckpointExport
 from seap_ray.tasks import BUILT_IN, Task
 from tests.support import DATA
@@ -62,17 +64,18 @@ def write(file: Path, rows: list[dict]) -> Path:
 @pytest.fixture(scope="module")
 def stories():
     """A model whose tokenizer lacks a padding token, which lm-eval then chooses."""
-    return load(STORIES), AutoTokenizer.from_pretrained(STORIES, pad_token=None)
+    return load(STORIES), Encoding(AutoTokenizer.from_pretrained(STORIES, pad_token=None))
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_task_is_judged_on_local_files_in_silence_and_the_model_stays_as_it_was(name, stories, capfd, caplog):
-    model, tokenizer = stories
+    model, encoding = stories
+    tokenizer = encoding.tokenizer
     ids = random_ids()
     before, padding = model(ids).logits, tokenizer.pad_token
     task = local(name)
     lm_eval.check(task)
-    judged = lm_eval.judge(model, tokenizer, task, samples=6, seed=1, num_fewshot=None, batch_tokens=2048)
+    judged = lm_eval.judge(model, encoding, task, samples=6, seed=1, num_fewshot=None, batch_tokens=2048)
 
     assert (judged.metric, len(judged.values)) == (METRICS[name], 6)
     assert set(judged.values) <= {0.0, 1.0} and judged.value == mean(judged.values)
@@ -170,7 +173,7 @@ FIRST["arc_challenge"] = FIRST["arc_easy"]
 def test_prompts_choices_and_answers_are_lm_evals(name):
     where, split = SOURCES[name]
     (row,) = rows_of(where.partition("/")[0], split, 1)
-    lm_task = lm_eval._load_task(local(name), 0)
+    lm_task = lm_eval._load_task(local(name), 0).lm_task
     doc = lm_task.eval_docs[0]
     choices = lm_task.doc_to_choice(doc) if lm_task.config.doc_to_choice else None
 
@@ -179,7 +182,7 @@ def test_prompts_choices_and_answers_are_lm_evals(name):
 
 
 def test_winogrande_is_scored_on_what_follows_either_name():
-    lm_task = lm_eval._load_task(local("winogrande"), 0)
+    lm_task = lm_eval._load_task(local("winogrande"), 0).lm_task
     doc = lm_task.eval_docs[0]
     assert doc["sentence"] == "Sarah was a much better surgeon than Maria so _ always got the easier cases."
 
@@ -192,7 +195,7 @@ def test_winogrande_is_scored_on_what_follows_either_name():
 
 
 def test_hellaswag_of_llama_cpp_is_prepared_as_lm_eval_prepares_its_own():
-    lm_task = lm_eval._load_task(local("hellaswag"), 0)
+    lm_task = lm_eval._load_task(local("hellaswag"), 0).lm_task
     doc = lm_task.eval_docs[0]
     assert lm_task.doc_to_text(doc) == "Roof shingle removal: A man is sitting on a roof. He"
     assert lm_task.doc_to_choice(doc)[3] == "starts pulling up roofing on a roof." and lm_task.doc_to_target(doc) == 3
@@ -200,12 +203,12 @@ def test_hellaswag_of_llama_cpp_is_prepared_as_lm_eval_prepares_its_own():
     for line in (DATA / "tasks/hellaswag/hellaswag_train_3368.jsonl").open():
         row = json.loads(line)
         parts = {key: row[key] for key in ("activity_label", "ctx_a", "ctx_b")}
-        assert lm_eval._hellaswag_parts(llama_cpp(row)) == parts
+        assert hellaswag_parts(llama_cpp(row)) == parts
 
 
 def test_a_generated_number_is_judged_by_the_strict_filter(stories, tmp_path, monkeypatch):
-    model, tokenizer = stories
-    written = tokenizer("#### 42 or 7", add_special_tokens=False, return_tensors="pt").input_ids
+    model, encoding = stories
+    written = encoding.tokenizer("#### 42 or 7", add_special_tokens=False, return_tensors="pt").input_ids
     monkeypatch.setattr(
         model, "generate", lambda input_ids, **_: torch.cat([input_ids, written.expand(len(input_ids), -1)], 1)
     )
@@ -223,7 +226,7 @@ def test_a_generated_number_is_judged_by_the_strict_filter(stories, tmp_path, mo
 def test_samples_are_drawn_from_all_rows_by_the_seed_and_keep_their_order(stories, tmp_path):
     task = local("arc_easy", write(tmp_path / "test.parquet", rows_of("ai2_arc_easy", "test", 40)))
     whole = lm_eval.judge(*stories, task, **ARGUMENTS)
-    drawn = {seed: lm_eval._draw(40, 10, seed) for seed in range(5)}
+    drawn = {seed: lm_eval._draw(list(range(40)), 10, seed) for seed in range(5)}
 
     assert len({tuple(rows) for rows in drawn.values()}) == 5 and max(map(max, drawn.values())) >= 35
     for seed in (0, 1):
@@ -240,7 +243,7 @@ def test_examples_come_from_the_calibration_split_and_else_from_other_rows(tmp_p
     with_train = local("arc_easy")
     train = {row["question"] for row in rows_of("ai2_arc_easy", "train", 10**6)}
     for task, pool in ((alone, {row["question"] for row in rows}), (with_train, train)):
-        lm_task = lm_eval._load_task(task, 2)
+        lm_task = lm_eval._load_task(task, 2).lm_task
         for row in rows:
             doc = next(doc for doc in lm_task.eval_docs if doc["question"] == row["question"])
             *examples, last = lm_task.fewshot_context(doc, 2).split("Question: ")[1:]
@@ -250,8 +253,8 @@ def test_examples_come_from_the_calibration_split_and_else_from_other_rows(tmp_p
 
 
 def test_the_number_of_examples_is_lm_evals_unless_it_is_given():
-    shots = [lm_eval._load_task(local("gsm8k"), n).config.num_fewshot for n in (None, 0, 3)]
-    assert shots == [5, 0, 3] and lm_eval._load_task(local("piqa"), None).config.num_fewshot == 0
+    shots = [lm_eval._load_task(local("gsm8k"), n).lm_task.config.num_fewshot for n in (None, 0, 3)]
+    assert shots == [5, 0, 3] and lm_eval._load_task(local("piqa"), None).lm_task.config.num_fewshot == 0
 
 
 def test_a_fingerprint_tells_other_files_and_metrics_apart(tmp_path):
@@ -277,7 +280,7 @@ def test_a_compacted_model_is_judged_and_writes_answers(dense, tmp_path):
 
     assert model.config.model_type == "seap_llama"
     for name in ("gsm8k", "arc_easy"):
-        judged = lm_eval.judge(model, tokenizer, local(name), **ARGUMENTS | {"samples": 5})
+        judged = lm_eval.judge(model, Encoding(tokenizer), local(name), **ARGUMENTS | {"samples": 5})
         assert 0 <= judged.value <= 1 and len(judged.values) == 5
 
     assert torch.equal(model(random_ids()).logits, before)
@@ -297,7 +300,7 @@ def without(row: dict, *columns: str) -> dict:
     ("name", "row", "message"),
     [
         ("piqa", without(PIQA, "label", "sol2"), "FILE has no column(s) label, sol2, which lm-eval's task piqa needs"),
-        ("piqa", PIQA | {"label": -1}, "FILE has no right answer in its first row"),
+        ("piqa", PIQA | {"label": -1}, "FILE has no row with a right answer among its first 1,000"),
         ("arc_easy", {"question": "q", "label": 1}, "FILE has no column(s) answerKey, choices, which"),
         ("openbookqa", {"question": "q"}, "FILE has no column(s) answerKey, choices, question_stem, which"),
         ("boolq", {"passage": "p", "question": "q"}, "FILE has no column(s) label, which lm-eval's task boolq needs"),
@@ -326,7 +329,7 @@ def test_rows_that_fit_are_not_refused(tmp_path):
 
 
 def test_another_task_of_lm_evals_on_local_files_keeps_its_own_examples():
-    lm_task = lm_eval._load_task(local("gsm8k", lm_eval="gsm8k_cot"), None)
+    lm_task = lm_eval._load_task(local("gsm8k", lm_eval="gsm8k_cot"), None).lm_task
     context = lm_task.fewshot_context(lm_task.eval_docs[0], lm_task.config.num_fewshot)
     assert context.startswith("Q: There are 15 trees in the grove.") and context.count("Q: ") == 9
 
