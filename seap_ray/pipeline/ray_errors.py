@@ -4,13 +4,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ray.exceptions import OutOfDiskError, RayError, RayTaskError, RuntimeEnvSetupError
+from ray.exceptions import OutOfDiskError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from seap_ray import errors
 from seap_ray.errors import IncompleteError, SeapError
 
-RAY_DATA_ERROR = re.compile(r"^seap_ray\.errors\.(\w+): (.+)$", re.MULTILINE)
-"""A line in the text of Ray Data's error: type and message of ours, which a function of rows raised."""
+OUR_ERROR = re.compile(r"^seap_ray\.errors\.(\w+): (.+)$", re.MULTILINE)
+"""A line in a traceback: type and message of ours, which a function of rows or an actor raised."""
 
 
 @contextmanager
@@ -36,18 +36,26 @@ def known_error(error: BaseException | None) -> SeapError | None:
         if isinstance(error, SeapError):
             return error
 
-        # Ray Data keeps of our error only the text.
-        if isinstance(error, RayTaskError) and (match := RAY_DATA_ERROR.search(str(error))):
+        # Ray Data keeps of our error only the text, and so does an actor that could not be made.
+        if _is_of_code(error) and (match := OUR_ERROR.search(str(error))):
             name, message = match.groups()
             return getattr(errors, name)(message)
 
         if isinstance(error, OutOfDiskError):
             return IncompleteError("the disk of a node is full; make room and run the same command again")
-        # What is left of Ray's own errors are lost nodes, processes and objects; an error in a task is none of these.
-        if isinstance(error, RayError) and not isinstance(error, (RayTaskError, RuntimeEnvSetupError)):
+        # What is left of Ray's own errors are lost nodes, processes and objects; an error in code is none of these,
+        # since the same command would meet it again.
+        if isinstance(error, RayError) and not _is_of_code(error):
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             return IncompleteError(f"the cluster lost a part of the job ({reason}); run the same command again")
 
         error = cause or error.__cause__
 
     return None
+
+
+def _is_of_code(error: BaseException) -> bool:
+    """Return whether an error comes from code that ran, or could not be run, and not from a process that was lost."""
+    if isinstance(error, RayActorError):
+        return error.actor_init_failed
+    return isinstance(error, RayTaskError | RuntimeEnvSetupError)

@@ -21,7 +21,7 @@ def quality_cells(results: Mapping[str, EvalResult]) -> dict[str, Cell]:
 
 def _cell(result: EvalResult) -> Cell:
     if isinstance(result, Failure):
-        return FailedCell(result.error)
+        return FailedCell(result.error, result.exit_code)
     return QualityCell(result.metric, result.value, result.stderr, result.n)
 
 

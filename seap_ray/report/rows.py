@@ -33,6 +33,8 @@ class FailedCell:
 
     error: str
     """The reason, in one line."""
+    exit_code: int = field(default=4, compare=False)
+    """Exit code of the job; 4 where the same command may mend the failure. A results file does not hold it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the cell as a results file holds it."""
@@ -124,7 +126,12 @@ class ModelRow:
     @property
     def failures(self) -> dict[str, str]:
         """Reasons by task, for the tasks that the model could not be judged on."""
-        return {task: cell.error for task, cell in self.quality.items() if isinstance(cell, FailedCell)}
+        return {task: cell.error for task, cell in self.failed_cells.items()}
+
+    @property
+    def failed_cells(self) -> dict[str, FailedCell]:
+        """Cells of the tasks that the model could not be judged on."""
+        return {task: cell for task, cell in self.quality.items() if isinstance(cell, FailedCell)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,22 +112,35 @@ class Run:
         return lock(self.root)
 
     def claim(self, config: Config) -> None:
-        """Write the resolved config, first of all files. Raises ConfigError if the run was made with another one."""
+        """Write the resolved config, first of all files. Raises ConfigError if the run was made with another one.
+
+        A run keeps the keys that something in it depends on: those of tasks that have shards or statistics, and where
+        there is such a task, those of the model and of all corpora. A command that made nothing binds nothing.
+        """
         # Written again even so: keys that may change in a run are those of its last command.
         if made_with := read_json(self.config):
             self._refuse_another(made_with, config)
         write_json(self.config, config.model_dump(mode="json"))
 
     def _refuse_another(self, made_with: dict[str, Any], config: Config) -> None:
-        """Raise ConfigError for the first key on which statistics depend and which differs."""
+        """Raise ConfigError for the first key on which something in the run depends and which differs."""
+        made = [task for task in made_with["tasks"] if self._has_made(task["name"])]
+        if not made:
+            return
+
         # Only keys that both have: tasks may be added and left out.
-        old = flatten(made_with)
+        old = flatten({**made_with, "tasks": made})
         new = flatten(config.model_dump(mode="json"))
         for key in sorted(old.keys() & new.keys()):
             if old[key] != new[key] and _is_fixed(key):
                 raise ConfigError(
                     f"{self.root}: was made with {key}={old[key]}, not {new[key]}; choose another run.name"
                 )
+
+    def _has_made(self, task: str) -> bool:
+        """Return whether something in the run depends on the keys of a task."""
+        # The manifest is written after all shards, and statistics may outlive both.
+        return (self.shards(task) / "manifest.json").is_file() or self.statistics(task).is_file()
 
 
 def _is_fixed(key: str) -> bool:

@@ -25,15 +25,16 @@ class StudyResult:
         return [row.to_json() for row in self.rows]
 
     @property
-    def failures(self) -> set[str]:
-        """Reasons why models could not be judged; those of models for which no plan can be made are left out."""
+    def failures(self) -> dict[str, int]:
+        """Reasons why models could not be judged, with the exit code of each; no plan for a model is no reason."""
         # A model without a plan has no folder, and running the same command again does not change that.
         planned = [model.row for model in self.models if model.row.folder]
 
         # One fault often costs many results; it is one reason.
-        reasons: set[str] = set()
+        reasons: dict[str, int] = {}
         for row in planned:
-            reasons.update(row.failures.values())
+            for cell in row.failed_cells.values():
+                reasons[cell.error] = cell.exit_code
         return reasons
 
 

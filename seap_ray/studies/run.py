@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from seap_ray.config import Config
-from seap_ray.errors import ConfigError, DataError, IncompleteError
+from seap_ray.errors import ConfigError, DataError, IncompleteError, error_by_code
 from seap_ray.judges import lm_eval
 from seap_ray.methods import STUDIES, StudyName
 from seap_ray.models.checkpoint import Checkpoint
@@ -58,8 +58,8 @@ CHECKS: Mapping[StudyName, Callable[[Config], None]] = {
 def run_study(config: Config) -> None:
     """Calibrate where that is not done, run ``config.study``, print its table; write JSON, CSV and the report.
 
-    Raises ConfigError for what a study cannot do without, and IncompleteError, at the very end, when models could not
-    be judged.
+    Raises ConfigError for what a study cannot do without, and SeapError, at the very end, when models could not be
+    judged: an IncompleteError where the same command can mend that.
     """
     check(config)
     # A task that cannot be judged costs its own results only.
@@ -107,9 +107,12 @@ def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
 
     # At the very end: what could be judged is in the files all the same.
     if result.failures:
-        raise IncompleteError(
-            f"some evaluations failed, for {len(result.failures)} reasons, first: {min(result.failures)}; fix that "
-            "and run the same command again"
+        # The reason that is named is one that decides the exit code.
+        first = min(result.failures, key=lambda reason: (result.failures[reason] == IncompleteError.exit_code, reason))
+        raise error_by_code(
+            result.failures.values(),
+            f"some evaluations failed, for {len(result.failures)} reasons, first: {first}; fix that, and the study "
+            "goes on",
         )
 
 

@@ -335,7 +335,7 @@ def _open(folder: StoragePath) -> Checkpoint | Failure:
         return Failure(f"{folder} cannot be read ({error})")
     except ConfigError as error:
         # The folder is one of evaluation.models, so another key is at fault than the message names.
-        return Failure(str(error).removeprefix("model.source: "))
+        return Failure(str(error).removeprefix("model.source: "), error.exit_code)
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:

@@ -172,14 +172,18 @@ def test_every_file_of_a_run_has_its_own_place(tmp_path):
 
 @pytest.fixture
 def claimed(tmp_path):
-    """Load a config of a run that ``sort`` and ``logic`` have claimed, with other settings on top."""
+    """Load a config of a run that has shards of ``sort`` and statistics of ``logic``, with other settings on top."""
     (tmp_path / "config.yaml").write_text(f"run: {{storage: {tmp_path}/runs}}\ntasks: [sort, logic]")
 
     def load(*arguments):
         return load_config([f"config={tmp_path}/config.yaml", *arguments])
 
     config = load()
-    Run.of(config).claim(config)
+    run = Run.of(config)
+    run.claim(config)
+    write_json(run.shards("sort") / "manifest.json", {})
+    run.statistics("logic").parent.mkdir(parents=True)
+    run.statistics("logic").touch()
     return load
 
 
@@ -231,6 +235,28 @@ def test_another_plan_more_tasks_and_fewer_are_the_same_run(claimed, argument):
     config = claimed(argument)
     Run.of(config).claim(config)
     assert Config.model_validate(read_json(Run.of(config).config)) == config
+
+
+def test_a_run_that_has_made_nothing_keeps_no_keys(claimed):
+    """A first attempt that failed binds nothing; what is there of a task binds that task and what all share."""
+    run = Run.of(claimed())
+    other = claimed(
+        "run.seed=1", "model.source=other/model", "corpus.samples=7", "tasks=[{name: sort, path: /x}, logic]"
+    )
+    (run.shards("sort") / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="corpus.samples=200, not 7"):
+        run.claim(other)
+
+    # The failed task alone may be another one now.
+    run.claim(claimed("tasks=[{name: sort, path: /x}, logic]"))
+    with pytest.raises(ConfigError, match="tasks.logic.path"):
+        run.claim(claimed("tasks=[sort, {name: logic, path: /x}]"))
+
+    run.statistics("logic").unlink()
+    (run.shards("logic")).mkdir(parents=True)
+    (run.shards("logic") / "00000.parquet").touch()
+    run.claim(other)
+    assert Config.model_validate(read_json(run.config)) == other
 
 
 def test_another_name_is_another_run(claimed):
