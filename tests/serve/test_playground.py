@@ -339,6 +339,91 @@ def test_models_without_a_chat_template_go_on_from_the_raw_prompt(ingress: Ingre
     assert [body for _, body, _ in ingress.requests("route")] == [{"prompt": "12 + 7 ="}]
 
 
+def follow_up(page: "Page", prompt: str) -> None:
+    page.get_by_label("Continue the conversation").check()
+    send(page, prompt)
+
+
+def test_a_system_message_and_earlier_turns_are_sent_as_messages(ingress: Ingress, page_at: PageAt) -> None:
+    ingress.replies["auto"] = speaks("19")
+    page = page_at(ingress.url)
+    page.get_by_label("System message").fill("Be brief.")
+    send(page)
+    state(page, "finished")
+    expect(pane(page).get_by_role("list", name="Conversation so far")).to_be_hidden()
+    ingress.replies["auto"] = speaks("20")
+    follow_up(page, "and 1 more?")
+    state(page, "finished")
+    conversation = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "12 + 7 ="},
+        {"role": "assistant", "content": "19"},
+        {"role": "user", "content": "and 1 more?"},
+    ]
+    asked = [body["messages"] for _, body, _ in ingress.requests()]
+    assert asked == [conversation[:2], conversation]
+    assert [body for _, body, _ in ingress.requests("route")] == [{"messages": messages} for messages in asked]
+    turns = pane(page).get_by_role("list", name="Conversation so far").get_by_role("listitem")
+    expect(turns).to_have_text(["user 12 + 7 =", "assistant 19", "user and 1 more?"])
+    expect(reply(page)).to_have_text("20")
+    expect(pane(page).get_by_role("heading")).to_have_text("arithmetic")
+
+    page.get_by_label("Continue the conversation").uncheck()
+    page.get_by_label("System message").fill("")
+    send(page, "another one")
+    state(page, "finished")
+    assert ingress.requests()[-1][1]["messages"] == [{"role": "user", "content": "another one"}]
+
+
+def test_a_turn_that_failed_is_no_part_of_the_conversation(ingress: Ingress, page_at: PageAt) -> None:
+    ingress.replies["auto"] = speaks("19")
+    page = page_at(ingress.url)
+    send(page)
+    state(page, "finished")
+    ingress.replies["auto"] = refuses(503, "busy")
+    follow_up(page, "and 1 more?")
+    state(page, "error")
+    ingress.replies["auto"] = speaks("20")
+    send(page, "and now?")
+    state(page, "finished")
+    contents = [message["content"] for message in ingress.requests()[-1][1]["messages"]]
+    assert contents == ["12 + 7 =", "19", "and now?"]
+
+
+def test_each_pane_has_a_conversation_of_its_own(ingress: Ingress, page_at: PageAt) -> None:
+    ingress.replies["auto"], ingress.replies["general"] = speaks("19"), speaks("20")
+    page = page_at(ingress.url)
+    page.get_by_label("Compare with").check()
+    send(page)
+    state(page, "finished")
+    state(page, "finished", "B")
+    follow_up(page, "sure?")
+    state(page, "finished")
+    state(page, "finished", "B")
+    said = {body["model"]: body["messages"][1]["content"] for _, body, _ in ingress.requests()[2:]}
+    assert said == {"auto": "19", "general": "20"}
+
+
+def test_a_model_that_is_compared_later_knows_what_was_said(ingress: Ingress, page_at: PageAt) -> None:
+    page = page_at(ingress.url)
+    send(page)
+    state(page, "finished")
+    page.get_by_label("Compare with").check()
+    follow_up(page, "sure?")
+    state(page, "finished")
+    state(page, "finished", "B")
+    (one, other) = [body["messages"] for _, body, _ in ingress.requests()[1:]]
+    assert one == other and [message["content"] for message in one] == ["12 + 7 =", "19", "sure?"]
+
+
+def test_a_model_without_a_template_has_no_conversation(ingress: Ingress, page_at: PageAt) -> None:
+    ingress.cards = default_cards(chat=False)
+    page = page_at(ingress.url)
+    expect(page.get_by_label("Prompt", exact=True)).to_be_visible()
+    expect(page.get_by_label("System message")).to_be_hidden()
+    expect(page.get_by_label("Continue the conversation")).to_be_hidden()
+
+
 def test_a_reply_with_html_is_shown_as_text(ingress: Ingress, page_at: PageAt) -> None:
     html = "<img src=x onerror='document.title=1'><b>bold</b><script>document.title=2</script>"
     ingress.cards = [*default_cards(), card(html, "expert", task=html, example=html)]
@@ -698,7 +783,8 @@ def test_it_works_by_keyboard_alone(ingress: Ingress, page_at: PageAt) -> None:
             break
         visited.append(seen)
     controls = ["Model", "Max tokens", "Temperature", "Compare with", "Second model", "Send", "Stop"]
-    assert [name for name, _, _ in visited] == ["Prompt", *EXAMPLES.values(), *controls]
+    controls.append("Continue the conversation")
+    assert [name for name, _, _ in visited] == ["Prompt", "System message", *EXAMPLES.values(), *controls]
     assert all(style == "solid" and width >= 2 for _, style, width in visited)
 
     page.keyboard.press("Tab")
@@ -793,7 +879,7 @@ def test_at_360_pixels_nothing_is_wider_than_the_screen(ingress: Ingress, page_a
     page.evaluate("document.querySelectorAll('[hidden]').forEach(e => e.hidden = false)")
     assert page.evaluate(fits)
     small = "[...document.querySelectorAll('button, select, input')].filter(e => e.getBoundingClientRect().height < 24)"
-    assert page.evaluate(f"{small}.map(e => e.id)") == ["compare"]  # its label is as much to be touched
+    assert page.evaluate(f"{small}.map(e => e.id)") == ["compare", "go-on"]  # their labels are as much to be touched
 
 
 def test_on_a_phone_the_reply_comes_into_view_by_itself(ingress: Ingress, page_at: PageAt) -> None:
