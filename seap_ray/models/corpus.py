@@ -139,7 +139,10 @@ class Renderer:
 
     def _conversation(self, row: Row, context: Mapping[str, Any], texts: Mapping[str, str]) -> Item:
         fill = self._expressions["messages"]
-        messages = self._filled("messages", lambda context: as_messages(without_missing(fill(context))), row, context)
+        # A row without a conversation is a blank one.
+        messages = self._filled(
+            "messages", lambda context: as_messages(without_missing(fill(context)) or []), row, context
+        )
         answer = texts.get("answer", "").strip()
         # Without a template of its own the last message is the answer, if the assistant wrote it.
         if not self.task.answer and messages and messages[-1]["role"] == "assistant":
@@ -296,7 +299,18 @@ def split_of(task: Task, seed: int, items: Iterable[Item]) -> Split:
 
 # --- rows that do not count ------------------------------------------------------------------------------------------
 
-Reason = Literal["blank", "no_answer", "held_out", "left", "calibrated", "wrong_answer", "same_choices", "duplicate"]
+Reason = Literal[
+    "blank",
+    "no_answer",
+    "held_out",
+    "left",
+    "calibrated",
+    "wrong_answer",
+    "same_choices",
+    "duplicate",
+    "refused",
+    "no_token",
+]
 REASONS: dict[Reason, str] = {
     "blank": "blank",
     "no_answer": "without an answer",
@@ -306,6 +320,8 @@ REASONS: dict[Reason, str] = {
     "wrong_answer": "whose answer is none of their choices",
     "same_choices": "with equal choices",
     "duplicate": "that others have already",
+    "refused": "that the chat template does not take",
+    "no_token": "without a token that counts",
 }
 """Why rows are left out, or worth a look, in the words that follow a number of rows."""
 

@@ -5,7 +5,8 @@ import random
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from seap_ray.errors import DataError
@@ -13,8 +14,18 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import (
     Item,
     Renderer,
+    Split,
+    check_evaluation,
+    check_source,
+    choice_defect,
+    content_key,
+    defect,
+    held_out_rows,
+    judged_rows,
     load_tokenizer,
     row_key,
+    rows_lines,
+    split_of,
     tokenizer_warning,
 )
 from seap_ray.tasks import BUILT_IN, Task
@@ -94,8 +105,9 @@ def test_clean_text_differs_from_the_official_one_in_case_and_outer_space_alone(
         if row.get("answerKey") != "E":
             item = renderer.item(row)
             assert item.text.lower() == expected(row).strip().lower()
-            # In clean text the answer ends the text, after one space, which is how evaluation cuts it.
-            assert item.text == (f"{item.question} {item.answer}" if item.question else item.answer)
+            # In clean text the answer ends the text, which is how evaluation cuts it.
+            assert item.text == f"{item.prompt}{item.separator}{item.answer}"
+            assert item.separator == (" " if item.question else "")
 
 
 @real
@@ -158,11 +170,26 @@ def test_a_row_is_data_and_never_a_template():
     assert item.text == "{{ 7 * 7 }} <b> & {% raw %}"
 
 
-def test_an_undefined_column_names_the_task_and_the_columns():
+def write_rows(folder, *rows):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_column_that_no_row_has_names_the_task_and_the_columns(tmp_path):
+    def check(**row):
+        check_source(BUILT_IN["piqa"].model_copy(update={"path": write_rows(tmp_path, row, row)}), official=False)
+
     with pytest.raises(DataError, match=r"tasks\.piqa: 'goal' is undefined; the columns are prompt, sol1, label"):
-        Renderer(BUILT_IN["piqa"]).item({"prompt": "x", "sol1": "y", "label": 0})
+        check(prompt="x", sol1="y", label=0)
     with pytest.raises(DataError, match=r"tasks\.piqa: 'sol2' is undefined"):
-        Renderer(BUILT_IN["piqa"]).item({"goal": "x", "sol1": "y", "label": 0})
+        check(goal="x", sol1="y", label=0)
+
+
+def test_a_column_that_some_row_has_is_empty_in_the_others(tmp_path):
+    path = write_rows(tmp_path, {"q": "a", "a": "b"}, {"q": "a", "a": "b", "context": "c"})
+    check_source(task(path, question="{{ q }} {{ context }}", answer="{{ a }}"), official=False)
+    assert Renderer(task(path, question="{{ q }} {{ context }}")).item({"q": "a", "text": "b"}).text == "a b"
 
 
 def test_a_row_that_does_not_fit_names_the_task():
@@ -171,6 +198,18 @@ def test_a_row_that_does_not_fit_names_the_task():
         Renderer(BUILT_IN["arc_easy"]).item(row)
     with pytest.raises(DataError, match=r"tasks\.mine"):
         Renderer(Task(name="mine", path="/x", answer="{{ a ")).item({"a": 1})
+
+
+def test_what_is_not_jinja_names_the_task_and_the_field():
+    with pytest.raises(DataError, match=r"tasks\.mine\.answer: not valid Jinja"):
+        Renderer(Task(name="mine", path="/x", answer="{{ a ")).item({"a": 1})
+    with pytest.raises(DataError, match=r"tasks\.mine\.messages: not valid Jinja"):
+        Renderer(Task(name="mine", path="/x", messages="{{ a }} {{ b }}")).item({"a": 1})
+
+
+def test_a_conversation_that_is_printed_whole_is_refused_with_what_to_write():
+    with pytest.raises(DataError, match=r'tasks\.mine\.answer: prints a whole list; .* messages: "{{ messages }}"'):
+        Renderer(Task(name="mine", path="/x", answer="{{ messages }}")).item({"messages": [{"role": "user"}]})
 
 
 def test_a_template_cannot_reach_into_python():
@@ -184,6 +223,178 @@ def test_a_task_without_an_official_text_keeps_its_own():
     assert Renderer(task("/x", question="{{ prompt }}"), official=True).item(row).text == "2 + 2 = 4"
     assert Renderer(task("/x", official="{{ text }}!"), official=True).item(row).text == "4!"
     assert Renderer(task("/x", official="{{ text }}!")).item(row).text == "4"
+
+
+# --- question and answer ---------------------------------------------------------------------------------------------
+
+
+def item_of(row, **fields):
+    return Renderer(task("/x", **{"question": "{{ q }}", "answer": "{{ a }}", **fields})).item(row)
+
+
+@pytest.mark.parametrize(
+    ("question", "prompt", "separator"),
+    [
+        ("{{ q }}", "2 + 2 =", " "),
+        (" {{ q }}  ", "2 + 2 =", " "),
+        ("{{ q }}\n", "2 + 2 =\n", ""),
+        ("{{ q }}\n\n", "2 + 2 =\n\n", ""),
+        ("{{ q }} \n  ", "2 + 2 = \n  ", ""),
+        ("{{ none }} \n", "", ""),
+        ("", "", ""),
+    ],
+)
+def test_a_question_that_ends_in_a_line_break_keeps_it_and_any_other_has_one_space_behind(question, prompt, separator):
+    item = item_of({"q": "2 + 2 =", "a": " 4\n"}, question=question)
+    assert (item.prompt, item.separator, item.answer) == (prompt, separator, "4")
+    assert item.text == prompt + separator + "4"
+    # In a chat the answer is a message of its own.
+    assert item.messages == ([{"role": "user", "content": "2 + 2 ="}] if prompt else [])
+
+
+def test_a_question_begins_with_the_tasks_system_message_in_a_chat_alone():
+    item = item_of({"q": "2 + 2 =", "a": "4", "s": "Be brief."}, system="{{ s }}")
+    assert item.messages == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "2 + 2 ="},
+    ]
+    assert item.text == "2 + 2 = 4"
+    assert item_of({"q": "2 + 2 =", "a": "4", "s": None}, system="{{ s }}").messages == item.messages[1:]
+
+
+def test_choices_are_texts_and_null_is_an_empty_one():
+    item = item_of({"q": "?", "a": 2, "c": [1, 2, None, True]}, choices="c")
+    assert (item.choices, item.gold) == (["1", "2", "", "True"], 1)
+    with pytest.raises(DataError, match=r"tasks\.mine\.choices: .*a text, not a list"):
+        item_of({"q": "?", "a": "b", "c": "['a', 'b']"}, choices="c")
+
+
+def test_the_right_choice_is_known_by_its_place_whatever_the_space_around_it():
+    item = item_of({"q": "?", "s": ["b ", " a ", "a"], "a": "a "}, choices="s", metric="acc")
+    assert (item.answer, item.choices, item.gold) == ("a", ["b ", " a ", "a"], 1)
+    assert [item.is_right(choice) for choice in range(3)] == [False, True, True]
+    # The same text comes before the same text but for space.
+    assert item_of({"q": "?", "s": ["a ", "a"], "a": "a"}, choices="s").gold == 1
+    assert item_of({"q": "?", "s": ["b", "c"], "a": "a"}, choices="s").gold is None
+
+
+@real
+def test_every_row_of_piqa_has_a_right_choice():
+    rows = pq.read_table(DATA / "tasks/piqa/plain_text_validation_0000.parquet").to_pylist()
+    renderer = Renderer(BUILT_IN["piqa"])
+    items = [renderer.item(row) for row in rows]
+    assert [item.gold for item in items] == [row["label"] for row in rows]
+    assert sum(item.answer not in item.choices for item in items) == 113
+
+
+# --- conversations ---------------------------------------------------------------------------------------------------
+
+
+def turns(*contents, first="user"):
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def conversation(messages, **fields):
+    row = {"messages": messages, "s": "Be kind.", "a": "mine"}
+    return Renderer(Task(name="mine", path="/x", messages="{{ messages }}", **fields)).item(row)
+
+
+def test_the_last_message_of_the_assistant_is_the_answer():
+    item = conversation(turns("hi", "hello", "2 + 2?", "4"))
+    assert (item.messages, item.answer, item.question) == (turns("hi", "hello", "2 + 2?"), "4", "hi")
+    assert item.text == "hi\n\nhello\n\n2 + 2?\n\n4" == item.prompt + item.separator + item.answer
+    assert defect(item) is None
+
+
+@pytest.mark.parametrize("messages", [turns("hi"), turns("hi", "hello", "bye"), turns("hi", ""), turns("hi", None)])
+def test_a_conversation_that_the_assistant_does_not_end_has_no_answer(messages):
+    item = conversation(messages)
+    assert (item.answer, defect(item)) == ("", "no_answer")
+
+
+@pytest.mark.parametrize("messages", [None, [], turns("", "")])
+def test_a_conversation_without_a_word_is_blank(messages):
+    assert defect(conversation(messages)) == "blank"
+
+
+def test_an_answer_of_its_own_follows_the_whole_conversation():
+    item = conversation(turns("hi", "hello", "2 + 2?"), answer="{{ a }}")
+    assert (item.messages, item.answer) == (turns("hi", "hello", "2 + 2?"), "mine")
+    assert item.text == item.prompt + item.separator + "mine"
+
+
+def test_a_rows_own_system_message_wins_over_the_tasks():
+    system = {"role": "system", "content": "Be kind."}
+    assert conversation(turns("hi", "yo"), system="{{ s }}").messages == [system, *turns("hi")]
+    own = {"role": "system", "content": "Be rude."}
+    assert conversation([own, *turns("hi", "yo")], system="{{ s }}").messages == [own, *turns("hi")]
+
+
+def test_what_is_no_conversation_names_the_field_and_the_row():
+    with pytest.raises(DataError, match=r"tasks\.mine\.messages: does not fit the row .*a list of messages"):
+        conversation("hi")
+    with pytest.raises(DataError, match=r"tasks\.mine\.messages: .*message 1: "):
+        conversation([{"role": "pope", "content": "hi"}])
+
+
+def test_the_text_that_the_authors_wrote_is_calibrated_and_prompt_and_answer_are_judged():
+    mine = task("/x", question="{{ q }}", answer="{{ a }}", official="{{ q | lower }}: {{ a }}")
+    official = Renderer(mine, official=True).item({"q": "Q", "a": " A "})
+    assert (official.text, official.prompt, official.answer) == ("q:  A ", "Q", "A")
+    # Whether rows are the same, or held out, does not depend on the format.
+    clean = Renderer(mine).item({"q": "Q", "a": " A "})
+    assert content_key(official) == content_key(clean)
+    assert Split(3).key(official) == Split(3).key(clean)
+
+
+# --- rows that do not count ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"q": "?", "a": "x"}, None),
+        ({"q": "?", "a": " "}, "no_answer"),
+        ({"q": "?", "a": None}, "no_answer"),
+        ({"q": "?"}, "no_answer"),
+        ({"q": " \n", "a": ""}, "blank"),
+        ({}, "blank"),
+        ({"q": None, "a": "x"}, None),
+    ],
+)
+def test_rows_without_an_answer_or_any_text_have_a_defect(row, reason):
+    assert defect(item_of(row)) == reason
+
+
+@pytest.mark.parametrize(
+    ("choices", "reason"),
+    [(["x", "y"], None), (["y", "z"], "wrong_answer"), ([], "wrong_answer"), (["x", "x "], "same_choices")],
+)
+def test_choices_that_are_odd_have_a_reason_where_they_are_judged(choices, reason):
+    fields = {"question": "{{ q }}", "answer": "{{ a }}", "choices": "c"}
+    for metric, expected in (("acc", reason), ("acc_norm", reason), ("exact_match", None)):
+        mine = task("/x", metric=metric, **fields)
+        assert choice_defect(mine, Renderer(mine).item({"q": "?", "a": "x", "c": choices})) == expected
+
+
+def test_counts_are_told_in_words():
+    counts = {"held_out": 12, "no_answer": 1, "wrong_answer": 2000, "left": 3}
+    assert rows_lines("sums", 6000, counts) == [
+        "tasks.sums: 12 of 6,000 rows held out for evaluation",
+        "tasks.sums: of 6,000 rows 1 without an answer, 2,000 whose answer is none of their choices",
+    ]
+    assert rows_lines("sums", 60, {}) == []
+
+
+@pytest.mark.parametrize("first_is_wrong", [True, False])
+def test_some_rows_with_a_wrong_answer_do_not_stop_a_task_and_all_of_them_do(tmp_path, first_is_wrong):
+    right = {"q": "?", "a": "x", "c": ["x", "y"]}
+    wrong = {"q": "?", "a": "z", "c": ["x", "y"]}
+    fields = {"question": "{{ q }}", "answer": "{{ a }}", "choices": "c", "metric": "acc"}
+    check_evaluation(task(write_rows(tmp_path, *([wrong, right] if first_is_wrong else [right, wrong])), **fields))
+    with pytest.raises(DataError, match=r"tasks\.mine: the answer 'z' of the first row is none of its choices"):
+        check_evaluation(task(write_rows(tmp_path, wrong, wrong), **fields))
 
 
 # --- the draw --------------------------------------------------------------------------------------------------------
@@ -205,6 +416,103 @@ def test_the_draw_is_a_random_one_over_the_whole_corpus():
     drawn = sorted(range(3000), key=lambda i: row_key(7, corpus[i]))[:300]
     for third in range(3):
         assert 60 < sum(third * 1000 <= i < (third + 1) * 1000 for i in drawn) < 140
+
+
+texts = st.text("ab \n", max_size=4)
+
+
+@often
+@given(st.lists(st.tuples(texts, texts), min_size=2, max_size=40), st.integers(0, 5))
+def test_a_question_with_all_its_answers_is_on_one_side_of_the_split_and_no_side_is_empty(pairs, seed):
+    mine = task("/x", question="{{ q }}", answer="{{ a }}")
+    rows = [Renderer(mine).item({"q": question, "a": answer}) for question, answer in pairs]
+    usable = [item for item in rows if defect(item) is None]
+    questions = {item.question.strip() or item.answer for item in usable}
+    if len(questions) < 2:
+        with pytest.raises(DataError, match=r"tasks\.mine: (all rows have the same question|no row has an answer)"):
+            split_of(mine, seed, rows)
+        return
+
+    split = split_of(mine, seed, rows)
+    held_out = {item.question.strip() or item.answer for item in usable if split.holds_out(item)}
+    left = {item.question.strip() or item.answer for item in usable if not split.holds_out(item)}
+    assert held_out and left and not held_out & left
+
+
+def test_a_fifth_of_many_questions_is_held_out_whatever_their_order():
+    mine = task("/x")
+    split = split_of(mine, 0, items(3000))
+    assert split == Split(0) == split_of(mine, 0, items(3000)[::-1])
+    assert 500 < sum(map(split.holds_out, items(3000))) < 700
+    assert 50 < sum(split.holds_out(item) and Split(1).holds_out(item) for item in items(3000)) < 200
+
+
+def test_what_is_held_out_does_not_say_what_is_drawn():
+    split = Split(0)
+    by_key = sorted(items(3000), key=lambda item: row_key(0, item))
+    assert 60 < sum(map(split.holds_out, by_key[:600])) < 180
+
+
+# --- rows to judge on ------------------------------------------------------------------------------------------------
+
+
+def folder_of(folder, **files):
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_split_off"),
+    [
+        ({"path": "{}/train.jsonl"}, True),
+        ({"path": "{}/train.jsonl", "evaluation_split": "train"}, True),
+        ({"path": "{}/train.jsonl", "evaluation_path": "{}/*.jsonl"}, True),
+        ({"path": "{}/train.jsonl", "evaluation_path": "{}/../{name}/train.jsonl"}, True),
+        ({"path": "{}/train.jsonl", "evaluation_path": "{}/link.jsonl"}, True),
+        ({"path": "{}/*.jsonl"}, True),
+        ({"path": "{}", "evaluation_split": "train"}, True),
+        ({"path": "{}", "evaluation_split": "test"}, False),
+        ({"path": "{}/train.jsonl", "evaluation_path": "{}/test.jsonl"}, False),
+        ({"path": "{}/train.jsonl", "held_out": False}, False),
+        ({"path": "demo:sort", "evaluation_split": "test"}, False),
+    ],
+)
+def test_rows_of_the_corpus_are_split_off_where_the_same_files_are_judged(tmp_path, fields, is_split_off):
+    folder_of(tmp_path, train=["a", "b"], test=["c"])
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "train.jsonl")
+    named = {
+        name: value.format(tmp_path, name=tmp_path.name) if isinstance(value, str) else value
+        for name, value in fields.items()
+    }
+    assert judged_rows(task(**named)).is_split_off == is_split_off
+
+
+def test_a_folder_without_validation_rows_is_judged_on_held_out_rows_and_one_with_them_on_these(tmp_path):
+    folder_of(tmp_path, train=["a", "b"])
+    judged = judged_rows(task(str(tmp_path)))
+    assert judged.is_split_off and [file.name for file in judged.source.files()] == ["train.jsonl"]
+
+    folder_of(tmp_path, validation=["c"])
+    judged = judged_rows(task(str(tmp_path)))
+    assert not judged.is_split_off and [file.name for file in judged.source.files()] == ["validation.jsonl"]
+
+
+def test_a_row_may_be_judged_where_it_is_held_out_and_was_not_calibrated_on(tmp_path):
+    rows = [{"text": f"row {i}"} for i in range(50)]
+    path = write_rows(tmp_path, *rows)
+    mine = task(path)
+    renderer = Renderer(mine)
+    split = split_of(mine, 0, map(renderer.item, rows))
+
+    is_held_out = held_out_rows(mine, seed=0)
+    assert [is_held_out(row) for row in rows] == [split.holds_out(renderer.item(row)) for row in rows]
+
+    judged = [row for row in rows if is_held_out(row)]
+    is_held_out = held_out_rows(mine, seed=0, calibrated=frozenset([content_key(renderer.item(judged[0]))]))
+    assert [row for row in rows if is_held_out(row)] == judged[1:]
+
+    assert held_out_rows(mine.model_copy(update={"held_out": False}), seed=0) is None
 
 
 # --- tokenizers that transformers reads in its own way ---------------------------------------------------------------

@@ -199,7 +199,7 @@ SHARDS = {"sort/00000": RAGGED, "sort/00001": RAGGED[:1], "logic/00000": prompts
 
 def task(path: Path | str, **fields: Any) -> Task:
     """Return a task named ``mine`` on the rows at ``path``."""
-    return Task(name="mine", path=str(path), answer="{{ text }}", **fields)
+    return Task(**{"name": "mine", "path": str(path), "answer": "{{ text }}", **fields})
 
 
 # --- models read layer by layer --------------------------------------------------------------------------------------
