@@ -1,12 +1,15 @@
 """Shards: corpora in, immutable token shards with a manifest out.
 
-``shards/<task>/00017.parquet`` holds one sequence a row: ``ids`` (int32 list) and ``text``. ``prompts.parquet`` holds
-what a user would ask of every drawn row, and ``rows.json`` the content key of each, so that none is judged on.
-``manifest.json``, written last, holds the token count and sha256 of every shard.
+``shards/<task>/00017.parquet`` holds one sequence a row: ``ids`` (int32 list), ``text`` and, where not all tokens count
+in the statistics, ``counted`` (bool list). ``prompts.parquet`` holds what a user would ask of every drawn row, and
+``rows.json`` the content key of each, so that none is judged on. ``manifest.json``, written last, holds the token count
+and sha256 of every shard.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -14,16 +17,22 @@ import pyarrow.parquet as pq
 import ray
 
 from seap_ray.config import Config
+from seap_ray.errors import DataError
 from seap_ray.models.batching import chunk_stream
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.corpus import Item, content_key, judged_rows, load_tokenizer, tokenizer_hash
+from seap_ray.models.corpus import Item, content_key, judged_rows, listed, load_tokenizer, tokenizer_hash
+from seap_ray.models.encoding import Count, Encoding, RenderedText, uses_chat
 from seap_ray.models.row_sources import calibration_rows
+from seap_ray.models.sequences import CountedSequence, Sequences, counted_of, n_counted
 from seap_ray.pipeline.draw import Draw, draw_corpus
 from seap_ray.storage.artifact import Artifact, has_hash
 from seap_ray.storage.files import atomic_write, read_json, sha256_of, stage, write_json
 from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint
 from seap_ray.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MANIFEST_FILE = "manifest.json"
 PROMPTS_FILE = "prompts.parquet"
@@ -49,9 +58,13 @@ class Shard:
         """Return where the shard lies."""
         return run.shards(self.task) / f"{self.shard}.parquet"
 
-    def sequences(self, run: Run) -> list[list[int]]:
-        """Read the token ids of every sequence."""
-        return pq.read_table(stage(self.path(run)), columns=["ids"]).column("ids").to_pylist()
+    def sequences(self, run: Run) -> Sequences:
+        """Read the token ids of every sequence, and which of them count."""
+        table = pq.read_table(stage(self.path(run)))
+        ids = table.column("ids").to_pylist()
+        if "counted" not in table.column_names:
+            return ids
+        return [*map(CountedSequence, ids, table.column("counted").to_pylist())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +86,8 @@ class Manifest:
     counts: dict[str, int] = field(default_factory=dict)
     """Rows that are left out, or worth a look, by ``corpus.REASONS``. Duplicates are estimated where more than
     ``draw.COUNTED_KEYS`` rows are distinct."""
+    chat: bool = False
+    """Whether the texts are in the model's chat template."""
 
     @property
     def n_tokens(self) -> int:
@@ -126,8 +141,13 @@ class ShardFolder:
         return manifest
 
 
-def shards_artifact(config: Config, checkpoint: Checkpoint, run: Run, task: Task) -> Artifact[Manifest]:
-    """Return a task's shards as an artifact; its key stands for settings, tokenizer, and the source's files."""
+def shards_artifact(
+    config: Config, checkpoint: Checkpoint, run: Run, task: Task, tokenizer: "PreTrainedTokenizerBase"
+) -> Artifact[Manifest]:
+    """Return a task's shards as an artifact; its key stands for settings, tokenizer, and the source's files.
+
+    Raises ConfigError where a chat template is to be used and there is none.
+    """
     key = fingerprint(
         task.model_dump(exclude=UNUSED_FIELDS),
         config.corpus.model_dump(),
@@ -135,6 +155,8 @@ def shards_artifact(config: Config, checkpoint: Checkpoint, run: Run, task: Task
         tokenizer_hash(checkpoint),
         calibration_rows(task).state(),
         judged_rows(task).is_split_off,
+        # The template is in a file of its own, or in the tokenizer's.
+        tokenizer.get_chat_template() if uses_chat(config, task, tokenizer) else None,
     )
     return Artifact(run.shards(task.name), key, ShardFolder())
 
@@ -155,12 +177,16 @@ def make_shards(config: Config, checkpoint: Checkpoint, run: Run, report: Callab
         A manifest for every task, in their order.
 
     Raises:
+        ConfigError: A chat template is to be used and there is none.
         DataError: A corpus cannot be had or used; it names the task.
     """
-    artifacts = {task.name: shards_artifact(config, checkpoint, run, task) for task in config.tasks}
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
+    artifacts = {task.name: shards_artifact(config, checkpoint, run, task, tokenizer) for task in config.tasks}
+
     stale = [task for task in config.tasks if not artifacts[task.name].is_made()]
     if stale:
-        report(f"reading {', '.join(task.name for task in stale)}")
+        chats = {task.name for task in stale if uses_chat(config, task, tokenizer)}
+        report(f"reading {', '.join(task.name + ' (chat template)' * (task.name in chats) for task in stale)}")
         keys = [artifacts[task.name].key for task in stale]
         _write_all(config, run, stale, keys)
 
@@ -177,7 +203,7 @@ def _write_all(config: Config, run: Run, tasks: Sequence[Task], keys: Sequence[s
     pending = []
     for task, key in zip(tasks, keys, strict=True):
         drawn = draw_corpus(task, n=corpus.samples, seed=config.run.seed, official=is_official)
-        pending.append(write.remote(config, run, task.name, key, drawn))
+        pending.append(write.remote(config, run, task, key, drawn))
 
     # An error of any task is raised here.
     ray.get(pending)
@@ -186,7 +212,16 @@ def _write_all(config: Config, run: Run, tasks: Sequence[Task], keys: Sequence[s
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _write_task(config: Config, run: Run, task: str, key: str, drawn: Draw) -> None:
+@dataclass(frozen=True, slots=True)
+class _EncodedRow:
+    """A drawn row as it is calibrated on."""
+
+    item: Item
+    text: str
+    ids: Sequence[int]
+
+
+def _write_task(config: Config, run: Run, task: Task, key: str, drawn: Draw) -> None:
     """Tokenise the drawn rows, cut them into shards, write these and, last, the manifest."""
     corpus = config.corpus
     # Opened here, on the node that does the work: a checkpoint's folder may lie elsewhere there.
@@ -194,45 +229,94 @@ def _write_task(config: Config, run: Run, task: str, key: str, drawn: Draw) -> N
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
     longest = min(corpus.sequence_length, checkpoint.architecture.max_position_embeddings)
 
-    texts = [item.text for item in drawn.items]
-    questions = [item.question for item in drawn.items]
-    all_ids = tokenizer(texts)["input_ids"]
-    rows = [row for row in zip(all_ids, texts, questions, strict=True) if row[0]]  # some texts have no token
-
+    encoding = Encoding.of(config, task, tokenizer)
+    counts = Counter(drawn.counts)
+    rows = _encode(encoding, task, drawn.items, corpus.count, counts)
+    _check_ids(rows, task, encoding, checkpoint.vocabulary_size)
     # Where a task asks nothing, its text is what a user would write.
-    prompts = _write_prompts(run, task, [question or text for _, text, question in rows])
+    prompts = _write_prompts(run, task.name, [row.item.question or row.item.text for row in rows])
 
     # Buckets cut long texts; packing has the stream of all texts, so that nothing is lost.
-    pairs = [(ids, text) for ids, text, _ in rows]
     n_cut = 0
     if corpus.packing == "bucket":
-        n_cut = sum(len(ids) > longest for ids, _ in pairs)
-        pairs = [(ids[:longest], text) for ids, text in pairs]
-    pairs = _within_budget(pairs, corpus.max_tokens)
+        n_cut = sum(len(row.ids) > longest for row in rows)
+        rows = _counting([replace(row, ids=row.ids[:longest]) for row in rows], counts)
+    rows = _within_budget(rows, corpus.max_tokens)
+    if not rows:
+        raise DataError(f"tasks.{task.name}: none of the {drawn.n_rows} rows is left: {listed(counts)}")
 
     shards: list[Shard] = []
-    for start in range(0, len(pairs), corpus.shard_sequences):
-        shard_pairs = pairs[start : start + corpus.shard_sequences]
+    for start in range(0, len(rows), corpus.shard_sequences):
+        shard_rows = rows[start : start + corpus.shard_sequences]
+        pairs = [(row.ids, row.text) for row in shard_rows]
         if corpus.packing == "pack":
-            # A chunk holds pieces of several texts, so none is stored with it.
-            chunks = chunk_stream([ids for ids, _ in shard_pairs], longest)
-            shard_pairs = [(ids, "") for ids in chunks]
-        shards.append(_write_shard(run, task, f"{len(shards):05d}", shard_pairs))
+            # A chunk holds pieces of several texts, so none is stored with it. No other chunk sees one that has
+            # nothing to count.
+            chunks = chunk_stream([row.ids for row in shard_rows], longest)
+            pairs = [(ids, "") for ids in chunks if n_counted(ids)]
+        shards.append(_write_shard(run, task.name, f"{len(shards):05d}", pairs))
 
     # Last: a folder without a manifest is made again.
-    rows_hash = _write_row_keys(run, task, drawn.items)
-    manifest = Manifest(task, key, tuple(shards), drawn.n_rows, n_cut, prompts, rows_hash, drawn.counts)
-    write_json(run.shards(task) / MANIFEST_FILE, asdict(manifest))
+    rows_hash = _write_row_keys(run, task.name, drawn.items)
+    manifest = Manifest(
+        task.name, key, tuple(shards), drawn.n_rows, n_cut, prompts, rows_hash, dict(counts), encoding.is_chat
+    )
+    write_json(run.shards(task.name) / MANIFEST_FILE, asdict(manifest))
 
 
-def _within_budget(pairs: list[tuple[list[int], str]], max_tokens: int | None) -> list[tuple[list[int], str]]:
+def _encode(
+    encoding: Encoding, task: Task, items: Sequence[Item], count: Count, counts: Counter[str]
+) -> list[_EncodedRow]:
+    """Return the items with their ids, and count those that cannot be used.
+
+    Raises DataError where the chat template takes none of them.
+    """
+    taken: list[tuple[Item, RenderedText]] = []
+    refusal: DataError | None = None
+    for item in items:
+        try:
+            taken.append((item, encoding.rendered(item, count)))
+        # Conversations that people have collected are not all as a template wants them.
+        except DataError as error:
+            refusal = refusal or error
+            counts["refused"] += 1
+
+    if not taken:
+        raise DataError(f"tasks.{task.name}: {refusal}; it takes none of the {len(items)} rows")
+
+    all_ids = encoding.sequences([rendered for _, rendered in taken])
+    rows = [_EncodedRow(item, rendered.text, ids) for (item, rendered), ids in zip(taken, all_ids, strict=True)]
+    return _counting(rows, counts)
+
+
+def _counting(rows: list[_EncodedRow], counts: Counter[str]) -> list[_EncodedRow]:
+    """Return the rows that have a token that counts, and count the others."""
+    counting = [row for row in rows if n_counted(row.ids)]
+    if len(counting) < len(rows):
+        counts["no_token"] += len(rows) - len(counting)
+    return counting
+
+
+def _check_ids(rows: Sequence[_EncodedRow], task: Task, encoding: Encoding, vocabulary_size: int) -> None:
+    """Raise DataError for a token that the model has no embedding for."""
+    for row in rows:
+        largest = max(row.ids)
+        if largest >= vocabulary_size:
+            token = encoding.tokenizer.convert_ids_to_tokens([largest])[0]
+            raise DataError(
+                f"tasks.{task.name}: the tokenizer has token {token!r} as number {largest}, but the model's embedding "
+                f"has {vocabulary_size} rows; tokenizer and weights are not of one model"
+            )
+
+
+def _within_budget(rows: list[_EncodedRow], max_tokens: int | None) -> list[_EncodedRow]:
     """Keep sequences up to the one that reaches the budget."""
     if max_tokens is None:
-        return pairs
+        return rows
 
     # Tokens of all sequences that come before one, so that the one that reaches the budget is kept.
-    tokens_before = np.cumsum([0, *(len(ids) for ids, _ in pairs)])[:-1]
-    return [pair for pair, before in zip(pairs, tokens_before, strict=True) if before < max_tokens]
+    tokens_before = np.cumsum([0, *(len(row.ids) for row in rows)])[:-1]
+    return [row for row, before in zip(rows, tokens_before, strict=True) if before < max_tokens]
 
 
 def _write_prompts(run: Run, task: str, prompts: list[str]) -> str:
@@ -249,13 +333,15 @@ def _write_row_keys(run: Run, task: str, items: Sequence[Item]) -> str:
     return sha256_of(stage(path))
 
 
-def _write_shard(run: Run, task: str, shard: str, pairs: list[tuple[list[int], str]]) -> Shard:
-    table = pa.table(
-        {
-            "ids": pa.array([ids for ids, _ in pairs], pa.list_(pa.int32())),
-            "text": pa.array([text for _, text in pairs], pa.string()),
-        }
-    )
+def _write_shard(run: Run, task: str, shard: str, pairs: Sequence[tuple[Sequence[int], str]]) -> Shard:
+    columns = {
+        "ids": pa.array([[*ids] for ids, _ in pairs], pa.list_(pa.int32())),
+        "text": pa.array([text for _, text in pairs], pa.string()),
+    }
+    # Without the column all tokens count.
+    if any(isinstance(ids, CountedSequence) for ids, _ in pairs):
+        columns["counted"] = pa.array([[*counted_of(ids)] for ids, _ in pairs], pa.list_(pa.bool_()))
+    table = pa.table(columns)
 
     # Hashed before it moves to its place, which may be a bucket.
     path = run.shards(task) / f"{shard}.parquet"
