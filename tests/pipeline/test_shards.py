@@ -1,4 +1,4 @@
-"""Shards on a real Ray cluster: the draw, the readers, the files."""
+"""Shards on a real Ray cluster: the files."""
 
 import json
 import random
@@ -7,12 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from seap_ray.config import Config
-from seap_ray.errors import DataError
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.pipeline.shards import Manifest, ShardFolder, draw, make_shards, read_rows
+from seap_ray.pipeline.shards import Manifest, ShardFolder, make_shards
 from seap_ray.storage.run import Run
 from seap_ray.tasks import Task
 
@@ -23,11 +21,6 @@ ROWS = [{"q": f"what is {i}?", "a": str(i)} for i in range(300)]
 
 def task(path: Path | str, **fields) -> Task:
     return Task(**{"name": "mine", "path": str(path), "question": "{{ q }}", "answer": "{{ a }}", **fields})
-
-
-def drawn_from(rows, *, n: int, blocks: int = 3, seed: int = 0):
-    dataset = ray.data.from_items(rows, override_num_blocks=blocks)
-    return draw(task("unused"), dataset, n=n, seed=seed, official=False)
 
 
 def parquet(path: Path, rows=ROWS, **options) -> Task:
@@ -46,84 +39,6 @@ def shards_of(folder: Path, mine: Task, **corpus) -> tuple[Run, Manifest, list[b
     run = Run.of(config)
     (manifest,) = make_shards(config, Checkpoint.open("demo"), run, lambda _: None)
     return run, manifest, [shard.path(run).read_bytes() for shard in manifest.shards]
-
-
-def test_the_draw_does_not_depend_on_the_order_or_the_blocks_of_the_corpus():
-    shuffled = random.Random(1).sample(ROWS, len(ROWS))
-    one, other, reseeded = (
-        drawn_from(rows, n=40, blocks=blocks, seed=seed)[0].column("text").to_pylist()
-        for rows, blocks, seed in ((ROWS, 1, 0), (shuffled, 7, 0), (ROWS, 1, 1))
-    )
-
-    assert one == other
-    assert one != reseeded
-
-
-def test_the_draw_covers_the_whole_corpus_and_not_its_head():
-    drawn, n_rows, _ = drawn_from(ROWS, n=60)
-    places = [int(answer) for answer in drawn.column("answer").to_pylist()]
-    assert n_rows == 300
-    assert sum(place < 60 for place in places) < 30
-    assert max(places) > 240
-
-
-def test_blank_rows_are_counted_and_left_out():
-    drawn, n_rows, n_blank = drawn_from([{"q": " ", "a": "\n"}] * 7 + ROWS[:5], n=100, blocks=6)
-    assert (drawn.num_rows, n_rows, n_blank) == (5, 12, 7)
-
-
-def test_a_corpus_of_blanks_is_refused_by_name():
-    with pytest.raises(DataError, match="tasks.mine: all 7 rows of the corpus are blank"):
-        drawn_from([{"q": " ", "a": ""}] * 7, n=5)
-
-
-def test_parquet_jsonl_csv_and_txt_give_the_same_rows(tmp_path):
-    parquet(tmp_path / "rows.parquet")
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (tmp_path / "rows.csv").write_text("q,a\n" + "".join(f"{row['q']},{row['a']}\n" for row in ROWS))
-    (tmp_path / "rows.txt").write_text("".join(f"{row['q']} {row['a']}\n" for row in ROWS))
-
-    def texts(name, **fields):
-        mine = task(tmp_path / name, **fields)
-        return sorted(draw(mine, read_rows(mine), n=300, seed=0, official=False)[0].column("text").to_pylist())
-
-    expected = sorted(f"{row['q']} {row['a']}" for row in ROWS)
-    assert texts("rows.parquet") == texts("rows.jsonl") == texts("rows.csv") == expected
-    assert texts("rows.txt", question="", answer="{{ text }}") == expected
-
-
-def test_one_process_looks_at_the_footers_of_a_parquet_corpus(tmp_path):
-    def readers() -> int:
-        return sum(actor["ActorClassName"] == "FooterReader" for actor in ray._private.state.actors().values())
-
-    before = readers()
-    assert len(read_rows(parquet(tmp_path / "rows.parquet")).take_all()) == len(ROWS)
-    assert readers() == before + 1
-
-
-def test_a_hub_data_set_is_read_through_datasets(monkeypatch):
-    import datasets
-
-    asked = []
-
-    def load_dataset(path, name, split):
-        asked.append((path, name, split))
-        return datasets.Dataset.from_list(ROWS)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert read_rows(task("owner/corpus", subset="main", split="train")).count() == 300
-    assert asked == [("owner/corpus", "main", "train")]
-
-
-def test_a_hub_that_does_not_answer_is_one_line_that_says_what_works(monkeypatch):
-    import datasets
-
-    def load_dataset(*_args, **_kwargs):
-        raise ConnectionError("Couldn't reach the Hub\nand a long story")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"tasks.mine: the hub did not give owner/corpus \(Couldn't reach the Hub\)"):
-        read_rows(task("owner/corpus"))
 
 
 def test_shards_hold_every_drawn_text_once_and_the_manifest_counts_their_tokens(tmp_path):
