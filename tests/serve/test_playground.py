@@ -550,7 +550,7 @@ def test_without_the_router_the_reply_still_comes(ingress: Ingress, page_at: Pag
 def test_side_by_side_shows_two_models_replies_at_the_same_time(ingress: Ingress, page_at: PageAt) -> None:
     hold = threading.Event()
     ingress.replies = {"auto": speaks("nineteen", "!", hold=hold), "general": speaks("21", "?", hold=hold)}
-    page = page_at(ingress.url)
+    page = page_at(ingress.url, reduced_motion="reduce")  # so that it is not scrolling while it is measured
     expect(pane(page, "B")).to_be_hidden()
     page.get_by_label("Compare with").check()
     assert page.get_by_label("Second model").input_value() == "general"
