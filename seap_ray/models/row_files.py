@@ -16,7 +16,7 @@ from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, getincrementaldecoder
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedReader, StringIO
+from io import BufferedReader, TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -371,24 +371,28 @@ class CsvPart(FilePart):
         csv.field_size_limit(sys.maxsize)
 
         with _open_text(self.file) as stream:
+            # Files of old Macs have carriage returns alone, so line ends are left to the csv module.
+            text = TextIOWrapper(stream, "utf-8-sig", newline="")
             # Strict, since a quote that is never closed would swallow the rest of the file.
-            cells = csv.reader(_text_lines(stream), delimiter=self._delimiter(), strict=True)
-            yield from _table_rows(cells)
+            cells = csv.reader(text, delimiter=self._delimiter(), strict=True)
+            try:
+                yield from _table_rows(cells)
+            except UnicodeDecodeError:
+                raise _undecodable_line(self.file) from None
 
     def _delimiter(self) -> str:
         return "\t" if file_suffix(self.file) == ".tsv" else ","
 
 
-def _text_lines(stream: BufferedReader) -> Iterator[str]:
-    """Yield lines with their ends, which are line feeds, carriage returns or both."""
-    for number, line in enumerate(stream, 1):
-        try:
-            text = decode_text(line.removeprefix(BOM_UTF8) if number == 1 else line)
-        except ValueError as error:
-            raise RowError(f"line {number}: {error}") from None
-
-        # Files of old Macs have carriage returns alone.
-        yield from StringIO(text, newline="")
+def _undecodable_line(file: StoragePath) -> RowError:
+    """Return the error that names the first line that is no UTF-8; text is decoded in blocks, which have no number."""
+    with _open_text(file) as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                decode_text(line)
+            except ValueError as error:
+                return RowError(f"line {number}: {error}")
+    return RowError("the end: not UTF-8")
 
 
 def _table_rows(cells: Any) -> Iterator[Row]:
@@ -397,13 +401,13 @@ def _table_rows(cells: Any) -> Iterator[Row]:
     names: list[str] | None = None
     try:
         for row in cells:
-            if names is None:
-                names = _check_header(row)
             # A blank line has no cell at all.
+            if row and names is None:
+                names = _check_header(row)
             elif row:
-                yield _named_cells(names, row)
+                yield _named_cells(names or [], row)
             line = cells.line_num + 1
-    except RowError:
+    except UnicodeDecodeError:
         raise
     except (csv.Error, ValueError) as error:
         raise RowError(f"line {line}: {error}") from None
