@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch.nn.functional import log_softmax
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from seap_ray.errors import DataError
 from seap_ray.models.batching import group_by_length
 from seap_ray.models.corpus import Item
+from seap_ray.models.encoding import Encoding
 from seap_ray.tasks import Task, is_perplexity
 
 
@@ -59,6 +61,10 @@ class Quality:
         return cls(**{**values, "values": tuple(values["values"]), "weights": tuple(values["weights"])})
 
 
+Continuation = tuple[list[int], int]
+"""Token ids, and where in them begins what is scored, never at 0: a first token has nothing that predicts it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scored:
     """Log-likelihood of a continuation, its length in tokens, and whether greedy decoding would have written it."""
@@ -70,39 +76,54 @@ class Scored:
 
 def measure(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
     task: Task,
-    items: list[Item],
+    items: Sequence[Item],
     *,
     batch_tokens: int,
 ) -> Quality:
     """Judge a model on one task's rows.
 
+    A perplexity is of whole texts; of conversations in a chat template it is of the answers, given what comes before.
+
     Args:
         model: A causal language model.
-        tokenizer: The model's tokenizer.
+        encoding: How the task's texts become token ids of the model.
         task: A task with one of our metrics; windows of a text are for ``measure_windows``.
         items: The task's rows.
         batch_tokens: Tokens in a batch, padding included.
-    """
-    if task.metric == "perplexity":
-        scored = score(model, tokenizer, [("", item.text) for item in items], batch_tokens=batch_tokens)
-        return _perplexity(task.metric, scored)
 
+    Raises:
+        DataError: The chat template does not take a row; it names the task.
+    """
+    try:
+        encoded = _encode(encoding, task, items)
+    except DataError as error:
+        raise DataError(f"tasks.{task.name}: {error}") from None
+
+    scored = score(model, encoded, batch_tokens=batch_tokens)
+    if task.metric == "perplexity":
+        return _perplexity(task.metric, scored)
     if task.metric == "exact_match":
-        pairs = [(item.question, item.answer) for item in items]
-        scored = score(model, tokenizer, pairs, batch_tokens=batch_tokens)
         return Quality.of(task.metric, [float(s.is_greedy) for s in scored])
 
-    # The choices of all items are scored in one go, so that batches are full, and then dealt out again.
-    pairs = [(item.question, choice) for item in items for choice in item.choices]
-    scored_choices = iter(score(model, tokenizer, pairs, batch_tokens=batch_tokens))
+    # The choices of all items were scored in one go, so that batches are full, and are dealt out again.
+    scored_choices = iter(scored)
     right = []
     for item in items:
-        scored = [next(scored_choices) for _ in item.choices]
-        right.append(float(_is_right(item, scored, task.metric)))
+        of_item = [next(scored_choices) for _ in item.choices]
+        right.append(float(_is_right(item, of_item, task.metric)))
 
     return Quality.of(task.metric, right)
+
+
+def _encode(encoding: Encoding, task: Task, items: Sequence[Item]) -> list[Continuation]:
+    """Return what is scored of the items: their texts, their answers, or all of their choices."""
+    if task.metric == "perplexity":
+        return [encoding.whole(item) for item in items]
+    if task.metric == "exact_match":
+        return [encoding.continuation(item, item.answer) for item in items]
+    return [encoding.continuation(item, choice) for item in items for choice in item.choices]
 
 
 def windows(ids: Sequence[int], window: int, *, samples: int | None, seed: int) -> list[Sequence[int]]:
@@ -143,24 +164,17 @@ def _is_right(item: Item, scored: list[Scored], metric: str) -> bool:
         values.append(choice_scored.log_likelihood / divisor)
 
     # Of two equally likely choices the first counts.
-    return item.choices[values.index(max(values))] == item.answer
+    return item.is_right(values.index(max(values)))
 
 
-def score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: list[tuple[str, str]],
-    *,
-    batch_tokens: int,
-) -> list[Scored]:
-    """Score each (context, continuation), in order; the two are one text with a space between, tokenised as a whole."""
+def score(model: PreTrainedModel, encoded: Sequence[Continuation], *, batch_tokens: int) -> list[Scored]:
+    """Score each continuation, in order; of texts longer than the model's positions the beginning is left out."""
     # A config without that key has a model without a bound on positions; 2048 is what lm-eval takes there too.
     limit = getattr(model.config, "max_position_embeddings", None) or 2048
-    encoded = [_encode(tokenizer, context, continuation, limit) for context, continuation in pairs]
-    return _score_encoded(model, encoded, batch_tokens=batch_tokens)
+    return _score_encoded(model, [_last(ids, start, limit) for ids, start in encoded], batch_tokens=batch_tokens)
 
 
-def _score_encoded(model: PreTrainedModel, encoded: list[tuple[list[int], int]], *, batch_tokens: int) -> list[Scored]:
+def _score_encoded(model: PreTrainedModel, encoded: Sequence[Continuation], *, batch_tokens: int) -> list[Scored]:
     # Texts of like lengths are batched together, so results come in another order than the texts.
     scored: dict[int, Scored] = {}
     for group in group_by_length([len(ids) for ids, _ in encoded], batch_tokens):
@@ -170,20 +184,8 @@ def _score_encoded(model: PreTrainedModel, encoded: list[tuple[list[int], int]],
     return [scored[i] for i in range(len(encoded))]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, limit: int) -> tuple[list[int], int]:
-    """Return the last ``limit`` token ids, and where the continuation starts in them.
-
-    It never starts at 0, because a first token has nothing that predicts it.
-    """
-    ids = tokenizer(f"{context} {continuation}" if context else continuation)["input_ids"]
-    start = len(tokenizer(context)["input_ids"])
-
-    # No context, and a tokenizer that puts no token of its own before a text.
-    if not start:
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        ids = [first, *ids]
-        start = 1
-
+def _last(ids: list[int], start: int, limit: int) -> Continuation:
+    """Return the last ``limit`` token ids, and where the continuation starts in them."""
     # Of a continuation that fills the context its first token is given.
     if len(ids) > limit and start < len(ids) - limit + 1:
         start = len(ids) - limit + 1
@@ -194,7 +196,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str,
 
 
 @torch.inference_mode()
-def _score_batch(model: PreTrainedModel, group: list[tuple[list[int], int]]) -> list[Scored]:
+def _score_batch(model: PreTrainedModel, group: list[Continuation]) -> list[Scored]:
     """Score the token ids of each pair from its second part, an index, on."""
     longest = max(len(ids) for ids, _ in group)
 

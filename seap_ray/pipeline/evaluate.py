@@ -348,15 +348,15 @@ def _judge_task(
     if eval_task.judge != SEAP_RAY_JUDGE:
         return _judge_by_lm_eval(config, model, tokenizer, eval_task)
 
+    encoding = Encoding.of(config, task, tokenizer)
     if task.metric == "window_perplexity":
         # A window is no longer than the positions that the model knows.
         longest = getattr(model.config, "max_position_embeddings", None) or _window(config)
-        # Without verbose=False a text longer than the context is warned of.
-        ids = tokenizer(eval_task.items[0].text, verbose=False)["input_ids"]
+        ids = encoding.ids(eval_task.items[0].text)
         cut = windows(ids, min(_window(config), longest), samples=settings.samples, seed=config.run.seed)
         return measure_windows(model, cut, batch_tokens=settings.batch_tokens)
 
-    return measure(model, tokenizer, task, list(eval_task.items), batch_tokens=settings.batch_tokens)
+    return measure(model, encoding, task, eval_task.items, batch_tokens=settings.batch_tokens)
 
 
 def _judge_by_lm_eval(

@@ -1,16 +1,21 @@
 """Quality: log-likelihoods against a plain forward pass, metrics against hand counts, what the demo can do."""
 
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, processors
 from torch.nn.functional import log_softmax
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from seap_ray.demo import skills
+from seap_ray.errors import DataError
 from seap_ray.judges.quality import Scored, _is_right, _score_batch, measure, score
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import Item, Renderer, load_tokenizer
+from seap_ray.models.encoding import Encoding
 from seap_ray.pipeline.results import own_task_rows
 from seap_ray.progress import progress
 from seap_ray.report.rows import FailedCell, ModelRow, QualityCell, Results
@@ -37,9 +42,10 @@ PAIRS = [("12 + 34 =", "46"), ("reverse abcd:", "dcba"), ("", "The capital of Fr
 @pytest.mark.parametrize("batch_tokens", [1, 4096])
 def test_a_continuation_is_scored_as_one_forward_pass_over_it_alone_would(demo, batch_tokens):
     model, tokenizer = demo
-    for (context, continuation), scored in zip(
-        PAIRS, score(model, tokenizer, PAIRS, batch_tokens=batch_tokens), strict=True
-    ):
+    encoding = Encoding(tokenizer)
+    encoded = [encoding.continuation(Item("", context, "", []), continuation) for context, continuation in PAIRS]
+    scores = score(model, encoded, batch_tokens=batch_tokens)
+    for (context, continuation), scored in zip(PAIRS, scores, strict=True):
         start = len(context) + 1  # a token is a character, after <bos>
         ids = tokenizer(f"{context} {continuation}".lstrip(), return_tensors="pt").input_ids
         with torch.no_grad():
@@ -52,7 +58,8 @@ def test_a_continuation_is_scored_as_one_forward_pass_over_it_alone_would(demo, 
 def test_greedy_means_what_generate_writes(demo):
     model, tokenizer = demo
     asked = items("arithmetic", 20) + [Item("", "12 + 34 =", "47", [])]
-    scored = score(model, tokenizer, [(item.question, item.answer) for item in asked], batch_tokens=4096)
+    encoded = [Encoding(tokenizer).continuation(item, item.answer) for item in asked]
+    scored = score(model, encoded, batch_tokens=4096)
     for item, result in zip(asked, scored, strict=True):
         ids = tokenizer(item.question, return_tensors="pt").input_ids
         written = model.generate(ids, max_new_tokens=len(item.answer) + 1, do_sample=False)[0, ids.shape[1] :]
@@ -61,7 +68,8 @@ def test_greedy_means_what_generate_writes(demo):
 
 @pytest.mark.parametrize("skill", skills.SKILLS)
 def test_the_demo_model_answers_more_than_nine_of_ten_questions(demo, skill):
-    quality = measure(*demo, BUILT_IN[skill], items(skill, 100), batch_tokens=4096)
+    model, tokenizer = demo
+    quality = measure(model, Encoding(tokenizer), BUILT_IN[skill], items(skill, 100), batch_tokens=4096)
     assert quality.value > 0.9
     assert quality.stderr == pytest.approx(math.sqrt(quality.value * (1 - quality.value) / (quality.n - 1)))
 
@@ -76,16 +84,78 @@ def test_perplexity_is_the_exponential_of_the_mean_loss_of_all_tokens(demo):
         with torch.no_grad():
             losses += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
         n += ids.shape[1] - 1
-    quality = measure(model, tokenizer, task, [Item(text, "", text, []) for text in texts], batch_tokens=4096)
+    texts = [Item(text, "", text, []) for text in texts]
+    quality = measure(model, Encoding(tokenizer), task, texts, batch_tokens=4096)
 
     assert (quality.value, quality.n) == (pytest.approx(math.exp(losses / n), rel=1e-4), n)
 
 
 def test_acc_takes_the_likeliest_choice_and_acc_norm_the_likeliest_per_byte():
-    item = Item("", "q", "a long answer", ["short", "a long answer"])
+    item = Item("", "q", "a long answer", ["short", "a long answer"], gold=1)
     scored = [Scored(-5.0, 5, False), Scored(-6.0, 13, False)]
     assert not _is_right(item, scored, "acc")
     assert _is_right(item, scored, "acc_norm")
+
+
+def with_end(tokenizer):
+    """Return the tokenizer as some fine-tuning tools save it: it appends an end token to every text."""
+    template = processors.TemplateProcessing(
+        "<bos> $A <eos>",
+        special_tokens=[("<bos>", tokenizer.bos_token_id), ("<eos>", tokenizer.eos_token_id)],
+    )
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = template
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "acc", "acc_norm", "perplexity"])
+def test_a_tokenizer_that_appends_an_end_token_changes_no_figure(demo, metric):
+    model, tokenizer = demo
+    appending = with_end(tokenizer)
+    assert appending("12")["input_ids"] == [*tokenizer("12")["input_ids"], tokenizer.eos_token_id]
+    task = Task(name="sums", path="unused", question="{{ q }}", answer="{{ a }}", metric=metric)
+    asked = [replace(item, choices=[item.answer, "7"], gold=0) for item in items("arithmetic", 30)]
+
+    expected = measure(model, Encoding(tokenizer), task, asked, batch_tokens=4096)
+    assert measure(model, Encoding(appending), task, asked, batch_tokens=4096) == expected
+
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('No system role') }}"
+    "{% endif %}{{ m['content'] }}{{ ' ' }}{% endfor %}"
+)
+
+
+def test_in_a_chat_template_answers_are_judged_as_the_template_writes_them(demo):
+    """The template writes what the demo was trained on, so that answers are as right as without it."""
+    model, tokenizer = demo
+    chat = copy.copy(tokenizer)
+    chat.chat_template = CHAT
+    for skill in ("arithmetic", "sort"):
+        asked = items(skill, 50)
+        plain = measure(model, Encoding(tokenizer), BUILT_IN[skill], asked, batch_tokens=4096)
+        in_chat = measure(model, Encoding(chat, is_chat=True), BUILT_IN[skill], asked, batch_tokens=4096)
+        assert in_chat.value == plain.value > 0.9
+
+
+def test_the_perplexity_of_a_chat_is_of_its_answers_alone(demo):
+    model, tokenizer = demo
+    chat = copy.copy(tokenizer)
+    chat.chat_template = CHAT
+    task = Task(name="sums", path="unused", question="{{ q }}", answer="{{ a }}", metric="perplexity")
+    asked = items("arithmetic", 20)
+    quality = measure(model, Encoding(chat, is_chat=True), task, asked, batch_tokens=4096)
+    assert quality.weights == tuple(len(item.answer) for item in asked)
+    assert quality.value < measure(model, Encoding(tokenizer), task, asked, batch_tokens=4096).value
+
+
+def test_a_conversation_that_the_template_does_not_take_is_one_line_with_the_task(demo):
+    model, tokenizer = demo
+    chat = copy.copy(tokenizer)
+    chat.chat_template = CHAT
+    item = Item("a b", "a", "b", [], messages=[{"role": "system", "content": "x"}, {"role": "user", "content": "a"}])
+    with pytest.raises(DataError, match=r"^tasks.sort: the chat template does not take .* \(No system role\)"):
+        measure(model, Encoding(chat, is_chat=True), BUILT_IN["sort"], [item], batch_tokens=4096)
 
 
 def test_held_out_questions_are_never_training_questions():
