@@ -4,7 +4,6 @@ A source gives its rows in parts, which are read at the same time. A new kind of
 ``_parse``.
 """
 
-import json
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from seap_ray.demo import skills
 from seap_ray.errors import DataError
 from seap_ray.models.row_files import RowPart, cut_file, is_row_file, part_type
 from seap_ray.models.row_values import Row, arrow_rows
+from seap_ray.storage.files import read_json
 from seap_ray.storage.paths import StoragePath, is_uri, parse_path
 from seap_ray.tasks import BUILT_IN, Task
 
@@ -29,7 +29,8 @@ MIN_DEMO_ROWS = 1000
 HUB_PART_BYTES = 64 << 20
 """Bytes of a part of a hub data set, about."""
 HUB_BATCH_ROWS = 1000
-SAVED_FILES = ("dataset_info.json", "state.json")
+SAVED_STATE = "state.json"
+SAVED_FILES = ("dataset_info.json", SAVED_STATE)
 """Files that make a folder one that ``Dataset.save_to_disk`` wrote."""
 SAVED_SPLITS = "dataset_dict.json"
 """File that makes a folder one that ``DatasetDict.save_to_disk`` wrote: a folder for each split."""
@@ -204,9 +205,9 @@ class RowFiles(RowSource):
     def _list_folder(self, folder: StoragePath) -> Sequence[StoragePath]:
         if (folder / SAVED_SPLITS).is_file():
             folder = folder / self.split
-            return _saved_files(folder) if _is_saved(folder) else []
+            return _saved_files(self.task, folder) if _is_saved(folder) else []
 
-        return _saved_files(folder) if _is_saved(folder) else folder.select_files(self._files_of_split)
+        return _saved_files(self.task, folder) if _is_saved(folder) else folder.select_files(self._files_of_split)
 
     def _files_of_split(self, folder: Path) -> list[Path]:
         """Return the files of the split by the names in a local folder, as ``datasets`` reads them."""
@@ -228,10 +229,14 @@ def _is_saved(folder: StoragePath) -> bool:
     return all((folder / name).is_file() for name in SAVED_FILES)
 
 
-def _saved_files(folder: StoragePath) -> list[StoragePath]:
-    """Return the files of a saved data set, in the order of its rows."""
-    state = json.loads((folder / "state.json").read_text())
-    return [folder / file["filename"] for file in state["_data_files"]]
+def _saved_files(task: str, folder: StoragePath) -> list[StoragePath]:
+    """Return the files of a saved data set, in the order of its rows. Raises DataError where it does not name them."""
+    state = read_json(folder / SAVED_STATE)
+    # A file that is not JSON, or of another program, lacks keys or is no mapping.
+    try:
+        return [folder / file["filename"] for file in state["_data_files"]]
+    except (TypeError, KeyError):
+        raise DataError(f"tasks.{task}: {folder / SAVED_STATE} does not name the files of the data set") from None
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,26 @@
 
 import gzip
 import json
+import pickle
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from seap_ray.errors import DataError
+from seap_ray.models import row_sources
 from seap_ray.models.corpus import check_evaluation, check_source
 from seap_ray.models.row_sources import (
     DemoRows,
     HubRows,
     RowFiles,
+    _hub_splits,
     calibration_rows,
     evaluation_rows,
     read_first_row,
 )
 from tests.support.builders import task
+from tests.support.rows import rows_of
 
 
 def write_rows(path, rows=({"text": "some words"},)):
@@ -199,3 +203,183 @@ def test_an_unknown_skill_of_the_demo_is_refused_with_those_that_there_are():
 def test_rows_to_judge_on_may_lie_elsewhere(tmp_path):
     mine = task("demo:sort", evaluation_path=str(write_rows(tmp_path / "rows.jsonl")))
     assert isinstance(calibration_rows(mine), DemoRows) and isinstance(evaluation_rows(mine), RowFiles)
+
+
+# --- parts and first rows --------------------------------------------------------------------------------------------
+
+SUMS = [{"q": f"{k} + 1 =", "a": str(k + 1)} for k in range(20)]
+
+
+def save(folder, data):
+    import datasets
+
+    datasets.disable_progress_bars()
+    data.save_to_disk(folder)
+    return folder
+
+
+def test_parts_are_those_of_all_files_in_their_order_and_small(tmp_path):
+    for name, rows in (("b.jsonl", SUMS[10:]), ("a.jsonl.gz", SUMS[:10])):
+        write_rows(tmp_path / name, rows)
+    source = RowFiles("mine", f"{tmp_path}/*.jsonl*", "train")
+    parts = source.parts()
+    assert rows_of(parts) == SUMS and len(parts) == 2
+    copies = [pickle.loads(pickle.dumps(part)) for part in parts]
+    assert copies == parts and all(len(pickle.dumps(part)) < 1000 for part in parts)
+
+
+def test_the_first_rows_go_on_in_the_next_file_and_no_further_than_asked(tmp_path):
+    write_rows(tmp_path / "a.jsonl", SUMS[:2])
+    write_rows(tmp_path / "b.jsonl", SUMS[2:4])
+    (tmp_path / "c.jsonl").write_text("broken")
+    source = RowFiles("mine", f"{tmp_path}/*.jsonl", "train")
+    assert source.first_rows(3) == SUMS[:3] and source.first_row() == SUMS[0] and source.first_rows(0) == []
+    with pytest.raises(DataError, match="c.jsonl, line 1: not JSON"):
+        source.first_rows(5)
+
+
+def test_files_without_rows_are_passed_over_unless_there_are_no_others(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    source = RowFiles("mine", f"{tmp_path}/*.jsonl", "train")
+    with pytest.raises(DataError, match=r"tasks\.mine: .*\*\.jsonl has no rows"):
+        source.first_rows(1)
+    write_rows(tmp_path / "b.jsonl", SUMS)
+    assert source.first_rows(1) == SUMS[:1] and rows_of(source.parts()) == SUMS
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_folder_of_save_to_disk_is_read_whatever_the_split(tmp_path, shards):
+    import datasets
+
+    data = datasets.Dataset.from_list([SUMS[-1], *SUMS]).select(range(1, 21))
+    data.save_to_disk(tmp_path / "saved", num_shards=shards)
+    for split in ("train", "validation"):
+        source = RowFiles("mine", str(tmp_path / "saved"), split)
+        assert rows_of(source.parts()) == SUMS and not source.has_split(split)
+        assert len(source.files()) == len(source.state()) == shards
+
+
+def test_the_split_chooses_among_those_of_a_saved_dictionary(tmp_path):
+    import datasets
+
+    data = datasets.Dataset.from_list(SUMS)
+    save(tmp_path / "saved", datasets.DatasetDict({"train": data, "validation": data.select(range(5))}))
+    for split, rows in (("train", SUMS), ("validation", SUMS[:5])):
+        source = RowFiles("mine", str(tmp_path / "saved"), split)
+        assert rows_of(source.parts()) == rows and source.has_split("train") and source.has_split("validation")
+    assert rows_of(RowFiles("mine", str(tmp_path / "saved" / "validation"), "train").parts()) == SUMS[:5]
+    assert not source.has_split("test")
+    with pytest.raises(DataError, match=r"tasks\.mine: no file of split 'test' under .*saved"):
+        RowFiles("mine", str(tmp_path / "saved"), "test").files()
+
+
+def test_the_state_of_a_saved_data_set_changes_with_its_rows(tmp_path):
+    import datasets
+
+    source = RowFiles("mine", str(tmp_path / "saved"), "train")
+    states = []
+    for rows in (SUMS, SUMS[:-1]):
+        save(tmp_path / "saved", datasets.Dataset.from_list(rows))
+        states.append(source.state())
+    assert states[0] != states[1] == source.state()
+
+
+@pytest.mark.parametrize("state", ["{}", "no JSON", '{"_data_files": [{}]}'])
+def test_a_saved_data_set_without_a_list_of_its_files_is_one_line(tmp_path, state):
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "state.json").write_text(state)
+    with pytest.raises(DataError, match=r"tasks\.mine: .*state\.json does not name the files"):
+        RowFiles("mine", str(tmp_path), "train").files()
+
+
+def test_a_saved_data_set_whose_rows_are_of_mixed_types_has_each_row_s_own(tmp_path):
+    import datasets
+
+    rows = [{"a": [{"b": 0}, {"c": "x"}]}, {"a": [{"b": 1.5}]}]
+    save(tmp_path / "saved", datasets.Dataset.from_list(rows, on_mixed_types="use_json"))
+    assert rows_of(RowFiles("mine", str(tmp_path / "saved"), "train").parts()) == rows
+
+
+@pytest.mark.parametrize("names, has", [(["train.jsonl", "validation.jsonl"], True), (["rows.jsonl"], False)])
+def test_a_folder_has_the_splits_that_its_names_say(tmp_path, names, has):
+    for name in names:
+        write_rows(tmp_path / name)
+    assert calibration_rows(task(tmp_path)).has_split("validation") == has
+    assert not calibration_rows(task(tmp_path / names[0])).has_split("train")
+
+
+def test_without_a_split_of_its_own_a_task_is_judged_on_validation_or_else_on_the_corpus(tmp_path, monkeypatch):
+    write_rows(tmp_path / "train.jsonl")
+    corpus = calibration_rows(task(tmp_path))
+    assert evaluation_rows(task(tmp_path)) == corpus
+    write_rows(tmp_path / "validation.jsonl")
+    assert evaluation_rows(task(tmp_path)).split == "validation"
+    assert evaluation_rows(task(tmp_path, evaluation_split="test")).split == "test"
+
+
+@pytest.mark.parametrize(
+    "splits, split", [(["train"], "train"), (["train", "validation"], "validation"), (None, "validation")]
+)
+def test_the_hub_tells_which_splits_a_data_set_has(monkeypatch, splits, split):
+    asked = []
+
+    def split_names(path, subset):
+        asked.append(path)
+        if splits is None:
+            raise ConnectionError("offline")
+        return splits
+
+    monkeypatch.setattr("datasets.get_dataset_split_names", split_names)
+    _hub_splits.cache_clear()
+    for _ in range(2):
+        assert evaluation_rows(task("owner/corpus")).split == split
+    assert asked == ["owner/corpus"]
+    # What is built in need not be asked for.
+    assert evaluation_rows(task("google/boolq")).split == "validation" and asked == ["owner/corpus"]
+
+
+def on_the_hub(monkeypatch, data):
+    asked = []
+
+    def load_dataset(path, name, split):
+        asked.append((path, name, split))
+        return data
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    return asked
+
+
+@pytest.mark.parametrize("part_bytes", [1, 64 << 20])
+def test_a_data_set_of_the_hub_is_loaded_once_and_read_in_parts(tmp_path, monkeypatch, part_bytes):
+    import datasets
+
+    data = datasets.load_from_disk(save(tmp_path / "cache", datasets.Dataset.from_list(SUMS)))
+    asked = on_the_hub(monkeypatch, data)
+    monkeypatch.setattr(row_sources, "HUB_PART_BYTES", part_bytes)
+
+    parts = HubRows("mine", "owner/corpus", "train", "main").parts()
+    assert len(parts) == (20 if part_bytes == 1 else 1)
+    parts = [pickle.loads(pickle.dumps(part)) for part in parts]
+    assert rows_of(parts) == SUMS and asked == [("owner/corpus", "main", "train")]
+
+    # Another machine has another cache.
+    (tmp_path / "cache").rename(tmp_path / "gone")
+    on_the_hub(monkeypatch, datasets.load_from_disk(tmp_path / "gone"))
+    assert rows_of(parts) == SUMS
+
+
+def test_a_part_of_a_hub_data_set_names_the_rows_and_does_not_carry_them(tmp_path, monkeypatch):
+    import datasets
+
+    data = datasets.load_from_disk(save(tmp_path / "cache", datasets.Dataset.from_list(SUMS * 1000)))
+    on_the_hub(monkeypatch, data)
+    (part,) = HubRows("mine", "owner/corpus", "train", None).parts()
+    assert len(pickle.dumps(part)) < 10_000 and rows_of([part]) == SUMS * 1000
+
+
+def test_the_demos_rows_are_one_part_that_follows_the_seed():
+    source = calibration_rows(task("demo:sort"))
+    (part,) = source.parts(seed=1, n=1500)
+    rows = rows_of([pickle.loads(pickle.dumps(part))])
+    assert len(rows) == 1500 and rows == source.generate(1500, 1) != rows_of(source.parts(seed=2, n=1500))
+    assert source.has_split("test") and not source.has_split("validation")
