@@ -94,6 +94,24 @@ def writes_conversations(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return 0 <= question < answer
 
 
+def prompt_frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str] | None:
+    """Return what the chat template writes before and behind a user's only message, up to where the answer begins.
+
+    None where there is no template, or it does not write a message as it is, once.
+    """
+    if not has_template(tokenizer):
+        return None
+
+    question = PROBE_CHAT[0]
+    try:
+        text = Encoding(tokenizer, is_chat=True).render([question], is_prompt=True)
+    except DataError:
+        return None
+
+    parts = text.split(question["content"])
+    return (parts[0], parts[1]) if len(parts) == 2 else None
+
+
 # --- the encoding ----------------------------------------------------------------------------------------------------
 
 

@@ -142,10 +142,12 @@ def route(calibrated: CalibratedRun) -> dict[str, Any] | None:
     run = calibrated.run
     prompts = {manifest.task: manifest.read_prompts(run) for manifest in calibrated.manifests}
 
+    # The endpoint does not know a prompt's task, so one frame is for all.
+    is_chat = any(manifest.chat for manifest in calibrated.manifests)
     seed = calibrated.config.run.seed
     trust = calibrated.config.model.trust_remote_code
     try:
-        report = fit(calibrated.checkpoint, prompts, run, seed=seed, trust_remote_code=trust)
+        report = fit(calibrated.checkpoint, prompts, run, seed=seed, is_chat=is_chat, trust_remote_code=trust)
     except ConfigError as error:
         say(f"router: none; {error}")
         return None

@@ -13,12 +13,14 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from seap_ray.errors import ConfigError
-from seap_ray.routing.router import ROUTER_FOLDER, Arrays, Route, Router, log_softmax
+from seap_ray.routing.router import ROUTER_FOLDER, Arrays, PromptFrame, Route, Router, log_softmax
 from seap_ray.storage.artifact import Artifact
 from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from seap_ray.models.checkpoint import Checkpoint
 
 MAX_DIMENSIONS = 64
@@ -48,6 +50,7 @@ def fit(
     run: Run,
     *,
     seed: int,
+    is_chat: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Fit the run's router and return its report; a router that was fitted on the same prompts is read back.
@@ -57,19 +60,26 @@ def fit(
         prompts: Prompts of every task, by its name.
         run: The router is written to ``run.router``.
         seed: Decides which prompts are held out.
+        is_chat: Whether prompts are read where they stand in the model's chat template.
         trust_remote_code: Whether the tokenizer may run the checkpoint's own code.
 
     Raises:
         ConfigError: The model's tokenizer is not one of the ``tokenizers`` library.
     """
-    from seap_ray.models.corpus import tokenizer_hash
+    from seap_ray.models.corpus import load_tokenizer, tokenizer_hash
+    from seap_ray.models.encoding import prompt_frame
 
-    key = fingerprint(FORMAT_VERSION, checkpoint.fingerprint, tokenizer_hash(checkpoint), list(prompts.items()), seed)
+    loaded = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    around = prompt_frame(loaded) if is_chat else None
+    frame = PromptFrame(*around) if around else None
+
+    inputs = [FORMAT_VERSION, checkpoint.fingerprint, tokenizer_hash(checkpoint), list(prompts.items()), seed]
+    # Without a frame the key is that of routers that knew none.
+    key = fingerprint(*inputs, *(around or ()))
 
     def build() -> None:
         """Fit the router and write it."""
-        tokenizer = _load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
-        router, report = _fit_router(checkpoint, tokenizer, prompts, seed)
+        router, report = _fit_router(checkpoint, _bare_tokenizer(checkpoint, loaded), frame, prompts, seed)
         router.save(run.router, key=key, report=report)
 
     # The manifest has no hash of its own: what is wrong in it shows when the router is read.
@@ -86,11 +96,8 @@ def _is_readable(folder: StoragePath) -> bool:
     return True
 
 
-def _load_tokenizer(checkpoint: "Checkpoint", *, trust_remote_code: bool) -> Tokenizer:
+def _bare_tokenizer(checkpoint: "Checkpoint", loaded: "PreTrainedTokenizerBase") -> Tokenizer:
     """Return the tokenizer as the service runs it: without transformers, truncation or padding."""
-    from seap_ray.models.corpus import load_tokenizer
-
-    loaded = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise ConfigError(f"model.source: {checkpoint.folder} has no tokenizer.json, which the router needs")
@@ -129,13 +136,17 @@ def _order_of(text: str, seed: int) -> bytes:
 
 
 def _fit_router(
-    checkpoint: "Checkpoint", tokenizer: Tokenizer, prompts: Mapping[str, Sequence[str]], seed: int
+    checkpoint: "Checkpoint",
+    tokenizer: Tokenizer,
+    frame: PromptFrame | None,
+    prompts: Mapping[str, Sequence[str]],
+    seed: int,
 ) -> tuple[Router, dict[str, Any]]:
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1):  # sums, and so bytes, depend on the number of threads
         fitting, calibration, held_out = split(prompts, seed)
-        router = Router(tokenizer, tuple(prompts), {}, tuple(math.inf for _ in prompts))
+        router = Router(tokenizer, tuple(prompts), {}, tuple(math.inf for _ in prompts), frame=frame)
         router = _fit_arrays(router, checkpoint, fitting)
         router = _calibrate(router, calibration)
         return router, measure(router, held_out)

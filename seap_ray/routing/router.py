@@ -10,7 +10,7 @@ Letters: V tokens of the vocabulary, R projected dimensions, T tasks, N tokens o
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -55,6 +55,14 @@ class Route:
     """Probability of every task; they sum to 1."""
 
 
+@dataclass(frozen=True, slots=True)
+class PromptFrame:
+    """What the model's chat template writes around a user's only message."""
+
+    head: str
+    tail: str
+
+
 @dataclass(frozen=True)
 class Router:
     """A fitted router. Any number of threads may call ``route`` at the same time."""
@@ -73,6 +81,8 @@ class Router:
     """Weight of the pair model's evidence; that of the classifier's logits is 1."""
     threshold: float = 0.0
     """Least confidence with which a prompt goes to an expert."""
+    frame: PromptFrame | None = None
+    """Where prompts stand in a chat; None where the tasks' texts are not in a chat template."""
 
     @classmethod
     def load(cls, folder: StoragePath) -> "Router":
@@ -92,6 +102,8 @@ class Router:
 
             # JSON has no infinity: a task without a bound has null.
             bounds = tuple(math.inf if bound is None else bound for bound in manifest["unlike"].values())
+            # Routers of plain texts have no frame, as those of older versions.
+            frame = PromptFrame(**manifest["frame"]) if "frame" in manifest else None
             return cls(
                 Tokenizer.from_file(str(stage(folder / TOKENIZER_FILE))),
                 tuple(manifest["unlike"]),
@@ -100,6 +112,7 @@ class Router:
                 manifest["temperature"],
                 manifest["weight"],
                 manifest["threshold"],
+                frame,
             )
         # What a damaged manifest can lead to has many kinds, and all have the same remedy.
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -131,6 +144,8 @@ class Router:
             "files": {name: sha256_of(folder / name) for name in (TOKENIZER_FILE, ARRAYS_FILE)},
             "report": report,
         }
+        if self.frame:
+            manifest["frame"] = asdict(self.frame)
         write_json(folder / MANIFEST_FILE, manifest)
 
     def route(self, text: str, *, threshold: float | None = None) -> Route:
@@ -155,9 +170,35 @@ class Router:
         return Route(self.tasks[likeliest], "routed", confidence, probabilities)
 
     def ids(self, text: str) -> np.ndarray:
-        """Return the token ids (int64) of a prompt's beginning; what UTF-8 cannot hold is a question mark."""
-        text = text[:MAX_PROMPT_CHARACTERS].strip().encode("utf-8", "replace").decode()
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        """Return the token ids (int64) of a prompt's beginning; what UTF-8 cannot hold is a question mark.
+
+        They are those of the user's words where these stand in the model's prompt, as they are in the calibration; the
+        tokens that every prompt has are evidence of nothing.
+        """
+        text = _beginning(text)
+        if self.frame is None or not text:
+            return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+
+        start = len(self.frame.head)
+        encoded = self.tokenizer.encode(self._framed(text), add_special_tokens=False)
+        # A token may have a character of the frame beside those of the text, such as a space.
+        places = (i for i, (first, end) in enumerate(encoded.offsets) if end > start and first < start + len(text))
+        return np.array([encoded.ids[i] for i in places], np.int64)
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Return the token ids of the whole prompt that a model is given for a text, of the text's beginning."""
+        text = _beginning(text)
+        if self.frame is not None:
+            return self.tokenizer.encode(self._framed(text), add_special_tokens=False).ids
+
+        bare = self.tokenizer.encode(text, add_special_tokens=False).ids
+        whole = self.tokenizer.encode(text)
+        # Special tokens before the text stay; an end token behind what is continued does not.
+        n_before = [*whole.special_tokens_mask, 0].index(0)
+        return bare if bare[:n_before] == whole.ids[:n_before] else [*whole.ids[:n_before], *bare]
+
+    def _framed(self, text: str) -> str:
+        return f"{self.frame.head}{text}{self.frame.tail}" if self.frame else text
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids; those that the tokenizer does not have are left out."""
@@ -207,6 +248,11 @@ class Router:
         unknown_NT = self.arrays["rest_logs"][ids[:-1]] + self.arrays["token_logs"][ids[1:]]
         logs_NT = np.where((keys_K[at] == pairs)[:, None], self.arrays["pair_logs"][at], unknown_NT)
         return -logs_NT.mean(0, dtype=np.float64)
+
+
+def _beginning(text: str) -> str:
+    """Return what is read of a prompt; what UTF-8 cannot hold is a question mark."""
+    return text[:MAX_PROMPT_CHARACTERS].strip().encode("utf-8", "replace").decode()
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:

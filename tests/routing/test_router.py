@@ -19,15 +19,16 @@ from scipy.stats import t as student
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seap_ray.demo import skills
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.corpus import Renderer
+from seap_ray.models.corpus import Renderer, load_tokenizer
 from seap_ray.routing import fitting as module
 from seap_ray.routing.fitting import fit, split
-from seap_ray.routing.router import MAX_PROMPT_CHARACTERS, Router
+from seap_ray.routing.router import MAX_PROMPT_CHARACTERS, PromptFrame, Router
 from seap_ray.storage.run import Run
 from seap_ray.tasks import BUILT_IN
 from tests.support import DATA
@@ -504,3 +505,66 @@ def test_bounds_that_are_not_known_survive_the_file(tmp_path):
     assert json.loads((tmp_path / "router" / "router.json").read_text())["unlike"]["two"] is None
     router = Router.load(tmp_path / "router")
     assert router.tasks == ("one", "two") and router.bounds[1] == math.inf > router.bounds[0]
+
+
+# --- prompts in a chat template --------------------------------------------------------------------------------------
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture
+def chat_model(tmp_path) -> Checkpoint:
+    """The demo model with a chat template that writes conversations."""
+    folder = Path(shutil.copytree(Checkpoint.open("demo").folder, tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text(CHAT)
+    return Checkpoint.open(str(folder))
+
+
+def test_in_a_chat_the_words_of_the_user_are_read_where_they_stand_in_the_prompt(chat_model, tmp_path):
+    run = Run(tmp_path)
+    prompts = {skill: texts[:40] for skill, texts in PROMPTS.items()}
+    fit(chat_model, prompts, run, seed=0, is_chat=True)
+    router = Router.load(run.router)
+    assert router.frame == PromptFrame("<bos>user: ", "\nassistant: ")
+
+    tokenizer = load_tokenizer(chat_model.folder)
+    for text in ("12 + 34 =", " sort: 3 1 2 =", "user: assistant: ", "", "naïve \ud800 x"):
+        read = text.strip().encode("utf-8", "replace").decode()
+        messages = [{"role": "user", "content": read}]
+        whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        assert router.prompt_ids(text) == whole
+        ids = router.ids(text).tolist()
+        # A token of the demo is a character.
+        assert len(ids) == len(read)
+        start = len(tokenizer("<bos>user: ", add_special_tokens=False)["input_ids"])
+        assert whole[start : start + len(ids)] == ids
+
+    # A router of plain texts is another one.
+    fit(chat_model, prompts, run, seed=0)
+    plain = Router.load(run.router)
+    assert plain.frame is None and "frame" not in json.loads((run.router / "router.json").read_text())
+    assert plain.prompt_ids("12 + 34 =") == tokenizer("12 + 34 =")["input_ids"]
+    assert plain.prompt_ids("<bos>12") == tokenizer("<bos>12", add_special_tokens=False)["input_ids"]
+
+
+def test_a_template_that_does_not_write_a_message_once_has_no_frame(chat_model, tmp_path):
+    run = Run(tmp_path)
+    for template in (
+        "{{ messages[0]['content'] | upper }}",
+        "{{ messages[0]['content'] * 2 }}",
+        "{{ raise_exception('no') }}",
+    ):
+        (chat_model.folder / "chat_template.jinja").write_text(template)
+        fit(chat_model, {"sort": PROMPTS["sort"][:20]}, run, seed=0, is_chat=True)
+        assert Router.load(run.router).frame is None
+
+
+def test_a_token_of_the_users_words_may_have_a_space_of_the_template():
+    backend = Tokenizer(models.BPE({"[": 0, "]": 1, "▁": 2, "a": 3, "▁a": 4, "b": 5}, [("▁", "a")]))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    router = Router(backend, ("x",), {}, (math.inf,), frame=PromptFrame("[ ", " ]"))
+    assert router.prompt_ids("ab") == [0, 4, 5, 2, 1]
+    assert router.ids("ab").tolist() == [4, 5]
