@@ -175,7 +175,8 @@ class BucketPath(PurePosixPath):
 
     def read_bytes(self) -> bytes:
         """Read the whole file."""
-        with self._filesystem.open_input_stream(self._key) as file:
+        # By default pyarrow decompresses what is named like a compressed file.
+        with self._filesystem.open_input_stream(self._key, compression=None) as file:
             return file.read()
 
     def read_text(self) -> str:
@@ -184,7 +185,8 @@ class BucketPath(PurePosixPath):
 
     def write_bytes(self, content: bytes) -> None:
         """Write the whole file; readers see it once it is complete."""
-        with self._filesystem.open_output_stream(self._key) as file:
+        # By default pyarrow compresses what is named like a compressed file.
+        with self._filesystem.open_output_stream(self._key, compression=None) as file:
             file.write(content)
 
     def mkdir(self, *, parents: bool, exist_ok: bool) -> None:
@@ -253,14 +255,8 @@ class BucketPath(PurePosixPath):
             raise FileNotFoundError(f"{self}: there is nothing")
 
         content = json.dumps([[str(file), status.st_size, status.st_mtime_ns] for file, status in files])
-        copy = cache_folder() / hashlib.sha256(content.encode()).hexdigest()[:20] / self.name
-        if not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(copy.parent / ".lock"):
-                if not copy.exists():  # another process may have made it while this one waited
-                    _copy(self, [file for file, _ in files], copy)
-
-        return copy
+        key = hashlib.sha256(content.encode()).hexdigest()[:20]
+        return make_once(cache_folder() / key / self.name, lambda copy: _copy(self, [file for file, _ in files], copy))
 
     def scratch_folder(self) -> LocalPath:
         """Return the folder in which a file is written until it is whole: this node's cache."""
@@ -346,29 +342,45 @@ def cache_folder() -> LocalPath:
     return LocalPath(os.environ.get(CACHE_VARIABLE) or "~/.cache/seap_ray").expanduser()
 
 
+def make_once(path: LocalPath, make: Callable[[LocalPath], None]) -> LocalPath:
+    """Return a file or folder of this node's cache, made by whichever process is first; others wait for it.
+
+    Args:
+        path: Where it is, in a folder of its own, whose name tells the content.
+        make: Makes it at the path that it is given, which is renamed when it is whole. What a process leaves there that
+            is killed, nobody takes for whole.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.parent / ".lock"):
+            if not path.exists():  # another process may have made it while this one waited
+                # What a process left that was killed in the middle.
+                partial = path.with_name(f".{path.name}.partial")
+                partial.remove()
+                make(partial)
+                os.replace(partial, path)
+
+    return path
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    # Other processes of this node wait here for the one that downloads. The lock goes with the process, even killed.
+    # Other processes of this node wait here for the one that makes it. The lock goes with the process, even killed.
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _copy(path: BucketPath, files: list[BucketPath], copy: LocalPath) -> None:
-    """Download files below ``path`` to ``copy``, which appears once all of them are there."""
-    # What a process left that was killed in the middle.
-    partial = copy.with_name(f".{copy.name}.partial")
-    partial.remove()
+    """Download files below ``path`` to ``copy``."""
 
     def fetch(file: BucketPath) -> None:
-        target = partial / file.relative_to(path) if file != path else partial
+        target = copy / file.relative_to(path) if file != path else copy
         target.parent.mkdir(parents=True, exist_ok=True)
         file.download(target)
 
     with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
         list(pool.map(fetch, files))  # a list, so that errors are raised here
-
-    os.replace(partial, copy)
 
 
 # --- from text and from other paths ----------------------------------------------------------------------------------
