@@ -398,22 +398,20 @@ class Encoding:
 # --- checks before any work ------------------------------------------------------------------------------------------
 
 
-def bos_warning(tokenizer: "PreTrainedTokenizerBase", family: "Family") -> str | None:
+def bos_warning(encoding: Encoding, family: "Family") -> str | None:
     """Return a warning where a family's models need a beginning token that texts or chats do not get; else None."""
     if not family.needs_bos:
         return None
 
-    encoding = Encoding(tokenizer, is_chat=True)
-    token = tokenizer.bos_token or "<bos>"
-    before, _ = encoding.added
-    lacking = "texts" if tokenizer.bos_token_id not in before else None
-    if not lacking and writes_conversations(tokenizer):
-        first = encoding._bare(encoding.render(PROBE_CHAT))[:1]
-        lacking = "chats" if first != [tokenizer.bos_token_id] else None
-
-    if not lacking:
+    tokenizer = encoding.tokenizer
+    # In a chat the template writes the token, or nobody does.
+    ids = encoding._bare(encoding.render(PROBE_CHAT)) if encoding.is_chat else encoding.ids(PROBES[0])
+    if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]:
         return None
+
+    where = "chat template gives chats" if encoding.is_chat else "tokenizer gives texts"
+    mend = "write it in the template" if encoding.is_chat else "let the post_processor of tokenizer.json add it"
     return (
-        f"model.source: this model needs its beginning token {token}, and its tokenizer gives {lacking} none "
-        "(gemma-3-270m has a perplexity of 427 without it and of 31.5 with it); correct tokenizer.json or the template"
+        f"model.source: this model needs its beginning token {tokenizer.bos_token or ''}, and its {where} none "
+        f"(gemma-3-270m has a perplexity of 427 without it, 31.5 with it); {mend}"
     )

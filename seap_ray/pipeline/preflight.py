@@ -29,6 +29,7 @@ from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.errors import ConfigError, DataError, IncompleteError, SeapError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import check_evaluation, check_source, load_tokenizer, tokenizer_warning
+from seap_ray.models.encoding import Encoding, bos_warning, uses_chat
 from seap_ray.models.export import parse_size
 from seap_ray.models.model_sources import parse_model_source
 from seap_ray.models.row_formats import FORMATS, recognise
@@ -85,6 +86,10 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
     if warning := tokenizer_warning(tokenizer, checkpoint.folder):
         say(f"warning: {warning}")
+    # Refuses a chat template that is to be used and is not there.
+    for is_chat in sorted({uses_chat(config, task, tokenizer) for task in config.tasks}):
+        if warning := bos_warning(Encoding(tokenizer, is_chat), checkpoint.architecture.family):
+            say(f"warning: {warning}")
 
     for task in config.tasks:
         check_source(task, official=config.corpus.prompt_format == "official")

@@ -421,9 +421,13 @@ def test_of_a_plain_text_the_answer_counts_and_where_nothing_is_asked_all(kind, 
 
 def test_a_warning_where_a_family_needs_a_beginning_token_and_texts_or_chats_get_none():
     gemma, llama = family_of("gemma3_text"), family_of("llama")
-    assert "gives texts none" in (bos_warning(make("byte-level", "none"), gemma) or "")
-    assert "gives texts none" in (bos_warning(make("byte-level", "eos", "gemma"), gemma) or "")
-    assert "gives chats none" in (bos_warning(make("byte-level", "bos", "chatml"), gemma) or "")
-    assert bos_warning(make("byte-level", "bos", "gemma"), gemma) is None
-    assert bos_warning(make("byte-level", "both"), gemma) is None
-    assert bos_warning(make("byte-level", "none"), llama) is None
+
+    def warning(added, template=None, family=gemma, *, is_chat=False) -> str:
+        return bos_warning(Encoding(make("byte-level", added, template), is_chat), family) or ""
+
+    assert "its tokenizer gives texts none" in warning("none")
+    assert "its tokenizer gives texts none" in warning("eos", "gemma")
+    assert "its chat template gives chats none" in warning("bos", "chatml", is_chat=True)
+    assert not warning("none", "gemma", is_chat=True)
+    assert not warning("both", "chatml")
+    assert not warning("none", family=llama)
