@@ -123,7 +123,8 @@ def calibrate_run(config: Config, checkpoint: Checkpoint, run: Run) -> Calibrate
     manifests = make_shards(config, checkpoint, run, say)
     for manifest in manifests:
         cut = f", {manifest.n_cut} texts cut at the longest sequence" if manifest.n_cut else ""
-        say(f"  {manifest.task}: {manifest.n_tokens:,} tokens in {len(manifest.shards)} shards{cut}")
+        form = " in the chat template" if manifest.chat else ""
+        say(f"  {manifest.task}: {manifest.n_tokens:,} tokens{form} in {len(manifest.shards)} shards{cut}")
         for line in rows_lines(manifest.task, manifest.n_rows, manifest.counts):
             say(f"  {line}")
 

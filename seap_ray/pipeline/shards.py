@@ -185,8 +185,7 @@ def make_shards(config: Config, checkpoint: Checkpoint, run: Run, report: Callab
 
     stale = [task for task in config.tasks if not artifacts[task.name].is_made()]
     if stale:
-        chats = {task.name for task in stale if uses_chat(config, task, tokenizer)}
-        report(f"reading {', '.join(task.name + ' (chat template)' * (task.name in chats) for task in stale)}")
+        report(f"reading {', '.join(task.name for task in stale)}")
         keys = [artifacts[task.name].key for task in stale]
         _write_all(config, run, stale, keys)
 

@@ -164,7 +164,8 @@ def _with_error(value: float, stderr: float, *, perplexity: bool) -> str:
 
 def tasks_table(data: RunData) -> Table:
     """Return what every task was calibrated and evaluated with."""
-    columns = ["task", "metric", "evaluated by", "calibration sequences", "calibration tokens", "evaluated on"]
+    sizes = ["calibration sequences", "calibration tokens", "evaluated on"]
+    columns = ["task", "metric", "evaluated by", "texts", *sizes]
     rows = [_task_row(data, name, task) for name, task in data.comparison.tasks.items()]
     return Table("Data of every task", columns, [("", rows)])
 
@@ -180,7 +181,8 @@ def _task_row(data: RunData, name: str, task: TaskRow) -> list[str]:
     n_judged = cell.n if isinstance(cell, QualityCell) else None
     unit = "tokens" if is_perplexity(task.metric) else "items"
     sizes = [f"{n:,}" if n else "" for n in (n_sequences, n_tokens)]
-    return [name, task.metric, task.judge, *sizes, f"{n_judged:,} {unit}" if n_judged else ""]
+    form = "chat template" if manifest.get("chat") else "plain"
+    return [name, task.metric, task.judge, form, *sizes, f"{n_judged:,} {unit}" if n_judged else ""]
 
 
 # --- facts -----------------------------------------------------------------------------------------------------------
