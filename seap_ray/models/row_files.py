@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from io import BufferedReader, TextIOWrapper
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -79,9 +79,6 @@ class FilePart(RowPart):
     """A piece of a file, or all of it; each format overrides how it is cut and read."""
 
     file: StoragePath
-
-    dataset_format: ClassVar[str]
-    """Name that ``datasets`` has for the format."""
 
     @classmethod
     def cut(cls, task: str, file: StoragePath, part_bytes: int) -> "Sequence[FilePart]":
@@ -232,8 +229,6 @@ def _line_number(file: StoragePath, offset: int) -> int:
 class TextPart(LinesPart):
     """Plain text: every line that is not blank is a row with the column ``text``."""
 
-    dataset_format = "text"
-
     def parse(self, line: str) -> Row | None:
         """Return the row of a line, None where it is blank."""
         return {"text": line.removesuffix("\n").removesuffix("\r")} if line.strip() else None
@@ -242,8 +237,6 @@ class TextPart(LinesPart):
 @dataclass(frozen=True)
 class JsonPart(LinesPart):
     """JSON: an object on every line that is not blank, or one array of objects."""
-
-    dataset_format = "json"
 
     @classmethod
     def _is_cuttable(cls, file: StoragePath) -> bool:
@@ -363,8 +356,6 @@ def _array_rows(stream: BufferedReader) -> Iterator[Row]:
 class CsvPart(FilePart):
     """A table of text: every cell is the text that stands there, and the first row has the names of the columns."""
 
-    dataset_format = "csv"
-
     def read(self) -> Iterator[Row]:
         """Yield the rows; cells that a short row lacks are None."""
         # A cell may be as long as memory allows; the default limit is 128 KiB.
@@ -435,8 +426,6 @@ def _named_cells(names: list[str], cells: list[str]) -> Row:
 class ParquetPart(FilePart):
     """Some row groups of a parquet file, or all of them."""
 
-    dataset_format = "parquet"
-
     groups: tuple[int, ...] | None = None
     """Numbers of the row groups; None: all."""
 
@@ -485,8 +474,6 @@ def _group_by_size(sizes: Sequence[int], part_bytes: int) -> list[list[int]]:
 @dataclass(frozen=True)
 class ArrowPart(FilePart):
     """Record batches of an Arrow file or stream: some that follow one another, or all of them."""
-
-    dataset_format = "arrow"
 
     start: int = 0
     stop: int | None = None

@@ -82,10 +82,6 @@ class RowSource:
         """
         return []
 
-    def first_row(self) -> Row | None:
-        """Return the first row, None where it cannot be had in an instant. Raises DataError where there is none."""
-        return next(iter(self.first_rows(1)), None)
-
     def public_example(self, seed: int) -> str | None:
         """Return a prompt that anybody may see, None where there is none: rows may be confidential."""
         return None
@@ -350,13 +346,3 @@ def _names_files(path: str) -> bool:
     # A data set of the hub may be one word, so what ends like a file or is there counts as files.
     looks_like_path = is_uri(path) or path.startswith((".", "/", "~"))
     return looks_like_path or is_row_file(Path(path)) or Path(path).exists()
-
-
-def file_format(task: str, file: StoragePath) -> str:
-    """Return the format of a file by its name, as ``datasets`` calls it. Raises DataError for an unknown one."""
-    return part_type(task, file).dataset_format
-
-
-def read_first_row(task: str, file: StoragePath) -> Row | None:
-    """Return the first row of a file, None if it has none. Raises DataError when it cannot be read."""
-    return next(chain.from_iterable(part.rows() for part in cut_file(task, file)), None)

@@ -18,7 +18,6 @@ from seap_ray.models.row_sources import (
     _hub_splits,
     calibration_rows,
     evaluation_rows,
-    read_first_row,
 )
 from tests.support.builders import task
 from tests.support.rows import rows_of
@@ -95,8 +94,7 @@ def test_a_file_of_an_unknown_format_names_the_task(tmp_path):
 )
 def test_the_first_row_of_every_format_is_read(tmp_path, name):
     file = write_rows(tmp_path / name, [{"text": "first"}, {"text": "second"}])
-    row = read_first_row("mine", file)
-    assert row is not None and row["text"].strip() == "first"
+    assert RowFiles("mine", str(file), "train").first_rows(1) == [{"text": "first"}]
     check_source(task(file), official=False)
 
 
@@ -172,7 +170,7 @@ def test_a_source_of_files_has_a_state_that_changes_with_them_and_others_have_no
     assert source.state() != [(name, size, time_ns)]
     for path in ("demo:sort", "allenai/ai2_arc"):
         other = calibration_rows(task(path))
-        assert (other.state(), other.first_row(), [*other.files()]) == ([], None, [])
+        assert (other.state(), other.first_rows(1), [*other.files()]) == ([], [], [])
 
 
 def test_the_hub_is_asked_for_its_own_data_sets_alone(tmp_path):
@@ -233,7 +231,7 @@ def test_the_first_rows_go_on_in_the_next_file_and_no_further_than_asked(tmp_pat
     write_rows(tmp_path / "b.jsonl", SUMS[2:4])
     (tmp_path / "c.jsonl").write_text("broken")
     source = RowFiles("mine", f"{tmp_path}/*.jsonl", "train")
-    assert source.first_rows(3) == SUMS[:3] and source.first_row() == SUMS[0] and source.first_rows(0) == []
+    assert source.first_rows(3) == SUMS[:3] and source.first_rows(0) == []
     with pytest.raises(DataError, match="c.jsonl, line 1: not JSON"):
         source.first_rows(5)
 
