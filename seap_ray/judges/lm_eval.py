@@ -33,10 +33,6 @@ from seap_ray.tasks import Task, is_perplexity
 
 CHECKED_ROWS = 1000
 """Rows among which one has to fit lm-eval's task; each costs milliseconds."""
-CALIBRATED = "calibrated on"
-"""Reason for which a row is left out: the model has seen it."""
-NO_ANSWER = "no right answer"
-"""Reason for which a row is left out: whatever a model answers is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +44,15 @@ class LmEvalResult:
     stderr: float
     values: tuple[float, ...]
     """Each row's part, in the rows' order; their mean is ``value``."""
-    left_out: dict[str, int]
-    """Numbers of rows that are not judged, whatever is drawn, by their reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowCounts:
+    """Rows of a task, and those that are not judged, whatever is drawn."""
+
+    n_rows: int
+    counts: dict[str, int]
+    """Rows that are left out, by ``corpus.REASONS``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +62,7 @@ class _LoadedTask:
     lm_task: Any
     places: list[int]
     """Rows that can be judged, by their places in ``lm_task.eval_docs``."""
-    left_out: dict[str, int]
-    """Numbers of the other rows, by their reason."""
+    counted: RowCounts
 
 
 def version() -> str:
@@ -86,6 +88,18 @@ def fingerprint_of(task: Task) -> list[Any]:
     states = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     revision = (_definition(task).get("metadata") or {}).get("version")
     return [version(), task.lm_eval, revision, _metric(task), _system(task), states]
+
+
+def count_rows(task: Task, is_held_out: Callable[[Row], bool] | None = None) -> RowCounts | None:
+    """Count the rows of local files, as ``judge`` takes them; None where they are on the hub, which is not asked.
+
+    Raises DataError when they cannot be had, or none is left.
+    """
+    if not evaluation_files(task):
+        return None
+
+    with _quiet(), _nulls_are_empty():
+        return _load_task(task, 0, is_held_out).counted
 
 
 def judge(
@@ -125,7 +139,7 @@ def judge(
         loaded = _load_task(task, num_fewshot, is_held_out)
         rows = _draw(loaded.places, samples, seed)
         answers = _run_lm_eval(loaded.lm_task, _lm(model, encoding, batch_tokens), rows, system)
-        return _result(metric, answers, loaded.left_out)
+        return _result(metric, answers)
 
 
 def _run_lm_eval(lm_task: Any, lm: Any, rows: list[int], system: str | None) -> list[dict[str, Any]]:
@@ -152,13 +166,13 @@ def _run_lm_eval(lm_task: Any, lm: Any, rows: list[int], system: str | None) -> 
     return [answer for answer in answers if answer["filter"] == wanted]
 
 
-def _result(metric: str, answers: list[dict[str, Any]], left_out: dict[str, int]) -> LmEvalResult:
+def _result(metric: str, answers: list[dict[str, Any]]) -> LmEvalResult:
     from lm_eval.api.metrics import mean, mean_stderr
 
     values = tuple(float(answer[metric]) for answer in answers)
     # One value has no spread, which lm-eval's function would divide by.
     stderr = mean_stderr(values) if len(values) > 1 else 0.0
-    return LmEvalResult(metric, mean(values), stderr, values, left_out)
+    return LmEvalResult(metric, mean(values), stderr, values)
 
 
 def _draw(places: list[int], samples: int | None, seed: int) -> list[int]:
@@ -223,7 +237,7 @@ def _default_metrics(definition: dict[str, Any]) -> list[str]:
 
 
 def _system(task: Task) -> str | None:
-    """Return the task's system message. Raises ConfigError where it differs from row to row: lm-eval has one for all."""
+    """Return the task's system message. Raises ConfigError where it depends on the row: lm-eval has one for all."""
     if task.system is None:
         return None
 
@@ -243,22 +257,50 @@ def _load_task(task: Task, num_fewshot: int | None, is_held_out: Callable[[Row],
     shots = (default or 0) if num_fewshot is None or default == 0 else num_fewshot
 
     if evaluation_files(task):
-        rows, calibrated = _split_rows(read(task, judged_rows(task).source), is_held_out)
-        if not rows:
-            raise _none_left(task)
-        lm_task = _load_local_task(task, shots, RowSplit(rows), _examples(task, shots, rows, calibrated))
-        return _loaded(task, lm_task, len(calibrated))
+        return _load_local(task, shots, is_held_out)
+    return _load_from_hub(task, shots, is_held_out)
 
+
+def _load_local(task: Task, shots: int, is_held_out: Callable[[Row], bool] | None) -> _LoadedTask:
+    rows, calibrated = _split_rows(read(task, judged_rows(task).source), is_held_out)
+    if not rows:
+        raise _none_left(task)
+
+    examples = _examples(task, shots, rows, calibrated)
+    try:
+        lm_task = _build_local(task, shots, RowSplit(rows), examples)
+    except Exception:
+        # A row that is not as the task wants it; each is tried by itself, which takes milliseconds.
+        columns = RowSplit(rows).features
+        fitting = [row for row in rows if _fits(task, columns | row)]
+        if not fitting:
+            raise
+        lm_task = _build_local(task, shots, RowSplit(fitting), examples)
+        return _loaded(task, lm_task, len(calibrated), len(rows) - len(fitting))
+
+    return _loaded(task, lm_task, len(calibrated))
+
+
+def _fits(task: Task, row: Row) -> bool:
+    try:
+        _build_local(task, 0, RowSplit([row]))
+    except Exception:  # whatever lm-eval's templates and functions raise on a row not made for them
+        return False
+    return True
+
+
+def _load_from_hub(task: Task, shots: int, is_held_out: Callable[[Row], bool] | None) -> _LoadedTask:
     try:
         lm_task = _build(task, {"num_fewshot": shots})
     except Exception as error:  # the hub client raises many kinds: offline, missing, gated, no such split
         raise _not_from_hub(task, error) from None
 
-    split = lm_task.config.test_split or lm_task.config.validation_split
+    split = _judged_split(lm_task)
     rows = lm_task.dataset[split]
     held_out = [i for i, row in enumerate(rows) if is_held_out is None or is_held_out(row)]
     if not held_out:
         raise _none_left(task)
+
     n_calibrated = len(rows) - len(held_out)
     if n_calibrated:
         lm_task.dataset[split] = rows.select(held_out)
@@ -266,10 +308,14 @@ def _load_task(task: Task, num_fewshot: int | None, is_held_out: Callable[[Row],
     return _loaded(task, lm_task, n_calibrated)
 
 
+def _judged_split(lm_task: Any) -> str:
+    return lm_task.config.test_split or lm_task.config.validation_split
+
+
 def _split_rows(rows: Iterator[Row], is_held_out: Callable[[Row], bool] | None) -> tuple[list[Row], list[Row]]:
     """Return the rows that may be judged, and those that were calibrated on."""
-    held_out = []
-    calibrated = []
+    held_out: list[Row] = []
+    calibrated: list[Row] = []
     for row in rows:
         kept = is_held_out is None or is_held_out(row)
         (held_out if kept else calibrated).append(row)
@@ -295,19 +341,35 @@ def _content(row: Row) -> str:
     return json.dumps(row, sort_keys=True, default=str)
 
 
-def _loaded(task: Task, lm_task: Any, n_calibrated: int) -> _LoadedTask:
+def _loaded(task: Task, lm_task: Any, n_calibrated: int, n_odd: int = 0) -> _LoadedTask:
     """Return a task whose rows are prepared once, and which of them can be judged."""
     # lm-eval prepares its rows anew on every reading, but some tasks shuffle choices at that.
-    split = lm_task.config.test_split or lm_task.config.validation_split
-    lm_task.dataset = {split: lm_task.task_docs}
+    docs = lm_task.task_docs
+    lm_task.dataset = {_judged_split(lm_task): docs}
     lm_task.set_config("process_docs", None)
 
-    places = [i for i, row in enumerate(lm_task.task_docs) if _is_answered(lm_task, row)]
+    places = [i for i, row in enumerate(docs) if _is_answered(lm_task, row)]
     if not places:
         raise DataError(f"tasks.{task.name}: no row of lm-eval's task {task.lm_eval} has a right answer")
+    _drop_unanswered_examples(lm_task)
 
-    left_out = Counter({CALIBRATED: n_calibrated, NO_ANSWER: len(lm_task.task_docs) - len(places)})
-    return _LoadedTask(lm_task, places, dict(+left_out))
+    # The other side of a corpus that is split is no row that is missed.
+    reason = "left" if judged_rows(task).is_split_off else "calibrated"
+    no_answer = "wrong_answer" if lm_task.OUTPUT_TYPE == "multiple_choice" else "no_answer"
+    counts = Counter({reason: n_calibrated, no_answer: len(docs) - len(places) + n_odd})
+    return _LoadedTask(lm_task, places, RowCounts(n_calibrated + len(docs) + n_odd, dict(+counts)))
+
+
+def _drop_unanswered_examples(lm_task: Any) -> None:
+    config = lm_task.fewshot_cfg
+    # Examples that the task brings along, or names by their places, are its own business.
+    if not lm_task.config.num_fewshot or config.samples is not None or config.fewshot_indices is not None:
+        return
+
+    docs = lm_task.sampler.df
+    answered = [doc for doc in docs if _is_answered(lm_task, doc)]
+    if 0 < len(answered) < len(docs):
+        lm_task.sampler.replace_df(answered)
 
 
 def _not_from_hub(task: Task, error: Exception) -> DataError:
@@ -317,7 +379,7 @@ def _not_from_hub(task: Task, error: Exception) -> DataError:
     )
 
 
-def _load_local_task(task: Task, shots: int, rows: Any, examples: Any = None) -> Any:
+def _build_local(task: Task, shots: int, rows: Any, examples: Any = None) -> Any:
     """Return lm-eval's task on ``rows``; without ``examples`` these are drawn from the other rows."""
     config = _definition(task).get("fewshot_config") or {}
     # A name of the split in lm-eval's task goes before ours.
@@ -343,30 +405,63 @@ def _build(task: Task, overrides: dict[str, Any]) -> Any:
     """Return lm-eval's task with some of its settings changed."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
+    # A task may have a class of its own.
+    task_class = {} if "class" in _definition(task) else {"class": _task_class()}
     # lm-eval merges overrides into a task of its own only for the members of a group.
-    group = {"group": "seap_ray", "task": [{"task": task.lm_eval, **overrides}]}
+    group = {"group": "seap_ray", "task": [{"task": task.lm_eval, **task_class, **overrides}]}
     (lm_task,) = _manager().load([group])["tasks"].values()
     # The seed of lm-eval's command line, so that the examples are those that others report figures with.
     lm_task.set_fewshot_seed(DEFAULT_OTHER_SEED)
 
-    if lm_task.OUTPUT_TYPE == "multiple_choice":
-        lm_task.doc_to_target = _with_text_as_index(lm_task)
     return lm_task
 
 
-def _with_text_as_index(lm_task: Any) -> Callable[..., Any]:
-    """Return the task's function for a row's right answer, which takes a text such as "1" for the index that it is.
+@cache
+def _task_class() -> type:
+    from lm_eval.api.task import ConfigurableTask
 
-    lm-eval looks for a text among the choices alone: every row of a csv file, whose cells are texts, would be wrong.
-    """
-    target_of = lm_task.doc_to_target
+    class MixedTask(ConfigurableTask):
+        """lm-eval's task, for questions, answers and choices of whatever type; lm-eval wants one type a column.
 
-    def doc_to_target(doc: Row, *arguments: Any) -> Any:
-        target = target_of(doc, *arguments)
-        is_index = isinstance(target, str) and target.isdecimal() and target not in lm_task.doc_to_choice(doc)
-        return int(target) if is_index else target
+        A question or choice that is a number is its text. Where the right answer is the index of a choice it may be the
+        text "1", as all cells of a csv file are texts: lm-eval would look for it among the choices alone.
+        """
 
-    return doc_to_target
+        def __init__(self, config: dict[str, Any]) -> None:
+            self._is_built = False
+            super().__init__(config={key: value for key, value in config.items() if key != "class"})
+            self._is_built = True
+
+        def doc_to_text(self, doc: Row, *arguments: Any) -> Any:
+            """Return the question; where the choices are contexts, as in WinoGrande, the index of the right one."""
+            text = super().doc_to_text(doc, *arguments)
+            if isinstance(text, int):
+                # lm-eval learns from the first row which of both it is.
+                is_index = bool(self.multiple_input) if self._is_built else self._is_index(text, doc)
+                return text if is_index else str(text)
+            return _text(text)
+
+        def doc_to_target(self, doc: Row, *arguments: Any) -> Any:
+            """Return the right answer, or its index among the choices."""
+            target = super().doc_to_target(doc, *arguments)
+            has_choices = self.OUTPUT_TYPE == "multiple_choice" and not self.multiple_input
+            if not has_choices or not isinstance(target, str) or not target.isdecimal():
+                return target
+            return target if target in self.doc_to_choice(doc) else int(target)
+
+        def doc_to_choice(self, doc: Row, *arguments: Any) -> Any:
+            """Return the choices."""
+            choices = super().doc_to_choice(doc, *arguments)
+            return [_text(choice) for choice in choices] if isinstance(choices, list | tuple) else choices
+
+        def _is_index(self, text: int, doc: Row) -> bool:
+            return self.config.doc_to_choice is not None and text in range(len(self.doc_to_choice(doc)))
+
+    return MixedTask
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
 
 
 # --- checks of local rows --------------------------------------------------------------------------------------------
@@ -402,7 +497,7 @@ def _problem(task: Task, row: Row, file: StoragePath, missing: set[str]) -> Data
     """Return what is wrong with a row, None if nothing is."""
     try:
         with _quiet(), _nulls_are_empty():
-            lm_task = _load_local_task(task, 0, RowSplit([row]))
+            lm_task = _build_local(task, 0, RowSplit([row]))
             # The rows as the task's own function makes them, which may leave some out.
             is_answered = any(_is_answered(lm_task, doc) for doc in lm_task.task_docs)
     except Exception as error:  # whatever lm-eval's templates and functions raise on a row not made for them
@@ -455,19 +550,24 @@ def _columns(definition: dict[str, Any]) -> tuple[set[str], set[str]]:
 
 
 def _is_answered(lm_task: Any, doc: Row) -> bool:
-    """Return whether a row has a right answer that a model can give; what has none is wrong to lm-eval, and no error."""
-    target = lm_task.doc_to_target(doc)
-    if lm_task.OUTPUT_TYPE != "multiple_choice":
+    """Return whether a row has a right answer that a model can give; to lm-eval a row without one is always wrong."""
+    try:
+        target = lm_task.doc_to_target(doc)
+        text = lm_task.doc_to_text(doc)
+        choices = lm_task.doc_to_choice(doc) if lm_task.OUTPUT_TYPE == "multiple_choice" else None
+    except Exception:  # whatever lm-eval's templates and functions raise on a row not made for them
+        return False
+
+    if choices is None:
         # A task may judge without a right answer, but not by a column that is empty.
         return not (lm_task.config.doc_to_target and isinstance(target, str) and not target.strip())
 
-    choices = lm_task.doc_to_choice(doc)
     # Where the choices are contexts, as in WinoGrande, lm-eval has the right one's index in place of the text.
     if lm_task.multiple_input:
-        target = lm_task.doc_to_text(doc)
+        target = text
     targets = target if isinstance(target, list) else [target]
     # An empty choice has no token to be scored by.
-    return all(choices) and any(_is_choice(target, choices) for target in targets)
+    return isinstance(choices, list) and all(choices) and any(_is_choice(target, choices) for target in targets)
 
 
 def _is_choice(target: Any, choices: list[str]) -> bool:

@@ -13,12 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from transformers import AutoTokenizer
+from datasets import Dataset
+from tokenizers import Tokenizer, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from seap_ray.errors import ConfigError, DataError
 from seap_ray.judges import lm_eval
-from seap_ray.judges.lm_eval_rows import hellaswag_parts
+from seap_ray.judges.lm_eval_rows import RowSplit, hellaswag_parts
 from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.corpus import Renderer, held_out_rows
 from seap_ray.models.encoding import Encoding
 from seap_ray.models.export import CheckpointExport
 from seap_ray.tasks import BUILT_IN, Task
@@ -42,6 +45,9 @@ SOURCES = {
 }
 METRICS = dict.fromkeys(SOURCES, "acc_norm") | dict.fromkeys(("arc_easy", "boolq", "winogrande"), "acc")
 METRICS["gsm8k"] = "exact_match"
+PIQA = {"goal": "Boil water", "sol1": "Heat it", "sol2": "Cool it", "label": 0}
+WINOGRANDE = {"sentence": "Ann met Eve as _ left.", "option1": "Ann", "option2": "Eve", "answer": "1"}
+HELLASWAG = {"activity_label": "a", "ctx_a": "A man sits.", "ctx_b": "he", "endings": ["eats.", "flies."], "label": 0}
 ARGUMENTS = {"samples": None, "seed": 0, "num_fewshot": 0, "batch_tokens": 2048}
 
 
@@ -286,10 +292,342 @@ def test_a_compacted_model_is_judged_and_writes_answers(dense, tmp_path):
     assert torch.equal(model(random_ids()).logits, before)
 
 
-# --- what cannot be judged -------------------------------------------------------------------------------------------
+# --- token ids -------------------------------------------------------------------------------------------------------
 
-PIQA = {"goal": "Boil water", "sol1": "Heat it", "sol2": "Cool it", "label": 0}
-WINOGRANDE = {"sentence": "Ann met Eve as _ left.", "option1": "Ann", "option2": "Eve", "answer": "1"}
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+TEMPLATES = {"without a beginning token": CHATML, "with a beginning token": "{{ bos_token }}" + CHATML}
+BOS, EOS = 1, 2
+ADDED = {
+    "none": ("$A", []),
+    "bos": ("<s> $A", [BOS]),
+    "eos": ("$A </s>", []),
+    "both": ("<s> $A </s>", [BOS]),
+}
+QUESTION = "Question: {{ goal }}\nAnswer:"
+
+
+def tokenizer_that_adds(single: str, template: str | None = None) -> PreTrainedTokenizerFast:
+    raw = Tokenizer.from_file(str(STORIES / "tokenizer.json"))
+    raw.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", BOS), ("</s>", EOS)])
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=template, **named)
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Token ids that lm-eval gives to the model: of a choice prompt and answer, of a generated answer the prompt."""
+    from lm_eval.models.huggingface import HFLM
+
+    pairs, prompts = [], []
+    score = HFLM._loglikelihood_tokens
+
+    def recorded_score(lm, requests, **settings):
+        pairs.extend((texts, context, end) for texts, context, end in requests)
+        return score(lm, requests, **settings)
+
+    def recorded_generate(lm, context, attention_mask, **_):
+        prompts.extend(ids[mask.bool()].tolist() for ids, mask in zip(context, attention_mask, strict=True))
+        return torch.cat([context, torch.full((len(context), 1), EOS)], 1)
+
+    monkeypatch.setattr(HFLM, "_loglikelihood_tokens", recorded_score)
+    monkeypatch.setattr(HFLM, "_model_generate", recorded_generate)
+    return pairs, prompts
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("added", ADDED)
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_in_a_chat_a_question_has_the_ids_that_it_has_everywhere(added, template, system, stories, scored, tmp_path):
+    model, _ = stories
+    encoding = Encoding(tokenizer_that_adds(ADDED[added][0], template), is_chat=True)
+    pairs, prompts = scored
+    rows = [PIQA, PIQA | {"goal": "Dry a coat", "sol2": "In the sun. It is a longer answer"}]
+    task = local("piqa", write(tmp_path / "test.parquet", rows), question=QUESTION, system=system)
+    lm_eval.judge(model, encoding, task, **ARGUMENTS)
+
+    items = [Renderer(task).item(row) for row in rows]
+    given = {texts: (context, end) for texts, context, end in pairs}
+    for item in items:
+        for choice in item.choices:
+            context, end = given.pop((encoding.prompt_text(item), choice))
+            assert context == encoding.prompt(item) and (context + end, len(context)) == encoding.continuation(
+                item, choice
+            )
+            assert (context + end).count(BOS) == template.startswith("{{ bos")
+    assert not given
+
+    question = {"question": PIQA["goal"], "answer": "So many. #### 42"}
+    asked = local("gsm8k", write(tmp_path / "gsm8k.parquet", [question]), system=system)
+    asked = asked.model_copy(update={"question": "Question: {{ question }}\nAnswer:"})
+    lm_eval.judge(model, encoding, asked, **ARGUMENTS)
+    assert prompts == [encoding.prompt(Renderer(asked).item(question))]
+    assert prompts == [encoding.prompt(items[0])]
+
+
+def test_in_a_chat_examples_are_turns(stories, scored, tmp_path):
+    model, _ = stories
+    encoding = Encoding(tokenizer_that_adds("<s> $A", CHATML), is_chat=True)
+    rows = [PIQA | {"goal": f"Boil {n}"} for n in ("milk", "oil", "tea")]
+    task = local("piqa", write(tmp_path / "test.parquet", rows))
+    lm_eval.judge(model, encoding, task, **ARGUMENTS | {"num_fewshot": 2})
+
+    pairs, _ = scored
+    # Tokens of these templates are not merged over the ends of turns.
+    text = pairs[0][0][0]
+    assert text.count("<|user|>\nQuestion: Boil") == 3 and text.count("<|assistant|>\nHeat it</s>") == 2
+    assert text.endswith("Answer:</s>\n<|assistant|>\n")
+    assert {tuple(context) for (text, _), context, _ in pairs} == {
+        tuple(encoding.tokenizer(text, add_special_tokens=False).input_ids) for (text, _), _, _ in pairs
+    }
+
+
+@pytest.mark.parametrize("added", ADDED)
+def test_outside_a_chat_there_is_one_beginning_token_at_most_and_no_end_token(added, stories, scored, tmp_path):
+    model, _ = stories
+    single, beginning = ADDED[added]
+    encoding = Encoding(tokenizer_that_adds(single, CHATML))
+    pairs, prompts = scored
+    piqa = local("piqa", write(tmp_path / "test.parquet", [PIQA, PIQA | {"goal": "<s>Boil"}]), system="Be brief.")
+    lm_eval.judge(model, encoding, piqa, **ARGUMENTS)
+    gsm8k = local("gsm8k", write(tmp_path / "gsm8k.parquet", [{"question": "How many?", "answer": "#### 42"}] * 2))
+    lm_eval.judge(model, encoding, gsm8k, **ARGUMENTS)
+
+    for (context_text, end_text), context, end in pairs:
+        bare = encoding.tokenizer(context_text + end_text, add_special_tokens=False).input_ids
+        assert context + end == beginning + bare and end and EOS not in context + end
+    assert prompts == [encoding.ids("Question: How many?\nAnswer:")] * 2
+    assert prompts[0][: len(beginning)] == beginning and EOS not in prompts[0]
+
+
+def test_what_a_tokenizer_appends_does_not_change_a_figure(stories, tmp_path):
+    model, _ = stories
+    task = local("arc_easy", write(tmp_path / "test.parquet", rows_of("ai2_arc_easy", "test", 12)))
+    plain, ended = (Encoding(tokenizer_that_adds(ADDED[name][0])) for name in ("bos", "both"))
+    assert lm_eval.judge(model, ended, task, **ARGUMENTS) == lm_eval.judge(model, plain, task, **ARGUMENTS)
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning_but_for_the_beginning_token(stories, scored, tmp_path):
+    model, encoding = stories
+    pairs, prompts = scored
+    long = " ".join(f"word{i}" for i in range(400))
+    lm_eval.judge(model, encoding, local("piqa", write(tmp_path / "a.parquet", [PIQA | {"goal": long}])), **ARGUMENTS)
+    gsm8k = write(tmp_path / "b.parquet", [{"question": long, "answer": "#### 42"}])
+    lm_eval.judge(model, encoding, local("gsm8k", gsm8k), **ARGUMENTS)
+
+    whole = encoding.ids(f"Question: {long}\nAnswer:")
+    for context in (pairs[0][1], prompts[0]):
+        assert context[0] == BOS and BOS not in context[1:] and len(context) < len(whole)
+        assert context[-50:] == whole[-50:]
+    assert len(pairs[0][1] + pairs[0][2]) == model.config.max_position_embeddings + 1
+
+
+def test_a_prompt_of_mere_space_is_the_beginning_token(stories):
+    _, encoding = stories
+    lm = lm_eval._lm(stories[0], encoding, 2048)
+    context, end = lm._encode_pair("\n", "Paris")
+    assert context == [BOS] and lm.tok_decode(end) in ("\nParis", "Paris") and lm.prefix_token_id == BOS
+
+
+def test_a_system_message_that_depends_on_the_row_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"^tasks\.piqa\.system: lm-eval has one system message for all rows, and"
+    ) as no:
+        lm_eval.check(local("piqa", system="You know {{ topic }}."))
+    assert "topic" in str(no.value) and "lm_eval: null" in str(no.value)
+
+    fixed = local("piqa", system="Be {{ 'brief' }}.")
+    lm_eval.check(fixed)
+    assert lm_eval.fingerprint_of(fixed) != lm_eval.fingerprint_of(local("piqa"))
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def write_lines(file: Path, rows: list[dict]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def docs_of(task: Task) -> tuple[list[dict], object]:
+    lm_task = lm_eval._load_task(task, 0).lm_task
+    return list(lm_task.eval_docs), lm_task
+
+
+def test_rows_have_the_values_of_their_file_whatever_their_neighbours(tmp_path):
+    file = tmp_path / "test.jsonl"
+    file.write_text(
+        '{"goal": "Add", "sol1": "02108", "sol2": 5, "label": 0, "score": 2.50, "seen": true}\n'
+        '{"goal": 1984, "sol1": 2.5, "sol2": null, "label": "1", "score": 123456789012345678901, "seen": 1}\n'
+        '{"goal": null, "sol1": "a", "sol2": "b", "label": "b", "day": "2024-01-05"}\n'
+    )
+    docs, lm_task = docs_of(local("piqa", file))
+
+    assert [doc["seen"] for doc in docs] == [True, 1, None] and docs[0]["seen"] is True
+    assert [str(doc["score"]) for doc in docs] == ["2.50", "123456789012345678901", "None"]
+    assert docs[0]["day"] is None and docs[2]["day"] == "2024-01-05"
+    with lm_eval._nulls_are_empty():
+        assert [lm_task.doc_to_text(doc) for doc in docs] == [
+            "Question: Add\nAnswer:",
+            "Question: 1984\nAnswer:",
+            "Question: \nAnswer:",
+        ]
+        assert [lm_task.doc_to_choice(doc) for doc in docs] == [["02108", "5"], ["2.5", ""], ["a", "b"]]
+    assert [lm_task.doc_to_target(doc) for doc in docs] == [0, 1, "b"]
+
+
+def test_cells_of_a_csv_file_are_texts_and_an_index_among_them_is_one(stories, tmp_path):
+    piqa, winogrande = tmp_path / "piqa.csv", tmp_path / "winogrande.csv"
+    piqa.write_text('goal,sol1,sol2,label\nBoil water,Heat it,Cool it,0\nDry,"In the sun,\nor wind",At night,1\n')
+    winogrande.write_text("sentence,option1,option2,answer\nAnn met Eve as _ left.,Ann,Eve,2\n")
+    boolq = tmp_path / "boolq.csv"
+    boolq.write_text("passage,question,answer\nSnow is white.,is snow white,True\nIt is.,is it not,false\n")
+
+    targets = {"piqa": [0, 1], "winogrande": [1], "boolq": [1, 0]}
+    for file in (piqa, winogrande, boolq):
+        task = local(file.stem, file)
+        lm_eval.check(task)
+        docs, lm_task = docs_of(task)
+        target = lm_task.doc_to_text if lm_task.multiple_input else lm_task.doc_to_target
+        assert [target(doc) for doc in docs] == targets[file.stem]
+        assert len(lm_eval.judge(*stories, task, **ARGUMENTS).values) == len(docs)
+
+
+def test_a_row_that_a_task_changes_is_read_unchanged_the_next_time():
+    split = RowSplit([{"a": [1], "b": 2}, {"a": [3]}])
+    changed = split.map(lambda row: row["a"].append(9) or {"b": row["a"]})
+
+    assert list(changed) == [{"a": [1], "b": [1, 9]}, {"a": [3], "b": [3, 9]}]
+    assert list(split) == [{"a": [1], "b": 2}, {"a": [3], "b": None}] and list(split.features) == ["a", "b"]
+
+
+def test_a_split_has_what_tasks_ask_of_a_data_set():
+    rows = [{"a": n, "b": str(n)} for n in range(4)]
+    split, dataset = RowSplit(rows), Dataset.from_list(rows)
+    for ask in (
+        lambda rows: rows.map(lambda row: {"c": row["a"] + 1}, remove_columns=["b"]),
+        lambda rows: rows.map(lambda row, i: {"c": i}, with_indices=True),
+        lambda rows: rows.map(lambda row: None),
+        lambda rows: rows.filter(lambda row: row["a"] > 1),
+        lambda rows: rows.filter(lambda row, i: i > 1, with_indices=True),
+        lambda rows: rows.map(lambda rows: {"c": rows["a"]}, batched=True),
+        lambda rows: rows.select([2, 0]),
+        lambda rows: rows.rename_column("a", "c"),
+    ):
+        assert list(ask(split)) == list(ask(dataset)) and list(ask(split).features) == list(ask(dataset).features)
+    assert split["b"] == dataset["b"][:] and split[1:3] == dataset[1:3] and split[-1] == dataset[-1]
+    assert split.column_names == dataset.column_names
+
+
+# --- rows that are not judged ----------------------------------------------------------------------------------------
+
+
+def test_rows_that_may_not_be_judged_are_left_out_and_counted(stories, tmp_path):
+    rows = rows_of("ai2_arc_easy", "test", 20)
+    file = write(tmp_path / "test.parquet", rows)
+    whole = lm_eval.judge(*stories, local("arc_easy", file), **ARGUMENTS)
+    even = {row["question"] for row in rows[::2]}
+
+    def is_held_out(row: dict) -> bool:
+        return row["question"] in even
+
+    # Calibrated from other files, so that none is split off.
+    task = local("arc_easy").model_copy(update={"evaluation_path": str(file)})
+    judged = lm_eval.judge(*stories, task, **ARGUMENTS, is_held_out=is_held_out)
+    assert judged.values == whole.values[::2]
+    assert lm_eval.count_rows(task, is_held_out) == lm_eval.RowCounts(20, {"calibrated": 10})
+    assert lm_eval.count_rows(task) == lm_eval.RowCounts(20, {})
+
+    with pytest.raises(DataError, match=r"^tasks\.arc_easy: no row is left to judge"):
+        lm_eval.judge(*stories, task, **ARGUMENTS, is_held_out=lambda row: False)
+
+
+def test_rows_of_the_corpus_are_judged_only_where_they_are_held_out(stories, tmp_path):
+    rows = rows_of("ai2_arc_easy", "test", 60)
+    file = write_lines(tmp_path / "rows.jsonl", rows + rows[:5])
+    task = BUILT_IN["arc_easy"].model_copy(update={"path": str(file)})
+    is_held_out = held_out_rows(task, seed=0)
+    held_out = [row for row in rows + rows[:5] if is_held_out(row)]
+    assert 0 < len(held_out) < 30
+
+    judged = lm_eval.judge(*stories, task, **ARGUMENTS, is_held_out=is_held_out)
+    assert len(judged.values) == len(held_out)
+    assert lm_eval.count_rows(task, is_held_out) == lm_eval.RowCounts(65, {"left": 65 - len(held_out)})
+
+    # Examples are rows that were calibrated on.
+    lm_task = lm_eval._load_task(task, 2, is_held_out).lm_task
+    assert {doc["question"] for doc in lm_task.sampler.df}.isdisjoint(row["question"] for row in held_out)
+
+    recall = task.model_copy(update={"held_out": False})
+    assert held_out_rows(recall, seed=0) is None
+    assert len(lm_eval.judge(*stories, recall, **ARGUMENTS).values) == 65
+
+
+def test_examples_are_none_of_the_judged_rows_even_where_these_lie_in_both_files(tmp_path):
+    rows = rows_of("ai2_arc_easy", "test", 6)
+    train, test = write(tmp_path / "train.parquet", rows), write(tmp_path / "test.parquet", rows[:3])
+    task = local("arc_easy", train).model_copy(update={"evaluation_path": str(test)})
+    lm_task = lm_eval._load_task(task, 2).lm_task
+    assert {doc["question"] for doc in lm_task.sampler.df} == {row["question"] for row in rows[3:]}
+
+
+def test_rows_without_a_right_answer_are_left_out_and_counted_wherever_they_are(stories, tmp_path):
+    good = [PIQA, PIQA | {"goal": "Dry a coat"}, PIQA | {"goal": "Cut bread", "label": 1}]
+    bad = [PIQA | {"label": -1}, PIQA | {"label": None}, PIQA | {"label": 2}, PIQA | {"sol2": ""}]
+    task = local("piqa", write_lines(tmp_path / "test.jsonl", [*bad[:2], *good[:2], *bad[2:], good[2]]))
+    lm_eval.check(task)
+    judged = lm_eval.judge(*stories, task, **ARGUMENTS)
+    alone = lm_eval.judge(*stories, local("piqa", write_lines(tmp_path / "good.jsonl", good)), **ARGUMENTS)
+
+    assert judged == alone and len(judged.values) == 3
+    assert lm_eval.count_rows(task) == lm_eval.RowCounts(7, {"wrong_answer": 4})
+    # Examples have right answers, too.
+    shown = lm_eval._load_task(task, 1).lm_task.sampler.df
+    assert [doc["goal"] for doc in shown] == [row["goal"] for row in good]
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "odd"),
+    [
+        ("winogrande", WINOGRANDE, {"answer": ""}),
+        ("winogrande", WINOGRANDE, {"sentence": None}),
+        ("hellaswag", HELLASWAG, {"label": ""}),
+    ],
+)
+def test_an_odd_row_costs_no_other_its_judgement(name, good, odd, stories, tmp_path):
+    for rows in ([good | odd, good, good], [good, good | odd, good]):
+        task = local(name, write_lines(tmp_path / "test.jsonl", rows))
+        lm_eval.check(task)
+        assert len(lm_eval.judge(*stories, task, **ARGUMENTS).values) == 2
+        assert lm_eval.count_rows(task) == lm_eval.RowCounts(3, {"wrong_answer": 1})
+
+
+def test_generated_answers_are_not_compared_with_an_empty_one(stories, tmp_path):
+    rows = [{"question": "How many?", "answer": answer} for answer in ("#### 42", "", None)]
+    task = local("gsm8k", write_lines(tmp_path / "test.jsonl", rows))
+    assert len(lm_eval.judge(*stories, task, **ARGUMENTS).values) == 1
+    assert lm_eval.count_rows(task) == lm_eval.RowCounts(3, {"no_answer": 2})
+
+
+def test_piqa_is_right_on_the_same_rows_by_either_judge():
+    """113 of its rows have spaces around choices that the answers have lost."""
+    task = local("piqa", question=QUESTION)
+    file = DATA / "tasks" / SOURCES["piqa"][0]
+    items = [Renderer(task).item(row) for row in pq.read_table(file).to_pylist()]
+    docs, lm_task = docs_of(task)
+    golds = [lm_task.doc_to_target(doc) for doc in docs]
+
+    spaced = [item for item in items if item.answer not in item.choices]
+    assert len(spaced) == 113
+    # Of two choices with one text the first is the right one to us.
+    assert all(item.is_right(gold) for item, gold in zip(items, golds, strict=True))
+    assert sum(item.gold != gold for item, gold in zip(items, golds, strict=True)) <= 2
+    assert lm_eval.count_rows(task).counts == {}
+
+
+# --- what cannot be judged -------------------------------------------------------------------------------------------
 
 
 def without(row: dict, *columns: str) -> dict:
