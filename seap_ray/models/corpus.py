@@ -311,7 +311,7 @@ Reason = Literal[
     "refused",
     "no_token",
 ]
-REASONS: dict[Reason, str] = {
+REASONS: dict[str, str] = {
     "blank": "blank",
     "no_answer": "without an answer",
     "held_out": "held out for evaluation",
@@ -349,13 +349,13 @@ def choice_defect(task: Task, item: Item) -> Reason | None:
     return "same_choices" if len(set(stripped)) < len(stripped) else None
 
 
-def rows_lines(task: str, n_rows: int, counts: Mapping[str, int]) -> list[str]:
+def rows_lines(task: str, n_rows: int, counts: Mapping[str, int], *, purpose: str = "calibration") -> list[str]:
     """Return lines for people on the rows of a task that are held out, left out, or worth a look."""
     lines = []
     if n_held_out := counts.get("held_out"):
         lines.append(f"tasks.{task}: {n_held_out:,} of {n_rows:,} rows held out for evaluation")
     if others := listed({reason: n for reason, n in counts.items() if reason not in ("held_out", "left")}):
-        lines.append(f"tasks.{task}: of {n_rows:,} rows {others}")
+        lines.append(f"tasks.{task}: of {n_rows:,} rows for {purpose} {others}")
     return lines
 
 

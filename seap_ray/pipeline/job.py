@@ -174,6 +174,10 @@ def _evaluate(
 
     # The main job does without the extra packages of lm-eval, which judges in studies only.
     eval_tasks = {task.name: eval_task(config, run, task, by_lm_eval=False) for task in config.tasks}
+    for name, judged_task in eval_tasks.items():
+        for line in rows_lines(name, judged_task.n_rows, judged_task.counts, purpose="evaluation"):
+            say(f"  {line}")
+
     targets = [eval_target(calibrated.checkpoint, eval_tasks)]
     targets += [eval_target(checkpoint, eval_tasks) for checkpoint in checkpoints]
 

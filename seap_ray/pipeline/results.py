@@ -140,10 +140,8 @@ def make_results(
 
 def _task_row(task: Task, eval_task: EvalTask | Failure | None) -> TaskRow:
     # A task that cannot be judged is there all the same, with what would have judged it.
-    metric: str = task.metric
-    judge = SEAP_RAY_JUDGE
-    if isinstance(eval_task, EvalTask):
-        metric = eval_task.metric
-        judge = eval_task.judge
+    if not isinstance(eval_task, EvalTask):
+        return TaskRow(task.metric, COLUMN_HEADS[task.metric], SEAP_RAY_JUDGE)
 
-    return TaskRow(metric, COLUMN_HEADS[metric], judge)
+    head = COLUMN_HEADS[eval_task.metric]
+    return TaskRow(eval_task.metric, head, eval_task.judge, eval_task.n_rows, eval_task.counts)

@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from seap_ray.models.corpus import REASONS
 from seap_ray.progress import count
 from seap_ray.report.charts import Panel, SeriesStyle
 from seap_ray.report.plots.activations import clusters_section
@@ -50,6 +51,8 @@ SECTIONS = (
 """In the order of the page."""
 
 
+CUT = "cut"
+"""Key of the number of texts that are cut, among the reasons of ``corpus.REASONS``."""
 SUMMARY_CAPTION = (
     "Value ± standard error, an expert's own task in bold; removed is the share of the decoder layers' weights"
 )
@@ -185,6 +188,29 @@ def _task_row(data: RunData, name: str, task: TaskRow) -> list[str]:
     return [name, task.metric, task.judge, form, *sizes, f"{n_judged:,} {unit}" if n_judged else ""]
 
 
+def rows_table(data: RunData) -> Table:
+    """Return how many rows of every task were left out of calibration and evaluation, or are worth a look, and why."""
+    sides: list[tuple[str, str, int, Mapping[str, int]]] = []
+    for name, task in data.comparison.tasks.items():
+        manifest = read_json(data.run.shards(name) / "manifest.json") or {}
+        # A run of an older version counted blank rows alone.
+        counts = {"blank": manifest.get("n_blank", 0), **manifest.get("counts", {}), CUT: manifest.get("n_cut", 0)}
+        sides.append((name, "calibration", manifest.get("n_rows", 0), counts))
+        sides.append((name, "evaluation", task.n_rows, task.counts))
+
+    # Reasons that no row has are left out, and with them the sides of which nothing is to be said.
+    words = {**REASONS, CUT: "cut at the longest sequence"}
+    reasons = [reason for reason in words if any(side_counts.get(reason) for *_, side_counts in sides)]
+    rows = []
+    for name, side, n_rows, side_counts in sides:
+        if any(side_counts.values()):
+            cells = [f"{side_counts[reason]:,}" if side_counts.get(reason) else "" for reason in reasons]
+            rows.append([name, side, f"{n_rows:,}", *cells])
+
+    columns = ["task", "drawn for", "rows", *(words[reason] for reason in reasons)]
+    return Table("Rows that were left out, or are worth a look", columns, [("", rows)] if rows else [])
+
+
 # --- facts -----------------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +270,7 @@ def render(data: RunData) -> str:
         name=data.run.root.name,
         facts=facts(data),
         commands=commands(data),
-        tables=[table for table in (summary_table(data), tasks_table(data)) if table.groups],
+        tables=[table for table in (summary_table(data), tasks_table(data), rows_table(data)) if table.groups],
         sections=sections(data),
         draw=draw,
     )

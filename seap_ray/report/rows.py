@@ -143,13 +143,18 @@ class TaskRow:
     """The metric's short name, for the head of a column."""
     judge: str = ""
     """``seap_ray`` or ``lm_eval``."""
+    n_rows: int = 0
+    """Rows that the evaluation's were drawn from, where ``seap_ray`` drew them."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Rows that were left out of the evaluation, or are worth a look, by ``corpus.REASONS``."""
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "TaskRow":
         """Read a task of a results file."""
-        return cls(content["metric"], content.get("short", ""), content.get("judge", ""))
+        names = ("short", "judge", "n_rows", "counts")
+        return cls(content["metric"], **{name: content[name] for name in names if name in content})
 
-    def to_json(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, Any]:
         """Return the task as a results file holds it."""
         return asdict(self)
 

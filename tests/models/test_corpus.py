@@ -382,7 +382,7 @@ def test_counts_are_told_in_words():
     counts = {"held_out": 12, "no_answer": 1, "wrong_answer": 2000, "left": 3}
     assert rows_lines("sums", 6000, counts) == [
         "tasks.sums: 12 of 6,000 rows held out for evaluation",
-        "tasks.sums: of 6,000 rows 1 without an answer, 2,000 whose answer is none of their choices",
+        "tasks.sums: of 6,000 rows for calibration 1 without an answer, 2,000 whose answer is none of their choices",
     ]
     assert rows_lines("sums", 60, {}) == []
 

@@ -57,7 +57,7 @@ def statistics_of(inputs: dict[tuple[int, str], torch.Tensor]) -> Statistics:
 
 def manifest_of(lengths: list[int] = LENGTHS, task: str = "arithmetic") -> Manifest:
     shards = tuple(Shard(task, f"{i:05d}", 1, n, f"sha-{task}-{i}") for i, n in enumerate(lengths))
-    return Manifest(task, "print", shards, n_rows=len(lengths), n_blank=0, n_cut=0, prompts="")
+    return Manifest(task, "print", shards, n_rows=len(lengths), n_cut=0, prompts="", rows="")
 
 
 def records_of(run: Run, calibration: Calibration = CALIBRATION) -> ShardRecords:
@@ -377,7 +377,7 @@ def save_shards(run: Run, sequences: list[list[list[int]]]) -> Manifest:
         shard.path(run).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"ids": pa.array(ids, pa.list_(pa.int32()))}), shard.path(run))
         shards.append(replace(shard, sha256=sha256_of(shard.path(run))))
-    return Manifest("sort", "print", tuple(shards), n_rows=len(sequences), n_blank=0, n_cut=0, prompts="")
+    return Manifest("sort", "print", tuple(shards), n_rows=len(sequences), n_cut=0, prompts="", rows="")
 
 
 def table_of(shards: tuple[Shard, ...]) -> pa.Table:
