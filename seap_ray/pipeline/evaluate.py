@@ -22,8 +22,15 @@ from seap_ray.errors import ConfigError, FaultError, IncompleteError, SeapError
 from seap_ray.judges import lm_eval
 from seap_ray.judges.quality import Quality, measure, measure_windows, windows
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.corpus import Item, check_evaluation, held_out_rows, judged_rows, load_tokenizer
-from seap_ray.models.encoding import Encoding
+from seap_ray.models.corpus import (
+    Item,
+    check_evaluation,
+    held_out_rows,
+    judged_rows,
+    load_tokenizer,
+    tokenizer_hash,
+)
+from seap_ray.models.encoding import Encoding, uses_chat
 from seap_ray.models.loading import load_model
 from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, write_temporarily
 from seap_ray.pipeline.draw import Draw, draw_judged, judged_text
@@ -122,9 +129,12 @@ def eval_task(config: Config, run: Run, task: Task, *, by_lm_eval: bool) -> Eval
     if by_lm_eval and task.lm_eval:
         lm_eval.check(task)
         # lm-eval draws its rows by itself, so the hash is of what it draws them by.
-        inputs = [lm_eval.fingerprint_of(task), settings.samples, settings.num_fewshot, config.run.seed]
-        inputs += [task.held_out, manifest and manifest.rows]
-        return EvalTask(task, lm_eval.version(), fingerprint(inputs), calibrated=calibrated)
+        inputs: list[Any] = [lm_eval.fingerprint_of(task), settings.samples, settings.num_fewshot, config.run.seed]
+        inputs += [task.held_out, manifest and manifest.rows, *_encoding_state(config, task)]
+        is_held_out = held_out_rows(task, seed=config.run.seed, calibrated=calibrated)
+        rows = lm_eval.count_rows(task, is_held_out) or lm_eval.RowCounts(0, {})
+        key = fingerprint(inputs)
+        return EvalTask(task, lm_eval.version(), key, (), rows.n_rows, rows.counts, calibrated)
 
     check_evaluation(task)
     drawn = _drawn_items(config, run, task, manifest)
@@ -133,8 +143,16 @@ def eval_task(config: Config, run: Run, task: Task, *, by_lm_eval: bool) -> Eval
 
     # The window is no part of the drawn rows, but the figures depend on it.
     window = _window(config) if task.metric == "window_perplexity" else None
-    key = fingerprint(stored, window)
+    key = fingerprint(stored, window, *_encoding_state(config, task))
     return EvalTask(task, SEAP_RAY_JUDGE, key, items, stored["n_rows"], stored["counts"])
+
+
+def _encoding_state(config: Config, task: Task) -> list[str | None]:
+    """Return what a question's token ids depend on: the tokenizer's files, and the chat template where it is used."""
+    checkpoint = Checkpoint.open(config.model.source, config.model.revision)
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
+    is_chat = uses_chat(config, task, tokenizer)
+    return [tokenizer_hash(checkpoint), tokenizer.get_chat_template() if is_chat else None]
 
 
 def _calibrated_rows(run: Run, task: Task) -> Manifest | None:
