@@ -105,6 +105,25 @@ def test_the_facts_of_the_run_are_told(run):
         assert fact in text
 
 
+def test_rows_that_do_not_count_are_told_by_task_and_reason(run, tmp_path):
+    assert "Rows that were left out, or are worth a look" not in page_of(run).text
+
+    counted = make_run(tmp_path / "demo")
+    manifest = counted.shards("sort") / "manifest.json"
+    edit(manifest, lambda values: values.update(n_rows=6000, n_cut=3, counts={"held_out": 1200, "no_answer": 2}))
+    edit(counted.shards("prose") / "manifest.json", lambda values: values.update(n_rows=70, n_blank=7))
+    edit(counted.results, lambda values: values["tasks"]["sort"].update(n_rows=6000, counts={"wrong_answer": 5}))
+
+    table = next(table for table in page_of(counted).tables if table[0][:2] == ["task", "drawn for"])
+    reasons = ["blank", "without an answer", "held out for evaluation", "whose answer is none of their choices"]
+    assert table == [
+        ["task", "drawn for", "rows", *reasons, "cut at the longest sequence"],
+        ["sort", "calibration", "6,000", "", "2", "1,200", "", "3"],
+        ["sort", "evaluation", "6,000", "", "", "", "5", ""],
+        ["prose", "calibration", "70", "7", "", "", "", ""],
+    ]
+
+
 def test_what_was_not_measured_leaves_no_heading_behind(run, studied):
     few, many = (re.findall(r'<h2 id="(\w+)"', write_report(one).read_text()) for one in (run, studied))
     assert few == ["summary", "quality", "transfer", "sparsity", "overlap", "clusters", "scores", "router"]
