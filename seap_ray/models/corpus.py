@@ -413,7 +413,8 @@ def held_out_rows(task: Task, *, seed: int, calibrated: frozenset[bytes] = froze
     renderer = Renderer(task)
     judged = judged_rows(task)
     split = None
-    if judged.is_split_off:
+    # On the hub lm-eval has splits of its own.
+    if judged.is_split_off and judged.source.hub_id is None:
         items = (renderer.item(row) for part in judged.source.parts(seed=seed) for row in part.rows())
         split = split_of(task, seed, items)
 
