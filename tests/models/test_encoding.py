@@ -12,8 +12,9 @@ from seap_ray.config import Config
 from seap_ray.core.architecture import family_of
 from seap_ray.errors import ConfigError, DataError
 from seap_ray.models.corpus import Item
-from seap_ray.models.encoding import Encoding, bos_warning, uses_chat, writes_conversations
+from seap_ray.models.encoding import Encoding, bos_warning, prompt_frame, uses_chat, writes_conversations
 from seap_ray.models.sequences import CountedSequence
+from seap_ray.routing.router import PromptFrame, Router
 from seap_ray.tasks import Task
 
 BOS = "<s>"
@@ -369,6 +370,41 @@ def test_of_several_templates_the_default_is_used():
     assert writes_conversations(tokenizer)
     tokenizer.chat_template = {"rag": "x", "tool_use": "x"}
     assert not writes_conversations(tokenizer)
+
+
+# --- one question everywhere -----------------------------------------------------------------------------------------
+
+
+def router_of(tokenizer, *, is_chat: bool) -> Router:
+    frame = prompt_frame(tokenizer) if is_chat else None
+    return Router(tokenizer.backend_tokenizer, (), {}, (), frame=PromptFrame(*frame) if frame else None)
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+@pytest.mark.parametrize(("kind", "added", "template"), [*product(KINDS, ADDED, [*CHATS, "reasoning"])])
+def test_a_question_has_the_same_ids_in_calibration_judge_router_and_transformers(kind, added, template, is_chat):
+    """How lm-eval and the endpoint see it is tested beside them."""
+    tokenizer = make(kind, added, template)
+    encoding = Encoding(tokenizer, is_chat)
+    for question in (QUESTION, "a\nb ", f"x {TURN} y", "Ünï 😀"):
+        item = asked(question.strip())
+        prompt = encoding.prompt(item)
+        if is_chat:
+            expected = tokenizer.apply_chat_template(
+                item.messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        else:
+            expected = [i for i in tokenizer(item.question)["input_ids"] if i != tokenizer.eos_token_id]
+        judged, start = encoding.continuation(item, "Paris")
+        router = router_of(tokenizer, is_chat=is_chat)
+
+        assert prompt == expected
+        assert [*encoding.sequence(item)][: len(prompt)] == prompt
+        assert start >= len(prompt) and judged[: len(prompt)] == prompt
+        assert router.prompt_ids(question) == prompt
+        # The router's evidence is a part of these ids.
+        ids = router.ids(question).tolist()
+        assert any(prompt[i : i + len(ids)] == ids for i in range(len(prompt)))
 
 
 # --- which tokens count ----------------------------------------------------------------------------------------------
