@@ -226,9 +226,9 @@ def _write_task(config: Config, run: Run, task: Task, key: str, drawn: Draw) -> 
     # Opened here, on the node that does the work: a checkpoint's folder may lie elsewhere there.
     checkpoint = Checkpoint.open(config.model.source, config.model.revision)
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
+    encoding = Encoding.of(config, task, tokenizer)
     longest = min(corpus.sequence_length, checkpoint.architecture.max_position_embeddings)
 
-    encoding = Encoding.of(config, task, tokenizer)
     counts = Counter(drawn.counts)
     rows = _encode(encoding, task, drawn.items, corpus.count, counts)
     _check_ids(rows, task, encoding, checkpoint.vocabulary_size)
@@ -240,10 +240,21 @@ def _write_task(config: Config, run: Run, task: Task, key: str, drawn: Draw) -> 
     if corpus.packing == "bucket":
         n_cut = sum(len(row.ids) > longest for row in rows)
         rows = _counting([replace(row, ids=row.ids[:longest]) for row in rows], counts)
+
     rows = _within_budget(rows, corpus.max_tokens)
     if not rows:
         raise DataError(f"tasks.{task.name}: none of the {drawn.n_rows} rows is left: {listed(counts)}")
+    shards = _write_shards(config, run, task.name, rows, longest)
 
+    # Last: a folder without a manifest is made again.
+    keys = _write_row_keys(run, task.name, drawn.items)
+    manifest = Manifest(task.name, key, shards, drawn.n_rows, n_cut, prompts, keys, dict(counts), encoding.is_chat)
+    write_json(run.shards(task.name) / MANIFEST_FILE, asdict(manifest))
+
+
+def _write_shards(config: Config, run: Run, task: str, rows: Sequence[_EncodedRow], longest: int) -> tuple[Shard, ...]:
+    """Write rows as shards: each text for itself, or all of a shard's in chunks of ``longest`` tokens."""
+    corpus = config.corpus
     shards: list[Shard] = []
     for start in range(0, len(rows), corpus.shard_sequences):
         shard_rows = rows[start : start + corpus.shard_sequences]
@@ -253,14 +264,9 @@ def _write_task(config: Config, run: Run, task: Task, key: str, drawn: Draw) -> 
             # nothing to count.
             chunks = chunk_stream([row.ids for row in shard_rows], longest)
             pairs = [(ids, "") for ids in chunks if n_counted(ids)]
-        shards.append(_write_shard(run, task.name, f"{len(shards):05d}", pairs))
+        shards.append(_write_shard(run, task, f"{len(shards):05d}", pairs))
 
-    # Last: a folder without a manifest is made again.
-    rows_hash = _write_row_keys(run, task.name, drawn.items)
-    manifest = Manifest(
-        task.name, key, tuple(shards), drawn.n_rows, n_cut, prompts, rows_hash, dict(counts), encoding.is_chat
-    )
-    write_json(run.shards(task.name) / MANIFEST_FILE, asdict(manifest))
+    return tuple(shards)
 
 
 def _encode(
