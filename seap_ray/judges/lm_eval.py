@@ -5,13 +5,12 @@ Where the task's evaluation rows lie in local files, lm-eval runs on these, and 
 an optional extra, and takes seconds to import: hence the imports inside functions.
 """
 
-import copy
 import io
 import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -23,8 +22,8 @@ from jinja2 import Environment, UndefinedError, meta
 from transformers import PreTrainedModel
 
 from seap_ray.errors import ConfigError, DataError
+from seap_ray.judges.lm_eval_model import wrap
 from seap_ray.judges.lm_eval_rows import RowSplit, adapt, evaluation_files, example_files, read
-from seap_ray.models.batching import group_by_length
 from seap_ray.models.corpus import judged_rows
 from seap_ray.models.encoding import Encoding
 from seap_ray.models.row_sources import Row, calibration_rows
@@ -138,7 +137,7 @@ def judge(
     with _quiet(), _nulls_are_empty():
         loaded = _load_task(task, num_fewshot, is_held_out)
         rows = _draw(loaded.places, samples, seed)
-        answers = _run_lm_eval(loaded.lm_task, _lm(model, encoding, batch_tokens), rows, system)
+        answers = _run_lm_eval(loaded.lm_task, wrap(model, encoding, batch_tokens), rows, system)
         return _result(metric, answers)
 
 
@@ -266,6 +265,9 @@ def _load_local(task: Task, shots: int, is_held_out: Callable[[Row], bool] | Non
     if not rows:
         raise _none_left(task)
 
+    # The other side of a corpus that is split is no row that is missed.
+    reason = "left" if judged_rows(task).is_split_off else "calibrated"
+    counts = Counter({reason: len(calibrated)})
     examples = _examples(task, shots, rows, calibrated)
     try:
         lm_task = _build_local(task, shots, RowSplit(rows), examples)
@@ -276,9 +278,10 @@ def _load_local(task: Task, shots: int, is_held_out: Callable[[Row], bool] | Non
         if not fitting:
             raise
         lm_task = _build_local(task, shots, RowSplit(fitting), examples)
-        return _loaded(task, lm_task, len(calibrated), len(rows) - len(fitting))
+        counts[_no_answer(lm_task)] = len(rows) - len(fitting)
 
-    return _loaded(task, lm_task, len(calibrated))
+    _drop_unanswered_examples(lm_task)
+    return _loaded(task, lm_task, counts)
 
 
 def _fits(task: Task, row: Row) -> bool:
@@ -297,7 +300,7 @@ def _load_from_hub(task: Task, shots: int, is_held_out: Callable[[Row], bool] | 
 
     split = _judged_split(lm_task)
     rows = lm_task.dataset[split]
-    held_out = [i for i, row in enumerate(rows) if is_held_out is None or is_held_out(row)]
+    held_out = [i for i, row in enumerate(rows) if is_held_out(row)] if is_held_out else range(len(rows))
     if not held_out:
         raise _none_left(task)
 
@@ -305,7 +308,7 @@ def _load_from_hub(task: Task, shots: int, is_held_out: Callable[[Row], bool] | 
     if n_calibrated:
         lm_task.dataset[split] = rows.select(held_out)
         lm_task.task_docs = lm_task.eval_docs
-    return _loaded(task, lm_task, n_calibrated)
+    return _loaded(task, lm_task, Counter({"calibrated": n_calibrated}))
 
 
 def _judged_split(lm_task: Any) -> str:
@@ -341,8 +344,11 @@ def _content(row: Row) -> str:
     return json.dumps(row, sort_keys=True, default=str)
 
 
-def _loaded(task: Task, lm_task: Any, n_calibrated: int, n_odd: int = 0) -> _LoadedTask:
-    """Return a task whose rows are prepared once, and which of them can be judged."""
+def _loaded(task: Task, lm_task: Any, counts: Counter[str]) -> _LoadedTask:
+    """Return a task whose rows are prepared once, and which of them can be judged.
+
+    ``counts`` are of the rows that are left out before, by the reason.
+    """
     # lm-eval prepares its rows anew on every reading, but some tasks shuffle choices at that.
     docs = lm_task.task_docs
     lm_task.dataset = {_judged_split(lm_task): docs}
@@ -351,13 +357,16 @@ def _loaded(task: Task, lm_task: Any, n_calibrated: int, n_odd: int = 0) -> _Loa
     places = [i for i, row in enumerate(docs) if _is_answered(lm_task, row)]
     if not places:
         raise DataError(f"tasks.{task.name}: no row of lm-eval's task {task.lm_eval} has a right answer")
-    _drop_unanswered_examples(lm_task)
 
-    # The other side of a corpus that is split is no row that is missed.
-    reason = "left" if judged_rows(task).is_split_off else "calibrated"
-    no_answer = "wrong_answer" if lm_task.OUTPUT_TYPE == "multiple_choice" else "no_answer"
-    counts = Counter({reason: n_calibrated, no_answer: len(docs) - len(places) + n_odd})
-    return _LoadedTask(lm_task, places, RowCounts(n_calibrated + len(docs) + n_odd, dict(+counts)))
+    n_rows = counts.total() + len(docs)
+    counts[_no_answer(lm_task)] += len(docs) - len(places)
+    # Without the reasons that no row has.
+    return _LoadedTask(lm_task, places, RowCounts(n_rows, dict(+counts)))
+
+
+def _no_answer(lm_task: Any) -> str:
+    """Return the reason for which rows of a task's kind have no right answer."""
+    return "wrong_answer" if lm_task.OUTPUT_TYPE == "multiple_choice" else "no_answer"
 
 
 def _drop_unanswered_examples(lm_task: Any) -> None:
@@ -403,13 +412,19 @@ def _build_local(task: Task, shots: int, rows: Any, examples: Any = None) -> Any
 
 def _build(task: Task, overrides: dict[str, Any]) -> Any:
     """Return lm-eval's task with some of its settings changed."""
-    from lm_eval.defaults import DEFAULT_OTHER_SEED
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     # A task may have a class of its own.
     task_class = {} if "class" in _definition(task) else {"class": _task_class()}
     # lm-eval merges overrides into a task of its own only for the members of a group.
     group = {"group": "seap_ray", "task": [{"task": task.lm_eval, **task_class, **overrides}]}
-    (lm_task,) = _manager().load([group])["tasks"].values()
+    state = random.getstate()
+    # Some tasks shuffle their choices: for every model in the same way.
+    random.seed(DEFAULT_RANDOM_SEED)
+    try:
+        (lm_task,) = _manager().load([group])["tasks"].values()
+    finally:
+        random.setstate(state)
     # The seed of lm-eval's command line, so that the examples are those that others report figures with.
     lm_task.set_fewshot_seed(DEFAULT_OTHER_SEED)
 
@@ -577,99 +592,7 @@ def _is_choice(target: Any, choices: list[str]) -> bool:
     return target is not None and 0 <= target < len(choices)
 
 
-# --- lm-eval's model -------------------------------------------------------------------------------------------------
-
-
-def _lm(model: PreTrainedModel, encoding: Encoding, batch_tokens: int) -> Any:
-    """Return lm-eval's wrapper of ``model``, which forms batches of at most ``batch_tokens``."""
-    from lm_eval.models.huggingface import HFLM
-
-    class TokenBatchedLM(HFLM):
-        """lm-eval's wrapper, with batches bounded by tokens instead of requests, and ids as everywhere."""
-
-        def __init__(self) -> None:
-            # lm-eval gives the tokenizer a padding token, so it has a copy.
-            super().__init__(model, backend="causal", tokenizer=copy.deepcopy(encoding.tokenizer))
-            self.encoding = encoding
-
-        @property
-        def max_gen_toks(self) -> int:
-            """lm-eval's 256 tokens, or half of a context that is too short for these and a prompt."""
-            return min(super().max_gen_toks, self.max_length // 2)
-
-        # --- token ids ---
-
-        @property
-        def prefix_token_id(self) -> int:
-            """The token that an empty prompt is: the one that the tokenizer begins with, or lm-eval's choice."""
-            beginning, _ = encoding.added
-            return beginning[-1] if beginning else super().prefix_token_id
-
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            """Return the ids of a text that is continued, or with ``add_special_tokens`` false of the text alone.
-
-            What a chat template has written is the text alone: the template has its special tokens.
-            """
-            if encoding.is_chat or add_special_tokens is False:
-                return encoding.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
-            return encoding.ids(string)
-
-        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-            if not encoding.is_chat:
-                prompt, answer = super()._encode_pair(context, continuation)
-                return prompt or [self.prefix_token_id], answer
-
-            # lm-eval moves white space at a prompt's end to the answer, but in a template it is the prompt's: what is
-            # served begins to answer behind it.
-            prompt = self.tok_encode(context)
-            whole = self.tok_encode(context + continuation)
-            if whole[: len(prompt)] == prompt:
-                return prompt, whole[len(prompt) :]
-            return prompt, self.tok_encode(continuation, add_special_tokens=False)
-
-        def tok_batch_encode(self, strings: Sequence[str], *_: Any, left_truncate_len: int, **__: Any) -> tuple:
-            """Return ids and attention masks of prompts, padded on the left, each cut to ``left_truncate_len``."""
-            ids = [self._cut(self.tok_encode(string), left_truncate_len) for string in strings]
-            padded = self.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
-            return padded["input_ids"], padded["attention_mask"]
-
-        def _cut(self, ids: list[int], length: int) -> list[int]:
-            """Return the end of a prompt that is too long, with the beginning token that it had."""
-            if len(ids) <= length:
-                return ids
-
-            beginning, _ = encoding.added
-            if ids[: len(beginning)] != beginning:
-                beginning = []
-            return beginning + ids[len(ids) - length + len(beginning) :]
-
-        # --- batches ---
-
-        def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
-            # The last token is predicted, and not read.
-            longest = self.max_length + 1
-            requests = [(texts, self._cut(prompt, longest - len(end)), end) for texts, prompt, end in requests]
-
-            # Groups are by length, so answers come in another order than requests.
-            answers: list[Any] = [None] * len(requests)
-            lengths = [len(context) + len(end) for _, context, end in requests]
-            for group in group_by_length(lengths, batch_tokens):
-                # One call is one batch.
-                self.batch_size_per_gpu = len(group)
-                batch = super()._loglikelihood_tokens([requests[i] for i in group])
-                for i, answer in zip(group, batch, strict=True):
-                    answers[i] = answer
-
-            return answers
-
-        def generate_until(self, requests: list[Any], **_: Any) -> list[str]:
-            """Generate answers, in batches of one size that the longest prompt and answer allow."""
-            # A prompt longer than the context is cut to it, so no batch is longer than that.
-            longest = max(len(self.tok_encode(request.args[0])) for request in requests) + self.max_gen_toks
-            self.batch_size_per_gpu = max(1, batch_tokens // min(longest, self.max_length))
-            return super().generate_until(requests)
-
-    return TokenBatchedLM()
+# --- lm-eval's manners ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -678,7 +601,10 @@ def _nulls_are_empty() -> Iterator[None]:
     from lm_eval import utils
 
     usual = utils.env
-    utils.env = usual.overlay(finalize=lambda value: "" if value is None else value)
+    environment: Any = usual.overlay(finalize=lambda value: "" if value is None else value)
+    # lm-eval compiles a template anew for every row.
+    environment.from_string = cache(environment.from_string)
+    utils.env = environment
     try:
         yield
     finally:

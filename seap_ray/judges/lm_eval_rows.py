@@ -100,10 +100,13 @@ class Layout:
     """Function that returns the columns to add to a row."""
 
 
+BOOLQ_LABELS = {"true": 1, "1": 1, "yes": 1, "false": 0, "0": 0, "no": 0}
+
+
 def _boolq_label(row: Row) -> Row:
-    """Return the label: 1 where the answer is true."""
+    """Return the label: 1 where the answer is true, 0 where it is false, None where it is neither."""
     # Every cell of a csv file is text.
-    return {"label": int(str(row["answer"]).lower() in ("true", "1"))}
+    return {"label": BOOLQ_LABELS.get(str(row["answer"]).lower())}
 
 
 def hellaswag_parts(row: Row) -> Row:
@@ -112,7 +115,7 @@ def hellaswag_parts(row: Row) -> Row:
     In that text the sentence to go on with is the last one, which has no end.
     """
     # "Making a cake: A woman breaks eggs. She"
-    label, _, context = row["query"].partition(": ")
+    label, _, context = str(row["query"] or "").partition(": ")
     # Whole sentences with their quotes and brackets, a space, and what has no end.
     sentences = re.fullmatch(r"(.*[.!?][\"')]*)\s+([^.!?]*)", context, re.DOTALL)
     first, last = sentences.groups() if sentences else (context, "")

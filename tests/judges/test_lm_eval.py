@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from seap_ray.errors import ConfigError, DataError
 from seap_ray.judges import lm_eval
+from seap_ray.judges.lm_eval_model import wrap
 from seap_ray.judges.lm_eval_rows import RowSplit, hellaswag_parts
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import Renderer, held_out_rows
@@ -55,6 +57,11 @@ def local(name: str, path: Path | None = None, split: str | None = None, **chang
     where, usual = SOURCES[name]
     changes |= {"path": str(path or DATA / "tasks" / where), "evaluation_split": split or usual}
     return BUILT_IN[name].model_copy(update=changes)
+
+
+def load_task(task: Task, *arguments):
+    with lm_eval._nulls_are_empty():
+        return lm_eval._load_task(task, *arguments).lm_task
 
 
 def rows_of(folder: str, split: str, n: int) -> list[dict]:
@@ -95,7 +102,16 @@ N = 40
 
 
 @pytest.mark.slow
-def test_figures_are_those_of_the_command_line_on_the_same_rows(stories, tmp_path):
+@pytest.mark.parametrize("is_chat", [False, True], ids=["plain", "chat"])
+def test_figures_are_those_of_the_command_line_on_the_same_rows(is_chat, stories, tmp_path):
+    model_folder = tmp_path / "model"
+    shutil.copytree(STORIES, model_folder)
+    # lm-eval counts white space at the prompt's end to the answer, so this template has none there.
+    template = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}assistant:"
+    tokenizer = AutoTokenizer.from_pretrained(STORIES, chat_template=template)
+    tokenizer.save_pretrained(model_folder)
+    judges = (stories[0], Encoding(tokenizer, is_chat))
+
     by_hand, ours = tmp_path / "by_hand", tmp_path / "ours"
     by_hand.mkdir(), ours.mkdir()
     hellaswag = [json.loads(line) for line in (DATA / "tasks/hellaswag/hellaswag_train_3368.jsonl").open()][:N]
@@ -130,14 +146,14 @@ def test_figures_are_those_of_the_command_line_on_the_same_rows(stories, tmp_pat
             "num_fewshot": shots,
         }
         (by_hand / f"{name}.yaml").write_text(yaml.safe_dump(definition))
-    figures = command_line(by_hand, [f"{name}_by_hand" for name in cases])
+    figures = command_line(model_folder, by_hand, [f"{name}_by_hand" for name in cases], is_chat=is_chat)
     for name, (*_, examples, shots) in cases.items():
         task = local(name, path=ours / f"{name}.parquet")
         if examples:
             task = task.model_copy(
                 update={"path": str(by_hand / f"{name}_examples.parquet"), "evaluation_path": task.path}
             )
-        judged = lm_eval.judge(*stories, task, **ARGUMENTS | {"num_fewshot": shots})
+        judged = lm_eval.judge(*judges, task, **ARGUMENTS | {"num_fewshot": shots})
         theirs = figures[f"{name}_by_hand"]
         keys = (f"{METRICS[name]},none", f"{METRICS[name]}_stderr,none")
         assert (judged.value, judged.stderr) == tuple(theirs[key] for key in keys), name
@@ -150,8 +166,9 @@ def llama_cpp(row: dict) -> dict:
     }
 
 
-def command_line(folder: Path, tasks: list[str]) -> dict[str, dict[str, float]]:
-    arguments = ["--model", "hf", "--model_args", f"pretrained={STORIES}", "--device", "cpu", "--batch_size", "8"]
+def command_line(model: Path, folder: Path, tasks: list[str], *, is_chat: bool) -> dict[str, dict[str, float]]:
+    arguments = ["--model", "hf", "--model_args", f"pretrained={model}", "--device", "cpu", "--batch_size", "8"]
+    arguments += ["--apply_chat_template"] if is_chat else []
     arguments += ["--tasks", *tasks, "--include_path", str(folder), "--output_path", str(folder / "out")]
     done = subprocess.run(
         [sys.executable, "-m", "lm_eval", "run", *arguments],
@@ -179,7 +196,7 @@ FIRST["arc_challenge"] = FIRST["arc_easy"]
 def test_prompts_choices_and_answers_are_lm_evals(name):
     where, split = SOURCES[name]
     (row,) = rows_of(where.partition("/")[0], split, 1)
-    lm_task = lm_eval._load_task(local(name), 0).lm_task
+    lm_task = load_task(local(name), 0)
     doc = lm_task.eval_docs[0]
     choices = lm_task.doc_to_choice(doc) if lm_task.config.doc_to_choice else None
 
@@ -188,7 +205,7 @@ def test_prompts_choices_and_answers_are_lm_evals(name):
 
 
 def test_winogrande_is_scored_on_what_follows_either_name():
-    lm_task = lm_eval._load_task(local("winogrande"), 0).lm_task
+    lm_task = load_task(local("winogrande"), 0)
     doc = lm_task.eval_docs[0]
     assert doc["sentence"] == "Sarah was a much better surgeon than Maria so _ always got the easier cases."
 
@@ -201,7 +218,7 @@ def test_winogrande_is_scored_on_what_follows_either_name():
 
 
 def test_hellaswag_of_llama_cpp_is_prepared_as_lm_eval_prepares_its_own():
-    lm_task = lm_eval._load_task(local("hellaswag"), 0).lm_task
+    lm_task = load_task(local("hellaswag"), 0)
     doc = lm_task.eval_docs[0]
     assert lm_task.doc_to_text(doc) == "Roof shingle removal: A man is sitting on a roof. He"
     assert lm_task.doc_to_choice(doc)[3] == "starts pulling up roofing on a roof." and lm_task.doc_to_target(doc) == 3
@@ -249,7 +266,7 @@ def test_examples_come_from_the_calibration_split_and_else_from_other_rows(tmp_p
     with_train = local("arc_easy")
     train = {row["question"] for row in rows_of("ai2_arc_easy", "train", 10**6)}
     for task, pool in ((alone, {row["question"] for row in rows}), (with_train, train)):
-        lm_task = lm_eval._load_task(task, 2).lm_task
+        lm_task = load_task(task, 2)
         for row in rows:
             doc = next(doc for doc in lm_task.eval_docs if doc["question"] == row["question"])
             *examples, last = lm_task.fewshot_context(doc, 2).split("Question: ")[1:]
@@ -259,8 +276,8 @@ def test_examples_come_from_the_calibration_split_and_else_from_other_rows(tmp_p
 
 
 def test_the_number_of_examples_is_lm_evals_unless_it_is_given():
-    shots = [lm_eval._load_task(local("gsm8k"), n).lm_task.config.num_fewshot for n in (None, 0, 3)]
-    assert shots == [5, 0, 3] and lm_eval._load_task(local("piqa"), None).lm_task.config.num_fewshot == 0
+    shots = [load_task(local("gsm8k"), n).config.num_fewshot for n in (None, 0, 3)]
+    assert shots == [5, 0, 3] and load_task(local("piqa"), None).config.num_fewshot == 0
 
 
 def test_a_fingerprint_tells_other_files_and_metrics_apart(tmp_path):
@@ -426,7 +443,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_but_for_the_beginning_tok
 
 def test_a_prompt_of_mere_space_is_the_beginning_token(stories):
     _, encoding = stories
-    lm = lm_eval._lm(stories[0], encoding, 2048)
+    lm = wrap(stories[0], encoding, 2048)
     context, end = lm._encode_pair("\n", "Paris")
     assert context == [BOS] and lm.tok_decode(end) in ("\nParis", "Paris") and lm.prefix_token_id == BOS
 
@@ -452,7 +469,7 @@ def write_lines(file: Path, rows: list[dict]) -> Path:
 
 
 def docs_of(task: Task) -> tuple[list[dict], object]:
-    lm_task = lm_eval._load_task(task, 0).lm_task
+    lm_task = load_task(task, 0)
     return list(lm_task.eval_docs), lm_task
 
 
@@ -483,16 +500,19 @@ def test_cells_of_a_csv_file_are_texts_and_an_index_among_them_is_one(stories, t
     piqa.write_text('goal,sol1,sol2,label\nBoil water,Heat it,Cool it,0\nDry,"In the sun,\nor wind",At night,1\n')
     winogrande.write_text("sentence,option1,option2,answer\nAnn met Eve as _ left.,Ann,Eve,2\n")
     boolq = tmp_path / "boolq.csv"
-    boolq.write_text("passage,question,answer\nSnow is white.,is snow white,True\nIt is.,is it not,false\n")
+    boolq.write_text(
+        "passage,question,answer\nSnow is white.,is snow white,True\nIt is.,is it not,false\nIt is.,is it,\n"
+    )
 
-    targets = {"piqa": [0, 1], "winogrande": [1], "boolq": [1, 0]}
+    targets = {"piqa": [0, 1], "winogrande": [1], "boolq": [1, 0, None]}
     for file in (piqa, winogrande, boolq):
         task = local(file.stem, file)
         lm_eval.check(task)
         docs, lm_task = docs_of(task)
         target = lm_task.doc_to_text if lm_task.multiple_input else lm_task.doc_to_target
         assert [target(doc) for doc in docs] == targets[file.stem]
-        assert len(lm_eval.judge(*stories, task, **ARGUMENTS).values) == len(docs)
+        answered = [target for target in targets[file.stem] if target is not None]
+        assert len(lm_eval.judge(*stories, task, **ARGUMENTS).values) == len(answered)
 
 
 def test_a_row_that_a_task_changes_is_read_unchanged_the_next_time():
@@ -557,7 +577,7 @@ def test_rows_of_the_corpus_are_judged_only_where_they_are_held_out(stories, tmp
     assert lm_eval.count_rows(task, is_held_out) == lm_eval.RowCounts(65, {"left": 65 - len(held_out)})
 
     # Examples are rows that were calibrated on.
-    lm_task = lm_eval._load_task(task, 2, is_held_out).lm_task
+    lm_task = load_task(task, 2, is_held_out)
     assert {doc["question"] for doc in lm_task.sampler.df}.isdisjoint(row["question"] for row in held_out)
 
     recall = task.model_copy(update={"held_out": False})
@@ -569,7 +589,7 @@ def test_examples_are_none_of_the_judged_rows_even_where_these_lie_in_both_files
     rows = rows_of("ai2_arc_easy", "test", 6)
     train, test = write(tmp_path / "train.parquet", rows), write(tmp_path / "test.parquet", rows[:3])
     task = local("arc_easy", train).model_copy(update={"evaluation_path": str(test)})
-    lm_task = lm_eval._load_task(task, 2).lm_task
+    lm_task = load_task(task, 2)
     assert {doc["question"] for doc in lm_task.sampler.df} == {row["question"] for row in rows[3:]}
 
 
@@ -584,7 +604,7 @@ def test_rows_without_a_right_answer_are_left_out_and_counted_wherever_they_are(
     assert judged == alone and len(judged.values) == 3
     assert lm_eval.count_rows(task) == lm_eval.RowCounts(7, {"wrong_answer": 4})
     # Examples have right answers, too.
-    shown = lm_eval._load_task(task, 1).lm_task.sampler.df
+    shown = load_task(task, 1).sampler.df
     assert [doc["goal"] for doc in shown] == [row["goal"] for row in good]
 
 
@@ -667,7 +687,7 @@ def test_rows_that_fit_are_not_refused(tmp_path):
 
 
 def test_another_task_of_lm_evals_on_local_files_keeps_its_own_examples():
-    lm_task = lm_eval._load_task(local("gsm8k", lm_eval="gsm8k_cot"), None).lm_task
+    lm_task = load_task(local("gsm8k", lm_eval="gsm8k_cot"), None)
     context = lm_task.fewshot_context(lm_task.eval_docs[0], lm_task.config.num_fewshot)
     assert context.startswith("Q: There are 15 trees in the grove.") and context.count("Q: ") == 9
 

@@ -1,0 +1,102 @@
+"""lm-eval's model: a causal language model in; lm-eval's wrapper of it out, with batches and token ids of our own."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from seap_ray.models.batching import group_by_length
+from seap_ray.models.encoding import Encoding
+
+
+def wrap(model: PreTrainedModel, encoding: Encoding, batch_tokens: int) -> Any:
+    """Return lm-eval's wrapper of ``model``, which forms batches of at most ``batch_tokens``."""
+    from lm_eval.models.huggingface import HFLM
+
+    class TokenBatchedLM(HFLM):
+        """lm-eval's wrapper, with batches bounded by tokens instead of requests, and ids as everywhere."""
+
+        def __init__(self) -> None:
+            # lm-eval gives the tokenizer a padding token, so it has a copy.
+            super().__init__(model, backend="causal", tokenizer=copy.deepcopy(encoding.tokenizer))
+            self.encoding = encoding
+
+        @property
+        def max_gen_toks(self) -> int:
+            """lm-eval's 256 tokens, or half of a context that is too short for these and a prompt."""
+            return min(super().max_gen_toks, self.max_length // 2)
+
+        # --- token ids ---
+
+        @property
+        def prefix_token_id(self) -> int:
+            """The token that an empty prompt is: the one that the tokenizer begins with, or lm-eval's choice."""
+            beginning, _ = encoding.added
+            return beginning[-1] if beginning else super().prefix_token_id
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            """Return the ids of a text that is continued, or with ``add_special_tokens`` false of the text alone.
+
+            What a chat template has written is the text alone: the template has its special tokens.
+            """
+            if encoding.is_chat or add_special_tokens is False:
+                return encoding.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
+            return encoding.ids(string)
+
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            if not encoding.is_chat:
+                prompt, answer = super()._encode_pair(context, continuation)
+                return prompt or [self.prefix_token_id], answer
+
+            # lm-eval moves white space at a prompt's end to the answer, but in a template it is the prompt's: what is
+            # served begins to answer behind it.
+            prompt = self.tok_encode(context)
+            whole = self.tok_encode(context + continuation)
+            if whole[: len(prompt)] == prompt:
+                return prompt, whole[len(prompt) :]
+            return prompt, self.tok_encode(continuation, add_special_tokens=False)
+
+        def tok_batch_encode(self, strings: Sequence[str], *_: Any, left_truncate_len: int, **__: Any) -> tuple:
+            """Return ids and attention masks of prompts, padded on the left, each cut to ``left_truncate_len``."""
+            ids = [self._cut(self.tok_encode(string), left_truncate_len) for string in strings]
+            padded = self.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+            return padded["input_ids"], padded["attention_mask"]
+
+        def _cut(self, ids: list[int], length: int) -> list[int]:
+            """Return the end of a prompt that is too long, with the beginning token that it had."""
+            if len(ids) <= length:
+                return ids
+
+            beginning, _ = encoding.added
+            if ids[: len(beginning)] != beginning:
+                beginning = []
+            return beginning + ids[len(ids) - length + len(beginning) :]
+
+        # --- batches ---
+
+        def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+            # The last token is predicted, and not read.
+            longest = self.max_length + 1
+            requests = [(texts, self._cut(prompt, longest - len(end)), end) for texts, prompt, end in requests]
+
+            # Groups are by length, so answers come in another order than requests.
+            answers: list[Any] = [None] * len(requests)
+            lengths = [len(context) + len(end) for _, context, end in requests]
+            for group in group_by_length(lengths, batch_tokens):
+                # One call is one batch.
+                self.batch_size_per_gpu = len(group)
+                batch = super()._loglikelihood_tokens([requests[i] for i in group])
+                for i, answer in zip(group, batch, strict=True):
+                    answers[i] = answer
+
+            return answers
+
+        def generate_until(self, requests: list[Any], **_: Any) -> list[str]:
+            """Generate answers, in batches of one size that the longest prompt and answer allow."""
+            # A prompt longer than the context is cut to it, so no batch is longer than that.
+            longest = max(len(self.tok_encode(request.args[0])) for request in requests) + self.max_gen_toks
+            self.batch_size_per_gpu = max(1, batch_tokens // min(longest, self.max_length))
+            return super().generate_until(requests)
+
+    return TokenBatchedLM()
