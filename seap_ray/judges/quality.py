@@ -94,10 +94,12 @@ def measure(
         batch_tokens: Tokens in a batch, padding included.
 
     Raises:
-        DataError: The chat template does not take a row; it names the task.
+        DataError: The chat template does not take a row, or the model has no embedding for a token; it names the task.
     """
+    embedding: Any = model.get_input_embeddings()
     try:
         encoded = _encode(encoding, task, items)
+        encoding.check_ids([ids for ids, _ in encoded], embedding.num_embeddings)
     except DataError as error:
         raise DataError(f"tasks.{task.name}: {error}") from None
 

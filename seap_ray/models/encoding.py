@@ -11,7 +11,7 @@ it is read:
   is answered, the whole is the prompt and the bare answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os.path import commonprefix
@@ -52,23 +52,21 @@ SHOWN_CHARACTERS = 120
 def uses_chat(config: "Config", task: Task, tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Return whether a task's texts are in the model's chat template (``corpus.chat``, ``Task.chat``).
 
-    ``auto`` wants a question or messages, and a template that writes whole conversations. Some write the last message
-    alone, for models that know no conversations.
+    A task that asks nothing has plain texts whatever is set: they are nobody's messages. ``auto`` wants a template that
+    writes whole conversations; some write the last message alone, for models that know no conversations.
 
     Raises ConfigError where the template is to be used and there is none.
     """
     setting = task.chat or config.corpus.chat
-    if setting == "never":
-        return False
+    if setting == "always" and not has_template(tokenizer):
+        key = f"tasks.{task.name}.chat" if task.chat else "corpus.chat"
+        raise ConfigError(f"{key}: always, but the tokenizer of model.source has no chat template")
 
-    if setting == "always":
-        if not has_template(tokenizer):
-            key = f"tasks.{task.name}.chat" if task.chat else "corpus.chat"
-            raise ConfigError(f"{key}: always, but the tokenizer of model.source has no chat template")
-        return True
-
-    has_prompt = bool(task.question or task.messages or not task.has_templates)
-    return has_prompt and config.corpus.prompt_format != "official" and writes_conversations(tokenizer)
+    # A task without templates is completed from its rows' columns, which are questions or conversations.
+    asks = bool(task.question or task.messages or not task.has_templates)
+    if setting == "auto":
+        return asks and config.corpus.prompt_format != "official" and writes_conversations(tokenizer)
+    return asks and setting == "always"
 
 
 def has_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -264,6 +262,17 @@ class Encoding:
                 ids = self._with_end(self._with_beginning(whole))
             sequences.append(self._counted(ids, rendered))
         return sequences
+
+    def check_ids(self, sequences: Iterable[Sequence[int]], vocabulary_size: int) -> None:
+        """Raise DataError for a token that a model with so many rows in its embedding has none for."""
+        for ids in sequences:
+            largest = max(ids, default=0)
+            if largest >= vocabulary_size:
+                token = self.tokenizer.convert_ids_to_tokens([largest])[0]
+                raise DataError(
+                    f"the tokenizer has token {token!r} as number {largest}, but the model's embedding has "
+                    f"{vocabulary_size} rows; tokenizer and weights are not of one model"
+                )
 
     def _answered(self, item: Item, prompt: str, answer: str) -> str:
         """Return what the template writes behind the prompt for an answer; the bare answer where it does not go on."""

@@ -60,7 +60,9 @@ class Shard:
 
     def sequences(self, run: Run) -> Sequences:
         """Read the token ids of every sequence, and which of them count."""
-        table = pq.read_table(stage(self.path(run)))
+        file = stage(self.path(run))
+        columns = [name for name in ("ids", "counted") if name in pq.read_schema(file).names]
+        table = pq.read_table(file, columns=columns)
         ids = table.column("ids").to_pylist()
         if "counted" not in table.column_names:
             return ids
@@ -231,7 +233,11 @@ def _write_task(config: Config, run: Run, task: Task, key: str, drawn: Draw) -> 
 
     counts = Counter(drawn.counts)
     rows = _encode(encoding, task, drawn.items, corpus.count, counts)
-    _check_ids(rows, task, encoding, checkpoint.vocabulary_size)
+    try:
+        encoding.check_ids([row.ids for row in rows], checkpoint.vocabulary_size)
+    except DataError as error:
+        raise DataError(f"tasks.{task.name}: {error}") from None
+
     # Where a task asks nothing, its text is what a user would write.
     prompts = _write_prompts(run, task.name, [row.item.question or row.item.text for row in rows])
 
@@ -300,18 +306,6 @@ def _counting(rows: list[_EncodedRow], counts: Counter[str]) -> list[_EncodedRow
     if len(counting) < len(rows):
         counts["no_token"] += len(rows) - len(counting)
     return counting
-
-
-def _check_ids(rows: Sequence[_EncodedRow], task: Task, encoding: Encoding, vocabulary_size: int) -> None:
-    """Raise DataError for a token that the model has no embedding for."""
-    for row in rows:
-        largest = max(row.ids)
-        if largest >= vocabulary_size:
-            token = encoding.tokenizer.convert_ids_to_tokens([largest])[0]
-            raise DataError(
-                f"tasks.{task.name}: the tokenizer has token {token!r} as number {largest}, but the model's embedding "
-                f"has {vocabulary_size} rows; tokenizer and weights are not of one model"
-            )
 
 
 def _within_budget(rows: list[_EncodedRow], max_tokens: int | None) -> list[_EncodedRow]:

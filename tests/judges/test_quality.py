@@ -158,6 +158,14 @@ def test_a_conversation_that_the_template_does_not_take_is_one_line_with_the_tas
         measure(model, Encoding(chat, is_chat=True), BUILT_IN["sort"], [item], batch_tokens=4096)
 
 
+def test_a_token_that_the_model_has_no_embedding_for_is_one_line_with_the_task(demo):
+    model, tokenizer = demo
+    wider = with_end(tokenizer)
+    wider.add_tokens(["zebra"])
+    with pytest.raises(DataError, match=r"^tasks.sort: the tokenizer has token 'zebra' as number \d+, but"):
+        measure(model, Encoding(wider), BUILT_IN["sort"], [Item("a zebra", "a", "zebra", [])], batch_tokens=4096)
+
+
 def test_held_out_questions_are_never_training_questions():
     for skill in set(skills.SKILLS) - {"facts"}:
         train = {row["question"] for seed in range(3) for row in skills.rows(skill, 300, split="train", seed=seed)}

@@ -352,6 +352,8 @@ def test_auto_uses_a_template_that_writes_conversations_for_tasks_that_ask():
     assert not uses_chat(config(), task(chat="never"), chat)
     assert not uses_chat(config(chat="never"), task(), chat)
     assert uses_chat(config(chat="never"), task(chat="always"), last)
+    assert uses_chat(config(chat="always"), task(), last)
+    assert not uses_chat(config(chat="always"), task(question=""), chat)
     assert not uses_chat(config(), task(), last)
     assert not uses_chat(config(), task(), none)
 
