@@ -22,6 +22,7 @@ from torch import Tensor
 
 from seap_ray.core.architecture import FAMILIES, Architecture
 from seap_ray.errors import ConfigError
+from seap_ray.models.conversion import is_converted, standard_folder
 from seap_ray.models.model_sources import (
     ADAPTER_CONFIG,
     CONFIG_FILE,
@@ -29,6 +30,7 @@ from seap_ray.models.model_sources import (
     WEIGHTS,
     ModelSource,
     parse_model_source,
+    refuse_pointers,
 )
 from seap_ray.storage.files import read_json
 
@@ -49,10 +51,6 @@ CONFIG_ERRORS = (
     ValueError,
 )
 """What a value that nobody expects leads to, in transformers' checks of a config.json or while the model is built."""
-LFS_POINTER = b"version https://git-lfs.github.com"
-"""Beginning of the text that Git has for a file that Git LFS did not fetch."""
-LFS_POINTER_BYTES = 1024
-"""No such text is longer."""
 OTHER_WEIGHTS = {
     ".onnx": "an ONNX graph",
     ".h5": "weights of TensorFlow",
@@ -105,7 +103,8 @@ class Checkpoint:
         """Open a model that is to be pruned.
 
         Args:
-            source: ``demo``, a local folder, a folder in a bucket (``s3://``, ``gs://``), or a hub id (``owner/name``).
+            source: ``demo``, a local folder, a folder in a bucket (``s3://``, ``gs://``), a hub id (``owner/name``), or
+                a GGUF file. Pickled weights, LoRA adapters and GGUF files are converted first.
             revision: Branch, tag or commit of a model of the hub.
 
         Returns:
@@ -118,7 +117,7 @@ class Checkpoint:
 
     @classmethod
     def _fetch(cls, source: ModelSource, surplus: frozenset[str] = frozenset()) -> "Checkpoint":
-        return cls.at(source.fetch(), source)._without(surplus)
+        return cls.at(standard_folder(source), source)._without(surplus)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # It travels as its source, and the node that it comes to reads its own copy.
@@ -144,7 +143,7 @@ class Checkpoint:
         if not config_path.is_file():
             raise ConfigError(f"model.source: {folder} has no config.json")
 
-        _refuse_pointers(folder)
+        refuse_pointers(folder)
         files = _weight_files(folder, source)
         # Headers alone are read, which say where every tensor lies. Of two files with the same tensor the later one
         # counts, as in transformers.
@@ -267,6 +266,11 @@ class Checkpoint:
                     lines.append(f"config.json: {key} {token} is none of the {self.vocabulary_size} tokens")
         return lines
 
+    @property
+    def is_copied(self) -> bool:
+        """Whether every node has a copy of its own: of the hub or a bucket, or a conversion."""
+        return self.source.is_copied or is_converted(self.folder)
+
     # --- what it is --------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -287,12 +291,12 @@ class Checkpoint:
             return DTYPES.get(stored.dtype, torch.float32) if stored else torch.float32
 
         dtype = getattr(torch, name, None) if isinstance(name, str) else None
-        if dtype not in DTYPES.values():
-            raise ConfigError(
-                f"model.source: {self.folder}: config.json says dtype {name!r}, which transformers does not read as a "
-                "type of weights; write bfloat16, float16 or float32"
-            )
-        return dtype
+        if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+            return dtype
+        raise ConfigError(
+            f"model.source: {self.folder}: config.json says dtype {name!r}, which transformers does not read as a "
+            "type of weights; write bfloat16, float16 or float32"
+        )
 
     @property
     def vocabulary_size(self) -> int:
@@ -346,8 +350,8 @@ def completed_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ConfigError for a value that transformers refuses; a family that is not supported is returned as it is.
     """
-    model_type = config.get("model_type")
-    if str(model_type).removeprefix("seap_") not in FAMILIES:
+    model_type = str(config.get("model_type"))
+    if model_type.removeprefix("seap_") not in FAMILIES:
         return dict(config)
 
     from transformers import CONFIG_MAPPING
@@ -370,15 +374,6 @@ def _refused_config(error: Exception) -> ConfigError:
     return ConfigError(
         f"model.source: transformers refuses config.json ({' '.join(lines[:2]) or type(error).__name__})"
     )
-
-
-def _refuse_pointers(folder: Path) -> None:
-    """Raise ConfigError where Git left the text that stands for a large file instead of the file."""
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.stat().st_size < LFS_POINTER_BYTES and file.read_bytes().startswith(LFS_POINTER):
-            raise ConfigError(
-                f"model.source: {file} is a Git LFS pointer and not the file itself; run git lfs pull in {folder}"
-            )
 
 
 def _weight_files(folder: Path, source: ModelSource) -> list[Path]:

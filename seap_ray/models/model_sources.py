@@ -1,8 +1,10 @@
-"""Model sources: what ``model.source`` names, and the local folder that it becomes on this node.
+"""Model sources: what ``model.source`` names, and the local folder or file that it becomes on this node.
 
-A new kind of source is a class here and a case of ``parse_model_source``.
+A new kind of source is a class here and a case of ``parse_model_source``. In what form the model lies there is a matter
+of ``models/conversion.py``.
 """
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,21 +22,32 @@ COMPANION_FILES = (
 """Files of a base model, tokenizer and terms of use, that go with every task expert."""
 MODEL_FILES = ("*.safetensors", "*.json", *COMPANION_FILES)
 """Files of a model that are copied from the hub or a bucket."""
+PICKLED_FILES = ("pytorch_model*.bin", "adapter_model.bin")
+"""Pickled weights, which are copied where there are no others."""
 CONFIG_FILE = "config.json"
 """File with a model's dimensions."""
 WEIGHTS = "model.safetensors"
 """Weights in one file."""
 INDEX = "model.safetensors.index.json"
 """Which file of several each tensor is in."""
+PICKLED_WEIGHTS = "pytorch_model.bin"
+"""Pickled weights in one file."""
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+"""Which pickled file of several each tensor is in."""
 ADAPTER_CONFIG = "adapter_config.json"
 """File of an adapter that names its base and says what it changes."""
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+"""Weights of an adapter, the first of the two that is there."""
+LFS_POINTER = b"version https://git-lfs.github.com"
+"""Beginning of the text that Git has for a file that Git LFS did not fetch."""
+LFS_POINTER_BYTES = 1024
+"""No such text is longer."""
+GGUF = ".gguf"
+"""End of the name of a GGUF file."""
+SPLIT_GGUF = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
+"""End of the name of one GGUF file of several."""
 BUILT_IN = "demo"
 """Name of the model that the package contains."""
-CONVERT_COMMAND = (
-    'convert it: python -c "from transformers import AutoModelForCausalLM, AutoTokenizer; '
-    "[kind.from_pretrained('{0}').save_pretrained('FOLDER') for kind in (AutoModelForCausalLM, AutoTokenizer)]\""
-)
-"""What to do about pickled weights, which run code when they are read; one line for a terminal."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ class ModelSource(ABC):
 
     @abstractmethod
     def fetch(self) -> Path:
-        """Return this node's folder with the model's files, copied there first where need be.
+        """Return this node's folder with the model's files, or its one file, copied there first where need be.
 
         Raises ConfigError, one line, where that cannot be.
         """
@@ -66,11 +79,6 @@ class ModelSource(ABC):
     def hub_id(self) -> str | None:
         """Return the hub's name of the model, None if the hub is not asked."""
         return None
-
-    @property
-    def convert_hint(self) -> str:
-        """Return what to do about a model that has pickled weights only."""
-        return CONVERT_COMMAND.format(self.name)
 
     def pinned(self, folder: Path) -> "ModelSource":
         """Return the source of exactly the files in ``folder``, which ``fetch`` returned."""
@@ -118,7 +126,10 @@ class BucketModel(ModelSource):
     def fetch(self) -> Path:
         """Return this node's copy of the model's files."""
         try:
-            return stage(self.path, MODEL_FILES)
+            # Weights in several formats would be copied for nothing.
+            if any(file.suffix == ".safetensors" for file, _ in self.path.below()):
+                return stage(self.path, MODEL_FILES)
+            return stage(self.path, (*MODEL_FILES, *PICKLED_FILES, f"*{GGUF}"))
         # Before OSError, which is its base class.
         except FileNotFoundError:
             raise ConfigError(f"model.source: {self.name} holds no model") from None
@@ -138,11 +149,6 @@ class BucketModel(ModelSource):
         """Return True: every node has a copy of its own."""
         return True
 
-    @property
-    def convert_hint(self) -> str:
-        """Return what to do about a model that has pickled weights only: transformers reads no bucket."""
-        return "convert a copy on a disk"
-
 
 @dataclass(frozen=True)
 class HubModel(ModelSource):
@@ -150,7 +156,11 @@ class HubModel(ModelSource):
 
     def fetch(self) -> Path:
         """Return the folder in the hub's cache, downloaded where it is not there yet."""
-        return _download(self.name, self.revision)
+        folder = _download(self.name, self.revision)
+        if any(folder.glob("*.safetensors")):
+            return folder
+        # Pickled weights where there are no others. At the same commit, should the branch have moved meanwhile.
+        return _download(self.name, self.pinned(folder).revision, PICKLED_FILES)
 
     def read_config(self) -> dict[str, Any] | None:
         """Return the contents of the model's config.json, from the hub or its cache."""
@@ -178,6 +188,37 @@ class HubModel(ModelSource):
         return replace(self, revision=folder.name) if folder.parent.name == "snapshots" else self
 
 
+@dataclass(frozen=True)
+class GgufFile(ModelSource):
+    """A GGUF file on a disk or in an object store."""
+
+    path: StoragePath
+
+    def fetch(self) -> Path:
+        """Return the file, or this node's copy of it."""
+        split = SPLIT_GGUF.search(self.path.name)
+        if split:
+            raise ConfigError(
+                f"model.source: {self.name} is one of {int(split[1])} parts; merge them: llama-gguf-split --merge "
+                f"{self.name} MERGED{GGUF}"
+            )
+        try:
+            if self.path.is_file():
+                return stage(self.path)
+        except OSError as error:
+            raise ConfigError(f"model.source: {self.name} cannot be copied to this node ({error})") from None
+        raise ConfigError(f"model.source: {self.name} is not there")
+
+    def read_config(self) -> dict[str, Any] | None:
+        """Return None: what its metadata say of the model is known when it is converted."""
+        return None
+
+    @property
+    def is_copied(self) -> bool:
+        """Return whether it lies in a bucket."""
+        return self.path.is_remote
+
+
 def _json_object(path: StoragePath | Path) -> dict[str, Any] | None:
     content = read_json(path)
     return content if isinstance(content, dict) else None
@@ -192,6 +233,8 @@ def parse_model_source(name: str, revision: str | None = None) -> ModelSource:
         return BuiltInModel(name, revision)
 
     path = parse_path(name)
+    if name.endswith(GGUF) and not path.is_dir():
+        return GgufFile(str(path.absolute()), revision, path.absolute())
     if path.is_remote:
         return BucketModel(name, revision, path)
 
@@ -205,13 +248,27 @@ def parse_model_source(name: str, revision: str | None = None) -> ModelSource:
     return HubModel(name, revision)
 
 
+def refuse_pointers(path: Path) -> None:
+    """Raise ConfigError where Git left the text that stands for a large file instead of the file.
+
+    Args:
+        path: A model's folder, or its one file.
+    """
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file() and file.stat().st_size < LFS_POINTER_BYTES and file.read_bytes().startswith(LFS_POINTER):
+            raise ConfigError(
+                f"model.source: {file} is a Git LFS pointer and not the file itself; run git lfs pull in {file.parent}"
+            )
+
+
 @cache  # the hub is asked once by each process
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, more: tuple[str, ...] = ()) -> Path:
+    """Download a model's files and those that match ``more``; return the folder in the hub's cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(MODEL_FILES)))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*MODEL_FILES, *more]))
     # Before HfHubHTTPError, which is its base class.
     except RepositoryNotFoundError:
         raise ConfigError(f"model.source: the hub has no model {hub_id} that your token may read") from None

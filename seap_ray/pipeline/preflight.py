@@ -567,7 +567,7 @@ def _check_model(checkpoint: Checkpoint, nodes: Sequence[Node]) -> Iterator[Find
     if others:
         message = f"model.source: {folder} differs on {', '.join(others)}; put the same files on every node"
         yield Finding("error", "model", message)
-    elif without and checkpoint.source.is_copied:
+    elif without and checkpoint.is_copied:
         message = f"{', '.join(without)} will first copy {size(checkpoint.n_bytes)} of {checkpoint.source.name}"
         yield Finding("warning", "model", message)
     elif without:
