@@ -150,8 +150,13 @@ def _demo(name: str, weight: float = 2.0) -> Task:
     )
 
 
-_RIGHT_ENDING = "{{ endings[label | int] }}"
-_FILLED = "{{ sentence | replace('_', option1 if answer == '1' else option2) }}"
+_RIGHT_ENDING = "{{ endings[label | int] if label | int in range(endings | length) }}"
+_YES_OR_NO = "'Yes' if answer in (True, 1, 'True', 'true') else 'No' if answer in (False, 0, 'False', 'false')"
+# Splits whose answers are kept secret have none, or -1: such rows have no right answer, rather than the last one.
+_FILLED = (
+    "{{ sentence | replace('_', option1) if answer | string == '1' "
+    "else sentence | replace('_', option2) if answer | string == '2' }}"
+)
 _OBQA_RIGHT = "{{ choices.text[choices.label.index(answerKey)] }}"
 
 BUILT_IN: dict[str, Task] = {
@@ -164,9 +169,9 @@ BUILT_IN: dict[str, Task] = {
             lm_eval="boolq",
             path="google/boolq",
             question="{{ passage }} {{ question[:1] | upper }}{{ question[1:] }}?",
-            answer="{{ 'Yes' if answer in (True, 1, 'True') else 'No' }}",
+            answer="{{ " + _YES_OR_NO + " }}",
             choices="['No', 'Yes']",
-            official="{{ passage }} {{ question | capitalize }}? {{ 'Yes' if answer in (True, 1, 'True') else 'No' }}",
+            official="{{ passage }} {{ question | capitalize }}? {{ " + _YES_OR_NO + " }}",
         ),
         Task(
             name="gsm8k",
@@ -203,7 +208,7 @@ BUILT_IN: dict[str, Task] = {
             lm_eval="piqa",
             path="ybisk/piqa",
             question="{{ goal }}",
-            answer="{{ [sol1, sol2][label | int] }}",
+            answer="{{ sol1 if label | int == 0 else sol2 if label | int == 1 }}",
             choices="[sol1, sol2]",
             metric="acc_norm",
         ),

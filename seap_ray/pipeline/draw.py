@@ -247,7 +247,8 @@ class _PartDraw:
             key = split.key(item)
             smallest, largest = self.split_keys or (key, key)
             self.split_keys = (min(smallest, key), max(largest, key))
-            if split.holds_out(item) != selection.is_judged:
+            # Each side counts the rows of the other.
+            if (key < split.below) != selection.is_judged:
                 return "left" if selection.is_judged else "held_out"
 
         if selection.calibrated and content_key(item) in selection.calibrated:

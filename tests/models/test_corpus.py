@@ -159,6 +159,28 @@ def test_gsm8k_keeps_the_calculators_marks():
     assert all("\n#### " in text for text in texts)
 
 
+OPEN_ROWS = {
+    "boolq": {"passage": "A river.", "question": "is it", "answer": True},
+    "hellaswag": {"ctx": "She", "endings": ["runs", "sings"], "label": 1},
+    "piqa": {"goal": "Open it", "sol1": "push", "sol2": "pull", "label": 1},
+    "winogrande": {"sentence": "The _ is big.", "option1": "cat", "option2": "dog", "answer": "2"},
+}
+
+
+@pytest.mark.parametrize("name", OPEN_ROWS)
+def test_a_row_whose_answer_is_kept_secret_has_none_and_not_the_last_choice(name):
+    row = OPEN_ROWS[name]
+    renderer = Renderer(BUILT_IN[name])
+    assert defect(renderer.item(row)) is None
+    column = "label" if "label" in row else "answer"
+    # Splits without answers have one of these; what a file says as text is what it says as a value.
+    for secret in (None, "", -1, "-1"):
+        assert defect(renderer.item(row | {column: secret})) in ("no_answer", "blank")
+    lacking = {key: value for key, value in row.items() if key != column}
+    assert defect(renderer.item(lacking)) in ("no_answer", "blank") and renderer.undefined
+    assert renderer.item(row | {column: str(row[column])}) == renderer.item(row)
+
+
 def test_names_keep_their_capitals_and_the_official_text_does_not():
     row = {"passage": "A river.", "question": "does the Nile reach Egypt", "answer": True}
     assert Renderer(BUILT_IN["boolq"]).item(row).text == "A river. Does the Nile reach Egypt? Yes"

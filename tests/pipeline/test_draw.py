@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from seap_ray.errors import DataError
 from seap_ray.models.corpus import Item, Renderer, Split, content_key, judged_rows, split_of
 from seap_ray.models.row_files import RowPart
+from seap_ray.models.row_sources import calibration_rows
 from seap_ray.pipeline import draw as draw_module
 from seap_ray.pipeline.draw import Selection, _Distinct, _PartDraw, draw, draw_corpus, draw_judged, judged_text
 from seap_ray.pipeline.ray_errors import unwrap_ray_errors
@@ -281,8 +282,12 @@ def test_parquet_jsonl_csv_and_txt_give_the_same_rows(tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
-def test_the_cluster_draws_as_one_process_does():
-    parts = [Rows(ROWS[i::5]) for i in range(5)]
+def test_the_cluster_draws_as_one_process_does(tmp_path):
+    for i in range(5):
+        write(tmp_path / f"{i}.jsonl", ROWS[i::5])
+    parts = [*calibration_rows(task(tmp_path / "*.jsonl")).parts()]
+    assert len(parts) == 5
+
     selection = Selection(task(), 40, 0, split=Split(0))
     drawn = draw(parts, selection)
     expected = in_one_process(parts, selection)
