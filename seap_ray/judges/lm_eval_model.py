@@ -52,10 +52,8 @@ def wrap(model: PreTrainedModel, encoding: Encoding, batch_tokens: int) -> Any:
             # lm-eval moves white space at a prompt's end to the answer, but in a template it is the prompt's: what is
             # served begins to answer behind it.
             prompt = self.tok_encode(context)
-            whole = self.tok_encode(context + continuation)
-            if whole[: len(prompt)] == prompt:
-                return prompt, whole[len(prompt) :]
-            return prompt, self.tok_encode(continuation, add_special_tokens=False)
+            ids, start = encoding.after_prompt(prompt, self.tok_encode(context + continuation), continuation)
+            return ids[:start], ids[start:]
 
         def tok_batch_encode(self, strings: Sequence[str], *_: Any, left_truncate_len: int, **__: Any) -> tuple:
             """Return ids and attention masks of prompts, padded on the left, each cut to ``left_truncate_len``."""

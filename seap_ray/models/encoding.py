@@ -257,7 +257,7 @@ class Encoding:
         sequences: list[Sequence[int]] = []
         for rendered, whole, prompt in zip(texts, wholes, prompts, strict=True):
             if rendered.is_chat:
-                ids, _ = self._after_prompt(prompt, whole, rendered.rest)
+                ids, _ = self.after_prompt(prompt, whole, rendered.rest)
             else:
                 ids = self._with_end(self._with_beginning(whole))
             sequences.append(self._counted(ids, rendered))
@@ -280,7 +280,7 @@ class Encoding:
         whole = self.render([*item.messages, message])
         return whole[len(prompt) :] if whole.startswith(prompt) and len(whole) > len(prompt) else answer
 
-    def _after_prompt(self, prompt: list[int], whole: list[int], rest: str) -> tuple[list[int], int]:
+    def after_prompt(self, prompt: list[int], whole: list[int], rest: str) -> tuple[list[int], int]:
         """Return ids that begin with the prompt's, as a model is given them, and where the rest begins in them."""
         if whole[: len(prompt)] == prompt:
             return whole, len(prompt)
@@ -317,7 +317,7 @@ class Encoding:
         if lead.strip():
             prompt += lead
             rest = rest[len(lead) :]
-        return self._after_prompt(self._bare(prompt), self._bare(prompt + rest), rest)
+        return self.after_prompt(self._bare(prompt), self._bare(prompt + rest), rest)
 
     def _around_answer(self, item: Item, prompt: str) -> tuple[str, str]:
         """Return what the template writes between a prompt and an answer, and behind the answer."""
