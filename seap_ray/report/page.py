@@ -1,5 +1,6 @@
 """Page: a run's report as one HTML file with all that it needs inside. What the run has no files for is left out."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -199,8 +200,12 @@ def rows_table(data: RunData) -> Table:
         sides.append((name, "evaluation", task.n_rows, task.counts))
 
     # Reasons that no row has are left out, and with them the sides of which nothing is to be said.
+    total: Counter[str] = Counter()
+    for *_, side_counts in sides:
+        total.update(side_counts)
+
     words = {**REASONS, CUT: "cut at the longest sequence"}
-    reasons = [reason for reason in words if any(side_counts.get(reason) for *_, side_counts in sides)]
+    reasons = [reason for reason in words if total[reason]]
     rows = []
     for name, side, n_rows, side_counts in sides:
         if any(side_counts.values()):
