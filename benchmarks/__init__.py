@@ -16,6 +16,7 @@ One-off measurements, run as ``python -m benchmarks.NAME`` (as a script, ``bench
 
     covariance         one layer's covariances: recording, files, least squares, the optimal brain surgeon
     layerwise          calibration layer by layer at the shape of a large model
+    rows               the draw from one large file, beside counting its lines, and the memory of every process
     scaling            calibration over one to eight nodes
     profiles           where the time of calibration and of writing goes, by operation
     cost               formulas for every stage's seconds, beside measurements, and for a 70B on GPUs

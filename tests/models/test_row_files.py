@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import tracemalloc
 from datetime import date
 from hashlib import sha256
@@ -19,8 +20,9 @@ from hypothesis import strategies as st
 
 from seap_ray.errors import DataError
 from seap_ray.models import row_files
-from seap_ray.models.row_files import PARTS, cut_file
+from seap_ray.models.row_files import COMPRESSIONS, PARTS, cut_file
 from seap_ray.storage.paths import LocalPath
+from tests.support import ROOT
 from tests.support.rows import OBJECTS, TEXTS, rows_of, same_json
 
 SETTINGS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -351,3 +353,12 @@ def test_a_short_row_of_a_table_lacks_its_last_cells(tmp_path):
 def test_a_text_file_without_a_row_gives_none(tmp_path, name, content):
     (tmp_path / name).write_text(content, "utf-8")
     assert read(tmp_path / name) == []
+
+
+def test_every_cell_of_the_table_of_formats_is_held_by_tests_that_exist():
+    document = (ROOT / "docs" / "corpora.md").read_text()
+    tests = "".join(file.read_text() for file in (ROOT / "tests" / "models").glob("test_row_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", document))
+    assert len(named) > 20 and not [name for name in named if f"def {name}(" not in tests]
+    for suffix in [*PARTS, *COMPRESSIONS]:
+        assert f"`{suffix}`" in document
