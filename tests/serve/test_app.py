@@ -99,6 +99,17 @@ def test_a_checkpoint_that_is_not_what_it_declares_is_not_served(app, run):
         app.prepare(config(run))
 
 
+@pytest.mark.parametrize(
+    ("argument", "can_chat"), [("serve.num_cpus=1", False), ("serve.engine.chat_template=a", True)]
+)
+def test_models_chat_with_the_template_of_their_tokenizer_or_of_the_config(app, run, argument, can_chat):
+    for path in run.rglob("*"):
+        if path.name in ("chat_template.jinja", "tokenizer_config.json"):
+            path.unlink()
+    service = app.prepare(config(run, "serve.experts=[]", argument))
+    assert service.can_chat == service.experts[0].card["chat"] == can_chat
+
+
 def test_a_general_model_alone_needs_no_router(app, run):
     service = app.prepare(config(run, "serve.experts=[]"))
     assert [expert.name for expert in service.experts] == ["general"] and service.router is None

@@ -238,10 +238,12 @@ def test_a_chat_is_routed_by_its_first_question_however_it_is_written(client, se
     assert router.route("33 plus 5?").task == "sums" and router.route("Tell me of the small bear").task == "talks"
 
 
-def test_the_routers_ids_of_a_question_are_in_those_that_the_model_is_given(client, chat_run):
+def test_the_router_reads_a_question_where_it_stands_in_the_ids_that_the_model_is_given(client, chat_run):
     router = Router.load(chat_run / "router")
     for text in ("33 plus 5?", "Tell me of the small bear"):
-        ids, served = router.ids(text).tolist(), served_ids(client, [user(text)])
+        served = served_ids(client, [user(text)])
+        assert router.prompt_ids(text) == served
+        ids = router.ids(text).tolist()
         assert ids and any(served[i : i + len(ids)] == ids for i in range(len(served)))
 
 
