@@ -121,7 +121,8 @@ class Checkpoint:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # It travels as its source, and the node that it comes to reads its own copy.
-        return Checkpoint._fetch, (self.source.pinned(self.folder), self.surplus)
+        fetched = self.source.fetch() if is_converted(self.folder) else self.folder
+        return Checkpoint._fetch, (self.source.pinned(fetched), self.surplus)
 
     def _without(self, surplus: frozenset[str]) -> "Checkpoint":
         tensors = {name: info for name, info in self.tensors.items() if name not in surplus}

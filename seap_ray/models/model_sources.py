@@ -233,7 +233,8 @@ def parse_model_source(name: str, revision: str | None = None) -> ModelSource:
         return BuiltInModel(name, revision)
 
     path = parse_path(name)
-    if name.endswith(GGUF) and not path.is_dir():
+    # A bucket is not asked here.
+    if name.endswith(GGUF) and (path.is_remote or not path.is_dir()):
         return GgufFile(str(path.absolute()), revision, path.absolute())
     if path.is_remote:
         return BucketModel(name, revision, path)

@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 
 from seap_ray.errors import ConfigError
-from seap_ray.models.model_sources import BucketModel, BuiltInModel, HubModel, LocalModel, parse_model_source
+from seap_ray.models import model_sources
+from seap_ray.models.model_sources import (
+    MODEL_FILES,
+    BucketModel,
+    BuiltInModel,
+    GgufFile,
+    HubModel,
+    LocalModel,
+    parse_model_source,
+)
 
 
 @pytest.mark.parametrize(
@@ -19,6 +28,8 @@ from seap_ray.models.model_sources import BucketModel, BuiltInModel, HubModel, L
         ("/models/mine", LocalModel, False, None),
         ("a/b/c", LocalModel, False, None),
         ("nowhere", LocalModel, False, None),
+        ("/models/mine.Q4_K_M.gguf", GgufFile, False, None),
+        ("s3://lab/mine.gguf", GgufFile, True, None),
     ],
 )
 def test_kinds_of_sources_are_told_apart_by_their_names(name, kind, is_copied, hub_id):
@@ -44,6 +55,33 @@ def test_a_model_of_the_hub_is_pinned_to_the_commit_that_was_fetched_and_others_
     hub, demo = parse_model_source("lab/model", "main"), parse_model_source("demo", "main")
     assert hub.pinned(Path("/cache/models--lab--model/snapshots/0123")) == parse_model_source("lab/model", "0123")
     assert hub.pinned(Path("/elsewhere")) == hub and demo.pinned(Path("/a/snapshots/0123")) == demo
+
+
+@pytest.mark.parametrize(
+    ("files", "more"),
+    [
+        (["model.safetensors"], []),
+        (["adapter_model.safetensors"], []),
+        ([], ["pytorch_model*.bin", "adapter_model.bin"]),
+    ],
+)
+def test_pickled_weights_are_downloaded_where_the_hub_has_no_others(tmp_path, monkeypatch, files, more):
+    folder = tmp_path / "snapshots" / "0123"
+    folder.mkdir(parents=True)
+    for name in ["config.json", *files]:
+        (folder / name).touch()
+    asked = []
+
+    def snapshot_download(hub_id, *, revision, allow_patterns):
+        asked.append((hub_id, revision, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    model_sources._download.cache_clear()
+    assert parse_model_source("lab/model", "main").fetch() == folder
+    assert asked[0] == ("lab/model", "main", [*MODEL_FILES])
+    assert asked[1:] == [("lab/model", "0123", [*MODEL_FILES, *more])] * bool(more)
+    model_sources._download.cache_clear()
 
 
 def test_an_unknown_scheme_is_refused():

@@ -18,6 +18,7 @@ from seap_ray.errors import ConfigError, DataError, IncompleteError
 from seap_ray.models import model_sources
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import check_source
+from seap_ray.models.model_sources import parse_model_source
 from seap_ray.models.records import is_whole, save_tensors
 from seap_ray.models.row_sources import RowFiles, calibration_rows
 from seap_ray.storage import lock as lock_module
@@ -155,6 +156,17 @@ def test_of_many_processes_that_want_a_model_one_copies_it(bucket, dense, enviro
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names and "pytorch_model.bin" not in names
     monkeypatch.setattr(paths_module, "_copy", lambda *_: pytest.fail("copied twice"))
     assert Checkpoint.open(str(bucket)).fingerprint == Checkpoint.open(str(dense("llama_gqa"))).fingerprint
+
+
+def test_pickled_weights_and_gguf_files_are_copied_where_a_bucket_has_no_others(bucket):
+    for name in ("config.json", "pytorch_model.bin", "notes.bin", "model.Q8_0.gguf"):
+        (bucket / name).write_bytes(b"{}")
+    folder = parse_model_source(str(bucket)).fetch()
+    assert {file.name for file in folder.iterdir()} == {"config.json", "pytorch_model.bin", "model.Q8_0.gguf"}
+    copy = parse_model_source(str(bucket / "model.Q8_0.gguf")).fetch()
+    assert copy.name == "model.Q8_0.gguf" and copy.read_bytes() == b"{}"
+    with pytest.raises(ConfigError, match="none.gguf is not there"):
+        parse_model_source(str(bucket / "none.gguf")).fetch()
 
 
 def test_a_copy_that_was_cut_short_is_made_again(bucket, dense, monkeypatch):
