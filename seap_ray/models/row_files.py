@@ -31,7 +31,9 @@ from seap_ray.storage.paths import BucketPath, StoragePath
 PART_BYTES = 64 << 20
 """Bytes of a part, about; a row that begins in one part is read to its end there."""
 BUFFER_BYTES = 1 << 20
-"""Bytes that are read at a time; in a bucket each read is a request."""
+"""Bytes that are read at a time."""
+REQUEST_BYTES = 8 << 20
+"""Bytes that are read at a time from a bucket, where each read is a request."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """Beginning of the few lines that Git LFS leaves where a file is not fetched."""
 ARROW_MAGIC = b"ARROW1"
@@ -107,6 +109,7 @@ def _errors_named(task: str, file: StoragePath) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
+    # Errors of the system repeat the file's name in their text.
     strerror = getattr(error, "strerror", None)
     lines = (strerror or str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__
@@ -127,22 +130,20 @@ def _is_pointer(file: StoragePath) -> bool:
 def _open_text(file: StoragePath) -> Iterator[BufferedReader]:
     """Open a text file, of whatever compression, as bytes. Raises ValueError where it is not UTF-8 text."""
     with file.open("rb") as raw:
-        stream = _buffered(raw)
+        # A file of a bucket has no lines by itself, and neither has a decompressor.
+        source: Any = raw
+        stream: BufferedReader = raw if isinstance(raw, BufferedReader) else BufferedReader(source, REQUEST_BYTES)
+        # As text it would be three rows.
         if stream.peek(len(LFS_POINTER)).startswith(LFS_POINTER):
             raise ValueError("it is a Git LFS pointer")
 
         decompress = COMPRESSIONS.get(file.suffix)
         if decompress:
-            stream = _buffered(decompress(stream))
+            stream = BufferedReader(decompress(stream), BUFFER_BYTES)
+
         if stream.peek(2)[:2] in (BOM_UTF16_LE, BOM_UTF16_BE):
             raise ValueError("it is UTF-16; save it as UTF-8")
-
         yield stream
-
-
-def _buffered(raw: Any) -> BufferedReader:
-    # A file of a bucket, or a decompressor, has no lines by itself.
-    return raw if isinstance(raw, BufferedReader) else BufferedReader(raw, BUFFER_BYTES)
 
 
 def _open_native(file: StoragePath, *, mapped: bool = False) -> Any:
@@ -172,10 +173,12 @@ class LinesPart(FilePart):
             return [cls(task, file)]
 
         bounds = [size * i // n_parts for i in range(n_parts + 1)]
-        return [cls(task, file, start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+        ranges = zip(bounds[:-1], bounds[1:], strict=True)
+        return [cls(task, file, start, stop) for start, stop in ranges]
 
     @classmethod
     def _is_cuttable(cls, file: StoragePath) -> bool:
+        """Return whether every row of the file is a line."""
         return True
 
     def parse(self, line: str) -> Row | None:
@@ -194,6 +197,7 @@ class LinesPart(FilePart):
                 row = self.parse(decode_text(line))
             except ValueError as error:
                 raise RowError(f"line {_line_number(self.file, offset)}: {error}") from None
+
             if row is not None:
                 yield row
 
@@ -277,6 +281,8 @@ class _ArrayText:
     def grow(self) -> None:
         """Read as much again as there is, so that a long row, parsed anew each time, takes twice the time in all."""
         rest = self.text[self.position :]
+
+        # Characters may be cut where pieces end, which the decoder remembers.
         chunk = self.stream.read(max(BUFFER_BYTES, len(rest)))
         self.is_whole = not chunk
         self.text = rest + self.decoder.decode(chunk, final=self.is_whole)
@@ -287,6 +293,7 @@ class _ArrayText:
         while True:
             match = WHITESPACE.match(self.text, self.position)
             self.position = match.end() if match else self.position
+
             if self.position < len(self.text) or self.is_whole:
                 return self.text[self.position : self.position + 1]
             self.grow()
@@ -307,6 +314,7 @@ class _ArrayText:
         if not self.next_character():
             raise ValueError("the file ends before the array does")
 
+        # Again with more text, as long as the row may go on behind what is there.
         while True:
             try:
                 value, end = JSON.raw_decode(self.text, self.position)
@@ -341,6 +349,7 @@ def _array_rows(stream: BufferedReader) -> Iterator[Row]:
             separator = text.take(",", "]")
             number += 1
 
+        # Such as a second array, of a file that was written twice.
         if text.next_character():
             raise ValueError("text behind the end of the array")
     except UnicodeDecodeError as error:
@@ -388,8 +397,9 @@ def _undecodable_line(file: StoragePath) -> RowError:
 
 def _table_rows(cells: Any) -> Iterator[Row]:
     """Yield the rows of a csv reader. Raises RowError with the line of one that does not fit the header."""
-    line = 1
     names: list[str] | None = None
+    # Where a row begins; it may go over several lines.
+    line = 1
     try:
         for row in cells:
             # A blank line has no cell at all.
@@ -397,6 +407,7 @@ def _table_rows(cells: Any) -> Iterator[Row]:
                 names = _check_header(row)
             elif row:
                 yield _named_cells(names or [], row)
+
             line = cells.line_num + 1
     except UnicodeDecodeError:
         raise
@@ -439,6 +450,7 @@ class ParquetPart(FilePart):
         with _open_native(file) as source:
             footer = pq.ParquetFile(source).metadata
             sizes = [_compressed_bytes(footer.row_group(i)) for i in range(footer.num_row_groups)]
+
         return [cls(task, file, tuple(groups)) for groups in _group_by_size(sizes, part_bytes)]
 
     def read(self) -> Iterator[Row]:
@@ -449,6 +461,7 @@ class ParquetPart(FilePart):
             groups = range(parquet.num_row_groups) if self.groups is None else self.groups
             for group in groups:
                 metadata = parquet.metadata.row_group(group)
+                # One by one, since the rows of each group may be of another size.
                 n_rows = slice_rows(metadata.total_byte_size, metadata.num_rows)
                 for batch in parquet.iter_batches(n_rows, row_groups=[group], use_threads=False):
                     yield from arrow_rows(batch)
@@ -461,11 +474,13 @@ def _compressed_bytes(group: Any) -> int:
 def _group_by_size(sizes: Sequence[int], part_bytes: int) -> list[list[int]]:
     """Return the numbers of pieces, in their order, in groups of about so many bytes."""
     groups: list[list[int]] = []
+    # As if one were full, so that the first piece begins one.
     group_bytes = part_bytes
     for number, size in enumerate(sizes):
         if group_bytes >= part_bytes:
             groups.append([])
             group_bytes = 0
+
         groups[-1].append(number)
         group_bytes += size
     return groups
@@ -488,6 +503,7 @@ class ArrowPart(FilePart):
 
         with _open_native(file, mapped=True) as source:
             n_batches = sum(1 for _ in _batches(source))
+
         bounds = [n_batches * i // n_parts for i in range(n_parts + 1)]
         ranges = zip(bounds[:-1], bounds[1:], strict=True)
         return [cls(task, file, start, stop) for start, stop in ranges if start < stop]
@@ -544,6 +560,7 @@ def part_type(task: str, file: StoragePath) -> type[FilePart]:
     if not is_row_file(file):
         known = ", ".join(PARTS)
         compressed = ", ".join(f".jsonl{suffix}" for suffix in COMPRESSIONS)
+
         raise DataError(f"tasks.{task}: {file} is none of {known}, nor text compressed such as {compressed}")
     return PARTS[file_suffix(file)]
 

@@ -126,7 +126,9 @@ def arrow_rows(batch: pa.RecordBatch) -> Iterator[Row]:
 
     for start in range(0, batch.num_rows, n_slice):
         columns = batch.slice(start, n_slice).columns
+        # A column at a time, which pyarrow converts faster than a row.
         values = [_values(column, converter) for column, converter in zip(columns, converters, strict=True)]
+
         for row in zip(*values, strict=True):
             yield dict(zip(names, row, strict=True))
 
@@ -145,6 +147,7 @@ def _values(column: pa.Array, converter: Converter | None) -> list[Any]:
 def _converter(kind: pa.DataType) -> Converter | None:
     """Return what makes pyarrow's Python values of a type those of a row; None where they are right as they are."""
     types = pa.types
+    # What pyarrow makes otherwise than a reader would write it.
     if types.is_float16(kind):
         return partial(_short_number, kind=np.float16)
     if types.is_float32(kind):
@@ -156,6 +159,7 @@ def _converter(kind: pa.DataType) -> Converter | None:
     if isinstance(kind, pa.JsonType):
         return JSON.decode
 
+    # What holds other values, at any depth.
     if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
         return _converter(kind.value_type)
     if types.is_struct(kind):

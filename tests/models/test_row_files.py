@@ -25,7 +25,7 @@ from seap_ray.storage.paths import LocalPath
 from tests.support import ROOT
 from tests.support.rows import OBJECTS, TEXTS, rows_of, same_json
 
-SETTINGS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+SETTINGS = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
 def read(file, part_bytes=row_files.PART_BYTES):
@@ -248,6 +248,32 @@ def test_memory_is_that_of_some_rows_and_not_of_the_file(tmp_path, name):
     finally:
         tracemalloc.stop()
     assert n_bytes > 40e6 and peak < 8e6
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "stream.arrow", "file.arrow"])
+def test_memory_for_arrow_s_formats_is_that_of_some_rows(tmp_path, name):
+    table = pa.Table.from_pylist([{"a": sha256(str(i).encode()).hexdigest() * 10} for i in range(40_000)])
+    file = tmp_path / name
+    # One row group, or one batch, of all rows.
+    match name:
+        case "rows.parquet":
+            pq.write_table(table, file, compression="none", use_dictionary=False)
+        case "file.arrow":
+            with pa.ipc.new_file(str(file), table.schema) as writer:
+                writer.write_table(table)
+        case _:
+            with pa.ipc.new_stream(str(file), table.schema) as writer:
+                writer.write_table(table)
+
+    usual = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(usual)
+    pa.set_memory_pool(pool)
+    try:
+        (part,) = cut_file("mine", LocalPath(file))
+        assert sum(1 for _ in part.rows()) == 40_000
+    finally:
+        pa.set_memory_pool(usual)
+    assert table.nbytes > 25e6 and pool.max_memory() < 10e6
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "rows.arrow"])
