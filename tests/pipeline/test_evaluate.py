@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from seap_ray.config import Config
-from seap_ray.pipeline.evaluate import EvalTask, eval_task
+from seap_ray.judges import lm_eval
+from seap_ray.models.corpus import Renderer, content_key, load_tokenizer
+from seap_ray.pipeline.evaluate import EvalTask, _judge_task, eval_task
 from seap_ray.storage.run import Run
 from seap_ray.tasks import Task
 from tests.support import DATA
+from tests.support.builders import load
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.skipif(not (DATA / "models").exists(), reason="needs the model of ../shared/data")
@@ -30,6 +33,11 @@ def model(tmp_path) -> Path:
 
 
 def judged(model: Path, rows: list[dict], *, chat: str = "auto", **changes) -> EvalTask:
+    config = config_of(model, rows, chat=chat, **changes)
+    return eval_task(config, Run(model.parent / "run"), config.tasks[0], by_lm_eval=True)
+
+
+def config_of(model: Path, rows: list[dict], *, chat: str = "auto", **changes) -> Config:
     file = model.parent / "rows.jsonl"
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     # The same file at the same time is the same rows.
@@ -39,8 +47,7 @@ def judged(model: Path, rows: list[dict], *, chat: str = "auto", **changes) -> E
     templates = {"question": "{{ goal }}", "answer": "{{ [sol1, sol2][label | int] }}", "choices": "[sol1, sol2]"}
     fields = {"name": "piqa", "path": str(file), "lm_eval": "piqa", "held_out": False, **templates, **changes}
     settings = {"model": {"source": str(model)}, "corpus": {"chat": chat}, "tasks": [Task(**fields)]}
-    config = Config.model_validate(settings)
-    return eval_task(config, Run(model.parent / "run"), config.tasks[0], by_lm_eval=True)
+    return Config.model_validate(settings)
 
 
 ROWS = [{"goal": f"Boil {what}", "sol1": "Heat it", "sol2": "Cool it", "label": 0} for what in ("water", "tea", "oil")]
@@ -64,3 +71,27 @@ def test_results_have_the_name_of_their_chat_template(model):
 def test_rows_that_lm_eval_leaves_out_are_counted(model):
     task = judged(model, [*ROWS, ROWS[0] | {"label": -1}])
     assert (task.n_rows, task.counts) == (4, {"wrong_answer": 1})
+
+
+def test_lm_eval_is_given_the_encoding_of_the_task_and_the_rows_that_were_calibrated_on(model, monkeypatch):
+    given = []
+    judge = lm_eval.judge
+
+    def recorded(model, encoding, task, **settings):
+        given.append(encoding.is_chat)
+        return judge(model, encoding, task, **settings)
+
+    monkeypatch.setattr(lm_eval, "judge", recorded)
+    seen = content_key(Renderer(judged(model, ROWS).task).item(ROWS[1]))
+    for chat in ("auto", "never"):
+        config = config_of(model, ROWS, chat=chat, evaluation_path=str(model.parent / "rows.jsonl"), held_out=True)
+        # Calibrated from another file.
+        task = config.tasks[0].model_copy(update={"path": str(model.parent / "other.jsonl")})
+        other = model.parent / "other.jsonl"
+        other.write_text(json.dumps(ROWS[1]) + "\n")
+        quality = _judge_task(
+            config, load(model), load_tokenizer(model), EvalTask(task, "lm-eval", "", calibrated=frozenset([seen]))
+        )
+        assert quality.n == 2
+
+    assert given == [True, False]
