@@ -40,6 +40,8 @@ ARROW_MAGIC = b"ARROW1"
 """Beginning of an Arrow file; a stream has none."""
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 """What may stand between the values of JSON."""
+FIRST_LINE_END = re.compile(rb'(?:"[^"]*"|[^"\r\n])*(\r\n|\r|\n)')
+"""The first line of a table, and what ends it: a line break that is not in quotes."""
 COMPRESSIONS: dict[str, Callable[[Any], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
     ".zst": lambda raw: pa.CompressedInputStream(raw, "zstd"),
@@ -371,8 +373,7 @@ class CsvPart(FilePart):
         csv.field_size_limit(sys.maxsize)
 
         with _open_text(self.file) as stream:
-            # Files of old Macs have carriage returns alone, so line ends are left to the csv module.
-            text = TextIOWrapper(stream, "utf-8-sig", newline="")
+            text = TextIOWrapper(stream, "utf-8-sig", newline=_line_end(stream))
             # Strict, since a quote that is never closed would swallow the rest of the file.
             cells = csv.reader(text, delimiter=self._delimiter(), strict=True)
             try:
@@ -382,6 +383,13 @@ class CsvPart(FilePart):
 
     def _delimiter(self) -> str:
         return "\t" if file_suffix(self.file) == ".tsv" else ","
+
+
+def _line_end(stream: BufferedReader) -> str:
+    """Return what ends the lines of a table for ``open``: a line feed, or, as in files of old Macs, anything."""
+    first = FIRST_LINE_END.match(stream.peek(BUFFER_BYTES))
+    # Elsewhere a carriage return is part of a cell, and some programs, such as pandas, write it without quotes.
+    return "" if first and first[1] == b"\r" else "\n"
 
 
 def _undecodable_line(file: StoragePath) -> RowError:
@@ -411,8 +419,13 @@ def _table_rows(cells: Any) -> Iterator[Row]:
             line = cells.line_num + 1
     except UnicodeDecodeError:
         raise
-    except (csv.Error, ValueError) as error:
+    except ValueError as error:
         raise RowError(f"line {line}: {error}") from None
+    except csv.Error as error:
+        # What the module says of it is about Python's ``open``.
+        is_return = str(error).startswith("new-line character")
+        reason = "a carriage return in a cell without quotes" if is_return else error
+        raise RowError(f"line {line}: {reason}") from None
 
 
 def _check_header(names: list[str]) -> list[str]:

@@ -172,8 +172,11 @@ class RowFiles(RowSource):
     def has_split(self, split: str) -> bool:
         """Return whether the path is a folder with files of such a split; a file or a pattern has none."""
         where = self._where()
-        is_parted = where.is_dir() and not _is_saved(where)
-        return is_parted and bool(replace(self, split=split)._list(where))
+        try:
+            is_parted = where.is_dir() and not _is_saved(where)
+            return is_parted and bool(replace(self, split=split)._list(where))
+        except OSError:  # what reads the files meets it again, and names it
+            return False
 
     def parts(self, *, seed: int = 0, n: int | None = None) -> Sequence[RowPart]:
         """Return the parts of all files."""

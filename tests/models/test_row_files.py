@@ -324,6 +324,7 @@ def test_a_line_that_is_cut_off_is_named_by_its_number(tmp_path, part_bytes):
         ("rows.json", b'[{"a": 1}, {"a": "\xff"}]', ", row 1 or a later one: not UTF-8 (byte 0xff)"),
         ("rows.csv", b"a,b\n1,2\n1,2,3\n", ", line 3: 3 cells, and the header has 2 columns"),
         ("rows.csv", b'a,b\n1,2\n"1,2\n3,4\n', ", line 3: unexpected end of data"),
+        ("rows.csv", b"a,b\n1,2\n3\r4,5\n", ", line 3: a carriage return in a cell without quotes"),
         ("rows.csv", b"a,b,a\n1,2,3\n", ", line 1: the header has the column 'a' twice"),
         ("rows.csv", b'a,b\n"1\n",2\n\xe9,2\n', ", line 4: not UTF-8 (byte 0xe9)"),
         ("rows.txt", b"first\n\xe9\n", ", line 2: not UTF-8 (byte 0xe9)"),

@@ -9,7 +9,8 @@ import pytest
 
 from seap_ray.errors import DataError
 from seap_ray.models.row_files import cut_file
-from seap_ray.models.row_sources import RowFiles
+from seap_ray.models.row_sources import RowFiles, calibration_rows, evaluation_rows
+from tests.support.builders import task
 from tests.support.rows import rows_of
 
 ROWS = [{"q": f"{k} + 1 =", "a": str(k + 1)} for k in range(200)]
@@ -90,3 +91,9 @@ def test_a_compressed_file_is_the_bytes_that_are_written_and_read(bucket):
         (bucket / name).write_bytes(content)
         with (bucket / name).open("rb") as file:
             assert file.read() == (bucket / name).read_bytes() == content
+
+
+def test_a_bucket_that_is_not_there_is_one_line_whoever_asks_first(environment):
+    for rows in (calibration_rows, evaluation_rows):
+        with pytest.raises(DataError, match=r"tasks\.mine: .*s3://none/rows"):
+            rows(task("s3://none/rows")).files()
