@@ -274,6 +274,18 @@ def test_a_question_that_ends_in_a_line_break_keeps_it_and_any_other_has_one_spa
     assert item.messages == ([{"role": "user", "content": "2 + 2 ="}] if prompt else [])
 
 
+@often
+@given(st.text("ab \n\t"), st.text("ab \n\t"), st.lists(st.text("ab \n"), max_size=4))
+def test_a_text_is_always_its_prompt_its_separator_and_its_answer(question, answer, contents):
+    item = item_of({"q": question, "a": answer})
+    assert item.text == item.prompt + item.separator + item.answer
+    assert item.text.split() == (question + " " + answer).split() or item.separator == ""
+
+    item = conversation(turns(*contents))
+    assert item.text == item.prompt + item.separator + item.answer
+    assert [message["content"] for message in item.messages] + [item.answer] == contents or item.answer == ""
+
+
 def test_a_question_begins_with_the_tasks_system_message_in_a_chat_alone():
     item = item_of({"q": "2 + 2 =", "a": "4", "s": "Be brief."}, system="{{ s }}")
     assert item.messages == [

@@ -12,13 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seap_ray.config import Config
 from seap_ray.errors import DataError
+from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import Item, Renderer, Split, content_key, judged_rows, split_of
 from seap_ray.models.row_files import RowPart
 from seap_ray.models.row_sources import calibration_rows
 from seap_ray.pipeline import draw as draw_module
 from seap_ray.pipeline.draw import Selection, _Distinct, _PartDraw, draw, draw_corpus, draw_judged, judged_text
+from seap_ray.pipeline.evaluate import eval_task
 from seap_ray.pipeline.ray_errors import unwrap_ray_errors
+from seap_ray.pipeline.shards import make_shards
+from seap_ray.storage.run import Run
 from seap_ray.tasks import Task
 
 often = settings(max_examples=60, deadline=None)
@@ -293,6 +298,39 @@ def test_the_cluster_draws_as_one_process_does(tmp_path):
     expected = in_one_process(parts, selection)
     assert drawn.items == tuple(item for _, item in sorted(expected.items.items()))
     assert drawn.counts == expected.counts
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("has_own_rows", [False, True])
+def test_shards_the_routers_prompts_and_the_judge_share_no_row(tmp_path, has_own_rows):
+    rng = random.Random(has_own_rows)
+    rows = [{"q": f"what is {rng.randrange(60)}?", "a": str(rng.randrange(2))} for _ in range(300)]
+    fields = {"evaluation_path": str(write(tmp_path / "test.jsonl", rows[100:]))} if has_own_rows else {}
+    mine = task(write(tmp_path / "rows.jsonl", rows[:200]), **fields)
+    config = Config.model_validate(
+        {
+            "run": {"storage": str(tmp_path), "name": "run"},
+            "tasks": [mine.model_dump()],
+            "corpus": {"samples": 40, "shard_sequences": 16},
+        }
+    )
+
+    run = Run.of(config)
+    (manifest,) = make_shards(config, Checkpoint.open("demo"), run, lambda _: None)
+    tables = [pq.read_table(shard.path(run)) for shard in manifest.shards]
+    calibrated = [text for table in tables for text in table.column("text").to_pylist()]
+    judged = eval_task(config, run, mine, by_lm_eval=False)
+
+    # The last shard is the ridge's: no row is in two.
+    assert len(tables) > 1 and len(calibrated) == len(set(calibrated))
+    assert judged.items and not set(calibrated) & {item.text for item in judged.items}
+    # Where rows are held out, no question is on both sides.
+    if not has_own_rows:
+        assert not set(manifest.read_prompts(run)) & {item.question for item in judged.items}
+        assert manifest.counts["held_out"] + judged.counts["left"] == 200
+    # The second time nothing is drawn.
+    assert eval_task(config, run, mine, by_lm_eval=False) == judged
 
 
 @pytest.mark.ray
