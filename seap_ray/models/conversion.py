@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from seap_ray.core.architecture import FAMILIES, Family
+from seap_ray.core.architecture import FAMILIES, Architecture, Family
 from seap_ray.errors import ConfigError, DataError, IncompleteError, SeapError
 from seap_ray.models.model_sources import (
     ADAPTER_CONFIG,
@@ -123,7 +123,9 @@ def _form_of(path: Path, source: ModelSource) -> "Form | None":
     if has_weights:
         return _renamed_form(path, source)
     # transformers reads a pickled file where there is no other.
-    if (path / PICKLED_WEIGHTS).is_file() or (path / PICKLED_INDEX).is_file():
+    is_pickled = (path / PICKLED_WEIGHTS).is_file() or (path / PICKLED_INDEX).is_file()
+    if is_pickled and (path / CONFIG_FILE).is_file():
+        _refuse_other_family(read_json(path / CONFIG_FILE))
         return RewrittenForm(source.name, path, is_pickled=True)
     return _gguf_folder(path, source)
 
@@ -168,7 +170,9 @@ class Form(ABC):
                 f"model.source: {self.name} is {self.description}, which needs the package {self.extra_package}: "
                 "pip install 'seap-ray[formats]'"
             )
-        return make_once(_conversions() / self._key / self.path.name.removesuffix(GGUF), self._convert_apart)
+        folder = _conversions() / self._key / self.path.name.removesuffix(GGUF)
+        with writable(folder):
+            return make_once(folder, self._convert_apart)
 
     @property
     def _key(self) -> str:
@@ -185,8 +189,7 @@ class Form(ABC):
         """Convert in a process of its own. Raises SeapError for what a user can correct."""
         n_bytes = sum(file.stat().st_size for file in self.inputs())
         say(f"{self.name} is {self.description} of {size(n_bytes)}: converting it, once on this node")
-        with writable(target):
-            target.mkdir(parents=True)
+        target.mkdir(parents=True)
 
         # On the CPU, whose results are the same everywhere; and with this very package, however it was found.
         root = str(Path(__file__).parents[2])
@@ -231,13 +234,16 @@ class GgufForm(Form):
     def convert(self, target: Path) -> None:
         """Write what transformers loads from the file."""
         import transformers
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        folder, file = str(self.path.parent), self.path.name
+        folder = str(self.path.parent)
+        file = self.path.name
         # By default weights stay packed where there are kernels for that.
         has_config = hasattr(transformers, "GgufConfig")
         unpacked = {"quantization_config": transformers.GgufConfig(dequantize=True)} if has_config else {}
+
         with _refusing(self, "transformers does not read it"):
+            _refuse_other_family(AutoConfig.from_pretrained(folder, gguf_file=file).to_dict())
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=file, dtype="auto", output_loading_info=True, **unpacked
             )
@@ -479,6 +485,13 @@ def _family_of(config: Any) -> Family | None:
     return FAMILIES.get(str(model_type).removeprefix("seap_"))
 
 
+def _refuse_other_family(config: Any) -> None:
+    """Raise ConfigError for a model of a family that is not supported, before it is converted for nothing."""
+    if isinstance(config, dict) and _family_of(config) is None:
+        # It says which families there are.
+        Architecture.of(config)
+
+
 def _adapter_form(path: Path, source: ModelSource) -> Form:
     """Return the form of an adapter. Raises ConfigError for one that cannot be merged, or whose base cannot be had."""
     config = read_json(path / ADAPTER_CONFIG)
@@ -501,24 +514,21 @@ def _adapter_form(path: Path, source: ModelSource) -> Form:
     if not name:
         raise ConfigError(f"model.source: {path / ADAPTER_CONFIG} names no base (base_model_name_or_path)")
     try:
-        base = _base_folder(parse_model_source(str(name), config.get("revision")))
+        base = _base_folder(str(name), config.get("revision"))
     except ConfigError as error:
         reason = str(error).removeprefix("model.source: ")
         raise ConfigError(f"model.source: {source.name} is an adapter of the base {name}: {reason}") from None
     return AdapterForm(source.name, path, base)
 
 
-def _base_folder(source: ModelSource) -> Path:
-    fetched = source.fetch()
-    refuse_pointers(fetched)
-    if (fetched / ADAPTER_CONFIG).is_file():
-        raise ConfigError(f"model.source: {source.name} is an adapter itself; merge them one after the other with peft")
+def _base_folder(name: str, revision: str | None) -> Path:
+    """Return the folder of an adapter's base, checked whole: transformers fills what is missing with random numbers."""
+    # A checkpoint is opened by way of this module.
+    from seap_ray.models.checkpoint import Checkpoint
 
-    form = _form_of(fetched, source)
-    folder = form.converted() if form else fetched
-    if not (folder / CONFIG_FILE).is_file():
-        raise ConfigError(f"model.source: {folder} has no config.json")
-    return folder
+    if (parse_model_source(name, revision).fetch() / ADAPTER_CONFIG).is_file():
+        raise ConfigError(f"model.source: {name} is an adapter itself; merge them one after the other with peft")
+    return Checkpoint.open(name, revision).folder
 
 
 def _gguf_folder(path: Path, source: ModelSource) -> Form | None:

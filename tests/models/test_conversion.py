@@ -52,7 +52,7 @@ def in_process(monkeypatch):
 def refusal(source: Path | str) -> str:
     with pytest.raises(ConfigError) as caught:
         Checkpoint.open(str(source))
-    assert str(caught.value).startswith("model.source: ") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith("model") and "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -163,6 +163,8 @@ def test_what_is_no_whole_gguf_model_is_told(in_process, llama, tmp_path, monkey
     whole = write_gguf(tmp_path / "whole.gguf", llama)
     (tmp_path / "short.gguf").write_bytes(whole.read_bytes()[:-5000])
     assert "is a GGUF file, and transformers does not read it" in refusal(tmp_path / "short.gguf")
+    other = write_gguf(tmp_path / "other.gguf", llama, architecture="falcon")
+    assert "model family 'falcon' is not supported" in refusal(other)
     less = write_gguf(tmp_path / "less.gguf", llama, without=("blk.1.attn_q.weight",))
     assert "has no tensor model.layers.1.self_attn.q_proj.weight" in refusal(less)
 
@@ -250,6 +252,15 @@ def test_code_in_a_pickled_file_is_not_run(dense, tmp_path, cache):
     torch.save({"x": Harmful(tmp_path / "was here")}, folder / "pytorch_model.bin")
     pickle.loads(pickle.dumps(Harmful(tmp_path / "was here")))
     assert (tmp_path / "was here").exists(), "the trap works"
+
+
+def test_a_model_of_another_family_is_refused_before_it_is_converted(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(Form, "_convert_apart", lambda *_: pytest.fail("converted"))
+    folder = pickled(dense("llama_gqa"), tmp_path / "pickled")
+    edit_json(folder / "config.json", model_type="falcon")
+    assert "model family 'falcon' is not supported" in refusal(folder).removeprefix("model.source: ")
+    (folder / "config.json").unlink()
+    assert refusal(folder).endswith("has no config.json")
 
 
 @pytest.mark.parametrize(
@@ -428,6 +439,12 @@ def test_an_adapter_that_cannot_be_merged_is_told(in_process, dense, tmp_path):
     assert "names no base" in refusal(spoilt("none", base_model_name_or_path=None))
     message = refusal(spoilt("lost", base_model_name_or_path="/none/such"))
     assert "is an adapter of the base /none/such: /none/such is not a folder with a model" in message
+    broken = Path(shutil.copytree(base, tmp_path / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    tensors.pop("model.layers.1.self_attn.v_proj.weight")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    message = refusal(spoilt("of a broken base", base_model_name_or_path=str(broken)))
+    assert "has no tensor model.layers.1.self_attn.v_proj.weight" in message
     itself = tmp_path / "itself"
     assert "is an adapter itself" in refusal(spoilt("itself", base_model_name_or_path=str(itself)))
     assert "peft cannot merge it" in refusal(spoilt("wide", base_model_name_or_path=str(dense("llama_biased"))))

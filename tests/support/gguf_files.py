@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-ARCHITECTURE = "llama"
 TENSORS = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -74,6 +73,7 @@ def write_gguf(
     folder: Path,
     *,
     kind: str = "Q8_0",
+    architecture: str = "llama",
     metadata: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
     without: tuple[str, ...] = (),
@@ -84,12 +84,13 @@ def write_gguf(
         path: The file.
         folder: A folder of ``save_llama``.
         kind: Type of the matrices, such as ``Q8_0``, ``F16``; norms are float32.
+        architecture: Name of the family.
         metadata: More keys and their values.
         tensors: More tensors.
         without: llama.cpp's names of tensors that are left out.
     """
     config = LlamaConfig.from_pretrained(folder)
-    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
