@@ -390,6 +390,17 @@ def test_a_turn_that_failed_is_no_part_of_the_conversation(ingress: Ingress, pag
     assert contents == ["12 + 7 =", "19", "and now?"]
 
 
+def test_an_empty_reply_is_a_turn(ingress: Ingress, page_at: PageAt) -> None:
+    ingress.replies["auto"] = speaks(tokens=1)
+    page = page_at(ingress.url)
+    send(page)
+    state(page, "finished")
+    follow_up(page, "nothing to say?")
+    state(page, "finished")
+    contents = [message["content"] for message in ingress.requests()[-1][1]["messages"]]
+    assert contents == ["12 + 7 =", "", "nothing to say?"]
+
+
 def test_each_pane_has_a_conversation_of_its_own(ingress: Ingress, page_at: PageAt) -> None:
     ingress.replies["auto"], ingress.replies["general"] = speaks("19"), speaks("20")
     page = page_at(ingress.url)
