@@ -144,6 +144,17 @@ def _values(column: pa.Array, converter: Converter | None) -> list[Any]:
     return values if converter is None else _convert_list(values, converter)
 
 
+def _parse_stored_json(text: str) -> Any:
+    """Return the value of a cell of JSON; the text itself where it is none.
+
+    ``datasets`` stores the texts of a column of mixed types as they are, beside the JSON of what is no text.
+    """
+    try:
+        return JSON.decode(text)
+    except ValueError:
+        return text
+
+
 def _converter(kind: pa.DataType) -> Converter | None:
     """Return what makes pyarrow's Python values of a type those of a row; None where they are right as they are."""
     types = pa.types
@@ -157,7 +168,7 @@ def _converter(kind: pa.DataType) -> Converter | None:
     if types.is_fixed_size_binary(kind):
         return _decode_binary
     if isinstance(kind, pa.JsonType):
-        return JSON.decode
+        return _parse_stored_json
 
     # What holds other values, at any depth.
     if types.is_dictionary(kind) or types.is_run_end_encoded(kind):

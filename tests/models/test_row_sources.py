@@ -298,6 +298,13 @@ def test_a_saved_data_set_whose_rows_are_of_mixed_types_has_each_row_s_own(tmp_p
     assert rows_of(RowFiles("mine", str(tmp_path / "saved"), "train").parts()) == rows
 
 
+@pytest.mark.parametrize("cell, value", [('{"b": 2.50}', {"b": 2.5}), ("02108", "02108"), ("two words", "two words")])
+def test_a_cell_of_stored_json_that_is_none_is_the_text_that_stands_there(tmp_path, cell, value):
+    table = pa.table({"a": pa.ExtensionArray.from_storage(pa.json_(), pa.array([cell]))})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert rows_of(calibration_rows(task(tmp_path / "rows.parquet")).parts()) == [{"a": value}]
+
+
 @pytest.mark.parametrize("names, has", [(["train.jsonl", "validation.jsonl"], True), (["rows.jsonl"], False)])
 def test_a_folder_has_the_splits_that_its_names_say(tmp_path, names, has):
     for name in names:
