@@ -267,17 +267,20 @@ class GgufForm(Form):
             tokenizer.save_pretrained(target)
 
     @cached_property
-    def metadata(self) -> dict[str, Any]:
-        """The file's metadata, by their keys."""
+    def _reader(self) -> Any:
+        # Once: it goes through every token of the vocabulary.
         from gguf import GGUFReader
 
-        return {key: field.contents() for key, field in GGUFReader(self.path).fields.items()}
+        return GGUFReader(self.path)
+
+    def metadata(self, key: str, default: Any = None) -> Any:
+        """Return a value of the file's metadata, ``default`` where it is not there."""
+        field = self._reader.fields.get(key)
+        return default if field is None else field.contents()
 
     def tensor(self, name: str) -> Tensor | None:
         """Return an unquantised tensor of the file, None where it is not there."""
-        from gguf import GGUFReader
-
-        for tensor in GGUFReader(self.path).tensors:
+        for tensor in self._reader.tensors:
             if tensor.name == name:
                 return torch.tensor(tensor.data, dtype=torch.float32)
         return None
@@ -552,7 +555,7 @@ def _set_rope(config: Any, form: GgufForm) -> None:
     Raises ConfigError for frequencies that are not those of a Llama 3.
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    scaling = form.metadata.get(f"{form.metadata['general.architecture']}.rope.scaling.type", "none")
+    scaling = form.metadata(f"{form.metadata('general.architecture')}.rope.scaling.type", "none")
     factors = form.tensor("rope_freqs.weight")
     if scaling != "none" or form.tensor("rope_factors_long.weight") is not None:
         raise ConfigError(
@@ -598,11 +601,11 @@ def _set_query_scale(config: Any) -> None:
 def _set_special_tokens(tokenizer: Any, form: GgufForm) -> None:
     """Have the tokenizer put the tokens around a text that llama.cpp puts there, which transformers leaves out."""
     # Where the file does not say it, a SentencePiece vocabulary has a beginning token, and no other has one.
-    is_sentencepiece = form.metadata.get("tokenizer.ggml.model") == "llama"
+    is_sentencepiece = form.metadata("tokenizer.ggml.model") == "llama"
     defaults = {"add_bos_token": is_sentencepiece, "add_eos_token": False}
 
     for key, default in defaults.items():
-        wanted = bool(form.metadata.get(f"tokenizer.ggml.{key}", default))
+        wanted = bool(form.metadata(f"tokenizer.ggml.{key}", default))
         if getattr(tokenizer, key.removeprefix("add_")) and bool(getattr(tokenizer, key, False)) != wanted:
             setattr(tokenizer, key, wanted)
 
