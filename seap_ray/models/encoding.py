@@ -400,8 +400,14 @@ class Encoding:
 
     def _n_tokens(self, ids: list[int], rendered: RenderedText, end: int) -> int:
         """Return how many of a text's tokens lie within its first characters."""
-        bare = self._bare(rendered.text[:end])
-        return len(commonprefix([bare if rendered.is_chat else self._with_beginning(bare), ids]))
+        beginning = self._bare(rendered.text[:end])
+        if not rendered.is_chat:
+            beginning = self._with_beginning(beginning)
+        elif end > len(rendered.prompt):
+            # Cut behind the prompt, as the whole is where a token would lie across the prompt's end.
+            answered = rendered.text[len(rendered.prompt) : end]
+            beginning, _ = self.after_prompt(self._bare(rendered.prompt), beginning, answered)
+        return len(commonprefix([beginning, ids]))
 
 
 # --- checks before any work ------------------------------------------------------------------------------------------

@@ -431,6 +431,19 @@ def test_of_a_chat_the_tokens_of_all_the_assistants_messages_count(kind, templat
     assert counted_text(tokenizer, sequence).replace("\n", "").replace(" ", "") == f"Snowiswhite.{TURN}Paris{TURN}"
 
 
+@pytest.mark.parametrize("kind", ["byte-level", "dummy prefix", "slow"])
+@pytest.mark.parametrize("answer", ["\n\nParis", "  Paris", "Paris\n"])
+def test_an_answer_counts_where_its_white_space_would_be_one_token_with_the_end_of_the_prompt(kind, answer):
+    tokenizer = make(kind, "bos", "chatml")
+    # A tokenizer with such tokens, as those of trained models.
+    tokenizer.add_tokens(["\n\n\n", "\n  "])
+    item = replace(asked(), answer=answer)
+    encoding = Encoding(tokenizer, is_chat=True)
+    sequence = encoding.sequence(item, "assistant")
+    assert [*sequence] == encoding.sequence(item)
+    assert counted_text(tokenizer, sequence).lstrip(" ") == f"{answer}{TURN}".lstrip(" ")
+
+
 def test_words_of_earlier_answers_are_found_where_the_template_writes_these_otherwise():
     tokenizer = make("byte-level", "none", "thought")
     history = [{"role": "user", "content": "white?"}, {"role": "assistant", "content": "Snow is white."}]
