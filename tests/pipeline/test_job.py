@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -26,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import seap_ray.models.hf  # noqa: F401
 from seap_ray.config import Config, load_config
-from seap_ray.errors import DataError, IncompleteError, SeapError
+from seap_ray.errors import ConfigError, DataError, IncompleteError, SeapError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import SHARED as BASE_FILES
 from seap_ray.pipeline.calibrate import Calibrator
@@ -422,6 +423,16 @@ def test_a_corpus_that_does_not_fit_is_refused_by_task(cluster, tmp_path, capsys
     assert code == 3 and "tasks.mine: " in line and message in line
 
 
+def test_a_first_attempt_that_failed_on_its_corpus_leaves_the_corrected_command_its_run(cluster, tmp_path, capsys):
+    code, _ = refused(capsys, arguments(tmp_path, corpus(tmp_path / "empty.parquet", [])))
+    assert code == 3
+    rows = [{"q": f"{k} + 1 =", "a": str(k + 1)} for k in range(9)]
+    corrected = corpus(tmp_path / "rows.parquet", rows)
+    assert main(arguments(tmp_path, corrected, UNJUDGED, "corpus.samples=8")) == 0
+    code, line = refused(capsys, arguments(tmp_path, corrected, UNJUDGED, "corpus.samples=7"))
+    assert code == 2 and "was made with corpus.samples=8, not 7" in line
+
+
 def test_a_run_of_another_model_or_corpus_is_refused_with_the_field(finished, capsys):
     code, line = refused(capsys, arguments(finished, "run.seed=7"))
     assert code == 2 and "was made with run.seed=0, not 7" in line
@@ -469,6 +480,21 @@ def test_what_a_function_of_rows_raised_is_known_by_its_words(cluster):
         ray.data.range(1).map(raised).materialize()
     known = known_error(caught.value)
     assert type(known) is DataError and str(known) == "tasks.mine: a row that does not fit"
+
+
+@pytest.mark.parametrize(("raised", "expected"), [(ConfigError("model.source: x"), ConfigError), (KeyError("x"), None)])
+def test_an_actor_of_ray_data_that_cannot_be_made_is_no_lost_one(cluster, raised, expected):
+    class Broken:
+        def __init__(self) -> None:
+            raise raised
+
+        def __call__(self, rows: Any) -> Any:
+            return rows
+
+    with pytest.raises(RayError) as caught:
+        ray.data.range(1).map_batches(Broken, compute=ray.data.ActorPoolStrategy(size=1)).materialize()
+    known = known_error(caught.value)
+    assert type(known) is (expected or type(None)) and str(known or "").count("\n") == 0
 
 
 def test_what_the_cluster_lost_is_one_line_that_says_to_go_on():
