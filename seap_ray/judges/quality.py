@@ -163,7 +163,8 @@ def _is_right(item: Item, scored: list[Scored], metric: str) -> bool:
     values = []
     for choice_scored, choice in zip(scored, item.choices, strict=True):
         divisor = len(choice.encode()) if metric == "acc_norm" else 1
-        values.append(choice_scored.log_likelihood / divisor)
+        # A blank choice is no answer, and may have no token that could be unlikely.
+        values.append(choice_scored.log_likelihood / divisor if choice.strip() else -math.inf)
 
     # Of two equally likely choices the first counts.
     return item.is_right(values.index(max(values)))

@@ -18,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from seap_ray.config import Config
-from seap_ray.errors import ConfigError, FaultError, IncompleteError, SeapError
+from seap_ray.errors import ConfigError, DataError, FaultError, IncompleteError, SeapError
 from seap_ray.judges import lm_eval
 from seap_ray.judges.quality import Quality, measure, measure_windows, windows
 from seap_ray.models.checkpoint import Checkpoint
@@ -30,7 +30,7 @@ from seap_ray.models.corpus import (
     load_tokenizer,
     tokenizer_hash,
 )
-from seap_ray.models.encoding import Encoding, uses_chat
+from seap_ray.models.encoding import Encoding
 from seap_ray.models.loading import load_model
 from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, write_temporarily
 from seap_ray.pipeline.draw import Draw, draw_judged, judged_text
@@ -144,15 +144,45 @@ def eval_task(config: Config, run: Run, task: Task, *, by_lm_eval: bool) -> Eval
     # The window is no part of the drawn rows, but the figures depend on it.
     window = _window(config) if task.metric == "window_perplexity" else None
     key = fingerprint(stored, window, *_encoding_state(config, task))
-    return EvalTask(task, SEAP_RAY_JUDGE, key, items, stored["n_rows"], stored["counts"])
+
+    # The key holds the rows and the template, and so which of them it takes.
+    taken = _taken_by_template(_encoding(config, task), task, items)
+    n_refused = len(items) - len(taken)
+    counts = {**stored["counts"], "refused": n_refused} if n_refused else stored["counts"]
+    return EvalTask(task, SEAP_RAY_JUDGE, key, taken, stored["n_rows"], counts)
+
+
+def _taken_by_template(encoding: Encoding, task: Task, items: Sequence[Item]) -> tuple[Item, ...]:
+    """Return the items that the chat template takes; all where none is used.
+
+    Raises DataError where it takes none of them.
+    """
+    taken = []
+    refusal: DataError | None = None
+    for item in items:
+        try:
+            encoding.rendered(item)
+            taken.append(item)
+        # As in the calibration, an odd conversation costs no other its judgement.
+        except DataError as error:
+            refusal = refusal or error
+
+    if refusal and not taken:
+        raise DataError(f"tasks.{task.name}: {refusal}; it takes none of the {len(items)} rows to judge on")
+    return tuple(taken)
 
 
 def _encoding_state(config: Config, task: Task) -> list[str | None]:
     """Return what a question's token ids depend on: the tokenizer's files, and the chat template where it is used."""
+    encoding = _encoding(config, task)
+    template = encoding.tokenizer.get_chat_template() if encoding.is_chat else None
+    return [tokenizer_hash(Checkpoint.open(config.model.source, config.model.revision)), template]
+
+
+def _encoding(config: Config, task: Task) -> Encoding:
     checkpoint = Checkpoint.open(config.model.source, config.model.revision)
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
-    is_chat = uses_chat(config, task, tokenizer)
-    return [tokenizer_hash(checkpoint), tokenizer.get_chat_template() if is_chat else None]
+    return Encoding.of(config, task, tokenizer)
 
 
 def _calibrated_rows(run: Run, task: Task) -> Manifest | None:

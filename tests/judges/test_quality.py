@@ -97,6 +97,18 @@ def test_acc_takes_the_likeliest_choice_and_acc_norm_the_likeliest_per_byte():
     assert _is_right(item, scored, "acc_norm")
 
 
+@pytest.mark.parametrize("metric", ["acc", "acc_norm"])
+def test_a_blank_choice_is_never_the_likeliest(demo, metric):
+    item = Item("", "q", "b", ["", "b", " "], gold=1)
+    scored = [Scored(0.0, 0, True), Scored(-5.0, 1, False), Scored(-1.0, 1, False)]
+    assert _is_right(item, scored, metric)
+
+    model, tokenizer = demo
+    task = Task(name="sums", path="unused", question="{{ q }}", answer="{{ a }}", choices="c", metric=metric)
+    asked = [replace(item, choices=["", item.answer], gold=1) for item in items("arithmetic", 3)]
+    assert measure(model, Encoding(tokenizer), task, asked, batch_tokens=4096).value == 1
+
+
 def with_end(tokenizer):
     """Return the tokenizer as some fine-tuning tools save it: it appends an end token to every text."""
     template = processors.TemplateProcessing(

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from seap_ray.config import Config
+from seap_ray.errors import DataError
 from seap_ray.judges import lm_eval
-from seap_ray.models.corpus import Renderer, content_key, load_tokenizer
-from seap_ray.pipeline.evaluate import EvalTask, _judge_task, eval_task
+from seap_ray.models.corpus import Item, Renderer, content_key, load_tokenizer
+from seap_ray.models.encoding import Encoding
+from seap_ray.pipeline.evaluate import EvalTask, _judge_task, _taken_by_template, eval_task
 from seap_ray.storage.run import Run
 from seap_ray.tasks import Task
 from tests.support import DATA
@@ -95,3 +97,20 @@ def test_lm_eval_is_given_the_encoding_of_the_task_and_the_rows_that_were_calibr
         assert quality.n == 2
 
     assert given == [True, False]
+
+
+def test_conversations_that_the_template_does_not_take_cost_no_other_its_judgement(model):
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+    (model / "chat_template.jinja").write_text(refuses + CHATML)
+    tokenizer = load_tokenizer(model)
+    task = Task(name="chat", path="unused", messages="{{ messages }}")
+    user = {"role": "user", "content": "Boil water"}
+    taken = Item("", "Boil water", "Heat it", [], [user])
+    odd = Item("", "Boil water", "Heat it", [], [{"role": "system", "content": "Be brief."}, user])
+
+    assert _taken_by_template(Encoding(tokenizer, is_chat=True), task, [odd, taken, odd]) == (taken,)
+    assert _taken_by_template(Encoding(tokenizer), task, [odd, taken]) == (odd, taken)
+    with pytest.raises(
+        DataError, match=r"^tasks.chat: .* \(No system role\); it takes none of the 2 rows to judge on$"
+    ):
+        _taken_by_template(Encoding(tokenizer, is_chat=True), task, [odd, odd])
