@@ -65,8 +65,8 @@ class ModelSection(Section):
     source: str = "demo"
     """The model to prune: `demo` (comes with the package), a folder, a folder in a bucket (s3://..., gs://...), an id
     on the Hugging Face hub such as meta-llama/Llama-3.1-8B, or a GGUF file. A folder holds a checkpoint of
-    transformers, or a LoRA adapter, which is merged into its base. Every node downloads from a bucket or the hub once, and converts
-    pickled weights, GGUF files and adapters once."""
+    transformers, or a LoRA adapter, which is merged into its base. Every node downloads from a bucket or the hub once,
+    and converts pickled weights, GGUF files and adapters once."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; null means its main branch."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
