@@ -146,7 +146,10 @@ def _read_sites(record: StoragePath, keys: Sequence[tuple[int, Site]]) -> SiteMo
 
 
 def _check_counts(merged: SiteMoments, architecture: Architecture, n_tokens: int, task: str) -> None:
-    """Raise DataError for a site whose moments are not of all tokens of the shards."""
+    """Raise DataError for a site whose moments are not of all tokens of the shards, and where no token counts."""
+    if not n_tokens:
+        raise DataError(f"tasks.{task}: no token counts, by corpus.count and calibration.skip_first_token")
+
     for layer in range(architecture.n_layers):
         for site in RECORDED:
             experts = architecture.sites(site)

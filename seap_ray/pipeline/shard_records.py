@@ -67,8 +67,9 @@ class Calibration:
 
     def n_tokens(self, shard: Shard) -> int:
         """Return the number of a shard's tokens that count in its record."""
-        # One first token for each sequence is skipped.
-        return shard.n_tokens - self.skip_first_token * shard.n_sequences
+        n_counted = shard.n_tokens - shard.n_uncounted
+        # One first token for each sequence is skipped, but for those that do not count anyway.
+        return n_counted - self.skip_first_token * (shard.n_sequences - shard.n_uncounted_first)
 
 
 @dataclass(frozen=True, slots=True)

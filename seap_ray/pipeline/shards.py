@@ -53,6 +53,10 @@ class Shard:
     n_sequences: int
     n_tokens: int
     sha256: str
+    n_uncounted: int = 0
+    """Tokens that do not count in the statistics."""
+    n_uncounted_first: int = 0
+    """First tokens of sequences among them."""
 
     def path(self, run: Run) -> StoragePath:
         """Return where the shard lies."""
@@ -348,4 +352,8 @@ def _write_shard(run: Run, task: str, shard: str, pairs: Sequence[tuple[Sequence
         pq.write_table(table, temporary)
         digest = sha256_of(temporary)
 
-    return Shard(task, shard, len(pairs), sum(len(ids) for ids, _ in pairs), digest)
+    sequences = [ids for ids, _ in pairs]
+    n_tokens = sum(map(len, sequences))
+    n_uncounted = n_tokens - sum(map(n_counted, sequences))
+    n_uncounted_first = sum(not counted_of(ids)[0] for ids in sequences)
+    return Shard(task, shard, len(pairs), n_tokens, digest, n_uncounted, n_uncounted_first)

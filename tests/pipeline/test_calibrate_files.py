@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from seap_ray.config import Config
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.moments import RECORDED, Moments, Statistics, tree_sum
 from seap_ray.errors import ConfigError, DataError, IncompleteError
+from seap_ray.models import forward
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.records import is_whole, load_statistics, read_metadata, save_moments
+from seap_ray.models.sequences import CountedSequence
 from seap_ray.pipeline.calibrate import Calibrator
 from seap_ray.pipeline.merge import TaskStatistics, merge_moments
 from seap_ray.pipeline.shard_records import Calibration, ShardRecords
-from seap_ray.pipeline.shards import Manifest, Shard
+from seap_ray.pipeline.shards import Manifest, Shard, _write_shard
 from seap_ray.storage.files import sha256_of
 from seap_ray.storage.run import Run
 from tests.support import ROOT
@@ -422,6 +425,42 @@ def test_records_of_an_actor_merge_to_the_moments_of_every_token(dense, tmp_path
     assert {moments.count for moments in merged.values()} == {count}
     torch.testing.assert_close(merged[2, "mlp"].mean_D, mean_D, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(merged[2, "mlp"].m2_D, m2_D, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["all", "skip"])
+def test_records_of_tokens_that_count_merge_to_their_moments(dense, tmp_path, skip):
+    source = dense("llama_gqa", torch.float64)
+    config = config_of(source, tmp_path, skip_first_token=skip)
+    run = Run.of(config)
+    sequences = [
+        [CountedSequence([5, 6, 7, 8], [False, False, True, True]), [9, 10, 11]],
+        [CountedSequence([12, 13], [True, False])],
+    ]
+    shards = []
+    for i, of_shard in enumerate(sequences):
+        shards.append(_write_shard(run, "sort", f"{i:05d}", [(ids, "") for ids in of_shard]))
+    manifest = Manifest("sort", "print", tuple(shards), n_rows=3, n_cut=0, prompts="", rows="")
+    assert [(shard.n_uncounted, shard.n_uncounted_first) for shard in shards] == [(2, 1), (1, 0)]
+
+    calibration = Calibration.of(config, Checkpoint.open(str(source)))
+    Calibrator(config, records_of(run, calibration))(table_of(manifest.shards))
+    merged = load_statistics(merge(run, manifest, calibration), ARCHITECTURE)
+    assert {moments.count for moments in merged.values()} == {4 if skip else 6}
+    expected = forward.record(load(source), [*chain(*sequences)], batch_tokens=40, skip_first_token=skip)
+    for key, moments in expected.items():
+        torch.testing.assert_close(merged[key].mean_D, moments.mean_D, rtol=1e-9, atol=1e-12)
+
+
+def test_where_no_token_counts_at_all_it_is_one_line(dense, tmp_path):
+    source = dense("llama_gqa", torch.float64)
+    config = config_of(source, tmp_path, skip_first_token=True)
+    run = Run.of(config)
+    shard = _write_shard(run, "sort", "00000", [(CountedSequence([5, 6], [True, False]), "")])
+    manifest = Manifest("sort", "print", (shard,), n_rows=1, n_cut=0, prompts="", rows="")
+    calibration = Calibration.of(config, Checkpoint.open(str(source)))
+    Calibrator(config, records_of(run, calibration))(table_of(manifest.shards))
+    with pytest.raises(DataError, match="^tasks.sort: no token counts, by corpus.count and calibration.skip_first"):
+        merge(run, manifest, calibration)
 
 
 def test_a_record_is_the_same_bytes_again(dense, tmp_path):
