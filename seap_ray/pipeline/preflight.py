@@ -145,8 +145,13 @@ def _recognised(task: Task) -> Task:
             "rows mean by the templates question and answer, or messages"
         )
 
+    templates = {**recognised.templates}
+    # The task's own system message is for the rows that have none.
+    if task.system and "system" in templates:
+        templates["system"] = f"{{% if system %}}{templates['system']}{{% else %}}{task.system}{{% endif %}}"
+
     say(recognised.line(task.name))
-    return Task.model_validate({**task.model_dump(), **recognised.templates})
+    return Task.model_validate({**task.model_dump(), **templates})
 
 
 def with_absolute_source(config: Config) -> Config:

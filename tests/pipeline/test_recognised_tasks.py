@@ -6,6 +6,7 @@ import pytest
 
 from seap_ray.config import load_config
 from seap_ray.errors import DataError
+from seap_ray.models.corpus import Renderer
 from seap_ray.pipeline.preflight import with_recognised_tasks
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -50,6 +51,15 @@ def test_a_layout_is_recognised_again_from_the_completed_config_and_says_nothing
 def test_what_the_task_says_itself_stays(config_of):
     (task,) = with_recognised_tasks(config_of(ROWS["messages"], ", metric: exact_match, weight: 3, chat: never")).tasks
     assert (task.metric, task.weight, task.chat) == ("exact_match", 3, "never")
+
+
+@pytest.mark.parametrize("name", ["sharegpt", "alpaca"])
+def test_the_task_s_system_message_is_for_rows_that_have_none_in_their_column(config_of, name):
+    row = {**ROWS[name], "system": "Be kind."}
+    (task,) = with_recognised_tasks(config_of(row, ", system: Be brief.")).tasks
+    for own, expected in (("Be kind.", "Be kind."), (None, "Be brief."), ("", "Be brief.")):
+        item = Renderer(task).item({**row, "system": own})
+        assert item.messages[0] == {"role": "system", "content": expected}
 
 
 def test_columns_of_no_known_layout_are_named_with_what_would_be_right(config_of):
