@@ -253,6 +253,10 @@ def _split_key(seed: int, item: Item) -> int:
     return int.from_bytes(hashlib.sha256(f"held out\0{seed}\0{question}".encode()).digest()[:8])
 
 
+FEW_QUESTIONS = 1000
+"""Questions of which exactly a fifth is held out; of more it is a fifth within a few percent, by their hashes alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """Which rows of a corpus are held out for evaluation: those whose question has a small hash.
@@ -272,29 +276,58 @@ class Split:
         """Return whether an item is held out."""
         return self.key(item) < self.below
 
-    def fitted(self, task: Task, smallest: int, largest: int) -> "Split":
-        """Return the split with a row on each side, for the smallest and largest hash of a corpus.
+    def fitted(self, task: Task, questions: "Questions") -> "Split":
+        """Return the split that holds out a fifth of a corpus's questions: of few to the nearest number, at least one.
 
-        A few rows may all have hashes on one side. Raises DataError where all rows have one question.
+        Raises DataError where all rows have one question.
         """
-        if smallest == largest:
+        keys = questions.keys
+        if keys is None:
+            return self
+        if len(keys) == 1:
             raise DataError(
                 f"tasks.{task.name}: all rows have the same question, so none can be held out for evaluation; set "
                 "evaluation_path, or held_out: false"
             )
 
-        if smallest >= self.below:
-            return replace(self, below=smallest + 1)
-        return replace(self, below=min(self.below, largest))
+        n_held_out = max(1, round(len(keys) * self.below / 2**64))
+        return replace(self, below=sorted(keys)[n_held_out])
+
+
+class Questions:
+    """The hashes of a corpus's questions, as long as these are few: a fifth of few hashes may be far from its range."""
+
+    def __init__(self) -> None:
+        self.keys: set[int] | None = set()
+        """The distinct hashes; None where there are more than ``FEW_QUESTIONS``."""
+
+    def add(self, key: int) -> None:
+        """Add the hash of a row's question."""
+        if self.keys is not None:
+            self.keys.add(key)
+            self._forget_many()
+
+    def merge(self, other: "Questions") -> None:
+        """Add the questions of another part of the corpus."""
+        self.keys = None if self.keys is None or other.keys is None else self.keys | other.keys
+        self._forget_many()
+
+    def _forget_many(self) -> None:
+        if self.keys is not None and len(self.keys) > FEW_QUESTIONS:
+            self.keys = None
 
 
 def split_of(task: Task, seed: int, items: Iterable[Item]) -> Split:
-    """Return the split of a corpus whose items are all here. Raises DataError where it has no two questions."""
+    """Return the split of a corpus with these items. Raises DataError where it has no two questions."""
     split = Split(seed)
-    keys = [split.key(item) for item in items if defect(item) is None]
-    if not keys:
+    questions = Questions()
+    for item in items:
+        if defect(item) is None:
+            questions.add(split.key(item))
+
+    if not questions.keys and questions.keys is not None:
         raise DataError(f"tasks.{task.name}: no row has an answer")
-    return split.fitted(task, min(keys), max(keys))
+    return split.fitted(task, questions)
 
 
 # --- rows that do not count ------------------------------------------------------------------------------------------

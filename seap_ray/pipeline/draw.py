@@ -21,6 +21,7 @@ from seap_ray.errors import DataError
 from seap_ray.models.corpus import (
     BLANK_LINE,
     Item,
+    Questions,
     Renderer,
     Split,
     check_defined,
@@ -31,6 +32,7 @@ from seap_ray.models.corpus import (
     judged_rows,
     listed,
     row_key,
+    split_of,
 )
 from seap_ray.models.row_files import RowPart
 from seap_ray.models.row_sources import Row, calibration_rows
@@ -103,13 +105,8 @@ def judged_text(task: Task, *, seed: int) -> str:
     if not judged.is_split_off:
         return BLANK_LINE.join(item.text for item in _items(task, parts))
 
-    # The hashes of all rows first: where a few rows are all on one side, they move the border.
-    split = Split(seed)
-    keys = [split.key(item) for item in _items(task, parts) if defect(item) is None]
-    if not keys:
-        raise DataError(f"tasks.{task.name}: all rows of the corpus are blank")
-
-    split = split.fitted(task, min(keys), max(keys))
+    # All rows are read twice: which of few are held out depends on all of them.
+    split = split_of(task, seed, _items(task, parts))
     held_out = (item for item in _items(task, parts) if defect(item) is None and split.holds_out(item))
     return BLANK_LINE.join(item.text for item in held_out)
 
@@ -132,9 +129,9 @@ def draw(parts: Sequence[RowPart], selection: Selection) -> Draw:
         raise DataError(f"tasks.{task.name}: the corpus has no rows")
     check_defined(task, drawn.undefined, drawn.columns)
 
-    # A few rows may all be on one side; then the border moves, and the rows are read again.
-    if selection.split and drawn.split_keys:
-        split = selection.split.fitted(task, *drawn.split_keys)
+    # Of few rows exactly a fifth is held out; where that moves the border, they are read again.
+    if selection.split and drawn.questions.keys != set():
+        split = selection.split.fitted(task, drawn.questions)
         if split != selection.split:
             drawn = _draw_parts(parts, replace(selection, split=split))
 
@@ -208,8 +205,7 @@ class _PartDraw:
         self.distinct = _Distinct()
         self.items: dict[bytes, Item] = {}
         """The smallest keys so far."""
-        self.split_keys: tuple[int, int] | None = None
-        """Smallest and largest hash of a question."""
+        self.questions = Questions()
         self.undefined: list[str] | None = None
         """What the templates name and no row had so far; None before the first row."""
         self.columns: list[str] = []
@@ -245,8 +241,7 @@ class _PartDraw:
 
         if split := selection.split:
             key = split.key(item)
-            smallest, largest = self.split_keys or (key, key)
-            self.split_keys = (min(smallest, key), max(largest, key))
+            self.questions.add(key)
             # Each side counts the rows of the other.
             if (key < split.below) != selection.is_judged:
                 return "left" if selection.is_judged else "held_out"
@@ -286,9 +281,7 @@ class _PartDraw:
         self.undefined = common(self.undefined, other.undefined or [])
         self.columns = self.columns or other.columns
 
-        if other.split_keys:
-            smallest, largest = self.split_keys or other.split_keys
-            self.split_keys = (min(smallest, other.split_keys[0]), max(largest, other.split_keys[1]))
+        self.questions.merge(other.questions)
         for key, item in other.items.items():
             self._keep(key, item)
 

@@ -481,6 +481,13 @@ def test_a_fifth_of_many_questions_is_held_out_whatever_their_order():
     assert 50 < sum(split.holds_out(item) and Split(1).holds_out(item) for item in items(3000)) < 200
 
 
+@pytest.mark.parametrize(("n", "n_held_out"), [(2, 1), (3, 1), (12, 2), (60, 12), (1000, 200)])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_of_few_questions_exactly_a_fifth_is_held_out(n, n_held_out, seed):
+    split = split_of(task("/x"), seed, items(n) * 2)
+    assert sum(map(split.holds_out, items(n))) == n_held_out
+
+
 def test_what_is_held_out_does_not_say_what_is_drawn():
     split = Split(0)
     by_key = sorted(items(3000), key=lambda item: row_key(0, item))

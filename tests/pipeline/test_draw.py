@@ -259,7 +259,9 @@ def test_a_text_of_the_corpus_itself_is_of_its_held_out_rows_in_their_order(tmp_
     assert judged_rows(mine).is_split_off
 
     held_out = judged_text(mine, seed=0).split("\n\n")
-    assert held_out == [line for line in lines if Split(0).holds_out(Item(line, "", line, []))]
+    items = [Item(line, "", line, []) for line in lines]
+    split = split_of(mine, 0, items)
+    assert held_out == [item.text for item in items if split.holds_out(item)]
     assert 10 < len(held_out) < 30
 
     other = task(path, question="", metric="window_perplexity", held_out=False)
