@@ -236,7 +236,9 @@ class Encoding:
         # The text of the paper's authors may not end with the answer as it stands in the item.
         has_answer = bool(item.prompt) and item.text.endswith(item.answer)
         start = len(item.text) - len(item.answer) if has_answer else 0
-        answer = ((start, len(item.text)),) if count == "assistant" and has_answer else None
+        # The space before an answer is its own, as where it is judged.
+        begin = start - len(item.separator) if item.text[:start].endswith(item.separator) else start
+        answer = ((begin, len(item.text)),) if count == "assistant" and has_answer else None
         return RenderedText(item.text[:start], item.text[start:], False, answer)
 
     def text(self, item: Item) -> str:

@@ -458,6 +458,9 @@ def test_of_a_plain_text_the_answer_counts_and_where_nothing_is_asked_all(kind, 
     sequence = encoding.sequence(asked(), "assistant")
     end = EOS if added in ("eos", "both") else ""
     assert counted_text(tokenizer, sequence).strip().replace(" ", "") == f"Paris{end}"
+    # They are those that are judged.
+    judged, first = encoding.continuation(asked(), "Paris")
+    assert [*sequence.counted][: len(judged)] == [place >= first for place in range(len(judged))]
     assert [*sequence] == encoding.sequence(asked())
 
     text = Item("The capital", "", "The capital", [])
