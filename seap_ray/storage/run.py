@@ -128,7 +128,7 @@ class Run:
         if not made:
             return
 
-        # Only keys that both have: tasks may be added and left out.
+        # Only keys that both have: tasks may be added and left out, and an older version did not know all keys.
         old = flatten({**made_with, "tasks": made})
         new = flatten(config.model_dump(mode="json"))
         for key in sorted(old.keys() & new.keys()):
@@ -149,20 +149,29 @@ def _is_fixed(key: str) -> bool:
 
 
 def flatten(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a dumped config by dotted keys; a task's keys have its name, so that tasks may be added and left out."""
+    """Return a dumped config by dotted keys; a task's keys have its name, so that tasks may be added and left out.
+
+    Keys that the config does not have, as one of an older version, are left out.
+    """
     flat: dict[str, Any] = {}
     for task in values["tasks"]:
         flat |= {f"tasks.{task['name']}.{key}": value for key, value in task.items()}
 
     for key, _ in walk(Config):
-        value: Any = values
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-
-        if key != "tasks":  # they are there already, by their names
-            flat[key] = value
+        section, _, name = key.rpartition(".")
+        keys = _section(values, section)
+        # Tasks are there already, by their names.
+        if key != "tasks" and name in keys:
+            flat[key] = keys[name]
 
     return flat
+
+
+def _section(values: dict[str, Any], section: str) -> dict[str, Any]:
+    """Return a section of a dumped config by its dotted name; empty where it is null or not there."""
+    for part in filter(None, section.split(".")):
+        values = values.get(part) or {}
+    return values
 
 
 def ratio_name(ratio: float) -> str:

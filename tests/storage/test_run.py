@@ -237,6 +237,20 @@ def test_another_plan_more_tasks_and_fewer_are_the_same_run(claimed, argument):
     assert Config.model_validate(read_json(Run.of(config).config)) == config
 
 
+def test_a_run_of_an_older_version_goes_on_where_that_did_not_know_a_key(claimed):
+    config = claimed()
+    run = Run.of(config)
+    made_with = read_json(run.config)
+    del made_with["corpus"]["chat"], made_with["tasks"][0]["held_out"]
+    write_json(run.config, made_with)
+    run.claim(config)
+    assert Config.model_validate(read_json(run.config)) == config
+
+    write_json(run.config, {**made_with, "corpus": {**made_with["corpus"], "samples": 7}})
+    with pytest.raises(ConfigError, match="corpus.samples=7, not 200"):
+        run.claim(config)
+
+
 def test_a_run_that_has_made_nothing_keeps_no_keys(claimed):
     """A first attempt that failed binds nothing; what is there of a task binds that task and what all share."""
     run = Run.of(claimed())
