@@ -387,9 +387,9 @@ class AdapterForm(Form):
 
     def inputs(self) -> list[Path]:
         """Return the files of the adapter and of its base."""
-        own = [file for file in self.path.iterdir() if file.is_file()]
-        weights = [file for file in self.base.iterdir() if file.is_file()]
-        return sorted(own) + sorted(weights)
+        adapter_files = [file for file in self.path.iterdir() if file.is_file()]
+        base_files = [file for file in self.base.iterdir() if file.is_file()]
+        return sorted(adapter_files) + sorted(base_files)
 
     def convert(self, target: Path) -> None:
         """Write what peft merges: the base's weights plus those of the adapter, in the base's type."""
@@ -407,18 +407,20 @@ class AdapterForm(Form):
             base = AutoModelForCausalLM.from_pretrained(self.base, dtype="auto", device_map={"": "cpu"})
             model = PeftModel.from_pretrained(base, str(self.path), torch_device="cpu")
             # It is silent about those for which the base has no place.
-            put: Any = set_peft_model_state_dict(model, load_peft_weights(str(self.path), "cpu"))
-            if put.unexpected_keys:
-                unused = min(put.unexpected_keys)
+            outcome: Any = set_peft_model_state_dict(model, load_peft_weights(str(self.path), "cpu"))
+            if outcome.unexpected_keys:
+                unused = min(outcome.unexpected_keys)
                 raise ConfigError(f"model.source: {self.name}: the base has no place for the adapter's {unused}")
             merged = model.merge_and_unload()
 
         with writable(target):
             merged.save_pretrained(target)
             # A tokenizer that was trained along goes before the base's.
-            own = any((self.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+            has_tokenizer = any(
+                (self.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+            )
             for pattern in COMPANION_FILES:
-                for file in (self.path if own else self.base).glob(pattern):
+                for file in (self.path if has_tokenizer else self.base).glob(pattern):
                     shutil.copyfile(file, target / file.name)
             for file in self.base.glob("generation_config.json"):
                 shutil.copyfile(file, target / file.name)
