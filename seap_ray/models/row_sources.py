@@ -157,7 +157,8 @@ class RowFiles(RowSource):
             raise DataError(f"tasks.{self.task}: {where} cannot be read ({error.strerror or error})") from None
 
         if not files:
-            raise DataError(f"tasks.{self.task}: no file of split {self.split!r} under {where}")
+            lack = "" if is_pattern(where.name) or where.exists() else ", which is not there"
+            raise DataError(f"tasks.{self.task}: no file of split {self.split!r} under {where}{lack}")
 
         if len({part_type(self.task, file) for file in files}) > 1:
             raise DataError(

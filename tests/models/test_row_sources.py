@@ -51,6 +51,13 @@ def test_a_folder_of_one_unnamed_file_is_its_training_split(tmp_path):
         RowFiles("mine", str(tmp_path), "validation").files()
 
 
+def test_a_path_that_is_not_there_is_told_from_a_folder_without_the_split(tmp_path):
+    write_rows(tmp_path / "train.jsonl")
+    for name, end in (("nope.jsonl", r"nope\.jsonl, which is not there"), ("", "0"), ("*.csv", r"\*\.csv")):
+        with pytest.raises(DataError, match=rf"^tasks\.mine: no file of split 'test' under \S*{end}$"):
+            RowFiles("mine", str(tmp_path / name), "test").files()
+
+
 def test_a_folder_may_hold_compressed_files(tmp_path):
     file = write_rows(tmp_path / "train.jsonl.gz")
     assert RowFiles("mine", str(tmp_path), "train").files() == [file]
