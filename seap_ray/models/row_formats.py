@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from seap_ray.errors import DataError
-from seap_ray.models.row_values import Row
+from seap_ray.models.row_values import JSON, Row
 from seap_ray.tasks import CorpusFormat
 
 ROLES = {
@@ -110,7 +110,8 @@ def _recognise_sharegpt(rows: Sequence[Row]) -> Format | None:
 
 def _recognise_conversations(rows: Sequence[Row], name: str, keys: tuple[str, str], title: str) -> Format | None:
     for column in CONVERSATION_COLUMNS:
-        conversations = [row[column] for row in rows if row.get(column)]
+        values = [_turns(row.get(column)) for row in rows]
+        conversations = [value for value in values if value]
         if not conversations or not all(_has_turns(conversation, keys) for conversation in conversations):
             continue
 
@@ -125,6 +126,16 @@ def _recognise_conversations(rows: Sequence[Row], name: str, keys: tuple[str, st
     return None
 
 
+def _turns(conversation: Any) -> Any:
+    """Return the list of a conversation that is JSON text, as tables of text have it; anything else as it is."""
+    if not isinstance(conversation, str) or not conversation.lstrip().startswith("["):
+        return conversation
+    try:
+        return JSON.decode(conversation.strip())
+    except (ValueError, RecursionError):
+        return conversation
+
+
 def _has_turns(conversation: Any, keys: tuple[str, str]) -> bool:
     """Return whether a value is a list of turns with these keys; the second, the text, may be left out of some."""
     if not isinstance(conversation, list) or not all(isinstance(turn, Mapping) for turn in conversation):
@@ -136,17 +147,18 @@ def as_messages(conversation: Any) -> list[dict[str, str]]:
     """Return a conversation as messages of ``role`` and ``content``.
 
     Args:
-        conversation: A list of turns, OpenAI's (role, content) or ShareGPT's (from, value). A content is a text, null,
-            or a list of parts that are text, which are joined by line breaks as vLLM does.
+        conversation: A list of turns, OpenAI's (role, content) or ShareGPT's (from, value), or that list as JSON text.
+            A content is a text, null, or a list of parts that are text, which are joined by line breaks as vLLM does.
 
     Raises:
         ValueError: A role is unknown, or a turn holds what is no text; it names the turn.
     """
-    if not isinstance(conversation, Sequence) or isinstance(conversation, str):
-        raise ValueError(f"a conversation is a list of messages, not {_kind(conversation)}")
+    turns = _turns(conversation)
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        raise ValueError(f"a conversation is a list of messages, not {_kind(turns)}")
 
     messages = []
-    for number, turn in enumerate(conversation, 1):
+    for number, turn in enumerate(turns, 1):
         try:
             messages.append(_as_message(turn))
         except ValueError as error:

@@ -1,5 +1,7 @@
 """Row formats: layouts that people have are told by their columns, and every form of a conversation is messages."""
 
+import json
+
 import pytest
 from jinja2 import Environment
 
@@ -45,6 +47,18 @@ def test_a_layout_is_told_by_its_columns_and_gives_a_task_its_templates(rows, na
     assert recognised is not None and recognised.name == name and recognised.line("chat") == line
     assert recognise(rows, name, task="chat") == recognised
     assert Task(name="chat", path="rows.jsonl", **recognised.templates).has_prompt
+
+
+@pytest.mark.parametrize(("rows", "column"), [(MESSAGES, "messages"), (SHAREGPT, "conversations")])
+def test_a_conversation_may_be_json_text_as_tables_of_text_have_it(rows, column):
+    conversation = rows[0][column]
+    texts = [{column: f" {json.dumps(conversation, indent=1)}\n"}, {column: ""}, {column: "[]"}]
+    assert recognise(texts) == recognise(rows)
+    assert as_messages(texts[0][column]) == as_messages(conversation)
+    assert as_messages("[]") == []
+    # As Python prints a list.
+    with pytest.raises(ValueError, match="a conversation is a list of messages, not a text"):
+        as_messages(repr(conversation))
 
 
 def test_an_input_stands_behind_its_instruction_and_none_leaves_no_trace():
