@@ -251,6 +251,9 @@ class JsonPart(LinesPart):
 
     def parse(self, line: str) -> Row | None:
         """Return the row of a line, None where it is blank. Raises ValueError where it is no JSON object."""
+        # As JSON is printed for people.
+        if line.strip() == "{":
+            raise ValueError("one object over several lines; write an array of objects, or an object on each line")
         return parse_object(line) if line.strip() else None
 
     def read_stream(self, stream: BufferedReader) -> Iterator[Row]:

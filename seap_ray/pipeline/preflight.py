@@ -142,7 +142,7 @@ def _recognised(task: Task) -> Task:
         columns = ", ".join(dict.fromkeys(chain.from_iterable(rows)))
         raise DataError(
             f"tasks.{task.name}: the columns {columns} are of no known layout ({', '.join(FORMATS)}); say what the "
-            "rows mean by the templates question and answer, or messages"
+            "rows mean by the templates question and answer, answer alone for mere texts, or messages"
         )
 
     templates = {**recognised.templates}

@@ -315,7 +315,7 @@ def test_a_line_that_is_cut_off_is_named_by_its_number(tmp_path, part_bytes):
         ("rows.jsonl", b'{"a": 1}\n\n{"a": "\xe9"}\n', ", line 3: not UTF-8 (byte 0xe9)"),
         ("rows.jsonl", b'{"a": 1}\n{"a": "\\ud83d"}\n', ", line 2: half of a surrogate pair"),
         ("rows.jsonl", '{"a": 1}\n'.encode("utf-16"), " cannot be read (it is UTF-16; save it as UTF-8)"),
-        ("rows.json", b'{\n  "data": [{"a": 1}]\n}', ", line 1: not JSON"),
+        ("rows.json", b'{\n  "data": [{"a": 1}]\n}', ", line 1: one object over several lines; write an array"),
         ("rows.json", b'[{"a": 1},\n{"a": 2}', ", row 2: the file ends before the array does"),
         ("rows.json", b'[{"a": 1},\n{"a": ', ", row 2: not JSON (Expecting value); the file may be cut off"),
         ("rows.json", b'[{"a": 1}, 2]', ", row 2: not a JSON object but a number"),

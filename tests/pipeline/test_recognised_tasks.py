@@ -63,7 +63,9 @@ def test_the_task_s_system_message_is_for_rows_that_have_none_in_their_column(co
 
 
 def test_columns_of_no_known_layout_are_named_with_what_would_be_right(config_of):
-    with pytest.raises(DataError, match=r"tasks\.mine: the columns q, a are of no known layout .* question and answer"):
+    with pytest.raises(
+        DataError, match=r"tasks\.mine: the columns q, a are of no known layout .* question and answer, answer alone"
+    ):
         with_recognised_tasks(config_of({"q": "hi", "a": "hello"}))
 
 
