@@ -210,9 +210,16 @@ def _message(role: str, content: str) -> Message:
 
 
 def _texts(choices: Any) -> list[str]:
-    """Return the texts of a list of choices. Raises ValueError for what is no list."""
+    """Return the texts of a list of choices. Raises ValueError for what is no list, or a choice that is no text."""
     if isinstance(choices, str):
         raise ValueError("a text, not a list")
+    if isinstance(choices, Mapping):
+        raise ValueError("a mapping, not a list; its values are NAME.values() | list")
+
+    choices = list(choices)
+    # Their text would be that of Python.
+    if any(isinstance(choice, list | tuple | Mapping) for choice in choices):
+        raise ValueError("a choice is a list or a mapping, not a text")
     return ["" if choice is None else str(choice) for choice in choices]
 
 

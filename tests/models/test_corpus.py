@@ -301,6 +301,12 @@ def test_choices_are_texts_and_null_is_an_empty_one():
     assert (item.choices, item.gold) == (["1", "2", "", "True"], 1)
     with pytest.raises(DataError, match=r"tasks\.mine\.choices: .*a text, not a list"):
         item_of({"q": "?", "a": "b", "c": "['a', 'b']"}, choices="c")
+    with pytest.raises(DataError, match=r"tasks\.mine\.choices: .*a mapping, not a list; its values are"):
+        item_of({"q": "?", "a": "b", "c": {"A": "a", "B": "b"}}, choices="c")
+    with pytest.raises(DataError, match=r"tasks\.mine\.choices: .*a choice is a list or a mapping, not a text"):
+        item_of({"q": "?", "a": "b", "c": ["a", {"text": "b"}]}, choices="c")
+    assert item_of({"q": "?", "a": "b", "c": {"A": "a", "B": "b"}}, choices="c.values() | list").gold == 1
+    assert item_of({"q": "?", "a": "b", "c": None}, choices="c").choices == []
 
 
 def test_the_right_choice_is_known_by_its_place_whatever_the_space_around_it():
