@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 
 from seap_ray.errors import ConfigError, DataError
-from seap_ray.models.row_formats import as_messages
+from seap_ray.models.row_formats import NotTextError, as_messages
 from seap_ray.models.row_sources import Row, RowSource, calibration_rows, evaluation_rows
 from seap_ray.models.templates import RowEnvironment, WholeValueError, without_missing
 from seap_ray.storage.run import fingerprint
@@ -49,6 +49,8 @@ class Item:
     separator: str = " "
     """What stands between prompt and answer in plain text: a space, nothing behind a question that ends in a line break
     and where nothing is asked, a blank line in a conversation."""
+    unreadable: str | None = None
+    """Why the row's conversation cannot be read; the item is empty then."""
 
     @property
     def prompt(self) -> str:
@@ -140,9 +142,13 @@ class Renderer:
     def _conversation(self, row: Row, context: Mapping[str, Any], texts: Mapping[str, str]) -> Item:
         fill = self._expressions["messages"]
         # A row without a conversation is a blank one.
-        messages = self._filled(
-            "messages", lambda context: as_messages(without_missing(fill(context)) or []), row, context
-        )
+        try:
+            messages = self._filled(
+                "messages", lambda context: as_messages(without_missing(fill(context)) or []), row, context
+            )
+        except NotTextError as error:
+            return Item("", "", "", [], unreadable=str(error))
+
         answer = texts.get("answer", "").strip()
         # Without a template of its own the last message is the answer, if the assistant wrote it.
         if not self.task.answer and messages and messages[-1]["role"] == "assistant":
@@ -170,6 +176,8 @@ class Renderer:
         task = self.task.name
         try:
             return fill(context)
+        except NotTextError:
+            raise
         # Before TemplateError, which is its base class.
         except UndefinedError as error:
             raise DataError(f"tasks.{task}.{name}: {error} in the row {_short(row)}") from None
@@ -256,7 +264,9 @@ def content_key(item: Item) -> bytes:
 
 def _split_key(seed: int, item: Item) -> int:
     """Return a number below 2 ** 64 by which a question, with all its answers, is held out or not."""
-    question = item.question.strip() or item.answer.strip()
+    # Many conversations open with the same greeting: all that is said before the answer counts.
+    turns = [message["content"] for message in item.messages if message["role"] != "system"]
+    question = "\0".join(turns) if len(turns) > 1 else item.question.strip() or item.answer.strip()
     return int.from_bytes(hashlib.sha256(f"held out\0{seed}\0{question}".encode()).digest()[:8])
 
 
@@ -348,6 +358,7 @@ Reason = Literal[
     "wrong_answer",
     "same_choices",
     "duplicate",
+    "unreadable",
     "refused",
     "no_token",
 ]
@@ -360,6 +371,7 @@ REASONS: dict[str, str] = {
     "wrong_answer": "whose answer is none of their choices",
     "same_choices": "with equal choices",
     "duplicate": "that others have already",
+    "unreadable": "whose messages are more than text",
     "refused": "that the chat template does not take",
     "no_token": "without a token that counts",
 }
@@ -368,6 +380,8 @@ REASONS: dict[str, str] = {
 
 def defect(item: Item) -> Reason | None:
     """Return why a row can be neither calibrated nor judged on, None where it can."""
+    if item.unreadable:
+        return "unreadable"
     # Prompt and answer are the same in every format of the calibration text.
     if item.answer.strip():
         return None
@@ -509,6 +523,9 @@ def _render_first_rows(task: Task, source: RowSource, *, official: bool) -> list
         undefined = common(undefined, renderer.undefined)
 
     check_defined(task, undefined, rows[0] if rows else {})
+    # A few rows of a dump may have tool calls or pictures; where all of the first have, it is not a corpus of texts.
+    if items and all(item.unreadable for item in items):
+        raise DataError(f"tasks.{task.name}.messages: the first row cannot be read: {items[0].unreadable}")
     return items
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os.path import commonprefix
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
@@ -108,6 +108,10 @@ def prompt_frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str] | None
 
     parts = text.split(question["content"])
     return (parts[0], parts[1]) if len(parts) == 2 else None
+
+
+def _with_parts(message: Message) -> dict[str, Any]:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 # --- the encoding ----------------------------------------------------------------------------------------------------
@@ -211,12 +215,31 @@ class Encoding:
             DataError: The template does not take it: roles that do not alternate, a system message where there is none.
         """
         try:
-            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=is_prompt)
+            return self._apply(messages, as_parts=self._takes_parts, is_prompt=is_prompt)
         except REFUSALS as error:
             shown = " | ".join(f"{message['role']}: {message['content']}" for message in messages)
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise DataError(f"the chat template does not take {shown[:SHOWN_CHARACTERS]!r} ({reason})") from None
 
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the chat template reads contents as lists of parts alone, in which form vLLM then passes them."""
+        question = PROBE_CHAT[0]
+        for as_parts in (False, True):
+            try:
+                if question["content"] in self._apply([question], as_parts=as_parts):
+                    return as_parts
+            except REFUSALS:
+                continue
+        return False
+
+    def _apply(self, messages: Sequence[Message], *, as_parts: bool, is_prompt: bool = False) -> str:
+        """Return what the template writes. Raises what the template raises, one of ``REFUSALS``."""
+        conversation: list[dict[str, Any]] = [*messages]
+        if as_parts:
+            conversation = [_with_parts(message) for message in messages]
+
+        text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=is_prompt)
         assert isinstance(text, str), "one conversation without tokenising is one text"
         return text
 

@@ -29,6 +29,12 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of a message's content parts that are text."""
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 """Columns in which conversations are looked for."""
+
+
+class NotTextError(ValueError):
+    """A message is more than a role and a text, so that its row can be neither calibrated nor judged on."""
+
+
 OPENAI_KEYS = ("role", "content")
 SHAREGPT_KEYS = ("from", "value")
 
@@ -151,7 +157,8 @@ def as_messages(conversation: Any) -> list[dict[str, str]]:
             A content is a text, null, or a list of parts that are text, which are joined by line breaks as vLLM does.
 
     Raises:
-        ValueError: A role is unknown, or a turn holds what is no text; it names the turn.
+        NotTextError: A role is unknown, or a turn holds what is no text; it names the turn.
+        ValueError: It is no list of messages.
     """
     turns = _turns(conversation)
     if not isinstance(turns, Sequence) or isinstance(turns, str):
@@ -161,6 +168,8 @@ def as_messages(conversation: Any) -> list[dict[str, str]]:
     for number, turn in enumerate(turns, 1):
         try:
             messages.append(_as_message(turn))
+        except NotTextError as error:
+            raise NotTextError(f"message {number}: {error}") from None
         except ValueError as error:
             raise ValueError(f"message {number}: {error}") from None
     return messages
@@ -175,14 +184,14 @@ def _as_message(turn: Any) -> dict[str, str]:
     role_key, content_key = OPENAI_KEYS if "role" in turn else SHAREGPT_KEYS
     # Calls have a form of their own in every template, which no content has.
     if turn.get("tool_calls") or turn.get("function_call"):
-        raise ValueError("its tool calls are no part of its content, and only role and content are read")
+        raise NotTextError("its tool calls are no part of its content, and only role and content are read")
     return {"role": _role(turn[role_key]), "content": _text(turn.get(content_key))}
 
 
 def _role(name: Any) -> str:
-    if not isinstance(name, str) or name not in ROLES:
-        raise ValueError(f"the role {name!r} is none of {', '.join(ROLES)}")
-    return ROLES[name]
+    if not isinstance(name, str) or name.lower() not in ROLES:
+        raise NotTextError(f"the role {name!r} is none of {', '.join(ROLES)}")
+    return ROLES[name.lower()]
 
 
 def _text(content: Any) -> str:
@@ -204,7 +213,7 @@ def _part_text(part: Any) -> str | None:
 
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in TEXT_PARTS:
-        raise ValueError(f"a part of type {kind!r} of its content is no text")
+        raise NotTextError(f"a part of type {kind!r} of its content is no text")
 
     text = part.get("text")
     if text is not None and not isinstance(text, str):

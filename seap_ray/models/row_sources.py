@@ -24,6 +24,8 @@ from seap_ray.tasks import BUILT_IN, Task
 DEMO_PREFIX = "demo:"
 VALIDATION = "validation"
 """Split that a task is judged on where it names none."""
+TEST = "test"
+"""Split that it is judged on where its rows lie apart from the corpus and have no other."""
 MIN_DEMO_ROWS = 1000
 """Rows that a demo's corpus has at least; a draw of fewer is taken from them."""
 HUB_PART_BYTES = 64 << 20
@@ -327,14 +329,19 @@ def calibration_rows(task: Task) -> RowSource:
 def evaluation_rows(task: Task) -> RowSource:
     """Return the source of the rows that a task is judged on.
 
-    Where the task names no split, it is ``validation``, or that of the corpus where there is no such split.
+    Where the task names no split, it is ``validation``, or of a place of their own also ``test``; where there is none,
+    that of the corpus.
     """
     path = task.evaluation_path or task.path
     if task.evaluation_split:
         return _parse(task, path, task.evaluation_split, "test")
 
     source = _parse(task, path, VALIDATION, "test")
-    return source if source.has_split(VALIDATION) else replace(source, split=task.split)
+    # What lies beside the corpus as its test may be meant for later.
+    for split in (VALIDATION, TEST) if task.evaluation_path else (VALIDATION,):
+        if source.has_split(split):
+            return replace(source, split=split)
+    return replace(source, split=task.split)
 
 
 def _parse(task: Task, path: str, split: str, demo_part: skills.Split) -> RowSource:

@@ -371,11 +371,51 @@ def test_a_rows_own_system_message_wins_over_the_tasks():
     assert conversation([own, *turns("hi", "yo")], system="{{ s }}").messages == [own, *turns("hi")]
 
 
+TOOL_CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+PICTURE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+
+
+@pytest.mark.parametrize(
+    "message, why", [(TOOL_CALL, "tool calls"), (PICTURE, "image_url"), ({"role": "developer", "content": ""}, "role")]
+)
+def test_a_row_whose_messages_are_more_than_text_is_left_out_by_its_reason(message, why):
+    chat = task("/x", question="", answer="", messages="{{ messages }}")
+    item = Renderer(chat).item({"messages": [{"role": "user", "content": "hi"}, message]})
+    assert defect(item) == "unreadable" and why in item.unreadable and item.unreadable.startswith("message 2: ")
+
+
+def test_where_the_first_rows_are_all_more_than_text_the_corpus_is_refused(tmp_path):
+    calls = {"messages": [{"role": "user", "content": "hi"}, TOOL_CALL]}
+    texts = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    file = tmp_path / "chat.jsonl"
+    chat = task(str(file), question="", answer="", messages="{{ messages }}")
+
+    file.write_text(f"{json.dumps(calls)}\n" * 3)
+    with pytest.raises(
+        DataError, match=r"^tasks\.mine\.messages: the first row cannot be read: message 2: .*tool calls"
+    ):
+        check_source(chat, official=False)
+    file.write_text(f"{json.dumps(calls)}\n{json.dumps(texts)}\n")
+    check_source(chat, official=False)
+
+
+def test_conversations_that_open_alike_are_held_out_by_what_follows():
+    chat = task("/x", question="", answer="", messages="{{ messages }}")
+    greeting = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "How can I help?"}]
+    conversations = []
+    for i in range(50):
+        asked = [*greeting, {"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"{i}"}]
+        conversations.append(Renderer(chat).item({"messages": asked}))
+
+    split = split_of(chat, 0, conversations)
+    assert sum(map(split.holds_out, conversations)) == 10
+
+
 def test_what_is_no_conversation_names_the_field_and_the_row():
     with pytest.raises(DataError, match=r"tasks\.mine\.messages: does not fit the row .*a list of messages"):
         conversation("hi")
     with pytest.raises(DataError, match=r"tasks\.mine\.messages: .*message 1: "):
-        conversation([{"role": "pope", "content": "hi"}])
+        conversation([{"speaker": "pope", "content": "hi"}])
 
 
 def test_the_text_that_the_authors_wrote_is_calibrated_and_prompt_and_answer_are_judged():

@@ -51,6 +51,9 @@ TEMPLATES = {
     "reasoning": "{% for m in messages %}<|end|>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<|end|>assistant\n<think>\n{% endif %}",
     "last message alone": "{{ bos_token }}{{ messages[-1]['content'] }}",
+    # As models that see pictures have it: contents are lists of parts, and a text gives nothing.
+    "parts": "{% for m in messages %}<|end|>{{ m['role'] }}\n{% for part in m['content'] if part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endfor %}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|end|>assistant\n{% endif %}",
 }
 CHATS = ("gemma", "chatml", "inst", "thought")
 """Templates whose prompt begins the whole."""
@@ -241,9 +244,10 @@ def test_a_vocabulary_without_the_probes_has_its_special_tokens_known():
 def test_a_prompt_is_the_ids_of_transformers_chat_template(kind, added, template):
     tokenizer = make(kind, added, template)
     item = asked()
-    expected = tokenizer.apply_chat_template(
-        item.messages, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+    messages = item.messages
+    if template == "parts":
+        messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     assert Encoding(tokenizer, is_chat=True).prompt(item) == expected
     assert expected.count(tokenizer.bos_token_id) == int("bos_token" in TEMPLATES[template])
 
@@ -356,6 +360,17 @@ def test_auto_uses_a_template_that_writes_conversations_for_tasks_that_ask():
     assert not uses_chat(config(chat="always"), task(question=""), chat)
     assert not uses_chat(config(), task(), last)
     assert not uses_chat(config(), task(), none)
+
+
+def test_a_template_of_content_parts_writes_what_one_of_texts_does():
+    parts, chatml = (Encoding(make("byte-level", "bos", name), is_chat=True) for name in ("parts", "chatml"))
+    assert writes_conversations(parts.tokenizer)
+
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]
+    item = Item("", "What is 2 + 2?", "4", [], messages)
+    assert parts.prompt_text(item) == chatml.prompt_text(item)
+    assert parts.sequence(item) == chatml.sequence(item)
+    assert prompt_frame(parts.tokenizer) == prompt_frame(chatml.tokenizer)
 
 
 def test_always_without_a_template_is_refused_by_its_key():

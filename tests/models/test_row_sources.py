@@ -324,6 +324,9 @@ def test_without_a_split_of_its_own_a_task_is_judged_on_validation_or_else_on_th
     write_rows(tmp_path / "train.jsonl")
     corpus = calibration_rows(task(tmp_path))
     assert evaluation_rows(task(tmp_path)) == corpus
+    write_rows(tmp_path / "test.jsonl")
+    assert evaluation_rows(task(tmp_path)) == corpus
+    assert evaluation_rows(task(tmp_path, evaluation_path=str(tmp_path))).split == "test"
     write_rows(tmp_path / "validation.jsonl")
     assert evaluation_rows(task(tmp_path)).split == "validation"
     assert evaluation_rows(task(tmp_path, evaluation_split="test")).split == "test"
