@@ -346,7 +346,6 @@ def test_a_failure_is_one_line_whatever_was_raised():
     assert Failure.of(ValueError()).error == "ValueError: "
 
 
-
 # --- a real model ----------------------------------------------------------------------------------------------------
 
 
