@@ -38,6 +38,9 @@ from seap_ray.routing.fitting import fit
 from seap_ray.storage.files import write_json
 from seap_ray.storage.run import Run
 
+MIN_TOKENS_PER_COLUMN = 2
+"""Tokens for each column of a layer below which a fit over its columns is of little use."""
+
 
 def run_job(config: Config) -> None:
     """Calibrate a model, write its task experts, judge them, and write the report.
@@ -124,12 +127,31 @@ def calibrate_run(config: Config, checkpoint: Checkpoint, run: Run) -> Calibrate
     for manifest in manifests:
         cut = f", {manifest.n_cut} texts cut at the longest sequence" if manifest.n_cut else ""
         form = " in the chat template" if manifest.chat else ""
-        say(f"  {manifest.task}: {manifest.n_tokens:,} tokens{form} in {len(manifest.shards)} shards{cut}")
+        counted = f", {manifest.n_counted:,} of them count" if manifest.n_counted < manifest.n_tokens else ""
+        say(f"  {manifest.task}: {manifest.n_tokens:,} tokens{form} in {len(manifest.shards)} shards{counted}{cut}")
         for line in rows_lines(manifest.task, manifest.n_rows, manifest.counts):
             say(f"  {line}")
+        if warning := few_tokens_warning(config, checkpoint, manifest):
+            say(f"warning: {warning}")
 
     statistics = calibrate(config, checkpoint, run, manifests, progress)
     return CalibratedRun(config, checkpoint, run, manifests, make_planner(config, checkpoint, run, statistics))
+
+
+def few_tokens_warning(config: Config, checkpoint: Checkpoint, manifest: Manifest) -> str | None:
+    """Return a warning where a task's covariances have too few tokens for what is fitted to them, None elsewhere."""
+    if config.calibration.statistics != "covariance":
+        return None
+
+    columns = max(checkpoint.architecture.widths)
+    if manifest.n_counted >= MIN_TOKENS_PER_COLUMN * columns:
+        return None
+
+    other_remedy = "corpus.count=all, or " if config.corpus.count == "assistant" else ""
+    return (
+        f"tasks.{manifest.task}: {manifest.n_counted:,} tokens count, few for a fit over {columns:,} columns; raise "
+        f"corpus.samples, or set {other_remedy}calibration.statistics=moments pruning.score=wifv pruning.compensation=mean"
+    )
 
 
 # --- after the checkpoints -------------------------------------------------------------------------------------------

@@ -100,6 +100,11 @@ class Manifest:
         """Tokens of all shards."""
         return sum(shard.n_tokens for shard in self.shards)
 
+    @property
+    def n_counted(self) -> int:
+        """Tokens of all shards that count in the statistics (``corpus.count``)."""
+        return self.n_tokens - sum(shard.n_uncounted for shard in self.shards)
+
     def read_prompts(self, run: Run) -> list[str]:
         """Read the questions of the drawn rows, or their texts where the task asks none, in the order of the draw."""
         return pq.read_table(stage(run.shards(self.task) / PROMPTS_FILE)).column("prompt").to_pylist()
