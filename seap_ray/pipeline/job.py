@@ -150,7 +150,8 @@ def few_tokens_warning(config: Config, checkpoint: Checkpoint, manifest: Manifes
     other_remedy = "corpus.count=all, or " if config.corpus.count == "assistant" else ""
     return (
         f"tasks.{manifest.task}: {manifest.n_counted:,} tokens count, few for a fit over {columns:,} columns; raise "
-        f"corpus.samples, or set {other_remedy}calibration.statistics=moments pruning.score=wifv pruning.compensation=mean"
+        f"corpus.samples, or set {other_remedy}calibration.statistics=moments pruning.score=wifv "
+        "pruning.compensation=mean"
     )
 
 
