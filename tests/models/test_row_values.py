@@ -3,6 +3,7 @@
 import datetime
 import json
 import pickle
+import re
 from decimal import Decimal
 
 import numpy as np
@@ -135,12 +136,17 @@ def test_bytes_that_are_no_text_are_read_and_refuse_to_be_printed():
         str(image)
 
 
+def digits(text: str) -> str:
+    """Return the digits of a number that say more than its order of magnitude."""
+    return re.sub(r"[^0-9]", "", text.partition("e")[0]).strip("0")
+
+
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1))
 def test_a_number_of_32_bits_prints_the_fewest_digits_that_are_it(numbers):
     rows = arrow_rows(pa.record_batch({"a": pa.array(numbers, pa.float32())}))
     for row, number in zip(rows, numbers, strict=True):
         assert row["a"] == number and np.float32(str(row["a"])) == np.float32(number)
-        assert len(str(row["a"])) <= len(repr(number))
+        assert len(digits(str(row["a"]))) <= len(digits(repr(number)))
 
 
 def test_a_long_batch_is_taken_in_slices_of_some_megabytes():

@@ -295,9 +295,10 @@ def test_the_cluster_draws_as_one_process_does(tmp_path):
     parts = [*calibration_rows(task(tmp_path / "*.jsonl")).parts()]
     assert len(parts) == 5
 
-    selection = Selection(task(), 40, 0, split=Split(0))
-    drawn = draw(parts, selection)
-    expected = in_one_process(parts, selection)
+    mine = task()
+    split = split_of(mine, 0, map(Renderer(mine).item, ROWS))
+    drawn = draw(parts, Selection(mine, 40, 0, split=Split(0)))
+    expected = in_one_process(parts, Selection(mine, 40, 0, split=split))
     assert drawn.items == tuple(item for _, item in sorted(expected.items.items()))
     assert drawn.counts == expected.counts
 
