@@ -69,16 +69,20 @@ class Selection:
     """What parts the rows to judge on from those to calibrate on; None where they lie apart."""
     calibrated: frozenset[bytes] = frozenset()
     """Content keys of the rows that are not to be judged on."""
+    is_evaluated: bool = True
+    """Whether rows have to be left for the evaluation."""
 
 
-def draw_corpus(task: Task, *, n: int | None, seed: int, official: bool = False) -> Draw:
+def draw_corpus(task: Task, *, n: int | None, seed: int, official: bool = False, is_evaluated: bool = True) -> Draw:
     """Draw the rows that a task is calibrated on: ``n``, or all for None.
+
+    Where nothing is evaluated, a corpus of one question, of which none can be held out, is calibrated on whole.
 
     Raises DataError where they cannot be had, or none is left.
     """
     split = Split(seed) if judged_rows(task).is_split_off else None
     parts = calibration_rows(task).parts(seed=seed, n=n)
-    return draw(parts, Selection(task, n, seed, official, split=split))
+    return draw(parts, Selection(task, n, seed, official, split=split, is_evaluated=is_evaluated))
 
 
 def draw_judged(task: Task, *, n: int | None, seed: int, calibrated: frozenset[bytes] = frozenset()) -> Draw:
@@ -131,7 +135,11 @@ def draw(parts: Sequence[RowPart], selection: Selection) -> Draw:
 
     # Of few rows exactly a fifth is held out; where that moves the border, they are read again.
     if selection.split and drawn.questions.keys != set():
-        split = selection.split.fitted(task, drawn.questions)
+        is_one = drawn.questions.keys is not None and len(drawn.questions.keys) == 1
+        if is_one and not selection.is_evaluated:
+            split = replace(selection.split, below=0)
+        else:
+            split = selection.split.fitted(task, drawn.questions)
         if split != selection.split:
             drawn = _draw_parts(parts, replace(selection, split=split))
 

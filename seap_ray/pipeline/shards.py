@@ -212,7 +212,13 @@ def _write_all(config: Config, run: Run, tasks: Sequence[Task], keys: Sequence[s
     # Each is written while the next one is drawn.
     pending = []
     for task, key in zip(tasks, keys, strict=True):
-        drawn = draw_corpus(task, n=corpus.samples, seed=config.run.seed, official=is_official)
+        drawn = draw_corpus(
+            task,
+            n=corpus.samples,
+            seed=config.run.seed,
+            official=is_official,
+            is_evaluated=config.evaluation.samples != 0,
+        )
         pending.append(write.remote(config, run, task, key, drawn))
 
     # An error of any task is raised here.

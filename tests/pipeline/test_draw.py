@@ -289,6 +289,16 @@ def test_parquet_jsonl_csv_and_txt_give_the_same_rows(tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
+def test_a_corpus_of_one_question_is_calibrated_on_whole_where_nothing_is_evaluated(tmp_path):
+    write(tmp_path / "rows.jsonl", ROWS[:1])
+    mine = task(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match="all rows have the same question"):
+        draw_corpus(mine, n=10, seed=0)
+    assert len(draw_corpus(mine, n=10, seed=0, is_evaluated=False).items) == 1
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
 def test_the_cluster_draws_as_one_process_does(tmp_path):
     for i in range(5):
         write(tmp_path / f"{i}.jsonl", ROWS[i::5])
