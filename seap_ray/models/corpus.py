@@ -293,14 +293,16 @@ class Split:
         """Return whether an item is held out."""
         return self.key(item) < self.below
 
-    def fitted(self, task: Task, questions: "Questions") -> "Split":
+    def fitted(self, task: Task, questions: "Questions", *, may_hold_out_none: bool = False) -> "Split":
         """Return the split that holds out a fifth of a corpus's questions: of few to the nearest number, at least one.
 
-        Raises DataError where all rows have one question.
+        Raises DataError where all rows have one question, unless none need be held out.
         """
         keys = questions.keys
         if keys is None:
             return self
+        if len(keys) == 1 and may_hold_out_none:
+            return replace(self, below=0)
         if len(keys) == 1:
             raise DataError(
                 f"tasks.{task.name}: all rows have the same question, so none can be held out for evaluation; set "

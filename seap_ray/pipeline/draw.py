@@ -135,11 +135,7 @@ def draw(parts: Sequence[RowPart], selection: Selection) -> Draw:
 
     # Of few rows exactly a fifth is held out; where that moves the border, they are read again.
     if selection.split and drawn.questions.keys != set():
-        is_one = drawn.questions.keys is not None and len(drawn.questions.keys) == 1
-        if is_one and not selection.is_evaluated:
-            split = replace(selection.split, below=0)
-        else:
-            split = selection.split.fitted(task, drawn.questions)
+        split = selection.split.fitted(task, drawn.questions, may_hold_out_none=not selection.is_evaluated)
         if split != selection.split:
             drawn = _draw_parts(parts, replace(selection, split=split))
 

@@ -1,7 +1,6 @@
 """Texts of shards: in the chat template or plain, which of their tokens count, and what is left out."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -17,6 +16,7 @@ from seap_ray.pipeline.draw import Draw
 from seap_ray.pipeline.shards import Manifest, _write_task, shards_artifact
 from seap_ray.storage.run import Run
 from seap_ray.tasks import Task
+from tests.support.builders import demo_with_template
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('No system role') }}"
@@ -28,9 +28,7 @@ TEMPLATE = (
 @pytest.fixture
 def model(tmp_path) -> Path:
     """The demo model with a chat template that writes conversations."""
-    folder = Path(shutil.copytree(Checkpoint.open("demo").folder, tmp_path / "model"))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
+    return demo_with_template(tmp_path / "model", TEMPLATE)
 
 
 def rows(n: int) -> list[dict]:

@@ -32,6 +32,7 @@ from seap_ray.routing.router import MAX_PROMPT_CHARACTERS, PromptFrame, Router
 from seap_ray.storage.run import Run
 from seap_ray.tasks import BUILT_IN
 from tests.support import DATA
+from tests.support.builders import demo_with_template
 
 FILES = ("tokenizer.json", "router.safetensors", "router.json")
 
@@ -518,9 +519,7 @@ CHAT = (
 @pytest.fixture
 def chat_model(tmp_path) -> Checkpoint:
     """The demo model with a chat template that writes conversations."""
-    folder = Path(shutil.copytree(Checkpoint.open("demo").folder, tmp_path / "model"))
-    (folder / "chat_template.jinja").write_text(CHAT)
-    return Checkpoint.open(str(folder))
+    return Checkpoint.open(str(demo_with_template(tmp_path / "model", CHAT)))
 
 
 def test_in_a_chat_the_words_of_the_user_are_read_where_they_stand_in_the_prompt(chat_model, tmp_path):

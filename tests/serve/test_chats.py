@@ -4,8 +4,6 @@ The model is made here, with a ChatML template and a tokenizer that puts a begin
 """
 
 import json
-import subprocess
-import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +16,7 @@ from seap_ray.models.encoding import Encoding
 from seap_ray.routing.router import Router
 from seap_ray.tasks import Task
 from tests.support.browser import open_page, send
-from tests.support.served import KEY, ROOT, Service, arguments, environment
+from tests.support.served import KEY, Service, prune
 
 openai = pytest.importorskip("openai")
 # The time of a test counts what its fixtures take: a run and a start, each at its longest.
@@ -146,9 +144,7 @@ def chat_run(tasks, tmp_path_factory):
         "pruning.baselines": {},
         "evaluation.samples": 0,
     }
-    job = [sys.executable, "jobs/prune.py", *arguments(**settings)]
-    done = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment())
-    assert done.returncode == 0, done.stdout + done.stderr
+    prune(settings)
     return folder / "chats"
 
 

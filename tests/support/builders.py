@@ -1,6 +1,7 @@
 """Builders: tiny models on disk, token sequences, tasks, random plans and statistics, checkpoints cut without Ray."""
 
 import random
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         chat_template="{{ messages[-1]['content'] }}",
     )
+
+
+def demo_with_template(folder: Path, template: str) -> Path:
+    """Return a copy of the demo model with another chat template."""
+    shutil.copytree(Checkpoint.open("demo").folder, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
 
 
 def load(folder: Path, **kwargs: Any) -> PreTrainedModel:

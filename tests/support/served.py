@@ -38,10 +38,15 @@ def make_run(storage):
         "pruning.baselines": {},
         "evaluation.samples": 0,
     }
+    prune(settings)
+    return storage / "served"
+
+
+def prune(settings):
+    """Run the main job with these keys, in a process of its own."""
     job = [sys.executable, "jobs/prune.py", *arguments(**settings)]
     done = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
-    return storage / "served"
 
 
 def environment(**more):
