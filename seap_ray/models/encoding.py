@@ -450,8 +450,6 @@ def bos_warning(encoding: Encoding, family: "Family") -> str | None:
         return None
 
     where = "chat template gives chats" if encoding.is_chat else "tokenizer gives texts"
-    mend = "write it in the template" if encoding.is_chat else "let the post_processor of tokenizer.json add it"
-    return (
-        f"model.source: this model needs its beginning token {tokenizer.bos_token or ''}, and its {where} none "
-        f"(gemma-3-270m has a perplexity of 427 without it, 31.5 with it); {mend}"
-    )
+    remedy = "write it in the template" if encoding.is_chat else "let the post_processor of tokenizer.json add it"
+    token = tokenizer.bos_token or ""
+    return f"model.source: this model needs its beginning token {token}, and its {where} none; {remedy}"
