@@ -22,7 +22,8 @@ from torch import Tensor
 
 from seap_ray.core.architecture import FAMILIES, Architecture
 from seap_ray.errors import ConfigError
-from seap_ray.models.conversion import is_converted, standard_folder
+from seap_ray.models.conversion.form import is_converted
+from seap_ray.models.conversion.recognise import standard_folder
 from seap_ray.models.model_sources import (
     ADAPTER_CONFIG,
     CONFIG_FILE,

@@ -372,7 +372,7 @@ REASONS: dict[str, str] = {
     "calibrated": "calibrated on",
     "wrong_answer": "whose answer is none of their choices",
     "same_choices": "with equal choices",
-    "duplicate": "that others have already",
+    "duplicate": "that are duplicates",
     "unreadable": "whose messages are more than text",
     "refused": "that the chat template does not take",
     "no_token": "without a token that counts",

@@ -1,7 +1,7 @@
 """Model sources: what ``model.source`` names, and the local folder or file that it becomes on this node.
 
 A new kind of source is a class here and a case of ``parse_model_source``. In what form the model lies there is a matter
-of ``models/conversion.py``.
+of ``models/conversion/``.
 """
 
 import re

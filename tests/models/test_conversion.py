@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seap_ray.core.architecture import FAMILIES
 from seap_ray.errors import ConfigError
-from seap_ray.models import conversion as conversion_module
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.conversion import Form, plain_name
+from seap_ray.models.conversion import form as form_module
+from seap_ray.models.conversion.form import Form
+from seap_ray.models.conversion.rewritten_form import plain_name
 from tests.support import ROOT
 from tests.support.builders import CONFIGS, load, logits, random_ids
 from tests.support.gguf_files import save_llama, write_gguf
@@ -172,7 +173,7 @@ def test_what_is_no_whole_gguf_model_is_told(in_process, llama, tmp_path, monkey
     (tmp_path / "pointer.gguf").write_text(pointer)
     assert "is a Git LFS pointer" in refusal(tmp_path / "pointer.gguf")
 
-    monkeypatch.setattr(conversion_module, "find_spec", lambda _name: None)
+    monkeypatch.setattr(form_module, "find_spec", lambda _name: None)
     assert refusal(whole).endswith("which needs the package gguf: pip install 'seap-ray[formats]'")
 
 
