@@ -8,7 +8,9 @@ from ray.serve import Application
 from ray.serve.llm import build_llm_deployment
 
 from seap_ray.config import Config
+from seap_ray.models.corpus import load_tokenizer
 from seap_ray.routing.router import Router
+from seap_ray.storage.files import stage
 from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run
 from serve.engines import EngineGroup, check_sharing
@@ -16,6 +18,7 @@ from serve.experts import Expert, find_experts
 from serve.gate import key_hashes
 from serve.ingress import Service, make_ingress
 from serve.llm_config import llm_config
+from serve.prompts import PromptBeginning
 
 
 def prepare(config: Config) -> Service:
@@ -32,6 +35,8 @@ def prepare(config: Config) -> Service:
     return Service(
         experts=tuple(experts),
         router=_router_folder(run, experts),
+        # All models have the dense model's tokenizer.
+        beginning=PromptBeginning.of(load_tokenizer(stage(experts[0].folder))),
         threshold=config.serve.router.threshold,
         named_falls_back=config.serve.fallback == "all",
         has_one_replica=config.serve.max_replicas == 1,

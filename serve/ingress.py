@@ -1,6 +1,8 @@
 """Ingress: one OpenAI-compatible endpoint for all models. ``model: "auto"`` goes to the expert of the prompt's task."""
 
 import asyncio
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,10 @@ from serve.gate import Gate
 from serve.messages import ChatRequest, check_messages, first_user_text
 from serve.model_calls import PATIENCE_S, ModelCalls, constraint_in
 from serve.node_metrics import gather
-from serve.prompts import prompts_of
+from serve.prompts import PromptBeginning, prompts_of
 from serve.watch import Watch
+
+logger = logging.getLogger("ray.serve")
 
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
@@ -52,6 +56,8 @@ class Service:
     max_body_bytes: int
     max_sequences: int
     timeout_s: float
+    beginning: PromptBeginning = PromptBeginning()
+    """How prompts of token ids begin where nothing is missing."""
     is_shared: bool = False
     """Whether all models share an engine, whose server restarts it itself when it dies."""
 
@@ -78,6 +84,7 @@ class ExpertIngress(OpenAiIngress):
         super().__init__(llm_deployments, model_cards)
         self._service = service
         self._page = Path(__file__).with_name("playground.html").read_text()
+        self._has_warned = False
 
         deployments = {model: handle.deployment_name for model, handle in llm_deployments.items()}
         # A shared engine restarts itself, so a failed request is no reason to take its models for down.
@@ -138,14 +145,27 @@ class ExpertIngress(OpenAiIngress):
             raise
 
         self._count(decision)
+        headers = decision.headers | self._warning_headers(prompts)
 
         if not isinstance(first, str):  # no stream
-            return Response(first.model_dump_json(), media_type="application/json", headers=decision.headers)
+            return Response(first.model_dump_json(), media_type="application/json", headers=headers)
 
         # The first event is here already, so an error before it still has a status of its own.
         request_id = request.headers.get("x-request-id", "")
         events = self._calls.events(first, replies, decision.model, request_id, constraint=constraint_in(body))
-        return StreamingResponse(events, media_type="text/event-stream", headers=decision.headers)
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+    def _warning_headers(self, prompts: Sequence[Prompt]) -> dict[str, str]:
+        """Return the response header that warns about prompts of token ids; the log has the first such warning."""
+        warning = self._service.beginning.warning(prompts)
+        if warning is None:
+            return {}
+
+        # Who sends such prompts sends many, and every one has the header.
+        if not self._has_warned:
+            logger.warning(f"a request has {warning}")
+            self._has_warned = True
+        return {"x-seap-warning": warning}
 
     def _check_sequences(self, n: int) -> None:
         """Raise ApiError 400 for a request that asks for more sequences than it may."""
