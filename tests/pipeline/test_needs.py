@@ -1,33 +1,25 @@
-"""Memory, disk and time by formulas, beside files that are written and numbers worked out by hand; configs/."""
-
-import json
+"""Memory, disk and time by formulas, beside files that are written and numbers worked out by hand."""
 
 import pytest
 import torch
 
-from seap_ray.config import Config, load_config
-from seap_ray.core.architecture import Architecture
+from seap_ray.config import Config
 from seap_ray.core.moments import SITES, Covariance
-from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.records import save_covariances, save_moments
 from seap_ray.pipeline.needs import (
     CorpusSize,
     ModelSize,
     Rates,
-    assumed_rates,
     checkpoint_bytes,
     covariance_files_bytes,
     disk_needs,
     largest_corpora,
     memory_needs,
-    needs,
     record_bytes,
     time_needs,
     token_flops,
 )
-from seap_ray.pipeline.preflight import check_ratios
-from tests.support import ROOT
 from tests.support.builders import random_statistics
 
 DEMO = Checkpoint.open("demo")
@@ -47,13 +39,6 @@ LLAMA_8B = {
     "torch_dtype": "bfloat16",
 }
 """What decides sizes in the config.json of meta-llama/Llama-3.1-8B."""
-
-
-def example(*overrides: str) -> Config:
-    return load_config([f"config={ROOT / 'configs' / 'llama-3.1-8b.yaml'}", *overrides])
-
-
-EXAMPLE = example()
 
 
 def config_of(**sections) -> Config:
@@ -182,35 +167,3 @@ def test_time_is_products_over_rates():
     assert time.writing == pytest.approx(checkpoint_bytes(DEMO_SIZE, config) / 1e6 + reading)
     assert time_needs(DEMO_SIZE, config_of(evaluation={"samples": None}), corpora, rates).judging is None
     assert time_needs(DEMO_SIZE, config_of(evaluation={"samples": 0}), corpora, rates).judging == 0
-
-
-# --- configs/llama-3.1-8b.yaml ---------------------------------------------------------------------------------------
-
-
-def test_the_8b_config_can_be_planned_without_weights():
-    check_ratios(EXAMPLE, Architecture.of(LLAMA_8B))
-    check_ratios(
-        load_config([f"config={ROOT / 'configs' / 'llama-3.1-8b.yaml'}", "pruning.ratio=0.35"]),
-        Architecture.of(LLAMA_8B),
-    )
-
-    with pytest.raises(ConfigError, match="pruning.ratio"):
-        check_ratios(
-            EXAMPLE.model_copy(update={"pruning": EXAMPLE.pruning.model_copy(update={"ratio": (0.95,)})}),
-            Architecture.of(LLAMA_8B),
-        )
-
-
-def test_the_8b_config_fits_a_gpu_of_24_gb_and_an_ordinary_disk():
-    needed = needs(ModelSize.from_config(LLAMA_8B), EXAMPLE)
-    assert needed.memory.single < 24e9 and needed.memory.stream < 24e9
-    assert needed.disk.covariances == 0 and needed.disk.total < 80e9
-    assert needed.rates == assumed_rates(EXAMPLE) and "H100" in needed.rates.name
-    assert needed.time.judging is not None and needed.time.calibration + needed.time.judging < 3600
-
-
-@pytest.mark.parametrize("job", [[], ["pruning.ratio=0.35"], ["study=table"], ["study=ratio"]])
-def test_the_8b_config_is_read_by_every_job(job):
-    config = example(*job)
-    assert config.model.source == "meta-llama/Llama-3.1-8B" and config.calibration.num_gpus == 1
-    assert json.dumps(config.model_dump(mode="json"))
