@@ -117,3 +117,54 @@ def test_models_chat_where_one_has_a_template():
         return Service(experts, None, None, True, True, None, 1, 1, 1.0)
 
     assert service(True, True).can_chat and not service(False, False).can_chat
+
+
+# --- a header that warns ---------------------------------------------------------------------------------------------
+
+
+def replies_to(prompts: list[Any], *, is_stream: bool) -> list[Any]:
+    """What an ingress answers to completions with these prompts, of a model trained with token 1 in front."""
+    from serve.choice import Decision
+    from serve.ingress import ExpertIngress, Service
+    from serve.prompts import PromptBeginning
+
+    async def start(method: str, body: Any, prompts: Any) -> Any:
+        whole = SimpleNamespace(model_dump_json=lambda: "{}")
+        return Decision("general", "named"), "data: {}" if is_stream else whole, None
+
+    ingress: Any = object.__new__(ExpertIngress)
+    ingress._service = Service((), None, None, True, True, None, 1, 16, 1.0, PromptBeginning((1,)))
+    ingress._calls = SimpleNamespace(start=start, events=lambda *arguments, **settings: iter(()))
+    ingress._count = lambda decision: None
+    ingress._has_warned = False
+    request: Any = SimpleNamespace(state=SimpleNamespace(), headers={})
+
+    async def ask() -> list[Any]:
+        from ray.serve.llm.openai_api_models import CompletionRequest
+
+        return [await ingress.completions(CompletionRequest(prompt=prompt), request) for prompt in prompts]
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_ids_without_the_beginning_token_have_a_header_that_warns(is_stream):
+    alone, several, whole, text = replies_to([[5, 6], [[1, 5], [6]], [1, 5], "a"], is_stream=is_stream)
+    assert alone.headers["x-seap-warning"].startswith("1 of 1 prompts of token ids without token 1 at the beginning")
+    assert several.headers["x-seap-warning"].startswith("1 of 2 prompts of token ids without token 1 at the beginning")
+    assert "x-seap-warning" not in whole.headers and "x-seap-warning" not in text.headers
+    assert {reply.headers["x-seap-expert"] for reply in (alone, several, whole, text)} == {"general"}
+
+
+def test_the_log_has_the_warning_once(caplog):
+    import logging
+
+    logger = logging.getLogger("ray.serve")
+    # Ray's loggers may hand nothing on to the root's handlers, where caplog's is.
+    logger.addHandler(caplog.handler)
+    try:
+        replies_to([[5, 6], [[5], [6]], [[7], [8], [9]]], is_stream=False)
+    finally:
+        logger.removeHandler(caplog.handler)
+    warnings = {record.getMessage() for record in caplog.records if "prompts of token ids" in record.getMessage()}
+    assert len(warnings) == 1, "each of the three has another number of prompts"
