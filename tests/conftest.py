@@ -137,7 +137,7 @@ def ordered_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def served_run(tmp_path_factory):
+def served_run(cluster, tmp_path_factory):
     """The run that the tests of the service share."""
     from tests.support.served import make_run
 

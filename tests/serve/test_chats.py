@@ -122,7 +122,7 @@ def tasks(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def chat_run(tasks, tmp_path_factory):
+def chat_run(cluster, tasks, tmp_path_factory):
     """A run of the two tasks with a model of random weights."""
     folder = tmp_path_factory.mktemp("chats")
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}

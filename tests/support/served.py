@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -43,10 +44,9 @@ def make_run(storage):
 
 
 def prune(settings):
-    """Run the main job with these keys, in a process of its own."""
-    job = [sys.executable, "jobs/prune.py", *arguments(**settings)]
-    done = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment())
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Run the main job with these keys, on the cluster of this process: its workers have torch imported by then."""
+    main = runpy.run_path(str(ROOT / "jobs" / "prune.py"))["main"]
+    assert main([f"config={ROOT / 'ray_config.yaml'}", "calibration.workers=1", *arguments(**settings)]) == 0
 
 
 def environment(**more):
