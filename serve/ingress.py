@@ -163,7 +163,7 @@ class ExpertIngress(OpenAiIngress):
 
         # Who sends such prompts sends many, and every one has the header.
         if not self._has_warned:
-            logger.warning(f"a request has {warning}")
+            logger.warning(f"{warning}; further such requests are not logged")
             self._has_warned = True
         return {"x-seap-warning": warning}
 

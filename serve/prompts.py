@@ -43,15 +43,15 @@ class PromptBeginning:
 
         vLLM adds the token to texts alone, so ids have to come with it.
         """
-        n_wrong = sum(not isinstance(prompt, str) and self._is_missing_in(prompt) for prompt in prompts)
-        if not n_wrong:
+        n_missing = sum(not isinstance(prompt, str) and self._is_missing_in(prompt) for prompt in prompts)
+        if not n_missing:
             return None
 
         # The token's name may hold letters that no header takes, so its number stands for it.
-        tokens = f"token{'s' * (len(self.ids) > 1)} {' '.join(map(str, self.ids))}"
+        token = " ".join(map(str, self.ids))
         return (
-            f"{n_wrong} of {len(prompts)} prompts of token ids without {tokens} at the beginning, which the model was "
-            "trained with; the tokenizer adds it to texts alone (lm-eval: add_bos_token=True)"
+            f"the beginning token ({token}) is missing in {n_missing} of {len(prompts)} prompts of token ids; the model "
+            "was trained with it, and the tokenizer adds it to texts alone (lm-eval: add_bos_token=True)"
         )
 
     def _is_missing_in(self, ids: Sequence[int]) -> bool:

@@ -150,8 +150,8 @@ def replies_to(prompts: list[Any], *, is_stream: bool) -> list[Any]:
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_ids_without_the_beginning_token_have_a_header_that_warns(is_stream):
     alone, several, whole, text = replies_to([[5, 6], [[1, 5], [6]], [1, 5], "a"], is_stream=is_stream)
-    assert alone.headers["x-seap-warning"].startswith("1 of 1 prompts of token ids without token 1 at the beginning")
-    assert several.headers["x-seap-warning"].startswith("1 of 2 prompts of token ids without token 1 at the beginning")
+    assert alone.headers["x-seap-warning"].startswith("the beginning token (1) is missing in 1 of 1 prompts of")
+    assert several.headers["x-seap-warning"].startswith("the beginning token (1) is missing in 1 of 2 prompts of")
     assert "x-seap-warning" not in whole.headers and "x-seap-warning" not in text.headers
     assert {reply.headers["x-seap-expert"] for reply in (alone, several, whole, text)} == {"general"}
 

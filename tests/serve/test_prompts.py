@@ -65,9 +65,9 @@ def test_ids_without_the_beginning_token_are_warned_of_with_its_number():
     text = tokenizer("20 - 14 =")["input_ids"]
     bare = tokenizer("20 - 14 =", add_special_tokens=False)["input_ids"]
 
-    token = f"without token {tokenizer.bos_token_id} at the beginning"
-    assert beginning.warning([bare]).startswith(f"1 of 1 prompts of token ids {token}")
-    assert beginning.warning([text, bare, bare]).startswith(f"2 of 3 prompts of token ids {token}")
+    token = f"the beginning token ({tokenizer.bos_token_id}) is missing in"
+    assert beginning.warning([bare]).startswith(f"{token} 1 of 1 prompts")
+    assert beginning.warning([text, bare, bare]).startswith(f"{token} 2 of 3 prompts")
     assert "add_bos_token=True" in beginning.warning([bare]) and beginning.warning([bare]).isascii()
     assert beginning.warning([[]]), "nor has an empty prompt the token"
 
