@@ -50,8 +50,8 @@ class PromptBeginning:
         # The token's name may hold letters that no header takes, so its number stands for it.
         token = " ".join(map(str, self.ids))
         return (
-            f"the beginning token ({token}) is missing in {n_missing} of {len(prompts)} prompts of token ids; the model "
-            "was trained with it, and the tokenizer adds it to texts alone (lm-eval: add_bos_token=True)"
+            f"the beginning token ({token}) is missing in {n_missing} of {len(prompts)} prompts of token ids; the "
+            "model was trained with it, and the tokenizer adds it to texts alone (lm-eval: add_bos_token=True)"
         )
 
     def _is_missing_in(self, ids: Sequence[int]) -> bool:
