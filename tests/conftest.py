@@ -32,10 +32,13 @@ LONGEST = (
     "test_shared_engine",
     "test_job",
     "test_docs",
+    "test_chats",
     "test_eval",
     "test_vllm_model",
     "test_files",
     "test_lm_eval",
+    "test_playground",
+    "test_draw",
 )
 """Files that are begun with, so that no process of pytest is left with one at the end."""
 SERVED = ("test_service", "test_shared_engine")
