@@ -287,6 +287,7 @@ class Clone:
         config |= {"tasks": ["arithmetic", "reverse"], "corpus": {"samples": 150}}
         config |= {"evaluation": {"samples": 20, "speed": {"rounds": 0}}}
         config["pruning"] |= {"ratio": 0.2, "baselines": {}}
+        config["calibration"] |= {"workers": 1}
         config["serve"] |= {"num_cpus": 0.25, "port": port, "engine": {"kv_cache_memory_bytes": 1 << 26}}
         (folder / "ray_config.yaml").write_text(yaml.safe_dump(config))
         clone = cls(folder, port)

@@ -329,6 +329,7 @@ def test_a_job_with_model_corpora_and_run_in_a_bucket_gives_the_bytes_of_one_on_
             f"tasks=[{{name: sums, path: {root}/corpus, {templates}}}]",
             "corpus.samples=24",
             "corpus.shard_sequences=8",
+            "calibration.workers=1",
             "evaluation.samples=8",
             "pruning.ratio=0.5",
             "pruning.baselines={}",

@@ -26,6 +26,7 @@ SMALL = [
     "tasks=[sort, logic]",
     "corpus.samples=48",
     "corpus.shard_sequences=8",
+    "calibration.workers=1",  # each is a process that imports torch and transformers
     "evaluation.samples=12",
     "evaluation.speed={rounds: 1, prompt_tokens: 16, new_tokens: 2}",
     "pruning.ratio=0.5",
