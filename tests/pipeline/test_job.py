@@ -54,6 +54,7 @@ SMALL = [
     "tasks=[arithmetic, logic]",
     "corpus.samples=48",
     "corpus.shard_sequences=8",
+    "calibration.workers=1",  # each is a process that imports torch and transformers
     "evaluation.samples=12",
     "pruning.ratio=0.5",
     "pruning.baselines={}",
@@ -85,7 +86,7 @@ def statistics(storage: Path) -> dict[str, bytes]:
 def finished(cluster, tmp_path_factory) -> Path:
     """Storage of a finished run: the reference of this module."""
     storage = tmp_path_factory.mktemp("finished")
-    assert main(arguments(storage, "calibration.workers=1")) == 0
+    assert main(arguments(storage)) == 0
     return storage
 
 
@@ -182,7 +183,7 @@ AGAIN = """pruning.baselines={
 
 def test_a_finished_expert_is_pruned_again_by_every_allocation_and_stream_finds_the_same(finished, tmp_path):
     expert = run_of(finished).expert(0.5, "arithmetic")
-    settings = [f"model.source={expert}", "pruning.ratio=[0, 0.3]", UNJUDGED, "calibration.workers=1"]
+    settings = [f"model.source={expert}", "pruning.ratio=[0, 0.3]", UNJUDGED]
 
     whole = tmp_path / "single"
     streamed = tmp_path / "stream"
@@ -257,7 +258,7 @@ def kill_workers() -> list[int]:
 def test_killed_workers_lose_nothing_but_the_shard_in_flight(finished, tmp_path):
     killed: list[int] = []
     watcher = when_records(tmp_path, 2, lambda: killed.extend(kill_workers()))
-    assert main(arguments(tmp_path, "calibration.workers=1", UNJUDGED)) == 0
+    assert main(arguments(tmp_path, UNJUDGED)) == 0
     watcher.join(10)
     assert killed
     assert statistics(tmp_path) == statistics(finished)
@@ -273,7 +274,7 @@ def test_a_shard_that_kills_every_worker_is_given_up_named_and_costs_no_other(fi
     # The shard is in a group with all others, each of which has to have its record in the end.
     with monkeypatch.context() as poisoned:
         poisoned.setattr("seap_ray.pipeline.calibrate.Calibrator", Poisoned)
-        streamed = ["calibration.placement=stream", "calibration.stream_tokens=1000000", "calibration.workers=1"]
+        streamed = ["calibration.placement=stream", "calibration.stream_tokens=1000000"]
         code, line = refused(capsys, arguments(tmp_path, *streamed, UNJUDGED))
 
     assert code == 4 and "logic: shard 00002 ended its worker's process 3 times and was given up" in line
