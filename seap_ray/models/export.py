@@ -137,9 +137,9 @@ class CheckpointExport:
         if layer is None:
             return in_pieces(self.base.read(output.name))
 
-        is_replaced = module in architecture.compensable_modules and kind in self.plan.compensation.replaces
-        if is_replaced and self.compensates(layer):
-            return iter([self._repaired(layer, module)[kind]])
+        compensated = self.compensated(layer, module) if kind in self.plan.compensation.replaces else {}
+        if compensated:
+            return iter([compensated[kind]])
 
         # A bias that the stock family wants and nothing needs is zero.
         source = self._source(layer, module, kind)
@@ -149,6 +149,11 @@ class CheckpointExport:
         original_layer = self.plan.layers[layer]
         kept = self.plan.kept[layer]
         return slice_tensor(architecture, original_layer, module, kind, self.base.read(source), kept)
+
+    def compensated(self, layer: int, module: str) -> dict[str, Tensor]:
+        """Return the tensors of a layer's module that compensation makes, by kind; none of most modules."""
+        is_output = module in self.base.architecture.compensable_modules
+        return self._repaired(layer, module) if is_output and self.compensates(layer) else {}
 
     def _repaired(self, layer: int, module: str) -> dict[str, Tensor]:
         """Return the tensors of an output module that compensation makes."""

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from seap_ray.errors import ConfigError
-from seap_ray.models.batching import Batch, make_batches
+from seap_ray.models.batching import make_batches
 from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.hidden_states import HiddenBatch, embed
 from seap_ray.models.loading import attention_of
 from seap_ray.models.recorder import SiteMoments, added, error_context, on_cpu, recording_layer
 from seap_ray.models.sequences import Sequences
@@ -25,38 +26,6 @@ COPY_ELEMENTS = 1 << 24
 """Elements of a weight that are copied to a GPU at a time."""
 LAYERS_PREFIX = "layers."
 """Beginning of the names of decoder layers in the decoder; in the checkpoint more stands before it."""
-
-
-@dataclass
-class _BatchInFlight:
-    """A batch on its way through the layers."""
-
-    batch: Batch
-    hidden_BTD: Tensor
-    arguments_L: list[dict[str, Any]]
-    """Keyword arguments that the decoder gives each layer: masks and rotary embeddings, made once and shared."""
-
-    def to(self, device: torch.device) -> "_BatchInFlight":
-        """Copy hidden states and arguments to a device; a tensor that layers share stays one tensor."""
-        moved: dict[int, Tensor] = {}
-        arguments_L = [_move_all(arguments, device, moved) for arguments in self.arguments_L]
-
-        return _BatchInFlight(self.batch, self.hidden_BTD.to(device), arguments_L)
-
-
-def _move_all(arguments: dict[str, Any], device: torch.device, moved: dict[int, Tensor]) -> dict[str, Any]:
-    return {name: _move(value, device, moved) for name, value in arguments.items()}
-
-
-def _move(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
-    """Copy the tensors of a value to a device, each once; ``moved`` remembers the copies by the tensors' ids."""
-    if isinstance(value, Tensor):
-        if id(value) not in moved:
-            moved[id(value)] = value.to(device)
-        return moved[id(value)]
-    if isinstance(value, tuple | list):
-        return type(value)(_move(item, device, moved) for item in value)
-    return value
 
 
 @dataclass(frozen=True)
@@ -129,7 +98,7 @@ class LayerwiseModel:
     @torch.inference_mode()
     def _embed_all(
         self, skeleton: Any, shards: Mapping[str, Sequences], batch_tokens: int, skip_first: bool
-    ) -> dict[str, list[_BatchInFlight]]:
+    ) -> dict[str, list[HiddenBatch]]:
         """Embed the sequences of every shard, and catch what the decoder would give to its layers."""
         # A copy: the skeleton keeps its layers, into which weights are read later.
         decoder = deepcopy(skeleton)
@@ -140,22 +109,16 @@ class LayerwiseModel:
         waiting_device = self._waiting_device(batches_by_shard)
 
         # What is left of the decoder, embeddings and masks, runs as in the whole model.
-        decoder.layers = nn.ModuleList(_Catcher() for _ in skeleton.layers)
+        decoder.layers = nn.ModuleList(nn.Identity() for _ in skeleton.layers)
         # The last norm comes after all layers; nothing reads what it gives.
         decoder.norm = nn.Identity()
         self._load_weights(decoder, self.checkpoint.architecture.family.layers.removesuffix(LAYERS_PREFIX))
         decoder.to(self.device)
 
-        in_flight: dict[str, list[_BatchInFlight]] = {}
+        in_flight: dict[str, list[HiddenBatch]] = {}
         for shard, batches in batches_by_shard.items():
-            in_flight[shard] = [self._embed(decoder, rows, skip_first).to(waiting_device) for rows in batches]
+            in_flight[shard] = [embed(decoder, rows, skip_first, self.device).to(waiting_device) for rows in batches]
         return in_flight
-
-    def _embed(self, decoder: Any, rows: list[Sequences], skip_first: bool) -> _BatchInFlight:
-        """Run a decoder whose layers are catchers over a batch."""
-        batch = Batch.of(rows, skip_first, self.device)
-        decoder(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False)
-        return _BatchInFlight(batch, decoder.layers[0].hidden_BTD, [catcher.arguments for catcher in decoder.layers])
 
     def _waiting_device(self, batches_by_shard: Mapping[str, list[list[Sequences]]]) -> torch.device:
         """Choose where hidden states wait for the next layer: on the device if they fit ``memory_budget``."""
@@ -168,9 +131,7 @@ class LayerwiseModel:
         return self.device if sum(lengths) * token_bytes <= self.memory_budget else torch.device("cpu")
 
     @torch.inference_mode()
-    def _run_layer(
-        self, block: nn.Module, layer: int, in_flight: list[_BatchInFlight], covariance: bool
-    ) -> SiteMoments:
+    def _run_layer(self, block: nn.Module, layer: int, in_flight: list[HiddenBatch], covariance: bool) -> SiteMoments:
         """Take a shard's batches through one layer, whose output they hold then; return its moments, on the CPU."""
         family = self.checkpoint.architecture.family
         total: SiteMoments = {}
@@ -178,19 +139,15 @@ class LayerwiseModel:
         for passing in in_flight:
             part: SiteMoments = {}
             with recording_layer(block, family, layer, passing.batch.rows_N, part, covariance=covariance):
-                arguments = _move_all(passing.arguments_L[layer], self.device, {})
-                output = self._forward(block, passing.hidden_BTD.to(self.device), arguments)
-
-            after_BTD = output[0] if isinstance(output, tuple) else output
-            passing.hidden_BTD = after_BTD.to(passing.hidden_BTD.device)
+                passing.hidden_BTD = self._forward(block, layer, passing)
             total = added(total, part)
         return on_cpu(total)
 
-    def _forward(self, block: nn.Module, hidden_BTD: Tensor, arguments: dict[str, Any]) -> Any:
+    def _forward(self, block: nn.Module, layer: int, passing: HiddenBatch) -> Tensor:
         try:
-            return block(hidden_BTD, **arguments)
+            return passing.run(block, layer, passing.hidden_BTD, self.device)
         except torch.OutOfMemoryError:
-            tokens = hidden_BTD.shape[0] * hidden_BTD.shape[1]
+            tokens = passing.hidden_BTD.shape[0] * passing.hidden_BTD.shape[1]
             raise ConfigError(
                 f"calibration.batch_tokens: {self.device} has no room for a batch of {tokens} tokens; halve it"
             ) from None
@@ -269,16 +226,3 @@ class LayerwiseModel:
         """Read the weights of some modules of an MoE expert, one below the other."""
         names = [f"{prefix}{module.format(e=expert)}.weight" for module in modules]
         return torch.cat([self.checkpoint.read(name) for name in names])
-
-
-class _Catcher(nn.Module):
-    """Stands for a decoder layer: keeps what it is given, and hands it on."""
-
-    hidden_BTD: Tensor
-    arguments: dict[str, Any]
-
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        """Keep the input and the arguments; return the input, which the next catcher is given."""
-        self.hidden_BTD = hidden_states
-        self.arguments = arguments
-        return hidden_states

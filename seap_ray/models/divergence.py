@@ -1,0 +1,318 @@
+"""Divergence: how far cut models are from the dense one on held-out tokens, before any of them is written.
+
+A cut model computes what the dense one does with zeros in the columns that go, so the dense model is run with the
+output modules of a layer replaced. All models pass one decoder layer before the next one is needed, and models that
+are cut alike up to a layer share their hidden states: a model with one cut layer costs the layers behind it alone.
+
+The Kullback-Leibler divergence of a cut model's next-token distribution from the dense model's is the rise of the loss
+on texts that the dense model itself writes. On the same tokens its noise is a small part of that of the loss, which
+depends on the one token that follows.
+
+Letters: B rows, T positions, V vocabulary, O output features, D input columns, S kept columns, N sequences.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seap_ray.core.plan import Kept
+from seap_ray.core.slicing import kept_indices
+from seap_ray.models.export import CheckpointExport
+from seap_ray.models.hidden_states import HiddenBatch, head_logits
+from seap_ray.models.sequences import Sequences, counted_of
+
+LOGIT_BYTES = 1 << 28
+"""Bytes of the logits, float32, that are in memory at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Divergence of a cut model from the dense one, in nats a token, with its standard error over sequences."""
+
+    sums_N: Tensor
+    """Summed divergence of each sequence, float64."""
+    losses_N: Tensor
+    """Summed rise of the loss of each sequence, float64."""
+    tokens_N: Tensor
+    """Predicted tokens of each sequence, float64."""
+
+    @property
+    def mean(self) -> float:
+        """Divergence a token."""
+        return float(self.sums_N.sum() / self.tokens_N.sum())
+
+    @property
+    def loss(self) -> float:
+        """Rise of the loss a token."""
+        return float(self.losses_N.sum() / self.tokens_N.sum())
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the mean: that of a ratio of sums over independent sequences."""
+        n = len(self.tokens_N)
+        residual_N = self.sums_N - self.mean * self.tokens_N
+        return float((residual_N.square().sum() * n / max(n - 1, 1)).sqrt() / self.tokens_N.sum())
+
+
+@torch.inference_mode()
+def measure_divergence(
+    model: Any,
+    blocks: Iterator[nn.Module],
+    batches: Sequence[HiddenBatch],
+    exports: Sequence[CheckpointExport],
+) -> list[Divergence]:
+    """Measure how far every cut model is from the dense one.
+
+    Args:
+        model: The dense model, whose embedding and head are used; its layers are not.
+        blocks: Its decoder layers, each of which is done with before the next one is taken.
+        batches: Held-out sequences as they come to the first layer.
+        exports: The cut models, as they would be written.
+
+    Returns:
+        The divergence of each, in their order.
+    """
+    architecture = exports[0].base.architecture
+    whole_L = [Kept.whole(architecture, layer) for layer in range(architecture.n_layers)]
+    cuts = [_kept_by_layer(export, whole_L) for export in exports]
+    device = batches[0].batch.ids_BT.device
+    # The dense model is one more; it has the hidden states that all others begin with.
+    groups = [_Group((None, *range(len(exports))), [batch.hidden_BTD for batch in batches])]
+
+    for layer, block in enumerate(blocks):
+        groups = _run_layer(block, layer, batches, groups, exports, cuts, whole_L[layer], device)
+    return _compare(model, batches, groups, len(exports))
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Models that are cut alike so far, with the hidden states that they share."""
+
+    members: tuple[int | None, ...]
+    """Indices of the models; None is the dense one."""
+    hidden: list[Tensor]
+    """Hidden states of every batch, (B, T, D)."""
+
+
+LayerCuts = Mapping[int, Kept | None]
+"""What a model keeps of the layers that it cuts; None of a layer that goes as a whole."""
+
+
+def _kept_by_layer(export: CheckpointExport, whole_L: Sequence[Kept]) -> LayerCuts:
+    plan = export.plan
+    cut: dict[int, Kept | None] = dict.fromkeys(plan.dropped)
+    for layer, kept in zip(plan.layers, plan.kept, strict=True):
+        if kept != whole_L[layer]:
+            cut[layer] = kept
+    return cut
+
+
+def _run_layer(
+    block: nn.Module,
+    layer: int,
+    batches: Sequence[HiddenBatch],
+    groups: Sequence[_Group],
+    exports: Sequence[CheckpointExport],
+    cuts: Sequence[LayerCuts],
+    whole: Kept,
+    device: torch.device,
+) -> list[_Group]:
+    """Take all groups through a layer; a group whose models are cut otherwise there splits."""
+    # By what is kept, then by group: each way to cut the layer is prepared once.
+    split: dict[Any, dict[int, list[int | None]]] = {}
+    for g, group in enumerate(groups):
+        for member in group.members:
+            way = _way(layer, member, exports, cuts, whole)
+            split.setdefault(way, {}).setdefault(g, []).append(member)
+
+    after: list[_Group] = []
+    for way, members_by_group in split.items():
+        is_dropped = way[0] is None
+        first = next(iter(members_by_group.values()))[0]
+        is_cut = first is not None and not is_dropped and way[0] is not whole
+        parameters = cut_parameters(block, exports[first], layer) if is_cut else {}
+        with _replaced(block, parameters):
+            for g, members in members_by_group.items():
+                hidden = groups[g].hidden
+                if not is_dropped:
+                    hidden = [batch.run(block, layer, h, device) for batch, h in zip(batches, hidden, strict=True)]
+                after.append(_Group(tuple(members), hidden))
+    return after
+
+
+def _way(
+    layer: int, member: int | None, exports: Sequence[CheckpointExport], cuts: Sequence[LayerCuts], whole: Kept
+) -> tuple[Any, ...]:
+    """Return what decides how a model is cut at a layer: what it keeps and, where that is not all, its repair."""
+    if member is None or layer not in cuts[member]:
+        return (whole,)
+    export = exports[member]
+    kept = cuts[member][layer]
+    # Statistics are large: two are the same where they are one object.
+    return (kept, export.plan.compensation.name, id(export.statistics)) if kept else (None,)
+
+
+# --- the cut ---------------------------------------------------------------------------------------------------------
+
+
+def cut_parameters(block: nn.Module, export: CheckpointExport, layer: int) -> dict[str, Tensor]:
+    """Return parameters with which a layer of the base computes what the cut layer will.
+
+    Args:
+        block: The base's layer.
+        export: The cut model, which has this layer.
+        layer: Number of the layer in the base.
+
+    Returns:
+        Parameters by their name in the layer: weights of output modules, of their own shapes, with zeros in the columns
+        that go, and biases, which the layer may not have.
+    """
+    architecture = export.base.architecture
+    new_layer = export.plan.layers.index(layer)
+    kept = export.plan.kept[new_layer]
+    parameters: dict[str, Tensor] = {}
+
+    for module in architecture.compensable_modules:
+        own_OD = block.get_submodule(module).weight
+        kept_S = kept_indices(kept, architecture.family.columns[module], architecture.head_dim).to(own_OD.device)
+        compensated = export.compensated(new_layer, module)
+        weight_OS = compensated.get("weight", own_OD[:, kept_S])
+        weight_OD = torch.zeros_like(own_OD)
+        weight_OD[:, kept_S] = weight_OS.to(own_OD)
+        parameters[f"{module}.weight"] = weight_OD
+        if "bias" in compensated:
+            parameters[f"{module}.bias"] = compensated["bias"].to(own_OD)
+
+    if architecture.n_experts:
+        parameters["mlp.experts.down_proj"] = _cut_experts(block, kept)
+    return parameters
+
+
+def _cut_experts(block: nn.Module, kept: Kept) -> Tensor:
+    """Return the output weights of all MoE experts, (E, O, D), with zeros in the columns that go."""
+    own_EOD = block.get_submodule("mlp.experts").down_proj
+    weight_EOD = torch.zeros_like(own_EOD)
+    for expert, channels in enumerate(kept.channels):
+        kept_S = torch.tensor(channels, device=own_EOD.device)
+        weight_EOD[expert][:, kept_S] = own_EOD[expert][:, kept_S]
+    return weight_EOD
+
+
+@contextmanager
+def _replaced(block: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give a layer other parameters inside the block."""
+    with ExitStack() as restored:
+        for path, tensor in parameters.items():
+            name, _, kind = path.rpartition(".")
+            module = block.get_submodule(name)
+            restored.callback(setattr, module, kind, getattr(module, kind))
+            setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
+        yield
+
+
+# --- the comparison --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Targets:
+    """The tokens of a batch that are predicted: those that count, and are not the first of their sequence."""
+
+    row_N: Tensor
+    """Row of the position that predicts each."""
+    position_N: Tensor
+    """Place of that position in its row."""
+    ids_N: Tensor
+    """The tokens that follow."""
+    sequence_N: Tensor
+    """Number of the sequence of each, among those of all batches."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequences], first_sequence: int) -> "_Targets":
+        """List the predicted tokens of rows of sequences, whose first has the number ``first_sequence``."""
+        targets: list[tuple[int, int, int, int]] = []
+        number = first_sequence
+        for row, sequences in enumerate(rows):
+            start = 0
+            for sequence in sequences:
+                counted = counted_of(sequence)
+                for place in range(1, len(sequence)):
+                    if counted[place]:
+                        targets.append((row, start + place - 1, sequence[place], number))
+                start += len(sequence)
+                number += 1
+        return cls(*torch.tensor(targets, dtype=torch.int64).reshape(-1, 4).T)
+
+
+@torch.inference_mode()
+def _compare(model: Any, batches: Sequence[HiddenBatch], groups: Sequence[_Group], n_models: int) -> list[Divergence]:
+    """Compare the next-token distributions of all models with the dense model's."""
+    n_sequences = sum(_n_sequences(batch) for batch in batches)
+    sums = torch.zeros(n_models, n_sequences, dtype=torch.float64)
+    losses = torch.zeros_like(sums)
+    tokens_N = torch.zeros(n_sequences, dtype=torch.float64)
+    dense = next(group for group in groups if None in group.members)
+
+    number = 0
+    for b, batch in enumerate(batches):
+        targets = _Targets.of(batch.rows, number)
+        number += _n_sequences(batch)
+        tokens_N += torch.bincount(targets.sequence_N, minlength=n_sequences)
+
+        for chunk in _chunks(model, batch, targets):
+            dense_NV = chunk.log_probabilities(model, batch, dense.hidden[b])
+            p_NV = dense_NV.exp()
+            for group in groups:
+                members = [member for member in group.members if member is not None]
+                if not members:
+                    continue
+                cut_NV = chunk.log_probabilities(model, batch, group.hidden[b])
+                gap_NV = dense_NV - cut_NV
+                divergence_N = (p_NV * gap_NV).sum(-1).double().cpu()
+                loss_N = gap_NV.gather(1, chunk.ids_N[:, None].to(gap_NV.device))[:, 0].double().cpu()
+                for member in members:
+                    sums[member].index_add_(0, chunk.sequence_N, divergence_N)
+                    losses[member].index_add_(0, chunk.sequence_N, loss_N)
+
+    return [Divergence(sums[i], losses[i], tokens_N) for i in range(n_models)]
+
+
+def _n_sequences(batch: HiddenBatch) -> int:
+    return sum(map(len, batch.rows))
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Predicted tokens of a batch whose positions lie between two places of the rows."""
+
+    positions_P: Tensor
+    """Places whose logits are computed, in every row."""
+    row_N: Tensor
+    place_N: Tensor
+    """Index of each token's position among ``positions_P``."""
+    ids_N: Tensor
+    sequence_N: Tensor
+
+    def log_probabilities(self, model: Any, batch: HiddenBatch, hidden_BTD: Tensor) -> Tensor:
+        """Return the logarithms of the next-token distributions, (N, V), float32."""
+        logits_BPV = head_logits(model, batch.batch, hidden_BTD, self.positions_P.to(batch.batch.ids_BT.device))
+        logits_NV = logits_BPV[self.row_N.to(logits_BPV.device), self.place_N.to(logits_BPV.device)]
+        return torch.log_softmax(logits_NV, -1)
+
+
+def _chunks(model: Any, batch: HiddenBatch, targets: _Targets) -> Iterator[_Chunk]:
+    """Split the predicted tokens so that the logits of a chunk's positions are ``LOGIT_BYTES`` at most."""
+    n_rows = batch.batch.ids_BT.shape[0]
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    size = max(1, LOGIT_BYTES // (4 * n_rows * vocabulary))
+
+    for positions_P in targets.position_N.unique().split(size):
+        is_here_N = torch.isin(targets.position_N, positions_P)
+        # Both are ascending, so the place among the chunk's positions is found by bisection.
+        place_N = torch.searchsorted(positions_P, targets.position_N[is_here_N])
+        yield _Chunk(
+            positions_P, targets.row_N[is_here_N], place_N, targets.ids_N[is_here_N], targets.sequence_N[is_here_N]
+        )

@@ -1,0 +1,124 @@
+"""Hidden states: batches on their way through the decoder layers, which are run one at a time.
+
+Letters: B rows, T positions, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seap_ray.models.batching import Batch
+from seap_ray.models.sequences import Sequences
+
+
+@dataclass
+class HiddenBatch:
+    """A batch of sequences on its way through the layers."""
+
+    batch: Batch
+    rows: Sequence[Sequences]
+    """Sequences of every row, which stand one after another in it."""
+    hidden_BTD: Tensor
+    """Hidden states before the next layer."""
+    arguments_L: list[dict[str, Any]]
+    """Keyword arguments that the decoder gives each layer: masks and rotary embeddings, made once and shared."""
+
+    def run(self, block: nn.Module, layer: int, hidden_BTD: Tensor, device: torch.device) -> Tensor:
+        """Return what a layer makes of hidden states of this batch, on the device where these wait."""
+        arguments = _move_all(self.arguments_L[layer], device, {})
+        output = block(hidden_BTD.to(device), **arguments)
+        after_BTD = output[0] if isinstance(output, tuple) else output
+        return after_BTD.to(hidden_BTD.device)
+
+    def to(self, device: torch.device) -> "HiddenBatch":
+        """Copy hidden states and arguments to a device; a tensor that layers share stays one tensor."""
+        moved: dict[int, Tensor] = {}
+        arguments_L = [_move_all(arguments, device, moved) for arguments in self.arguments_L]
+
+        return HiddenBatch(self.batch, self.rows, self.hidden_BTD.to(device), arguments_L)
+
+
+def _move_all(arguments: dict[str, Any], device: torch.device, moved: dict[int, Tensor]) -> dict[str, Any]:
+    return {name: _move(value, device, moved) for name, value in arguments.items()}
+
+
+def _move(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
+    """Copy the tensors of a value to a device, each once; ``moved`` remembers the copies by the tensors' ids."""
+    if isinstance(value, Tensor):
+        if id(value) not in moved:
+            moved[id(value)] = value.to(device)
+        return moved[id(value)]
+    if isinstance(value, tuple | list):
+        return type(value)(_move(item, device, moved) for item in value)
+    return value
+
+
+class _Catcher(nn.Module):
+    """Stands for a decoder layer: keeps what it is given, and hands it on."""
+
+    hidden_BTD: Tensor
+    arguments: dict[str, Any]
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        """Keep the input and the arguments; return the input, which the next catcher is given."""
+        self.hidden_BTD = hidden_states
+        self.arguments = arguments
+        return hidden_states
+
+
+class _Replay(nn.Module):
+    """Stands for all decoder layers: returns hidden states that were computed before."""
+
+    def __init__(self, hidden_BTD: Tensor):
+        super().__init__()
+        self.hidden_BTD = hidden_BTD
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        """Return the hidden states, whatever comes in."""
+        return self.hidden_BTD
+
+
+@contextmanager
+def _layers_replaced(decoder: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Give a decoder other layers inside the block."""
+    own = decoder.layers
+    decoder.layers = nn.ModuleList(layers)
+    try:
+        yield
+    finally:
+        decoder.layers = own
+
+
+@torch.inference_mode()
+def embed(decoder: Any, rows: Sequence[Sequences], skip_first: bool, device: torch.device) -> HiddenBatch:
+    """Return a batch as it comes to the first layer, with what the decoder gives to every layer.
+
+    Args:
+        decoder: A model without its head; its layers are not run.
+        rows: Sequences of every row.
+        skip_first: Whether the first token of every sequence does not count.
+        device: Device of the decoder's embedding.
+    """
+    batch = Batch.of(rows, skip_first, device)
+    catchers = [_Catcher() for _ in decoder.layers]
+    with _layers_replaced(decoder, catchers):
+        decoder(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False)
+    return HiddenBatch(batch, rows, catchers[0].hidden_BTD, [catcher.arguments for catcher in catchers])
+
+
+@torch.inference_mode()
+def head_logits(model: Any, batch: Batch, hidden_BTD: Tensor, positions_P: Tensor) -> Tensor:
+    """Return the logits, (B, P, V), float32, that a model makes of the last layer's hidden states at some positions.
+
+    The model's own forward runs with all layers left out, since families scale and cap logits in it.
+    """
+    decoder = model.get_decoder()
+    with _layers_replaced(decoder, [_Replay(hidden_BTD.to(batch.ids_BT.device))]):
+        output = model(
+            input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False, logits_to_keep=positions_P
+        )
+    return output.logits.float()
