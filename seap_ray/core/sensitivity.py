@@ -1,0 +1,227 @@
+"""Sensitivity: by how much the loss rises when one site of one layer alone is cut.
+
+Measured rises come in, with their standard errors; the rises of all widths between them and beyond go out.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from seap_ray.core.architecture import Architecture, Shape
+from seap_ray.core.knapsack import lower_hull
+from seap_ray.core.moments import SITES, Site
+
+NOISE = 2.0
+"""Standard errors that a rise counts at the least: what only seems free costs as much as its noise could hide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rise:
+    """Mean rise of the loss over held-out tokens, and how sure it is, in nats a token."""
+
+    mean: float
+    """May be negative: noise, or a cut that helps."""
+    stderr: float
+    """Standard error of the mean."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what is no finite number, and for a negative standard error."""
+        if not (math.isfinite(self.mean) and math.isfinite(self.stderr) and self.stderr >= 0):
+            raise ValueError(f"{self.mean} +- {self.stderr} is no rise of a loss")
+
+    @property
+    def counted(self) -> float:
+        """The rise as allocation counts it: never below its noise, so never below 0."""
+        return max(self.mean, NOISE * self.stderr)
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """Rises of the loss at several widths of one site of one layer, everything else of the model whole."""
+
+    layer: int
+    site: Site
+    """``attn`` or ``mlp``; all MoE experts of a layer are cut alike, and are one ``mlp``."""
+    shapes: tuple[Shape, ...]
+    """Widths of the layer with this site alone cut. The whole width may be left out: its rise is 0."""
+    rises: tuple[Rise, ...]
+    """Rise at each of these widths."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a site that has no widths, for widths without rises, and for a width named twice."""
+        if self.site not in SITES or len(self.shapes) != len(self.rises) or len({*self.shapes}) < len(self.shapes):
+            raise ValueError(f"the widths of {self.site} of layer {self.layer} are not one rise for each")
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivities:
+    """What every layer's sites cost when they are cut, each alone."""
+
+    ladders: tuple[Ladder, ...]
+    """At most one for each layer and site, by layer, attention first."""
+    _by_key: Mapping[tuple[int, Site], Ladder] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for two ladders of one layer and site."""
+        ladders = tuple(sorted(self.ladders, key=lambda ladder: (ladder.layer, SITES.index(ladder.site))))
+        by_key = {(ladder.layer, ladder.site): ladder for ladder in ladders}
+        if len(by_key) < len(ladders):
+            raise ValueError("a layer and site has two ladders")
+        object.__setattr__(self, "ladders", ladders)
+        object.__setattr__(self, "_by_key", by_key)
+
+    def __getitem__(self, key: tuple[int, Site]) -> Ladder:
+        """Return the ladder of a layer and site; KeyError where it was not measured."""
+        return self._by_key[key]
+
+    def __contains__(self, key: object) -> bool:
+        """Return whether a layer and site was measured."""
+        return key in self._by_key
+
+    @classmethod
+    def mean(cls, several: Sequence["Sensitivities"], weights: Sequence[float] | None = None) -> "Sensitivities":
+        """Average the sensitivities of several tasks, so that all their experts can have the same widths.
+
+        Args:
+            several: Sensitivities at the same widths, each measured on tokens of its own: at least one.
+            weights: What each counts; they need not add up to 1. None: all alike.
+
+        Returns:
+            Weighted means of the rises, with the standard errors of these means.
+
+        Raises:
+            ValueError: Widths differ, or weights are none, negative, or not as many as sensitivities.
+        """
+        weights = [1.0] * len(several) if weights is None else weights
+        total = math.fsum(weights)
+        if len(weights) != len(several) or min(weights, default=0) < 0 or not total:
+            raise ValueError("weights of sensitivities are not one for each, at least 0 and in all above 0")
+
+        widths = {tuple((ladder.layer, ladder.site, ladder.shapes) for ladder in each.ladders) for each in several}
+        if len(widths) > 1:
+            raise ValueError("sensitivities at different widths have no mean")
+
+        shares = [weight / total for weight in weights]
+        ladders: list[Ladder] = []
+        for same in zip(*(each.ladders for each in several), strict=True):
+            rises = tuple(_mean(rises, shares) for rises in zip(*(ladder.rises for ladder in same), strict=True))
+            ladders.append(Ladder(same[0].layer, same[0].site, same[0].shapes, rises))
+        return cls(tuple(ladders))
+
+    def rises(self, architecture: Architecture, layer: int, site: Site, shapes: Sequence[Shape]) -> list[float]:
+        """Return by how much the loss rises when one site of a layer alone is cut to each of some widths.
+
+        Every measured rise counts as twice its standard error at the least, and as no less than those of wider widths.
+        The largest convex curve below these points, over the weights saved, gives the rises: linear between its
+        corners. Beyond the narrowest measured width a rise grows with the square of what is saved, or along the last
+        line where that is steeper: nothing is known there, and losses rise ever faster.
+
+        Args:
+            architecture: The model before the cut.
+            layer: Number of the layer.
+            site: ``attn`` or ``mlp``.
+            shapes: Widths of the layer; those of the other site do not matter.
+
+        Returns:
+            A rise for each, in nats a token; 0 for the whole width.
+
+        Raises:
+            ValueError: The site is to be cut in a way that was not measured.
+        """
+        original = architecture.layers[layer].shape
+        curves: dict[str, list[tuple[float, float]]] = {}
+        rises: list[float] = []
+        for shape in shapes:
+            unit = _cut_unit(site, original, shape)
+            if unit is None:
+                rises.append(0.0)
+                continue
+            if unit not in curves:
+                curves[unit] = self._curve(architecture, layer, site, unit)
+            rises.append(_height(curves[unit], _saved(architecture, site, original, shape)))
+        return rises
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return plain values for a file: every ladder with its widths, means and standard errors."""
+        return [
+            {
+                "layer": ladder.layer,
+                "site": ladder.site,
+                "shapes": [[shape.groups, shape.heads_per_group, shape.channels] for shape in ladder.shapes],
+                "mean": [rise.mean for rise in ladder.rises],
+                "stderr": [rise.stderr for rise in ladder.rises],
+            }
+            for ladder in self.ladders
+        ]
+
+    @classmethod
+    def from_json(cls, content: Iterable[Mapping[str, Any]]) -> "Sensitivities":
+        """Read what ``to_json`` returned."""
+        ladders: list[Ladder] = []
+        for values in content:
+            shapes = tuple(Shape(*widths) for widths in values["shapes"])
+            rises = tuple(map(Rise, values["mean"], values["stderr"]))
+            ladders.append(Ladder(values["layer"], values["site"], shapes, rises))
+        return cls(tuple(ladders))
+
+    def _curve(self, architecture: Architecture, layer: int, site: Site, unit: str) -> list[tuple[float, float]]:
+        """Return the corners (weights saved, rise) of the curve of one way to cut a site."""
+        original = architecture.layers[layer].shape
+        measured: list[tuple[int, float]] = []
+        if (layer, site) in self:
+            ladder = self[layer, site]
+            for shape, rise in zip(ladder.shapes, ladder.rises, strict=True):
+                if _cut_unit(site, original, shape) == unit:
+                    measured.append((_saved(architecture, site, original, shape), rise.counted))
+        if not measured:
+            raise ValueError(f"the rise of the loss by {unit} of {site} of layer {layer} was not measured")
+
+        points: list[tuple[float, float]] = [(0.0, 0.0)]
+        for saved, rise in sorted(measured):
+            # A narrower width costs no less than a wider one.
+            points.append((saved, max(rise, points[-1][1])))
+        return lower_hull(points)
+
+
+def _mean(rises: Sequence[Rise], shares: Sequence[float]) -> Rise:
+    """Return a weighted mean of rises that were measured on different tokens."""
+    mean = math.fsum(share * rise.mean for share, rise in zip(shares, rises, strict=True))
+    return Rise(mean, math.hypot(*(share * rise.stderr for share, rise in zip(shares, rises, strict=True))))
+
+
+def _cut_unit(site: Site, original: Shape, shape: Shape) -> str | None:
+    """Return which units of a site a width has fewer of than the whole layer, None where it is whole.
+
+    Raises ValueError for a width that the layer cannot have.
+    """
+    pairs = {"channels": (shape.channels, original.channels)}
+    if site == "attn":
+        pairs = {
+            "groups": (shape.groups, original.groups),
+            "heads": (shape.heads_per_group, original.heads_per_group),
+        }
+
+    cut = [unit for unit, (kept, whole) in pairs.items() if kept != whole]
+    if len(cut) > 1 or any(kept > whole for kept, whole in pairs.values()):
+        raise ValueError(f"{shape} is no cut of groups, of heads or of channels of {original}")
+    return cut[0] if cut else None
+
+
+def _saved(architecture: Architecture, site: Site, original: Shape, shape: Shape) -> int:
+    """Return the weights that the site's own width saves, without biases that may be added."""
+    if site == "mlp":
+        return (original.channels - shape.channels) * architecture.channel_cost
+    return architecture.attention_parameters(original) - architecture.attention_parameters(shape)
+
+
+def _height(corners: Sequence[tuple[float, float]], x: float) -> float:
+    """Return the height of a curve at ``x``: between its corners, or beyond the last one as ``rises`` says."""
+    for (left, low), (right, high) in pairwise(corners):
+        if x <= right:
+            return low + (high - low) * (x - left) / (right - left)
+
+    (before, lower), (last, highest) = corners[-2:]
+    line = highest + (highest - lower) * (x - last) / (last - before)
+    return max(line, highest * (x / last) ** 2)
