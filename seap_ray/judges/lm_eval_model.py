@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from seap_ray.models.batching import group_by_length
+from seap_ray.errors import DataError
+from seap_ray.judges.scoring import Continuation, score
 from seap_ray.models.encoding import Encoding
 
 
@@ -76,18 +77,20 @@ def wrap(model: PreTrainedModel, encoding: Encoding, batch_tokens: int) -> Any:
         def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
             # The last token is predicted, and not read.
             longest = self.max_length + 1
-            requests = [(texts, self._cut(prompt, longest - len(end)), end) for texts, prompt, end in requests]
+            continuations: list[Continuation] = []
+            for _texts, prompt, end in requests:
+                # lm-eval has no likelihood for such answers, either.
+                if not 0 < len(end) <= self.max_length:
+                    raise DataError(f"an answer has {len(end)} tokens, and the model {self.max_length} positions")
+                prompt = self._cut(prompt, longest - len(end))
+                continuations.append((prompt + end, len(prompt)))
 
-            # Groups are by length, so answers come in another order than requests.
-            answers: list[Any] = [None] * len(requests)
-            lengths = [len(context) + len(end) for _, context, end in requests]
-            for group in group_by_length(lengths, batch_tokens):
-                # One call is one batch.
-                self.batch_size_per_gpu = len(group)
-                batch = super()._loglikelihood_tokens([requests[i] for i in group])
-                for i, answer in zip(group, batch, strict=True):
-                    answers[i] = answer
-
+            scored = score(model, continuations, batch_tokens=batch_tokens)
+            answers = [(result.log_likelihood, result.is_greedy) for result in scored]
+            for (texts, _, _), answer in zip(requests, answers, strict=True):
+                # Parts of a text that is scored as a whole have no texts; lm-eval keeps the whole.
+                if texts is not None:
+                    self.cache_hook.add_partial("loglikelihood", texts, answer)
             return answers
 
         def generate_until(self, requests: list[Any], **_: Any) -> list[str]:

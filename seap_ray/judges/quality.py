@@ -1,7 +1,4 @@
-"""Quality: one model and one task's rows in; accuracy or perplexity with its standard error out.
-
-Letters: B sequences, T positions, N scored tokens, D hidden size, V vocabulary.
-"""
+"""Quality: one model and one task's rows in; accuracy or perplexity with its standard error out."""
 
 import math
 import random
@@ -9,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from seap_ray.errors import DataError
-from seap_ray.models.batching import group_by_length
+from seap_ray.judges.scoring import Continuation, Scored, score
 from seap_ray.models.corpus import Item
 from seap_ray.models.encoding import Encoding
 from seap_ray.tasks import Task, is_perplexity
@@ -61,19 +56,6 @@ class Quality:
         return cls(**{**values, "values": tuple(values["values"]), "weights": tuple(values["weights"])})
 
 
-Continuation = tuple[list[int], int]
-"""Token ids, and where in them begins what is scored, never at 0: a first token has nothing that predicts it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """Log-likelihood of a continuation, its length in tokens, and whether greedy decoding would have written it."""
-
-    log_likelihood: float
-    n_tokens: int
-    is_greedy: bool
-
-
 def measure(
     model: PreTrainedModel,
     encoding: Encoding,
@@ -103,7 +85,7 @@ def measure(
     except DataError as error:
         raise DataError(f"tasks.{task.name}: {error}") from None
 
-    scored = score(model, encoded, batch_tokens=batch_tokens)
+    scored = score(model, _cut(model, encoded), batch_tokens=batch_tokens)
     if task.metric == "perplexity":
         return _perplexity(task.metric, scored)
     if task.metric == "exact_match":
@@ -147,7 +129,7 @@ def measure_windows(model: PreTrainedModel, windows: list[Sequence[int]], *, bat
     This is the convention of GPTQ, SparseGPT and Wanda. The text is tokenised as a whole, so only the first window may
     begin with a special token.
     """
-    scored = _score_encoded(model, [(list(ids), 1) for ids in windows], batch_tokens=batch_tokens)
+    scored = score(model, [(list(ids), 1) for ids in windows], batch_tokens=batch_tokens)
     return _perplexity("window_perplexity", scored)
 
 
@@ -170,21 +152,11 @@ def _is_right(item: Item, scored: list[Scored], metric: str) -> bool:
     return item.is_right(values.index(max(values)))
 
 
-def score(model: PreTrainedModel, encoded: Sequence[Continuation], *, batch_tokens: int) -> list[Scored]:
-    """Score each continuation, in order; of texts longer than the model's positions the beginning is left out."""
+def _cut(model: PreTrainedModel, encoded: Sequence[Continuation]) -> list[Continuation]:
+    """Leave out the beginning of texts that are longer than the model's positions."""
     # A config without that key has a model without a bound on positions; 2048 is what lm-eval takes there too.
     limit = getattr(model.config, "max_position_embeddings", None) or 2048
-    return _score_encoded(model, [_last(ids, start, limit) for ids, start in encoded], batch_tokens=batch_tokens)
-
-
-def _score_encoded(model: PreTrainedModel, encoded: Sequence[Continuation], *, batch_tokens: int) -> list[Scored]:
-    # Texts of like lengths are batched together, so results come in another order than the texts.
-    scored: dict[int, Scored] = {}
-    for group in group_by_length([len(ids) for ids, _ in encoded], batch_tokens):
-        # A group has the indices of its texts, and there is a result for each.
-        for i, result in zip(group, _score_batch(model, [encoded[i] for i in group]), strict=True):
-            scored[i] = result
-    return [scored[i] for i in range(len(encoded))]
+    return [_last(ids, start, limit) for ids, start in encoded]
 
 
 def _last(ids: list[int], start: int, limit: int) -> Continuation:
@@ -196,38 +168,3 @@ def _last(ids: list[int], start: int, limit: int) -> Continuation:
     # The end is kept: it has the continuation.
     dropped = max(0, len(ids) - limit)
     return ids[dropped:], start - dropped
-
-
-@torch.inference_mode()
-def _score_batch(model: PreTrainedModel, group: list[Continuation]) -> list[Scored]:
-    """Score the token ids of each pair from its second part, an index, on."""
-    longest = max(len(ids) for ids, _ in group)
-
-    # Padding is at the end, where causal attention keeps it from all that is scored.
-    ids_BT = torch.zeros(len(group), longest, dtype=torch.int64)
-    mask_BT = torch.zeros(len(group), longest, dtype=torch.bool)
-    for row, (ids, _) in enumerate(group):
-        ids_BT[row, : len(ids)] = torch.tensor(ids)
-        mask_BT[row, : len(ids)] = True
-
-    # Filled on the host, since each small copy to a GPU would take as long as this one.
-    ids_BT = ids_BT.to(model.device)
-    mask_BT = mask_BT.to(model.device)
-
-    # Logits are made of the scored positions alone: those of a whole batch would not fit beside a large vocabulary.
-    hidden_BTD = model.get_decoder()(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
-    return [_score_row(model, hidden_BTD[row], ids_BT[row], len(ids), start) for row, (ids, start) in enumerate(group)]
-
-
-def _score_row(model: PreTrainedModel, hidden_TD: torch.Tensor, ids_T: torch.Tensor, length: int, start: int) -> Scored:
-    # A position predicts the token after it.
-    logits_NV = model.get_output_embeddings()(hidden_TD[start - 1 : length - 1]).float()
-
-    # Gemma 2 caps its logits in its own forward, which is not run here.
-    if cap := getattr(model.config, "final_logit_softcapping", None):
-        logits_NV = cap * (logits_NV / cap).tanh()
-
-    # With a device map the head may be on another GPU than the inputs. Sums are in float64: texts may be long.
-    target_N = ids_T[start:length].to(logits_NV.device)
-    chosen_N = log_softmax(logits_NV, -1).gather(1, target_N[:, None])
-    return Scored(float(chosen_N.double().sum()), length - start, bool((logits_NV.argmax(-1) == target_N).all()))

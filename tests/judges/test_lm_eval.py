@@ -1,13 +1,16 @@
 """lm-eval's judgement of local files: against lm-eval's command line, its prompts word for word, and hand counts."""
 
+import copy
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,9 +22,10 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from seap_ray.errors import ConfigError, DataError
-from seap_ray.judges import lm_eval
+from seap_ray.judges import lm_eval, lm_eval_model
 from seap_ray.judges.lm_eval_model import wrap
 from seap_ray.judges.lm_eval_rows import RowSplit, hellaswag_parts
+from seap_ray.judges.scoring import score
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import Renderer, held_out_rows
 from seap_ray.models.encoding import Encoding
@@ -309,6 +313,58 @@ def test_a_compacted_model_is_judged_and_writes_answers(dense, tmp_path):
     assert torch.equal(model(random_ids()).logits, before)
 
 
+def test_likelihoods_are_those_of_lm_evals_own_loop_and_go_to_its_cache(stories):
+    from lm_eval.models.huggingface import HFLM
+
+    model, encoding = stories
+    random_ = random.Random(0)
+
+    def tokens(n: int) -> list[int]:
+        return [random_.randrange(3, 500) for _ in range(n)]
+
+    requests = []
+    for n in (1, 7, 40, 200):
+        context = tokens(n)
+        choices = [tokens(5), tokens(1), tokens(3), tokens(1)]
+        choices += [choices[0][:1], [*choices[0], 9], choices[0]]
+        for choice in choices:
+            requests.append(((f"question {n}", f"answer {len(requests)}"), context, choice))
+    # What lm-eval asks for where it scores a text as a whole has no texts.
+    requests.append((None, tokens(3), tokens(50)))
+
+    lm = wrap(model, encoding, 256)
+    cached = []
+    lm.cache_hook = SimpleNamespace(add_partial=lambda _kind, texts, answer: cached.append((texts, answer)))
+    answers = lm._loglikelihood_tokens(requests)
+    own = HFLM(model, tokenizer=copy.deepcopy(encoding.tokenizer), batch_size=4)._loglikelihood_tokens(
+        requests, disable_tqdm=True
+    )
+    for (value, is_greedy), (own_value, own_is_greedy) in zip(answers, own, strict=True):
+        assert value == pytest.approx(own_value, abs=1e-4, rel=1e-6) and is_greedy == own_is_greedy
+    assert cached == [(request[0], answer) for request, answer in zip(requests, answers, strict=True)][:-1]
+
+    for end in ([], tokens(model.config.max_position_embeddings + 1)):
+        with pytest.raises(DataError, match=rf"^an answer has {len(end)} tokens, and the model 512 positions"):
+            lm._loglikelihood_tokens([(None, [1], end)])
+
+
+def test_the_likelihood_of_a_whole_text_is_that_of_lm_evals_own_loop(stories):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model, encoding = stories
+    text = " ".join(f"word{i}" for i in range(200))
+    request = Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
+    own = HFLM(model, tokenizer=copy.deepcopy(encoding.tokenizer), batch_size=2)
+    # The ids of both are those of the project.
+    own.tok_encode = encoding.ids
+    expected = own.loglikelihood_rolling([request], disable_tqdm=True)
+
+    assert len(encoding.ids(text)) > model.config.max_position_embeddings
+    lm = wrap(model, encoding, 2048)
+    assert lm.loglikelihood_rolling([request], disable_tqdm=True) == [pytest.approx(expected[0], rel=1e-5)]
+
+
 # --- token ids -------------------------------------------------------------------------------------------------------
 
 CHATML = (
@@ -338,18 +394,30 @@ def scored(monkeypatch):
     """Token ids that lm-eval gives to the model: of a choice prompt and answer, of a generated answer the prompt."""
     from lm_eval.models.huggingface import HFLM
 
-    pairs, prompts = [], []
-    score = HFLM._loglikelihood_tokens
+    texts, pairs, prompts = [], [], []
 
-    def recorded_score(lm, requests, **settings):
-        pairs.extend((texts, context, end) for texts, context, end in requests)
-        return score(lm, requests, **settings)
+    def recording_wrap(*arguments):
+        lm = wrap(*arguments)
+        score_requests = lm._loglikelihood_tokens
+
+        def recorded_requests(requests, **settings):
+            texts.extend(request[0] for request in requests)
+            return score_requests(requests, **settings)
+
+        lm._loglikelihood_tokens = recorded_requests
+        return lm
+
+    def recorded_score(model, continuations, **settings):
+        for ids, start in continuations:
+            pairs.append((texts.pop(0), ids[:start], ids[start:]))
+        return score(model, continuations, **settings)
 
     def recorded_generate(lm, context, attention_mask, **_):
         prompts.extend(ids[mask.bool()].tolist() for ids, mask in zip(context, attention_mask, strict=True))
         return torch.cat([context, torch.full((len(context), 1), EOS)], 1)
 
-    monkeypatch.setattr(HFLM, "_loglikelihood_tokens", recorded_score)
+    monkeypatch.setattr(lm_eval, "wrap", recording_wrap)
+    monkeypatch.setattr(lm_eval_model, "score", recorded_score)
     monkeypatch.setattr(HFLM, "_model_generate", recorded_generate)
     return pairs, prompts
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from seap_ray.demo import skills
 from seap_ray.errors import DataError
-from seap_ray.judges.quality import Scored, _is_right, _score_batch, measure, score
+from seap_ray.judges.quality import _cut, _is_right, measure
+from seap_ray.judges.scoring import Scored, score
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import Item, Renderer, load_tokenizer
 from seap_ray.models.encoding import Encoding
@@ -88,6 +89,35 @@ def test_perplexity_is_the_exponential_of_the_mean_loss_of_all_tokens(demo):
     quality = measure(model, Encoding(tokenizer), task, texts, batch_tokens=4096)
 
     assert (quality.value, quality.n) == (pytest.approx(math.exp(losses / n), rel=1e-4), n)
+
+
+def test_of_texts_longer_than_the_models_positions_the_beginning_is_left_out(demo):
+    model, tokenizer = demo
+    limit = model.config.max_position_embeddings
+    ids = [3 + i * i % 11 for i in range(limit + 20)]
+    task = Task(name="text", path="unused", answer="{{ text }}", metric="perplexity")
+    text = tokenizer.decode(ids)
+    ids = tokenizer(text).input_ids[-limit:]
+    with torch.no_grad():
+        expected = float(model(torch.tensor([ids]), labels=torch.tensor([ids])).loss)
+
+    quality = measure(model, Encoding(tokenizer), task, [Item(text, "", text, [])], batch_tokens=4096)
+    assert quality.weights == (limit - 1,)
+    assert math.log(quality.value) == pytest.approx(expected, rel=1e-4)
+
+
+def test_choices_of_one_question_that_is_too_long_lose_as_much_as_each_must(demo):
+    model, _ = demo
+    limit = model.config.max_position_embeddings
+    context = [3 + i * i % 11 for i in range(limit)]
+    encoded = [([*context, *choice], limit) for choice in ([4], [5, 6, 7], [5, 6, 8, 9])]
+    scored = score(model, _cut(model, encoded), batch_tokens=4096)
+    for (ids, start), result in zip(encoded, scored, strict=True):
+        dropped = len(ids) - limit
+        with torch.no_grad():
+            logits_TV = model(torch.tensor([ids[dropped:]])).logits[0].double().log_softmax(-1)
+        expected = sum(float(logits_TV[i - dropped - 1, ids[i]]) for i in range(start, len(ids)))
+        assert result.log_likelihood == pytest.approx(expected, abs=1e-4)
 
 
 def test_acc_takes_the_likeliest_choice_and_acc_norm_the_likeliest_per_byte():
@@ -245,7 +275,7 @@ def test_scores_are_those_of_the_models_own_logits_with_their_soft_cap(dense):
     model, ids = load(dense("gemma2"), attn_implementation="eager"), random_ids(1, 12)[0].tolist()
     assert model.config.final_logit_softcapping
 
-    (scored,) = _score_batch(model, [(ids, 4)])
+    (scored,) = score(model, [(ids, 4)], batch_tokens=4096)
     with torch.no_grad():
         own_TV = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
         hidden_TD = model.get_decoder()(torch.tensor([ids])).last_hidden_state[0]
