@@ -16,7 +16,7 @@ Score = Literal["wifv", "wifn", "wanda_sp", "energy", "official_wifn", "magnitud
 FROM_COVARIANCES = ("block_wifv", "obs", "least_squares")
 """Scores and compensations that need ``calibration.statistics=covariance``."""
 Placement = Literal["auto", "single", "device_map", "stream"]
-Allocation = Literal["uniform", "logistic", "global", "standardised", "depth"]
+Allocation = Literal["uniform", "logistic", "global", "standardised", "measured", "depth"]
 Budget = Literal["exact", "official"]
 Compensation = Literal["none", "mean", "least_squares"]
 Pooling = Literal["pooled", "score_average"]
@@ -150,8 +150,9 @@ class AllocationSection(Section):
     kind: Allocation = "logistic"
     """How the ratio is shared out among layers. `uniform`: every layer equally. `logistic`: more in deeper layers,
     along a logistic curve, as in the SEAP paper. `global`: units with the lowest score per parameter, in any layer.
-    `standardised`: units with the lowest score after each layer's scores are standardised, as in FLAP. `depth`: whole
-    layers, those that change their input least."""
+    `standardised`: units with the lowest score after each layer's scores are standardised, as in FLAP. `measured`: the
+    widths with the least sum of measured rises of the loss. `depth`: whole layers, those that change their input
+    least."""
     k: float = Field(default=1.0, allow_inf_nan=False)
     """Only for `logistic`: steepness of the curve. 0 removes equally from every layer that is not protected; negative
     values remove more from early layers."""

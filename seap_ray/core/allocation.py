@@ -1,7 +1,8 @@
 """Allocation: how the widths of all layers, or the layers that go as a whole, meet a budget of parameters.
 
 Under ``uniform`` and ``logistic`` the widths depend on the ratio alone, so all checkpoints of one ratio have equal
-shapes. ``global`` and ``standardised`` rank what may go over all layers by its scores. ``depth`` drops whole layers.
+shapes. ``global`` and ``standardised`` rank what may go over all layers by its scores. ``measured`` chooses the widths
+whose measured rises of the loss add up to the least. ``depth`` drops whole layers.
 
 Letters: L layers, H query heads, C channels.
 """
@@ -9,16 +10,17 @@ Letters: L layers, H query heads, C channels.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 
 from torch import Tensor
 
 from seap_ray.config import AllocationSection, PruningSection
-from seap_ray.core import sparsity
+from seap_ray.core import knapsack, sparsity
 from seap_ray.core.architecture import Architecture, Shape
 from seap_ray.core.moments import SITES, Site
 from seap_ray.core.plan import best_heads, by_moe_expert
 from seap_ray.core.scores import LayerScores, normalised
+from seap_ray.core.sensitivity import Sensitivities
 from seap_ray.core.widths import WidthConstraints
 from seap_ray.errors import ConfigError
 
@@ -39,6 +41,7 @@ def choose_shapes(
     scores_L: Sequence[LayerScores],
     comparable: bool = False,
     stock: bool = False,
+    sensitivities: Sensitivities | None = None,
 ) -> list[Shape]:
     """Choose the widths of every layer for a ratio.
 
@@ -51,6 +54,7 @@ def choose_shapes(
             layer by their mean, and ``standardised``, which takes standardised ones that may be negative.
         comparable: Under ``global`` the scores compare between layers as they are.
         stock: Ask for the same widths in all layers, as an ordinary checkpoint has.
+        sensitivities: Measured rises of the loss, which ``measured`` alone needs.
 
     Returns:
         Widths of every layer. They meet the ratio within one tile of channels (``pruning.budget: official``: as
@@ -58,6 +62,7 @@ def choose_shapes(
 
     Raises:
         ConfigError: Floors, caps, protection or alignment do not allow the ratio.
+        ValueError: Sensitivities are needed and missing, or lack a site that may be cut.
     """
     allocation = pruning.allocation
     constraints_L = WidthConstraints.of(architecture, pruning, adds_biases=adds_biases, stock=stock)
@@ -70,6 +75,13 @@ def choose_shapes(
         _check_reach(constraints_L, allocation, ratio)
         ranking = _ranked_candidates(constraints_L, scores_L, allocation.kind, comparable)
         return _greedy_shapes(constraints_L, allocation, ratio, ranking)
+    if allocation.kind == "measured":
+        if sensitivities is None:
+            raise ValueError("allocation.kind: measured needs sensitivities")
+        _check_measured_reach(constraints_L, allocation, ratio, stock)
+        options_L = _measured_options(constraints_L, allocation, sensitivities)
+        choose = _equal_shapes if stock else _least_rise_shapes
+        return choose(constraints_L, options_L, ratio)
 
     # Shares are computed for stock checkpoints, too: that checks the ratio.
     shares_L = layer_sparsity(constraints_L, allocation, ratio)
@@ -136,6 +148,10 @@ def check_ratio(
         _check_budget(pruning)
         constraints_L = WidthConstraints.of(architecture, pruning, adds_biases=adds_biases, stock=stock)
         _check_reach(constraints_L, pruning.allocation, ratio)
+    elif pruning.allocation.kind == "measured":
+        _check_budget(pruning)
+        constraints_L = WidthConstraints.of(architecture, pruning, adds_biases=adds_biases, stock=stock)
+        _check_measured_reach(constraints_L, pruning.allocation, ratio, stock)
     else:
         # These allocations read no scores, so the choice itself is the check.
         choose_shapes(architecture, pruning, ratio=ratio, adds_biases=adds_biases, scores_L=(), stock=stock)
@@ -231,11 +247,7 @@ def _droppable(architecture: Architecture, pruning: PruningSection, ratio: float
     n_layers = architecture.n_layers
     allocation = pruning.allocation
 
-    # Only numbers protect here: under ``auto`` the influences alone decide.
-    first = 0 if allocation.protect_first == "auto" else allocation.protect_first
-    last = 0 if allocation.protect_last == "auto" else allocation.protect_last
-    may_go = range(first, max(n_layers - last, first))
-
+    first, last, may_go = _unprotected(allocation, n_layers)
     protected_weights = [relative_size_L[layer] for layer in range(n_layers) if layer not in may_go]
     largest = sum(relative_size_L[layer] for layer in may_go) / n_layers
     # Too few only where one more layer, if it could go, would come nearer to the ratio.
@@ -245,6 +257,35 @@ def _droppable(architecture: Architecture, pruning: PruningSection, ratio: float
             f"{_rounded_down(largest)}"
         )
     return relative_size_L, may_go
+
+
+def _unprotected(allocation: AllocationSection, n_layers: int) -> tuple[int, int, range]:
+    """Return how many first and last layers the user's own numbers protect, and the layers between.
+
+    Under ``auto`` none is: influences or measured rises of the loss alone decide.
+    """
+    first = 0 if allocation.protect_first == "auto" else allocation.protect_first
+    last = 0 if allocation.protect_last == "auto" else allocation.protect_last
+    return first, last, range(first, max(n_layers - last, first))
+
+
+def _check_measured_reach(
+    constraints_L: Sequence[WidthConstraints], allocation: AllocationSection, ratio: float, stock: bool
+) -> None:
+    """Raise ConfigError for a ratio beyond what layers can give that the user's own numbers do not protect."""
+    n_layers = len(constraints_L)
+    first, last, may_change = _unprotected(allocation, n_layers)
+    if stock and ratio and len(may_change) < n_layers:
+        raise ConfigError(
+            "export.format: stock needs equal widths, but pruning.allocation.protect_first and protect_last keep "
+            "layers whole; use export.format=seap or set both to 0"
+        )
+
+    cap_L = _caps(constraints_L, allocation)
+    largest = sparsity.largest_ratio(_relative_sizes(constraints_L), cap_L, may_change)
+    if ratio > largest + ROUNDING:
+        limit = f"{first} + {last} protected layers allow" if first + last else "the layers can give"
+        raise ConfigError(f"pruning.ratio: {ratio:g} is beyond what {limit}; the largest is {_rounded_down(largest)}")
 
 
 def _relative_sizes(constraints_L: Sequence[WidthConstraints]) -> list[float]:
@@ -336,14 +377,19 @@ def _with_remainder(
             shapes[layer] = moved
             removed += gained
 
+    _check_met(removed, total, ratio, constraints_L[0].tile_cost)
+    return shapes
+
+
+def _check_met(removed: float, total: int, ratio: float, tile: int) -> None:
+    """Raise ConfigError with the ratio reached where it is not within a tile of the one that was asked for."""
     # A whole tile, not half of one: caps and floors may keep layers from the last half.
-    if abs(target - removed) > constraints_L[0].tile_cost:
+    if abs(ratio * total - removed) > tile:
         reached = removed / total
         raise ConfigError(
             f"pruning.ratio: {ratio:g} cannot be met with pruning.attention_unit and pruning.align as they are; "
             f"{_rounded_down(reached)} can"
         )
-    return shapes
 
 
 def _with_fewer_channels(
@@ -351,15 +397,21 @@ def _with_fewer_channels(
 ) -> Shape:
     """Return the widths with so many channels fewer as save the missing weights, or as the layer's cap allows.
 
-    A negative number gives channels back. The cap holds as a tile does: a layer may give part of one more, or a ratio
-    just under the cap could not be met.
+    A negative number gives channels back.
     """
-    cap = min(allocation.max_sparsity, constraints.cap)
-    room = cap * constraints.size - constraints.removed(shape) + constraints.tile_cost / 2
+    room = _most_removed(constraints, allocation) - constraints.removed(shape)
     more = min(missing, room)
 
     channels = constraints.channels(shape.channels - more / constraints.architecture.channel_cost)
     return Shape(shape.groups, shape.heads_per_group, channels)
+
+
+def _most_removed(constraints: WidthConstraints, allocation: AllocationSection) -> float:
+    """Return the most weights that a layer may give.
+
+    The cap holds as a tile does: a layer may give part of one more, or a ratio just under the cap could not be met.
+    """
+    return min(allocation.max_sparsity, constraints.cap) * constraints.size + constraints.tile_cost / 2
 
 
 def _removed(constraints_L: Sequence[WidthConstraints], shapes: Sequence[Shape]) -> int:
@@ -494,8 +546,6 @@ def _mlp_candidates(constraints: WidthConstraints, score_C: Tensor) -> list[_Can
     ascending_C = by_moe_expert(score_C).sort(1).values.sum(0)
 
     n = constraints.original.channels
-    # The first step goes down to a multiple of the tile.
-    widths = [n, *range((n - 1) // constraints.tile * constraints.tile, 0, -constraints.tile)]
     cost = constraints.architecture.channel_cost
     return [
         _Candidate(
@@ -504,5 +554,103 @@ def _mlp_candidates(constraints: WidthConstraints, score_C: Tensor) -> list[_Can
             weights=(wide - narrow) * cost,
             width={"channels": narrow},
         )
-        for wide, narrow in pairwise(widths)
+        for wide, narrow in pairwise(constraints.channel_options)
     ]
+
+
+# --- measured rises of the loss to widths ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _MeasuredOption:
+    """Widths that a layer may take, and by how much the loss rises with them."""
+
+    shape: Shape
+    saved: int
+    rise: float
+
+
+def _measured_options(
+    constraints_L: Sequence[WidthConstraints], allocation: AllocationSection, sensitivities: Sensitivities
+) -> list[list[_MeasuredOption]]:
+    """List the widths that every layer may take, the whole ones first; protected layers have no others."""
+    _, _, may_change = _unprotected(allocation, len(constraints_L))
+    options_L: list[list[_MeasuredOption]] = []
+    for layer, constraints in enumerate(constraints_L):
+        options = [_MeasuredOption(constraints.original, 0, 0.0)]
+        if layer in may_change:
+            options += _narrower_options(constraints, allocation, sensitivities)
+        options_L.append(options)
+    return options_L
+
+
+def _narrower_options(
+    constraints: WidthConstraints, allocation: AllocationSection, sensitivities: Sensitivities
+) -> list[_MeasuredOption]:
+    """List the narrower widths that a layer's cap allows; rises of attention and MLP add up.
+
+    Widths that save nothing, because of biases that a cut layer gets, are left out.
+    """
+    architecture = constraints.architecture
+    layer = constraints.layer
+    original = constraints.original
+    attn_shapes = [Shape(*option, original.channels) for option in constraints.options]
+    mlp_shapes = [replace(original, channels=channels) for channels in constraints.channel_options]
+    attn_rises = sensitivities.rises(architecture, layer, "attn", attn_shapes)
+    mlp_rises = sensitivities.rises(architecture, layer, "mlp", mlp_shapes)
+
+    most = _most_removed(constraints, allocation)
+    attn = zip(attn_shapes, attn_rises, strict=True)
+    mlp = zip(mlp_shapes, mlp_rises, strict=True)
+    options: list[_MeasuredOption] = []
+    for (attn_shape, attn_rise), (mlp_shape, mlp_rise) in product(attn, mlp):
+        shape = replace(attn_shape, channels=mlp_shape.channels)
+        saved = constraints.removed(shape)
+        if 0 < saved <= most:
+            options.append(_MeasuredOption(shape, saved, attn_rise + mlp_rise))
+    return options
+
+
+def _least_rise_shapes(
+    constraints_L: Sequence[WidthConstraints], options_L: Sequence[Sequence[_MeasuredOption]], ratio: float
+) -> list[Shape]:
+    """Choose the widths with the least summed rise of all that meet the ratio within half a tile.
+
+    Raises ConfigError with the ratio reached where no widths are within a tile.
+    """
+    total = sum(constraints.size for constraints in constraints_L)
+    target = ratio * total
+    tile = constraints_L[0].tile_cost
+    programme_L = [[knapsack.Option(option.saved, option.rise) for option in options] for options in options_L]
+
+    # Coarse units of attention may leave no choice within half a tile; a window of everything has one.
+    window = tile / 2
+    chosen = knapsack.choose(programme_L, low=target - window, high=target + window)
+    while chosen is None:
+        window *= 2
+        chosen = knapsack.choose(programme_L, low=target - window, high=target + window)
+
+    options = [options[place] for options, place in zip(options_L, chosen, strict=True)]
+    _check_met(sum(option.saved for option in options), total, ratio, tile)
+    return [option.shape for option in options]
+
+
+def _equal_shapes(
+    constraints_L: Sequence[WidthConstraints], options_L: Sequence[Sequence[_MeasuredOption]], ratio: float
+) -> list[Shape]:
+    """Choose one shape for all layers: the least summed rise of those that meet the ratio within half a tile a layer.
+
+    Where none does, the nearest one.
+    """
+    target = ratio * sum(constraints.size for constraints in constraints_L)
+    half_tiles = sum(constraints.tile_cost for constraints in constraints_L) / 2
+    rise_L = [{option.shape: option.rise for option in options} for options in options_L]
+
+    def rank(shape: Shape) -> tuple[float, float, float]:
+        """Return what to minimise: how far off beyond half a tile, then the rise, then how far off."""
+        off = abs(_removed(constraints_L, [shape] * len(constraints_L)) - target)
+        return max(off - half_tiles, 0), math.fsum(rises[shape] for rises in rise_L), off
+
+    # A bias of an earlier compensation may keep a width from saving anything in some layer.
+    shapes = [option.shape for option in options_L[0] if all(option.shape in rises for rises in rise_L)]
+    return [min(shapes, key=rank)] * len(constraints_L)

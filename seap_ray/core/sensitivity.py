@@ -143,6 +143,24 @@ class Sensitivities:
             rises.append(_height(curves[unit], _saved(architecture, site, original, shape)))
         return rises
 
+    def predicted(self, architecture: Architecture, shapes_L: Sequence[Shape]) -> list[dict[Site, float]]:
+        """Return by how much each site of a cut model raises the loss, as far as single sites can tell.
+
+        Args:
+            architecture: The model before the cut.
+            shapes_L: Widths of every layer after it.
+
+        Returns:
+            Rises of every layer's sites, in nats a token, which allocation adds up.
+
+        Raises:
+            ValueError: A site is cut in a way that was not measured.
+        """
+        predicted_L: list[dict[Site, float]] = []
+        for layer, shape in enumerate(shapes_L):
+            predicted_L.append({site: self.rises(architecture, layer, site, [shape])[0] for site in SITES})
+        return predicted_L
+
     def to_json(self) -> list[dict[str, Any]]:
         """Return plain values for a file: every ladder with its widths, means and standard errors."""
         return [
@@ -179,9 +197,9 @@ class Sensitivities:
             raise ValueError(f"the rise of the loss by {unit} of {site} of layer {layer} was not measured")
 
         points: list[tuple[float, float]] = [(0.0, 0.0)]
-        for saved, rise in sorted(measured):
+        for saved, counted in sorted(measured):
             # A narrower width costs no less than a wider one.
-            points.append((saved, max(rise, points[-1][1])))
+            points.append((saved, max(counted, points[-1][1])))
         return lower_hull(points)
 
 

@@ -4,11 +4,12 @@ A width must suit the pruning unit, the tile of channels, the ranks of tensor pa
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from seap_ray.config import PruningSection
 from seap_ray.core.architecture import Architecture, Shape
+from seap_ray.core.moments import Site
 from seap_ray.errors import ConfigError
 
 
@@ -85,6 +86,21 @@ class WidthConstraints:
         smallest = Shape(*self.options[-1], min(self.tile, self.original.channels))
         # Added biases may weigh more than the smallest widths save.
         return max(self.removed(smallest), 0) / self.size
+
+    @property
+    def channel_options(self) -> list[int]:
+        """Allowed channel counts, the full one first; the next one is a multiple of the tile."""
+        full = self.original.channels
+        return [full, *range((full - 1) // self.tile * self.tile, 0, -self.tile)]
+
+    def narrowed(self, site: Site, share: float) -> Shape:
+        """Return the widths of the layer with one site alone cut, by the allowed width nearest to a share of it."""
+        original = self.original
+        if site == "mlp":
+            return replace(original, channels=self.channels((1 - share) * original.channels))
+        whole = self.attention_cost((original.groups, original.heads_per_group))
+        groups, heads = min(self.options, key=lambda option: abs(self.attention_cost(option) - (1 - share) * whole))
+        return Shape(groups, heads, original.channels)
 
     def channels(self, wanted: float) -> int:
         """Return the allowed channel count nearest to ``wanted``."""

@@ -1,6 +1,8 @@
 """Allocation: widths that meet a budget, counted by the models themselves, and layers that go as a whole."""
 
+import itertools
 import json
+import random
 import re
 from functools import cache
 from pathlib import Path
@@ -9,7 +11,15 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig
+from transformers import (
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+)
 
 import seap_ray
 from seap_ray.config import AllocationSection, PruningSection
@@ -17,6 +27,7 @@ from seap_ray.core.allocation import check_ratio, choose_dropped, choose_shapes,
 from seap_ray.core.architecture import Architecture, Layer, Shape
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.plan import Kept, Plan, keep
+from seap_ray.core.sensitivity import Ladder, Rise, Sensitivities
 from seap_ray.core.widths import WidthConstraints
 from seap_ray.errors import ConfigError
 from seap_ray.models.hf.configuration_seap import SeapLlamaConfig, SeapQwen2Config
@@ -52,7 +63,7 @@ MODELS = {name: Architecture.of(config) for name, config in CONFIGS.items()}
 DEMO = MODELS["demo"]
 WIDTHS_BY_RATIO = ("uniform", "logistic")
 WIDTHS_BY_SCORE = ("global", "standardised")
-KINDS = (*WIDTHS_BY_RATIO, *WIDTHS_BY_SCORE)
+KINDS = (*WIDTHS_BY_RATIO, *WIDTHS_BY_SCORE, "measured")
 
 
 @cache
@@ -78,6 +89,29 @@ def standardised_scores(architecture, seed=0):
     return [(of(head_H) * architecture.head_dim, of(channel_C)) for head_H, channel_C in scores(architecture, seed)]
 
 
+def measured(architecture, seed=0, shares=(0.25, 0.5, 0.8)):
+    """Return random rises of every site and way to cut it, some of them below their noise."""
+    draw = random.Random(seed)
+
+    def ladder(layer, site, shapes, saved):
+        """Rises along a power of what goes, by chance up to a thousand times those of another layer."""
+        scale, power = 10 ** draw.uniform(-3, 0), draw.uniform(0.8, 3)
+        means = [scale * share**power + draw.gauss(0, 0.003) for share in saved]
+        return Ladder(layer, site, tuple(shapes), tuple(Rise(mean, draw.uniform(0, 0.01)) for mean in means))
+
+    ladders = []
+    for layer, shape in enumerate(layer.shape for layer in architecture.layers):
+        groups, heads, channels = shape.groups, shape.heads_per_group, shape.channels
+        by_group = [Shape(n, heads, channels) for n in range(groups - 1, 0, -1)]
+        by_head = [Shape(groups, n, channels) for n in range(heads - 1, 0, -1)]
+        attention = [*by_group, *by_head]
+        gone = [1 - narrow.heads / shape.heads for narrow in attention]
+        mlp = sorted({max(round(channels * (1 - share)), 1) for share in shares if channels > 1}, reverse=True)
+        ladders.append(ladder(layer, "attn", attention, gone))
+        ladders.append(ladder(layer, "mlp", [Shape(groups, heads, n) for n in mlp], [1 - n / channels for n in mlp]))
+    return Sensitivities(tuple(ladders))
+
+
 def scores_for(kind, architecture, seed=0):
     return {"global": scores, "standardised": standardised_scores}.get(kind, lambda *_: ())(architecture, seed)
 
@@ -87,7 +121,9 @@ def section(kind, **pruning):
     return PruningSection(allocation=allocation, **pruning)
 
 
-def chosen(architecture, ratio, kind, *, adds_biases=False, stock=False, scores_L=None, **pruning):
+def chosen(architecture, ratio, kind, *, adds_biases=False, stock=False, scores_L=None, sensitivities=None, **pruning):
+    if kind == "measured" and sensitivities is None:
+        sensitivities = measured(architecture)
     return choose_shapes(
         architecture,
         section(kind, **pruning),
@@ -95,6 +131,7 @@ def chosen(architecture, ratio, kind, *, adds_biases=False, stock=False, scores_
         adds_biases=adds_biases,
         scores_L=scores_for(kind, architecture) if scores_L is None else scores_L,
         stock=stock,
+        sensitivities=sensitivities,
     )
 
 
@@ -260,7 +297,7 @@ def test_the_official_budget_never_empties_a_layer(ratio, kind, model):
         assert shape.groups >= 1 and shape.heads_per_group >= 1 and shape.channels >= 1
 
 
-@pytest.mark.parametrize("kind", [*WIDTHS_BY_SCORE, "depth"])
+@pytest.mark.parametrize("kind", [*WIDTHS_BY_SCORE, "measured", "depth"])
 def test_the_official_budget_knows_only_allocations_by_ratio(kind):
     official = section(kind, budget="official")
     refusals = [lambda: check_ratio(DEMO, official, ratio=0.2, adds_biases=False)]
@@ -498,6 +535,8 @@ def test_a_refusal_names_the_largest_ratio_and_that_one_works(model, unit):
             ("uniform", protect),
             ("global", protect),
             ("standardised", protect),
+            ("measured", protect),
+            ("measured", AllocationSection()),
         ):
             largest = refused_with(architecture, 0.95, kind, allocation=allocation, **pruning)
             shapes = chosen(architecture, largest, kind, allocation=allocation, **pruning)
@@ -528,6 +567,195 @@ def test_no_layer_gives_more_than_the_cap_also_where_the_ratio_is_just_in_reach(
             shapes = chosen(DEMO, ratio, kind, **pruning)
             assert off_by(shapes, DEMO, ratio, False) <= tile_of(DEMO)
             assert max(full - DEMO.layer_parameters(Layer(s)) for s in shapes) <= cap * full + tile_of(DEMO)
+
+
+# --- measured rises of the loss --------------------------------------------------------------------------------------
+
+
+def rise_of(shapes, architecture, sensitivities):
+    """Sum the rises of all layers and sites."""
+    return sum(sum(rises.values()) for rises in sensitivities.predicted(architecture, shapes))
+
+
+def ways(architecture, layer, sensitivities, *, unit, align, adds_biases, cap):
+    """Return (weights saved, rise, shape) of every shape that a layer of the demo may take, spelt out."""
+    dense = architecture.dense
+    groups = range(1, dense.groups + 1) if unit == "group" else [dense.groups]
+    heads = range(1, dense.heads_per_group + 1) if unit == "head" else [dense.heads_per_group]
+    channels = [dense.channels, *range(align, dense.channels, align)]
+
+    found = [(0, 0.0, dense)]
+    for shape in itertools.starmap(Shape, itertools.product(groups, heads, channels)):
+        saved = n_weights(dense, 0) - n_weights(shape, 2 * adds_biases)
+        if shape != dense and 0 < saved <= cap * n_weights(dense, 0) + align * 3 * architecture.hidden_size / 2:
+            rise = sum(sensitivities.rises(architecture, layer, site, [shape])[0] for site in ("attn", "mlp"))
+            found.append((saved, rise, shape))
+    return found
+
+
+@given(
+    n_layers=st.integers(2, 4),
+    ratio=st.floats(0.02, 0.6),
+    unit=st.sampled_from(["group", "head", "none"]),
+    adds_biases=st.booleans(),
+    cap=st.sampled_from([0.5, 0.9]),
+    first=st.sampled_from([0, 1, "auto"]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=40, deadline=None)
+def test_no_widths_within_half_a_tile_have_a_smaller_summed_rise(n_layers, ratio, unit, adds_biases, cap, first, seed):
+    align = 150
+    architecture = deep(n_layers)
+    sensitivities = measured(architecture, seed)
+    ways_L = [
+        ways(architecture, layer, sensitivities, unit=unit, align=align, adds_biases=adds_biases, cap=cap)
+        for layer in range(n_layers)
+    ]
+    if first == 1:
+        ways_L[0] = ways_L[0][:1]
+
+    target = ratio * n_layers * n_weights(DEMO.dense, 0)
+    half = align * 3 * DEMO.hidden_size / 2
+    best = None
+    for choice in itertools.product(*ways_L):
+        if abs(sum(saved for saved, _, _ in choice) - target) <= half:
+            rise = sum(rise for _, rise, _ in choice)
+            best = rise if best is None else min(best, rise)
+
+    allocation = AllocationSection(max_sparsity=cap, protect_first=first)
+    try:
+        shapes = chosen(
+            architecture,
+            ratio,
+            "measured",
+            sensitivities=sensitivities,
+            allocation=allocation,
+            attention_unit=unit,
+            adds_biases=adds_biases,
+            align=align,
+        )
+    except ConfigError:
+        assert best is None
+        return
+    assert off_by(shapes, architecture, ratio, adds_biases) <= (half if best is not None else 2 * half)
+    if first == 1:
+        assert shapes[0] == DEMO.dense
+    if best is not None:
+        assert rise_of(shapes, architecture, sensitivities) == pytest.approx(best, rel=1e-9, abs=1e-12)
+
+
+@given(
+    ratios=st.lists(st.floats(0.01, 0.6), min_size=2, max_size=5), adds_biases=st.booleans(), seed=st.integers(0, 99)
+)
+@settings(max_examples=30, deadline=None)
+def test_more_removed_never_has_a_smaller_summed_rise(ratios, adds_biases, seed):
+    # Any choice can give back channels tile by tile until it meets a smaller ratio, too.
+    sensitivities = measured(DEMO, seed)
+    rises = []
+    for ratio in sorted(ratios):
+        shapes = chosen(
+            DEMO, ratio, "measured", sensitivities=sensitivities, attention_unit="none", adds_biases=adds_biases
+        )
+        rises.append(rise_of(shapes, DEMO, sensitivities))
+    assert all(less <= more * (1 + 1e-9) for less, more in itertools.pairwise(rises))
+
+
+@given(ratio=st.floats(0.05, 0.6), unit=st.sampled_from(["group", "head"]), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_no_rise_below_its_noise_decides(ratio, unit, seed):
+    sensitivities = measured(DEMO, seed)
+    draw = random.Random(seed)
+    ladders = []
+    for ladder in sensitivities.ladders:
+        noisy = [rise.mean <= 2 * rise.stderr for rise in ladder.rises]
+        means = [
+            2 * rise.stderr - draw.expovariate(50) if is_noise else rise.mean
+            for rise, is_noise in zip(ladder.rises, noisy, strict=True)
+        ]
+        rises = tuple(Rise(mean, rise.stderr) for mean, rise in zip(means, ladder.rises, strict=True))
+        ladders.append(Ladder(ladder.layer, ladder.site, ladder.shapes, rises))
+    other = Sensitivities(tuple(ladders))
+    assert other != sensitivities
+    assert chosen(DEMO, ratio, "measured", sensitivities=other, attention_unit=unit) == chosen(
+        DEMO, ratio, "measured", sensitivities=sensitivities, attention_unit=unit
+    )
+
+
+def test_measured_takes_where_the_loss_rises_least():
+    # The MLPs of the middle are nearly free, all else is not.
+    free = range(2, 6)
+    ladders = []
+    for layer in range(8):
+        mlp = Rise(0.001 if layer in free else 0.5, 0.0)
+        ladders.append(Ladder(layer, "mlp", (Shape(4, 2, 224),), (mlp,)))
+        ladders.append(Ladder(layer, "attn", (Shape(2, 2, 448),), (Rise(0.5, 0.0),)))
+    shapes = chosen(DEMO, 0.15, "measured", sensitivities=Sensitivities(tuple(ladders)))
+    assert [shape for layer, shape in enumerate(shapes) if layer not in free] == [DEMO.dense] * 4
+    assert {(shape.groups, shape.heads_per_group) for shape in shapes} == {(4, 2)}
+    assert off_by(shapes, DEMO, 0.15, False) <= tile_of(DEMO) / 2
+
+
+def test_equal_rises_everywhere_still_make_a_plan():
+    for mean in (0.0, 0.1):
+        mlp = [Ladder(layer, "mlp", (Shape(4, 2, 224),), (Rise(mean, 0.0),)) for layer in range(8)]
+        attn = [Ladder(layer, "attn", (Shape(2, 2, 448),), (Rise(mean, 0.0),)) for layer in range(8)]
+        equal = Sensitivities((*mlp, *attn))
+        shapes = chosen(DEMO, 0.3, "measured", sensitivities=equal)
+        assert off_by(shapes, DEMO, 0.3, False) <= tile_of(DEMO) / 2
+        assert shapes == chosen(DEMO, 0.3, "measured", sensitivities=equal)
+
+
+def test_stock_and_measured_give_the_equal_shape_with_the_least_summed_rise():
+    for model, unit in itertools.product(("demo", "llama-3-8b", "qwen2-7b"), ("group", "head", "none")):
+        architecture = MODELS[model]
+        sensitivities = measured(architecture)
+        for ratio, adds_biases in itertools.product((0.1, 0.3), (True, False)):
+            options = {"adds_biases": adds_biases, "attention_unit": unit, "sensitivities": sensitivities}
+            shapes = chosen(architecture, ratio, "measured", stock=True, **options)
+            assert len(shapes) == architecture.n_layers and len(set(shapes)) == 1
+            assert architecture.hidden_size % shapes[0].heads == 0
+            assert_widths_are_allowed(shapes, architecture)
+            half_tiles = tile_of(architecture) * architecture.n_layers / 2
+            assert off_by(shapes, architecture, ratio, adds_biases) <= half_tiles
+            uniform = chosen(architecture, ratio, "uniform", stock=True, adds_biases=adds_biases, attention_unit=unit)
+            rise = rise_of(shapes, architecture, sensitivities)
+            assert rise <= rise_of(uniform, architecture, sensitivities) * (1 + 1e-9)
+
+
+def test_stock_widths_beside_protected_layers_are_refused():
+    own = section("measured", allocation=AllocationSection(protect_first=1))
+    with pytest.raises(ConfigError, match=r"^export\.format: stock needs equal widths, but .*protect_first"):
+        check_ratio(DEMO, own, ratio=0.2, adds_biases=False, stock=True)
+    check_ratio(DEMO, own, ratio=0.2, adds_biases=False)
+    check_ratio(DEMO, section("measured"), ratio=0.2, adds_biases=False, stock=True)
+
+
+def test_measured_needs_the_rises_of_what_may_be_cut():
+    with pytest.raises(ValueError, match="needs sensitivities"):
+        choose_shapes(DEMO, section("measured"), ratio=0.2, adds_biases=False, scores_L=())
+    only_mlp = Sensitivities(tuple(ladder for ladder in measured(DEMO).ladders if ladder.site == "mlp"))
+    with pytest.raises(ValueError, match="groups of attn of layer 0 was not measured"):
+        chosen(DEMO, 0.2, "measured", sensitivities=only_mlp)
+    shapes = chosen(DEMO, 0.2, "measured", sensitivities=only_mlp, attention_unit="none")
+    assert off_by(shapes, DEMO, 0.2, False) <= tile_of(DEMO) / 2
+
+    # Layers that the user protects need none.
+    inner = Sensitivities(tuple(ladder for ladder in measured(DEMO).ladders if 0 < ladder.layer < 7))
+    ends = AllocationSection(protect_first=1, protect_last=1)
+    shapes = chosen(DEMO, 0.2, "measured", sensitivities=inner, allocation=ends)
+    assert shapes[0] == shapes[-1] == DEMO.dense
+
+
+def test_a_model_with_windows_in_some_layers_is_cut_in_its_mlp():
+    # Four query heads on one key-value head, five layers with a window to each without.
+    gemma = Architecture.of(Gemma3TextConfig(num_hidden_layers=6, layer_types=None).to_dict())
+    assert gemma.mixes_windows
+    only_mlp = Sensitivities(tuple(ladder for ladder in measured(gemma).ladders if ladder.site == "mlp"))
+    shapes = chosen(gemma, 0.2, "measured", sensitivities=only_mlp, attention_unit="none")
+    assert {(shape.groups, shape.heads_per_group) for shape in shapes} == {
+        (gemma.dense.groups, gemma.dense.heads_per_group)
+    }
+    assert off_by(shapes, gemma, 0.2, False) <= tile_of(gemma) / 2
 
 
 # --- whole layers ----------------------------------------------------------------------------------------------------
