@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import seap_ray.models.hf  # noqa: F401
+from seap_ray.demo import skills
 from tests.support.browser import open_page, send
 from tests.support.served import (
     KEY,
@@ -136,6 +137,22 @@ def test_token_ids_are_routed_by_their_text(service, served_run):
         assert reply.headers["x-seap-expert"] == "arithmetic"
 
 
+def test_ids_that_lack_the_beginning_token_are_answered_with_a_warning(service, served_run):
+    tokenizer = AutoTokenizer.from_pretrained(served_run / "experts/0.20/general")
+    whole = tokenizer.encode(questions("arithmetic", 1)[0])
+    assert whole[0] == tokenizer.bos_token_id
+    with service.http() as http:
+        for body in ({"prompt": whole[1:]}, {"prompt": [whole, whole[1:]]}, {"prompt": whole[1:], "stream": True}):
+            reply = http.post("/v1/completions", json={**body, "max_tokens": 1})
+            assert (
+                reply.status_code == 200 and f"token ({whole[0]}) is missing in 1 of" in reply.headers["x-seap-warning"]
+            )
+        for prompt in (whole, [whole, whole], questions("arithmetic", 1)[0]):
+            assert (
+                "x-seap-warning" not in http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1}).headers
+            )
+
+
 def test_a_task_without_an_expert_and_a_strange_prompt_go_to_the_general_model(service):
     with service.http() as http:
         route = http.post("/v1/route", json={"prompt": questions("sort", 1)[0]}).json()
@@ -174,6 +191,78 @@ def test_a_stream_gives_the_same_text_piece_by_piece_and_its_usage(client):
     assert joined == whole.choices[0].message.content and len(pieces) > 3
     assert pieces[-1].usage.completion_tokens == whole.usage.completion_tokens
     assert {piece.model for piece in pieces} == {"reverse"}
+
+
+# --- lm-eval as a client ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lm_eval_client(service, monkeypatch):
+    """``lm_eval_client(model=..., ...)``: lm-eval's own client of the service, with more of its arguments."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    settings = {
+        "base_url": f"{service.url}/v1/completions",
+        "tokenizer": str(ROOT / "seap_ray" / "demo" / "model"),
+        "tokenizer_backend": "huggingface",  # as `auto` finds out in a few requests that the service refuses
+        "max_length": 256,
+        "num_concurrent": 8,
+    }
+    return lambda **more: LocalCompletionsAPI(**{**settings, **more})
+
+
+def test_lm_eval_scores_auto_as_it_is_only_with_the_beginning_token(lm_eval_client, tmp_path, monkeypatch):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    page = (ROOT / "docs" / "serving.md").read_text()
+    (task,) = re.findall(r"^```yaml\n(task: .*?)^```$", page, re.DOTALL | re.MULTILINE)
+    folder = tmp_path / "judged"
+    folder.mkdir()
+    (folder / "arithmetic.yaml").write_text(task)
+    rows = skills.rows("arithmetic", 40, split="test", seed=1)
+    (folder / "arithmetic.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    tasks = TaskManager(include_path=str(folder), include_defaults=False)
+
+    def score(**arguments):
+        done = simple_evaluate(
+            lm_eval_client(model="auto", **arguments),
+            tasks=["demo_arithmetic"],
+            task_manager=tasks,
+            bootstrap_iters=0,
+        )
+        return done["results"]["demo_arithmetic"]["exact_match,words"]
+
+    right = score(add_bos_token=True)
+    assert right >= 0.9 and score() < right - 0.3
+    assert score(tokenized_requests=False) == pytest.approx(right, abs=0.03), "vLLM adds the token to a text"
+
+
+def test_lm_evals_log_likelihoods_are_those_of_the_model(lm_eval_client, served_run):
+    from lm_eval.api.instance import Instance
+
+    folder = served_run / "experts" / "0.20" / "reverse"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rows = skills.rows("reverse", 6, split="test", seed=2)
+    pairs = [(row["question"], f" {row['answer']}") for row in rows]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+
+    given = lm_eval_client(model="reverse", add_bos_token=True).loglikelihood(requests)
+    for (question, answer), (log_likelihood, _) in zip(pairs, given, strict=True):
+        ids = torch.tensor([tokenizer.encode(question + answer)])
+        start = len(tokenizer.encode(question))
+        with torch.no_grad():
+            log_p = reference(ids).logits[0, :-1].log_softmax(-1)
+        expected = log_p[range(start - 1, ids.shape[1] - 1), ids[0, start:]].sum()
+        assert log_likelihood == pytest.approx(expected.item(), abs=0.02)
+
+    # The page says so: places are counted without the token that vLLM adds.
+    by_text = lm_eval_client(model="reverse", tokenized_requests=False).loglikelihood(requests)
+    assert any(abs(wrong[0] - right[0]) > 0.1 for wrong, right in zip(by_text, given, strict=True))
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
