@@ -397,21 +397,15 @@ def _with_fewer_channels(
 ) -> Shape:
     """Return the widths with so many channels fewer as save the missing weights, or as the layer's cap allows.
 
-    A negative number gives channels back.
+    A negative number gives channels back. The cap holds as a tile does: a layer may give part of one more, or a ratio
+    just under the cap could not be met.
     """
-    room = _most_removed(constraints, allocation) - constraints.removed(shape)
+    cap = min(allocation.max_sparsity, constraints.cap)
+    room = cap * constraints.size - constraints.removed(shape) + constraints.tile_cost / 2
     more = min(missing, room)
 
     channels = constraints.channels(shape.channels - more / constraints.architecture.channel_cost)
     return Shape(shape.groups, shape.heads_per_group, channels)
-
-
-def _most_removed(constraints: WidthConstraints, allocation: AllocationSection) -> float:
-    """Return the most weights that a layer may give.
-
-    The cap holds as a tile does: a layer may give part of one more, or a ratio just under the cap could not be met.
-    """
-    return min(allocation.max_sparsity, constraints.cap) * constraints.size + constraints.tile_cost / 2
 
 
 def _removed(constraints_L: Sequence[WidthConstraints], shapes: Sequence[Shape]) -> int:
@@ -599,7 +593,8 @@ def _narrower_options(
     attn_rises = sensitivities.rises(architecture, layer, "attn", attn_shapes)
     mlp_rises = sensitivities.rises(architecture, layer, "mlp", mlp_shapes)
 
-    most = _most_removed(constraints, allocation)
+    # The cap holds as a tile does: without part of one more, a ratio just under the cap could not be met.
+    most = min(allocation.max_sparsity, constraints.cap) * constraints.size + constraints.tile_cost
     attn = zip(attn_shapes, attn_rises, strict=True)
     mlp = zip(mlp_shapes, mlp_rises, strict=True)
     options: list[_MeasuredOption] = []

@@ -93,14 +93,34 @@ class WidthConstraints:
         full = self.original.channels
         return [full, *range((full - 1) // self.tile * self.tile, 0, -self.tile)]
 
-    def narrowed(self, site: Site, share: float) -> Shape:
-        """Return the widths of the layer with one site alone cut, by the allowed width nearest to a share of it."""
+    def ladder(self, site: Site, shares: Sequence[float]) -> tuple[Shape, ...]:
+        """Return the widths at which a site is measured: for each of some shares the narrower one nearest to giving it.
+
+        Args:
+            site: ``attn`` or ``mlp``.
+            shares: Shares of the site's own weights, from 0 to 1.
+
+        Returns:
+            Widths of the layer with this site alone cut, the widest first, none twice; none of a site that has no
+            narrower one.
+        """
+        architecture = self.architecture
         original = self.original
-        if site == "mlp":
-            return replace(original, channels=self.channels((1 - share) * original.channels))
-        whole = self.attention_cost((original.groups, original.heads_per_group))
-        groups, heads = min(self.options, key=lambda option: abs(self.attention_cost(option) - (1 - share) * whole))
-        return Shape(groups, heads, original.channels)
+        if site == "attn":
+            every = [Shape(*option, original.channels) for option in self.options]
+        else:
+            every = [replace(original, channels=channels) for channels in self.channel_options]
+        narrower = [shape for shape in every if shape != original]
+
+        def kept(shape: Shape) -> float:
+            """Return the share of the site that stays."""
+            if site == "mlp":
+                return shape.channels / original.channels
+            return architecture.attention_parameters(shape) / architecture.attention_parameters(original)
+
+        # min takes the first: of two equally near ones the wider.
+        chosen = {min(narrower, key=lambda shape: abs(1 - share - kept(shape))) for share in shares if narrower}
+        return tuple(shape for shape in narrower if shape in chosen)
 
     def channels(self, wanted: float) -> int:
         """Return the allowed channel count nearest to ``wanted``."""

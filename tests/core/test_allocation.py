@@ -587,7 +587,7 @@ def ways(architecture, layer, sensitivities, *, unit, align, adds_biases, cap):
     found = [(0, 0.0, dense)]
     for shape in itertools.starmap(Shape, itertools.product(groups, heads, channels)):
         saved = n_weights(dense, 0) - n_weights(shape, 2 * adds_biases)
-        if shape != dense and 0 < saved <= cap * n_weights(dense, 0) + align * 3 * architecture.hidden_size / 2:
+        if shape != dense and 0 < saved <= cap * n_weights(dense, 0) + align * 3 * architecture.hidden_size:
             rise = sum(sensitivities.rises(architecture, layer, site, [shape])[0] for site in ("attn", "mlp"))
             found.append((saved, rise, shape))
     return found
