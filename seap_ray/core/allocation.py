@@ -10,7 +10,7 @@ Letters: L layers, H query heads, C channels.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, chain, pairwise, product
 
 from torch import Tensor
 
@@ -556,12 +556,10 @@ def _mlp_candidates(constraints: WidthConstraints, score_C: Tensor) -> list[_Can
 
 
 @dataclass(frozen=True, slots=True)
-class _MeasuredOption:
-    """Widths that a layer may take, and by how much the loss rises with them."""
+class _MeasuredOption(knapsack.Option):
+    """Widths that a layer may take, the weights that they save, and by how much the loss rises with them."""
 
     shape: Shape
-    saved: int
-    rise: float
 
 
 def _measured_options(
@@ -571,7 +569,7 @@ def _measured_options(
     _, _, may_change = _unprotected(allocation, len(constraints_L))
     options_L: list[list[_MeasuredOption]] = []
     for layer, constraints in enumerate(constraints_L):
-        options = [_MeasuredOption(constraints.original, 0, 0.0)]
+        options = [_MeasuredOption(0, 0.0, constraints.original)]
         if layer in may_change:
             options += _narrower_options(constraints, allocation, sensitivities)
         options_L.append(options)
@@ -602,7 +600,7 @@ def _narrower_options(
         shape = replace(attn_shape, channels=mlp_shape.channels)
         saved = constraints.removed(shape)
         if 0 < saved <= most:
-            options.append(_MeasuredOption(shape, saved, attn_rise + mlp_rise))
+            options.append(_MeasuredOption(saved, attn_rise + mlp_rise, shape))
     return options
 
 
@@ -616,14 +614,13 @@ def _least_rise_shapes(
     total = sum(constraints.size for constraints in constraints_L)
     target = ratio * total
     tile = constraints_L[0].tile_cost
-    programme_L = [[knapsack.Option(option.saved, option.rise) for option in options] for options in options_L]
 
     # Coarse units of attention may leave no choice within half a tile; a window of everything has one.
     window = tile / 2
-    chosen = knapsack.choose(programme_L, low=target - window, high=target + window)
+    chosen = knapsack.choose(options_L, low=target - window, high=target + window)
     while chosen is None:
         window *= 2
-        chosen = knapsack.choose(programme_L, low=target - window, high=target + window)
+        chosen = knapsack.choose(options_L, low=target - window, high=target + window)
 
     options = [options[place] for options, place in zip(options_L, chosen, strict=True)]
     _check_met(sum(option.saved for option in options), total, ratio, tile)
@@ -639,13 +636,15 @@ def _equal_shapes(
     """
     target = ratio * sum(constraints.size for constraints in constraints_L)
     half_tiles = sum(constraints.tile_cost for constraints in constraints_L) / 2
-    rise_L = [{option.shape: option.rise for option in options} for options in options_L]
+    rises_by_shape: dict[Shape, list[float]] = {}
+    for option in chain.from_iterable(options_L):
+        rises_by_shape.setdefault(option.shape, []).append(option.rise)
 
     def rank(shape: Shape) -> tuple[float, float, float]:
         """Return what to minimise: how far off beyond half a tile, then the rise, then how far off."""
         off = abs(_removed(constraints_L, [shape] * len(constraints_L)) - target)
-        return max(off - half_tiles, 0), math.fsum(rises[shape] for rises in rise_L), off
+        return max(off - half_tiles, 0), math.fsum(rises_by_shape[shape]), off
 
     # A bias of an earlier compensation may keep a width from saving anything in some layer.
-    shapes = [option.shape for option in options_L[0] if all(option.shape in rises for rises in rise_L)]
+    shapes = [shape for shape, rises in rises_by_shape.items() if len(rises) == len(constraints_L)]
     return [min(shapes, key=rank)] * len(constraints_L)

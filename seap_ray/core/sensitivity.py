@@ -5,7 +5,7 @@ Measured rises come in, with their standard errors; the rises of all widths betw
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -54,6 +54,16 @@ class Ladder:
         if self.site not in SITES or len(self.shapes) != len(self.rises) or len({*self.shapes}) < len(self.shapes):
             raise ValueError(f"the widths of {self.site} of layer {self.layer} are not one rise for each")
 
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for a file: the widths, means and standard errors."""
+        return {
+            "layer": self.layer,
+            "site": self.site,
+            "shapes": [[shape.groups, shape.heads_per_group, shape.channels] for shape in self.shapes],
+            "mean": [rise.mean for rise in self.rises],
+            "stderr": [rise.stderr for rise in self.rises],
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Sensitivities:
@@ -80,6 +90,11 @@ class Sensitivities:
         """Return whether a layer and site was measured."""
         return key in self._by_key
 
+    @property
+    def widths(self) -> tuple[tuple[int, Site, tuple[Shape, ...]], ...]:
+        """Layer, site and measured widths of every ladder."""
+        return tuple((ladder.layer, ladder.site, ladder.shapes) for ladder in self.ladders)
+
     @classmethod
     def mean(cls, several: Sequence["Sensitivities"], weights: Sequence[float] | None = None) -> "Sensitivities":
         """Average the sensitivities of several tasks, so that all their experts can have the same widths.
@@ -99,15 +114,15 @@ class Sensitivities:
         if len(weights) != len(several) or min(weights, default=0) < 0 or not total:
             raise ValueError("weights of sensitivities are not one for each, at least 0 and in all above 0")
 
-        widths = {tuple((ladder.layer, ladder.site, ladder.shapes) for ladder in each.ladders) for each in several}
-        if len(widths) > 1:
+        if len({each.widths for each in several}) > 1:
             raise ValueError("sensitivities at different widths have no mean")
 
         shares = [weight / total for weight in weights]
         ladders: list[Ladder] = []
-        for same in zip(*(each.ladders for each in several), strict=True):
-            rises = tuple(_mean(rises, shares) for rises in zip(*(ladder.rises for ladder in same), strict=True))
-            ladders.append(Ladder(same[0].layer, same[0].site, same[0].shapes, rises))
+        for i, ladder in enumerate(several[0].ladders):
+            rises_by_task = [each.ladders[i].rises for each in several]
+            means = tuple(_mean(rises, shares) for rises in zip(*rises_by_task, strict=True))
+            ladders.append(replace(ladder, rises=means))
         return cls(tuple(ladders))
 
     def rises(self, architecture: Architecture, layer: int, site: Site, shapes: Sequence[Shape]) -> list[float]:
@@ -162,17 +177,8 @@ class Sensitivities:
         return predicted_L
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Return plain values for a file: every ladder with its widths, means and standard errors."""
-        return [
-            {
-                "layer": ladder.layer,
-                "site": ladder.site,
-                "shapes": [[shape.groups, shape.heads_per_group, shape.channels] for shape in ladder.shapes],
-                "mean": [rise.mean for rise in ladder.rises],
-                "stderr": [rise.stderr for rise in ladder.rises],
-            }
-            for ladder in self.ladders
-        ]
+        """Return plain values for a file: every ladder."""
+        return [ladder.to_json() for ladder in self.ladders]
 
     @classmethod
     def from_json(cls, content: Iterable[Mapping[str, Any]]) -> "Sensitivities":
