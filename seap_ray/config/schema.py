@@ -151,8 +151,8 @@ class AllocationSection(Section):
     """How the ratio is shared out among layers. `uniform`: every layer equally. `logistic`: more in deeper layers,
     along a logistic curve, as in the SEAP paper. `global`: units with the lowest score per parameter, in any layer.
     `standardised`: units with the lowest score after each layer's scores are standardised, as in FLAP. `measured`: the
-    widths with the least sum of measured rises of the loss. `depth`: whole layers, those that change their input
-    least."""
+    widths with the least sum of measured rises of the loss, from Python alone, with rises that the caller measured.
+    `depth`: whole layers, those that change their input least."""
     k: float = Field(default=1.0, allow_inf_nan=False)
     """Only for `logistic`: steepness of the curve. 0 removes equally from every layer that is not protected; negative
     values remove more from early layers."""
@@ -513,6 +513,12 @@ class Config(Section):
                 raise ValueError(
                     f"pruning.{name}: {needs[0]} needs calibration.statistics=covariance (with moments: "
                     "pruning.score=wifv pruning.compensation=mean)"
+                )
+
+            if settings.allocation == "measured":
+                raise ValueError(
+                    f"pruning.{name}: allocation measured takes rises of the loss that no job measures; choose "
+                    "logistic, uniform or global"
                 )
 
             if settings.allocation == "standardised" and settings.score in FROM_COVARIANCES:
