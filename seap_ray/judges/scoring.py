@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from seap_ray.models.token_trees import TreeBatch, make_tree_batches
 
-MAX_LOGITS = 1 << 24
-"""Logits that are in memory at a time, 64 MiB in float32: more of them do not compute faster, and those of a batch
-would not fit beside a large vocabulary."""
+MAX_LOGITS = 1 << 25
+"""Logits that are in memory at a time, 128 MiB in float32: those of a batch would not fit beside a large vocabulary."""
+BLOCK_LOGITS = 1 << 21
+"""Logits that are summed at a time: sums over more of them wait for memory, not for cores."""
 
 Continuation = tuple[list[int], int]
 """Token ids, and where in them begins what is scored, never at 0: a first token has nothing that predicts it."""
@@ -80,6 +81,10 @@ def _score_predictions(
     model: PreTrainedModel, hidden_ND: Tensor, predictions: Sequence[Prediction]
 ) -> tuple[list[float], list[bool]]:
     """Return the log-probability of each predicted token, and whether it is the likeliest at its place."""
+    head: Any = model.get_output_embeddings()
+    # Gemma 2 caps its logits in its own forward, which is not run here.
+    cap = getattr(model.config, "final_logit_softcapping", None)
+
     places, targets, _ = zip(*predictions, strict=True)
     # Logits are made once for each place that predicts anything.
     unique_N, place_P = torch.tensor(places).unique_consecutive(return_inverse=True)
@@ -91,14 +96,15 @@ def _score_predictions(
         chunk_P = place_P[chunk]
         first = int(chunk_P[0])
         chosen_N = unique_N[first : int(chunk_P[-1]) + 1].to(hidden_ND.device)
-        logits_NV = _logits(model, hidden_ND[chosen_N])
+        logits_NV = head(hidden_ND[chosen_N])
+        log_total_N, likeliest_N = _totals(logits_NV, cap)
 
         # With a device map the head may be on another GPU than the decoder's output.
         row_P = (chunk_P - first).to(logits_NV.device)
         chunk_target_P = target_P[chunk].to(logits_NV.device)
-        log_probability_P = logits_NV[row_P, chunk_target_P] - logits_NV.logsumexp(-1)[row_P]
-        log_probabilities += log_probability_P.tolist()
-        is_first += (logits_NV.argmax(-1)[row_P] == chunk_target_P).tolist()
+        chosen_P = _capped(logits_NV[row_P, chunk_target_P].float(), cap)
+        log_probabilities += (chosen_P - log_total_N[row_P]).tolist()
+        is_first += (likeliest_N[row_P] == chunk_target_P).tolist()
 
     return log_probabilities, is_first
 
@@ -112,11 +118,16 @@ def _chunks(place_P: Tensor, size: int) -> Iterator[slice]:
             yield slice(first, behind)
 
 
-def _logits(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
-    head: Any = model.get_output_embeddings()
-    logits_NV: Tensor = head(hidden_ND).float()
+def _totals(logits_NV: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+    """Return the logarithm of the sum over each place's exponentials, and its likeliest token, the first of equals."""
+    log_totals: list[Tensor] = []
+    likeliest: list[Tensor] = []
+    for block_NV in logits_NV.split(max(1, BLOCK_LOGITS // logits_NV.shape[1])):
+        block_NV = _capped(block_NV.float(), cap)
+        log_totals.append(block_NV.logsumexp(-1))
+        likeliest.append(block_NV.argmax(-1))
+    return torch.cat(log_totals), torch.cat(likeliest)
 
-    # Gemma 2 caps its logits in its own forward, which is not run here.
-    if cap := getattr(model.config, "final_logit_softcapping", None):
-        logits_NV = cap * (logits_NV / cap).tanh()
-    return logits_NV
+
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
+    return cap * (logits / cap).tanh() if cap else logits

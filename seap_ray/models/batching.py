@@ -180,6 +180,54 @@ def pack_sequences(lengths: Sequence[int], max_tokens: int) -> list[list[list[in
     return [rows[first : first + batch_rows] for first in range(0, len(rows), batch_rows)]
 
 
+def pack_by_cost(lengths: Sequence[int], max_tokens: int, pairs_per_token: float) -> list[list[list[int]]]:
+    """Put sequences into batches, and those of a batch into the rows that take the least time.
+
+    A row's attention is between all pairs of its positions, so wide rows cost time as padding does. Batches are made of
+    sequences of similar length, so that a long one makes the rows of its own batch wide and no others. The result is a
+    pure function of the arguments.
+
+    Args:
+        lengths: Tokens of each sequence.
+        max_tokens: Bound on the tokens of a batch, padding included; a longer sequence is a batch of its own.
+        pairs_per_token: Pairs of positions whose attention takes as long as the rest of the model takes for a token.
+
+    Returns:
+        Batches of rows of indices into ``lengths``, as ``pack_sequences`` returns them.
+    """
+    groups: list[list[int]] = []
+    n_tokens = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if groups and n_tokens + lengths[i] <= max_tokens:
+            groups[-1].append(i)
+            n_tokens += lengths[i]
+        else:
+            groups.append([i])
+            n_tokens = lengths[i]
+
+    return [_cheapest_rows(lengths, group[::-1], max_tokens, pairs_per_token) for group in groups]
+
+
+def _cheapest_rows(
+    lengths: Sequence[int], longest_first: list[int], max_tokens: int, pairs_per_token: float
+) -> list[list[int]]:
+    """Return the rows of one batch that take the least time; one row without padding is always within the limit."""
+    total = _tokens_of(longest_first, lengths)
+    longest = lengths[longest_first[0]]
+    packings = [_Packing(total, total, [longest_first])]
+
+    n_rows = total // longest
+    while n_rows > 1:
+        min_width = max(longest, -(-total // n_rows))
+        widths = range(min_width, max(min_width, max_tokens) + 1)
+        packing = _narrowest_packing(lengths, longest_first, n_rows, widths)
+        if packing.computed_tokens <= max_tokens:
+            packings.append(packing)
+        n_rows = min(n_rows - 1, n_rows * 9 // 10)
+
+    return min(packings, key=lambda packing: packing.computed_tokens * (1 + packing.width / pairs_per_token)).rows
+
+
 def _narrowest_packing(lengths: Sequence[int], order: Sequence[int], n_rows: int, widths: range) -> _Packing:
     """Find the least width at which ``n_rows`` rows do (MULTIFIT: best fit within a binary search over widths)."""
     # Best fit wastes less than a fifth of a row, so that wider rows need not be tried.

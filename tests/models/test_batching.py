@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seap_ray.models.batching import Batch, chunk_stream, group_by_length, pack_sequences
+from seap_ray.models.batching import Batch, chunk_stream, group_by_length, pack_by_cost, pack_sequences
 from seap_ray.models.sequences import CountedSequence, counted_of
 
 often = settings(max_examples=100, deadline=None)
@@ -78,3 +78,33 @@ def test_a_batch_counts_what_counts_and_no_padding():
     assert Batch.of(rows, False, cpu).rows_N.tolist() == [1, 2, 3, 4, 5]
     assert Batch.of(rows, True, cpu).rows_N.tolist() == [1, 2, 4]
     assert Batch.of([[[4]], [[5]]], False, cpu).rows_N is None
+
+
+@given(st.lists(st.integers(1, 100), max_size=60), st.integers(1, 300), st.sampled_from([1.0, 100.0, 1e6]))
+@often
+def test_rows_by_cost_hold_every_sequence_once_and_stay_within_the_limit(lengths, limit, pairs_per_token):
+    batches = pack_by_cost(lengths, limit, pairs_per_token)
+    assert sorted(i for rows in batches for row in rows for i in row) == list(range(len(lengths)))
+    for rows in batches:
+        widest = max(sum(lengths[i] for i in row) for row in rows)
+        assert len(rows) * widest <= limit or [len(row) for row in rows] == [1]
+    assert pack_by_cost(lengths, limit, pairs_per_token) == batches
+
+
+def test_rows_are_short_where_attention_is_dear_and_full_where_it_is_cheap():
+    random_ = random.Random(0)
+    lengths = [random_.randint(50, 100) for _ in range(40)]
+
+    def shape_of(pairs_per_token: float) -> tuple[int, int]:
+        (rows,) = pack_by_cost(lengths, 4096, pairs_per_token)
+        widest = max(sum(lengths[i] for i in row) for row in rows)
+        return widest, widest * len(rows) - sum(lengths)
+
+    (short, short_padding), (long, long_padding) = shape_of(100), shape_of(1e9)
+    assert short < 250 and long_padding < short_padding < 0.1 * sum(lengths)
+    assert long_padding < 10 < short < long
+
+
+def test_one_long_sequence_makes_no_other_batch_wide():
+    first, last = pack_by_cost([10] * 100 + [900], 1000, 100.0)
+    assert max(map(len, first)) < 10 and last == [[100]]

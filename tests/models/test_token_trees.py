@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seap_ray.models.token_trees import (
-    PAIRS_PER_TOKEN,
     TokenTree,
     TreeBatch,
     group_by_beginning,
@@ -21,13 +20,15 @@ often = settings(max_examples=100, deadline=None)
 # Few tokens, so that many sequences begin alike, are equal, or are the beginning of one another.
 few_tokens = st.lists(st.lists(st.integers(1, 3), max_size=8), min_size=1, max_size=10)
 CPU = torch.device("cpu")
+PAIRS = 2048.0
+"""Pairs of positions that are worth a token."""
 
 
 def decoder_of(module: str, attention: str = "sdpa", **config) -> SimpleNamespace:
     """Return what batches are made by: a decoder's class, configuration and device."""
     kind = type("Decoder", (), {"__module__": module})
     decoder = kind()
-    decoder.config = SimpleNamespace(_attn_implementation=attention, **config)
+    decoder.config = SimpleNamespace(_attn_implementation=attention, hidden_size=500, **config)
     decoder.device = CPU
     return decoder
 
@@ -83,7 +84,7 @@ def test_a_node_sees_the_last_tokens_of_its_own_beginning_and_padding_sees_itsel
 @given(few_tokens, st.integers(1, 30))
 @often
 def test_groups_are_neighbours_that_begin_alike_within_the_limit(sequences, limit):
-    groups = group_by_beginning(sequences, limit)
+    groups = group_by_beginning(sequences, limit, 100.0)
     assert [i for group in groups for i in group] == [i for i, sequence in enumerate(sequences) if sequence]
     for group in groups:
         assert len(group) == 1 or len(TokenTree.of(sequences, group)) <= limit
@@ -94,13 +95,13 @@ def test_questions_that_share_a_few_words_are_apart_and_those_that_share_example
     random_ = random.Random(0)
     few, many = ([random_.randrange(100, 200) for _ in range(n)] for n in (3, 400))
     ends = [[random_.randrange(200, 300) for _ in range(60)] for _ in range(40)]
-    assert len(group_by_beginning([few + end for end in ends], 4096)) > 10
-    assert len(group_by_beginning([many + end for end in ends], 4096)) < 5
+    assert len(group_by_beginning([few + end for end in ends], 4096, PAIRS)) > 10
+    assert len(group_by_beginning([many + end for end in ends], 4096, PAIRS)) < 5
 
     # Apart they take 460 tokens each: a tree pays where its pairs cost less than that.
-    for group in group_by_beginning([many + end for end in ends], 4096):
+    for group in group_by_beginning([many + end for end in ends], 4096, PAIRS):
         n = 400 + 60 * len(group)
-        assert n + n * n / PAIRS_PER_TOKEN < len(group) * (460 + 460 * 460 / PAIRS_PER_TOKEN)
+        assert n + n * n / PAIRS < len(group) * (460 + 460 * 460 / PAIRS)
 
 
 @given(few_tokens, st.integers(1, 40), st.sampled_from(["transformers.models.x", "custom_code"]))
