@@ -133,8 +133,10 @@ def _run_layer(
     for way, members_by_group in split.items():
         is_dropped = way[0] is None
         first = next(iter(members_by_group.values()))[0]
-        is_cut = first is not None and not is_dropped and way[0] is not whole
-        parameters = cut_parameters(block, exports[first], layer) if is_cut else {}
+        parameters: dict[str, Tensor] = {}
+        if first is not None and not is_dropped and way[0] is not whole:
+            parameters = cut_parameters(block, exports[first], layer)
+
         with _replaced(block, parameters):
             for g, members in members_by_group.items():
                 hidden = groups[g].hidden
@@ -159,7 +161,7 @@ def _way(
 # --- the cut ---------------------------------------------------------------------------------------------------------
 
 
-def cut_parameters(block: nn.Module, export: CheckpointExport, layer: int) -> dict[str, Tensor]:
+def cut_parameters(block: Any, export: CheckpointExport, layer: int) -> dict[str, Tensor]:
     """Return parameters with which a layer of the base computes what the cut layer will.
 
     Args:
@@ -192,7 +194,7 @@ def cut_parameters(block: nn.Module, export: CheckpointExport, layer: int) -> di
     return parameters
 
 
-def _cut_experts(block: nn.Module, kept: Kept) -> Tensor:
+def _cut_experts(block: Any, kept: Kept) -> Tensor:
     """Return the output weights of all MoE experts, (E, O, D), with zeros in the columns that go."""
     own_EOD = block.get_submodule("mlp.experts").down_proj
     weight_EOD = torch.zeros_like(own_EOD)
