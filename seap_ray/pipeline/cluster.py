@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import ray
@@ -57,11 +58,25 @@ def connect_driver() -> None:
 
 
 def work_task(function: Callable[..., Any], **options: Any) -> Any:
-    """Return a Ray task, one CPU each, for work on weights or records.
+    """Return a Ray task, one CPU and one thread each, for work on weights or records.
 
     It runs on the head, which holds the cluster together, only where no other node has a CPU.
     """
-    return ray.remote(num_cpus=1, label_selector=_not_on_head(ray.nodes()), **options)(function)
+    return ray.remote(num_cpus=1, label_selector=_not_on_head(ray.nodes()), **options)(_on_one_thread(function))
+
+
+def _on_one_thread(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function run on one thread, whatever its process did before: bytes depend on it."""
+
+    @wraps(function)
+    def run(*arguments: Any, **named: Any) -> Any:
+        """Set the number of threads, and call the function."""
+        import torch  # takes seconds, which the driver need not wait for
+
+        torch.set_num_threads(1)
+        return function(*arguments, **named)
+
+    return run
 
 
 def working_nodes() -> list[Mapping[str, Any]]:

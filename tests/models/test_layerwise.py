@@ -14,7 +14,8 @@ from seap_ray.errors import ConfigError, DataError
 from seap_ray.models.batching import Batch
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.forward import record
-from seap_ray.models.layerwise import LayerwiseModel, _BatchInFlight
+from seap_ray.models.hidden_states import HiddenBatch
+from seap_ray.models.layerwise import LayerwiseModel
 from seap_ray.models.loading import attention_of, load_model
 from seap_ray.models.sequences import CountedSequence
 from tests.support.builders import CONFIGS, SHARDS, layerwise, recorded_by
@@ -68,7 +69,7 @@ def test_hidden_states_wait_on_the_host_where_the_device_has_no_room_for_all_of_
 def test_what_layers_share_is_moved_once():
     mask, rotary = torch.ones(2), (torch.ones(3), torch.zeros(3))
     named = {"attention_mask": mask, "position_embeddings": rotary, "use_cache": False, "past_key_values": None}
-    one = _BatchInFlight(Batch.of([[[1, 2]]], False, torch.device("cpu")), torch.ones(1), [named, dict(named)])
+    one = HiddenBatch(Batch.of([[[1, 2]]], False, torch.device("cpu")), [[[1, 2]]], torch.ones(1), [named, dict(named)])
     there = one.to(torch.device("meta"))
     assert there.hidden_BTD.device.type == "meta" and there.arguments_L[0]["use_cache"] is False
     for key in ("attention_mask", "position_embeddings"):

@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import ray
+import torch
 
-from seap_ray.pipeline.cluster import HEAD, _not_on_head
+from seap_ray.pipeline.cluster import HEAD, _not_on_head, work_task
 from tests.support import ROOT
 
 TWO_NODES = """
@@ -50,3 +52,14 @@ def test_work_stays_off_a_head_where_other_nodes_have_cpus(nodes, selector):
 def test_on_a_real_cluster_no_work_reaches_the_head():
     done = subprocess.run([sys.executable, "-c", TWO_NODES], cwd=ROOT, capture_output=True, text=True, timeout=180)
     assert done.stdout.strip().splitlines()[-1:] == ["True"], done.stdout + done.stderr
+
+
+@pytest.mark.ray
+def test_work_runs_on_one_thread_whatever_its_process_did_before(cluster):
+    # Both processes of the cluster, whichever takes the work. Lambdas, since workers cannot import this file.
+    other_work = ray.remote(num_cpus=1)(lambda: torch.set_num_threads(2))
+    ray.get([other_work.remote() for _ in range(8)])
+
+    work = work_task(lambda: torch.get_num_threads())
+
+    assert ray.get([work.remote() for _ in range(4)]) == [1] * 4
