@@ -251,7 +251,7 @@ def _droppable(architecture: Architecture, pruning: PruningSection, ratio: float
     protected_weights = [relative_size_L[layer] for layer in range(n_layers) if layer not in may_go]
     largest = sum(relative_size_L[layer] for layer in may_go) / n_layers
     # Too few only where one more layer, if it could go, would come nearer to the ratio.
-    if len(protected_weights) > 1 and (ratio - largest) * n_layers > min(protected_weights) / 2:
+    if len(protected_weights) > 1 and (ratio - largest) * n_layers > min(protected_weights) / 2 + ROUNDING:
         raise ConfigError(
             f"pruning.ratio: {ratio:g} is beyond what {first} + {last} protected layers allow; the largest is "
             f"{_rounded_down(largest)}"
