@@ -8,7 +8,8 @@ The Kullback-Leibler divergence of a cut model's next-token distribution from th
 on texts that the dense model itself writes. On the same tokens its noise is a small part of that of the loss, which
 depends on the one token that follows.
 
-Letters: B rows, T positions, V vocabulary, O output features, D input columns, S kept columns, N sequences.
+Letters: B rows, T positions, V vocabulary, O output features, D input columns, S kept columns, P positions;
+N counts sequences, or predicted tokens where a tensor is of a batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -293,10 +294,13 @@ class _Chunk:
     positions_P: Tensor
     """Places whose logits are computed, in every row."""
     row_N: Tensor
+    """Row of the position that predicts each token."""
     place_N: Tensor
-    """Index of each token's position among ``positions_P``."""
+    """Index of that position among ``positions_P``."""
     ids_N: Tensor
+    """The tokens, int64."""
     sequence_N: Tensor
+    """Number of the sequence of each."""
 
     def log_probabilities(self, model: Any, batch: HiddenBatch, hidden_BTD: Tensor) -> Tensor:
         """Return the logarithms of the next-token distributions, (N, V), float32."""

@@ -1,6 +1,6 @@
 """Hidden states: batches on their way through the decoder layers, which are run one at a time.
 
-Letters: B rows, T positions, D hidden size, V vocabulary.
+Letters: B rows, T positions, of which P are asked for, D hidden size, L layers, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -85,12 +85,12 @@ class _Replay(nn.Module):
 @contextmanager
 def _layers_replaced(decoder: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
     """Give a decoder other layers inside the block."""
-    own = decoder.layers
+    whole_layers = decoder.layers
     decoder.layers = nn.ModuleList(layers)
     try:
         yield
     finally:
-        decoder.layers = own
+        decoder.layers = whole_layers
 
 
 @torch.inference_mode()
@@ -102,6 +102,9 @@ def embed(decoder: Any, rows: Sequence[Sequences], skip_first: bool, device: tor
         rows: Sequences of every row.
         skip_first: Whether the first token of every sequence does not count.
         device: Device of the decoder's embedding.
+
+    Returns:
+        Hidden states (B, T, D) in the decoder's dtype, with the arguments of every layer.
     """
     batch = Batch.of(rows, skip_first, device)
     catchers = [_Catcher() for _ in decoder.layers]
@@ -112,9 +115,18 @@ def embed(decoder: Any, rows: Sequence[Sequences], skip_first: bool, device: tor
 
 @torch.inference_mode()
 def head_logits(model: Any, batch: Batch, hidden_BTD: Tensor, positions_P: Tensor) -> Tensor:
-    """Return the logits, (B, P, V), float32, that a model makes of the last layer's hidden states at some positions.
+    """Return the logits that a model makes of the last layer's hidden states at some positions.
 
     The model's own forward runs with all layers left out, since families scale and cap logits in it.
+
+    Args:
+        model: A causal language model; its layers are not run.
+        batch: The batch that the hidden states belong to.
+        hidden_BTD: What the last layer returned, (B, T, D).
+        positions_P: Places in the rows, (P,), int64, on the batch's device.
+
+    Returns:
+        Logits, (B, P, V), float32.
     """
     decoder = model.get_decoder()
     with _layers_replaced(decoder, [_Replay(hidden_BTD.to(batch.ids_BT.device))]):

@@ -83,7 +83,7 @@ def shared_length(a: list[int], b: list[int]) -> int:
 # --- which sequences share a tree, and which trees a batch -----------------------------------------------------------
 
 
-def pairs_per_token(config: Any) -> float:
+def break_even_pairs(config: Any) -> float:
     """Return the pairs of positions whose attention takes as long as the rest of a model takes for a token.
 
     By the number of operations it is 6 x hidden size, where the MLP is four times as wide as that; attention under a
@@ -146,17 +146,31 @@ def make_tree_batches(decoder: Any, sequences: Sequence[list[int]], batch_tokens
     takes_masks = is_own_code and decoder.config._attn_implementation in MASKED_ATTENTION
 
     for part in _parts(decoder.config, sequences):
-        if takes_masks:
-            pairs = pairs_per_token(decoder.config)
-            trees = [TokenTree.of(part, members) for members in group_by_beginning(part, batch_tokens, pairs)]
-            batches = pack_by_cost([len(tree) for tree in trees], batch_tokens, pairs)
-        else:
-            trees = [TokenTree.of(part, [i]) for i, sequence in enumerate(part) if sequence]
-            groups = group_by_length([len(tree) for tree in trees], batch_tokens)
-            batches = [[[i] for i in group] for group in groups]
+        make_batches = _packed if takes_masks else _one_a_row
+        for rows in make_batches(decoder.config, part, batch_tokens):
+            yield TreeBatch.of(rows, decoder.device)
 
-        for rows in batches:
-            yield TreeBatch.of([[trees[i] for i in row] for row in rows], decoder.device)
+
+Rows = list[list[TokenTree]]
+"""Rows of a batch, each with the trees that stand one after another in it."""
+
+
+def _packed(config: Any, sequences: Sequence[list[int]], batch_tokens: int) -> Iterator[Rows]:
+    """Yield the rows of batches in which sequences share trees, and trees rows."""
+    pairs = break_even_pairs(config)
+    trees = [TokenTree.of(sequences, members) for members in group_by_beginning(sequences, batch_tokens, pairs)]
+    for batch in pack_by_cost([len(tree) for tree in trees], batch_tokens, pairs):
+        rows: Rows = []
+        for row in batch:
+            rows.append([trees[i] for i in row])
+        yield rows
+
+
+def _one_a_row(_config: Any, sequences: Sequence[list[int]], batch_tokens: int) -> Iterator[Rows]:
+    """Yield the rows of batches in which each sequence has a row of its own."""
+    trees = [TokenTree.of(sequences, [i]) for i, sequence in enumerate(sequences) if sequence]
+    for group in group_by_length([len(tree) for tree in trees], batch_tokens):
+        yield [[trees[i]] for i in group]
 
 
 def _parts(config: Any, sequences: Sequence[list[int]]) -> list[list[list[int]]]:

@@ -69,10 +69,10 @@ class RewrittenForm(Form):
 
     def _companions(self) -> list[Path]:
         """Return the files beside the weights that belong to the model."""
-        found: set[Path] = set()
+        companions: set[Path] = set()
         for pattern in (CONFIG_FILE, *COMPANION_FILES):
-            found |= {file for file in self.path.glob(pattern) if file.is_file()}
-        return sorted(found)
+            companions |= {file for file in self.path.glob(pattern) if file.is_file()}
+        return sorted(companions)
 
     def convert(self, target: Path) -> None:
         """Write the tensors of each file under their plain names, one file at a time."""
