@@ -56,6 +56,8 @@ class Family:
     """Beginning of the names of a decoder layer's tensors, up to the layer's number: ``gpt_neox.layers.``."""
     embedding: str = "model.embed_tokens.weight"
     """Name of the input embedding's tensor, such as ``gpt_neox.embed_in.weight``."""
+    head: str = "lm_head.weight"
+    """Name of the output embedding's tensor, where that is not the input embedding: ``embed_out.weight``."""
     rows: Mapping[str, Rows] = field(default_factory=lambda: SPLIT_ATTENTION | GATED_MLP)
     """Modules whose rows (and biases) are cut, and what their rows are: ``{"fc1": Rows(("channels",))}``. Those that
     make queries, keys and values, and those of the MLP before ``down_proj``."""
@@ -214,6 +216,7 @@ FAMILIES: dict[str, Family] = {
         vllm_class=None,
         layers="gpt_neox.layers.",
         embedding="gpt_neox.embed_in.weight",
+        head="embed_out.weight",
         # A head's query, key and value lie together, head after head.
         rows={"attention.query_key_value": Rows(("heads",), times=3), "mlp.dense_h_to_4h": Rows(("channels",))},
         o_proj="attention.dense",

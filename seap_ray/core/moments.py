@@ -168,6 +168,18 @@ class Covariance(Moments):
         )
         return replace(moments, comoment_DD=comoment_DD)
 
+    def without(self, part: Self) -> Self:
+        """Return the covariance of the tokens of a stream that are not in ``part``: Chan's update, undone."""
+        count = self.count - part.count
+        mean_D = (self.count * self.mean_D - part.count * part.mean_D) / count
+        delta_D = part.mean_D - mean_D
+        weight = count * part.count / self.count
+
+        comoment_DD = (self.comoment_DD - part.comoment_DD).addr_(delta_D, delta_D, alpha=-weight)
+        # Rounding may leave a column that hardly varies just below zero.
+        m2_D = (self.m2_D - part.m2_D - weight * delta_D.square()).clamp_min(0)
+        return replace(self, count=count, mean_D=mean_D, m2_D=m2_D, comoment_DD=comoment_DD)
+
     def to_cpu_async(self) -> Self:
         """Start a copy of the moments to the CPU, and wait for the matrix."""
         # The matrix is too large for the pinned memory that a copy without waiting would keep.

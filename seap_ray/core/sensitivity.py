@@ -1,6 +1,8 @@
-"""Sensitivity: by how much the loss rises when one site of one layer alone is cut.
+"""Sensitivity: by how much the loss rises when one site of one layer is cut.
 
 Measured rises come in, with their standard errors; the rises of all widths between them and beyond go out.
+
+Letters: H query heads, E MoE experts, C channels, L layers; N counts sequences.
 """
 
 import math
@@ -9,9 +11,14 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
+from torch import Tensor
+
 from seap_ray.core.architecture import Architecture, Shape
 from seap_ray.core.knapsack import lower_hull
 from seap_ray.core.moments import SITES, Site
+from seap_ray.core.plan import best_heads, by_moe_expert
+from seap_ray.core.scores import LayerScores
+from seap_ray.core.widths import WidthConstraints
 
 NOISE = 2.0
 """Standard errors that a rise counts at the least: what only seems free costs as much as its noise could hide."""
@@ -30,6 +37,40 @@ class Rise:
         """Raise ValueError for what is no finite number, and for a negative standard error."""
         if not (math.isfinite(self.mean) and math.isfinite(self.stderr) and self.stderr >= 0):
             raise ValueError(f"{self.mean} +- {self.stderr} is no rise of a loss")
+
+    @classmethod
+    def a_token(cls, sums_N: Tensor, tokens_N: Tensor) -> "Rise":
+        """Return a mean a token, and its standard error as a ratio of sums over independent sequences.
+
+        Args:
+            sums_N: Summed rise of every sequence, (N,), float64.
+            tokens_N: Tokens of every sequence, (N,), float64, in all at least one.
+
+        Returns:
+            The mean with its standard error, 0 for a single sequence, which cannot tell one.
+        """
+        n = len(tokens_N)
+        mean = sums_N.sum() / tokens_N.sum()
+        residual_N = sums_N - mean * tokens_N
+        stderr = (residual_N.square().sum() * n / max(n - 1, 1)).sqrt() / tokens_N.sum()
+        return cls(float(mean), float(stderr))
+
+    @classmethod
+    def mean_of(cls, rises: Sequence["Rise"], weights: Sequence[float]) -> "Rise":
+        """Return the weighted mean of rises that were measured on different tokens.
+
+        Args:
+            rises: Rises, at least one.
+            weights: What each counts; they need not add up to 1.
+        """
+        total = math.fsum(weights)
+        shares = [weight / total for weight in weights]
+        mean = math.fsum(share * rise.mean for share, rise in zip(shares, rises, strict=True))
+        return cls(mean, math.hypot(*(share * rise.stderr for share, rise in zip(shares, rises, strict=True))))
+
+    def times(self, factor: float) -> "Rise":
+        """Return the rise multiplied by a factor, at least 0."""
+        return Rise(self.mean * factor, self.stderr * factor)
 
     @property
     def counted(self) -> float:
@@ -90,39 +131,69 @@ class Sensitivities:
         """Return whether a layer and site was measured."""
         return key in self._by_key
 
-    @property
-    def widths(self) -> tuple[tuple[int, Site, tuple[Shape, ...]], ...]:
-        """Layer, site and measured widths of every ladder."""
-        return tuple((ladder.layer, ladder.site, ladder.shapes) for ladder in self.ladders)
-
     @classmethod
-    def mean(cls, several: Sequence["Sensitivities"], weights: Sequence[float] | None = None) -> "Sensitivities":
-        """Average the sensitivities of several tasks, so that all their experts can have the same widths.
+    def of_costs(
+        cls,
+        constraints_L: Sequence[WidthConstraints],
+        scores_L: Sequence[LayerScores],
+        shapes_L: Sequence[Shape],
+        costs: Mapping[tuple[int, Site], Rise],
+    ) -> "Sensitivities":
+        """Return what every width of the cut sites costs, from what their cuts cost in one cut model.
+
+        A cut that loses twice the score costs twice as much, all else in the model as it is.
 
         Args:
-            several: Sensitivities at the same widths, each measured on tokens of its own: at least one.
-            weights: What each counts; they need not add up to 1. None: all alike.
+            constraints_L: Widths that every layer may take.
+            scores_L: Scores of every layer's heads (H,) and channels (C,), of a mixture of experts (E, C), by which
+                units are cut.
+            shapes_L: Widths of the cut model's layers.
+            costs: What the cut of each (layer, site) costs there, of all sites that are cut.
 
         Returns:
-            Weighted means of the rises, with the standard errors of these means.
+            Ladders of the cut sites, over all their narrower widths.
+        """
+        ladders: list[Ladder] = []
+        for (layer, site), cost in costs.items():
+            constraints = constraints_L[layer]
+            shapes = constraints.narrower(site)
+            alone = _alone(site, constraints.original, shapes_L[layer])
+            lost = _lost_scores(constraints, site, scores_L[layer], shapes)
+
+            # A cut of units without any score tells nothing of others; weights stand for it.
+            if lost[alone] <= 0:
+                original = constraints.original
+                lost = {shape: _saved(constraints.architecture, site, original, shape) for shape in shapes}
+            rises = [cost.times(lost[shape] / lost[alone]) for shape in shapes]
+            ladders.append(Ladder(layer, site, tuple(shapes), tuple(rises)))
+        return cls(tuple(ladders))
+
+    @classmethod
+    def geometric_mean(cls, several: Sequence["Sensitivities"]) -> "Sensitivities":
+        """Average sensitivities that were measured in several cut models, by their logarithms.
+
+        What a site's cut costs depends on what else is cut, by factors rather than by amounts. A site counts in those
+        models that cut it.
+
+        Args:
+            several: Sensitivities, whose ladders of one layer and site have the same widths: at least one.
+
+        Returns:
+            Geometric means of the rises as allocation counts them, with the standard errors of these means.
 
         Raises:
-            ValueError: Widths differ, or weights are none, negative, or not as many as sensitivities.
+            ValueError: Ladders of one layer and site have different widths.
         """
-        weights = [1.0] * len(several) if weights is None else weights
-        total = math.fsum(weights)
-        if len(weights) != len(several) or min(weights, default=0) < 0 or not total:
-            raise ValueError("weights of sensitivities are not one for each, at least 0 and in all above 0")
+        by_key: dict[tuple[int, Site], list[Ladder]] = {}
+        for ladder in (ladder for sensitivities in several for ladder in sensitivities.ladders):
+            by_key.setdefault((ladder.layer, ladder.site), []).append(ladder)
 
-        if len({each.widths for each in several}) > 1:
-            raise ValueError("sensitivities at different widths have no mean")
-
-        shares = [weight / total for weight in weights]
         ladders: list[Ladder] = []
-        for i, ladder in enumerate(several[0].ladders):
-            rises_by_task = [each.ladders[i].rises for each in several]
-            means = tuple(_mean(rises, shares) for rises in zip(*rises_by_task, strict=True))
-            ladders.append(replace(ladder, rises=means))
+        for same in by_key.values():
+            if len({ladder.shapes for ladder in same}) > 1:
+                raise ValueError(f"ladders of {same[0].site} of layer {same[0].layer} have different widths")
+            rises = zip(*(ladder.rises for ladder in same), strict=True)
+            ladders.append(replace(same[0], rises=tuple(map(_geometric_mean, rises))))
         return cls(tuple(ladders))
 
     def rises(self, architecture: Architecture, layer: int, site: Site, shapes: Sequence[Shape]) -> list[float]:
@@ -209,10 +280,43 @@ class Sensitivities:
         return lower_hull(points)
 
 
-def _mean(rises: Sequence[Rise], shares: Sequence[float]) -> Rise:
-    """Return a weighted mean of rises that were measured on different tokens."""
-    mean = math.fsum(share * rise.mean for share, rise in zip(shares, rises, strict=True))
-    return Rise(mean, math.hypot(*(share * rise.stderr for share, rise in zip(shares, rises, strict=True))))
+def _geometric_mean(rises: Sequence[Rise]) -> Rise:
+    """Return the geometric mean of rises as they count; where one counts nothing, the mean is 0."""
+    counted = [rise.counted for rise in rises]
+    if min(counted) <= 0:
+        return Rise(0.0, 0.0)
+    mean = math.exp(math.fsum(map(math.log, counted)) / len(counted))
+    # The error of a logarithm is the relative error.
+    relative = math.hypot(*(rise.stderr / value for rise, value in zip(rises, counted, strict=True))) / len(rises)
+    return Rise(mean, mean * relative)
+
+
+def _lost_scores(
+    constraints: WidthConstraints, site: Site, scores: LayerScores, shapes: Sequence[Shape]
+) -> dict[Shape, float]:
+    """Return the score of what goes when a site is cut to each of some widths."""
+    head_H, channel_C = scores
+    original = constraints.original
+    if site == "mlp":
+        # Lost with so many channels less, in all MoE experts together; the lowest scores go first.
+        ascending_EC = by_moe_expert(channel_C).double().clamp_min(0).sort(dim=-1).values
+        lost_C = ascending_EC.cumsum(-1).sum(0)
+        return {shape: float(lost_C[original.channels - shape.channels - 1]) for shape in shapes}
+
+    head_H = head_H.double().clamp_min(0)
+    lost: dict[Shape, float] = {}
+    for shape in shapes:
+        _, heads = best_heads(head_H, original, (shape.groups, shape.heads_per_group))
+        gone = sorted({*range(original.heads)} - {*heads})
+        lost[shape] = float(head_H[gone].sum())
+    return lost
+
+
+def _alone(site: Site, original: Shape, shape: Shape) -> Shape:
+    """Return a layer's widths with one site alone cut as in ``shape``."""
+    if site == "mlp":
+        return replace(original, channels=shape.channels)
+    return replace(shape, channels=original.channels)
 
 
 def _cut_unit(site: Site, original: Shape, shape: Shape) -> str | None:

@@ -93,6 +93,15 @@ class WidthConstraints:
         full = self.original.channels
         return [full, *range((full - 1) // self.tile * self.tile, 0, -self.tile)]
 
+    def narrower(self, site: Site) -> list[Shape]:
+        """Return the widths of the layer with one site alone cut, the widest first."""
+        original = self.original
+        if site == "attn":
+            every = [Shape(*option, original.channels) for option in self.options]
+        else:
+            every = [replace(original, channels=channels) for channels in self.channel_options]
+        return [shape for shape in every if shape != original]
+
     def ladder(self, site: Site, shares: Sequence[float]) -> tuple[Shape, ...]:
         """Return the widths at which a site is measured: for each of some shares the narrower one nearest to giving it.
 
@@ -106,11 +115,7 @@ class WidthConstraints:
         """
         architecture = self.architecture
         original = self.original
-        if site == "attn":
-            every = [Shape(*option, original.channels) for option in self.options]
-        else:
-            every = [replace(original, channels=channels) for channels in self.channel_options]
-        narrower = [shape for shape in every if shape != original]
+        narrower = self.narrower(site)
 
         def kept(shape: Shape) -> float:
             """Return the share of the site that stays."""

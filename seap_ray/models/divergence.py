@@ -8,8 +8,8 @@ The Kullback-Leibler divergence of a cut model's next-token distribution from th
 on texts that the dense model itself writes. On the same tokens its noise is a small part of that of the loss, which
 depends on the one token that follows.
 
-Letters: B rows, T positions, V vocabulary, O output features, D input columns, S kept columns, P positions;
-N counts sequences, or predicted tokens where a tensor is of a batch.
+Letters: B rows, T positions, V vocabulary, O output features, D input columns, S kept columns; N counts sequences, or
+predicted tokens where a tensor is of a batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,18 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from seap_ray.core.plan import Kept
+from seap_ray.core.sensitivity import Rise
 from seap_ray.core.slicing import kept_indices
 from seap_ray.models.export import CheckpointExport
-from seap_ray.models.hidden_states import HiddenBatch, head_logits
-from seap_ray.models.sequences import Sequences, counted_of
-
-LOGIT_BYTES = 1 << 28
-"""Bytes of the logits, float32, that are in memory at a time."""
+from seap_ray.models.hidden_states import HiddenBatch
+from seap_ray.models.predictions import PredictedTokens, count_sequences
 
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Divergence of a cut model from the dense one, in nats a token, with its standard error over sequences."""
+    """Divergence of a cut model from the dense one on some sequences, in nats."""
 
     sums_N: Tensor
     """Summed divergence of each sequence, float64."""
@@ -42,21 +40,18 @@ class Divergence:
     """Predicted tokens of each sequence, float64."""
 
     @property
-    def mean(self) -> float:
+    def rise(self) -> Rise:
         """Divergence a token."""
-        return float(self.sums_N.sum() / self.tokens_N.sum())
+        return Rise.a_token(self.sums_N, self.tokens_N)
 
     @property
-    def loss(self) -> float:
+    def loss(self) -> Rise:
         """Rise of the loss a token."""
-        return float(self.losses_N.sum() / self.tokens_N.sum())
+        return Rise.a_token(self.losses_N, self.tokens_N)
 
-    @property
-    def stderr(self) -> float:
-        """Standard error of the mean: that of a ratio of sums over independent sequences."""
-        n = len(self.tokens_N)
-        residual_N = self.sums_N - self.mean * self.tokens_N
-        return float((residual_N.square().sum() * n / max(n - 1, 1)).sqrt() / self.tokens_N.sum())
+    def __getitem__(self, sequences: slice) -> "Divergence":
+        """Return the divergence on some of the sequences."""
+        return Divergence(self.sums_N[sequences], self.losses_N[sequences], self.tokens_N[sequences])
 
 
 @torch.inference_mode()
@@ -220,40 +215,10 @@ def _replaced(block: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[No
 # --- the comparison --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Targets:
-    """The tokens of a batch that are predicted: those that count, and are not the first of their sequence."""
-
-    row_N: Tensor
-    """Row of the position that predicts each."""
-    position_N: Tensor
-    """Place of that position in its row."""
-    ids_N: Tensor
-    """The tokens that follow."""
-    sequence_N: Tensor
-    """Number of the sequence of each, among those of all batches."""
-
-    @classmethod
-    def of(cls, rows: Sequence[Sequences], first_sequence: int) -> "_Targets":
-        """List the predicted tokens of rows of sequences, whose first has the number ``first_sequence``."""
-        targets: list[tuple[int, int, int, int]] = []
-        number = first_sequence
-        for row, sequences in enumerate(rows):
-            start = 0
-            for sequence in sequences:
-                counted = counted_of(sequence)
-                for place in range(1, len(sequence)):
-                    if counted[place]:
-                        targets.append((row, start + place - 1, sequence[place], number))
-                start += len(sequence)
-                number += 1
-        return cls(*torch.tensor(targets, dtype=torch.int64).reshape(-1, 4).T)
-
-
 @torch.inference_mode()
 def _compare(model: Any, batches: Sequence[HiddenBatch], groups: Sequence[_Group], n_models: int) -> list[Divergence]:
     """Compare the next-token distributions of all models with the dense model's."""
-    n_sequences = sum(_n_sequences(batch) for batch in batches)
+    n_sequences = sum(map(count_sequences, batches))
     sums = torch.zeros(n_models, n_sequences, dtype=torch.float64)
     losses = torch.zeros_like(sums)
     tokens_N = torch.zeros(n_sequences, dtype=torch.float64)
@@ -261,11 +226,11 @@ def _compare(model: Any, batches: Sequence[HiddenBatch], groups: Sequence[_Group
 
     number = 0
     for b, batch in enumerate(batches):
-        targets = _Targets.of(batch.rows, number)
-        number += _n_sequences(batch)
-        tokens_N += torch.bincount(targets.sequence_N, minlength=n_sequences)
+        predicted = PredictedTokens.of(batch.rows, number)
+        number += count_sequences(batch)
+        tokens_N += torch.bincount(predicted.sequence_N, minlength=n_sequences)
 
-        for chunk in _chunks(model, batch, targets):
+        for chunk in predicted.chunks(model, batch):
             dense_NV = chunk.log_probabilities(model, batch, dense.hidden[b])
             p_NV = dense_NV.exp()
             for group in groups:
@@ -281,44 +246,3 @@ def _compare(model: Any, batches: Sequence[HiddenBatch], groups: Sequence[_Group
                     losses[member].index_add_(0, chunk.sequence_N, loss_N)
 
     return [Divergence(sums[i], losses[i], tokens_N) for i in range(n_models)]
-
-
-def _n_sequences(batch: HiddenBatch) -> int:
-    return sum(map(len, batch.rows))
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Predicted tokens of a batch whose positions lie between two places of the rows."""
-
-    positions_P: Tensor
-    """Places whose logits are computed, in every row."""
-    row_N: Tensor
-    """Row of the position that predicts each token."""
-    place_N: Tensor
-    """Index of that position among ``positions_P``."""
-    ids_N: Tensor
-    """The tokens, int64."""
-    sequence_N: Tensor
-    """Number of the sequence of each."""
-
-    def log_probabilities(self, model: Any, batch: HiddenBatch, hidden_BTD: Tensor) -> Tensor:
-        """Return the logarithms of the next-token distributions, (N, V), float32."""
-        logits_BPV = head_logits(model, batch.batch, hidden_BTD, self.positions_P.to(batch.batch.ids_BT.device))
-        logits_NV = logits_BPV[self.row_N.to(logits_BPV.device), self.place_N.to(logits_BPV.device)]
-        return torch.log_softmax(logits_NV, -1)
-
-
-def _chunks(model: Any, batch: HiddenBatch, targets: _Targets) -> Iterator[_Chunk]:
-    """Split the predicted tokens so that the logits of a chunk's positions are ``LOGIT_BYTES`` at most."""
-    n_rows = batch.batch.ids_BT.shape[0]
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    size = max(1, LOGIT_BYTES // (4 * n_rows * vocabulary))
-
-    for positions_P in targets.position_N.unique().split(size):
-        is_here_N = torch.isin(targets.position_N, positions_P)
-        # Both are ascending, so the place among the chunk's positions is found by bisection.
-        place_N = torch.searchsorted(positions_P, targets.position_N[is_here_N])
-        yield _Chunk(
-            positions_P, targets.row_N[is_here_N], place_N, targets.ids_N[is_here_N], targets.sequence_N[is_here_N]
-        )

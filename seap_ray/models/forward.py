@@ -4,17 +4,19 @@
 decoder layer at a time, read from disk. The moments are the same bytes either way.
 """
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from seap_ray.config import CalibrationSection, Config
 from seap_ray.core.architecture import Architecture
 from seap_ray.models.batching import Batch, make_batches
 from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.hidden_states import HiddenBatch, embed
 from seap_ray.models.layerwise import LayerwiseModel
 from seap_ray.models.loading import first_device, free_memory, load_model, model_dtype, prepare_process
 from seap_ray.models.recorder import SiteMoments, added, error_context, on_cpu, recording
@@ -210,3 +212,43 @@ class LayerwiseRunner:
             skip_first_token=self.settings.skip_first_token,
             covariance=self.settings.statistics == "covariance",
         )
+
+
+# --- single layers ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OpenedLayers:
+    """A dense model whose decoder layers are run one by one, from memory or, under ``stream``, from disk."""
+
+    model: Any
+    """The model, whose embedding and head are used; its own layers may be missing."""
+    read_layers: Callable[[Sequence[int]], Iterator[nn.Module]]
+    """Yields decoder layers by their numbers, each of which is done with before the next one is taken."""
+    settings: CalibrationSection
+
+    @classmethod
+    def open(cls, config: Config, checkpoint: Checkpoint) -> "OpenedLayers":
+        """Load what ``calibration.placement`` keeps in memory."""
+        if config.calibration.placement == "stream":
+            layerwise = LayerwiseRunner.load(config, checkpoint).model
+            return cls(layerwise.without_layers(), layerwise.read_layers, config.calibration)
+
+        model = load_model(config, checkpoint, checkpoint.folder)
+        layers = model.get_decoder().layers
+        return cls(model.requires_grad_(False), lambda numbers: (layers[i] for i in numbers), config.calibration)
+
+    def forwards(self) -> Iterator[nn.Module]:
+        """Yield all decoder layers from the first to the last."""
+        return self.read_layers(range(self.model.config.get_text_config().num_hidden_layers))
+
+    def backwards(self) -> Iterator[nn.Module]:
+        """Yield all decoder layers from the last to the first."""
+        return self.read_layers(range(self.model.config.get_text_config().num_hidden_layers)[::-1])
+
+    def embed(self, sequences: Sequences) -> list[HiddenBatch]:
+        """Return the sequences in batches as they come to the first layer."""
+        decoder = self.model.get_decoder()
+        device = self.model.get_input_embeddings().weight.device
+        batches = make_batches(decoder, sequences, self.settings.batch_tokens)
+        return [embed(decoder, rows, self.settings.skip_first_token, device) for rows in batches]

@@ -93,7 +93,7 @@ def _layers_replaced(decoder: Any, layers: Sequence[nn.Module]) -> Iterator[None
         decoder.layers = whole_layers
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed(decoder: Any, rows: Sequence[Sequences], skip_first: bool, device: torch.device) -> HiddenBatch:
     """Return a batch as it comes to the first layer, with what the decoder gives to every layer.
 
@@ -104,7 +104,7 @@ def embed(decoder: Any, rows: Sequence[Sequences], skip_first: bool, device: tor
         device: Device of the decoder's embedding.
 
     Returns:
-        Hidden states (B, T, D) in the decoder's dtype, with the arguments of every layer.
+        Hidden states (B, T, D) in the decoder's dtype, with the arguments of every layer; a graph may begin with them.
     """
     batch = Batch.of(rows, skip_first, device)
     catchers = [_Catcher() for _ in decoder.layers]
@@ -113,7 +113,6 @@ def embed(decoder: Any, rows: Sequence[Sequences], skip_first: bool, device: tor
     return HiddenBatch(batch, rows, catchers[0].hidden_BTD, [catcher.arguments for catcher in catchers])
 
 
-@torch.inference_mode()
 def head_logits(model: Any, batch: Batch, hidden_BTD: Tensor, positions_P: Tensor) -> Tensor:
     """Return the logits that a model makes of the last layer's hidden states at some positions.
 

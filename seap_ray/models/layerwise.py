@@ -64,7 +64,7 @@ class LayerwiseModel:
         """
         skeleton = self._skeleton()
         in_flight = self._embed_all(skeleton, shards, batch_tokens, skip_first_token)
-        blocks = self._read_layers(skeleton.layers)
+        blocks = self._read_layers(skeleton.layers, range(len(skeleton.layers)))
         for layer in range(len(skeleton.layers)):
             block = next(blocks)  # not by enumerate, which would hold on to the last one
             for shard in shards:
@@ -75,6 +75,10 @@ class LayerwiseModel:
 
     def _skeleton(self) -> Any:
         """Build the decoder without weights, but with the buffers that no checkpoint holds and that are computed."""
+        return self._skeleton_model().get_decoder()
+
+    def _skeleton_model(self) -> Any:
+        """Build the whole model as ``_skeleton`` builds its decoder."""
         import seap_ray.models.hf  # noqa: F401  the checkpoint may be cut already
 
         config = AutoConfig.from_pretrained(self.checkpoint.folder, trust_remote_code=self.trust_remote_code)
@@ -91,7 +95,26 @@ class LayerwiseModel:
             for name in module._non_persistent_buffers_set:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
                 model._init_weights(module)
-        return model.get_decoder()
+        return model
+
+    def without_layers(self) -> Any:
+        """Return the model with all its weights but those of the decoder layers, which cannot be run."""
+        model = self._skeleton_model()
+        decoder = model.get_decoder()
+        decoder.layers = nn.ModuleList(nn.Identity() for _ in decoder.layers)
+        family = self.checkpoint.architecture.family
+        self._load_weights(decoder, family.layers.removesuffix(LAYERS_PREFIX))
+
+        # A head of its own has this name; a tied one is the embedding.
+        if family.head in self.checkpoint.tensors:
+            self._load_weights(model.get_output_embeddings(), family.head.removesuffix("weight"))
+        else:
+            model.tie_weights()
+        return model.to(self.device)
+
+    def read_layers(self, numbers: Sequence[int]) -> Iterator[nn.Module]:
+        """Yield decoder layers by their numbers with their weights; the one before should be done with by then."""
+        return self._read_layers(self._skeleton().layers, numbers)
 
     # --- hidden states -----------------------------------------------------------------------------------------------
 
@@ -154,8 +177,8 @@ class LayerwiseModel:
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
-    def _read_layers(self, empty: Sequence[nn.Module]) -> Iterator[nn.Module]:
-        """Yield each decoder layer with its weights, while the next one is read."""
+    def _read_layers(self, empty: Sequence[nn.Module], numbers: Sequence[int]) -> Iterator[nn.Module]:
+        """Yield decoder layers with their weights, while the next one is read."""
         # A copy waits for all that its stream has to do, so on a GPU the reader has one of its own. A layer's memory
         # goes back to that stream when the layer is done with, which is after its moments came to the CPU.
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -170,11 +193,12 @@ class LayerwiseModel:
             return block
 
         with ThreadPoolExecutor(1) as reader:
-            next_block = reader.submit(read, 0)
-            for layer in range(1, len(empty) + 1):
+            next_block = reader.submit(read, numbers[0])
+            # What comes after each; nothing after the last.
+            for following in [*numbers[1:], None]:
                 block = next_block.result()
-                if layer < len(empty):
-                    next_block = reader.submit(read, layer)
+                if following is not None:
+                    next_block = reader.submit(read, following)
                 yield block
                 # Given back before the wait for the next one.
                 del block

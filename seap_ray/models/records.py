@@ -253,10 +253,14 @@ class PooledCovariance:
     weights: tuple[float, ...]
     ridge: float | None = None
     """Relative ridge; None: the one that each source was found to need, averaged over them."""
+    held_out: tuple[StoragePath | None, ...] = ()
+    """A record of each source whose tokens are left out, None for none; empty: none at all."""
 
     def __getitem__(self, key: tuple[int, Site]) -> Covariance:
         """Return the pooled covariance of one (layer, site), float64."""
-        return pooled_covariance((load_covariance(source, key) for source in self.sources), self.weights)
+        held_out = self.held_out or (None,) * len(self.sources)
+        pairs = zip(self.sources, held_out, strict=True)
+        return pooled_covariance((_fitted(source, record, key) for source, record in pairs), self.weights)
 
     def ridge_of(self, key: tuple[int, Site]) -> float:
         """Return the ridge of one (layer, site): the geometric mean of the sources' ridges, by weight."""
@@ -268,3 +272,9 @@ class PooledCovariance:
         # The mean of logarithms, since ridges to choose from are powers of ten.
         weighted = sum(weight * math.log(ridge) for weight, ridge in zip(self.weights, ridges, strict=True))
         return math.exp(weighted / sum(self.weights))
+
+
+def _fitted(source: StoragePath, held_out: StoragePath | None, key: tuple[int, Site]) -> Covariance:
+    """Read a stream's covariance of one (layer, site), without the tokens of a record that is held out."""
+    covariance = load_covariance(source, key)
+    return covariance if held_out is None else covariance.without(load_covariance(held_out, key))

@@ -5,12 +5,15 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, MixtralConfig
 
+from seap_ray.config import PruningSection
 from seap_ray.core.architecture import Architecture, Shape
 from seap_ray.core.sensitivity import Ladder, Rise, Sensitivities
+from seap_ray.core.widths import WidthConstraints
 
 often = settings(max_examples=100, deadline=None)
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -110,19 +113,49 @@ def test_a_mixture_has_one_ladder_for_all_its_experts():
 
 
 def test_the_mean_of_tasks_has_the_standard_error_of_a_mean():
-    one = Sensitivities((ladder({96: (0.1, 0.03)}), ladder({96: (0.5, 0.0)}, 1)))
-    two = Sensitivities((ladder({96: (0.3, 0.04)}), ladder({96: (0.1, 0.0)}, 1)))
-    mean = Sensitivities.mean([one, two])
+    rises = [Rise(0.1, 0.03), Rise(0.3, 0.04)]
+    assert Rise.mean_of(rises, [1, 1]).mean == pytest.approx(0.2)
+    assert Rise.mean_of(rises, [1, 1]).stderr == pytest.approx(math.hypot(0.03, 0.04) / 2)
+    assert Rise.mean_of(rises, [6, 2]).mean == pytest.approx(0.15)
+
+
+def test_contexts_count_by_their_logarithms_and_never_below_their_noise():
+    one = Sensitivities((ladder({96: (0.1, 0.01)}), ladder({96: (0.5, 0.0)}, 1)))
+    two = Sensitivities((ladder({96: (0.4, 0.04)}),))
+    mean = Sensitivities.geometric_mean([one, two])
     assert mean[0, "mlp"].rises[0].mean == pytest.approx(0.2)
-    assert mean[0, "mlp"].rises[0].stderr == pytest.approx(math.hypot(0.03, 0.04) / 2)
-    weighted = Sensitivities.mean([one, two], [6.0, 2.0])
-    assert weighted[1, "mlp"].rises[0].mean == pytest.approx(0.4)
-    assert Sensitivities.mean([one]) == one
-    for several, weights in (([], None), ([one, two], [1.0]), ([one, two], [0.0, 0.0]), ([one, two], [2.0, -1.0])):
-        with pytest.raises(ValueError, match="weights of sensitivities"):
-            Sensitivities.mean(several, weights)
+    assert mean[0, "mlp"].rises[0].stderr == pytest.approx(0.2 * math.hypot(0.1, 0.1) / 2)
+    assert mean[1, "mlp"].rises[0].mean == pytest.approx(0.5), "a site counts where it was cut"
+    noisy = Sensitivities((ladder({96: (-0.3, 0.05)}),))
+    assert Sensitivities.geometric_mean([noisy])[0, "mlp"].rises[0].mean == pytest.approx(0.1)
+    free = Sensitivities((ladder({96: (-0.3, 0.0)}),))
+    assert Sensitivities.geometric_mean([free, one])[0, "mlp"].rises[0].mean == 0
     with pytest.raises(ValueError, match="different widths"):
-        Sensitivities.mean([one, Sensitivities((ladder({80: (0.1, 0.03)}),))])
+        Sensitivities.geometric_mean([one, Sensitivities((ladder({80: (0.1, 0.03)}),))])
+
+
+def test_a_cost_is_spread_over_all_widths_by_the_score_that_they_lose():
+    constraints_L = WidthConstraints.of(LLAMA, PruningSection(align=32), adds_biases=False)
+    channel_C = torch.arange(160.0)
+    head_H = torch.tensor([1.0, 1, 5, 5, 2, 2, 9, 9])
+    cut = Shape(3, 2, 128)
+    costs = {(0, "mlp"): Rise(0.3, 0.01), (0, "attn"): Rise(0.2, 0.0)}
+    several = Sensitivities.of_costs(constraints_L, [(head_H, channel_C)], [cut], costs)
+
+    lost = sum(range(32))
+    for shape, rise in zip(several[0, "mlp"].shapes, several[0, "mlp"].rises, strict=True):
+        factor = sum(range(160 - shape.channels)) / lost
+        assert rise.mean == pytest.approx(0.3 * factor)
+        assert rise.stderr == pytest.approx(0.01 * factor)
+    assert [shape.groups for shape in several[0, "attn"].shapes] == [3, 2, 1]
+    assert [rise.mean for rise in several[0, "attn"].rises] == pytest.approx([0.2, 0.2 * 6 / 2, 0.2 * 16 / 2])
+
+
+def test_units_without_score_cost_by_their_weights():
+    constraints_L = WidthConstraints.of(LLAMA, PruningSection(align=32), adds_biases=False)
+    scores = (torch.zeros(8), torch.zeros(160))
+    several = Sensitivities.of_costs(constraints_L, [scores], [Shape(4, 2, 128)], {(0, "mlp"): Rise(0.3, 0.0)})
+    assert [rise.mean for rise in several[0, "mlp"].rises] == pytest.approx([0.3, 0.6, 0.9, 1.2])
 
 
 def test_a_file_keeps_every_value_and_the_order_of_ladders_does_not_matter():
