@@ -22,7 +22,6 @@ from jinja2 import Environment, UndefinedError, meta
 from transformers import PreTrainedModel
 
 from seap_ray.errors import ConfigError, DataError
-from seap_ray.judges.lm_eval_model import wrap
 from seap_ray.judges.lm_eval_rows import RowSplit, adapt, evaluation_files, example_files, read
 from seap_ray.models.corpus import judged_rows
 from seap_ray.models.encoding import Encoding
@@ -139,6 +138,13 @@ def judge(
         rows = _draw(loaded.places, samples, seed)
         answers = _run_lm_eval(loaded.lm_task, wrap(model, encoding, batch_tokens), rows, system)
         return _result(metric, answers)
+
+
+def wrap(model: PreTrainedModel, encoding: Encoding, batch_tokens: int) -> Any:
+    """Return lm-eval's wrapper of ``model``, which forms batches of at most ``batch_tokens``; it imports lm-eval."""
+    from seap_ray.judges.lm_eval_model import TokenBatchedLM
+
+    return TokenBatchedLM(model, encoding, batch_tokens)
 
 
 def _run_lm_eval(lm_task: Any, lm: Any, rows: list[int], system: str | None) -> list[dict[str, Any]]:

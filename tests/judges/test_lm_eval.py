@@ -22,8 +22,7 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from seap_ray.errors import ConfigError, DataError
-from seap_ray.judges import lm_eval, lm_eval_model
-from seap_ray.judges.lm_eval_model import wrap
+from seap_ray.judges import lm_eval
 from seap_ray.judges.lm_eval_rows import RowSplit, hellaswag_parts
 from seap_ray.judges.scoring import score
 from seap_ray.models.checkpoint import Checkpoint
@@ -332,7 +331,7 @@ def test_likelihoods_are_those_of_lm_evals_own_loop_and_go_to_its_cache(stories)
     # What lm-eval asks for where it scores a text as a whole has no texts.
     requests.append((None, tokens(3), tokens(50)))
 
-    lm = wrap(model, encoding, 256)
+    lm = lm_eval.wrap(model, encoding, 256)
     cached = []
     lm.cache_hook = SimpleNamespace(add_partial=lambda _kind, texts, answer: cached.append((texts, answer)))
     answers = lm._loglikelihood_tokens(requests)
@@ -361,7 +360,7 @@ def test_the_likelihood_of_a_whole_text_is_that_of_lm_evals_own_loop(stories):
     expected = own.loglikelihood_rolling([request], disable_tqdm=True)
 
     assert len(encoding.ids(text)) > model.config.max_position_embeddings
-    lm = wrap(model, encoding, 2048)
+    lm = lm_eval.wrap(model, encoding, 2048)
     assert lm.loglikelihood_rolling([request], disable_tqdm=True) == [pytest.approx(expected[0], rel=1e-5)]
 
 
@@ -394,7 +393,11 @@ def scored(monkeypatch):
     """Token ids that lm-eval gives to the model: of a choice prompt and answer, of a generated answer the prompt."""
     from lm_eval.models.huggingface import HFLM
 
+    from seap_ray.judges import lm_eval_model
+
     texts, pairs, prompts = [], [], []
+
+    wrap = lm_eval.wrap
 
     def recording_wrap(*arguments):
         lm = wrap(*arguments)
@@ -510,8 +513,8 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_but_for_the_beginning_tok
 
 
 def test_a_prompt_of_mere_space_is_the_beginning_token(stories):
-    _, encoding = stories
-    lm = wrap(stories[0], encoding, 2048)
+    model, encoding = stories
+    lm = lm_eval.wrap(model, encoding, 2048)
     context, end = lm._encode_pair("\n", "Paris")
     assert context == [BOS] and lm.tok_decode(end) in ("\nParis", "Paris") and lm.prefix_token_id == BOS
 
