@@ -100,8 +100,9 @@ class CorpusSection(Section):
     """Tokens that count in the statistics: `all`, or `assistant`, those of the assistant's messages (of a plain text
     the right answer's) alone."""
     shard_sequences: int = Field(default=64, ge=1)
-    """Rows per shard. A shard is what one worker records at a time, and the most that is lost when a worker dies. With
-    statistics `covariance` every shard takes disk: choose about half of `samples`."""
+    """At most this many rows per shard; the rows of a task are spread evenly over at least two. A shard is what one
+    worker records at a time, and the most that is lost when a worker dies. The last one is held out where something is
+    chosen. With statistics `covariance` every shard takes disk: choose half of `samples` or more."""
 
 
 class CalibrationSection(Section):

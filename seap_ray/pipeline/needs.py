@@ -19,6 +19,7 @@ from seap_ray.models.forward import COVARIANCE_COPIES
 from seap_ray.models.records import covariance_bytes, task_memory
 from seap_ray.pipeline.model_specs import ModelSpec, model_specs, pruning_section
 from seap_ray.pipeline.placement import memory_with_batch
+from seap_ray.pipeline.shards import shard_sizes
 from seap_ray.storage.paths import is_uri
 from seap_ray.tasks import Task
 
@@ -123,7 +124,7 @@ def largest_corpora(config: Config, architecture: Architecture) -> dict[str, Cor
     if corpus.max_tokens is not None:  # the draw ends with the row that reaches the budget
         tokens = min(tokens, corpus.max_tokens + longest)
 
-    shards = -(-corpus.samples // corpus.shard_sequences)  # rounded up
+    shards = len(shard_sizes(corpus.samples, corpus.shard_sequences))
     return {task.name: CorpusSize(corpus.samples, tokens, shards) for task in config.tasks}
 
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 MANIFEST_FILE = "manifest.json"
 PROMPTS_FILE = "prompts.parquet"
 ROWS_FILE = "rows.json"
+SCHEMA = 2
+"""Version of the shards' contents; raise it when the same rows are encoded or split in another way."""
 UNUSED_FIELDS = {"metric", "lm_eval", "weight", "choices", "evaluation_path", "evaluation_split", "held_out"}
 """Fields of a task that its shards do not depend on, but for whether rows of the corpus are held out."""
 
@@ -160,6 +162,7 @@ def shards_artifact(
     Raises ConfigError where a chat template is to be used and there is none.
     """
     key = fingerprint(
+        SCHEMA,
         task.model_dump(exclude=UNUSED_FIELDS),
         config.corpus.model_dump(),
         config.run.seed,
@@ -277,17 +280,41 @@ def _write_shards(config: Config, run: Run, task: str, rows: Sequence[_EncodedRo
     """Write rows as shards: each text for itself, or all of a shard's in chunks of ``longest`` tokens."""
     corpus = config.corpus
     shards: list[Shard] = []
-    for start in range(0, len(rows), corpus.shard_sequences):
-        shard_rows = rows[start : start + corpus.shard_sequences]
+    start = 0
+    for size in shard_sizes(len(rows), corpus.shard_sequences):
+        shard_rows = rows[start : start + size]
+        start += size
         pairs = [(row.ids, row.text) for row in shard_rows]
         if corpus.packing == "pack":
             # A chunk holds pieces of several texts, so none is stored with it. No other chunk sees one that has
             # nothing to count.
             chunks = chunk_stream([row.ids for row in shard_rows], longest)
             pairs = [(ids, "") for ids in chunks if n_counted(ids)]
+        # Every row has a token that counts, and so has the chunk that this token is in.
+        assert pairs, "no shard is without sequences"
         shards.append(_write_shard(run, task, f"{len(shards):05d}", pairs))
 
     return tuple(shards)
+
+
+def shard_sizes(n_rows: int, most: int) -> list[int]:
+    """Return how many of a task's rows each shard holds, in order.
+
+    The rows are spread evenly: the last shard is held out when plans and ridges are chosen, so it must not be a small
+    remainder of the others.
+
+    Args:
+        n_rows: Rows of the task, at least one.
+        most: The most rows of a shard (``corpus.shard_sequences``).
+
+    Returns:
+        Sizes that sum to ``n_rows`` and differ by one at most, the larger ones first; two of them or more, but for a
+        single row.
+    """
+    # The fewest shards that hold all rows, rounded up; two where there are rows for them.
+    n_shards = max(-(-n_rows // most), min(n_rows, 2))
+    size, n_larger = divmod(n_rows, n_shards)
+    return [size + 1] * n_larger + [size] * (n_shards - n_larger)
 
 
 def _encode(

@@ -19,6 +19,9 @@ from seap_ray.studies.runner import EvaluatedModel, ModelRequest, StudyRunner
 
 SAMPLES = (50, 100, 200, 500, 1000)
 """Samples per task that are compared."""
+SIZE_TOLERANCE = 0.05
+"""How far a draw may be off its number of samples, relative to it: a task with fewer rows than ``corpus.samples`` is
+split into shards of slightly fewer than ``corpus.shard_sequences``."""
 
 
 class Draw(NamedTuple):
@@ -83,16 +86,23 @@ def _parts(runner: StudyRunner) -> dict[Draw, Sequence[Shard]]:
 
 
 def _first_samples(shards: Sequence[Shard], size: int, seed: int) -> Sequence[Shard] | None:
-    """Return the shards with the first ``size`` samples of a seed's share, or None where no shards make up so many."""
+    """Return the shards with the first ``size`` samples of a seed's share, or None where no shards make up so many.
+
+    Every seed has as many shards. Those of a task differ by one row at most, so draws differ by one row a shard.
+    """
     # Shards hold rows in an order that is random already, so a run of shards is a random draw.
     n_shards = len(shards) // len(SEEDS)
     share = shards[n_shards * seed : n_shards * (seed + 1)]
 
     # A shard is not split: a record is of a whole one.
-    for n in range(1, len(share) + 1):
-        if sum(shard.n_sequences for shard in share[:n]) == size:
-            return share[:n]
-    return None
+    n_drawn = round(size * len(shards) / _n_samples(shards))
+    drawn = share[:n_drawn]
+    is_full = len(drawn) == n_drawn and abs(_n_samples(drawn) - size) <= SIZE_TOLERANCE * size
+    return drawn if is_full else None
+
+
+def _n_samples(shards: Sequence[Shard]) -> int:
+    return sum(shard.n_sequences for shard in shards)
 
 
 def _expert(config: Config, draw: Draw) -> ModelSpec:

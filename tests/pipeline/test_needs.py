@@ -97,6 +97,12 @@ def test_records_and_statistics_are_counted_by_shards_and_tasks():
     assert disk.covariances == 2 * (4 + 1) * covariance_files_bytes(DEMO.architecture)
 
 
+@pytest.mark.parametrize(("samples", "shards"), [(1, 1), (2, 2), (30, 2), (31, 2), (61, 3)])
+def test_a_task_has_two_shards_where_it_has_rows_for_them(samples, shards):
+    corpora = largest_corpora(config_of(corpus={"samples": samples, "shard_sequences": 30}), DEMO.architecture)
+    assert {size.shards for size in corpora.values()} == {shards}
+
+
 def test_a_token_budget_bounds_the_tokens():
     corpora = largest_corpora(config_of(corpus={"samples": 1000, "max_tokens": 5000}), DEMO.architecture)
     assert corpora["sort"].tokens == 5000 + 256, "the row that reaches the budget is whole"

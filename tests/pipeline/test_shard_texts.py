@@ -1,10 +1,14 @@
 """Texts of shards: in the chat template or plain, which of their tokens count, and what is left out."""
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, DataError
@@ -13,7 +17,7 @@ from seap_ray.models.corpus import Item, Renderer, load_tokenizer
 from seap_ray.models.encoding import Encoding
 from seap_ray.models.sequences import CountedSequence, counted_of
 from seap_ray.pipeline.draw import Draw
-from seap_ray.pipeline.shards import Manifest, _write_task, shards_artifact
+from seap_ray.pipeline.shards import Manifest, _write_task, shard_sizes, shards_artifact
 from seap_ray.storage.run import Run
 from seap_ray.tasks import Task
 from tests.support.builders import demo_with_template
@@ -58,6 +62,41 @@ def written(model: Path, mine: Task, given: list[dict], **corpus) -> tuple[Run, 
 
 def read(run: Run, manifest: Manifest) -> list:
     return [sequence for shard in manifest.shards for sequence in shard.sequences(run)]
+
+
+@given(n_rows=st.integers(1, 5000), most=st.integers(1, 600))
+def test_rows_are_spread_evenly_over_the_fewest_shards_and_at_least_two(n_rows, most):
+    sizes = shard_sizes(n_rows, most)
+    assert sum(sizes) == n_rows
+    assert max(sizes) <= most and max(sizes) - min(sizes) <= 1 <= min(sizes)
+    assert sizes == sorted(sizes, reverse=True)
+    if n_rows > 1:
+        assert len(sizes) == max(math.ceil(n_rows / most), 2)
+    else:
+        assert sizes == [1]
+
+
+@pytest.mark.parametrize("packing", ["bucket", "pack"])
+@pytest.mark.parametrize(("n_rows", "expected"), [(1, [1]), (2, [1, 1]), (16, [8, 8]), (17, [9, 8]), (33, [11] * 3)])
+def test_shards_are_of_neighbouring_rows_and_none_is_a_small_remainder(model, packing, n_rows, expected):
+    run, manifest = written(model, task(), rows(n_rows), packing=packing, sequence_length=64)
+    shards = [shard.sequences(run) for shard in manifest.shards]
+    tokenizer = load_tokenizer(model)
+    # In both packings a shard's tokens are those of its rows, one row after another.
+    texts = [tokenizer.decode([token for ids in shard for token in ids]) for shard in shards]
+    asked = [[int(number) for number in re.findall(r"whatis(\d+)", text.replace(" ", ""))] for text in texts]
+    assert [len(numbers) for numbers in asked] == expected
+    assert [number for numbers in asked for number in numbers] == [*range(n_rows)]
+    assert [shard.shard for shard in manifest.shards] == [f"{i:05d}" for i in range(len(expected))]
+
+
+def test_no_shard_of_packed_rows_is_empty_where_few_tokens_count(model):
+    given_rows = [{"q": "x" * 50, "a": "y"} for _ in range(5)]
+    settings = {"packing": "pack", "sequence_length": 8, "shard_sequences": 1}
+    run, manifest = written(model, task(), given_rows, count="assistant", **settings)
+    assert len(manifest.shards) == 5
+    for shard in manifest.shards:
+        assert any(counts for sequence in shard.sequences(run) for counts in counted_of(sequence))
 
 
 def test_questions_are_in_the_template_and_a_task_may_be_without(model):

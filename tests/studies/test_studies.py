@@ -11,7 +11,7 @@ from seap_ray.errors import ConfigError
 from seap_ray.judges.quality import Quality
 from seap_ray.pipeline.evaluate import EvalTask, Failure
 from seap_ray.pipeline.results import own_task_rows
-from seap_ray.pipeline.shards import Shard
+from seap_ray.pipeline.shards import Shard, shard_sizes
 from seap_ray.report.rows import ModelRow, QualityCell
 from seap_ray.studies.corpus import Draw, _first_samples, _rows
 from seap_ray.studies.pooling import _share
@@ -59,6 +59,24 @@ def test_samples_are_nested_within_a_seed_and_disjoint_between_seeds():
 def test_a_seed_with_too_few_samples_has_none():
     assert _first_samples(shards_of([50] * 5), 100, 0) is None  # a share of one shard
     assert _first_samples(shards_of([50, 43, 7]), 50, 1) is None  # no shards that make up 50
+
+
+@given(n_rows=st.integers(1100, 3000), size=st.sampled_from((50, 100, 200)))
+def test_every_seed_has_an_equal_draw_however_many_rows_a_task_has(n_rows, size):
+    shards = shards_of(shard_sizes(n_rows, 50))
+    draws = [_first_samples(shards, size, seed) for seed in range(3)]
+    assert all(draws) and len({len(draw) for draw in draws}) == 1
+
+    samples = [sum(shard.n_sequences for shard in draw) for draw in draws]
+    assert max(samples) - min(samples) <= len(draws[0])
+    assert all(abs(n - size) <= 0.05 * size for n in samples)
+
+
+@pytest.mark.parametrize("n_rows", [3000, 2850, 150])
+def test_draws_of_full_shards_have_their_size_exactly(n_rows):
+    shards = shards_of(shard_sizes(n_rows, 50))
+    for seed in range(3):
+        assert sum(shard.n_sequences for shard in _first_samples(shards, 50, seed)) == 50
 
 
 def evaluated(value, stderr=0.01):
