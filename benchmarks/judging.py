@@ -11,12 +11,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Row
 
 ROOT = Path(__file__).parents[1]
 TARGETS = {"arc_easy": "ratio >= 3.5", "all": "ratio >= 2.8"}
@@ -73,7 +78,7 @@ class _Worker:
 
     def lm_eval(self, task: str) -> list[tuple[float, bool]]:
         """Score what lm-eval asks for by our model of it."""
-        from seap_ray.judges.lm_eval_model import wrap
+        from seap_ray.judges.lm_eval import wrap
 
         lm = wrap(self.model, self.encoding, self.batch_tokens)
         return lm._loglikelihood_tokens(self.requests[task], disable_tqdm=True)
@@ -91,18 +96,25 @@ class _Worker:
 
 
 def _items(task: str, file: Path, n: int) -> list[Any]:
-    import pyarrow.parquet as pq
-
+    """Return ``n`` rows of a file, evenly spaced, as the task renders them; an error's last line names the file."""
     from seap_ray.models.corpus import Renderer
     from seap_ray.tasks import BUILT_IN
 
-    if file.suffix == ".parquet":
-        rows = pq.read_table(file).to_pylist()
-    else:
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
+    try:
+        rows = _rows(file)
+        renderer = Renderer(BUILT_IN[task])
+        return [renderer.item(row) for row in rows[:: max(1, len(rows) // n)][:n]]
+    except Exception as error:
+        error.add_note(f"while reading {task}={file}")
+        raise
 
-    renderer = Renderer(BUILT_IN[task])
-    return [renderer.item(row) for row in rows[:: max(1, len(rows) // n)][:n]]
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    if file.suffix == ".parquet":
+        return pq.read_table(file).to_pylist()
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def _serve() -> None:
@@ -121,54 +133,87 @@ def _serve() -> None:
 # --- the contest -----------------------------------------------------------------------------------------------------
 
 
+LAST_LINES = 12
+"""Lines of a process that failed, which are shown: the end of a traceback."""
+
+
+class BuildError(Exception):
+    """A process that ended before it had answered."""
+
+
 @dataclass(frozen=True)
 class Build:
     """A process that judges with one checkout in one type."""
 
+    name: str
     process: "subprocess.Popen[str]"
+    stderr: IO[str]
+    """File that the process writes its warnings and its traceback to."""
 
     @classmethod
-    def of(cls, folder: Path, settings: Mapping[str, Any]) -> "Build":
-        """Start it, and give it its settings."""
+    def of(cls, name: str, folder: Path, settings: Mapping[str, Any]) -> "Build":
+        """Start the process with the checkout in ``folder``, and give it its settings."""
+        # A file, not a pipe: nobody reads while the process works, and a full pipe would stop it.
+        stderr = TemporaryFile("w+", errors="replace")
         # -P: the folder of this file would hide packages of the same names.
         process = subprocess.Popen(
             [sys.executable, "-P", __file__, "--worker"],
             env={**os.environ, "PYTHONPATH": str(folder), "TRANSFORMERS_OFFLINE": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=stderr,
             text=True,
         )
-        build = cls(process)
-        build._send(settings)
+        build = cls(f"{name} ({folder}, {settings['dtype']})", process, stderr)
+        build._send(settings, "starting")
         return build
 
-    def _send(self, value: Any) -> None:
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps(value) + "\n")
-        self.process.stdin.flush()
+    def tokens(self) -> dict[str, int]:
+        """Wait until the process has loaded all; return the tokens of each task's choices with their prompts."""
+        return self._receive("loading the model and the rows")
 
-    def answer(self) -> Any:
-        """Wait for the next answer."""
-        assert self.process.stdout
-        return json.loads(self.process.stdout.readline())
-
-    def ask(self, *call: Any) -> Any:
+    def ask(self, method: str, *arguments: Any) -> Any:
         """Call a method of the process's worker."""
-        self._send(call)
-        return self.answer()
+        call = " ".join(map(str, (method, *arguments)))
+        self._send((method, *arguments), call)
+        return self._receive(call)
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, whatever it does."""
+        self.process.kill()
+        # What a process that has ended did not read cannot be written any more.
+        with suppress(BrokenPipeError), self.process:
+            pass
+        self.stderr.close()
+
+    def _send(self, value: Any, action: str) -> None:
         assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+        try:
+            self.process.stdin.write(json.dumps(value) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise self._error(action) from None
+
+    def _receive(self, action: str) -> Any:
+        assert self.process.stdout
+        # A process that has ended has no line left.
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        raise self._error(action)
+
+    def _error(self, action: str) -> BuildError:
+        exit_code = self.process.wait()
+        self.stderr.seek(0)
+        lines = self.stderr.read().splitlines()[-LAST_LINES:]
+        return BuildError(
+            "\n    ".join((f"build {self.name} ended with exit code {exit_code} at: {action}. Its last lines:", *lines))
+        )
 
 
 def main() -> None:
     """Measure, print and, with ``--save``, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="folder of a model")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder of a model")
     parser.add_argument("tasks", nargs="+", help="built-in tasks with their files: arc_easy=test.parquet")
     parser.add_argument("--old", type=Path, help="another checkout of the repository")
     parser.add_argument("--rows", type=int, default=16, help="rows of every task")
@@ -178,28 +223,69 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="folder that judging.json is written to")
     arguments = parser.parse_args()
 
-    files = dict(task.split("=", 1) for task in arguments.tasks)
+    # Before any process loads a model.
+    try:
+        files = _files(arguments.tasks)
+        _check_folders(arguments.model, arguments.old)
+    except ValueError as error:
+        parser.error(str(error))
+
     settings = {
-        "model": arguments.model,
-        "tasks": {task: str(Path(file).resolve()) for task, file in files.items()},
+        "model": str(arguments.model.resolve()),
+        "tasks": files,
         "rows": arguments.rows,
         "threads": arguments.threads,
         "batch_tokens": arguments.batch_tokens,
     }
+    try:
+        contest = _measure(settings, arguments.old, arguments.rounds)
+    except BuildError as error:
+        raise SystemExit(str(error)) from None
+    _report(contest, arguments.model.resolve().name, arguments.save)
+
+
+def _files(tasks: Sequence[str]) -> dict[str, str]:
+    """Return the file of each task. Raises ValueError for what is no ``TASK=FILE`` of a task with choices."""
+    from seap_ray.tasks import BUILT_IN
+
+    known = [name for name, task in BUILT_IN.items() if task.choices]
+    files: dict[str, str] = {}
+    for argument in tasks:
+        name, _, file = argument.partition("=")
+        if name not in known:
+            raise ValueError(f"{argument}: not TASK=FILE with a task of {', '.join(known)}")
+        if not Path(file).is_file():
+            raise ValueError(f"{argument}: no such file")
+        files[name] = str(Path(file).resolve())
+    return files
+
+
+def _check_folders(model: Path, old: Path | None) -> None:
+    """Raise ValueError where a folder is not what it is to be."""
+    if not (model / "config.json").is_file():
+        raise ValueError(f"{model}: no folder of a model, which has a config.json")
+    if old and not (old / "seap_ray" / "judges").is_dir():
+        raise ValueError(f"--old {old}: no checkout of the repository, which has a folder seap_ray/judges")
+
+
+def _measure(settings: Mapping[str, Any], old: Path | None, rounds: int) -> "_Contest":
+    """Start all builds, let them judge in turns, and end them."""
     folders = {"new": (ROOT, "float32"), "bfloat16": (ROOT, "bfloat16")}
-    if arguments.old:
-        folders["old"] = (arguments.old.resolve(), "float32")
+    if old:
+        folders["old"] = (old.resolve(), "float32")
 
     builds: dict[str, Build] = {}
-    for name, (folder, dtype) in folders.items():
-        builds[name] = Build.of(folder, {**settings, "dtype": dtype})
-    tokens = {name: build.answer() for name, build in builds.items()}["new"]
-    contest = _Contest(builds, tokens, arguments.rows)
-    contest.run(arguments.rounds)
-    for build in builds.values():
-        build.close()
-
-    _report(contest, Path(arguments.model).name, arguments.save)
+    try:
+        # All load at once.
+        for name, (folder, dtype) in folders.items():
+            builds[name] = Build.of(name, folder, {**settings, "dtype": dtype})
+        tokens = {name: build.tokens() for name, build in builds.items()}
+        contest = _Contest(builds, tokens["new"], settings["rows"])
+        contest.run(rounds)
+    finally:
+        for build in builds.values():
+            build.close()
+    return contest
 
 
 class _Contest:
@@ -276,57 +362,92 @@ class _Contest:
         return apart
 
 
+# --- what is told ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Two contestants, one of which is to be as fast as some target says."""
+
+    name: str
+    contestant: str
+    baseline: str
+    targets: Mapping[str, str]
+    """Targets by task, or of ``all``."""
+
+
 def _report(contest: _Contest, model: str, folder: Path | None) -> None:
+    """Print the table, and write it to ``folder``."""
     from benchmarks.measure import Row, save_rows
     from benchmarks.suites import COLUMNS, _cells
     from seap_ray.report.table import text_table
 
-    hflm = contest.fastest_hflm()
-    pairs: list[tuple[str, str, str, Mapping[str, str]]] = [
-        (
-            f"lm-eval's tasks beside its own loop, batches of {hflm.split()[1]}",
-            "lm_eval new",
-            hflm,
-            {"all": "ratio >= 2.5"},
-        ),
-        ("own judge, bfloat16 beside float32", "judge bfloat16", "judge new", {}),
-    ]
-    if "old" in contest.builds:
-        pairs.insert(0, ("own judge beside one row a choice", "judge new", "judge old", TARGETS))
-        pairs.insert(1, ("lm-eval's tasks beside one row a choice", "lm_eval new", "lm_eval old", TARGETS))
-
     command = f"python -m benchmarks.judging {model} ... --rows {contest.n_rows}"
-    rows: list[Row] = []
     row_of = partial(Row.of, "judging", command=command)
-    for name, contestant, baseline, targets in pairs:
-        for task in (*contest.tokens, "all"):
-            rows.append(
-                row_of(
-                    f"{model}, {task}: {name}",
-                    ours=contest.items_a_second(contestant, task),
-                    baseline=contest.items_a_second(baseline, task),
-                    unit="rows/s",
-                    ratios=contest.speedups(contestant, baseline, task),
-                    target=targets.get(task, ""),
-                )
-            )
+    rows = [*_speed_rows(contest, model, row_of), *_exactness_rows(contest, model, row_of)]
 
-    exact = [("lm-eval's own loop", hflm)]
+    print(text_table(COLUMNS, [_cells(row) for row in rows]))
+    _print_tokens(contest)
+    if folder:
+        print(save_rows(folder, "judging", rows))
+
+
+def _comparisons(contest: _Contest) -> list[_Comparison]:
+    """Return what is compared for speed, beside one row a choice first, where there is another checkout."""
+    comparisons = []
     if "old" in contest.builds:
-        exact.append(("one row a choice", "lm_eval old"))
+        comparisons += [
+            _Comparison("own judge beside one row a choice", "judge new", "judge old", TARGETS),
+            _Comparison("lm-eval's tasks beside one row a choice", "lm_eval new", "lm_eval old", TARGETS),
+        ]
+
+    hflm = contest.fastest_hflm()
+    own_loop = f"lm-eval's tasks beside its own loop, batches of {hflm.split()[1]}"
+    return [
+        *comparisons,
+        _Comparison(own_loop, "lm_eval new", hflm, {"all": "ratio >= 2.5"}),
+        _Comparison("own judge, bfloat16 beside float32", "judge bfloat16", "judge new", {}),
+    ]
+
+
+def _speed_rows(contest: _Contest, model: str, row_of: Callable[..., "Row"]) -> list["Row"]:
+    """Return a row of each comparison for each task and for all of them."""
+    rows = []
+    for comparison in _comparisons(contest):
+        for task in (*contest.tokens, "all"):
+            row = row_of(
+                f"{model}, {task}: {comparison.name}",
+                ours=contest.items_a_second(comparison.contestant, task),
+                baseline=contest.items_a_second(comparison.baseline, task),
+                unit="rows/s",
+                ratios=contest.speedups(comparison.contestant, comparison.baseline, task),
+                target=comparison.targets.get(task, ""),
+            )
+            rows.append(row)
+    return rows
+
+
+def _exactness_rows(contest: _Contest, model: str, row_of: Callable[..., "Row"]) -> list["Row"]:
+    """Return how far answers are from those of another checkout, and of lm-eval's own loop."""
+    baselines = {"lm-eval's own loop": contest.fastest_hflm()}
+    rows = []
+    if "old" in contest.builds:
+        baselines["one row a choice"] = "lm_eval old"
         apart = contest.decisions_apart("judge new", "judge old")
         rows.append(row_of(f"{model}: rows decided otherwise", ours=apart, unit="rows", target="ours <= 0"))
-    for name, baseline in exact:
+
+    for name, baseline in baselines.items():
         difference = contest.largest_difference("lm_eval new", baseline)
         label = f"{model}: largest difference of a log-likelihood from {name}, float32"
         rows.append(row_of(label, ours=difference, unit="nats", target="ours <= 1e-4"))
+    return rows
 
-    print(text_table(COLUMNS, [_cells(row) for row in rows]))
+
+def _print_tokens(contest: _Contest) -> None:
+    """Print each task's tokens, and how many of them this build judges in a second."""
     for task, tokens in contest.tokens.items():
         seconds = median(contest.rounds_of("judge new", task))
         print(f"{task}: {tokens} tokens with every choice's prompt, {tokens / seconds:.0f} tokens/s")
-    if folder:
-        print(save_rows(folder, "judging", rows))
 
 
 if __name__ == "__main__":

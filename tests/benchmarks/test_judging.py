@@ -1,11 +1,13 @@
 """The judging benchmark: what it makes of answers and seconds, and its worker beside a plain forward pass."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.judging import BATCH_SIZES, _Contest, _report, _Worker
+from benchmarks.judging import BATCH_SIZES, ROOT, Build, BuildError, _Contest, _report, _Worker, main
 from benchmarks.measure import load_rows
 from tests.support.builders import save_dense
 
@@ -70,3 +72,77 @@ def test_a_worker_answers_alike_in_all_its_ways(tmp_path):
     for (value, greedy), (own_value, own_greedy) in zip(ours, worker.hflm("piqa", 2), strict=True):
         assert value == pytest.approx(own_value, abs=1e-4) and greedy == own_greedy
     assert len(ours) == 4 and len(worker.judge("piqa")) == 2 and worker.tokens("piqa") > 4
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def checkout_with(folder: Path, worker: str) -> Path:
+    """Write a checkout whose ``seap_ray.models.corpus``, which a worker imports first of all, does what it is told."""
+    package = folder / "seap_ray" / "models"
+    package.mkdir(parents=True)
+    (folder / "seap_ray" / "judges").mkdir()
+    for file in (package / "__init__.py", folder / "seap_ray" / "__init__.py"):
+        file.touch()
+    (package / "corpus.py").write_text(worker)
+    return folder
+
+
+def test_a_process_that_fails_is_named_with_its_last_lines(tmp_path):
+    failing = checkout_with(tmp_path / "checkout", "raise OSError('no rows in it')")
+    build = Build.of("old", failing, {"dtype": "float32"})
+    try:
+        with pytest.raises(BuildError) as failure:
+            build.tokens()
+        first, *last = str(failure.value).splitlines()
+        assert first.startswith(f"build old ({failing}, float32) ended with exit code 1 at: loading the model and the")
+        assert last[-1].strip() == "OSError: no rows in it" and len(last) <= 12
+
+        # Nobody reads what is sent to it.
+        with pytest.raises(BuildError, match=r"at: hflm piqa 8\. Its last lines:"):
+            build.ask("hflm", "piqa", 8)
+    finally:
+        build.close()
+
+
+def run_main(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["judging", *arguments])
+    main()
+
+
+def test_a_wrong_file_ends_in_one_error_and_no_traceback(tmp_path, monkeypatch):
+    save_dense(tmp_path / "model", "llama_gqa", torch.float32)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("no JSON")
+
+    with pytest.raises(SystemExit) as end:
+        run_main(monkeypatch, str(tmp_path / "model"), f"piqa={file}")
+    assert str(end.value).startswith(f"build new ({ROOT}, float32) ended with exit code 1 at: loading")
+    error, note = str(end.value).splitlines()[-2:]
+    assert "JSONDecodeError" in error and note.strip() == f"while reading piqa={file}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["piqa"], "piqa: no such file"),
+        (["piqa=missing.jsonl"], "piqa=missing.jsonl: no such file"),
+        (["gsm8k=rows.jsonl"], "gsm8k=rows.jsonl: not TASK=FILE with a task of "),
+        (["piqa=rows.jsonl", "--old", "elsewhere"], "--old elsewhere: no checkout of the repository"),
+        (["piqa=rows.jsonl", "--old", "model"], "--old model: no checkout of the repository"),
+    ],
+)
+def test_files_and_folders_are_checked_before_a_process_starts(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Build, "of", lambda *_: pytest.fail("a process was started"))
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+
+    with pytest.raises(SystemExit) as end:
+        run_main(monkeypatch, "model", *arguments)
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, "elsewhere", "piqa=rows.jsonl")
+    assert "elsewhere: no folder of a model" in capsys.readouterr().err
