@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seap_ray.core.moments import Moments, pooled, tree_sum
+from seap_ray.core.moments import Covariance, Moments, pooled, tree_sum
 
 few = settings(max_examples=25, deadline=None)
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=8)
@@ -183,3 +183,71 @@ def test_pooling_one_stream_changes_nothing_but_rounding():
     total = pooled([moments], [3.0])
     torch.testing.assert_close(total.mean_D, moments.mean_D)
     torch.testing.assert_close(total.m2_D, moments.m2_D)
+
+
+# --- a part taken off again ------------------------------------------------------------------------------------------
+
+# What is left of a stream keeps the absolute error of the whole: where the part is nearly the whole stream, the
+# difference cancels, and relative to what is left the error grows by as many times as the whole is larger. A large mean
+# costs its own digits besides: the mean of what is left has the rounding of mean x (tokens of all / tokens left).
+
+
+def assert_is_without(left, kept, whole, tolerance):
+    """Compare with the covariance of the kept tokens; errors are relative to the whole stream's deviations."""
+    deviation_D = (whole.m2_D + whole.count * torch.finfo(torch.float64).eps * whole.mean_D.square()).sqrt()
+    assert left.count == kept.count
+    times_larger = whole.count / kept.count
+    mean_error_D = tolerance * times_larger * (whole.mean_D.abs() + deviation_D)
+    assert ((left.mean_D - kept.mean_D).abs() <= mean_error_D).all()
+    assert ((left.m2_D - kept.m2_D).abs() <= tolerance * deviation_D.square()).all()
+    assert ((left.comoment_DD - kept.comoment_DD).abs() <= tolerance * torch.outer(deviation_D, deviation_D)).all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+@given(n_kept=st.integers(1, 200), n_part=st.integers(1, 200), seed=seeds)
+@few
+def test_a_part_that_was_added_can_be_taken_off(n_kept, n_part, seed, offset):
+    kept = Covariance.of(drawn(seed, n_kept, offset=offset))
+    part = Covariance.of(drawn(seed + 1, n_part, offset=offset))
+    for whole in (kept + part, part + kept):
+        left = whole.without(part)
+        assert_is_without(left, kept, whole, tolerance=1e-11)
+        assert left.comoment_DD.dtype == left.m2_D.dtype == torch.float64
+
+
+@given(n_kept=st.integers(1, 40), n_part=st.integers(1, 2000), exponent=st.integers(-8, 8), seed=seeds)
+@few
+def test_no_variance_is_negative_when_a_part_is_taken_off(n_kept, n_part, exponent, seed):
+    constant_NO = torch.full((n_kept + n_part, 1), 0.1 * 10.0**exponent, dtype=torch.float64)
+    x = torch.cat([drawn(seed, n_kept + n_part, offset=10.0**exponent), constant_NO], 1)
+    kept = Covariance.of(x[:n_kept])
+    part = Covariance.of(x[n_kept:])
+    left = (kept + part).without(part)
+    assert (left.m2_D >= 0).all() and (left.var_D >= 0).all()
+
+
+def test_taking_off_a_part_changes_neither_it_nor_the_whole_and_no_part_changes_nothing():
+    kept, part = (Covariance.of(drawn(seed, 20 + seed)) for seed in (0, 1))
+    whole = kept + part
+    fields = ("mean_D", "m2_D", "comoment_DD")
+    before = [getattr(covariance, name).clone() for covariance in (whole, part) for name in fields]
+    whole.without(part)
+    after = [getattr(covariance, name) for covariance in (whole, part) for name in fields]
+    assert all(map(torch.equal, before, after))
+
+    empty = Covariance.of(drawn(0, 5)[:0])
+    assert_is_without(whole.without(empty), whole, whole, tolerance=1e-15)
+
+
+def test_half_and_a_hundredth_are_left_of_columns_with_a_large_mean():
+    # A mean of 1e4 deviations is far beyond what the inputs of o_proj and down_proj have.
+    x = drawn(3, 10_000, offset=1e4)
+    whole = Covariance.of(x)
+    for n_kept, tolerance in ((5_000, 1e-10), (100, 1e-8)):
+        kept = Covariance.of(x[:n_kept])
+        left = whole.without(Covariance.of(x[n_kept:]))
+        # Relative to what is left this time, which has a hundredth of the whole's digits to lose.
+        scale_D = kept.m2_D.sqrt()
+        assert ((left.comoment_DD - kept.comoment_DD).abs() <= tolerance * torch.outer(scale_D, scale_D)).all()
+        assert ((left.m2_D - kept.m2_D).abs() <= tolerance * kept.m2_D).all()
+        np.testing.assert_allclose(left.mean_D, kept.mean_D, rtol=1e-12)

@@ -17,7 +17,7 @@ import seap_ray.models.hf  # noqa: F401  (registers the classes that load a comp
 from seap_ray.config import Config
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.compensation import COMPENSATIONS
-from seap_ray.core.moments import SITES, Covariance, Moments, pooled, pooled_covariance
+from seap_ray.core.moments import SITES, Covariance, Moments, pooled, pooled_covariance, tree_sum
 from seap_ray.core.plan import Kept, Plan
 from seap_ray.core.reconstruction import DEFAULT_RIDGE
 from seap_ray.errors import ConfigError, IncompleteError
@@ -159,6 +159,54 @@ def test_a_mixture_reads_its_sources_and_averages_their_ridges(tmp_path):
     assert mixture.ridge_of((0, "attn")) == pytest.approx(1e-2)
     assert mixture.ridge_of((0, "mlp")) == pytest.approx(0.1)
     assert replace(mixture, ridge=0.5).ridge_of((0, "attn")) == 0.5
+
+
+def saved_whole(path: Path, records: list[Path]) -> None:
+    """Merge records into a task's statistics, as a job does: from what their files hold."""
+    merged = {site: tree_sum(load_covariance(file, (0, site)) for file in records) for site in SITES}
+    save_moments(path, {(0, site): covariance for site, covariance in merged.items()})  # type: ignore[misc]
+    save_covariances(path, 0, merged)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("held_out_of", [(True, True), (True, False), (False, True), (False, False)])
+def test_a_held_out_record_is_as_if_the_statistics_were_of_the_other_records(tmp_path, offset, held_out_of):
+    wholes, others, held_out = [], [], []
+    for i, is_held_out in enumerate(held_out_of):
+        records = [tmp_path / f"{i}.{j}.safetensors" for j in range(3)]
+        for j, path in enumerate(records):
+            n_tokens = 30 + 5 * j
+            saved(path, {site: drawn(n_tokens, 6, 10 * i + j, offset + i + j) for site in SITES})
+        wholes.append(tmp_path / f"whole{i}.safetensors")
+        others.append(tmp_path / f"others{i}.safetensors")
+        held_out.append(records[-1] if is_held_out else None)
+        saved_whole(wholes[-1], records)
+        saved_whole(others[-1], records[:-1] if is_held_out else records)
+
+    pooled_wholes = PooledCovariance(tuple(wholes), (2.0, 1.0), held_out=tuple(held_out))
+    pooled_others = PooledCovariance(tuple(others), (2.0, 1.0))
+    for site in SITES:
+        found = pooled_wholes[0, site]
+        expected = pooled_others[0, site]
+        assert found.count == expected.count
+        torch.testing.assert_close(found.mean_D, expected.mean_D, rtol=1e-12, atol=1e-12)
+        # Files hold float32: a third of the tokens is taken off, so the rounding of all of them stays about as large.
+        scale_D = expected.m2_D.sqrt()
+        close_DD = 1e-6 * torch.outer(scale_D, scale_D)
+        assert ((found.comoment_DD - expected.comoment_DD).abs() <= close_DD).all()
+        assert ((found.m2_D - expected.m2_D).abs() <= close_DD.diagonal()).all()
+
+    if any(held_out_of):
+        whole = PooledCovariance(tuple(wholes), (2.0, 1.0))[0, "mlp"]
+        assert whole.count > pooled_wholes[0, "mlp"].count
+        assert not torch.allclose(whole.covariance_DD, pooled_wholes[0, "mlp"].covariance_DD, rtol=1e-3)
+
+
+def test_held_out_records_are_as_many_as_the_sources(tmp_path):
+    path = tmp_path / "a.safetensors"
+    saved(path, {site: drawn(30, 6, 0) for site in SITES})
+    with pytest.raises(ValueError, match="zip"):
+        PooledCovariance((path, path), (2.0, 1.0), held_out=(path,))[0, "mlp"]
 
 
 # --- from an actor ---------------------------------------------------------------------------------------------------

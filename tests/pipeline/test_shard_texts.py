@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from itertools import chain
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import Item, Renderer, load_tokenizer
 from seap_ray.models.encoding import Encoding
 from seap_ray.models.sequences import CountedSequence, counted_of
+from seap_ray.pipeline import shards
 from seap_ray.pipeline.draw import Draw
 from seap_ray.pipeline.shards import Manifest, _write_task, shard_sizes, shards_artifact
 from seap_ray.storage.run import Run
@@ -80,10 +82,10 @@ def test_rows_are_spread_evenly_over_the_fewest_shards_and_at_least_two(n_rows, 
 @pytest.mark.parametrize(("n_rows", "expected"), [(1, [1]), (2, [1, 1]), (16, [8, 8]), (17, [9, 8]), (33, [11] * 3)])
 def test_shards_are_of_neighbouring_rows_and_none_is_a_small_remainder(model, packing, n_rows, expected):
     run, manifest = written(model, task(), rows(n_rows), packing=packing, sequence_length=64)
-    shards = [shard.sequences(run) for shard in manifest.shards]
+    all_sequences = [shard.sequences(run) for shard in manifest.shards]
     tokenizer = load_tokenizer(model)
     # In both packings a shard's tokens are those of its rows, one row after another.
-    texts = [tokenizer.decode([token for ids in shard for token in ids]) for shard in shards]
+    texts = [tokenizer.decode([*chain.from_iterable(sequences)]) for sequences in all_sequences]
     asked = [[int(number) for number in re.findall(r"whatis(\d+)", text.replace(" ", ""))] for text in texts]
     assert [len(numbers) for numbers in asked] == expected
     assert [number for numbers in asked for number in numbers] == [*range(n_rows)]
@@ -193,6 +195,15 @@ def test_the_key_changes_with_the_template_where_it_is_used(model):
     (model / "chat_template.jinja").unlink()
     with pytest.raises(ConfigError, match=r"^tasks.mine.chat: always, but"):
         key(chat="always")
+
+
+def test_the_key_changes_with_the_version_of_the_contents(model, monkeypatch):
+    config = config_of(model)
+    checkpoint = Checkpoint.open(str(model))
+    tokenizer = load_tokenizer(model)
+    before = shards_artifact(config, checkpoint, Run.of(config), task(), tokenizer).key
+    monkeypatch.setattr(shards, "SCHEMA", shards.SCHEMA + 1)
+    assert shards_artifact(config, checkpoint, Run.of(config), task(), tokenizer).key != before
 
 
 def test_the_sequences_are_those_of_the_encoding(model):
