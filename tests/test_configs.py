@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from seap_ray.core.architecture import Architecture
 from seap_ray.core.scores import Norms
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.pipeline.model_specs import model_specs
+from seap_ray.pipeline.model_specs import ModelSpec, assumed_specs
 from seap_ray.pipeline.needs import ModelSize, assumed_rates, needs
 from seap_ray.pipeline.planner import Planner
 from seap_ray.pipeline.preflight import check_ratios
@@ -150,7 +151,7 @@ def planner(config: Config, architecture: Architecture) -> Planner:
     tasks = [task.name for task in config.tasks]
     checkpoint: Any = SimpleNamespace(architecture=architecture)
     by_task = dict.fromkeys(tasks, statistics)
-    return Planner(config, checkpoint, by_task, norms, dict.fromkeys(tasks, "hash"), {}, Run(Path("nowhere")))
+    return Planner(config, checkpoint, by_task, norms, dict.fromkeys(tasks, "hash"), {}, Run(Path("nowhere")), {})
 
 
 @each_recipe
@@ -158,7 +159,13 @@ def test_every_ratio_of_a_recipe_is_met_by_plans_for_its_model(name):
     config = recipe(name)
     architecture = Architecture.of(MODELS[name].config)
     made = planner(config, architecture)
-    kinds = {(spec.kind, spec.settings): spec for spec in model_specs(config)}
+    kinds: dict[Any, ModelSpec] = {}
+    for spec in assumed_specs(config):
+        # What is left to be judged is met by the allocations that are judged.
+        open_ = ("uniform", "logistic") if spec.settings.allocation == "auto" else (spec.settings.allocation,)
+        for allocation in open_:
+            settings = spec.settings.model_copy(update={"allocation": allocation})
+            kinds[spec.kind, settings] = replace(spec, settings=settings)
 
     # A tile of channels in one layer is the finest step.
     tile = architecture.align(config.pruning.align) * architecture.channel_cost / architecture.decoder_parameters

@@ -19,6 +19,9 @@ Placement = Literal["auto", "single", "device_map", "stream"]
 Allocation = Literal["uniform", "logistic", "global", "standardised", "measured", "depth"]
 Budget = Literal["exact", "official"]
 Compensation = Literal["none", "mean", "least_squares"]
+AttentionUnit = Literal["group", "head", "none"]
+Auto = Literal["auto"]
+"""What is left to be chosen on held-out tokens of the calibration."""
 Pooling = Literal["pooled", "score_average"]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
@@ -148,12 +151,16 @@ class CalibrationSection(Section):
 class AllocationSection(Section):
     """How much of each layer is removed."""
 
-    kind: Allocation = "logistic"
+    kind: Allocation | Auto = "auto"
     """How the ratio is shared out among layers. `uniform`: every layer equally. `logistic`: more in deeper layers,
     along a logistic curve, as in the SEAP paper. `global`: units with the lowest score per parameter, in any layer.
     `standardised`: units with the lowest score after each layer's scores are standardised, as in FLAP. `measured`: the
-    widths with the least sum of measured rises of the loss, from Python alone, with rises that the caller measured.
-    `depth`: whole layers, those that change their input least."""
+    widths whose cuts together cost least by what each costs on held-out tokens. `depth`: whole layers, those that
+    change their input least. `auto`: whole plans by measured, uniform, logistic and global are judged on held-out
+    tokens, and the best is taken."""
+    shared: bool = True
+    """Whether under `auto` and `measured` all experts of a ratio have the widths that suit the general model, so that
+    one engine can hold them all. Otherwise each has its own."""
     k: float = Field(default=1.0, allow_inf_nan=False)
     """Only for `logistic`: steepness of the curve. 0 removes equally from every layer that is not protected; negative
     values remove more from early layers."""
@@ -171,12 +178,14 @@ class AllocationSection(Section):
 class PlanSettings(Section):
     """Settings of one kind of model; what is left out is taken from the pruning section."""
 
-    score: Score | None = None
+    score: Score | Auto | None = None
     """Score that ranks heads and channels; null: pruning.score."""
-    allocation: Allocation | None = None
+    allocation: Allocation | Auto | None = None
     """How the ratio is shared out among layers; null: pruning.allocation.kind."""
-    compensation: Compensation | None = None
+    compensation: Compensation | Auto | None = None
     """What makes up for removed columns; null: pruning.compensation."""
+    attention_unit: AttentionUnit | Auto | None = None
+    """What is removed from attention; null: pruning.attention_unit."""
     budget: Budget | None = None
     """How the ratio is met; null: pruning.budget."""
     k: float | None = Field(default=None, allow_inf_nan=False)
@@ -198,9 +207,9 @@ class ExpertSettings(PlanSettings):
 class GeneralSettings(PlanSettings):
     """Settings of the general model, one for all tasks."""
 
-    score: Score | None = None
+    score: Score | Auto | None = None
     """Score that ranks heads and channels; null: `energy` where nothing is compensated, else pruning.score."""
-    compensation: Compensation | None = None
+    compensation: Compensation | Auto | None = None
     """What makes up for removed columns; null: `none` where pruning.compensation is `mean`, because the mean of many
     tasks is no task's mean, else pruning.compensation."""
     pooling: Pooling = "pooled"
@@ -228,24 +237,28 @@ class PruningSection(Section):
     budget: Budget = "exact"
     """How the ratio is met. `exact`: to within one tile of channels. `official`: by the schedule of the SEAP authors'
     code, which removes less than the ratio says."""
-    score: Score = "wifv"
+    score: Score | Auto = "auto"
     """Score that ranks query heads and MLP channels; those with the lowest are removed. `wifv`: variance of the
     activation times squared weight norm, the SEAP paper's default. `obs`: the error that is left after the best repair
     by the others, usually the best and slowest; it and `block_wifv` need statistics `covariance`. These two are for
-    use, and `energy` where nothing is compensated; the others are there to compare with. All formulas are in
-    docs/method.md."""
-    compensation: Compensation = "mean"
+    use, and `energy` where nothing is compensated; the others are there to compare with. `auto`: wifv, or energy
+    without compensation, whichever is better on held-out tokens. All formulas are in docs/method.md."""
+    compensation: Compensation | Auto = "auto"
     """What makes up for removed columns of o_proj and down_proj. `none`: nothing. `mean`: their mean over the
     calibration tokens, as a bias. `least_squares`: what the kept columns predict of them, in the weight and a bias;
-    needs statistics `covariance`."""
+    needs statistics `covariance`. `auto`: of those that the statistics allow, the best on held-out tokens."""
     ridge: Annotated[float, Field(ge=1e-5, le=100)] | Literal["auto"] = "auto"
     """Regularisation of `least_squares` and `obs`, relative to each column's variance. `auto`: chosen for every task,
     layer and site by the error on the task's last shard, which is held out for that."""
     allocation: AllocationSection = AllocationSection()
-    attention_unit: Literal["group", "head", "none"] = "group"
+    attention_unit: AttentionUnit | Auto = "auto"
     """What is removed from attention. `group`: key-value heads together with their query heads, which also shrinks the
     key-value cache. `head`: the same number of query heads from every group. `none`: nothing, the MLP alone is
-    pruned."""
+    pruned. `auto`: `group`, or where no engine serves that `head`, else `none`; under allocation `auto` the better of
+    this and `none` on held-out tokens."""
+    held_out_tokens: int = Field(default=2048, ge=1)
+    """Tokens of each task, from its last shard, on which `auto` and `measured` judge plans. The statistics that
+    compensate these plans leave this shard's covariances out."""
     align: AtLeastOne | Literal["auto"] = "auto"
     """The number of kept channels is a multiple of this, so that kernels run at full speed; `auto`: 128, less for small
     models."""
@@ -516,12 +529,6 @@ class Config(Section):
                     "pruning.score=wifv pruning.compensation=mean)"
                 )
 
-            if settings.allocation == "measured":
-                raise ValueError(
-                    f"pruning.{name}: allocation measured takes rises of the loss that no job measures; choose "
-                    "logistic, uniform or global"
-                )
-
             if settings.allocation == "standardised" and settings.score in FROM_COVARIANCES:
                 raise ValueError(
                     f"pruning.{name}: allocation standardised ranks single columns, and {settings.score} scores whole "
@@ -547,6 +554,7 @@ class Config(Section):
             score=plan.score or score,
             allocation=plan.allocation or self.pruning.allocation.kind,
             compensation=plan.compensation or compensation,
+            attention_unit=plan.attention_unit or self.pruning.attention_unit,
             budget=plan.budget or self.pruning.budget,
             # Numbers may be 0, so ``or`` would not do.
             k=self.pruning.allocation.k if plan.k is None else plan.k,

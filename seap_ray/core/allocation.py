@@ -148,7 +148,8 @@ def check_ratio(
         _check_budget(pruning)
         constraints_L = WidthConstraints.of(architecture, pruning, adds_biases=adds_biases, stock=stock)
         _check_reach(constraints_L, pruning.allocation, ratio)
-    elif pruning.allocation.kind == "measured":
+    # Of what ``auto`` judges, ``measured`` reaches farthest.
+    elif pruning.allocation.kind in ("measured", "auto"):
         _check_budget(pruning)
         constraints_L = WidthConstraints.of(architecture, pruning, adds_biases=adds_biases, stock=stock)
         _check_measured_reach(constraints_L, pruning.allocation, ratio, stock)

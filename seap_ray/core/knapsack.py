@@ -63,7 +63,8 @@ def choose(options_L: Sequence[Sequence[Option]], *, low: float, high: float) ->
         if best is not None:
             # No better choice has a part that costs more than the best one so far.
             bound = min(bound, best.excess)
-        best = min(filter(None, (best, problem.best(bound))), key=lambda choice: choice.excess, default=None)
+        # Of two equally good ones the one of more sums, which is nearer to the middle.
+        best = min(filter(None, (problem.best(bound), best)), key=lambda choice: choice.excess, default=None)
     if best is None:
         return None
 

@@ -79,6 +79,8 @@ class Plan:
     """Score, allocation, tasks and statistics that the plan was made from."""
     dropped: tuple[int, ...] = ()
     """Layers of the base that go as a whole, ascending."""
+    judged: tuple[dict[str, Any], ...] = ()
+    """Settings and figures of all plans that were judged before this one was taken."""
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -24,6 +24,10 @@ NOISE = 2.0
 """Standard errors that a rise counts at the least: what only seems free costs as much as its noise could hide."""
 
 
+LARGEST_EVEN_SHARE = 2 / 3
+"""Most that every MLP gives in the model in which costs are measured first."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rise:
     """Mean rise of the loss over held-out tokens, and how sure it is, in nats a token."""
@@ -278,6 +282,31 @@ class Sensitivities:
             # A narrower width costs no less than a wider one.
             points.append((saved, max(counted, points[-1][1])))
         return lower_hull(points)
+
+
+def even_cuts(constraints_L: Sequence[WidthConstraints], site: Site, ratio: float) -> list[Shape] | None:
+    """Return widths of a model with one site cut alike in all layers, in which costs are measured first.
+
+    The MLP gives the whole ratio, or as much of it as leaves a third; attention gives one unit.
+
+    Args:
+        constraints_L: Widths that every layer may take.
+        site: ``attn`` or ``mlp``.
+        ratio: Share of each layer's weights that shall go.
+
+    Returns:
+        Widths of every layer; None where no layer has narrower ones of this site.
+    """
+    shapes: list[Shape] = []
+    for constraints in constraints_L:
+        share = 0.0
+        if site == "mlp":
+            mlp_weights = constraints.original.channels * constraints.architecture.channel_cost
+            share = min(ratio * constraints.size / mlp_weights, LARGEST_EVEN_SHARE)
+        # The nearest narrower width; none of a layer that has no narrower one.
+        (shape,) = constraints.ladder(site, [share]) or (constraints.original,)
+        shapes.append(shape)
+    return shapes if any(shape != c.original for shape, c in zip(shapes, constraints_L, strict=True)) else None
 
 
 def _geometric_mean(rises: Sequence[Rise]) -> Rise:

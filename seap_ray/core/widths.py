@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from seap_ray.config import PruningSection
+from seap_ray.config import AttentionUnit, PruningSection
 from seap_ray.core.architecture import Architecture, Shape
 from seap_ray.core.moments import Site
 from seap_ray.errors import ConfigError
@@ -47,7 +47,7 @@ class WidthConstraints:
             ConfigError: A layer's heads or channels cannot be split over ``tensor_parallel`` ranks, or groups would
                 differ beside sliding windows that some layers have.
         """
-        unit = pruning.attention_unit
+        unit = widest_unit(architecture) if pruning.attention_unit == "auto" else pruning.attention_unit
         options_L = [_attention_options(layer.shape, architecture.dense, unit) for layer in architecture.layers]
         _check_equal_groups(architecture, unit, options_L)
 
@@ -152,6 +152,21 @@ class WidthConstraints:
         added = architecture.hidden_size * n_added * self.adds_biases
         cut = share * self.size + carry + added - (attention - self.attention_cost(option))
         return Shape(*option, self.channels(original.channels - cut / architecture.channel_cost))
+
+
+def widest_unit(architecture: Architecture) -> AttentionUnit:
+    """Return the unit by which most can be removed from a model's attention: the first that engines serve.
+
+    Args:
+        architecture: The model before the cut.
+
+    Returns:
+        ``group``. ``head`` where there is one group alone, or layers' groups must be equally many because some have
+        sliding windows; ``none`` where a group has one head as well.
+    """
+    if architecture.dense.groups > 1 and not architecture.mixes_windows:
+        return "group"
+    return "head" if architecture.dense.heads_per_group > 1 else "none"
 
 
 def _attention_options(original: Shape, dense: Shape, unit: str) -> Sequence[tuple[int, int]]:

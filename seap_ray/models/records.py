@@ -277,4 +277,8 @@ class PooledCovariance:
 def _fitted(source: StoragePath, held_out: StoragePath | None, key: tuple[int, Site]) -> Covariance:
     """Read a stream's covariance of one (layer, site), without the tokens of a record that is held out."""
     covariance = load_covariance(source, key)
-    return covariance if held_out is None else covariance.without(load_covariance(held_out, key))
+    if held_out is None:
+        return covariance
+    part = load_covariance(held_out, key)
+    # Where no other shard has a token that counts, there is nothing else to fit to.
+    return covariance.without(part) if part.count < covariance.count else covariance

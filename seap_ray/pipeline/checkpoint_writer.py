@@ -18,8 +18,8 @@ from seap_ray.models.export import SHARED, CheckpointExport, OutputTensor, finis
 from seap_ray.models.records import task_memory
 from seap_ray.pipeline.cluster import work_task
 from seap_ray.pipeline.model_specs import ModelSpec
+from seap_ray.pipeline.plan_choice import PlannedModel
 from seap_ray.pipeline.plan_files import describe_plan, save_plan
-from seap_ray.pipeline.planner import PlannedModel
 from seap_ray.progress import Progress
 from seap_ray.storage.artifact import Artifact, ChecksummedFile, ManifestFolder, checksum_path
 from seap_ray.storage.files import link, writable

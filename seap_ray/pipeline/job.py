@@ -1,6 +1,7 @@
 """Job: the path of the data from a config to a table, one step a file, on the Ray cluster at hand.
 
-preflight -> shards -> calibrate, merge -> planner -> checkpoint_writer -> routing -> evaluate -> results, report
+preflight -> shards -> calibrate, merge -> planner -> plan_choice -> checkpoint_writer -> routing -> evaluate -> results
+-> report
 """
 
 import time
@@ -17,8 +18,10 @@ from seap_ray.models.corpus import rows_lines
 from seap_ray.pipeline.calibrate import calibrate, n_workers
 from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, write_checkpoints
 from seap_ray.pipeline.cluster import connect_driver
+from seap_ray.pipeline.divergences import held_out_shard
 from seap_ray.pipeline.evaluate import EvalTask, eval_target, eval_task, evaluate
 from seap_ray.pipeline.placement import with_placement
+from seap_ray.pipeline.plan_choice import PlanChooser
 from seap_ray.pipeline.planner import Planner, make_planner
 from seap_ray.pipeline.preflight import (
     check_config,
@@ -29,6 +32,7 @@ from seap_ray.pipeline.preflight import (
 )
 from seap_ray.pipeline.ray_errors import unwrap_ray_errors
 from seap_ray.pipeline.results import dense_row, make_results, pruned_row, quality_cells
+from seap_ray.pipeline.shard_records import ShardRecords
 from seap_ray.pipeline.shards import Manifest, make_shards
 from seap_ray.progress import progress, say
 from seap_ray.report.page import write_report
@@ -57,7 +61,7 @@ def _run_steps(config: Config, checkpoint: Checkpoint, run: Run) -> None:
     # Corpora -> token shards -> a record of each -> the tasks' statistics.
     calibrated = calibrate_run(config, checkpoint, run)
     # Statistics -> plans, all of them before anything is written: a ratio that cannot be met costs nothing.
-    models = calibrated.planner.plan_all()
+    models = PlanChooser(calibrated.planner, progress).plan_all()
     # Plans -> checkpoints.
     checkpoints = write_checkpoints(models, config.export, run, progress)
     # The tasks' prompts -> a router.
@@ -135,7 +139,10 @@ def calibrate_run(config: Config, checkpoint: Checkpoint, run: Run) -> Calibrate
             say(f"warning: {warning}")
 
     statistics = calibrate(config, checkpoint, run, manifests, progress)
-    return CalibratedRun(config, checkpoint, run, manifests, make_planner(config, checkpoint, run, statistics))
+    records = ShardRecords.of(config, checkpoint, run)
+    held_out = {manifest.task: held_out_shard(records, manifest.shards) for manifest in manifests}
+    planner = make_planner(config, checkpoint, run, statistics, held_out)
+    return CalibratedRun(config, checkpoint, run, manifests, planner)
 
 
 def few_tokens_warning(config: Config, checkpoint: Checkpoint, manifest: Manifest) -> str | None:
@@ -218,7 +225,7 @@ def _report(
 ) -> None:
     """Print the table, write results and report. Raises SeapError when a model could not be judged."""
     run = calibrated.run
-    results = make_results(calibrated.config, eval_tasks, rows, router)
+    results = make_results(calibrated.config, calibrated.checkpoint, eval_tasks, rows, router)
     write_json(run.results, results.to_json())
 
     say("")

@@ -1,6 +1,6 @@
 """Model specs: a config in, the models that it asks for out, each with its statistics and its pruning settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from seap_ray.config import Baseline, Config, PlanSettings, PruningSection
@@ -65,9 +65,28 @@ def baseline_specs(config: Config, name: str, baseline: Baseline) -> list[ModelS
     return [ModelSpec(name, "baseline", name, chosen, settings, baseline.pooling)]
 
 
+def assumed_specs(config: Config) -> list[ModelSpec]:
+    """Return the specs with settings for estimates and checks before anything is judged on held-out tokens.
+
+    Where a score or a compensation is left open, they have the costliest one that ``auto`` may take.
+    """
+    return [replace(spec, settings=_assumed(config, spec.settings)) for spec in model_specs(config)]
+
+
+def _assumed(config: Config, settings: PlanSettings) -> PlanSettings:
+    assumed: dict[str, str] = {}
+    if settings.score == "auto":
+        assumed["score"] = "wifv"
+    if settings.compensation == "auto":
+        fitted = "least_squares" if config.calibration.statistics == "covariance" else "mean"
+        # What makes up for columns is nothing to layers that go as a whole.
+        assumed["compensation"] = "none" if settings.allocation == "depth" else fitted
+    return settings.model_copy(update=assumed)
+
+
 def pruning_section(config: Config, settings: PlanSettings) -> PruningSection:
     """Return the pruning section with one model's settings, which leave nothing out (``Config.plan_settings``)."""
-    replaced = settings.model_dump(include={"score", "compensation", "budget"})
+    replaced = settings.model_dump(include={"score", "compensation", "attention_unit", "budget"})
     curve = settings.model_dump(include={"k", "x0"})
 
     # The section's other keys, such as protection and alignment, are those of all models.

@@ -17,7 +17,7 @@ from seap_ray.core.reconstruction import UNIT_SCORES
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.forward import COVARIANCE_COPIES
 from seap_ray.models.records import covariance_bytes, task_memory
-from seap_ray.pipeline.model_specs import ModelSpec, model_specs, pruning_section
+from seap_ray.pipeline.model_specs import ModelSpec, assumed_specs, pruning_section
 from seap_ray.pipeline.placement import memory_with_batch
 from seap_ray.pipeline.shards import shard_sizes
 from seap_ray.storage.paths import is_uri
@@ -193,7 +193,7 @@ def disk_needs(model: ModelSize, config: Config, corpora: Mapping[str, CorpusSiz
 def _unit_score_bytes(architecture: Architecture, config: Config) -> int:
     """Return the size of scores from covariances, which are made once for every set of tasks, whatever the ratio."""
     scored = set()
-    for spec in model_specs(config):
+    for spec in assumed_specs(config):
         if spec.settings.score in UNIT_SCORES:
             scored.add((spec.settings.score, spec.pooling, tuple(spec.weights.items())))
 
@@ -212,7 +212,7 @@ def checkpoint_bytes(model: ModelSize, config: Config) -> int:
     parameters = 0
     shared: dict[frozenset[int], int] = {}
     for ratio in config.pruning.ratio:
-        for spec in model_specs(config):
+        for spec in assumed_specs(config):
             size = _pruned_size(model, config, spec, ratio)
             parameters += size.changed
             if is_uri(config.run.storage):
@@ -428,7 +428,7 @@ def time_needs(model: ModelSize, config: Config, corpora: Mapping[str, CorpusSiz
     judged_tokens = _judged_tokens(config, corpora)
     if judged_tokens is not None:
         # The dense model is judged too.
-        n_models = 1 + len(model_specs(config)) * len(config.pruning.ratio)
+        n_models = 1 + len(assumed_specs(config)) * len(config.pruning.ratio)
         # Each model is loaded once; where nothing is judged, none is.
         judging = n_models * (judged_tokens * flop_per_token / rates.flop_per_s + reading) if judged_tokens else 0.0
 

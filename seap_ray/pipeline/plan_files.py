@@ -52,6 +52,9 @@ def describe_plan(plan: Plan, architecture: Architecture) -> dict[str, Any]:
     # Plans that drop no layer say nothing of them.
     kept_layers = {"kept_layers": list(plan.layers)} if plan.dropped else {}
 
+    # Nothing was judged of what the settings left open to nobody.
+    judged = {"judged": list(plan.judged)} if plan.judged else {}
+
     return {
         "name": plan.name,
         "requested_ratio": plan.requested,
@@ -59,5 +62,6 @@ def describe_plan(plan: Plan, architecture: Architecture) -> dict[str, Any]:
         "compensation": plan.compensation.name,
         **plan.provenance,
         **kept_layers,
+        **judged,
         "layers": widths,
     }

@@ -1,10 +1,11 @@
-"""Planner: statistics and weight norms in, plans out. The driver plans; Ray tasks, one for each layer, read weights.
+"""Planner: statistics, weight norms and settings that leave nothing open in, plans out.
 
-A plan takes a second at most, so another ratio or score of a finished run costs seconds.
+The driver plans; Ray tasks, one for each layer, read weights. A plan takes a second at most, so another ratio or score
+of a finished run costs seconds.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from seap_ray.config import Config, PruningSection
 from seap_ray.core.allocation import choose_dropped, choose_shapes
+from seap_ray.core.architecture import Shape
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.moments import SITES, Moments, Site, Statistics, pooled_statistics
 from seap_ray.core.plan import Kept, Plan, keep
@@ -27,6 +29,7 @@ from seap_ray.core.scores import (
     random_score,
     standardised,
 )
+from seap_ray.core.sensitivity import Sensitivities
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport, check_stock
 from seap_ray.models.records import (
@@ -41,22 +44,14 @@ from seap_ray.models.records import (
     task_memory,
 )
 from seap_ray.pipeline.cluster import work_task
-from seap_ray.pipeline.model_specs import ModelSpec, model_specs, pruning_section
+from seap_ray.pipeline.divergences import HeldOut, HeldOutShard
+from seap_ray.pipeline.model_specs import ModelSpec, pruning_section
 from seap_ray.storage.artifact import Artifact
 from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint
 
 ColumnScore = Callable[[Moments, Norms], torch.Tensor]
 """A score of a site's columns, (D,), from their moments and the norms of the weight that reads them."""
-
-
-@dataclass(frozen=True)
-class PlannedModel:
-    """A model that is planned and not written yet: what the next step, ``checkpoint_writer``, gets."""
-
-    spec: ModelSpec
-    export: CheckpointExport
-    """The base, the plan, and the statistics that the plan's compensation needs."""
 
 
 @dataclass(frozen=True)
@@ -74,37 +69,45 @@ class Planner:
     """Files of the statistics, with covariances beside them where the run has them."""
     run: Run
 
-    def plan_all(self) -> list[PlannedModel]:
-        """Plan every model that the config asks for at every ratio, ratio by ratio.
+    held_out: Mapping[str, HeldOutShard]
+    """By name of the statistics, the shard on which plans that are made from them are judged."""
 
-        Raises ConfigError for the first ratio that floors, caps and protection do not allow.
-        """
-        config = self.config
-        return [self.plan_model(spec, ratio) for ratio in config.pruning.ratio for spec in model_specs(config)]
-
-    def plan_model(self, spec: ModelSpec, ratio: float) -> PlannedModel:
-        """Plan a model at a ratio and add what its compensation needs. Raises ConfigError as ``plan`` does."""
-        plan = self.plan(spec, ratio)
+    def export(self, spec: ModelSpec, plan: Plan, *, is_judged: bool = False) -> CheckpointExport:
+        """Add to a plan what its compensation needs; for a plan to be judged, without the held-out covariances."""
         # Only what is needed, since every task that writes a file of this model is sent the statistics.
         statistics: Statistics | PooledCovariance | None = None
         if plan.compensation.required == "moments":
             statistics = self.pooled_moments(spec)
         elif plan.compensation.required == "covariance":
             statistics = self.pooled_covariance(spec)
+            if is_judged:
+                records = tuple(self.held_out[task].record for task in spec.weights)
+                statistics = replace(statistics, held_out=records)
 
         is_stock = self.config.export.format == "stock"
-        return PlannedModel(spec, CheckpointExport(self.checkpoint, plan, statistics, stock=is_stock))
+        return CheckpointExport(self.checkpoint, plan, statistics, stock=is_stock)
 
-    def plan(self, spec: ModelSpec, ratio: float) -> Plan:
+    def held_out_tokens(self, spec: ModelSpec) -> HeldOut:
+        """Return the tokens on which a model's plans are judged: those of its tasks, by their weights."""
+        shards = tuple(self.held_out[task].shard for task in spec.weights)
+        return HeldOut(shards, tuple(spec.weights.values()), self.config.pruning.held_out_tokens)
+
+    def plan(self, spec: ModelSpec, ratio: float, shapes: Sequence[Shape] | None = None) -> Plan:
         """Choose what a model keeps at a ratio.
 
-        Raises ConfigError when floors, caps and protection do not allow the ratio.
+        Args:
+            spec: The model, with settings that leave nothing open.
+            ratio: Share of the decoder weights to remove.
+            shapes: Widths of all layers where they are chosen already; None: by the allocation, which is not measured.
+
+        Raises:
+            ConfigError: Floors, caps and protection do not allow the ratio.
         """
         pruning = pruning_section(self.config, spec.settings)
         if pruning.allocation.kind == "depth":
             plan = self._depth_plan(spec, pruning, ratio)
         else:
-            plan = self._width_plan(spec, pruning, ratio)
+            plan = self._width_plan(spec, pruning, ratio, shapes)
 
         # A stock checkpoint cannot have layers of different shapes; that is refused before anything is written.
         if self.config.export.format == "stock":
@@ -128,29 +131,48 @@ class Planner:
 
     # --- plans -------------------------------------------------------------------------------------------------------
 
-    def _width_plan(self, spec: ModelSpec, pruning: PruningSection, ratio: float) -> Plan:
+    def _width_plan(
+        self, spec: ModelSpec, pruning: PruningSection, ratio: float, shapes: Sequence[Shape] | None
+    ) -> Plan:
         """Choose widths for every layer, then the units with the best scores."""
         architecture = self.checkpoint.architecture
-        scores_units = pruning.score in UNIT_SCORES
-        scores_L = self._unit_scores(spec, pruning) if scores_units else self._column_scores(spec)
-        compensation = COMPENSATIONS[pruning.compensation]
+        scores_L = self.scores(spec)
 
         # First how many units each layer keeps, then which: the best by score within the layer.
-        shapes = choose_shapes(
-            architecture,
-            pruning,
-            ratio=ratio,
-            adds_biases=compensation.adds_biases,
-            scores_L=scores_L,
-            comparable=scores_units,
-            stock=self.config.export.format == "stock",
-        )
-
+        shapes = shapes or self.shapes(spec, ratio, scores_L)
         layers = zip(shapes, architecture.layers, scores_L, strict=True)
         kept = tuple(keep(shape, layer.shape, *scores) for shape, layer, scores in layers)
 
         provenance = self._provenance(spec, pruning, score=pruning.score, **self._score_provenance(spec, pruning))
-        return Plan(spec.name, ratio, compensation, kept, provenance)
+        return Plan(spec.name, ratio, COMPENSATIONS[pruning.compensation], kept, provenance)
+
+    def scores(self, spec: ModelSpec) -> list[LayerScores]:
+        """Return scores of every layer's heads and channels."""
+        pruning = pruning_section(self.config, spec.settings)
+        return self._unit_scores(spec, pruning) if pruning.score in UNIT_SCORES else self._column_scores(spec)
+
+    def shapes(
+        self,
+        spec: ModelSpec,
+        ratio: float,
+        scores_L: Sequence[LayerScores],
+        sensitivities: Sensitivities | None = None,
+    ) -> list[Shape]:
+        """Return the widths of every layer by the spec's allocation, which needs sensitivities where it is measured.
+
+        Raises ConfigError when floors, caps and protection do not allow the ratio.
+        """
+        pruning = pruning_section(self.config, spec.settings)
+        return choose_shapes(
+            self.checkpoint.architecture,
+            pruning,
+            ratio=ratio,
+            adds_biases=COMPENSATIONS[pruning.compensation].adds_biases,
+            scores_L=scores_L,
+            comparable=pruning.score in UNIT_SCORES,
+            stock=self.config.export.format == "stock",
+            sensitivities=sensitivities,
+        )
 
     def _depth_plan(self, spec: ModelSpec, pruning: PruningSection, ratio: float) -> Plan:
         """Drop whole layers by ShortGPT's Block Influence (arXiv 2403.03853); there is nothing to compensate."""
@@ -169,6 +191,7 @@ class Planner:
             "kind": spec.kind,
             **scored,
             "allocation": pruning.allocation.model_dump(),
+            "attention_unit": pruning.attention_unit,
             "budget": pruning.budget,
             "pooling": spec.pooling,
             "tasks": spec.weights,
@@ -282,12 +305,18 @@ class Planner:
         return [PooledCovariance((self.statistics_files[task],), (weight,), pooled.ridge) for task, weight in weights]
 
 
-def make_planner(config: Config, checkpoint: Checkpoint, run: Run, statistics: dict[str, StoragePath]) -> Planner:
+def make_planner(
+    config: Config,
+    checkpoint: Checkpoint,
+    run: Run,
+    statistics: dict[str, StoragePath],
+    held_out: Mapping[str, HeldOutShard],
+) -> Planner:
     """Read the statistics and the weight norms; norms are computed once per run, in Ray tasks."""
     # The hash of the numbers, not the key of what they were merged from: equal statistics give equal plans.
     keys = {task: read_metadata(path)["sha256"] for task, path in statistics.items()}
     loaded = {task: load_statistics(path, checkpoint.architecture) for task, path in statistics.items()}
-    return Planner(config, checkpoint, loaded, _weight_norms(checkpoint, run), keys, statistics, run)
+    return Planner(config, checkpoint, loaded, _weight_norms(checkpoint, run), keys, statistics, run, held_out)
 
 
 # --- Ray tasks -------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from seap_ray.models.model_sources import parse_model_source
 from seap_ray.models.row_formats import FORMATS, recognise
 from seap_ray.models.row_sources import calibration_rows
 from seap_ray.pipeline.calibrate import check_memory
-from seap_ray.pipeline.model_specs import model_specs, pruning_section
+from seap_ray.pipeline.model_specs import assumed_specs, pruning_section
 from seap_ray.pipeline.needs import CorpusSize, DiskNeeds, ModelSize, Needs, disk_needs, largest_corpora, needs
 from seap_ray.progress import say, size
 from seap_ray.storage.files import read_json, writable
@@ -112,7 +112,7 @@ def check_ratios(config: Config, architecture: Architecture) -> None:
     """Raise ConfigError for a ratio beyond reach: what a layer can give does not depend on statistics."""
     stock = config.export.format == "stock"
 
-    for spec in model_specs(config):
+    for spec in assumed_specs(config):
         # Added biases are parameters too, so they count in what a layer can give.
         pruning = pruning_section(config, spec.settings)
         adds_biases = COMPENSATIONS[pruning.compensation].adds_biases

@@ -24,10 +24,12 @@ from seap_ray.models.model_sources import parse_model_source
 from seap_ray.models.records import load_statistics
 from seap_ray.pipeline.calibrate import make_records
 from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, prepare_checkpoint
+from seap_ray.pipeline.divergences import held_out_shard
 from seap_ray.pipeline.evaluate import EvalResult, EvalTarget, EvalTask, Failure, eval_target, eval_task, evaluate
 from seap_ray.pipeline.job import CalibratedRun
 from seap_ray.pipeline.merge import TaskStatistics, merge_all
 from seap_ray.pipeline.model_specs import ModelSpec
+from seap_ray.pipeline.plan_choice import PlanChooser
 from seap_ray.pipeline.planner import Planner
 from seap_ray.pipeline.ray_errors import known_error
 from seap_ray.pipeline.results import dense_row, pruned_row, quality_cells
@@ -135,12 +137,14 @@ class StudyRunner:
         make_records(self.config, records, shards, progress, n_merged=len(parts))
         merge_all([TaskStatistics(records, shards, files[name]) for name, shards in parts.items()], checkpoint)
 
+        held_out = {name: held_out_shard(records, shards) for name, shards in parts.items()}
         merged = {name: load_statistics(file, checkpoint.architecture) for name, file in files.items()}
         return replace(
             planner,
             statistics={**planner.statistics, **merged},
             statistics_keys={**planner.statistics_keys, **keys},
             statistics_files={**planner.statistics_files, **files},
+            held_out={**planner.held_out, **held_out},
         )
 
     # --- models ------------------------------------------------------------------------------------------------------
@@ -150,7 +154,8 @@ class StudyRunner:
         requests = list(requests)
 
         # All are planned first, because all are judged together, side by side on the cluster.
-        sources = [self._source(request, planner or self.calibrated.planner) for request in requests]
+        chooser = PlanChooser(planner or self.calibrated.planner, progress)
+        sources = [self._source(request, chooser) for request in requests]
         tasks = [request.tasks or self.task_names for request in requests]
 
         # What cannot be planned is no target.
@@ -171,12 +176,12 @@ class StudyRunner:
             models.append(_evaluated_model(request, source, results))
         return models
 
-    def _source(self, request: ModelRequest, planner: Planner) -> SourceOrFailure:
+    def _source(self, request: ModelRequest, chooser: PlanChooser) -> SourceOrFailure:
         if request.spec is None:
             return self.calibrated.checkpoint
 
         try:
-            model = planner.plan_model(request.spec, request.ratio)
+            model = chooser.plan_model(request.spec, request.ratio)
             return prepare_checkpoint(model, self.config.export, self.calibrated.run)
         except ConfigError as error:
             # A ratio that this spec cannot meet is a result, not the end of the study.

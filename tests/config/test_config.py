@@ -337,7 +337,8 @@ def test_what_a_plan_leaves_out_comes_from_the_pruning_section(empty):
     assert whole.model_dump() == {
         "score": "wifn",
         "allocation": "uniform",
-        "compensation": "mean",
+        "compensation": "auto",
+        "attention_unit": "auto",
         "budget": "exact",
         "k": 2,
         "x0": 0.3,
@@ -370,9 +371,10 @@ def test_scores_of_units_do_not_go_with_a_ranking_of_columns(empty):
     [
         ("mean", {}, ("energy", "none")),
         ("none", {}, ("energy", "none")),
-        ("mean", {"compensation": "mean"}, ("wifv", "mean")),
+        ("mean", {"compensation": "mean"}, ("auto", "mean")),
         ("mean", {"score": "wifn"}, ("wifn", "none")),
-        ("least_squares", {}, ("wifv", "least_squares")),
+        ("least_squares", {}, ("auto", "least_squares")),
+        ("auto", {}, ("auto", "auto")),
         ("least_squares", {"compensation": "none"}, ("energy", "none")),
     ],
 )

@@ -21,7 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from seap_ray.config import PruningSection
 from seap_ray.core.architecture import FAMILIES, Architecture, Layer, Shape
-from seap_ray.core.widths import WidthConstraints
+from seap_ray.core.widths import WidthConstraints, widest_unit
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport
@@ -202,7 +202,19 @@ def test_key_value_heads_of_layers_beside_windows_stay_equal_or_the_ratio_is_ref
         for rules in WidthConstraints.of(architecture, pruning, adds_biases=False):
             assert {groups for groups, _ in rules.options} == {4}
     with pytest.raises(ConfigError, match="attention_unit: group leaves layers with unequal .* choose head or none"):
-        WidthConstraints.of(architecture, PruningSection(), adds_biases=False)
+        WidthConstraints.of(architecture, PruningSection(attention_unit="group"), adds_biases=False)
+
+
+def test_the_unit_by_which_most_goes_is_the_first_that_engines_serve():
+    families = {
+        "group": LlamaConfig(num_attention_heads=32, num_key_value_heads=8),
+        "head": Gemma2Config(),
+        "none": Gemma2Config(num_attention_heads=4, num_key_value_heads=4),
+    }
+    for unit, config in families.items():
+        assert widest_unit(Architecture.of(config.to_dict())) == unit
+    single = LlamaConfig(num_attention_heads=32, num_key_value_heads=1)
+    assert widest_unit(Architecture.of(single.to_dict())) == "head", "there is no group that could go"
 
 
 def test_a_tile_of_channels_leaves_a_small_model_16_of_them():

@@ -28,8 +28,10 @@ from seap_ray.pipeline.checkpoint_writer import (
     write_temporarily,
 )
 from seap_ray.pipeline.model_specs import ModelSpec, model_specs, pruning_section
+from seap_ray.pipeline.plan_choice import PlanChooser
 from seap_ray.pipeline.plan_files import save_plan
 from seap_ray.pipeline.planner import Planner
+from seap_ray.progress import progress
 from seap_ray.storage.files import read_json
 from seap_ray.storage.run import Run
 from tests.support.builders import load, random_statistics
@@ -61,8 +63,11 @@ LLAMA_3 = architecture_of(
 
 
 def planner_of(architecture: Architecture, checkpoint: Any = None, **config: Any) -> Planner:
-    """Random statistics of two tasks; the layers' scores lie far apart."""
-    whole = Config.model_validate({"tasks": list(TASKS), **config})
+    """Random statistics of two tasks; the layers' scores lie far apart. Nothing is left to be judged."""
+    pruning = config.pop("pruning", {})
+    allocation = {"kind": "logistic", **pruning.pop("allocation", {})}
+    pruning = {"score": "wifv", "compensation": "mean", "attention_unit": "group", **pruning, "allocation": allocation}
+    whole = Config.model_validate({"tasks": list(TASKS), "pruning": pruning, **config})
 
     # Each layer's norms lie about twice as high as those of the layer before.
     generator = torch.Generator().manual_seed(9)
@@ -76,7 +81,7 @@ def planner_of(architecture: Architecture, checkpoint: Any = None, **config: Any
     statistics = {task: random_statistics(architecture, seed, n=6) for seed, task in enumerate(TASKS)}
     hashes = dict.fromkeys(TASKS, "hash")
     checkpoint = checkpoint or SimpleNamespace(architecture=architecture)
-    return Planner(whole, checkpoint, statistics, norms, hashes, {}, Run(Path("nowhere")))  # type: ignore[arg-type]
+    return Planner(whole, checkpoint, statistics, norms, hashes, {}, Run(Path("nowhere")), {})  # type: ignore[arg-type]
 
 
 def plan_of(planner: Planner, name: str, ratio: float) -> Plan:
@@ -228,7 +233,9 @@ def test_a_plan_keeps_to_its_own_budget_and_curve():
 
 
 def test_what_a_plan_leaves_out_is_the_pruning_sections():
-    config = Config.model_validate({"pruning": {"score": "magnitude", "allocation": {"kind": "uniform", "k": 3.0}}})
+    config = Config.model_validate(
+        {"pruning": {"score": "magnitude", "compensation": "mean", "allocation": {"kind": "uniform", "k": 3.0}}}
+    )
     filled = pruning_section(config, config.plan_settings(config.pruning.experts))
     assert filled == config.pruning
     general = pruning_section(config, config.plan_settings(config.pruning.general))
@@ -271,7 +278,7 @@ def test_a_checkpoint_without_some_layers_says_what_it_is(dense, tmp_path, form)
     with_cosines(planner, dict.fromkeys(TASKS, [0.5, 0.9, 0.1, 0.5]))
     spec = spec_of(planner, "depth")
     run = Run(tmp_path)
-    planned = planner.plan_model(spec, 0.5)
+    planned = PlanChooser(planner, progress).plan_model(spec, 0.5)
     plan = planned.export.plan
     made = prepare_checkpoint(planned, planner.config.export, run)
     folder = write_temporarily(made)
@@ -314,7 +321,9 @@ def pending(dense: Any, tmp_path: Path) -> PendingCheckpoint:
     planner = planner_of(checkpoint.architecture, checkpoint, pruning={"baselines": {"depth": {}}})
     with_cosines(planner, dict.fromkeys(TASKS, [0.5, 0.9, 0.1, 0.5]))
     spec = spec_of(planner, "depth")
-    return prepare_checkpoint(planner.plan_model(spec, 0.5), planner.config.export, Run(tmp_path))
+    return prepare_checkpoint(
+        PlanChooser(planner, progress).plan_model(spec, 0.5), planner.config.export, Run(tmp_path)
+    )
 
 
 def test_a_checkpoint_is_made_while_all_bytes_are_those_that_were_hashed(dense, tmp_path):

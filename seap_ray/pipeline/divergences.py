@@ -1,0 +1,250 @@
+"""Divergences: cut models in, how far each is from the dense model on held-out calibration tokens out.
+
+The last shard of every task is held out: the covariances that compensate a cut model which is measured on it are those
+of the task's other shards. A Ray task measures a trial, and what was measured is kept in the run, so that the same
+command resumes what was cut short.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from torch import Tensor
+
+from seap_ray.config import Config
+from seap_ray.core.moments import Site
+from seap_ray.core.sensitivity import Rise
+from seap_ray.errors import DataError
+from seap_ray.models.cut_costs import CutCosts, measure_cut_costs
+from seap_ray.models.divergence import Divergence, measure_divergence
+from seap_ray.models.export import CheckpointExport
+from seap_ray.models.forward import OpenedLayers
+from seap_ray.models.hidden_states import HiddenBatch
+from seap_ray.models.predictions import count_sequences
+from seap_ray.models.records import PooledCovariance
+from seap_ray.models.sequences import Sequences
+from seap_ray.pipeline.shard_records import ShardRecords
+from seap_ray.pipeline.shards import Shard
+from seap_ray.progress import Progress
+from seap_ray.storage.artifact import Artifact, JsonFile
+from seap_ray.storage.files import write_json
+from seap_ray.storage.paths import StoragePath
+from seap_ray.storage.run import Run, fingerprint
+
+Figures = Mapping[str, Any] | None
+"""What was measured of a model on a task, as files have it."""
+SCHEMA = 1
+"""Version of what is measured; raise it when the numbers change."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutShard:
+    """The last shard of a task, on which cut models are measured."""
+
+    shard: Shard
+    record: StoragePath | None
+    """Its record, whose covariances compensate no model that is measured on it; None where it is the only shard."""
+
+
+def held_out_shard(records: ShardRecords, shards: Sequence[Shard]) -> HeldOutShard:
+    """Return the last of the shards that statistics are merged from."""
+    last = shards[-1]
+    return HeldOutShard(last, records.path(last) if len(shards) > 1 else None)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Held-out tokens of some tasks."""
+
+    shards: tuple[Shard, ...]
+    weights: tuple[float, ...]
+    """What the tokens of each shard count together."""
+    n_tokens: int
+    """Tokens that are read of each shard at the least, sequence by sequence, where it has so many."""
+
+    def sequences(self, run: Run) -> Iterator[Sequences]:
+        """Read the first sequences of every shard, up to the one that reaches the number of tokens."""
+        for shard in self.shards:
+            sequences: list[Any] = []
+            n_tokens = 0
+            for sequence in shard.sequences(run):
+                if n_tokens >= self.n_tokens:
+                    break
+                sequences.append(sequence)
+                n_tokens += len(sequence)
+            yield sequences
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """How far a cut model is from the dense one on held-out tokens, in nats a token."""
+
+    divergence: Rise
+    """Kullback-Leibler divergence of the next-token distributions."""
+    loss: Rise
+    """Rise of the loss on the same tokens, whose noise is larger."""
+    costs: Mapping[tuple[int, Site], Rise] = field(default_factory=dict)
+    """What the cut of each (layer, site) contributes to the divergence, where that was asked for."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Cut models that are measured by one Ray task, with what the figures depend on."""
+
+    exports: tuple[CheckpointExport, ...]
+    held_out: HeldOut
+    by_site: bool
+    """Measure what each cut costs, too; takes five forward passes in place of one."""
+    key: str
+
+    @classmethod
+    def of(
+        cls, config: Config, exports: Sequence[CheckpointExport], held_out: HeldOut, *, by_site: bool = False
+    ) -> "Trial":
+        """Name everything that the figures depend on: the model, the tokens, and what is cut and how it is repaired."""
+        settings = config.calibration
+        base = exports[0].base
+        cuts = [(export.plan.compensation.name, export.plan.kept, export.plan.dropped) for export in exports]
+        statistics = [_statistics_of(export) for export in exports]
+        shards = [shard.sha256 for shard in held_out.shards]
+        key = fingerprint(
+            *(SCHEMA, base.fingerprint, config.model.dtype, settings.batch_tokens, settings.skip_first_token),
+            *(shards, held_out.weights, held_out.n_tokens, cuts, statistics, by_site),
+        )
+        return cls(tuple(exports), held_out, by_site, key)
+
+    def artifact(self, run: Run) -> Artifact[list[dict[str, Any]]]:
+        """Return the file of what is measured."""
+        return Artifact(run.divergences / f"{self.key[:20]}.json", self.key, JsonFile())
+
+    def load(self, run: Run) -> list[Measured]:
+        """Read what was measured of each model, over the tasks by their weights."""
+        content: Any = self.artifact(run).load()
+        return [_pooled(values, self.held_out.weights) for values in content["models"]]
+
+
+def _statistics_of(export: CheckpointExport) -> Any:
+    """Return what stands for the statistics that repair a cut model: its plan says which they are."""
+    statistics = export.statistics
+    sources = [export.plan.provenance.get(name) for name in ("tasks", "statistics", "ridge", "pooling")]
+    held_out = [str(path) for path in statistics.held_out] if isinstance(statistics, PooledCovariance) else []
+    return sources, held_out
+
+
+def measure_all(config: Config, run: Run, trials: Sequence[Trial], progress: Progress) -> list[list[Measured]]:
+    """Measure the models of every trial, side by side on the cluster; what was measured before is read.
+
+    Raises what a worker raises.
+    """
+    missing = {trial.key: trial for trial in trials if not trial.artifact(run).is_made()}
+    if missing:
+        total = sum(len(trial.exports) for trial in missing.values())
+        for _ in progress(_measure_missing(config, run, [*missing.values()]), total, "judging plans", " plans"):
+            pass
+    return [trial.load(run) for trial in trials]
+
+
+def _measure_missing(config: Config, run: Run, trials: Sequence[Trial]) -> Iterator[int]:
+    """Yield the number of models of each trial as it is measured."""
+    # As much of a node as a worker of the calibration took.
+    settings = config.calibration
+    task = ray.remote(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)(_measure)
+
+    pending = {task.remote(config, run, ray.put(trial)): trial for trial in trials}
+    while pending:
+        (done,), _ = ray.wait(list(pending), num_returns=1)
+        ray.get(done)
+        yield len(pending.pop(done).exports)
+
+
+# --- in a Ray task ---------------------------------------------------------------------------------------------------
+
+
+def _measure(config: Config, run: Run, trial: Trial) -> None:
+    """Measure the models of a trial and write the figures of every task."""
+    layers = OpenedLayers.open(config, trial.exports[0].base)
+    batches: list[HiddenBatch] = []
+    # Sequences of a task follow one another, so its figures are those of a slice.
+    tasks: list[slice] = []
+    start = 0
+    for sequences in trial.held_out.sequences(run):
+        batches_of_task = layers.embed(sequences)
+        stop = start + sum(map(count_sequences, batches_of_task))
+        tasks.append(slice(start, stop))
+        start = stop
+        batches += batches_of_task
+
+    measure = _costs if trial.by_site else _divergences
+    write_json(
+        trial.artifact(run).path, {"fingerprint": trial.key, "models": measure(layers, batches, trial.exports, tasks)}
+    )
+
+
+def _divergences(
+    layers: OpenedLayers, batches: Sequence[HiddenBatch], exports: Sequence[CheckpointExport], tasks: Sequence[slice]
+) -> list[list[Figures]]:
+    """Return the figures of every model by task, of all models in one pass over the layers."""
+    divergences = measure_divergence(layers.model, layers.forwards(), batches, exports)
+    by_model: list[list[Figures]] = []
+    for divergence in divergences:
+        by_model.append([_to_json(divergence, task, {}) for task in tasks])
+    return by_model
+
+
+def _costs(
+    layers: OpenedLayers, batches: Sequence[HiddenBatch], exports: Sequence[CheckpointExport], tasks: Sequence[slice]
+) -> list[list[Figures]]:
+    """Return the figures of every model by task, with what each cut costs."""
+    by_model: list[list[Figures]] = []
+    for export in exports:
+        found = measure_cut_costs(layers.model, layers.forwards(), layers.backwards(), batches, export)
+        by_model.append([_to_json(found.divergence, task, found.sums) for task in tasks])
+    return by_model
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _to_json(found: Divergence, task: slice, costs: Mapping[tuple[int, Site], Tensor]) -> dict[str, Any] | None:
+    """Return the figures of a model on the sequences of a task; None where these predict no token."""
+    divergence = found[task]
+    if not divergence.tokens_N.sum():
+        return None
+    by_site = CutCosts(found, costs).costs(task)
+    return {
+        "divergence": _pair(divergence.rise),
+        "loss": _pair(divergence.loss),
+        "costs": [[layer, site, *_pair(cost)] for (layer, site), cost in by_site.items()],
+    }
+
+
+def _pair(rise: Rise) -> list[float]:
+    return [rise.mean, rise.stderr]
+
+
+def _pooled(figures: Sequence[Figures], task_weights: Sequence[float]) -> Measured:
+    """Return the figures of a model over all tasks, by their weights.
+
+    Raises DataError where no task has a token to predict.
+    """
+    pairs = [(task, weight) for task, weight in zip(figures, task_weights, strict=True) if task]
+    if not pairs:
+        raise DataError(
+            "pruning.allocation: the held-out texts of the calibration have no token that another one predicts; set "
+            "allocation, score and compensation instead of auto, or use longer texts"
+        )
+    by_task = [task for task, _ in pairs]
+    weights = [weight for _, weight in pairs]
+    divergences = [Rise(*task["divergence"]) for task in by_task]
+    losses = [Rise(*task["loss"]) for task in by_task]
+    costs: dict[tuple[int, Site], list[Rise]] = {}
+    for task in by_task:
+        for layer, site, mean, stderr in task["costs"]:
+            costs.setdefault((layer, site), []).append(Rise(mean, stderr))
+
+    return Measured(
+        Rise.mean_of(divergences, weights),
+        Rise.mean_of(losses, weights),
+        {key: Rise.mean_of(rises, weights) for key, rises in costs.items()},
+    )

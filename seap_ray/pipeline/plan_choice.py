@@ -1,0 +1,294 @@
+"""Plan choice: models in, for each the plan that is written out. What settings leave to ``auto`` is judged here.
+
+Whole plans are measured on held-out tokens before anything is written: first by score and compensation, then by
+allocation and unit of attention. The one that diverges least from the dense model is taken. Allocation ``measured``
+needs what each cut costs, and measures it in cut models of the same ratio.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from seap_ray.config import PlanSettings
+from seap_ray.core.architecture import Shape
+from seap_ray.core.compensation import COMPENSATIONS
+from seap_ray.core.moments import SITES
+from seap_ray.core.plan import Plan
+from seap_ray.core.sensitivity import Sensitivities, even_cuts
+from seap_ray.core.widths import WidthConstraints, widest_unit
+from seap_ray.errors import ConfigError
+from seap_ray.models.export import CheckpointExport
+from seap_ray.pipeline.divergences import Measured, Trial, measure_all
+from seap_ray.pipeline.model_specs import ModelSpec, model_specs, pruning_section
+from seap_ray.pipeline.planner import Planner
+from seap_ray.progress import Progress
+from seap_ray.storage.run import fingerprint
+
+REPAIRS = (("wifv", "least_squares"), ("wifv", "mean"), ("wifv", "none"), ("energy", "none"))
+"""Scores and compensations that ``auto`` judges; of equally good ones the first is taken."""
+ALLOCATIONS = ("measured", "uniform", "logistic", "global")
+"""Allocations that ``auto`` judges."""
+ROUNDS = 3
+"""Cut models in which ``measured`` measures costs: one that is cut evenly, then the plans that follow from these."""
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model that is planned and not written yet: what the next step, ``checkpoint_writer``, gets."""
+
+    spec: ModelSpec
+    export: CheckpointExport
+    """The base, the plan, and the statistics that the plan's compensation needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A plan that was judged, with its settings."""
+
+    plan: Plan
+    settings: PlanSettings
+    measured: Measured
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings that were open, and the figures in nats a token, for the plan's file."""
+        settings = self.settings.model_dump(include={"score", "compensation", "allocation", "attention_unit"})
+        divergence = self.measured.divergence
+        return {
+            **settings,
+            "divergence": divergence.mean,
+            "stderr": divergence.stderr,
+            "loss": self.measured.loss.mean,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a model's plan is made with: settings that leave nothing open, and all that were judged."""
+
+    settings: PlanSettings
+    shapes: tuple[Shape, ...] | None = None
+    """Widths of all layers where they were measured, or shared with other models; None: by the settings."""
+    judged: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True)
+class PlanChooser:
+    """Chooses the plan of every model."""
+
+    planner: Planner
+    progress: Progress
+    _decisions: dict[str, Decision] = field(default_factory=dict)
+    """Decisions by what they depend on, so that the experts' common one is made once."""
+
+    def plan_all(self) -> list[PlannedModel]:
+        """Plan every model that the config asks for at every ratio, ratio by ratio.
+
+        Raises ConfigError for the first ratio that floors, caps and protection do not allow.
+        """
+        config = self.planner.config
+        wanted = [(spec, ratio) for ratio in config.pruning.ratio for spec in model_specs(config)]
+        return self.plan_models(wanted)
+
+    def plan_models(self, wanted: Sequence[tuple[ModelSpec, float]]) -> list[PlannedModel]:
+        """Plan models at ratios. Raises ConfigError for the first ratio that cannot be met."""
+        # Measured side by side, before each is decided by itself.
+        self._measure(trial for spec, ratio in wanted for trial in self._repair_trials(spec, ratio))
+        return [self.plan_model(spec, ratio) for spec, ratio in wanted]
+
+    def plan_model(self, spec: ModelSpec, ratio: float) -> PlannedModel:
+        """Plan a model at a ratio. Raises ConfigError where floors, caps and protection do not allow the ratio."""
+        decision = self.decide(spec, ratio)
+        spec = replace(spec, settings=decision.settings)
+        plan = self.planner.plan(spec, ratio, decision.shapes)
+        judged = tuple(candidate.to_json() for candidate in decision.judged)
+        return PlannedModel(spec, self.planner.export(spec, replace(plan, judged=judged)))
+
+    def decide(self, spec: ModelSpec, ratio: float) -> Decision:
+        """Choose what a model's settings leave open. Raises ConfigError where no choice meets the ratio."""
+        key = fingerprint(asdict(spec), ratio)
+        if key not in self._decisions:
+            self._decisions[key] = self._decided(spec, ratio)
+        return self._decisions[key]
+
+    def _decided(self, spec: ModelSpec, ratio: float) -> Decision:
+        settings = spec.settings
+        if settings.allocation == "depth" or not ratio:
+            # Nothing is cut that a score would rank or a compensation make up for.
+            return Decision(self._with_unit(_closed(settings, *REPAIRS[-1])))
+
+        repaired, judged = self._repaired(spec, ratio)
+        if settings.allocation not in ("auto", "measured"):
+            return Decision(self._with_unit(repaired.settings), judged=judged)
+
+        leader = self._leader(repaired)
+        if leader is not None:
+            # One engine holds all models whose widths are the same.
+            common = self.decide(leader, ratio)
+            chosen = {name: getattr(common.settings, name) for name in ("allocation", "attention_unit")}
+            settings = repaired.settings.model_copy(update=chosen)
+            return Decision(settings, common.shapes, judged)
+        return self._allocated(repaired, ratio, judged)
+
+    def _leader(self, spec: ModelSpec) -> ModelSpec | None:
+        """Return the general model with an expert's allocation, where the experts share its widths."""
+        if spec.kind != "expert" or not self.planner.config.pruning.allocation.shared:
+            return None
+        general = next(other for other in model_specs(self.planner.config) if other.kind == "general")
+        common = spec.settings.model_dump(include={"allocation", "attention_unit", "k", "x0", "budget"})
+        return replace(general, settings=general.settings.model_copy(update=common))
+
+    def _with_unit(self, settings: PlanSettings) -> PlanSettings:
+        """Close the unit of attention where nothing is to be judged."""
+        if settings.attention_unit != "auto":
+            return settings
+        return settings.model_copy(update={"attention_unit": widest_unit(self.planner.checkpoint.architecture)})
+
+    # --- score and compensation --------------------------------------------------------------------------------------
+
+    def _repaired(self, spec: ModelSpec, ratio: float) -> tuple[ModelSpec, tuple[Candidate, ...]]:
+        """Close a model's score and compensation; return what was judged for that."""
+        if "auto" not in (spec.settings.score, spec.settings.compensation):
+            return spec, ()
+        candidates = self._candidates(spec, self._repair_plans(spec, ratio))
+        best = min(candidates, key=_divergence)
+        chosen = {"score": best.settings.score, "compensation": best.settings.compensation}
+        settings = spec.settings.model_copy(update=chosen)
+        # A single candidate tells nothing.
+        return replace(spec, settings=settings), candidates if len(candidates) > 1 else ()
+
+    def _repair_trials(self, spec: ModelSpec, ratio: float) -> list[Trial]:
+        """Return what is measured to close a model's score and compensation."""
+        settings = spec.settings
+        if settings.allocation == "depth" or not ratio or "auto" not in (settings.score, settings.compensation):
+            return []
+        return [self._trial(spec, [plan for plan, _ in self._repair_plans(spec, ratio)])]
+
+    def _repair_plans(self, spec: ModelSpec, ratio: float) -> list[tuple[Plan, PlanSettings]]:
+        """Return a plan by every score and compensation that a model may have, all of the same kind of widths."""
+        settings = spec.settings
+        # Widths that are measured depend on the repair, so that repairs are judged at even ones.
+        update: dict[str, Any] = {}
+        if settings.allocation in ("auto", "measured"):
+            update["allocation"] = "uniform"
+            update["attention_unit"] = "none" if settings.attention_unit == "auto" else settings.attention_unit
+        even = self._with_unit(settings.model_copy(update=update))
+
+        has_covariances = self.planner.config.calibration.statistics == "covariance"
+        closed: list[PlanSettings] = []
+        for score, compensation in REPAIRS:
+            if has_covariances or COMPENSATIONS[compensation].required != "covariance":
+                repair = _closed(even, score, compensation)
+                if settings.compensation in ("auto", compensation) and repair not in closed:
+                    closed.append(repair)
+
+        plans = self._plans(spec, closed, ratio)
+        if not plans and even.attention_unit == "none":
+            # The MLP alone may not have as much as goes.
+            widest = [each.model_copy(update={"attention_unit": "auto"}) for each in closed]
+            plans = self._plans(spec, [self._with_unit(each) for each in widest], ratio)
+        return plans or [self._plan(spec, closed[0], ratio)]
+
+    # --- allocation and unit of attention ----------------------------------------------------------------------------
+
+    def _allocated(self, spec: ModelSpec, ratio: float, judged: tuple[Candidate, ...]) -> Decision:
+        """Close a model's allocation and unit of attention."""
+        allocation = spec.settings.allocation
+        unit = spec.settings.attention_unit
+        widest = widest_unit(self.planner.checkpoint.architecture)
+        units = list(dict.fromkeys(["none", widest])) if unit == "auto" else [unit]
+        allocations = ALLOCATIONS if allocation == "auto" else [allocation]
+
+        closed: list[PlanSettings] = []
+        for kind in allocations:
+            for each in units:
+                closed.append(spec.settings.model_copy(update={"allocation": kind, "attention_unit": each}))
+        plans = self._plans(spec, closed, ratio)
+        if not plans:
+            # The reason why the last one, which may take most, cannot be.
+            plans = [self._plan(spec, closed[-1], ratio)]
+
+        if len(plans) == 1:
+            ((plan, settings),) = plans
+            return Decision(settings, plan.shapes, judged)
+        candidates = self._candidates(spec, plans)
+        best = min(candidates, key=_divergence)
+        return Decision(best.settings, best.plan.shapes, judged + candidates)
+
+    def _plans(self, spec: ModelSpec, closed: Iterable[PlanSettings], ratio: float) -> list[tuple[Plan, PlanSettings]]:
+        """Return the plans of those settings that can meet the ratio."""
+        plans: list[tuple[Plan, PlanSettings]] = []
+        for settings in closed:
+            try:
+                plans.append(self._plan(spec, settings, ratio))
+            except ConfigError:
+                continue
+        return plans
+
+    def _plan(self, spec: ModelSpec, settings: PlanSettings, ratio: float) -> tuple[Plan, PlanSettings]:
+        """Return the plan by settings that leave nothing open. Raises ConfigError where it cannot meet the ratio."""
+        closed = replace(spec, settings=settings)
+        shapes = self._measured_shapes(closed, ratio) if settings.allocation == "measured" else None
+        return self.planner.plan(closed, ratio, shapes), settings
+
+    def _candidates(self, spec: ModelSpec, plans: Sequence[tuple[Plan, PlanSettings]]) -> tuple[Candidate, ...]:
+        """Judge plans of a model."""
+        (measured,) = self._measure([self._trial(spec, [plan for plan, _ in plans])])
+        pairs = zip(plans, measured, strict=True)
+        return tuple(Candidate(plan, settings, figures) for (plan, settings), figures in pairs)
+
+    # --- measured widths ---------------------------------------------------------------------------------------------
+
+    def _measured_shapes(self, spec: ModelSpec, ratio: float) -> list[Shape]:
+        """Return the widths whose cuts cost least together, by their costs in several cut models.
+
+        Raises ConfigError where floors, caps and protection do not allow the ratio.
+        """
+        planner = self.planner
+        pruning = pruning_section(planner.config, spec.settings)
+        is_stock = planner.config.export.format == "stock"
+        adds_biases = COMPENSATIONS[pruning.compensation].adds_biases
+        constraints_L = WidthConstraints.of(
+            planner.checkpoint.architecture, pruning, adds_biases=adds_biases, stock=is_stock
+        )
+        scores_L = planner.scores(spec)
+
+        def sensitivities_in(cut_models: Sequence[Sequence[Shape]]) -> list[Sensitivities]:
+            """Measure what the cuts of some models cost."""
+            trials: list[Trial] = []
+            for shapes in cut_models:
+                trials.append(self._trial(spec, [planner.plan(spec, ratio, shapes)], by_site=True))
+            costs = [measured.costs for (measured,) in self._measure(trials)]
+            pairs = zip(cut_models, costs, strict=True)
+            return [Sensitivities.of_costs(constraints_L, scores_L, shapes, each) for shapes, each in pairs]
+
+        # Each site alone: with both cut evenly at once, attention would hide what the MLP costs.
+        even = [even_cuts(constraints_L, site, ratio) for site in SITES]
+        contexts = sensitivities_in([shapes for shapes in even if shapes])
+        for _ in range(ROUNDS - 1):
+            shapes = planner.shapes(spec, ratio, scores_L, Sensitivities.geometric_mean(contexts))
+            contexts += sensitivities_in([shapes])
+        return planner.shapes(spec, ratio, scores_L, Sensitivities.geometric_mean(contexts))
+
+    # --- measurements ------------------------------------------------------------------------------------------------
+
+    def _trial(self, spec: ModelSpec, plans: Sequence[Plan], *, by_site: bool = False) -> Trial:
+        planner = self.planner
+        exports = [planner.export(spec, plan, is_judged=True) for plan in plans]
+        return Trial.of(planner.config, exports, planner.held_out_tokens(spec), by_site=by_site)
+
+    def _measure(self, trials: Iterable[Trial]) -> list[list[Measured]]:
+        return measure_all(self.planner.config, self.planner.run, [*trials], self.progress)
+
+
+def _closed(settings: PlanSettings, score: str, compensation: str) -> PlanSettings:
+    """Return settings with a score and a compensation where these are left open."""
+    update: dict[str, str] = {}
+    if settings.score == "auto":
+        update["score"] = score
+    if settings.compensation == "auto":
+        update["compensation"] = compensation
+    return settings.model_copy(update=update)
+
+
+def _divergence(candidate: Candidate) -> float:
+    return candidate.measured.divergence.mean
