@@ -5,6 +5,7 @@ First the widths of every layer are chosen (``seap_ray.core.allocation``), then 
 Letters: K key-value groups, G query heads of a group, H query heads, E MoE experts, C channels.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from seap_ray.core.architecture import Architecture, Layer, Shape, Unit
 from seap_ray.core.compensation import Compensation
+from seap_ray.core.moments import Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,9 @@ class Plan:
     """Layers of the base that go as a whole, ascending."""
     judged: tuple[dict[str, Any], ...] = ()
     """Settings and figures of all plans that were judged before this one was taken."""
+    predicted: tuple[Mapping[Site, float], ...] = ()
+    """By how much the cut of each site of every layer of the base raises the loss, in nats a token, as far as single
+    sites can tell; empty where that was not measured."""
 
     @property
     def layers(self) -> tuple[int, ...]:

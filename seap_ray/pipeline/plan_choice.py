@@ -5,14 +5,15 @@ allocation and unit of attention. The one that diverges least from the dense mod
 needs what each cut costs, and measures it in cut models of the same ratio.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from seap_ray.config import PlanSettings
 from seap_ray.core.architecture import Shape
 from seap_ray.core.compensation import COMPENSATIONS
-from seap_ray.core.moments import SITES
+from seap_ray.core.moments import SITES, Site
 from seap_ray.core.plan import Plan
 from seap_ray.core.sensitivity import Sensitivities, even_cuts
 from seap_ray.core.widths import WidthConstraints, widest_unit
@@ -48,16 +49,20 @@ class Candidate:
     plan: Plan
     settings: PlanSettings
     measured: Measured
+    predicted: tuple[Mapping[Site, float], ...] = ()
+    """What the cuts of every layer cost, as ``Sensitivities.predicted`` returns it; empty where nothing is known."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings that were open, and the figures in nats a token, for the plan's file."""
         settings = self.settings.model_dump(include={"score", "compensation", "allocation", "attention_unit"})
         divergence = self.measured.divergence
+        costs = [cost for sites in self.predicted for cost in sites.values()]
         return {
             **settings,
             "divergence": divergence.mean,
             "stderr": divergence.stderr,
             "loss": self.measured.loss.mean,
+            **({"predicted": math.fsum(costs)} if costs else {}),
         }
 
 
@@ -69,6 +74,8 @@ class Decision:
     shapes: tuple[Shape, ...] | None = None
     """Widths of all layers where they were measured, or shared with other models; None: by the settings."""
     judged: tuple[Candidate, ...] = ()
+    predicted: tuple[Mapping[Site, float], ...] = ()
+    """What the cuts of every layer cost; empty where that was not measured for this model."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,8 @@ class PlanChooser:
     progress: Progress
     _decisions: dict[str, Decision] = field(default_factory=dict)
     """Decisions by what they depend on, so that the experts' common one is made once."""
+    _sensitivities: dict[str, Sensitivities] = field(default_factory=dict)
+    """Sensitivities by what they depend on; what is not cut by them is predicted by them, too."""
 
     def plan_all(self) -> list[PlannedModel]:
         """Plan every model that the config asks for at every ratio, ratio by ratio.
@@ -101,7 +110,7 @@ class PlanChooser:
         spec = replace(spec, settings=decision.settings)
         plan = self.planner.plan(spec, ratio, decision.shapes)
         judged = tuple(candidate.to_json() for candidate in decision.judged)
-        return PlannedModel(spec, self.planner.export(spec, replace(plan, judged=judged)))
+        return PlannedModel(spec, self.planner.export(spec, replace(plan, judged=judged, predicted=decision.predicted)))
 
     def decide(self, spec: ModelSpec, ratio: float) -> Decision:
         """Choose what a model's settings leave open. Raises ConfigError where no choice meets the ratio."""
@@ -209,10 +218,10 @@ class PlanChooser:
 
         if len(plans) == 1:
             ((plan, settings),) = plans
-            return Decision(settings, plan.shapes, judged)
+            return Decision(settings, plan.shapes, judged, self._predicted(spec, settings, plan))
         candidates = self._candidates(spec, plans)
         best = min(candidates, key=_divergence)
-        return Decision(best.settings, best.plan.shapes, judged + candidates)
+        return Decision(best.settings, best.plan.shapes, judged + candidates, best.predicted)
 
     def _plans(self, spec: ModelSpec, closed: Iterable[PlanSettings], ratio: float) -> list[tuple[Plan, PlanSettings]]:
         """Return the plans of those settings that can meet the ratio."""
@@ -233,13 +242,32 @@ class PlanChooser:
     def _candidates(self, spec: ModelSpec, plans: Sequence[tuple[Plan, PlanSettings]]) -> tuple[Candidate, ...]:
         """Judge plans of a model."""
         (measured,) = self._measure([self._trial(spec, [plan for plan, _ in plans])])
-        pairs = zip(plans, measured, strict=True)
-        return tuple(Candidate(plan, settings, figures) for (plan, settings), figures in pairs)
+        candidates: list[Candidate] = []
+        for (plan, settings), figures in zip(plans, measured, strict=True):
+            candidates.append(Candidate(plan, settings, figures, self._predicted(spec, settings, plan)))
+        return tuple(candidates)
 
     # --- measured widths ---------------------------------------------------------------------------------------------
 
     def _measured_shapes(self, spec: ModelSpec, ratio: float) -> list[Shape]:
-        """Return the widths whose cuts cost least together, by their costs in several cut models.
+        """Return the widths whose cuts cost least together.
+
+        Raises ConfigError where floors, caps and protection do not allow the ratio.
+        """
+        sensitivities = self._measured_sensitivities(spec, ratio)
+        self._sensitivities[_sensitivities_key(spec, ratio)] = sensitivities
+        return self.planner.shapes(spec, ratio, self.planner.scores(spec), sensitivities)
+
+    def _predicted(self, spec: ModelSpec, settings: PlanSettings, plan: Plan) -> tuple[Mapping[Site, float], ...]:
+        """Return what the cuts of a plan cost, whatever its allocation; nothing where no costs were measured."""
+        closed = replace(spec, settings=settings.model_copy(update={"allocation": "measured"}))
+        sensitivities = self._sensitivities.get(_sensitivities_key(closed, plan.requested))
+        if sensitivities is None:
+            return ()
+        return tuple(sensitivities.predicted(self.planner.checkpoint.architecture, plan.shapes))
+
+    def _measured_sensitivities(self, spec: ModelSpec, ratio: float) -> Sensitivities:
+        """Return what cuts cost, as the geometric mean of their costs in several cut models.
 
         Raises ConfigError where floors, caps and protection do not allow the ratio.
         """
@@ -267,7 +295,7 @@ class PlanChooser:
         for _ in range(ROUNDS - 1):
             shapes = planner.shapes(spec, ratio, scores_L, Sensitivities.geometric_mean(contexts))
             contexts += sensitivities_in([shapes])
-        return planner.shapes(spec, ratio, scores_L, Sensitivities.geometric_mean(contexts))
+        return Sensitivities.geometric_mean(contexts)
 
     # --- measurements ------------------------------------------------------------------------------------------------
 
@@ -288,6 +316,10 @@ def _closed(settings: PlanSettings, score: str, compensation: str) -> PlanSettin
     if settings.compensation == "auto":
         update["compensation"] = compensation
     return settings.model_copy(update=update)
+
+
+def _sensitivities_key(spec: ModelSpec, ratio: float) -> str:
+    return fingerprint(asdict(spec), ratio)
 
 
 def _divergence(candidate: Candidate) -> float:

@@ -54,6 +54,7 @@ def describe_plan(plan: Plan, architecture: Architecture) -> dict[str, Any]:
 
     # Nothing was judged of what the settings left open to nobody.
     judged = {"judged": list(plan.judged)} if plan.judged else {}
+    predicted = {"predicted": list(plan.predicted)} if plan.predicted else {}
 
     return {
         "name": plan.name,
@@ -63,5 +64,6 @@ def describe_plan(plan: Plan, architecture: Architecture) -> dict[str, Any]:
         **plan.provenance,
         **kept_layers,
         **judged,
+        **predicted,
         "layers": widths,
     }
