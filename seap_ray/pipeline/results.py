@@ -8,6 +8,7 @@ from typing import Any
 
 from seap_ray.config import Config
 from seap_ray.models.checkpoint import Checkpoint, versions
+from seap_ray.models.loading import model_dtype
 from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, checkpoint_sizes, kv_bytes
 from seap_ray.pipeline.evaluate import SEAP_RAY_JUDGE, EvalResult, EvalTask, Failure
 from seap_ray.report.rows import Cell, FailedCell, ModelRow, QualityCell, Results, SpeedCell, TaskRow
@@ -119,6 +120,7 @@ def _mean(values: Sequence[Any]) -> Any:
 
 def make_results(
     config: Config,
+    checkpoint: Checkpoint,
     eval_tasks: Mapping[str, EvalTask | Failure],
     models: Sequence[ModelRow],
     router: dict[str, Any] | None,
@@ -135,6 +137,8 @@ def make_results(
         seed=config.run.seed,
         command=shlex.join(("python", *sys.argv)),
         versions=versions(),
+        # The base decides for all models, whatever the type of their own weights.
+        dtype=str(model_dtype(config.model, checkpoint)).removeprefix("torch."),
     )
 
 

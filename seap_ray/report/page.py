@@ -228,7 +228,7 @@ def facts(data: RunData) -> dict[str, str]:
     entries = {
         "Model": " ".join(filter(None, (model.get("source"), model.get("revision")))),
         "Parameters": f"{data.dense.parameters:,}" if data.dense else "",
-        "Dtype": model.get("dtype", ""),
+        "Dtype": _dtype(model.get("dtype", ""), data.main.dtype),
         "Requested ratio": ", ".join(map(percent, data.ratios)),
         "Pruning": _method(config["pruning"]) if "pruning" in config else "",
         "Seed": str(config["run"]["seed"]) if "run" in config else "",
@@ -236,6 +236,14 @@ def facts(data: RunData) -> dict[str, str]:
     }
 
     return {name: value for name, value in entries.items() if value}
+
+
+def _dtype(setting: str, computed_in: str) -> str:
+    """Return the type that models computed in; with ``auto`` where the base's weights decided."""
+    # A results file of an older version holds the setting alone.
+    if setting == "auto" and computed_in:
+        return f"{computed_in} (auto)"
+    return computed_in or setting
 
 
 def _method(pruning: Mapping[str, Any]) -> str:

@@ -186,6 +186,8 @@ class Results:
     seed: int | None = None
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    dtype: str = ""
+    """Type that every model computed in, such as ``float32``; empty in a file of an older version."""
     table: StudyTable | None = None
     """The study's table; None for the main job."""
 
@@ -205,6 +207,7 @@ class Results:
             content.get("seed"),
             content.get("command", ""),
             content.get("versions", {}),
+            content.get("dtype", ""),
             table,
         )
 
@@ -215,6 +218,7 @@ class Results:
             "command": self.command,
             "config": self.config,
             "seed": self.seed,
+            "dtype": self.dtype,
             "tasks": {name: task.to_json() for name, task in self.tasks.items()},
             "models": [model.to_json() for model in self.models],
             "router": self.router,

@@ -93,7 +93,7 @@ def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
     result = RUNS[config.study](runner)
 
     rows = [model.row for model in result.models]
-    results = make_results(config, runner.eval_tasks, rows, router)
+    results = make_results(config, checkpoint, runner.eval_tasks, rows, router)
     study_table = StudyTable(config.study, study.title, study.question, result.columns, result.cells)
     _write_files(run, replace(results, table=study_table))
 

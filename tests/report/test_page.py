@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from seap_ray.errors import ConfigError
-from seap_ray.report.page import save_figures, sections, write_report
+from seap_ray.report.page import facts, save_figures, sections, write_report
 from seap_ray.report.run_data import RunData
 from seap_ray.storage.run import Run
 from tests.support.browser import MISSING, chromium
@@ -103,6 +103,19 @@ def test_the_facts_of_the_run_are_told(run):
     text = page_of(run).text
     for fact in ("1,000,000", "20 %, 40 %", "score wifv, allocation logistic (k 1, x0 0.3)", "seap-ray 0.1.0", "3,702"):
         assert fact in text
+
+
+def test_the_type_that_models_were_judged_in_is_told(tmp_path):
+    judged = make_run(tmp_path / "demo")
+    # The results of an older version held the setting alone.
+    assert facts(RunData.of(judged))["Dtype"] == "auto"
+
+    edit(judged.results, lambda values: values.update(dtype="bfloat16"))
+    assert facts(RunData.of(judged))["Dtype"] == "bfloat16 (auto)"
+
+    edit(judged.results, lambda values: values["config"]["model"].update(dtype="float32"))
+    edit(judged.results, lambda values: values.update(dtype="float32"))
+    assert facts(RunData.of(judged))["Dtype"] == "float32"
 
 
 def test_rows_that_do_not_count_are_told_by_task_and_reason(run, tmp_path):
