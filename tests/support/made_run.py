@@ -53,7 +53,15 @@ def make_run(
     config = Config.model_validate(
         {
             "tasks": list(TASKS),
-            "pruning": {"ratio": ratios, "baselines": {"uniform": {"allocation": "uniform", "score": "energy"}}},
+            # Nothing is left to be judged, which would need a model.
+            "pruning": {
+                "ratio": ratios,
+                "score": "wifv",
+                "compensation": "mean",
+                "allocation": {"kind": "logistic"},
+                "attention_unit": "group",
+                "baselines": {"uniform": {"allocation": "uniform", "score": "energy"}},
+            },
         }
     )
     write_json(run.config, config.model_dump(mode="json"))
@@ -86,7 +94,7 @@ def make_planner(config: Config, run: Run, model: str = "llama_gqa") -> Planner:
     save_norms(run.statistics("weight_norms"), weights)
     checkpoint: Any = SimpleNamespace(architecture=architecture)
     files = {task: run.statistics(task) for task in TASKS}
-    return Planner(config, checkpoint, statistics, weights, dict.fromkeys(TASKS, "hash"), files, run)
+    return Planner(config, checkpoint, statistics, weights, dict.fromkeys(TASKS, "hash"), files, run, held_out={})
 
 
 def _sum(parts: list[Statistics]) -> Statistics:
