@@ -256,7 +256,7 @@ class PruningSection(Section):
     key-value cache. `head`: the same number of query heads from every group. `none`: nothing, the MLP alone is
     pruned. `auto`: `group`, or where no engine serves that `head`, else `none`; under allocation `auto` the better of
     this and `none` on held-out tokens."""
-    held_out_tokens: int = Field(default=2048, ge=1)
+    held_out_tokens: int = Field(default=1024, ge=1)
     """Tokens of each task, from its last shard, on which `auto` and `measured` judge plans. The statistics that
     compensate these plans leave this shard's covariances out."""
     align: AtLeastOne | Literal["auto"] = "auto"

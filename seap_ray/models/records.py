@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -256,11 +256,21 @@ class PooledCovariance:
     held_out: tuple[StoragePath | None, ...] = ()
     """A record of each source whose tokens are left out, None for none; empty: none at all."""
 
+    _last_layer: dict[tuple[int, Site], Covariance] = field(default_factory=dict, repr=False, compare=False)
+    """Covariances of the layer that was asked for last, where tokens are held out: many cuts of it are judged then."""
+
     def __getitem__(self, key: tuple[int, Site]) -> Covariance:
         """Return the pooled covariance of one (layer, site), float64."""
-        held_out = self.held_out or (None,) * len(self.sources)
-        pairs = zip(self.sources, held_out, strict=True)
-        return pooled_covariance((_fitted(source, record, key) for source, record in pairs), self.weights)
+        if not self.held_out:
+            return pooled_covariance((load_covariance(source, key) for source in self.sources), self.weights)
+        if key not in self._last_layer:
+            # No more than the sites of a layer are kept, since each is a matrix of D x D.
+            if any(layer != key[0] for layer, _ in self._last_layer):
+                self._last_layer.clear()
+            pairs = zip(self.sources, self.held_out, strict=True)
+            fitted = (_fitted(source, record, key) for source, record in pairs)
+            self._last_layer[key] = pooled_covariance(fitted, self.weights)
+        return self._last_layer[key]
 
     def ridge_of(self, key: tuple[int, Site]) -> float:
         """Return the ridge of one (layer, site): the geometric mean of the sources' ridges, by weight."""

@@ -1,8 +1,8 @@
 """Divergences: cut models in, how far each is from the dense model on held-out calibration tokens out.
 
 The last shard of every task is held out: the covariances that compensate a cut model which is measured on it are those
-of the task's other shards. A Ray task measures a trial, and what was measured is kept in the run, so that the same
-command resumes what was cut short.
+of the task's other shards. A Ray task measures models on the tokens of one task; what was measured is kept in the run, so
+that the same command resumes what was cut short.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from torch import Tensor
 
 from seap_ray.config import Config
 from seap_ray.core.moments import Site
@@ -21,7 +20,6 @@ from seap_ray.models.divergence import Divergence, measure_divergence
 from seap_ray.models.export import CheckpointExport
 from seap_ray.models.forward import OpenedLayers
 from seap_ray.models.hidden_states import HiddenBatch
-from seap_ray.models.predictions import count_sequences
 from seap_ray.models.records import PooledCovariance
 from seap_ray.models.sequences import Sequences
 from seap_ray.pipeline.shard_records import ShardRecords
@@ -54,29 +52,6 @@ def held_out_shard(records: ShardRecords, shards: Sequence[Shard]) -> HeldOutSha
 
 
 @dataclass(frozen=True, slots=True)
-class HeldOut:
-    """Held-out tokens of some tasks."""
-
-    shards: tuple[Shard, ...]
-    weights: tuple[float, ...]
-    """What the tokens of each shard count together."""
-    n_tokens: int
-    """Tokens that are read of each shard at the least, sequence by sequence, where it has so many."""
-
-    def sequences(self, run: Run) -> Iterator[Sequences]:
-        """Read the first sequences of every shard, up to the one that reaches the number of tokens."""
-        for shard in self.shards:
-            sequences: list[Any] = []
-            n_tokens = 0
-            for sequence in shard.sequences(run):
-                if n_tokens >= self.n_tokens:
-                    break
-                sequences.append(sequence)
-                n_tokens += len(sequence)
-            yield sequences
-
-
-@dataclass(frozen=True, slots=True)
 class Measured:
     """How far a cut model is from the dense one on held-out tokens, in nats a token."""
 
@@ -90,38 +65,59 @@ class Measured:
 
 @dataclass(frozen=True)
 class Trial:
-    """Cut models that are measured by one Ray task, with what the figures depend on."""
+    """Cut models that are measured together on the held-out tokens of one task, by one Ray task."""
 
     exports: tuple[CheckpointExport, ...]
-    held_out: HeldOut
+    shard: Shard
+    n_tokens: int
+    """Tokens that are read of the shard at the least, sequence by sequence, where it has so many."""
     by_site: bool
     """Measure what each cut costs, too; takes five forward passes in place of one."""
     key: str
 
     @classmethod
-    def of(
-        cls, config: Config, exports: Sequence[CheckpointExport], held_out: HeldOut, *, by_site: bool = False
-    ) -> "Trial":
+    def of(cls, config: Config, exports: Sequence[CheckpointExport], shard: Shard, *, by_site: bool) -> "Trial":
         """Name everything that the figures depend on: the model, the tokens, and what is cut and how it is repaired."""
         settings = config.calibration
-        base = exports[0].base
+        n_tokens = config.pruning.held_out_tokens
         cuts = [(export.plan.compensation.name, export.plan.kept, export.plan.dropped) for export in exports]
         statistics = [_statistics_of(export) for export in exports]
-        shards = [shard.sha256 for shard in held_out.shards]
-        key = fingerprint(
-            *(SCHEMA, base.fingerprint, config.model.dtype, settings.batch_tokens, settings.skip_first_token),
-            *(shards, held_out.weights, held_out.n_tokens, cuts, statistics, by_site),
-        )
-        return cls(tuple(exports), held_out, by_site, key)
+        model = exports[0].base.fingerprint, config.model.dtype, settings.batch_tokens, settings.skip_first_token
+        key = fingerprint(SCHEMA, model, shard.sha256, n_tokens, cuts, statistics, by_site)
+        return cls(tuple(exports), shard, n_tokens, by_site, key)
 
-    def artifact(self, run: Run) -> Artifact[list[dict[str, Any]]]:
+    def artifact(self, run: Run) -> Artifact[dict[str, Any]]:
         """Return the file of what is measured."""
-        return Artifact(run.divergences / f"{self.key[:20]}.json", self.key, JsonFile())
+        return Artifact(run.divergences(self.shard.task) / f"{self.key[:20]}.json", self.key, JsonFile())
+
+    def sequences(self, run: Run) -> Sequences:
+        """Read the first sequences of the shard, up to the one that reaches the number of tokens."""
+        sequences: list[Any] = []
+        n_tokens = 0
+        for sequence in self.shard.sequences(run):
+            if n_tokens >= self.n_tokens:
+                break
+            sequences.append(sequence)
+            n_tokens += len(sequence)
+        return sequences
+
+
+@dataclass(frozen=True)
+class PooledTrial:
+    """Cut models that are measured on the held-out tokens of several tasks."""
+
+    trials: tuple[Trial, ...]
+    """A trial of the same models on each task."""
+    weights: tuple[float, ...]
+    """What the tokens of each task count together."""
 
     def load(self, run: Run) -> list[Measured]:
-        """Read what was measured of each model, over the tasks by their weights."""
-        content: Any = self.artifact(run).load()
-        return [_pooled(values, self.held_out.weights) for values in content["models"]]
+        """Read what was measured of each model, over the tasks by their weights.
+
+        Raises DataError where no task has a token to predict.
+        """
+        by_task = [trial.artifact(run).load()["models"] for trial in self.trials]
+        return [_pooled(figures, self.weights) for figures in zip(*by_task, strict=True)]
 
 
 def _statistics_of(export: CheckpointExport) -> Any:
@@ -132,17 +128,20 @@ def _statistics_of(export: CheckpointExport) -> Any:
     return sources, held_out
 
 
-def measure_all(config: Config, run: Run, trials: Sequence[Trial], progress: Progress) -> list[list[Measured]]:
+def measure_all(
+    config: Config, run: Run, pooled_trials: Sequence[PooledTrial], progress: Progress
+) -> list[list[Measured]]:
     """Measure the models of every trial, side by side on the cluster; what was measured before is read.
 
-    Raises what a worker raises.
+    Raises what a worker raises, and DataError where no task has a token to predict.
     """
+    trials = [trial for pooled in pooled_trials for trial in pooled.trials]
     missing = {trial.key: trial for trial in trials if not trial.artifact(run).is_made()}
     if missing:
         total = sum(len(trial.exports) for trial in missing.values())
-        for _ in progress(_measure_missing(config, run, [*missing.values()]), total, "judging plans", " plans"):
+        for _ in progress(_measure_missing(config, run, [*missing.values()]), total, "judging plans", " measurements"):
             pass
-    return [trial.load(run) for trial in trials]
+    return [pooled.load(run) for pooled in pooled_trials]
 
 
 def _measure_missing(config: Config, run: Run, trials: Sequence[Trial]) -> Iterator[int]:
@@ -162,60 +161,43 @@ def _measure_missing(config: Config, run: Run, trials: Sequence[Trial]) -> Itera
 
 
 def _measure(config: Config, run: Run, trial: Trial) -> None:
-    """Measure the models of a trial and write the figures of every task."""
+    """Measure the models of a trial and write their figures."""
     layers = OpenedLayers.open(config, trial.exports[0].base)
-    batches: list[HiddenBatch] = []
-    # Sequences of a task follow one another, so its figures are those of a slice.
-    tasks: list[slice] = []
-    start = 0
-    for sequences in trial.held_out.sequences(run):
-        batches_of_task = layers.embed(sequences)
-        stop = start + sum(map(count_sequences, batches_of_task))
-        tasks.append(slice(start, stop))
-        start = stop
-        batches += batches_of_task
-
+    batches = layers.embed(trial.sequences(run))
     measure = _costs if trial.by_site else _divergences
-    write_json(
-        trial.artifact(run).path, {"fingerprint": trial.key, "models": measure(layers, batches, trial.exports, tasks)}
-    )
+    figures = measure(layers, batches, trial.exports)
+    write_json(trial.artifact(run).path, {"fingerprint": trial.key, "models": figures})
 
 
 def _divergences(
-    layers: OpenedLayers, batches: Sequence[HiddenBatch], exports: Sequence[CheckpointExport], tasks: Sequence[slice]
-) -> list[list[Figures]]:
-    """Return the figures of every model by task, of all models in one pass over the layers."""
+    layers: OpenedLayers, batches: Sequence[HiddenBatch], exports: Sequence[CheckpointExport]
+) -> list[Figures]:
+    """Return the figures of every model, all measured in one pass over the layers."""
     divergences = measure_divergence(layers.model, layers.forwards(), batches, exports)
-    by_model: list[list[Figures]] = []
-    for divergence in divergences:
-        by_model.append([_to_json(divergence, task, {}) for task in tasks])
-    return by_model
+    return [_to_json(divergence) for divergence in divergences]
 
 
-def _costs(
-    layers: OpenedLayers, batches: Sequence[HiddenBatch], exports: Sequence[CheckpointExport], tasks: Sequence[slice]
-) -> list[list[Figures]]:
-    """Return the figures of every model by task, with what each cut costs."""
-    by_model: list[list[Figures]] = []
+def _costs(layers: OpenedLayers, batches: Sequence[HiddenBatch], exports: Sequence[CheckpointExport]) -> list[Figures]:
+    """Return the figures of every model, with what each cut costs."""
+    figures: list[Figures] = []
     for export in exports:
         found = measure_cut_costs(layers.model, layers.forwards(), layers.backwards(), batches, export)
-        by_model.append([_to_json(found.divergence, task, found.sums) for task in tasks])
-    return by_model
+        figures.append(_to_json(found.divergence, found))
+    return figures
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _to_json(found: Divergence, task: slice, costs: Mapping[tuple[int, Site], Tensor]) -> dict[str, Any] | None:
-    """Return the figures of a model on the sequences of a task; None where these predict no token."""
-    divergence = found[task]
+def _to_json(divergence: Divergence, cut_costs: CutCosts | None = None) -> Figures:
+    """Return the figures of a model; None where no token is predicted."""
     if not divergence.tokens_N.sum():
         return None
-    by_site = CutCosts(found, costs).costs(task)
+    costs = cut_costs.costs() if cut_costs else {}
     return {
         "divergence": _pair(divergence.rise),
         "loss": _pair(divergence.loss),
-        "costs": [[layer, site, *_pair(cost)] for (layer, site), cost in by_site.items()],
+        "costs": [[layer, site, *_pair(cost)] for (layer, site), cost in costs.items()],
     }
 
 

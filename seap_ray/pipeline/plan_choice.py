@@ -19,7 +19,7 @@ from seap_ray.core.sensitivity import Sensitivities, even_cuts
 from seap_ray.core.widths import WidthConstraints, widest_unit
 from seap_ray.errors import ConfigError
 from seap_ray.models.export import CheckpointExport
-from seap_ray.pipeline.divergences import Measured, Trial, measure_all
+from seap_ray.pipeline.divergences import Measured, PooledTrial, Trial, measure_all
 from seap_ray.pipeline.model_specs import ModelSpec, model_specs, pruning_section
 from seap_ray.pipeline.planner import Planner
 from seap_ray.progress import Progress
@@ -29,8 +29,8 @@ REPAIRS = (("wifv", "least_squares"), ("wifv", "mean"), ("wifv", "none"), ("ener
 """Scores and compensations that ``auto`` judges; of equally good ones the first is taken."""
 ALLOCATIONS = ("measured", "uniform", "logistic", "global")
 """Allocations that ``auto`` judges."""
-ROUNDS = 3
-"""Cut models in which ``measured`` measures costs: one that is cut evenly, then the plans that follow from these."""
+ROUNDS = 2
+"""Cut models in which ``measured`` measures costs: one that is cut evenly, then the plan that follows from it."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class PlanChooser:
         # A single candidate tells nothing.
         return replace(spec, settings=settings), candidates if len(candidates) > 1 else ()
 
-    def _repair_trials(self, spec: ModelSpec, ratio: float) -> list[Trial]:
+    def _repair_trials(self, spec: ModelSpec, ratio: float) -> list[PooledTrial]:
         """Return what is measured to close a model's score and compensation."""
         settings = spec.settings
         if settings.allocation == "depth" or not ratio or "auto" not in (settings.score, settings.compensation):
@@ -282,7 +282,7 @@ class PlanChooser:
 
         def sensitivities_in(cut_models: Sequence[Sequence[Shape]]) -> list[Sensitivities]:
             """Measure what the cuts of some models cost."""
-            trials: list[Trial] = []
+            trials: list[PooledTrial] = []
             for shapes in cut_models:
                 trials.append(self._trial(spec, [planner.plan(spec, ratio, shapes)], by_site=True))
             costs = [measured.costs for (measured,) in self._measure(trials)]
@@ -299,12 +299,15 @@ class PlanChooser:
 
     # --- measurements ------------------------------------------------------------------------------------------------
 
-    def _trial(self, spec: ModelSpec, plans: Sequence[Plan], *, by_site: bool = False) -> Trial:
+    def _trial(self, spec: ModelSpec, plans: Sequence[Plan], *, by_site: bool = False) -> PooledTrial:
+        """Return the measurement of plans of a model on the held-out tokens of its tasks, by their weights."""
         planner = self.planner
-        exports = [planner.export(spec, plan, is_judged=True) for plan in plans]
-        return Trial.of(planner.config, exports, planner.held_out_tokens(spec), by_site=by_site)
+        exports = planner.judged_exports(spec, plans)
+        shards = [planner.held_out[task].shard for task in spec.weights]
+        trials = tuple(Trial.of(planner.config, exports, shard, by_site=by_site) for shard in shards)
+        return PooledTrial(trials, tuple(spec.weights.values()))
 
-    def _measure(self, trials: Iterable[Trial]) -> list[list[Measured]]:
+    def _measure(self, trials: Iterable[PooledTrial]) -> list[list[Measured]]:
         return measure_all(self.planner.config, self.planner.run, [*trials], self.progress)
 
 

@@ -15,7 +15,7 @@ import torch
 from seap_ray.config import Config, PruningSection
 from seap_ray.core.allocation import choose_dropped, choose_shapes
 from seap_ray.core.architecture import Shape
-from seap_ray.core.compensation import COMPENSATIONS
+from seap_ray.core.compensation import COMPENSATIONS, Compensation
 from seap_ray.core.moments import SITES, Moments, Site, Statistics, pooled_statistics
 from seap_ray.core.plan import Kept, Plan, keep
 from seap_ray.core.reconstruction import UNIT_SCORES
@@ -44,7 +44,7 @@ from seap_ray.models.records import (
     task_memory,
 )
 from seap_ray.pipeline.cluster import work_task
-from seap_ray.pipeline.divergences import HeldOut, HeldOutShard
+from seap_ray.pipeline.divergences import HeldOutShard
 from seap_ray.pipeline.model_specs import ModelSpec, pruning_section
 from seap_ray.storage.artifact import Artifact
 from seap_ray.storage.paths import StoragePath
@@ -72,25 +72,35 @@ class Planner:
     held_out: Mapping[str, HeldOutShard]
     """By name of the statistics, the shard on which plans that are made from them are judged."""
 
-    def export(self, spec: ModelSpec, plan: Plan, *, is_judged: bool = False) -> CheckpointExport:
-        """Add to a plan what its compensation needs; for a plan to be judged, without the held-out covariances."""
-        # Only what is needed, since every task that writes a file of this model is sent the statistics.
-        statistics: Statistics | PooledCovariance | None = None
-        if plan.compensation.required == "moments":
-            statistics = self.pooled_moments(spec)
-        elif plan.compensation.required == "covariance":
-            statistics = self.pooled_covariance(spec)
-            if is_judged:
-                records = tuple(self.held_out[task].record for task in spec.weights)
-                statistics = replace(statistics, held_out=records)
-
+    def export(self, spec: ModelSpec, plan: Plan) -> CheckpointExport:
+        """Add to a plan what its compensation needs."""
+        statistics = self.repair_statistics(spec, plan.compensation)
         is_stock = self.config.export.format == "stock"
         return CheckpointExport(self.checkpoint, plan, statistics, stock=is_stock)
 
-    def held_out_tokens(self, spec: ModelSpec) -> HeldOut:
-        """Return the tokens on which a model's plans are judged: those of its tasks, by their weights."""
-        shards = tuple(self.held_out[task].shard for task in spec.weights)
-        return HeldOut(shards, tuple(spec.weights.values()), self.config.pruning.held_out_tokens)
+    def judged_exports(self, spec: ModelSpec, plans: Sequence[Plan]) -> list[CheckpointExport]:
+        """Add to plans what their compensations need on held-out tokens: covariances are those of the other shards."""
+        held_out = tuple(self.held_out[task].record for task in spec.weights)
+        # Plans that are compensated alike share one object, which reads each covariance once for all.
+        shared: dict[str, Statistics | PooledCovariance | None] = {}
+        exports: list[CheckpointExport] = []
+        for plan in plans:
+            name = plan.compensation.name
+            if name not in shared:
+                statistics = self.repair_statistics(spec, plan.compensation)
+                if isinstance(statistics, PooledCovariance):
+                    statistics = replace(statistics, held_out=held_out)
+                shared[name] = statistics
+            exports.append(CheckpointExport(self.checkpoint, plan, shared[name]))
+        return exports
+
+    def repair_statistics(self, spec: ModelSpec, compensation: Compensation) -> Statistics | PooledCovariance | None:
+        """Return the statistics that a compensation needs, and no more, since every task of a model is sent them."""
+        if compensation.required == "moments":
+            return self.pooled_moments(spec)
+        if compensation.required == "covariance":
+            return self.pooled_covariance(spec)
+        return None
 
     def plan(self, spec: ModelSpec, ratio: float, shapes: Sequence[Shape] | None = None) -> Plan:
         """Choose what a model keeps at a ratio.

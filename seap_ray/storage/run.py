@@ -61,10 +61,9 @@ class Run:
         """Return the file of scores of units made from covariances, kept for a second plan and for the report."""
         return self.root / "statistics" / "scores" / f"{name}.safetensors"
 
-    @property
-    def divergences(self) -> StoragePath:
-        """Folder of what was measured of plans before anything was written, one file for the plans of a Ray task."""
-        return self.root / "divergences"
+    def divergences(self, task: str) -> StoragePath:
+        """Return the folder of what was measured of plans on a task's held-out tokens, before anything was written."""
+        return self.root / "divergences" / task
 
     def plan(self, ratio: float, name: str) -> StoragePath:
         """Return the file that says what a model keeps."""
