@@ -364,6 +364,26 @@ def test_the_likelihood_of_a_whole_text_is_that_of_lm_evals_own_loop(stories):
     assert lm.loglikelihood_rolling([request], disable_tqdm=True) == [pytest.approx(expected[0], rel=1e-5)]
 
 
+def test_answers_are_generated_in_batches_that_the_longest_prompt_allows(stories, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    model, encoding = stories
+    monkeypatch.setattr(HFLM, "generate_until", lambda _, requests: ["" for _ in requests])
+    # lm-eval's 256 new tokens are half of this context.
+    assert model.config.max_position_embeddings == 512
+
+    for text, batch_tokens, batch_size in (("a", 2048, 7), ("word " * 600, 2048, 4), ("a", 8, 1)):
+        lm = lm_eval.wrap(model, encoding, batch_tokens)
+        assert lm.max_gen_toks == 256
+        assert lm.generate_until([SimpleNamespace(args=("a", {})), SimpleNamespace(args=(text, {}))]) == ["", ""]
+        assert lm.batch_size_per_gpu == batch_size
+
+
+def test_lm_eval_is_imported_by_what_needs_it_alone():
+    code = "import sys, seap_ray.judges.lm_eval; assert 'lm_eval' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # --- token ids -------------------------------------------------------------------------------------------------------
 
 CHATML = (
