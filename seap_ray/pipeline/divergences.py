@@ -1,15 +1,16 @@
 """Divergences: cut models in, how far each is from the dense model on held-out calibration tokens out.
 
-The last shard of every task is held out: the covariances that compensate a cut model which is measured on it are those
-of the task's other shards. A Ray task measures models on the tokens of one task; what was measured is kept in the run, so
-that the same command resumes what was cut short.
+The last shard of every task is held out: covariances that compensate a cut model which is measured on it are those of
+the other shards. A Ray task measures models on the tokens of one task; what was measured is kept in the run, so that
+the same command resumes what was cut short.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
+from torch import Tensor
 
 from seap_ray.config import Config
 from seap_ray.core.moments import Site
@@ -20,8 +21,9 @@ from seap_ray.models.divergence import Divergence, measure_divergence
 from seap_ray.models.export import CheckpointExport
 from seap_ray.models.forward import OpenedLayers
 from seap_ray.models.hidden_states import HiddenBatch
-from seap_ray.models.records import PooledCovariance
+from seap_ray.models.records import PooledCovariance, task_memory
 from seap_ray.models.sequences import Sequences
+from seap_ray.pipeline.cluster import work_task
 from seap_ray.pipeline.shard_records import ShardRecords
 from seap_ray.pipeline.shards import Shard
 from seap_ray.progress import Progress
@@ -150,11 +152,68 @@ def _measure_missing(config: Config, run: Run, trials: Sequence[Trial]) -> Itera
     settings = config.calibration
     task = ray.remote(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)(_measure)
 
-    pending = {task.remote(config, run, ray.put(trial)): trial for trial in trials}
+    # Models are repaired once for the tokens of all tasks.
+    repaired: dict[tuple[int, ...], tuple[CheckpointExport, ...]] = {}
+    pending: dict[Any, Trial] = {}
+    for trial in trials:
+        models = tuple(map(id, trial.exports))
+        if models not in repaired:
+            repaired[models] = _with_repairs(trial.exports)
+        ready = replace(trial, exports=repaired[models])
+        pending[task.remote(config, run, ray.put(ready))] = trial
+
     while pending:
         (done,), _ = ray.wait(list(pending), num_returns=1)
         ray.get(done)
         yield len(pending.pop(done).exports)
+
+
+# --- repairs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class RepairedExport(CheckpointExport):
+    """A cut model whose output modules other Ray tasks repair, a layer each, for all models that are measured."""
+
+    place: int = 0
+    """Which of these models this is."""
+    repairs: Mapping[int, Any] = field(default_factory=dict)
+    """Reference to what ``_repair_layer`` returns, by the layer in the base."""
+
+    def compensated(self, layer: int, module: str) -> dict[str, Tensor]:
+        """Return the tensors of a layer's module that compensation makes, by kind, as soon as they are there."""
+        repaired = ray.get(self.repairs[self.plan.layers[layer]])
+        tensors: dict[str, Tensor] = repaired[self.place].get(module, {})
+        return tensors
+
+
+def _with_repairs(exports: tuple[CheckpointExport, ...]) -> tuple[CheckpointExport, ...]:
+    """Start the repair of models in Ray tasks, where covariances make it slow; others are repaired as they are run."""
+    if all(export.plan.compensation.required != "covariance" for export in exports):
+        return exports
+
+    architecture = exports[0].base.architecture
+    task = work_task(_repair_layer, memory=task_memory(architecture))
+    shared = ray.put(exports)
+    repairs = {layer: task.remote(shared, layer) for layer in range(architecture.n_layers)}
+
+    repaired: list[CheckpointExport] = []
+    for place, export in enumerate(exports):
+        repaired.append(RepairedExport(export.base, export.plan, place=place, repairs=repairs))
+    return tuple(repaired)
+
+
+def _repair_layer(exports: Sequence[CheckpointExport], layer: int) -> list[dict[str, dict[str, Tensor]]]:
+    """Return what compensation makes of a layer's output modules, by module and kind, for every model."""
+    repaired: list[dict[str, dict[str, Tensor]]] = []
+    for export in exports:
+        modules: dict[str, dict[str, Tensor]] = {}
+        if layer in export.plan.layers:
+            new_layer = export.plan.layers.index(layer)
+            for module in export.base.architecture.compensable_modules:
+                modules[module] = export.compensated(new_layer, module)
+        repaired.append(modules)
+    return repaired
 
 
 # --- in a Ray task ---------------------------------------------------------------------------------------------------
