@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from seap_ray.config import PlanSettings
+from seap_ray.core.allocation import check_ratio
 from seap_ray.core.architecture import Shape
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.moments import SITES, Site
@@ -123,7 +124,9 @@ class PlanChooser:
         settings = spec.settings
         if settings.allocation == "depth" or not ratio:
             # Nothing is cut that a score would rank or a compensation make up for.
-            return Decision(self._with_unit(_closed(settings, *REPAIRS[-1])))
+            closed = self._with_unit(_closed(settings, *REPAIRS[-1]))
+            allocation = "uniform" if settings.allocation == "auto" else settings.allocation
+            return Decision(closed.model_copy(update={"allocation": allocation}))
 
         repaired, judged = self._repaired(spec, ratio)
         if settings.allocation not in ("auto", "measured"):
@@ -158,19 +161,20 @@ class PlanChooser:
         """Close a model's score and compensation; return what was judged for that."""
         if "auto" not in (spec.settings.score, spec.settings.compensation):
             return spec, ()
-        candidates = self._candidates(spec, self._repair_plans(spec, ratio))
-        best = min(candidates, key=_divergence)
-        chosen = {"score": best.settings.score, "compensation": best.settings.compensation}
-        settings = spec.settings.model_copy(update=chosen)
-        # A single candidate tells nothing.
-        return replace(spec, settings=settings), candidates if len(candidates) > 1 else ()
+        plans = self._repair_plans(spec, ratio)
+        # A single plan needs no judge.
+        candidates = self._candidates(spec, plans) if len(plans) > 1 else ()
+        best = min(candidates, key=_divergence).settings if candidates else plans[0][1]
+        settings = spec.settings.model_copy(update={"score": best.score, "compensation": best.compensation})
+        return replace(spec, settings=settings), candidates
 
     def _repair_trials(self, spec: ModelSpec, ratio: float) -> list[PooledTrial]:
         """Return what is measured to close a model's score and compensation."""
         settings = spec.settings
         if settings.allocation == "depth" or not ratio or "auto" not in (settings.score, settings.compensation):
             return []
-        return [self._trial(spec, [plan for plan, _ in self._repair_plans(spec, ratio)])]
+        plans = [plan for plan, _ in self._repair_plans(spec, ratio)]
+        return [self._trial(spec, plans)] if len(plans) > 1 else []
 
     def _repair_plans(self, spec: ModelSpec, ratio: float) -> list[tuple[Plan, PlanSettings]]:
         """Return a plan by every score and compensation that a model may have, all of the same kind of widths."""
@@ -191,7 +195,7 @@ class PlanChooser:
                     closed.append(repair)
 
         plans = self._plans(spec, closed, ratio)
-        if not plans and even.attention_unit == "none":
+        if not plans and settings.attention_unit == "auto":
             # The MLP alone may not have as much as goes.
             widest = [each.model_copy(update={"attention_unit": "auto"}) for each in closed]
             plans = self._plans(spec, [self._with_unit(each) for each in widest], ratio)
@@ -275,9 +279,10 @@ class PlanChooser:
         pruning = pruning_section(planner.config, spec.settings)
         is_stock = planner.config.export.format == "stock"
         adds_biases = COMPENSATIONS[pruning.compensation].adds_biases
-        constraints_L = WidthConstraints.of(
-            planner.checkpoint.architecture, pruning, adds_biases=adds_biases, stock=is_stock
-        )
+        architecture = planner.checkpoint.architecture
+        # A ratio that cannot be met costs nothing.
+        check_ratio(architecture, pruning, ratio=ratio, adds_biases=adds_biases, stock=is_stock)
+        constraints_L = WidthConstraints.of(architecture, pruning, adds_biases=adds_biases, stock=is_stock)
         scores_L = planner.scores(spec)
 
         def sensitivities_in(cut_models: Sequence[Sequence[Shape]]) -> list[Sensitivities]:

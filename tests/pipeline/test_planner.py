@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,9 @@ from safetensors.torch import load_file
 
 from seap_ray.config import Config
 from seap_ray.core.allocation import choose_shapes
-from seap_ray.core.architecture import Architecture
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.moments import Moments, stream_shares
 from seap_ray.core.plan import Plan
-from seap_ray.core.scores import Norms
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.pipeline.checkpoint_writer import (
     PendingCheckpoint,
@@ -27,32 +24,18 @@ from seap_ray.pipeline.checkpoint_writer import (
     prepare_checkpoint,
     write_temporarily,
 )
-from seap_ray.pipeline.model_specs import ModelSpec, model_specs, pruning_section
+from seap_ray.pipeline.model_specs import pruning_section
 from seap_ray.pipeline.plan_choice import PlanChooser
 from seap_ray.pipeline.plan_files import save_plan
 from seap_ray.pipeline.planner import Planner
 from seap_ray.progress import progress
 from seap_ray.storage.files import read_json
 from seap_ray.storage.run import Run
-from tests.support.builders import load, random_statistics
+from tests.support.builders import load
 from tests.support.oracles import ratio_of
+from tests.support.planners import SMALL, TASKS, architecture_of, planner_of, spec_of
 
 often = settings(max_examples=40, deadline=None)
-TASKS = ("sort", "facts")
-
-
-def architecture_of(**sizes: int) -> Architecture:
-    return Architecture.of({"model_type": "llama", **sizes})
-
-
-SMALL = architecture_of(
-    hidden_size=24,
-    num_hidden_layers=5,
-    num_attention_heads=12,
-    num_key_value_heads=4,
-    head_dim=4,
-    intermediate_size=40,
-)
 LLAMA_3 = architecture_of(
     hidden_size=4096,
     num_hidden_layers=32,
@@ -62,34 +45,8 @@ LLAMA_3 = architecture_of(
 )
 
 
-def planner_of(architecture: Architecture, checkpoint: Any = None, **config: Any) -> Planner:
-    """Random statistics of two tasks; the layers' scores lie far apart. Nothing is left to be judged."""
-    pruning = config.pop("pruning", {})
-    allocation = {"kind": "logistic", **pruning.pop("allocation", {})}
-    pruning = {"score": "wifv", "compensation": "mean", "attention_unit": "group", **pruning, "allocation": allocation}
-    whole = Config.model_validate({"tasks": list(TASKS), "pruning": pruning, **config})
-
-    # Each layer's norms lie about twice as high as those of the layer before.
-    generator = torch.Generator().manual_seed(9)
-    widths = {"attn": architecture.dense.heads * architecture.head_dim, "mlp": architecture.dense.channels}
-    norms = {
-        (layer, site): Norms(*torch.rand(2, n, generator=generator, dtype=torch.float64) * 2.0**layer)
-        for layer in range(architecture.n_layers)
-        for site, n in widths.items()
-    }
-
-    statistics = {task: random_statistics(architecture, seed, n=6) for seed, task in enumerate(TASKS)}
-    hashes = dict.fromkeys(TASKS, "hash")
-    checkpoint = checkpoint or SimpleNamespace(architecture=architecture)
-    return Planner(whole, checkpoint, statistics, norms, hashes, {}, Run(Path("nowhere")), {})  # type: ignore[arg-type]
-
-
 def plan_of(planner: Planner, name: str, ratio: float) -> Plan:
     return planner.plan(spec_of(planner, name), ratio)
-
-
-def spec_of(planner: Planner, name: str) -> ModelSpec:
-    return next(spec for spec in model_specs(planner.config) if spec.name == name)
 
 
 # --- standardised ----------------------------------------------------------------------------------------------------
