@@ -1,4 +1,4 @@
-"""Charts: frozen descriptions of line charts and heat maps, and how each is drawn with Matplotlib.
+"""Charts: frozen descriptions of line charts, dot plots and heat maps, and how each is drawn with Matplotlib.
 
 A chart can be read on light and dark pages, narrow screens and grey paper: text and axes take the colour of the text
 around them, every series has a marker and a line style besides its colour, and every cell of a heat map its number.
@@ -39,6 +39,8 @@ class SeriesStyle:
     line: LineStyle = "-"
     hollow: bool = False
     """Whether the marker is only an outline, so that what lies below it is seen."""
+    ring: bool = False
+    """Whether the marker goes around that of another series."""
 
     def line_2d(self, x: Numbers, y: Numbers) -> Line2D:
         """Return a line, or points, in this style."""
@@ -48,6 +50,8 @@ class SeriesStyle:
         if self.hollow:
             size = 7
             edge_width = 1.3
+        if self.ring:
+            size = 12
         if self.marker == "_":
             size = 12
             edge_width = 2.2
@@ -69,6 +73,8 @@ REFERENCE = SeriesStyle(INK, line=(0, (4, 2)))
 SECOND_REFERENCE = SeriesStyle(INK, line=(0, (1, 1.5)))
 LOWER_BOUND = SeriesStyle(INK, "_", "none")
 """Style of a bound at every x: a short dash."""
+CHOSEN = SeriesStyle(INK, "o", "none", hollow=True, ring=True)
+"""Style of the mark around the point that was taken of several."""
 
 
 def series_style(i: int) -> SeriesStyle:
@@ -163,6 +169,104 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True)
+class Dots:
+    """Points of a dot plot that belong together."""
+
+    label: str
+    values: Sequence[float | None]
+    """A number for every row; None leaves the row without a point."""
+    errors: Numbers
+    """Half the length of every point's error bar."""
+    style: SeriesStyle
+    chosen: int | None = None
+    """Row whose point is marked."""
+
+
+@dataclass(frozen=True, slots=True)
+class DotPlot:
+    """Named rows with points along a common axis of numbers above 0, which is logarithmic where they lie far apart."""
+
+    title: str
+    x_label: str
+    rows: Sequence[str]
+    dots: tuple[Dots, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels; a row has room for the points of all series, one below the other."""
+        # 260 pixels for the points, 6.5 for each character of a row's name.
+        width = 260 + round(6.5 * max(map(len, self.rows)))
+        return max(width, 9 * len(self.title)), 72 + max(26, 11 * len(self.dots)) * len(self.rows)
+
+    @property
+    def legend(self) -> dict[str, SeriesStyle]:
+        """The style of every labelled series, and that of the mark."""
+        entries = {dots.label: dots.style for dots in self.dots if dots.label}
+        if any(dots.chosen is not None for dots in self.dots):
+            entries["chosen"] = CHOSEN
+        return entries
+
+    @property
+    def x_log(self) -> bool:
+        """Whether the points span more than a factor of 10."""
+        values = self._values()
+        return min(values) > 0 and max(values) > 10 * min(values)
+
+    def draw(self, axes: Axes) -> None:
+        """Draw the points of every series with their error bars, then the axes around them."""
+        axes.set_xscale("log" if self.x_log else "linear")
+        low, high = self._limits()
+        axes.set(xlim=(low, high), ylim=(len(self.rows) - 0.4, -0.6), xlabel=self.x_label)
+
+        for i, dots in enumerate(self.dots):
+            # Series share a row, each a little below the one before.
+            shift = 0.7 * ((i + 0.5) / len(self.dots) - 0.5)
+            self._draw_dots(axes, dots, shift, low)
+
+        axes.set_title(self.title, loc="left")
+        axes.set_yticks(range(len(self.rows)), list(self.rows))
+        axes.tick_params(axis="y", length=0)  # names need no tick marks
+        axes.grid(axis="both", color=INK, alpha=0.15, linewidth=0.6)
+        axes.set_axisbelow(True)  # the grid lies below the points
+        axes.spines["left"].set_visible(False)
+
+        # Ticks depend on the limits, which are final only now.
+        if self.x_log:
+            _set_log_ticks(axes.xaxis, (low, high))
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_formatter(FuncFormatter(_plain_number))
+
+    def _draw_dots(self, axes: Axes, dots: Dots, shift: float, low: float) -> None:
+        colour = dots.style.colour
+        for row, (value, error) in enumerate(zip(dots.values, dots.errors, strict=True)):
+            if value is None:
+                continue
+
+            y = row + shift
+            # A logarithmic axis has no place for what is not above 0.
+            axes.hlines(y, max(value - error, low), value + error, colors=colour, linewidth=1.2)
+            axes.add_line(dots.style.line_2d([value], [y]))
+            if row == dots.chosen:
+                axes.add_line(CHOSEN.line_2d([value], [y]))
+
+    def _values(self) -> list[float]:
+        return [value for dots in self.dots for value in dots.values if value is not None]
+
+    def _limits(self) -> tuple[float, float]:
+        """Return the ends of the axis: all points and error bars, and some room."""
+        highest = 0.0
+        for dots in self.dots:
+            for value, error in zip(dots.values, dots.errors, strict=True):
+                highest = max(highest, (value or 0) + error)
+
+        if self.x_log:
+            return min(self._values()) / 1.6, 1.25 * highest
+        # From 0 on, so that lengths compare; a divergence that is below 0 by rounding is shown, too.
+        return min(0.0, *self._values()), 1.06 * highest or 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class HeatMap:
     """A grid of numbers; a cell's colour is the stronger the nearer its number is to the scale's second end."""
 
@@ -247,7 +351,7 @@ class HeatMap:
         axes.text(column + 0.5, row + 0.5, f"{value:.{self.digits}f}", ha="center", va="center", fontsize=10.5)
 
 
-Panel = Chart | HeatMap
+Panel = Chart | DotPlot | HeatMap
 """One set of axes of a figure."""
 
 
@@ -300,9 +404,9 @@ def _round_ticks(low: float, high: float) -> list[float]:
 
 def _plain_number(value: float, _: int | None = None) -> str:
     """Return a number as text: ``0.1``, ``10⁻⁵``, ``1.6·10⁻⁴``."""
-    if 1e-3 <= value < 1e5:
+    if 1e-3 <= abs(value) < 1e5 or not value:
         return f"{value:g}"
 
-    exponent = math.floor(math.log10(value) + 1e-9)  # a tick a little below its power of ten belongs to it
+    exponent = math.floor(math.log10(abs(value)) + 1e-9)  # a tick a little below its power of ten belongs to it
     factor = f"{value / 10**exponent:.3g}"
     return ("" if factor == "1" else f"{factor}·") + "10" + str(exponent).translate(SUPERSCRIPTS)

@@ -13,12 +13,14 @@ from seap_ray.progress import count
 from seap_ray.report.charts import Panel, SeriesStyle
 from seap_ray.report.plots.activations import clusters_section
 from seap_ray.report.plots.allocation import allocation_section
+from seap_ray.report.plots.choices import choices_section
 from seap_ray.report.plots.corpus import corpus_section
 from seap_ray.report.plots.overlap import overlap_section
 from seap_ray.report.plots.quality import MEAN_NAMES, quality_section
 from seap_ray.report.plots.reconstruction import reconstruction_section
 from seap_ray.report.plots.router import router_section
 from seap_ray.report.plots.scores import scores_section
+from seap_ray.report.plots.sensitivities import sensitivities_section
 from seap_ray.report.plots.sparsity import sparsity_section
 from seap_ray.report.plots.speed import speed_section
 from seap_ray.report.plots.studies import ood_section, paper_section, pooling_section, routing_section
@@ -35,7 +37,9 @@ from seap_ray.tasks import is_perplexity
 SECTIONS = (
     quality_section,
     transfer_section,
+    choices_section,
     sparsity_section,
+    sensitivities_section,
     overlap_section,
     clusters_section,
     scores_section,
@@ -230,7 +234,7 @@ def facts(data: RunData) -> dict[str, str]:
         "Parameters": f"{data.dense.parameters:,}" if data.dense else "",
         "Dtype": _dtype(model.get("dtype", ""), data.main.dtype),
         "Requested ratio": ", ".join(map(percent, data.ratios)),
-        "Pruning": _method(config["pruning"]) if "pruning" in config else "",
+        "Pruning": _method(data, config["pruning"]) if "pruning" in config else "",
         "Seed": str(config["run"]["seed"]) if "run" in config else "",
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
@@ -246,11 +250,38 @@ def _dtype(setting: str, computed_in: str) -> str:
     return computed_in or setting
 
 
-def _method(pruning: Mapping[str, Any]) -> str:
+def _method(data: RunData, pruning: Mapping[str, Any]) -> str:
+    """Return how models were pruned; what the config leaves open is what the plans have."""
     allocation = pruning["allocation"]
     # Other allocations do not read k and x0.
     curve = f" (k {allocation['k']:g}, x0 {allocation['x0']:g})" if allocation["kind"] == "logistic" else ""
-    return f"score {pruning['score']}, allocation {allocation['kind']}{curve}, compensation {pruning['compensation']}"
+    settings = {
+        "score": pruning["score"],
+        "allocation": f"{allocation['kind']}{curve}",
+        "compensation": pruning["compensation"],
+        "attention_unit": pruning.get("attention_unit", "group"),
+    }
+
+    parts: list[str] = []
+    for name, setting in settings.items():
+        value = _chosen(data, name) if setting == "auto" else setting
+        parts.append(f"{name.replace('_', ' ')} {value}")
+    return ", ".join(parts)
+
+
+def _chosen(data: RunData, name: str) -> str:
+    """Return what a setting that is ``auto`` became, for every ratio where ratios differ; of several, all."""
+    values_by_ratio: dict[float, str] = {}
+    for ratio, plans in data.plans.items():
+        # In the order of the models; most often all have the same.
+        values_by_ratio[ratio] = " or ".join(dict.fromkeys(plan.settings[name] for plan in plans))
+
+    # Plans may be gone.
+    if not values_by_ratio:
+        return "auto"
+    if len({*values_by_ratio.values()}) == 1:
+        return f"{next(iter(values_by_ratio.values()))} (auto)"
+    return " and ".join(f"{value} at {percent(ratio)}" for ratio, value in values_by_ratio.items()) + " (auto)"
 
 
 def commands(data: RunData) -> list[str]:

@@ -20,6 +20,11 @@ from seap_ray.tasks import is_perplexity
 UNITS = ("heads", "channels")
 """Units that plans remove: query heads of the attention, channels of the MLP."""
 
+SETTINGS = ("score", "compensation", "allocation", "attention_unit")
+"""Settings that may be left to ``auto``, in which plans that are judged differ."""
+SITE_OF_UNIT = {"heads": "attn", "channels": "mlp"}
+"""Sites by the units that plans remove from them, as plans' files name them."""
+
 
 @dataclass(frozen=True)
 class StoredPlan:
@@ -39,6 +44,32 @@ class StoredPlan:
     def kind(self) -> str:
         """Kind of the model that the plan is for."""
         return self.metadata["kind"]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the plan was made with: score, compensation, allocation and unit of attention."""
+        # A plan that drops layers has no score.
+        values = {**self.metadata, "allocation": self.metadata["allocation"]["kind"]}
+        return {name: values.get(name) or "none" for name in SETTINGS}
+
+    @property
+    def judged(self) -> list[dict[str, Any]]:
+        """Settings and figures of the plans that were judged before this one was taken; empty where none were."""
+        by_settings: dict[tuple[str, ...], dict[str, Any]] = {}
+        for values in self.metadata.get("judged", []):
+            # A plan may have been judged as a repair and again as an allocation, with more figures.
+            key = tuple(values[name] for name in SETTINGS)
+            by_settings.pop(key, None)
+            by_settings[key] = values
+        return list(by_settings.values())
+
+    @property
+    def predicted_costs(self) -> dict[str, list[float]]:
+        """What the cuts of every layer cost by units that were cut, in nats a token; empty where that is not known."""
+        by_layer = self.metadata.get("predicted", [])
+        if not by_layer:
+            return {}
+        return {unit: [costs[site] for costs in by_layer] for unit, site in SITE_OF_UNIT.items()}
 
     def indices(self, layer: int, unit: str) -> np.ndarray:
         """Return the indices of the units that stay in a layer."""

@@ -264,3 +264,31 @@ def edit(path: Path, change: Any) -> None:
     value = json.loads(path.read_text())
     change(value)
     write_json(path, value)
+
+
+# --- plans that were judged ------------------------------------------------------------------------------------------
+
+
+def judge_plans(run: Run) -> None:
+    """Say of every plan that it was judged: repairs of each model, allocations of the general one; made-up figures."""
+    rng = random.Random(3)
+    for path in sorted(run.root.glob("plans/*/*.json")):
+        edit(path, lambda plan: plan.update(_judged(plan, rng)))
+
+
+def _judged(plan: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    taken = {name: plan[name] for name in ("score", "compensation", "attention_unit")}
+    taken["allocation"] = plan["allocation"]["kind"]
+    judged = [{**taken, "allocation": "uniform", "compensation": way} for way in get_args(Compensation)]
+    if plan["kind"] != "general":
+        return {"judged": [{**settings, **_figures(rng)} for settings in judged]}
+
+    kinds = ("measured", "uniform", "logistic", "global")
+    widths = [{**taken, "allocation": kind, "attention_unit": unit} for kind in kinds for unit in ("none", "group")]
+    judged += [{**settings, "predicted": rng.uniform(0.01, 0.2)} for settings in widths]
+    predicted = [{"attn": 0.0 if i == 0 else rng.random() / 100, "mlp": rng.random() / 10} for i in range(4)]
+    return {"judged": [{**settings, **_figures(rng)} for settings in judged], "predicted": predicted}
+
+
+def _figures(rng: random.Random) -> dict[str, float]:
+    return {"divergence": rng.uniform(0.01, 0.2), "stderr": 0.002, "loss": rng.uniform(-0.01, 0.2)}

@@ -9,10 +9,13 @@ from seap_ray.core.allocation import layer_sparsity
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.widths import WidthConstraints
-from seap_ray.report.charts import REFERENCE, Chart, Figure, Series, series_style
-from seap_ray.report.plots.layers import BLOCKS
+from seap_ray.report.charts import REFERENCE, Chart, Figure, HeatMap, Series, series_style
+from seap_ray.report.plots.layers import BLOCKS, layer_map
 from seap_ray.report.run_data import UNITS, RunData, StoredPlan, percent
 from seap_ray.report.section import Section, as_sentences
+
+MAX_MODELS = 9
+"""Models that a map has room for, each with two columns."""
 
 
 def sparsity_section(data: RunData) -> Section | None:
@@ -25,15 +28,18 @@ def sparsity_section(data: RunData) -> Section | None:
     panels = []
     for ratio in data.shown_ratios:
         panels += [_sparsity_chart(data, architecture, ratio, unit) for unit in UNITS]
+    maps = [_share_map(data, architecture, ratio) for ratio in data.shown_ratios]
 
     return Section(
         "sparsity",
         "How much is removed from each layer?",
         "The dashed line is the share of a layer's weights that the allocation requests, the other lines what was "
         "removed: for the experts their mean, with a band from the least to the most. Heads are removed by whole "
-        "groups, so the attention changes in steps and the channels of the MLP make up for the difference.",
+        "groups, so the attention changes in steps and the channels of the MLP make up for the difference. The maps "
+        "have the same shares as numbers: a cell is what one layer gives of its attention or of its MLP, in percent; "
+        "models that are cut alike have their columns in common.",
         as_sentences([_finding(data, ratio, architecture) for ratio in data.shown_ratios]),
-        Figure("Share of the heads and channels removed from every layer, requested and realised.", tuple(panels)),
+        Figure("Share of the heads and channels removed from every layer, requested and realised.", (*panels, *maps)),
     )
 
 
@@ -71,6 +77,29 @@ def _realised_shares(plans: Sequence[StoredPlan], unit: str, architecture: Archi
             bands = ((low, high),) if low != high else ()
             layers = range(percent_ML.shape[1])
             yield Series(label, layers, percent_ML.mean(0).tolist(), series_style(i), bands=bands)
+
+
+def _share_map(data: RunData, architecture: Architecture, ratio: float) -> HeatMap:
+    """Return what every layer gives of its attention and of its MLP, for all models that differ."""
+    plans_by_shares: dict[tuple[tuple[float, ...], ...], list[StoredPlan]] = {}
+    for plan in data.plans[ratio]:
+        shares = tuple(tuple(plan.removed_shares(unit, architecture)) for unit in UNITS)
+        plans_by_shares.setdefault(shares, []).append(plan)
+
+    columns: dict[str, list[float]] = {}
+    for shares, plans in [*plans_by_shares.items()][:MAX_MODELS]:
+        # One kind of models needs no name.
+        name = f"{_common_name(plans)} " if len(plans_by_shares) > 1 else ""
+        for unit, share_L in zip(UNITS, shares, strict=True):
+            columns[name + BLOCKS[unit]] = [100 * share for share in share_L]
+    return layer_map(f"{percent(ratio)} removed, in %", columns, highest=100, digits=0)
+
+
+def _common_name(plans: Sequence[StoredPlan]) -> str:
+    """Return a short name of models that are cut alike."""
+    if len(plans) == 1:
+        return plans[0].name
+    return "experts" if all(plan.kind == "expert" for plan in plans) else f"{plans[0].name} +{len(plans) - 1}"
 
 
 def _finding(data: RunData, ratio: float, architecture: Architecture) -> str:

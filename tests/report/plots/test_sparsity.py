@@ -2,20 +2,22 @@ import numpy as np
 import pytest
 
 from seap_ray.core.architecture import Architecture
+from seap_ray.report.charts import Chart, HeatMap
 from seap_ray.report.plots.sparsity import sparsity_section
 from seap_ray.report.run_data import RunData, StoredPlan
 from seap_ray.storage.files import write_json
 from tests.support.builders import CONFIGS
-from tests.support.made_run import ARCHITECTURE, RATIOS, edit, make_run
+from tests.support.made_run import ARCHITECTURE, RATIOS, TASKS, edit, make_run
 
 
 def test_what_the_layers_are_asked_for_averages_to_the_ratio_and_what_they_give_is_the_plans(run):
     data = RunData.of(run)
     section = sparsity_section(data)
-    assert [panel.title for panel in section.figure.panels] == [
+    charts = [panel for panel in section.figure.panels if isinstance(panel, Chart)]
+    assert [panel.title for panel in charts] == [
         f"{site}, {100 * ratio:g} % removed" for ratio in RATIOS for site in ("attention", "MLP")
     ]
-    for ratio, panel in zip(RATIOS, section.figure.panels[1::2], strict=True):
+    for ratio, panel in zip(RATIOS, charts[1::2], strict=True):
         by_label = {series.label: series.y for series in panel.series}
         assert np.mean(by_label["requested"]) == pytest.approx(100 * ratio)
         (general,) = (plan for plan in data.plans[ratio] if plan.kind == "general")
@@ -28,7 +30,25 @@ def test_an_allocation_that_follows_the_scores_asks_for_nothing_beforehand(run, 
     for path in other.root.glob("plans/*/*.json"):
         edit(path, lambda plan: plan["allocation"].update(kind="global"))
     section = sparsity_section(RunData.of(other))
-    assert {series.label for panel in section.figure.panels for series in panel.series} == {"experts", "general"}
+    charts = [panel for panel in section.figure.panels if isinstance(panel, Chart)]
+    assert {series.label for panel in charts for series in panel.series} == {"experts", "general"}
+
+
+def test_maps_have_every_layers_shares_and_models_that_are_cut_alike_one_pair_of_columns(run, tmp_path):
+    (first, _) = [panel for panel in sparsity_section(RunData.of(run)).figure.panels if isinstance(panel, HeatMap)]
+    # Under the logistic curve the widths are the same for all models, but for the biases of some.
+    assert first.columns == ["attention", "MLP"] or all(" " in name for name in first.columns)
+    assert first.rows == [str(layer) for layer in range(ARCHITECTURE.n_layers)]
+
+    other = make_run(tmp_path / "demo")
+    for path in (other.plan(RATIOS[0], name) for name in (*TASKS, "general")):
+        edit(path, lambda plan: [layer.update(heads=8, channels=40) for layer in plan["layers"]])
+    edit(other.plan(RATIOS[0], "sort"), lambda plan: plan["layers"][1].update(channels=20, heads=4))
+
+    first = next(panel for panel in sparsity_section(RunData.of(other)).figure.panels if isinstance(panel, HeatMap))
+    assert len(first.columns) == 4 and {"sort attention", "sort MLP"} <= {*first.columns}
+    (sort,) = (i for i, name in enumerate(first.columns) if name == "sort MLP")
+    assert [row[sort] for row in first.values] == [50, 75, 50, 50]
 
 
 def test_shares_are_of_a_layers_own_units_and_of_each_expert_of_a_mixture():
