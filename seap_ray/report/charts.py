@@ -200,8 +200,8 @@ class DotPlot:
 
     @property
     def legend(self) -> dict[str, SeriesStyle]:
-        """The style of every labelled series, and that of the mark."""
-        entries = {dots.label: dots.style for dots in self.dots if dots.label}
+        """The style of every series, and that of the mark."""
+        entries = {dots.label: dots.style for dots in self.dots}
         if any(dots.chosen is not None for dots in self.dots):
             entries["chosen"] = CHOSEN
         return entries

@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,13 +15,14 @@ from seap_ray.report.charts import (
     INK,
     MARKERS,
     REFERENCE,
+    Dots,
     Figure,
     Series,
     series_style,
 )
 from seap_ray.report.svg import _legend_columns, figure_svg, legend_key_svg, panel_svg
 from tests.support import ROOT
-from tests.support.charts import chart, heat_map
+from tests.support.charts import chart, dot_plot, heat_map
 from tests.support.oracles import contrast
 
 ODD = 'a<b> & "c" $x_1$'
@@ -31,7 +33,7 @@ def texts(svg):
     return [element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
 
 
-@pytest.mark.parametrize("panel", [chart(), chart(y_log=True, x_log=True), heat_map()])
+@pytest.mark.parametrize("panel", [chart(), chart(y_log=True, x_log=True), dot_plot(), heat_map()])
 def test_a_panel_is_one_labelled_svg_in_the_colour_of_the_text_around_it(panel):
     svg = panel_svg(panel, "What it is.")
     root = ElementTree.fromstring(svg)
@@ -87,6 +89,24 @@ def test_a_cell_is_the_stronger_the_better_its_number_and_an_empty_one_is_not_dr
     better_when_lower = opacities(scale=(1, 0))
     assert better_when_lower == sorted(better_when_lower, reverse=True) and len(set(better_when_lower)) == 3
     assert len(set(opacities(values=[[0.5, 0.5], [0.5, 0.5]], scale=(0.5, 0.5)))) == 1
+
+
+def test_a_dot_plot_has_a_row_for_every_name_and_a_ring_around_what_was_chosen():
+    svg = panel_svg(dot_plot(), "")
+    assert {"r", "s", "Dots"} <= set(texts(svg))
+    unmarked = dot_plot(dots=tuple(replace(dots, chosen=None) for dots in dot_plot().dots))
+    assert svg.count("<use") == panel_svg(unmarked, "").count("<use") + 2
+    assert list(dot_plot().legend) == ["one", "two", "chosen"]
+    assert list(unmarked.legend) == ["one", "two"]
+
+
+def test_points_far_apart_are_on_a_logarithmic_axis_and_numbers_below_zero_are_not():
+    def of(*values):
+        return dot_plot(dots=(Dots("one", values, (0.3, 0.3), series_style(0)),))
+
+    assert not of(0.2, 1.9).x_log and of(0.1, 1.9).x_log and not of(-0.1, 1.9).x_log
+    assert {"0.1", "0.2", "0.5", "1", "2"} <= set(texts(panel_svg(of(0.1, 1.9), "")))
+    assert {"0", "1"} <= set(texts(panel_svg(of(-0.1, 1.9), "")))
 
 
 @pytest.mark.parametrize("page", [*PAGES, "#ffffff", "#0d1117"])

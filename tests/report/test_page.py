@@ -12,7 +12,7 @@ from seap_ray.report.page import facts, save_figures, sections, write_report
 from seap_ray.report.run_data import RunData
 from seap_ray.storage.run import Run
 from tests.support.browser import MISSING, chromium
-from tests.support.made_run import REPORT_STUDIES, edit, make_run
+from tests.support.made_run import RATIOS, REPORT_STUDIES, TASKS, edit, judge_plans, make_run
 from tests.support.oracles import contrast
 
 VOID = {"meta", "link", "br", "use", "path"}
@@ -65,6 +65,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
     run = make_run(tmp_path_factory.mktemp("runs") / "demo", studies=REPORT_STUDIES)
+    judge_plans(run)
     write_report(run)
     return run
 
@@ -118,6 +119,26 @@ def test_the_type_that_models_were_judged_in_is_told(tmp_path):
     assert facts(RunData.of(judged))["Dtype"] == "float32"
 
 
+def test_what_auto_became_is_told_by_ratio_where_ratios_differ(tmp_path):
+    run = make_run(tmp_path / "demo")
+    edit(run.results, lambda values: values["config"]["pruning"].update(compensation="auto", attention_unit="auto"))
+    edit(run.results, lambda values: values["config"]["pruning"]["allocation"].update(kind="auto"))
+    for name in (*TASKS, "general"):
+        edit(run.plan(RATIOS[1], name), lambda plan: plan["allocation"].update(kind="measured"))
+        edit(run.plan(RATIOS[0], name), lambda plan: plan.update(compensation="mean"))
+        edit(run.plan(RATIOS[1], name), lambda plan: plan.update(compensation="mean"))
+    edit(run.plan(RATIOS[0], "sort"), lambda plan: plan.update(compensation="none"))
+
+    pruning = facts(RunData.of(run))["Pruning"]
+    assert "score wifv, allocation logistic at 20 % and measured at 40 % (auto), " in pruning
+    assert "compensation mean or none at 20 % and mean at 40 % (auto), attention unit group (auto)" in pruning
+
+    # Plans that are gone say nothing.
+    for path in run.root.glob("plans/*/*.json"):
+        path.unlink()
+    assert "allocation auto, compensation auto" in facts(RunData.of(run))["Pruning"]
+
+
 def test_rows_that_do_not_count_are_told_by_task_and_reason(run, tmp_path):
     assert "Rows that were left out, or are worth a look" not in page_of(run).text
 
@@ -140,7 +161,18 @@ def test_rows_that_do_not_count_are_told_by_task_and_reason(run, tmp_path):
 def test_what_was_not_measured_leaves_no_heading_behind(run, studied):
     few, many = (re.findall(r'<h2 id="(\w+)"', write_report(one).read_text()) for one in (run, studied))
     assert few == ["summary", "quality", "transfer", "sparsity", "overlap", "clusters", "scores", "router"]
-    assert many == [*few, "speed", "corpus", "allocation", "reconstruction", "ood", "routing", "pooling", "paper"]
+    all_but_studies = ["summary", "quality", "transfer", "choices", "sparsity", "sensitivities", *few[4:]]
+    assert many == [
+        *all_but_studies,
+        "speed",
+        "corpus",
+        "allocation",
+        "reconstruction",
+        "ood",
+        "routing",
+        "pooling",
+        "paper",
+    ]
 
 
 def test_a_run_of_one_study_alone_has_a_page(run, tmp_path):

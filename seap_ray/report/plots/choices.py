@@ -1,6 +1,7 @@
 """Choices: the plans that were judged on held-out tokens before one was taken, and how far each is from the base."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from markupsafe import Markup
@@ -32,9 +33,9 @@ def choices_section(data: RunData) -> Section | None:
     findings: list[str] = []
     for ratio in data.shown_ratios:
         plans = _judged_plans(data, ratio)
-        widths = _choice_plot(f"allocation, {percent(ratio)} removed", plans, WIDTHS)
         repairs = _choice_plot(f"repair, {percent(ratio)} removed", plans, REPAIR)
-        panels += [plot for plot in (widths, repairs) if plot]
+        widths = _choice_plot(f"allocation, {percent(ratio)} removed", plans, WIDTHS)
+        panels += [plot for plot in (repairs, widths) if plot]
         findings += [_finding(ratio, plan) for plan in plans if plan.kind == "general" or len(plans) == 1]
 
     if not panels:
@@ -82,7 +83,7 @@ def _choice_plot(title: str, plans: Sequence[StoredPlan], keys: Sequence[str]) -
                 plan.name,
                 [candidate["divergence"] if candidate else None for candidate in figures],
                 [2 * candidate["stderr"] if candidate else 0 for candidate in figures],
-                series_style(i),
+                replace(series_style(i), line="none"),
                 rows.index(chosen) if chosen in rows else None,
             )
         )
@@ -107,12 +108,12 @@ def name_of(settings: Mapping[str, Any], keys: Iterable[str]) -> str:
 
 
 def _finding(ratio: float, plan: StoredPlan) -> str:
-    """Say what was taken, and how the best and the worst of the others compare."""
-    name = name_of(plan.settings, (*WIDTHS, *REPAIR))
-    divergences = sorted(candidate["divergence"] for candidate in plan.judged)
+    """Say what was taken, and between which ends all plans lie."""
+    divergences = [candidate["divergence"] for candidate in plan.judged]
     return (
-        f"with {percent(ratio)} removed, {plan.name} has {name}; of {len(divergences)} plans that were judged the best "
-        f"diverges by {divergences[0]:.2g} nats a token, the worst by {divergences[-1]:.2g}"
+        f"with {percent(ratio)} removed, {plan.name} is planned by {name_of(plan.settings, WIDTHS)}, and repaired by "
+        f"{name_of(plan.settings, REPAIR)}; the {len(divergences)} plans that were judged for it diverge by "
+        f"{min(divergences):.2g} to {max(divergences):.2g} nats a token"
     )
 
 

@@ -9,7 +9,7 @@ from seap_ray.core.allocation import layer_sparsity
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.widths import WidthConstraints
-from seap_ray.report.charts import REFERENCE, Chart, Figure, HeatMap, Series, series_style
+from seap_ray.report.charts import REFERENCE, Chart, Figure, HeatMap, Panel, Series, series_style
 from seap_ray.report.plots.layers import BLOCKS, layer_map
 from seap_ray.report.run_data import UNITS, RunData, StoredPlan, percent
 from seap_ray.report.section import Section, as_sentences
@@ -24,11 +24,11 @@ def sparsity_section(data: RunData) -> Section | None:
     if architecture is None or not data.plans:
         return None
 
-    # One row of panels for a ratio: the attention at the left, the MLP at the right.
-    panels = []
+    # One row of panels for a ratio: the attention at the left, the MLP beside it, then both as numbers.
+    panels: list[Panel] = []
     for ratio in data.shown_ratios:
         panels += [_sparsity_chart(data, architecture, ratio, unit) for unit in UNITS]
-    maps = [_share_map(data, architecture, ratio) for ratio in data.shown_ratios]
+        panels.append(_share_map(data, architecture, ratio))
 
     return Section(
         "sparsity",
@@ -39,7 +39,7 @@ def sparsity_section(data: RunData) -> Section | None:
         "have the same shares as numbers: a cell is what one layer gives of its attention or of its MLP, in percent; "
         "models that are cut alike have their columns in common.",
         as_sentences([_finding(data, ratio, architecture) for ratio in data.shown_ratios]),
-        Figure("Share of the heads and channels removed from every layer, requested and realised.", (*panels, *maps)),
+        Figure("Share of the heads and channels removed from every layer, requested and realised.", tuple(panels)),
     )
 
 

@@ -19,9 +19,9 @@ def test_points_are_the_judged_plans_and_the_ring_is_around_the_one_that_was_tak
     data = RunData.of(judged)
     section = choices_section(data)
     assert [panel.title for panel in section.figure.panels] == [
-        f"{choice}, {100 * ratio:g} % removed" for ratio in RATIOS for choice in ("allocation", "repair")
+        f"{choice}, {100 * ratio:g} % removed" for ratio in RATIOS for choice in ("repair", "allocation")
     ]
-    widths, repairs = section.figure.panels[:2]
+    repairs, widths = section.figure.panels[:2]
     (general,) = (plan for plan in data.plans[RATIOS[0]] if plan.kind == "general")
     by_settings = {(c["allocation"], c["attention_unit"]): c for c in general.judged if c["compensation"] == "none"}
 
@@ -40,7 +40,7 @@ def test_points_are_the_judged_plans_and_the_ring_is_around_the_one_that_was_tak
 
 def test_a_choice_that_one_model_lacks_is_a_gap(judged):
     edit(judged.plan(RATIOS[0], "sort"), lambda plan: plan["judged"].pop(0))
-    _, repairs = choices_section(RunData.of(judged)).figure.panels[:2]
+    repairs, _ = choices_section(RunData.of(judged)).figure.panels[:2]
     (sort,) = (dots for dots in repairs.dots if dots.label == "sort")
     assert len(sort.values) == len(repairs.rows) and sort.values.count(None) > sum(
         dots.values.count(None) for dots in repairs.dots if dots.label == "prose"
@@ -54,4 +54,4 @@ def test_the_table_has_every_figure_and_the_plan_that_was_taken_in_bold(judged):
     general = [row for row in rows if row[0] == "general"]
     assert len(rows) == len(general) + 3 * len(TASKS)
     assert [row[1:5] for row in general if "<strong>" in row[5]] == [["energy", "none", "logistic", "group"]]
-    assert "general has logistic, with groups, energy, uncompensated" in section.finding
+    assert "general is planned by logistic, with groups, and repaired by energy, uncompensated" in section.finding
