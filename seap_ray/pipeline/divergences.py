@@ -126,7 +126,9 @@ def _statistics_of(export: CheckpointExport) -> Any:
     """Return what stands for the statistics that repair a cut model: its plan says which they are."""
     statistics = export.statistics
     sources = [export.plan.provenance.get(name) for name in ("tasks", "statistics", "ridge", "pooling")]
-    held_out = [str(path) for path in statistics.held_out] if isinstance(statistics, PooledCovariance) else []
+    # Records are named by what they were made from; the folder that they lie in changes nothing.
+    records = statistics.held_out if isinstance(statistics, PooledCovariance) else ()
+    held_out = [record and record.name for record in records]
     return sources, held_out
 
 

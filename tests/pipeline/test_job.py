@@ -37,7 +37,7 @@ from seap_ray.pipeline.preflight import corpus_sizes
 from seap_ray.pipeline.ray_errors import known_error
 from seap_ray.routing.router import Router
 from seap_ray.storage.run import Run
-from tests.support import DATA, ROOT
+from tests.support import DATA, NOTHING_TO_JUDGE, ROOT
 
 pytestmark = pytest.mark.ray
 
@@ -58,6 +58,7 @@ SMALL = [
     "evaluation.samples=12",
     "pruning.ratio=0.5",
     "pruning.baselines={}",
+    *(f"{key}={value}" for key, value in NOTHING_TO_JUDGE.items()),
 ]
 UNJUDGED = "evaluation.samples=0"
 main = runpy.run_path(str(ROOT / "jobs" / "prune.py"))["main"]

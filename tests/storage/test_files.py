@@ -344,18 +344,18 @@ def test_a_job_with_model_corpora_and_run_in_a_bucket_gives_the_bytes_of_one_on_
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{bucket}/runs/run is complete" in done.stdout and f"{bucket}/runs/run/report.html" in done.stdout
     assert main([*arguments(tmp_path, "demo"), "evaluation.samples=0"]) == 0  # results are not compared
-    kinds = ("statistics", "plans", "experts", "shards")
+    kinds = ("statistics", "divergences", "plans", "experts", "shards")
     local = {
         str(file.relative_to(tmp_path / "runs" / "run")): sha256_of(file)
         for kind in kinds
         for file in (tmp_path / "runs" / "run" / kind).rglob("*")
-        if file.suffix in (".safetensors", ".parquet")
+        if file.suffix in (".safetensors", ".parquet") or kind == "divergences"
     }
     there = {
         str(file.relative_to(bucket / "runs" / "run")): sha256_of(file)
         for kind in kinds
         for file, _ in (bucket / "runs" / "run" / kind).below()
-        if file.suffix in (".safetensors", ".parquet")
+        if file.suffix in (".safetensors", ".parquet") or kind == "divergences"
     }
     assert there == local and len(local) > 10
     record = next((bucket / "runs" / "run" / "records").glob("*/*.safetensors"))

@@ -17,7 +17,7 @@ from seap_ray.report.table import mean_quality
 from seap_ray.storage.run import Run
 from seap_ray.studies import reconstruction
 from seap_ray.studies.run import RUNS
-from tests.support import DATA, ROOT
+from tests.support import DATA, NOTHING_TO_JUDGE, ROOT
 
 pytestmark = pytest.mark.ray
 
@@ -31,6 +31,7 @@ SMALL = [
     "evaluation.speed={rounds: 1, prompt_tokens: 16, new_tokens: 2}",
     "pruning.ratio=0.5",
     "pruning.baselines={}",
+    *(f"{key}={value}" for key, value in NOTHING_TO_JUDGE.items()),
 ]
 SAME_RUN = [name for name, study in STUDIES.items() if not study.own_run]
 main = runpy.run_path(str(ROOT / "jobs" / "eval.py"))["main"]

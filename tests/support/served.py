@@ -13,7 +13,7 @@ import httpx
 import psutil
 
 from seap_ray.demo import skills
-from tests.support import ROOT
+from tests.support import NOTHING_TO_JUDGE, ROOT
 
 KEY = "a-key-of-the-tests"
 TASKS = ("arithmetic", "reverse")
@@ -46,7 +46,8 @@ def make_run(storage):
 def prune(settings):
     """Run the main job with these keys, on the cluster of this process: its workers have torch imported by then."""
     main = runpy.run_path(str(ROOT / "jobs" / "prune.py"))["main"]
-    assert main([f"config={ROOT / 'ray_config.yaml'}", "calibration.workers=1", *arguments(**settings)]) == 0
+    quick = arguments(**NOTHING_TO_JUDGE, **{"calibration.workers": 1})
+    assert main([f"config={ROOT / 'ray_config.yaml'}", *quick, *arguments(**settings)]) == 0
 
 
 def environment(**more):
