@@ -24,6 +24,9 @@ from seap_ray.models.export import CheckpointExport
 from seap_ray.models.hidden_states import HiddenBatch
 from seap_ray.models.predictions import PredictedTokens, count_sequences
 
+PASSES_BY_SITE = 5
+"""Forward passes that take as long: the dense and the cut model's, and the cut one's again with its gradients."""
+
 
 @dataclass(frozen=True, slots=True)
 class CutCosts:

@@ -17,8 +17,9 @@ from seap_ray.core.reconstruction import UNIT_SCORES
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.forward import COVARIANCE_COPIES
 from seap_ray.models.records import covariance_bytes, task_memory
-from seap_ray.pipeline.model_specs import ModelSpec, assumed_specs, pruning_section
+from seap_ray.pipeline.model_specs import ModelSpec, assumed_specs, model_specs, pruning_section
 from seap_ray.pipeline.placement import memory_with_batch
+from seap_ray.pipeline.plan_choice import passes_of_choice
 from seap_ray.pipeline.shards import shard_sizes
 from seap_ray.storage.paths import is_uri
 from seap_ray.tasks import Task
@@ -406,6 +407,8 @@ class TimeNeeds:
     """Seconds of one worker by stage, at most; None for judging where all rows of a corpus are judged."""
 
     calibration: float
+    choice: float
+    """Judging plans on held-out tokens, without repairing the models that are judged."""
     judging: float | None
     writing: float
 
@@ -424,6 +427,13 @@ def time_needs(model: ModelSize, config: Config, corpora: Mapping[str, CorpusSiz
         recording = 4 * architecture.n_layers * sum(width**2 for width in architecture.widths)
     calibration = n_tokens * (flop_per_token + recording) / rates.flop_per_s + reading
 
+    # Each task's held-out tokens pass for every model whose plan is made from that task's statistics.
+    choice = 0.0
+    for spec in model_specs(config):
+        held_out = sum(min(config.pruning.held_out_tokens, corpora[task].tokens) for task in spec.weights)
+        n_passes = passes_of_choice(config, spec) * len(config.pruning.ratio)
+        choice += n_passes * held_out * flop_per_token / rates.flop_per_s
+
     judging = None
     judged_tokens = _judged_tokens(config, corpora)
     if judged_tokens is not None:
@@ -434,7 +444,7 @@ def time_needs(model: ModelSize, config: Config, corpora: Mapping[str, CorpusSiz
 
     # The base is read about once for all models of a run (docs/scale.md).
     writing = checkpoint_bytes(model, config) / rates.write_bytes_per_s + reading
-    return TimeNeeds(calibration, judging, writing)
+    return TimeNeeds(calibration, choice, judging, writing)
 
 
 def _judged_tokens(config: Config, corpora: Mapping[str, CorpusSize]) -> int | None:

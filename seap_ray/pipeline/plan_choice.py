@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from seap_ray.config import PlanSettings
+from seap_ray.config import Config, PlanSettings
 from seap_ray.core.allocation import check_ratio
 from seap_ray.core.architecture import Shape
 from seap_ray.core.compensation import COMPENSATIONS
@@ -19,6 +19,7 @@ from seap_ray.core.plan import Plan
 from seap_ray.core.sensitivity import Sensitivities, even_cuts
 from seap_ray.core.widths import WidthConstraints, widest_unit
 from seap_ray.errors import ConfigError
+from seap_ray.models.cut_costs import PASSES_BY_SITE
 from seap_ray.models.export import CheckpointExport
 from seap_ray.pipeline.divergences import Measured, PooledTrial, Trial, measure_all
 from seap_ray.pipeline.model_specs import ModelSpec, model_specs, pruning_section
@@ -314,6 +315,23 @@ class PlanChooser:
 
     def _measure(self, trials: Iterable[PooledTrial]) -> list[list[Measured]]:
         return measure_all(self.planner.config, self.planner.run, [*trials], self.progress)
+
+
+def passes_of_choice(config: Config, spec: ModelSpec) -> int:
+    """Return how many forward passes of its held-out tokens the choice of a model's plan takes at a ratio, at most."""
+    settings = spec.settings
+    if settings.allocation == "depth":
+        return 0
+    n_repairs = len(REPAIRS) if "auto" in (settings.score, settings.compensation) else 0
+    follows_general = spec.kind == "expert" and config.pruning.allocation.shared
+    if settings.allocation not in ("auto", "measured") or follows_general:
+        return n_repairs
+
+    n_units = 2 if settings.attention_unit == "auto" else 1
+    # One that is cut evenly for each site, then the plans that follow for each unit of attention.
+    n_cut_models = len(SITES) + n_units * (ROUNDS - 1)
+    n_plans = n_units * (len(ALLOCATIONS) if settings.allocation == "auto" else 1)
+    return n_repairs + n_cut_models * PASSES_BY_SITE + n_plans
 
 
 def _closed(settings: PlanSettings, score: str, compensation: str) -> PlanSettings:

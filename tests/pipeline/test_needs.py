@@ -169,6 +169,10 @@ def test_time_is_products_over_rates():
 
     assert flops == 2 * DEMO.architecture.decoder_parameters + 2 * 8 * 256 * 256
     assert time.calibration == pytest.approx(1000 * flops / 1e9 + reading)
+    # Repairs of three models, the general one and two experts, on two tasks or one; then the general one's allocation:
+    # four cut models by site, five passes each, and eight plans, on 500 tokens of each task.
+    passes = 4 * 1000 + 2 * 4 * 500 + (4 * 5 + 8) * 1000
+    assert time.choice == pytest.approx(passes * flops / 1e9)
     assert time.judging == pytest.approx(4 * (2 * 10 * 50 * flops / 1e9 + reading)), "dense, general, two experts"
     assert time.writing == pytest.approx(checkpoint_bytes(DEMO_SIZE, config) / 1e6 + reading)
     assert time_needs(DEMO_SIZE, config_of(evaluation={"samples": None}), corpora, rates).judging is None
