@@ -328,7 +328,8 @@ def _time_line(needed: Needs) -> str:
     judging = "unknown" if seconds.judging is None else _duration(seconds.judging)
     return (
         f"time of one worker, at most: calibration {_duration(seconds.calibration)}, choosing plans "
-        f"{_duration(seconds.choice)}, judging {judging}, writing {_duration(seconds.writing)} (assumed: {needed.rates.name})"
+        f"{_duration(seconds.choice)}, judging {judging}, writing {_duration(seconds.writing)} "
+        f"(assumed: {needed.rates.name})"
     )
 
 
