@@ -72,8 +72,10 @@ def _choice_plot(title: str, plans: Sequence[StoredPlan], keys: Sequence[str]) -
 
     # The best of the first model is at the top. Others have the same choices, but where a ratio is out of reach.
     _, first = candidates_by_plan[0]
-    names = sorted(first, key=lambda name: first[name]["divergence"])
-    rows = list(dict.fromkeys([*names, *(name for _, candidates in candidates_by_plan for name in candidates)]))
+    rows = sorted(first, key=lambda name: first[name]["divergence"])
+    for _, candidates in candidates_by_plan:
+        rows += [name for name in candidates if name not in rows]
+
     dots: list[Dots] = []
     for i, (plan, candidates) in enumerate(candidates_by_plan[:MAX_METHODS]):
         figures = [candidates.get(row) for row in rows]
@@ -111,8 +113,8 @@ def _finding(ratio: float, plan: StoredPlan) -> str:
     """Say what was taken, and between which ends all plans lie."""
     divergences = [candidate["divergence"] for candidate in plan.judged]
     return (
-        f"with {percent(ratio)} removed, {plan.name} is planned by {name_of(plan.settings, WIDTHS)}, and repaired by "
-        f"{name_of(plan.settings, REPAIR)}; the {len(divergences)} plans that were judged for it diverge by "
+        f"with {percent(ratio)} removed, {plan.name} has the allocation {name_of(plan.settings, WIDTHS)}, and the "
+        f"repair {name_of(plan.settings, REPAIR)}; the {len(divergences)} plans that were judged for it diverge by "
         f"{min(divergences):.2g} to {max(divergences):.2g} nats a token"
     )
 

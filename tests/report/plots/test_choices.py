@@ -54,4 +54,4 @@ def test_the_table_has_every_figure_and_the_plan_that_was_taken_in_bold(judged):
     general = [row for row in rows if row[0] == "general"]
     assert len(rows) == len(general) + 3 * len(TASKS)
     assert [row[1:5] for row in general if "<strong>" in row[5]] == [["energy", "none", "logistic", "group"]]
-    assert "general is planned by logistic, with groups, and repaired by energy, uncompensated" in section.finding
+    assert "general has the allocation logistic, with groups, and the repair energy, uncompensated" in section.finding
