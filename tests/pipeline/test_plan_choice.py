@@ -14,6 +14,7 @@ from seap_ray.models.export import CheckpointExport
 from seap_ray.models.records import PooledCovariance
 from seap_ray.pipeline.checkpoint_writer import prepare_checkpoint
 from seap_ray.pipeline.divergences import Measured, PooledTrial
+from seap_ray.pipeline.model_specs import model_specs
 from seap_ray.pipeline.plan_choice import ALLOCATIONS, REPAIRS, PlanChooser, PlannedModel
 from seap_ray.pipeline.plan_files import save_plan
 from seap_ray.progress import progress
@@ -142,6 +143,30 @@ def test_the_figures_of_all_plans_are_kept_with_the_one_that_is_taken(judge):
     (row,) = [row for row in planned.export.plan.judged if row["divergence"] != 1.0]
     assert (row["allocation"], row["attention_unit"]) == ("global", "group")
     assert (row["divergence"], row["stderr"], row["loss"]) == (0.25, 0.03125, 0.125)
+
+
+@pytest.mark.parametrize("taken", ALLOCATIONS)
+def test_what_the_cuts_of_every_judged_allocation_cost_is_predicted_from_those_that_were_measured(judge, taken):
+    judge.divergence = lambda plan: 0.5 if kind_of(plan) == (taken, "group") else 1.0
+    plan = choose().export.plan
+
+    assert not any("predicted" in row for row in plan.judged[:3]), "nothing is known when repairs are judged"
+    by_kind = {(row["allocation"], row["attention_unit"]): row["predicted"] for row in plan.judged[3:]}
+    assert sum(sum(costs.values()) for costs in plan.predicted) == pytest.approx(by_kind[taken, "group"])
+    assert min(by_kind, key=lambda kind: by_kind[kind])[0] == "measured", "its widths are those that cost least"
+    for layer, costs in enumerate(plan.predicted):
+        shape = plan.shapes[layer]
+        assert (costs["attn"] > 0, costs["mlp"] > 0) == (
+            shape.heads < SMALL.dense.heads,
+            shape.channels < SMALL.dense.channels,
+        )
+
+
+def test_an_expert_that_shares_its_widths_has_no_costs_of_its_own(judge):
+    assert choose("general").export.plan.predicted
+    planner = open_planner_of(SMALL)
+    expert = next(spec for spec in model_specs(planner.config) if spec.kind == "expert")
+    assert PlanChooser(planner, progress).plan_model(expert, 0.3).export.plan.predicted == ()
 
 
 @pytest.mark.parametrize("kind", ["auto", "measured"])
