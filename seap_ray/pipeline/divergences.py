@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
+import torch
 from torch import Tensor
 
 from seap_ray.config import Config
@@ -34,7 +35,7 @@ from seap_ray.storage.run import Run, fingerprint
 
 Figures = Mapping[str, Any] | None
 """What was measured of a model on a task, as files have it."""
-SCHEMA = 1
+SCHEMA = 2
 """Version of what is measured; raise it when the numbers change."""
 
 
@@ -63,6 +64,18 @@ class Measured:
     """Rise of the loss on the same tokens, whose noise is larger."""
     costs: Mapping[tuple[int, Site], Rise] = field(default_factory=dict)
     """What the cut of each (layer, site) contributes to the divergence, where that was asked for."""
+    sequences: tuple[tuple[float, Tensor, Tensor], ...] = field(default=(), compare=False, repr=False)
+    """Of each task its weight, and the summed divergence and the tokens of every sequence, (N,), float64."""
+
+    def above(self, other: "Measured") -> Rise:
+        """Return by how much a model diverges more than another one that was measured on the same sequences.
+
+        The standard error is that of differences sequence by sequence, a part of that of either model.
+        """
+        differences: list[Rise] = []
+        for (_, sums_N, tokens_N), (_, other_N, _) in zip(self.sequences, other.sequences, strict=True):
+            differences.append(Rise.a_token(sums_N - other_N, tokens_N))
+        return Rise.mean_of(differences, [weight for weight, _, _ in self.sequences])
 
 
 @dataclass(frozen=True)
@@ -258,6 +271,7 @@ def _to_json(divergence: Divergence, cut_costs: CutCosts | None = None) -> Figur
     return {
         "divergence": _pair(divergence.rise),
         "loss": _pair(divergence.loss),
+        "sequences": [divergence.sums_N.tolist(), divergence.tokens_N.tolist()],
         "costs": [[layer, site, *_pair(cost)] for (layer, site), cost in costs.items()],
     }
 
@@ -290,4 +304,11 @@ def _pooled(figures: Sequence[Figures], task_weights: Sequence[float]) -> Measur
         Rise.mean_of(divergences, weights),
         Rise.mean_of(losses, weights),
         {key: Rise.mean_of(rises, weights) for key, rises in costs.items()},
+        tuple((weight, *_sums(task)) for task, weight in pairs),
     )
+
+
+def _sums(task: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the summed divergence and the tokens of every sequence."""
+    sums_N, tokens_N = torch.tensor(task["sequences"], dtype=torch.float64)
+    return sums_N, tokens_N

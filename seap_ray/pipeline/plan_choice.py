@@ -16,7 +16,7 @@ from seap_ray.core.architecture import Shape
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.moments import SITES, Site
 from seap_ray.core.plan import Plan
-from seap_ray.core.sensitivity import Sensitivities, even_cuts
+from seap_ray.core.sensitivity import NOISE, Sensitivities, even_cuts
 from seap_ray.core.widths import WidthConstraints, widest_unit
 from seap_ray.errors import ConfigError
 from seap_ray.models.cut_costs import PASSES_BY_SITE
@@ -213,8 +213,9 @@ class PlanChooser:
         allocations = ALLOCATIONS if allocation == "auto" else [allocation]
 
         closed: list[PlanSettings] = []
-        for kind in allocations:
-            for each in units:
+        # Attention whole comes first: short texts do not show all that heads do on long ones.
+        for each in units:
+            for kind in allocations:
                 closed.append(spec.settings.model_copy(update={"allocation": kind, "attention_unit": each}))
         plans = self._plans(spec, closed, ratio)
         if not plans:
@@ -225,7 +226,7 @@ class PlanChooser:
             ((plan, settings),) = plans
             return Decision(settings, plan.shapes, judged, self._predicted(spec, settings, plan))
         candidates = self._candidates(spec, plans)
-        best = min(candidates, key=_divergence)
+        best = _first_as_good(candidates)
         return Decision(best.settings, best.plan.shapes, judged + candidates, best.predicted)
 
     def _plans(self, spec: ModelSpec, closed: Iterable[PlanSettings], ratio: float) -> list[tuple[Plan, PlanSettings]]:
@@ -346,6 +347,16 @@ def _closed(settings: PlanSettings, score: str, compensation: str) -> PlanSettin
 
 def _sensitivities_key(spec: ModelSpec, ratio: float) -> str:
     return fingerprint(asdict(spec), ratio)
+
+
+def _first_as_good(candidates: Sequence[Candidate]) -> Candidate:
+    """Return the first candidate that is as good as the best one, as far as the held-out tokens can tell."""
+    best = min(candidates, key=_divergence)
+    for candidate in candidates:
+        gap = candidate.measured.above(best.measured)
+        if gap.mean <= NOISE * gap.stderr:
+            return candidate
+    return best
 
 
 def _divergence(candidate: Candidate) -> float:

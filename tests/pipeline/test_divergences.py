@@ -200,8 +200,19 @@ def test_a_task_whose_tokens_predict_nothing_does_not_count(checkpoint, tmp_path
 
 
 def test_costs_of_tasks_are_averaged_by_weight_where_both_have_them():
-    first = {"divergence": [1.0, 0.0], "loss": [0.0, 0.0], "costs": [[0, "mlp", 1.0, 0.4], [1, "attn", 2.0, 0.0]]}
-    second = {"divergence": [3.0, 0.0], "loss": [8.0, 0.3], "costs": [[0, "mlp", 5.0, 0.0], [1, "attn", 2.0, 0.0]]}
+    sequences = {"sequences": [[1.0], [1.0]]}
+    first = {
+        "divergence": [1.0, 0.0],
+        "loss": [0.0, 0.0],
+        **sequences,
+        "costs": [[0, "mlp", 1.0, 0.4], [1, "attn", 2.0, 0.0]],
+    }
+    second = {
+        "divergence": [3.0, 0.0],
+        "loss": [8.0, 0.3],
+        **sequences,
+        "costs": [[0, "mlp", 5.0, 0.0], [1, "attn", 2.0, 0.0]],
+    }
     measured = divergences._pooled([first, None, second], [3.0, 9.0, 1.0])
     assert measured.divergence == Rise(1.5, 0.0)
     assert (measured.loss.mean, measured.loss.stderr) == (2.0, pytest.approx(0.075))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+import torch
 
 from seap_ray.core.plan import Plan
 from seap_ray.core.sensitivity import Rise
@@ -51,7 +52,8 @@ class Judge:
                 if kept.shape.heads < original.heads:
                     costs[layer, "attn"] = Rise(0.3 / (1 + layer), 0.0)
         value = self.divergence(plan)
-        return Measured(Rise(value, value / 8), Rise(value / 2, value / 4), costs)
+        one_sequence = (1.0, torch.tensor([value], dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+        return Measured(Rise(value, value / 8), Rise(value / 2, value / 4), costs, (one_sequence,))
 
     @property
     def trials(self) -> list[PooledTrial]:
@@ -125,7 +127,7 @@ def test_the_allocation_and_unit_that_diverge_least_are_taken_with_their_widths(
     plan = planned.export.plan
 
     assert kind_of(plan) == (allocation, unit)
-    assert rows_of(planned)[3:] == [("wifv", "mean", kind, each) for kind in ALLOCATIONS for each in ("none", "group")]
+    assert rows_of(planned)[3:] == [("wifv", "mean", kind, each) for each in ("none", "group") for kind in ALLOCATIONS]
     (judged,) = [other for other in judge.plans[3:] if kind_of(other) == (allocation, unit)]
     assert plan.kept == judged.kept, "what is written is what was judged"
     assert [plan.judged[i]["divergence"] for i in range(3)] == [0.5 if kind_of(plan) == ("uniform", "none") else 1] * 3
@@ -135,6 +137,29 @@ def test_of_equally_good_plans_the_first_is_taken(judge):
     planned = choose(calibration=COVARIANCES)
     assert repair_of(planned.export.plan) == REPAIRS[0]
     assert kind_of(planned.export.plan) == (ALLOCATIONS[0], "none")
+
+
+@pytest.mark.parametrize(("gaps", "unit"), [([0.2, 0.22, 0.18], "group"), ([0.5, -0.2, 0.2], "none")])
+def test_attention_stays_whole_unless_a_cut_is_better_beyond_its_noise(monkeypatch, gaps, unit):
+    tokens_N = torch.tensor([10.0, 10.0, 10.0], dtype=torch.float64)
+
+    def measure(_config: Any, _run: Any, trials: list[PooledTrial], _progress: Any) -> list[list[Measured]]:
+        measured: list[list[Measured]] = []
+        for trial in trials:
+            figures: list[Measured] = []
+            for export in exports_of(trial):
+                # Sequences differ more from each other than plans do on the same sequence.
+                sums_N = torch.tensor([1.0, 5.0, 20.0], dtype=torch.float64)
+                if kind_of(export.plan) == ("uniform", "group"):
+                    sums_N = sums_N - torch.tensor(gaps, dtype=torch.float64)
+                figures.append(Measured(Rise.a_token(sums_N, tokens_N), Rise(0.0, 0.0), {}, ((1.0, sums_N, tokens_N),)))
+            measured.append(figures)
+        return measured
+
+    monkeypatch.setattr("seap_ray.pipeline.plan_choice.measure_all", measure)
+    monkeypatch.setattr("seap_ray.pipeline.plan_choice.ALLOCATIONS", ("uniform",))
+    planned = choose(pruning={"score": "wifv", "compensation": "mean"})
+    assert kind_of(planned.export.plan) == ("uniform", unit)
 
 
 def test_the_figures_of_all_plans_are_kept_with_the_one_that_is_taken(judge):
