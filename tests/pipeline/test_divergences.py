@@ -21,7 +21,7 @@ import pytest
 from seap_ray.config import Config, load_config
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.plan import Plan
-from seap_ray.core.sensitivity import Rise
+from seap_ray.core.sensitivity import NOISE, Rise
 from seap_ray.errors import DataError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.cut_costs import measure_cut_costs
@@ -297,7 +297,10 @@ def test_a_job_that_leaves_all_open_judges_and_says_what_it_took(finished):
 
     allocations = general["judged"][4:]
     best = min(allocations, key=lambda row: row["divergence"])
-    assert (general["allocation"]["kind"], general["attention_unit"]) == (best["allocation"], best["attention_unit"])
+    taken = general["allocation"]["kind"], general["attention_unit"]
+    (row,) = [row for row in allocations if (row["allocation"], row["attention_unit"]) == taken]
+    # Differences have no more noise than both figures together.
+    assert row["divergence"] - best["divergence"] <= NOISE * (row["stderr"] + best["stderr"])
     assert {name.partition("/")[0] for name in files(finished, "divergences")} == {"arithmetic", "logic"}
 
 
