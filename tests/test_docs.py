@@ -215,7 +215,8 @@ def test_the_needs_of_the_8b_model_are_those_of_the_doctors_formulas(column, ove
     model = ModelSize.from_config(LLAMA_3_1_8B)
     needed = needs(model, load_config(["config=configs/llama-3.1-8b.yaml", *overrides.split()]))
     memory = needed.memory
-    steps = (needed.time.calibration, needed.time.judging, needed.time.writing)
+    time = needed.time
+    steps = (time.calibration, time.choice, time.judging, time.writing)
     expected = [
         f"{size(memory.single)} / {size(memory.stream)}",
         size(memory.host),

@@ -53,10 +53,12 @@ def choose(options_L: Sequence[Sequence[Option]], *, low: float, high: float) ->
     """
     tables_L = [_Table.of(options) for options in options_L]
     price = _price(tables_L, low)
-    problem = _Problem(tables_L, low, high, price)
+    # Whole numbers, as savings are: beside a float they would be compared in float32.
+    problem = _Problem(tables_L, math.ceil(low), math.floor(high), (low + high) / 2, price)
 
     # A small bound leaves few sums. It grows until the best choice is within it: then there is none better.
-    bound = max(price * (high - low) / FIRST, problem.slack)
+    # One of 0, where rises are next to nothing, could not grow.
+    bound = max(price * (high - low) / FIRST, problem.slack) or problem.largest_excess
     best = problem.best(bound)
     while bound < problem.largest_excess and (best is None or best.excess > bound):
         bound *= WIDER
@@ -203,8 +205,10 @@ class _Problem:
     """The options of all layers, what is to be saved, and the price of a saved unit."""
 
     tables_L: Sequence[_Table]
-    low: float
-    high: float
+    low: int
+    high: int
+    middle: float
+    """What choices with equal rises shall save as nearly as can be."""
     price: float
 
     @property
@@ -277,10 +281,9 @@ class _Problem:
     def _traced(self, sums_L: Sequence[_Sums], floor: float) -> _Choice:
         """Follow the best sum of all layers back to the option of each."""
         last = sums_L[-1]
-        middle = (self.low + self.high) / 2
         is_least_S = last.rise_S == last.rise_S.min()
         # Savings rise, and min takes the first: of two equally near ones the one that saves less.
-        best = min(is_least_S.nonzero().flatten().tolist(), key=lambda i: abs(int(last.saved_S[i]) - middle))
+        best = min(is_least_S.nonzero().flatten().tolist(), key=lambda i: abs(int(last.saved_S[i]) - self.middle))
         excess = float(last.rise_S[best]) - self.price * self.low - floor
 
         options_L: list[int] = []

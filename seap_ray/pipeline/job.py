@@ -15,13 +15,14 @@ from seap_ray.config import Config
 from seap_ray.errors import ConfigError, IncompleteError, error_by_code
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import rows_lines
-from seap_ray.pipeline.calibrate import calibrate, n_workers
+from seap_ray.pipeline.calibrate import calibrate, make_records, n_workers
 from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, write_checkpoints
 from seap_ray.pipeline.cluster import connect_driver
 from seap_ray.pipeline.divergences import held_out_shard
 from seap_ray.pipeline.evaluate import EvalTask, eval_target, eval_task, evaluate
+from seap_ray.pipeline.model_specs import model_specs
 from seap_ray.pipeline.placement import with_placement
-from seap_ray.pipeline.plan_choice import PlanChooser
+from seap_ray.pipeline.plan_choice import PlanChooser, passes_of_choice
 from seap_ray.pipeline.planner import Planner, make_planner
 from seap_ray.pipeline.preflight import (
     check_config,
@@ -140,9 +141,18 @@ def calibrate_run(config: Config, checkpoint: Checkpoint, run: Run) -> Calibrate
 
     statistics = calibrate(config, checkpoint, run, manifests, progress)
     records = ShardRecords.of(config, checkpoint, run)
+    _make_held_out_records(config, records, manifests)
     held_out = {manifest.task: held_out_shard(records, manifest.shards) for manifest in manifests}
     planner = make_planner(config, checkpoint, run, statistics, held_out)
     return CalibratedRun(config, checkpoint, run, manifests, planner)
+
+
+def _make_held_out_records(config: Config, records: ShardRecords, manifests: Sequence[Manifest]) -> None:
+    """Make the records of held-out shards again where somebody removed them and plans will be judged without them."""
+    is_judged = any(passes_of_choice(config, spec) for spec in model_specs(config))
+    if is_judged and records.calibration.covariance:
+        held_out = [manifest.shards[-1] for manifest in manifests if len(manifest.shards) > 1]
+        make_records(config, records, records.absent(held_out), progress, n_merged=0)
 
 
 def few_tokens_warning(config: Config, checkpoint: Checkpoint, manifest: Manifest) -> str | None:

@@ -119,6 +119,15 @@ class ShardRecords:
         checks = [check.remote(self, shard) for shard in shards]
         return [shard for shard, is_whole in zip(shards, ray.get(checks), strict=True) if not is_whole]
 
+    def absent(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Return the shards of whose records a file is not even there. No file is read."""
+        absent: list[Shard] = []
+        for shard in shards:
+            files = self.files(self.path(shard), self.key(shard), RECORD_FILE)
+            if not all(file.path.is_file() for file in files):
+                absent.append(shard)
+        return absent
+
     def existing_paths(self, shards: Sequence[Shard]) -> list[StoragePath]:
         """Return the paths of the records of a task's shards, in this order.
 

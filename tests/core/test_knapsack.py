@@ -40,6 +40,18 @@ def test_no_choice_of_all_is_better(options_L, low, width):
     assert (rise, abs(saved - low - width / 2)) == best
 
 
+def test_rises_next_to_nothing_end_as_others_do():
+    options = [Option(saved=0, rise=0.0), Option(saved=1, rise=5e-324)]
+    assert choose([options], low=1, high=1) == (1,)
+    assert choose([options], low=0.25, high=0.5) is None
+
+
+def test_a_window_between_large_savings_is_held_to_the_unit():
+    large = [Option(saved=10**10 + n, rise=float(n)) for n in range(5)]
+    assert choose([large], low=10**10 + 2.5, high=10**10 + 3) == (3,)
+    assert choose([large], low=10**10 + 2.1, high=10**10 + 2.9) is None
+
+
 @given(
     options_L=st.lists(
         st.lists(st.builds(Option, saved=st.integers(0, 10**9), rise=st.floats(0, 1)), min_size=1, max_size=6),
