@@ -49,6 +49,8 @@ class _Curve:
 
 
 CURVES = (
+    _Curve("auto"),
+    _Curve("measured"),
     _Curve("uniform"),
     _Curve("global"),
     *(_Curve("logistic", k, x0) for k, x0 in product(STEEPNESSES, MIDPOINTS)),

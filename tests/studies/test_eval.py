@@ -236,7 +236,8 @@ def test_the_allocation_study_holds_the_default_curve_beside_the_others(finished
 
     assert default["experts mean acc"] == pytest.approx(own)
     assert default["general mean acc"] == pytest.approx(mean_of(transfer["general"]))
-    assert {row["allocation"] for row in rows} == {"uniform", "global", "logistic"} and len(rows) == 22
+    assert {row["allocation"] for row in rows} == {"auto", "measured", "uniform", "global", "logistic"}
+    assert len(rows) == 24
 
 
 def test_the_corpus_study_has_a_spread_over_seeds_in_a_run_of_its_own(cluster, tmp_path, capsys):
@@ -364,7 +365,9 @@ def test_the_papers_recipe_runs_on_a_real_model_and_local_files(cluster, tmp_pat
     }
     listed = ", ".join(f"{{name: {name}, {more}}}" for name, more in local.items())
     small = ["corpus.samples=24", "evaluation.samples=6", "corpus.sequence_length=128", "pruning.ratio=0.5"]
-    override = [f"model.source={DATA / 'models' / 'stories260k'}", f"tasks=[{listed}]", *small]
+    # The study's own score and compensation, which the tests' shared keys would go before.
+    papers = ["pruning.score=wifv", "pruning.compensation=mean"]
+    override = [f"model.source={DATA / 'models' / 'stories260k'}", f"tasks=[{listed}]", *small, *papers]
 
     assert main(arguments(tmp_path, "study=paper", *override)) == 0
     results = read(tmp_path, "paper", run="run-paper")
