@@ -8,7 +8,7 @@ Letters: H query heads, E MoE experts, C channels, L layers; N counts sequences.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 from torch import Tensor
@@ -189,7 +189,7 @@ class Sensitivities:
             ValueError: Ladders of one layer and site have different widths.
         """
         by_key: dict[tuple[int, Site], list[Ladder]] = {}
-        for ladder in (ladder for sensitivities in several for ladder in sensitivities.ladders):
+        for ladder in chain.from_iterable(sensitivities.ladders for sensitivities in several):
             by_key.setdefault((ladder.layer, ladder.site), []).append(ladder)
 
         ladders: list[Ladder] = []

@@ -190,10 +190,10 @@ def _run_backward(
             leaf_BTD = hidden.detach().to(device).requires_grad_()
             alphas = slopes.start(hidden.shape, device, cuts.sites(layer))
             output_BTD = batch.run(block, layer, leaf_BTD, device)
-            found = torch.autograd.grad(output_BTD, [leaf_BTD, *alphas.values()], gradient.to(device))
-            before.append(found[0].to(hidden.device))
+            leaf_gradients = torch.autograd.grad(output_BTD, [leaf_BTD, *alphas.values()], gradient.to(output_BTD))
+            before.append(leaf_gradients[0].to(hidden.device))
             slopes_by_batch.append(
-                {site: slope.squeeze(-1).cpu() for site, slope in zip(alphas, found[1:], strict=True)}
+                {site: slope.squeeze(-1).cpu() for site, slope in zip(alphas, leaf_gradients[1:], strict=True)}
             )
     return before, slopes_by_batch
 
@@ -251,7 +251,7 @@ class _Between(nn.Module):
         with torch.no_grad():
             missing = self.whole(*inputs) - cut
         # Some families hand tokens on in one row.
-        return cut + alpha.reshape(*cut.shape[:-1], 1).to(cut.dtype) * missing
+        return cut + alpha.reshape(*cut.shape[:-1], 1).to(cut) * missing
 
 
 @contextmanager
@@ -277,6 +277,8 @@ def _between(block: nn.Module, parameters: Mapping[str, Tensor], cuts: _LayerCut
 def _with_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
     """Return a module that computes with other parameters; the rest it shares with the original."""
     changed = copy.copy(module)
+    # A model that is spread over devices has a forward of its own in each module, bound to the original.
+    changed.__dict__.pop("forward", None)
     frozen = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in parameters.items()}
     changed._parameters = {**module._parameters, **frozen}
     return changed

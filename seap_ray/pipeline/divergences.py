@@ -255,8 +255,8 @@ def _costs(layers: OpenedLayers, batches: Sequence[HiddenBatch], exports: Sequen
     """Return the figures of every model, with what each cut costs."""
     figures: list[Figures] = []
     for export in exports:
-        found = measure_cut_costs(layers.model, layers.forwards(), layers.backwards(), batches, export)
-        figures.append(_to_json(found.divergence, found))
+        cut_costs = measure_cut_costs(layers.model, layers.forwards(), layers.backwards(), batches, export)
+        figures.append(_to_json(cut_costs.divergence, cut_costs))
     return figures
 
 

@@ -69,7 +69,10 @@ class StoredPlan:
         by_layer = self.metadata.get("predicted", [])
         if not by_layer:
             return {}
-        return {unit: [costs[site] for costs in by_layer] for unit, site in SITE_OF_UNIT.items()}
+        by_unit: dict[str, list[float]] = {}
+        for unit, site in SITE_OF_UNIT.items():
+            by_unit[unit] = [costs[site] for costs in by_layer]
+        return by_unit
 
     def indices(self, layer: int, unit: str) -> np.ndarray:
         """Return the indices of the units that stay in a layer."""

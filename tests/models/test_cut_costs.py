@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import attach_execution_device_hook
 from torch import Tensor
 
 from seap_ray.config import Config
@@ -168,3 +169,18 @@ def test_costs_are_kept_by_sequence(tmp_path: Path) -> None:
     for key, cost in found.costs().items():
         parts = [half[key].mean * n_tokens for half, n_tokens in zip(halves, tokens, strict=True)]
         assert cost.mean == pytest.approx(sum(parts) / sum(tokens))
+
+
+def test_modules_with_hooks_of_a_model_spread_over_devices_give_the_same_costs(tmp_path: Path) -> None:
+    checkpoint = opened(tmp_path, "llama_gqa")
+    export = compensated_plan(checkpoint)
+    layers = layers_of(checkpoint)
+    plain = measured(layers, export)
+
+    # What device_map attaches to every module with weights.
+    for block in layers.model.get_decoder().layers:
+        attach_execution_device_hook(block, "cpu")
+    hooked = measured(layers, export)
+
+    assert plain.divergence.rise.mean == pytest.approx(hooked.divergence.rise.mean)
+    assert plain.costs() == hooked.costs()
