@@ -254,8 +254,8 @@ class PruningSection(Section):
     attention_unit: AttentionUnit | Auto = "auto"
     """What is removed from attention. `group`: key-value heads together with their query heads, which also shrinks the
     key-value cache. `head`: the same number of query heads from every group. `none`: nothing, the MLP alone is
-    pruned. `auto`: `group`, or where no engine serves that `head`, else `none`; under allocation `auto` the better of
-    this and `none` on held-out tokens."""
+    pruned. `auto`: `group`, or where no engine serves that `head`, else `none`; under allocation `auto` and `measured`
+    `none`, unless cutting is better on held-out tokens beyond the noise."""
     held_out_tokens: int = Field(default=1024, ge=1)
     """Tokens of each task, from its last shard, on which `auto` and `measured` judge plans. The statistics that
     compensate these plans leave this shard's covariances out."""
