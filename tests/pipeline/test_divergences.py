@@ -330,7 +330,7 @@ def test_a_job_that_was_killed_while_it_judged_goes_on_with_what_it_had(finished
     folder = tmp_path / "run" / "divergences"
 
     command = [sys.executable, str(ROOT / "jobs" / "prune.py"), *arguments(tmp_path)]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment = {**os.environ, "RAY_ADDRESS": "local"}  # a cluster of a test beside it would be joined
     job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     watcher = threading.Thread(target=kill_at, args=(job, folder, 3), daemon=True)
     watcher.start()

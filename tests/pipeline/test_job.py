@@ -292,7 +292,7 @@ def test_a_shard_that_kills_every_worker_is_given_up_named_and_costs_no_other(fi
 
 def test_a_killed_driver_resumes_with_the_records_that_it_had(finished, tmp_path):
     command = [sys.executable, str(ROOT / "jobs" / "prune.py"), *arguments(tmp_path)]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment = {**os.environ, "RAY_ADDRESS": "local"}  # a cluster of a test beside it would be joined
     job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         when_records(tmp_path, 3, job.kill).join(240)
@@ -309,7 +309,7 @@ def test_a_killed_driver_resumes_with_the_records_that_it_had(finished, tmp_path
 
 def test_a_stopped_job_ends_with_4_and_says_that_it_can_go_on(tmp_path):
     command = [sys.executable, str(ROOT / "jobs" / "prune.py"), *arguments(tmp_path)]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment = {**os.environ, "RAY_ADDRESS": "local"}  # a cluster of a test beside it would be joined
     job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         when_records(tmp_path, 1, job.terminate).join(240)
