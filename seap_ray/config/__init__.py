@@ -22,6 +22,8 @@ from seap_ray.config.schema import (
     Score,
     ServeSection,
     SpeedSection,
+    TargetKind,
+    TargetSection,
     walk,
 )
 
@@ -48,6 +50,8 @@ __all__ = [
     "Score",
     "ServeSection",
     "SpeedSection",
+    "TargetKind",
+    "TargetSection",
     "help_text",
     "load_config",
     "walk",

@@ -31,7 +31,8 @@ def load_config(arguments: Sequence[str]) -> Config:
     """Read the configuration of a job from a YAML file and the command line.
 
     Args:
-        arguments: ``dotted.key=value`` overrides, values in YAML. ``config=PATH`` names the file; without it, the
+        arguments: ``dotted.key=value`` overrides, values in YAML; a ratio takes back the file's target, and a target
+            its ratio. ``config=PATH`` names the file; without it, the
             environment variable ``SEAP_RAY_CONFIG`` does, or else it is ``ray_config.yaml``, or the demo's settings
             where the current folder has no such file. ``study=NAME`` sets the keys that the study needs, unless they
             are among the overrides.
@@ -45,6 +46,7 @@ def load_config(arguments: Sequence[str]) -> Config:
     overrides = dict(_split(argument) for argument in arguments)
     path = _config_path(overrides.pop("config", None))
     values = _read(path)
+    _take_back(values, overrides)
 
     # The study's keys come first, so that a key inside one of them can still be overridden.
     for key, value in {**_preset(values, overrides), **overrides}.items():
@@ -91,6 +93,17 @@ def _in_own_run(config: Config, overrides: dict[str, Any]) -> Config:
         return config
     run = config.run.model_copy(update={"name": f"{config.run.name}-{config.study}"})
     return config.model_copy(update={"run": run})
+
+
+def _take_back(values: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Take the file's ratio out of its values where the command line has a target instead, and the other way round."""
+    pruning = values.get("pruning")
+    if not isinstance(pruning, dict):
+        return
+    has_target = any(f"{key}.".startswith("pruning.target.") for key in overrides)
+    if has_target == ("pruning.ratio" in overrides):
+        return
+    values["pruning"] = {key: value for key, value in pruning.items() if key != ("ratio" if has_target else "target")}
 
 
 def _split(argument: str) -> tuple[str, Any]:

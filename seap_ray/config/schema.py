@@ -4,7 +4,9 @@ The docstring of a key is its text in ``--help``.
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -20,6 +22,7 @@ Allocation = Literal["uniform", "logistic", "global", "standardised", "measured"
 Budget = Literal["exact", "official"]
 Compensation = Literal["none", "mean", "least_squares"]
 AttentionUnit = Literal["group", "head", "none"]
+TargetKind = Literal["parameters", "weights", "memory", "latency"]
 Auto = Literal["auto"]
 """What is left to be chosen on held-out tokens of the calibration."""
 Pooling = Literal["pooled", "score_average"]
@@ -47,6 +50,40 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def _as_list(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
+
+
+THOUSANDS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+"""Endings of a number of parameters."""
+BYTES = {
+    **{"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
+    **{"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
+}
+"""Endings of a number of bytes."""
+NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+"""A number with or without a unit."""
+
+
+def _in_units(units: Mapping[str, int], example: str) -> Callable[[Any], Any]:
+    """Return a reader of numbers with a unit behind them."""
+
+    def read(value: Any) -> Any:
+        """Read ``value``; what is no text is left to the field's own type."""
+        if not isinstance(value, str):
+            return value
+        match = NUMBER.fullmatch(value.strip())
+        if match is None or match[2] not in units:
+            endings = ", ".join(filter(None, units))
+            raise ValueError(f"should be a whole number, or one with {endings} behind it, such as {example}")
+        # Decimal, since 6.7 times a power of ten is no whole number in binary.
+        return int(Decimal(match[1]) * units[match[2]])
+
+    return read
+
+
+Parameters = Annotated[int, BeforeValidator(_in_units(THOUSANDS, "6.5B")), Field(ge=1)]
+"""A number of parameters: 6500000000 or 6.5B."""
+Bytes = Annotated[int, BeforeValidator(_in_units(BYTES, "12GB")), Field(ge=0)]
+"""A number of bytes: 12000000000, 12GB or 11.2GiB."""
 
 
 class RunSection(Section):
@@ -228,12 +265,82 @@ class Baseline(PlanSettings):
     """Whether there is one model for each task, from its statistics alone, instead of one for all tasks."""
 
 
+class MemoryTarget(Section):
+    """Memory that a model may take while it serves. `memory: 24GB` stands for `memory: {total: 24GB}`."""
+
+    total: Bytes | None = None
+    """Memory of weights, key-value cache and workspace together, such as 24GB or 22GiB; null: no such target."""
+    tokens: int = Field(default=8192, ge=1)
+    """Tokens of each sequence whose keys and values the cache holds. A layer with a sliding window holds no more than
+    the window."""
+    sequences: int = Field(default=16, ge=1)
+    """Sequences that are served at a time."""
+    workspace: Bytes = 2 * 10**9
+    """Memory that the engine takes besides weights and cache: activations, graphs, the CUDA context."""
+
+
+class LatencyTarget(Section):
+    """How fast a model shall answer, by a table of times that `python jobs/bench.py widths` measured on the device."""
+
+    tokens_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Generated tokens per second of the whole batch, the time of the prompts included; null: no such target."""
+    table: str = "widths.json"
+    """File with the times, for the dimensions of model.source."""
+    batch: int = Field(default=1, ge=1)
+    """Sequences that are generated at a time; the table must be measured with as many."""
+    prompt_tokens: int = Field(default=128, ge=1)
+    """Tokens of each prompt; the table must be measured with as many."""
+    new_tokens: int = Field(default=32, ge=1)
+    """Tokens that are generated after each prompt."""
+
+
+class TargetSection(Section):
+    """What every pruned model may take, instead of a ratio: one of these, and as much goes as meets it."""
+
+    parameters: Parameters | None = None
+    """Most parameters, embeddings included, such as 6.5B or 900M."""
+    weights: Bytes | None = None
+    """Most bytes of the weights, in the types that they are stored in, such as 12GB."""
+    memory: MemoryTarget = MemoryTarget()
+    latency: LatencyTarget = LatencyTarget()
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _total_alone(cls, value: Any) -> Any:
+        return {"total": value} if isinstance(value, str | int) else value
+
+    @property
+    def kinds(self) -> list[TargetKind]:
+        """Names of the targets that are set: none or one."""
+        numbers: dict[TargetKind, float | None] = {
+            "parameters": self.parameters,
+            "weights": self.weights,
+            "memory": self.memory.total,
+            "latency": self.latency.tokens_per_second,
+        }
+        return [kind for kind, number in numbers.items() if number is not None]
+
+    @model_validator(mode="after")
+    def _one_is_complete(self) -> "TargetSection":
+        """Refuse two targets at once, and one whose number is missing."""
+        if len(self.kinds) > 1:
+            raise ValueError(f"{' and '.join(self.kinds)} exclude each other; leave one")
+        if self.memory.total is None and self.memory != MemoryTarget():
+            raise ValueError("memory needs its total, such as 24GB")
+        if self.latency.tokens_per_second is None and self.latency != LatencyTarget():
+            raise ValueError("latency needs its tokens_per_second")
+        if self.memory.total is not None and self.memory.total <= self.memory.workspace:
+            raise ValueError(f"memory: the workspace alone takes {self.memory.workspace / 1e9:g} GB; set it lower")
+        return self
+
+
 class PruningSection(Section):
     """What is removed, and what makes up for it."""
 
     ratio: Annotated[tuple[Ratio, ...], BeforeValidator(_as_list), Field(min_length=1)] = (0.2, 0.5)
     """Share of the decoder layers' parameters to remove, at least 0 and below 1: a number, or a list, which gives a set
-    of models for each ratio."""
+    of models for each ratio. Not beside pruning.target."""
+    target: TargetSection = TargetSection()
     budget: Budget = "exact"
     """How the ratio is met. `exact`: to within one tile of channels. `official`: by the schedule of the SEAP authors'
     code, which removes less than the ratio says."""
@@ -279,6 +386,13 @@ class PruningSection(Section):
             return values  # refused by the field's own type
 
         return {name: _completed_baseline(name, settings) for name, settings in values.items()}
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "PruningSection":
+        """Refuse a target beside a ratio that is written out."""
+        if self.target.kinds and "ratio" in self.model_fields_set:
+            raise ValueError(f"ratio and target.{self.target.kinds[0]} exclude each other; leave one out")
+        return self
 
     @field_validator("ratio")
     @classmethod
@@ -437,6 +551,14 @@ class BenchmarksSection(Section):
     official: str | None = None
     """Folder with a checkout of the SEAP authors' code, github.com/IAAR-Shanghai/SEAP, to compare the calibration with;
     null: no comparison."""
+    batch: int = Field(default=1, ge=1)
+    """Sequences that the suite `widths` generates at a time."""
+    prompt_tokens: int = Field(default=128, ge=1)
+    """Tokens of each of its prompts."""
+    new_tokens: int = Field(default=32, ge=2)
+    """Tokens that it generates after each prompt."""
+    table: str = "widths.json"
+    """File that it writes its times to, for pruning.target.latency.table."""
     folder: str = "docs/benchmarks"
     """Folder that the numbers are written to, a file for each suite; the page is <folder>.md."""
 

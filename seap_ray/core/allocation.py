@@ -10,6 +10,7 @@ Letters: L layers, H query heads, C channels.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, chain, pairwise, product
 
 from torch import Tensor
@@ -21,7 +22,8 @@ from seap_ray.core.moments import SITES, Site
 from seap_ray.core.plan import best_heads, by_moe_expert
 from seap_ray.core.scores import LayerScores, normalised
 from seap_ray.core.sensitivity import Sensitivities
-from seap_ray.core.widths import WidthConstraints
+from seap_ray.core.targets import BELOW_LARGEST, Target, least_cut
+from seap_ray.core.widths import WidthConstraints, widest_unit
 from seap_ray.errors import ConfigError
 
 ROUNDING = 1e-12
@@ -42,8 +44,9 @@ def choose_shapes(
     comparable: bool = False,
     stock: bool = False,
     sensitivities: Sensitivities | None = None,
+    target: Target | None = None,
 ) -> list[Shape]:
-    """Choose the widths of every layer for a ratio.
+    """Choose the widths of every layer for a ratio, or for a target.
 
     Args:
         architecture: The model before the cut.
@@ -55,16 +58,21 @@ def choose_shapes(
         comparable: Under ``global`` the scores compare between layers as they are.
         stock: Ask for the same widths in all layers, as an ordinary checkpoint has.
         sensitivities: Measured rises of the loss, which ``measured`` alone needs.
+        target: What the model may take; then the smallest ratio that meets it takes the place of ``ratio``.
 
     Returns:
         Widths of every layer. They meet the ratio within one tile of channels (``pruning.budget: official``: as
-        the authors' rounding does).
+        the authors' rounding does). They take no more than a target, and where there is room at most a tile less.
 
     Raises:
-        ConfigError: Floors, caps, protection or alignment do not allow the ratio.
+        ConfigError: Floors, caps, protection or alignment do not allow the ratio or the target.
         ValueError: Sensitivities are needed and missing, or lack a site that may be cut.
     """
     allocation = pruning.allocation
+    if target is not None and allocation.kind != "measured":
+        cut = partial(choose_shapes, architecture, pruning, scores_L=scores_L, comparable=comparable)
+        return _least_shapes(target, cut, pruning, adds_biases=adds_biases, stock=stock)
+
     constraints_L = WidthConstraints.of(architecture, pruning, adds_biases=adds_biases, stock=stock)
     _check_budget(pruning)
     if pruning.budget == "official":
@@ -78,8 +86,12 @@ def choose_shapes(
     if allocation.kind == "measured":
         if sensitivities is None:
             raise ValueError("allocation.kind: measured needs sensitivities")
-        _check_measured_reach(constraints_L, allocation, ratio, stock)
-        options_L = _measured_options(constraints_L, allocation, sensitivities)
+        # A target has a check of its own.
+        _check_measured_reach(constraints_L, allocation, ratio if target is None else 0.0, stock)
+        options_L = _measured_options(constraints_L, allocation, sensitivities, target)
+        if target is not None:
+            choose_within = _equal_shapes_within if stock else _least_rise_shapes_within
+            return choose_within(constraints_L, options_L, target)
         choose = _equal_shapes if stock else _least_rise_shapes
         return choose(constraints_L, options_L, ratio)
 
@@ -91,7 +103,12 @@ def choose_shapes(
 
 
 def choose_dropped(
-    architecture: Architecture, pruning: PruningSection, *, ratio: float, influence_L: Sequence[float]
+    architecture: Architecture,
+    pruning: PruningSection,
+    *,
+    ratio: float,
+    influence_L: Sequence[float],
+    target: Target | None = None,
 ) -> tuple[int, ...]:
     """Choose the layers that go under ``depth``: those of least influence, of two equal ones the deeper one.
 
@@ -103,6 +120,7 @@ def choose_dropped(
         pruning: The ``pruning`` section of the configuration.
         ratio: Share of the model's decoder weights that shall go.
         influence_L: Influence of every layer (ShortGPT's Block Influence, arXiv 2403.03853).
+        target: What the model may take; then the fewest layers go that meet it, whatever the ratio.
 
     Returns:
         Numbers of the layers, ascending.
@@ -110,6 +128,8 @@ def choose_dropped(
     Raises:
         ConfigError: Protection leaves too few layers.
     """
+    if target is not None:
+        return _least_dropped(target, architecture, pruning, influence_L)
     relative_size_L, may_go = _droppable(architecture, pruning, ratio)
     # The deeper of two equal layers sorts first; the slice leaves one layer of all.
     order = sorted(may_go, key=lambda layer: (influence_L[layer], -layer))[: architecture.n_layers - 1]
@@ -156,6 +176,238 @@ def check_ratio(
     else:
         # These allocations read no scores, so the choice itself is the check.
         choose_shapes(architecture, pruning, ratio=ratio, adds_biases=adds_biases, scores_L=(), stock=stock)
+
+
+# --- targets instead of ratios ---------------------------------------------------------------------------------------
+
+
+def check_target(
+    architecture: Architecture, pruning: PruningSection, target: Target, *, adds_biases: bool, stock: bool = False
+) -> None:
+    """Check, before there is a statistic, that some scores could give a plan for a target.
+
+    Args:
+        architecture: The model before the cut.
+        pruning: The ``pruning`` section of the configuration.
+        target: What the model may take.
+        adds_biases: Whether cut layers get output biases.
+        stock: Whether all layers must have the same widths.
+
+    Raises:
+        ConfigError: The model takes no more than that before the cut, or more after every cut.
+    """
+    if target.excess <= 0:
+        raise ConfigError(
+            f"pruning.target.{target.kind}: {target.shown(target.limit)} is met without a cut: the model has "
+            f"{target.shown(target.dense)}"
+        )
+    least = _least_cost(architecture, pruning, target, adds_biases=adds_biases, stock=stock)
+    if least > target.limit:
+        raise _out_of_reach(target, least)
+
+
+def even_ratio(
+    architecture: Architecture, pruning: PruningSection, target: Target, *, adds_biases: bool, stock: bool = False
+) -> float:
+    """Return the ratio that stands for a target: the smallest at which evenly cut layers meet it.
+
+    It depends on sizes alone, so that it is known before any work. Where the unit of attention is ``auto``, attention
+    stays whole, unless the target is then out of reach.
+
+    Args:
+        architecture: The model before the cut.
+        pruning: The ``pruning`` section of the configuration.
+        target: What the model may take.
+        adds_biases: Whether cut layers get output biases.
+        stock: Whether all layers must have the same widths.
+
+    Returns:
+        A ratio, rounded up to four decimals; the largest one where evenly cut layers cannot meet the target.
+
+    Raises:
+        ConfigError: The model's heads or channels do not suit the section.
+    """
+    unit = pruning.attention_unit
+    largest = 0.0
+    for each in ("none", widest_unit(architecture)) if unit == "auto" else (unit,):
+        allocation = pruning.allocation.model_copy(update={"kind": "uniform"})
+        even = pruning.model_copy(update={"allocation": allocation, "attention_unit": each, "budget": "exact"})
+        most = _largest_ratio(architecture, even, adds_biases=adds_biases, stock=stock)
+        largest = max(largest, math.floor(most * 1e4) / 1e4)
+
+        def cut_at(ratio: float, even: PruningSection = even) -> tuple[float, list[Shape]]:
+            """Return a ratio rounded up, and the evenly cut widths."""
+            # Rounded to a part of a decimal first, since 0.07 times ten thousand is above 700.
+            rounded = math.ceil(round(ratio * 1e4, 6)) / 1e4
+            return rounded, choose_shapes(
+                architecture, even, ratio=rounded, adds_biases=adds_biases, scores_L=(), stock=stock
+            )
+
+        cut = least_cut(cut_at, lambda cut: target.is_met(cut[1], adds_biases=adds_biases), largest)
+        if cut is not None:
+            return cut[0]
+    return largest
+
+
+def _least_shapes(
+    target: Target,
+    cut: Callable[..., list[Shape]],
+    pruning: PruningSection,
+    *,
+    adds_biases: bool,
+    stock: bool,
+) -> list[Shape]:
+    """Return the widths of the smallest ratio that meets a target. Raises ConfigError where none does."""
+    architecture = target.architecture
+    largest = _largest_ratio(architecture, pruning, adds_biases=adds_biases, stock=stock)
+
+    def cut_at(ratio: float) -> list[Shape]:
+        """Return the widths of a ratio."""
+        return cut(ratio=ratio, adds_biases=adds_biases, stock=stock)
+
+    shapes = least_cut(cut_at, partial(target.is_met, adds_biases=adds_biases), largest)
+    if shapes is None:
+        # Where no ratio at all can be met, this says why.
+        raise _out_of_reach(target, target.cost_of(_largest_cut(cut_at, largest), adds_biases=adds_biases))
+    # Layers of a stock checkpoint stay alike, and the authors' rounding knows no tiles.
+    if stock or pruning.budget == "official":
+        return shapes
+    constraints_L = WidthConstraints.of(architecture, pruning, adds_biases=adds_biases)
+    return _with_room_filled(target, constraints_L, shapes)
+
+
+def _with_room_filled(
+    target: Target, constraints_L: Sequence[WidthConstraints], shapes: Sequence[Shape]
+) -> list[Shape]:
+    """Give tiles of channels back while the target is met: units of attention may have saved much more than it asks.
+
+    Layers that gave most come first, the deeper ones of equals.
+    """
+    shapes = list(shapes)
+    room = -target.excess
+    for constraints, shape in zip(constraints_L, shapes, strict=True):
+        room += _units_saved(constraints, shape, target)
+
+    # Layers whose next tile may still fit.
+    open_layers = {*range(len(shapes))}
+    while open_layers:
+        layer = max(open_layers, key=lambda i: (constraints_L[i].removed(shapes[i]) / constraints_L[i].size, i))
+        constraints = constraints_L[layer]
+        shape = shapes[layer]
+        wider = [channels for channels in constraints.channel_options if channels > shape.channels]
+        after = replace(shape, channels=min(wider, default=shape.channels))
+        cost = _units_saved(constraints, shape, target) - _units_saved(constraints, after, target)
+        if not wider or cost > room:
+            open_layers.remove(layer)
+        else:
+            shapes[layer] = after
+            room -= cost
+    return shapes
+
+
+def _largest_cut(cut_at: Callable[[float], list[Shape]], largest: float) -> list[Shape]:
+    """Return the widths of the largest ratio, or of one near to it. Raises ConfigError where none of these can be."""
+    for part in BELOW_LARGEST[:-1]:
+        try:
+            return cut_at(part * largest)
+        except ConfigError:
+            continue
+    return cut_at(BELOW_LARGEST[-1] * largest)
+
+
+def _least_dropped(
+    target: Target, architecture: Architecture, pruning: PruningSection, influence_L: Sequence[float]
+) -> tuple[int, ...]:
+    """Return the fewest layers whose loss meets a target. Raises ConfigError where too few may go."""
+    relative_size_L, may_go = _droppable(architecture, pruning, 0.0)
+
+    def cost(dropped: Sequence[int]) -> int:
+        """Return what the layers that stay take."""
+        return target.cost((i, layer) for i, layer in enumerate(architecture.layers) if i not in dropped)
+
+    def dropped_at(ratio: float) -> tuple[int, ...]:
+        """Return the layers that go at a ratio."""
+        return choose_dropped(architecture, pruning, ratio=ratio, influence_L=influence_L)
+
+    largest = sum(relative_size_L[layer] for layer in may_go) / architecture.n_layers
+    dropped = least_cut(dropped_at, lambda dropped: cost(dropped) <= target.limit, largest)
+    if dropped is None:
+        raise _out_of_reach(target, cost(dropped_at(largest)))
+    return dropped
+
+
+def _out_of_reach(target: Target, least: int) -> ConfigError:
+    """Return the error for a target below what the largest cut leaves."""
+    extreme = "largest" if target.kind == "latency" else "smallest"
+    return ConfigError(
+        f"pruning.target.{target.kind}: {target.shown(target.limit)} is out of reach; the {extreme} within reach is "
+        f"{target.shown(least)}"
+    )
+
+
+def _least_cost(
+    architecture: Architecture, pruning: PruningSection, target: Target, *, adds_biases: bool, stock: bool
+) -> int:
+    """Return the least that the model can take, by sizes alone. Raises ConfigError where no ratio can be met."""
+    kind = pruning.allocation.kind
+    if kind == "depth":
+        even_L = [0.0] * architecture.n_layers
+        largest = _largest_ratio(architecture, pruning, adds_biases=adds_biases, stock=stock)
+        dropped = choose_dropped(architecture, pruning, ratio=largest, influence_L=even_L)
+        return target.cost((i, layer) for i, layer in enumerate(architecture.layers) if i not in dropped)
+
+    _check_budget(pruning)
+    if kind in ("measured", "auto"):
+        constraints_L = WidthConstraints.of(architecture, pruning, adds_biases=adds_biases, stock=stock)
+        _check_measured_reach(constraints_L, pruning.allocation, 0.0, stock)
+        return target.dense - _most_saved(constraints_L, pruning.allocation, target)
+
+    # What ranks by scores reaches as far as an even cut.
+    if kind in RANKING_VALUES:
+        pruning = pruning.model_copy(update={"allocation": pruning.allocation.model_copy(update={"kind": "uniform"})})
+    largest = _largest_ratio(architecture, pruning, adds_biases=adds_biases, stock=stock)
+    shapes = _largest_cut(
+        lambda ratio: choose_shapes(
+            architecture, pruning, ratio=ratio, adds_biases=adds_biases, scores_L=(), stock=stock
+        ),
+        largest,
+    )
+    return target.cost_of(shapes, adds_biases=adds_biases)
+
+
+def _most_saved(constraints_L: Sequence[WidthConstraints], allocation: AllocationSection, target: Target) -> int:
+    """Return the most that the layers together can save of a target."""
+    _, _, may_change = _unprotected(allocation, len(constraints_L))
+    saved = 0
+    for layer in may_change:
+        constraints = constraints_L[layer]
+        narrower = _allowed_shapes(constraints, allocation)
+        saved += max((_units_saved(constraints, shape, target) for shape in narrower), default=0)
+    return saved
+
+
+def _largest_ratio(architecture: Architecture, pruning: PruningSection, *, adds_biases: bool, stock: bool) -> float:
+    """Return the largest ratio that an allocation can be asked for."""
+    # The authors' rounding leaves one head and one channel at any ratio below 1.
+    if pruning.budget == "official":
+        return 1 - 1e-6
+    constraints_L = WidthConstraints.of(architecture, pruning, adds_biases=adds_biases, stock=stock)
+    allocation = pruning.allocation
+    layers = range(len(constraints_L))
+    if allocation.kind in ("logistic", "depth"):
+        _, _, layers = _unprotected(allocation, len(constraints_L))
+    cap_L = [1.0] * len(constraints_L) if allocation.kind == "depth" else _caps(constraints_L, allocation)
+    return sparsity.largest_ratio(_relative_sizes(constraints_L), cap_L, layers)
+
+
+def _units_saved(constraints: WidthConstraints, shape: Shape, target: Target | None) -> int:
+    """Return what a layer's widths save: weights, or of a target its unit."""
+    if target is None:
+        return constraints.removed(shape)
+    layer = constraints.layer
+    architecture = constraints.architecture
+    after = architecture.resized(layer, shape, adds_biases=constraints.adds_biases)
+    return target.layer_cost(layer, architecture.layers[layer]) - target.layer_cost(layer, after)
 
 
 # --- shares of layers ------------------------------------------------------------------------------------------------
@@ -564,7 +816,10 @@ class _MeasuredOption(knapsack.Option):
 
 
 def _measured_options(
-    constraints_L: Sequence[WidthConstraints], allocation: AllocationSection, sensitivities: Sensitivities
+    constraints_L: Sequence[WidthConstraints],
+    allocation: AllocationSection,
+    sensitivities: Sensitivities,
+    target: Target | None,
 ) -> list[list[_MeasuredOption]]:
     """List the widths that every layer may take, the whole ones first; protected layers have no others."""
     _, _, may_change = _unprotected(allocation, len(constraints_L))
@@ -572,18 +827,18 @@ def _measured_options(
     for layer, constraints in enumerate(constraints_L):
         options = [_MeasuredOption(0, 0.0, constraints.original)]
         if layer in may_change:
-            options += _narrower_options(constraints, allocation, sensitivities)
+            options += _narrower_options(constraints, allocation, sensitivities, target)
         options_L.append(options)
     return options_L
 
 
 def _narrower_options(
-    constraints: WidthConstraints, allocation: AllocationSection, sensitivities: Sensitivities
+    constraints: WidthConstraints,
+    allocation: AllocationSection,
+    sensitivities: Sensitivities,
+    target: Target | None,
 ) -> list[_MeasuredOption]:
-    """List the narrower widths that a layer's cap allows; rises of attention and MLP add up.
-
-    Widths that save nothing, because of biases that a cut layer gets, are left out.
-    """
+    """List the narrower widths that a layer's cap allows; rises of attention and MLP add up."""
     architecture = constraints.architecture
     layer = constraints.layer
     original = constraints.original
@@ -591,18 +846,25 @@ def _narrower_options(
     mlp_shapes = [replace(original, channels=channels) for channels in constraints.channel_options]
     attn_rises = sensitivities.rises(architecture, layer, "attn", attn_shapes)
     mlp_rises = sensitivities.rises(architecture, layer, "mlp", mlp_shapes)
+    attn_rise = dict(zip(constraints.options, attn_rises, strict=True))
+    mlp_rise = dict(zip(constraints.channel_options, mlp_rises, strict=True))
 
+    options: list[_MeasuredOption] = []
+    for shape in _allowed_shapes(constraints, allocation):
+        rise = attn_rise[shape.groups, shape.heads_per_group] + mlp_rise[shape.channels]
+        options.append(_MeasuredOption(_units_saved(constraints, shape, target), rise, shape))
+    return options
+
+
+def _allowed_shapes(constraints: WidthConstraints, allocation: AllocationSection) -> list[Shape]:
+    """List the narrower widths that a layer's cap allows.
+
+    Widths that save nothing, because of biases that a cut layer gets, are left out.
+    """
     # The cap holds as a tile does: without part of one more, a ratio just under the cap could not be met.
     most = min(allocation.max_sparsity, constraints.cap) * constraints.size + constraints.tile_cost
-    attn = zip(attn_shapes, attn_rises, strict=True)
-    mlp = zip(mlp_shapes, mlp_rises, strict=True)
-    options: list[_MeasuredOption] = []
-    for (attn_shape, attn_rise), (mlp_shape, mlp_rise) in product(attn, mlp):
-        shape = replace(attn_shape, channels=mlp_shape.channels)
-        saved = constraints.removed(shape)
-        if 0 < saved <= most:
-            options.append(_MeasuredOption(saved, attn_rise + mlp_rise, shape))
-    return options
+    every = [Shape(*option, channels) for option, channels in product(constraints.options, constraints.channel_options)]
+    return [shape for shape in every if 0 < constraints.removed(shape) <= most]
 
 
 def _least_rise_shapes(
@@ -649,3 +911,51 @@ def _equal_shapes(
     # A bias of an earlier compensation may keep a width from saving anything in some layer.
     shapes = [shape for shape, rises in rises_by_shape.items() if len(rises) == len(constraints_L)]
     return [min(shapes, key=rank)] * len(constraints_L)
+
+
+def _least_rise_shapes_within(
+    constraints_L: Sequence[WidthConstraints], options_L: Sequence[Sequence[_MeasuredOption]], target: Target
+) -> list[Shape]:
+    """Choose the widths with the least summed rise of all that meet a target and save a tile more at most.
+
+    Where no choice is as near, those a little farther off count, too. Raises ConfigError for a target out of reach.
+    """
+    most = sum(max(option.saved for option in options) for options in options_L)
+    if most < target.excess:
+        raise _out_of_reach(target, target.dense - most)
+
+    window = float(max(_tile_saved(constraints, target) for constraints in constraints_L))
+    chosen = knapsack.choose(options_L, low=target.excess, high=target.excess + window)
+    while chosen is None:
+        window *= 2
+        chosen = knapsack.choose(options_L, low=target.excess, high=target.excess + window)
+    return [options[place].shape for options, place in zip(options_L, chosen, strict=True)]
+
+
+def _tile_saved(constraints: WidthConstraints, target: Target) -> int:
+    """Return what the first tile of a layer's channels saves of a target, at least 1."""
+    original = constraints.original
+    one_less = replace(original, channels=max(original.channels - constraints.tile, 1))
+    return max(_units_saved(constraints, one_less, target), 1)
+
+
+def _equal_shapes_within(
+    constraints_L: Sequence[WidthConstraints], options_L: Sequence[Sequence[_MeasuredOption]], target: Target
+) -> list[Shape]:
+    """Choose one shape for all layers: the least summed rise of those that meet a target, then the widest.
+
+    Raises ConfigError for a target out of reach.
+    """
+    rises_by_shape: dict[Shape, list[float]] = {}
+    saved_by_shape: dict[Shape, int] = {}
+    for option in chain.from_iterable(options_L):
+        rises_by_shape.setdefault(option.shape, []).append(option.rise)
+        saved_by_shape[option.shape] = saved_by_shape.get(option.shape, 0) + option.saved
+
+    # A bias of an earlier compensation may keep a width from saving anything in some layer.
+    shapes = [shape for shape, rises in rises_by_shape.items() if len(rises) == len(constraints_L)]
+    within = [shape for shape in shapes if saved_by_shape[shape] >= target.excess]
+    if not within:
+        raise _out_of_reach(target, target.dense - max(saved_by_shape[shape] for shape in shapes))
+    best = min(within, key=lambda shape: (math.fsum(rises_by_shape[shape]), saved_by_shape[shape]))
+    return [best] * len(constraints_L)

@@ -90,6 +90,8 @@ class Family:
     Mistral and Qwen2."""
     mixes_windows: bool = False
     """Whether some layers have a sliding window and others none, where the config does not say it: True for Gemma 2."""
+    window_period: int = 1
+    """Layers from one that attends to everything to the next, where the config does not say it: 2 for Gemma 2."""
     supports_packing: bool = True
     """Whether transformers keeps sequences that share a row apart, by their positions: False for OPT."""
     needs_bos: bool = False
@@ -144,6 +146,7 @@ FAMILIES: dict[str, Family] = {
         o_bias=("attention_bias", False),
         norms=(4, 0),
         mixes_windows=True,
+        window_period=2,
         needs_bos=True,
     ),
     "gemma3_text": Family(
@@ -154,6 +157,7 @@ FAMILIES: dict[str, Family] = {
         o_bias=("attention_bias", False),
         norms=(4, 2),
         mixes_windows=True,
+        window_period=6,
         needs_bos=True,
     ),
     "phi3": Family(
@@ -261,6 +265,24 @@ class Shape:
         return {"heads": self.heads, "groups": self.groups, "channels": self.channels}[unit]
 
 
+def cut_unit(site: Site, original: Shape, shape: Shape) -> str | None:
+    """Return which units of a site a width has fewer of than the whole layer, None where it is whole.
+
+    Raises ValueError for a width that the layer cannot have.
+    """
+    pairs = {"channels": (shape.channels, original.channels)}
+    if site == "attn":
+        pairs = {
+            "groups": (shape.groups, original.groups),
+            "heads": (shape.heads_per_group, original.heads_per_group),
+        }
+
+    cut = [unit for unit, (kept, whole) in pairs.items() if kept != whole]
+    if len(cut) > 1 or any(kept > whole for kept, whole in pairs.values()):
+        raise ValueError(f"{shape} is no cut of groups, of heads or of channels of {original}")
+    return cut[0] if cut else None
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """A decoder layer. In a dense model all are alike."""
@@ -297,6 +319,8 @@ class Architecture:
     """Whether layers attend to a sliding window."""
     mixes_windows: bool = False
     """Whether some layers do, and others attend to everything."""
+    windows: tuple[int | None, ...] = ()
+    """Tokens of every layer's sliding window; None for a layer that attends to everything."""
     has_norm_weights: bool = True
     """Whether the norms have weights."""
     n_heads_may_change: bool = True
@@ -360,6 +384,7 @@ class Architecture:
             max_position_embeddings=_size(config, "max_position_embeddings", 2048),
             has_windows=_has_windows(config, family),
             mixes_windows=_mixes_windows(config, family),
+            windows=_windows(config, family, len(layers)),
             # A key of OPT alone; without it norms have weights.
             has_norm_weights=config.get("layer_norm_elementwise_affine") is not False,
             # Long RoPE has factors for short sequences and for long ones.
@@ -545,3 +570,20 @@ def _mixes_windows(config: Mapping[str, Any], family: Family) -> bool:
     if layer_types:
         return len(set(layer_types)) > 1
     return family.mixes_windows or bool(config.get("use_sliding_window"))
+
+
+def _windows(config: Mapping[str, Any], family: Family, n_layers: int) -> tuple[int | None, ...]:
+    """Return the tokens of every layer's sliding window; None for a layer that attends to everything."""
+    if not _has_windows(config, family):
+        return (None,) * n_layers
+    # transformers' own default of Gemma.
+    window = _size(config, "sliding_window", 4096)
+    if layer_types := config.get("layer_types"):
+        return tuple(window if "sliding" in kind else None for kind in layer_types)
+    if family.mixes_windows:
+        # The last layer of each period attends to everything.
+        period = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or family.window_period
+        return tuple(window if (layer + 1) % period else None for layer in range(n_layers))
+    # Qwen's first layers attend to everything.
+    first = config.get("max_window_layers", 0) if config.get("use_sliding_window") else 0
+    return tuple(window if layer >= first else None for layer in range(n_layers))

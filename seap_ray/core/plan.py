@@ -15,6 +15,7 @@ from torch import Tensor
 from seap_ray.core.architecture import Architecture, Layer, Shape, Unit
 from seap_ray.core.compensation import Compensation
 from seap_ray.core.moments import Site
+from seap_ray.core.targets import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,8 @@ class Plan:
     predicted: tuple[Mapping[Site, float], ...] = ()
     """By how much the cut of each site of every layer of the base raises the loss, in nats a token, as far as single
     sites can tell; empty where that was not measured."""
+    target: Target | None = None
+    """What the checkpoint may take; None where a ratio was asked for."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -107,6 +110,10 @@ class Plan:
             self.layers[layer], self.kept[layer].shape, adds_biases=self.compensation.adds_biases
         )
 
+    def layers_after(self, architecture: Architecture) -> list[tuple[int, Layer]]:
+        """Return what every layer of the checkpoint is, with the number of the base's layer that it comes from."""
+        return [(self.layers[layer], self.layer_after(layer, architecture)) for layer in range(len(self.kept))]
+
     def planned(self, architecture: Architecture) -> float:
         """Return the share of the base's decoder weights that goes, added biases counted against it.
 
@@ -116,8 +123,7 @@ class Plan:
         Returns:
             A share from 0 to 1, of ``architecture.decoder_parameters``.
         """
-        layers = (self.layer_after(layer, architecture) for layer in range(len(self.kept)))
-        after = sum(map(architecture.layer_parameters, layers))
+        after = sum(architecture.layer_parameters(layer) for _, layer in self.layers_after(architecture))
         return 1 - after / architecture.decoder_parameters
 
 

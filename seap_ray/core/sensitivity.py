@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from seap_ray.core.architecture import Architecture, Shape
+from seap_ray.core.architecture import Architecture, Shape, cut_unit
 from seap_ray.core.knapsack import lower_hull
 from seap_ray.core.moments import SITES, Site
 from seap_ray.core.plan import best_heads, by_moe_expert
@@ -224,7 +224,7 @@ class Sensitivities:
         curves: dict[str, list[tuple[float, float]]] = {}
         rises: list[float] = []
         for shape in shapes:
-            unit = _cut_unit(site, original, shape)
+            unit = cut_unit(site, original, shape)
             if unit is None:
                 rises.append(0.0)
                 continue
@@ -272,7 +272,7 @@ class Sensitivities:
         if (layer, site) in self:
             ladder = self[layer, site]
             for shape, rise in zip(ladder.shapes, ladder.rises, strict=True):
-                if _cut_unit(site, original, shape) == unit:
+                if cut_unit(site, original, shape) == unit:
                     measured.append((_saved(architecture, site, original, shape), rise.counted))
         if not measured:
             raise ValueError(f"the rise of the loss by {unit} of {site} of layer {layer} was not measured")
@@ -346,24 +346,6 @@ def _alone(site: Site, original: Shape, shape: Shape) -> Shape:
     if site == "mlp":
         return replace(original, channels=shape.channels)
     return replace(shape, channels=original.channels)
-
-
-def _cut_unit(site: Site, original: Shape, shape: Shape) -> str | None:
-    """Return which units of a site a width has fewer of than the whole layer, None where it is whole.
-
-    Raises ValueError for a width that the layer cannot have.
-    """
-    pairs = {"channels": (shape.channels, original.channels)}
-    if site == "attn":
-        pairs = {
-            "groups": (shape.groups, original.groups),
-            "heads": (shape.heads_per_group, original.heads_per_group),
-        }
-
-    cut = [unit for unit, (kept, whole) in pairs.items() if kept != whole]
-    if len(cut) > 1 or any(kept > whole for kept, whole in pairs.values()):
-        raise ValueError(f"{shape} is no cut of groups, of heads or of channels of {original}")
-    return cut[0] if cut else None
 
 
 def _saved(architecture: Architecture, site: Site, original: Shape, shape: Shape) -> int:

@@ -106,7 +106,8 @@ def prepare_checkpoint(model: PlannedModel, settings: ExportSection, run: Run) -
 
     # A plan's name and ratio are in the folder's path already.
     cut = (plan.compensation.name, plan.kept, plan.dropped)
-    key = fingerprint(export.base.fingerprint, plan.provenance, cut, settings.model_dump(), versions())
+    provenance = {**plan.provenance, **({"target": plan.target.asked} if plan.target else {})}
+    key = fingerprint(export.base.fingerprint, provenance, cut, settings.model_dump(), versions())
     files = export.files(parse_size(settings.max_shard_size))
     return PendingCheckpoint(model.spec, export, run.expert(plan.requested, plan.name), key, files)
 
@@ -299,6 +300,7 @@ def _manifest(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> dict[str
             "fingerprint": base.fingerprint,
         },
         **checkpoint_sizes(checkpoint),
+        **_target_met(checkpoint),
         "plan": describe_plan(checkpoint.export.plan, base.architecture),
         "files": {
             name: {"sha256": hashes[name], "bytes": (checkpoint.partial / name).stat().st_size}
@@ -325,6 +327,31 @@ def checkpoint_sizes(checkpoint: PendingCheckpoint) -> dict[str, Any]:
         "bytes": sum(tensor.n_bytes for tensor in tensors),
         "kv_bytes_per_token": kv_bytes(plan.shapes, base),
     }
+
+
+def _target_met(checkpoint: PendingCheckpoint) -> dict[str, Any]:
+    """Return what was asked for of a target, what was planned, and what the files have; nothing without a target."""
+    plan = checkpoint.export.plan
+    if plan.target is None:
+        return {}
+    layers = plan.layers_after(checkpoint.export.base.architecture)
+    sizes = checkpoint_sizes(checkpoint)
+    met = plan.target.met(layers, parameters=sizes["parameters"], n_bytes=sizes["bytes"])
+    return {"target": {**plan.target.to_json(plan.target.cost(layers)), "met": met}}
+
+
+def target_lines(checkpoints: Iterable[PendingCheckpoint]) -> list[str]:
+    """Return a line for each model that has a target: what it may take, and what it takes."""
+    lines: list[str] = []
+    for checkpoint in checkpoints:
+        target = checkpoint.export.plan.target
+        if target is not None:
+            about = _target_met(checkpoint)["target"]
+            planned = target.shown(about["planned"])
+            written = "" if about["met"] is None else f", written {target.shown(about['met'])}"
+            asked = f"{target.bound} {target.shown(target.limit)}"
+            lines.append(f"{checkpoint.spec.name}: {target.kind} {asked}: planned {planned}{written}")
+    return lines
 
 
 def _n_elements(tensors: Iterable[OutputTensor]) -> int:

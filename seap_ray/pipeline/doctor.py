@@ -18,6 +18,7 @@ from seap_ray.pipeline.preflight import (
     with_recognised_tasks,
 )
 from seap_ray.pipeline.ray_errors import unwrap_ray_errors
+from seap_ray.pipeline.run_target import checkpoint_target, with_ratio
 from seap_ray.progress import say
 from seap_ray.storage.run import Run
 
@@ -37,6 +38,8 @@ def diagnose(config: Config) -> None:
 
     config = with_recognised_tasks(config)
     checkpoint = check_config(config, check_evaluation_rows=config.evaluation.samples != 0)
+    if target := checkpoint_target(config, checkpoint):
+        config = with_ratio(config, checkpoint.architecture, target)
     config = with_absolute_source(config)
 
     connect_driver()

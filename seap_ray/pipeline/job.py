@@ -16,7 +16,7 @@ from seap_ray.errors import ConfigError, IncompleteError, error_by_code
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import rows_lines
 from seap_ray.pipeline.calibrate import calibrate, make_records, n_workers
-from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, write_checkpoints
+from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, target_lines, write_checkpoints
 from seap_ray.pipeline.cluster import connect_driver
 from seap_ray.pipeline.divergences import held_out_shard
 from seap_ray.pipeline.evaluate import EvalTask, eval_target, eval_task, evaluate
@@ -33,6 +33,7 @@ from seap_ray.pipeline.preflight import (
 )
 from seap_ray.pipeline.ray_errors import unwrap_ray_errors
 from seap_ray.pipeline.results import dense_row, make_results, pruned_row, quality_cells
+from seap_ray.pipeline.run_target import with_target_ratio
 from seap_ray.pipeline.shard_records import ShardRecords
 from seap_ray.pipeline.shards import Manifest, make_shards
 from seap_ray.progress import progress, say
@@ -65,6 +66,8 @@ def _run_steps(config: Config, checkpoint: Checkpoint, run: Run) -> None:
     models = PlanChooser(calibrated.planner, progress).plan_all()
     # Plans -> checkpoints.
     checkpoints = write_checkpoints(models, config.export, run, progress)
+    for line in target_lines(checkpoints):
+        say(f"  {line}")
     # The tasks' prompts -> a router.
     router = route(calibrated)
     # Checkpoints -> how well each does -> table, results.json, report.html.
@@ -94,6 +97,8 @@ def on_cluster(config: Config, work: Callable[[Config, Checkpoint, Run], None], 
     # What a look at the config and its files can refuse needs no cluster, which takes seconds to start.
     config = with_recognised_tasks(config)
     checkpoint = check_config(config, check_evaluation_rows=check_evaluation_rows)
+    # From here on a target is the ratio that stands for it, which names the run's folders.
+    config = with_target_ratio(config, checkpoint)
     run = Run.of(config)
     config = with_absolute_source(config)
 

@@ -14,12 +14,14 @@ from seap_ray.core.architecture import Architecture, Layer, Shape
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.moments import RECORDED
 from seap_ray.core.reconstruction import UNIT_SCORES
+from seap_ray.core.targets import StoredSizes, Target
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.forward import COVARIANCE_COPIES
 from seap_ray.models.records import covariance_bytes, task_memory
 from seap_ray.pipeline.model_specs import ModelSpec, assumed_specs, model_specs, pruning_section
 from seap_ray.pipeline.placement import memory_with_batch
 from seap_ray.pipeline.plan_choice import passes_of_choice
+from seap_ray.pipeline.run_target import target_of
 from seap_ray.pipeline.shards import shard_sizes
 from seap_ray.storage.paths import is_uri
 from seap_ray.tasks import Task
@@ -84,6 +86,11 @@ class ModelSize:
     def n_bytes(self) -> float:
         """Bytes of the stored weights."""
         return self.parameters * self.item_bytes
+
+    @property
+    def stored(self) -> StoredSizes:
+        """What the stored weights take; those that a cut removes are in the config's type."""
+        return StoredSizes(self.parameters, round(self.n_bytes), ITEM_BYTES[self.dtype])
 
     def compute_bytes(self, config: Config) -> int:
         """Return the bytes of a weight in the type that ``config`` computes in."""
@@ -212,9 +219,10 @@ def checkpoint_bytes(model: ModelSize, config: Config) -> int:
     # Models that leave the same layers whole share the files of what they have unchanged.
     parameters = 0
     shared: dict[frozenset[int], int] = {}
+    target = target_of(config, model.architecture, model.stored)
     for ratio in config.pruning.ratio:
         for spec in assumed_specs(config):
-            size = _pruned_size(model, config, spec, ratio)
+            size = _pruned_size(model, config, spec, ratio, target)
             parameters += size.changed
             if is_uri(config.run.storage):
                 parameters += size.carried
@@ -236,10 +244,11 @@ class _PrunedSize:
     """Layers that are not cut: models with the same ones share their files."""
 
 
-def _pruned_size(model: ModelSize, config: Config, spec: ModelSpec, ratio: float) -> _PrunedSize:
+def _pruned_size(model: ModelSize, config: Config, spec: ModelSpec, ratio: float, target: Target | None) -> _PrunedSize:
     architecture = model.architecture
     adds_biases = COMPENSATIONS[spec.settings.compensation or "none"].adds_biases
-    shapes = _shapes(architecture, pruning_section(config, spec.settings), config, ratio, adds_biases=adds_biases)
+    pruning = pruning_section(config, spec.settings)
+    shapes = _shapes(architecture, pruning, config, ratio, target, adds_biases=adds_biases)
 
     # The widths depend on scores: all that stays of the layers counts as changed.
     if not shapes:
@@ -264,7 +273,13 @@ def _pruned_size(model: ModelSize, config: Config, spec: ModelSpec, ratio: float
 
 
 def _shapes(
-    architecture: Architecture, pruning: PruningSection, config: Config, ratio: float, *, adds_biases: bool
+    architecture: Architecture,
+    pruning: PruningSection,
+    config: Config,
+    ratio: float,
+    target: Target | None,
+    *,
+    adds_biases: bool,
 ) -> Sequence[Shape]:
     """Return the widths of every layer where they do not depend on scores; else none.
 
@@ -274,7 +289,9 @@ def _shapes(
         return []
 
     stock = config.export.format == "stock"
-    return choose_shapes(architecture, pruning, ratio=ratio, adds_biases=adds_biases, scores_L=(), stock=stock)
+    return choose_shapes(
+        architecture, pruning, ratio=ratio, adds_biases=adds_biases, scores_L=(), stock=stock, target=target
+    )
 
 
 def _unchanged_parameters(architecture: Architecture, layer: Layer) -> int:

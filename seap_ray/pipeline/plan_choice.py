@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from seap_ray.config import Config, PlanSettings
-from seap_ray.core.allocation import check_ratio
+from seap_ray.core.allocation import check_ratio, check_target
 from seap_ray.core.architecture import Shape
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.moments import SITES, Site
@@ -283,7 +283,10 @@ class PlanChooser:
         adds_biases = COMPENSATIONS[pruning.compensation].adds_biases
         architecture = planner.checkpoint.architecture
         # A ratio that cannot be met costs nothing.
-        check_ratio(architecture, pruning, ratio=ratio, adds_biases=adds_biases, stock=is_stock)
+        if planner.target is None:
+            check_ratio(architecture, pruning, ratio=ratio, adds_biases=adds_biases, stock=is_stock)
+        else:
+            check_target(architecture, pruning, planner.target, adds_biases=adds_biases, stock=is_stock)
         constraints_L = WidthConstraints.of(architecture, pruning, adds_biases=adds_biases, stock=is_stock)
         scores_L = planner.scores(spec)
 

@@ -56,10 +56,13 @@ def describe_plan(plan: Plan, architecture: Architecture) -> dict[str, Any]:
     judged = {"judged": list(plan.judged)} if plan.judged else {}
     predicted = {"predicted": list(plan.predicted)} if plan.predicted else {}
 
+    target = {"target": plan.target.to_json(plan.target.cost(plan.layers_after(architecture)))} if plan.target else {}
+
     return {
         "name": plan.name,
         "requested_ratio": plan.requested,
         "planned_ratio": plan.planned(architecture),
+        **target,
         "compensation": plan.compensation.name,
         **plan.provenance,
         **kept_layers,

@@ -6,7 +6,7 @@ of a finished run costs seconds.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import ray
@@ -30,6 +30,7 @@ from seap_ray.core.scores import (
     standardised,
 )
 from seap_ray.core.sensitivity import Sensitivities
+from seap_ray.core.targets import Target
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport, check_stock
 from seap_ray.models.records import (
@@ -46,6 +47,7 @@ from seap_ray.models.records import (
 from seap_ray.pipeline.cluster import work_task
 from seap_ray.pipeline.divergences import HeldOutShard
 from seap_ray.pipeline.model_specs import ModelSpec, pruning_section
+from seap_ray.pipeline.run_target import checkpoint_target
 from seap_ray.storage.artifact import Artifact
 from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint
@@ -71,6 +73,11 @@ class Planner:
 
     held_out: Mapping[str, HeldOutShard]
     """By name of the statistics, the shard on which plans that are made from them are judged."""
+
+    @cached_property
+    def target(self) -> Target | None:
+        """What every model may take; None where the config has ratios."""
+        return checkpoint_target(self.config, self.checkpoint)
 
     def export(self, spec: ModelSpec, plan: Plan) -> CheckpointExport:
         """Add to a plan what its compensation needs."""
@@ -107,7 +114,7 @@ class Planner:
 
         Args:
             spec: The model, with settings that leave nothing open.
-            ratio: Share of the decoder weights to remove.
+            ratio: Share of the decoder weights to remove; where the config has a target, the ratio that stands for it.
             shapes: Widths of all layers where they are chosen already; None: by the allocation, which is not measured.
 
         Raises:
@@ -119,6 +126,8 @@ class Planner:
         else:
             plan = self._width_plan(spec, pruning, ratio, shapes)
 
+        if self.target is not None:
+            plan = replace(plan, target=self.target)
         # A stock checkpoint cannot have layers of different shapes; that is refused before anything is written.
         if self.config.export.format == "stock":
             check_stock(plan, self.checkpoint.architecture)
@@ -182,6 +191,7 @@ class Planner:
             comparable=pruning.score in UNIT_SCORES,
             stock=self.config.export.format == "stock",
             sensitivities=sensitivities,
+            target=self.target,
         )
 
     def _depth_plan(self, spec: ModelSpec, pruning: PruningSection, ratio: float) -> Plan:
@@ -191,7 +201,7 @@ class Planner:
 
         # Block Influence is one less the mean cosine of a layer's input and output.
         influence_L = [1 - float(moments[layer, "block"].mean_D) for layer in range(architecture.n_layers)]
-        dropped = choose_dropped(architecture, pruning, ratio=ratio, influence_L=influence_L)
+        dropped = choose_dropped(architecture, pruning, ratio=ratio, influence_L=influence_L, target=self.target)
         kept = tuple(Kept.whole(architecture, i) for i in range(architecture.n_layers) if i not in dropped)
         return Plan(spec.name, ratio, COMPENSATIONS["none"], kept, self._provenance(spec, pruning, score=None), dropped)
 

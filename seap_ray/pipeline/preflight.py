@@ -37,6 +37,7 @@ from seap_ray.models.row_sources import calibration_rows
 from seap_ray.pipeline.calibrate import check_memory
 from seap_ray.pipeline.model_specs import assumed_specs, pruning_section
 from seap_ray.pipeline.needs import CorpusSize, DiskNeeds, ModelSize, Needs, disk_needs, largest_corpora, needs
+from seap_ray.pipeline.run_target import target_line, target_of, with_ratio
 from seap_ray.progress import say, size
 from seap_ray.storage.files import read_json, writable
 from seap_ray.storage.paths import StoragePath, is_uri
@@ -104,7 +105,9 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
     if is_uri(config.run.storage) and parse_size(config.export.max_shard_size) > MAX_S3_COPY_BYTES:
         raise ConfigError("export.max_shard_size: in a bucket 5GB at most, since larger files cannot be renamed there")
 
-    check_ratios(config, checkpoint.architecture)
+    # A target becomes a ratio, and is checked, where the checkpoint's sizes are known (``with_target_ratio``).
+    if not config.pruning.target.kinds:
+        check_ratios(config, checkpoint.architecture)
     return checkpoint
 
 
@@ -272,6 +275,10 @@ def needs_findings(config: Config, run: Run) -> list[Finding]:
         return []
 
     model = ModelSize.from_config(content)
+    findings: list[Finding] = []
+    if target := target_of(config, model.architecture, model.stored):
+        config = with_ratio(config, model.architecture, target)
+        findings.append(Finding("ok", "target", target_line(config, target)))
     needed = needs(model, config, corpus_sizes(config, model, run))
 
     disk_line = _disk_line(needed.disk)
@@ -279,7 +286,7 @@ def needs_findings(config: Config, run: Run) -> list[Finding]:
         disk_line += f"; and {size(model.n_bytes)} for the model in each node's cache"
 
     lines = [_worker_line(config, needed), _host_line(config, needed), disk_line, _time_line(needed)]
-    return [Finding("ok", "needs", line) for line in lines]
+    return findings + [Finding("ok", "needs", line) for line in lines]
 
 
 def corpus_sizes(config: Config, model: ModelSize, run: Run) -> dict[str, CorpusSize]:

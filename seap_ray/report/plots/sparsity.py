@@ -54,7 +54,10 @@ def _requested_shares(data: RunData, architecture: Architecture, plan: StoredPla
     """Return the allocation's share of every layer; nothing where it depends on the scores."""
     metadata = plan.metadata
     allocation = AllocationSection.model_validate(metadata["allocation"])
-    if metadata.get("budget", "exact") != "exact" or allocation.kind not in ("uniform", "logistic"):
+    # A target is met by a ratio of each model's own.
+    if "target" in metadata or metadata.get("budget", "exact") != "exact":
+        return []
+    if allocation.kind not in ("uniform", "logistic"):
         return []
 
     # The config says which widths are allowed, which bounds what a layer can give.
