@@ -5,7 +5,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 StudyName = Literal[
-    "table", "ratio", "corpus", "allocation", "reconstruction", "ood", "transfer", "routing", "pooling", "paper"
+    "table",
+    "ratio",
+    "corpus",
+    "allocation",
+    "curve",
+    "reconstruction",
+    "ood",
+    "transfer",
+    "routing",
+    "pooling",
+    "paper",
 ]
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -57,7 +67,8 @@ STUDIES: Mapping[StudyName, Study] = {
         # Three disjoint draws of 1,000 samples, in shards as large as the smallest draw.
         {"corpus.samples": 3000, "corpus.shard_sequences": 50, "pruning.baselines": {}},
     ),
-    "allocation": Study("Allocation", "Which allocation over the layers is best, and which logistic curve?"),
+    "allocation": Study("Allocation", "Which allocation over the layers, and over attention and MLP, is best?"),
+    "curve": Study("Logistic curve", "Which curve of the logistic allocation is best?"),
     "reconstruction": Study(
         "Compensation",
         "Which compensation is best for what is removed?",

@@ -12,7 +12,7 @@ from seap_ray.models.corpus import REASONS
 from seap_ray.progress import count
 from seap_ray.report.charts import Panel, SeriesStyle
 from seap_ray.report.plots.activations import clusters_section
-from seap_ray.report.plots.allocation import allocation_section
+from seap_ray.report.plots.allocation import allocation_section, curve_section
 from seap_ray.report.plots.choices import choices_section
 from seap_ray.report.plots.corpus import corpus_section
 from seap_ray.report.plots.overlap import overlap_section
@@ -47,6 +47,7 @@ SECTIONS = (
     speed_section,
     corpus_section,
     allocation_section,
+    curve_section,
     reconstruction_section,
     ood_section,
     routing_section,

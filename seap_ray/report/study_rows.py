@@ -210,16 +210,20 @@ class AllocationRow(StudyRow):
     """Mean quality of the experts and of the general model under one allocation of the ratio over the layers."""
 
     COLUMNS = (
-        *("ratio", "allocation", "k", "x0"),
+        *("ratio", "allocation", "attention unit", "k", "x0", "realised"),
         *("experts {mean}", "experts stderr", "general {mean}", "general stderr"),
     )
 
     ratio: float
     allocation: str
+    attention_unit: str | None
+    """What is cut of attention; None where it is the run's own."""
     k: float | None
-    """Steepness of the logistic curve; None for the other allocations, as ``x0``."""
+    """Steepness of the logistic curve; None where it is the run's own, and for other allocations, as ``x0``."""
     x0: float | None
     """Midpoint of the logistic curve."""
+    realised: float | None
+    """Share of the decoder layers' weights that the general model lost; None where there is no such plan."""
     experts_mean: float | None
     experts_stderr: float | None
     general_mean: float | None

@@ -39,6 +39,7 @@ RUNS: Mapping[StudyName, Callable[[StudyRunner], StudyResult]] = {
     "ratio": ratio.run,
     "corpus": corpus.run,
     "allocation": allocation.run,
+    "curve": allocation.run_curve,
     "reconstruction": reconstruction.run,
     "ood": ood.run,
     "transfer": transfer.run,

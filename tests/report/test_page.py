@@ -167,6 +167,7 @@ def test_what_was_not_measured_leaves_no_heading_behind(run, studied):
         "speed",
         "corpus",
         "allocation",
+        "curve",
         "reconstruction",
         "ood",
         "routing",

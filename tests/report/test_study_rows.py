@@ -25,6 +25,7 @@ ROW_TYPES = {
     "ratio": ModelComparisonRow,
     "corpus": CorpusRow,
     "allocation": AllocationRow,
+    "curve": AllocationRow,
     "reconstruction": ReconstructionRow,
     "ood": OutOfDistributionRow,
     "transfer": TransferRow,

@@ -4,6 +4,7 @@ import csv
 import json
 import runpy
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -228,16 +229,18 @@ def test_the_general_model_of_all_tokens_is_the_runs_own(finished):
     assert pooling["general_like_general.pooled.all_tokens"]["quality"] == transfer["general"]["quality"]
 
 
-def test_the_allocation_study_holds_the_default_curve_beside_the_others(finished):
+def test_the_allocation_study_holds_the_runs_own_setting_beside_the_others(finished):
     rows = rows_of(read(finished, "allocation"))
-    (default,) = [row for row in rows if (row["k"], row["x0"]) == (1.0, 0.3)]
+    (default,) = [row for row in rows if (row["allocation"], row["attention unit"]) == ("logistic", "group")]
     transfer = models_of(read(finished, "transfer"))
     own = sum(transfer[task]["quality"][task]["value"] for task in ("sort", "logic")) / 2
 
     assert default["experts mean acc"] == pytest.approx(own)
     assert default["general mean acc"] == pytest.approx(mean_of(transfer["general"]))
-    assert {row["allocation"] for row in rows} == {"auto", "measured", "uniform", "global", "logistic"}
-    assert len(rows) == 24
+    pairs = {(row["allocation"], row["attention unit"]) for row in rows}
+    fixed = {*product(("uniform", "logistic", "global", "standardised"), ("group", "head", "none"))}
+    assert pairs == fixed | {("auto", "auto"), ("measured", "auto")} and len(rows) == len(pairs)
+    assert all(row["realised"] == pytest.approx(0.5, abs=0.02) for row in rows)
 
 
 def test_the_corpus_study_has_a_spread_over_seeds_in_a_run_of_its_own(cluster, tmp_path, capsys):

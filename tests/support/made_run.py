@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import torch
 
-from seap_ray.config import Compensation, Config
+from seap_ray.config import AttentionUnit, Compensation, Config
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.moments import Moments, Statistics
 from seap_ray.core.scores import Norms
@@ -39,7 +39,7 @@ TASKS = ("arithmetic", "sort", "prose")
 RATIOS = (0.2, 0.4)
 N_SHARDS = 3
 REPORT_STUDIES = (
-    *("table", "ratio", "corpus", "allocation", "reconstruction"),
+    *("table", "ratio", "corpus", "allocation", "curve", "reconstruction"),
     *("ood", "transfer", "routing", "pooling", "paper"),
 )
 """Studies that the report shows."""
@@ -212,10 +212,15 @@ def _table(name: str, config: Config, content: dict[str, Any]) -> tuple[list[str
             [r, n, 3, 0.9 - r - 3 / n, 0.5 / n, 0.01] for r in ratios for n in (50, 100, 200, 500, 1000)
         ]
     if name == "allocation":
-        kinds: list[tuple[str, float | None, float | None]] = [("uniform", None, None), ("global", None, None)]
-        kinds += [("logistic", k, x0) for k in (0.5, 1.0, 2.0, 4.0, 8.0) for x0 in (0.1, 0.3, 0.5, 0.7)]
+        kinds = [*product(("uniform", "logistic", "global"), get_args(AttentionUnit)), ("auto", "auto")]
         return AllocationRow.columns(), [
-            [r, *kind, rng.uniform(0.5, 1 - r), 0.01, rng.random() / 2, 0.01] for r in ratios for kind in kinds
+            [r, *kind, None, None, r, rng.uniform(0.5, 1 - r), 0.01, rng.random() / 2, 0.01]
+            for r, kind in product(ratios, kinds)
+        ]
+    if name == "curve":
+        return AllocationRow.columns(), [
+            [r, "logistic", None, k, x0, r, rng.uniform(0.5, 1 - r), 0.01, rng.random() / 2, 0.01]
+            for r, k, x0 in product(ratios, (0.5, 1.0, 2.0, 4.0, 8.0), (0.1, 0.3, 0.5, 0.7))
         ]
     if name == "reconstruction":
         rows: list[list[Any]] = [[0.0, kind, "", "", 0.0, 0.98, 0.0, 0.01] for kind in MODEL_GROUPS]

@@ -1,7 +1,8 @@
-"""Allocation: quality by how the ratio is spread over the layers."""
+"""Allocation: quality by how the ratio is spread over the layers, and over attention and MLP."""
 
 from dataclasses import replace
 
+from seap_ray.methods import StudyName
 from seap_ray.report.charts import Figure, HeatMap
 from seap_ray.report.plots.studies import study_section
 from seap_ray.report.run_data import RunData, percent
@@ -13,16 +14,29 @@ Means = list[tuple[AllocationRow, float]]
 
 
 def allocation_section(data: RunData) -> Section | None:
-    """Return quality over the logistic curve's steepness and midpoint, and that of the other allocations."""
-    section = study_section(data, "allocation")
-    table = data.study_table("allocation")
+    """Return quality by allocation and unit of attention; None where the study was not run."""
+    how_to_read = (
+        "Rows are allocations, columns what is cut of attention; the ratio cannot be met where a field is empty. "
+        "Darker is better."
+    )
+    return _section(data, "allocation", how_to_read)
+
+
+def curve_section(data: RunData) -> Section | None:
+    """Return quality by the logistic curve's steepness and midpoint; None where the study was not run."""
+    how_to_read = "Rows are steepnesses k of the logistic curve, columns its midpoints x0. Darker is better."
+    return _section(data, "curve", how_to_read)
+
+
+def _section(data: RunData, name: StudyName, how_to_read: str) -> Section | None:
+    """Return a study's quality as heat maps, two for each ratio: the experts, then the general model."""
+    section = study_section(data, name)
+    table = data.study_table(name)
     if section is None or table is None:
         return None
 
     head = mean_head_of(table.columns)
     rows = AllocationRow.from_table(table)
-
-    # One row of panels for a ratio: the experts at the left, the general model at the right.
     maps = []
     for ratio in dict.fromkeys(row.ratio for row in rows):
         at_ratio = [row for row in rows if row.ratio == ratio]
@@ -31,28 +45,27 @@ def allocation_section(data: RunData) -> Section | None:
         for models, means in (("experts", experts), ("general", general)):
             if means:
                 title = f"{models} {head}, {percent(ratio)} removed"
-                maps.append(_allocation_map(title, means, lower_is_better=head == "mean ppl"))
-
-    how_to_read = (
-        "Rows with a k are the logistic curve of that steepness, columns its midpoint x0; the rows above are the other "
-        "allocations, which have neither. Darker is better."
-    )
-    return replace(section, how_to_read=how_to_read, figure=Figure("Quality by allocation.", tuple(maps)))
+                maps.append(_map(title, means, lower_is_better=head == "mean ppl"))
+    return replace(section, how_to_read=how_to_read, figure=Figure(f"Quality by {name}.", tuple(maps)))
 
 
-def _allocation_map(title: str, means: Means, *, lower_is_better: bool) -> HeatMap:
-    """Return a row for every steepness of the logistic curve, above them one for every other allocation."""
-    midpoints = sorted({row.x0 for row, _ in means if row.x0 is not None})
-    n_columns = max(len(midpoints), 1)
-    cells: dict[str, list[float | None]] = {}
+def _map(title: str, means: Means, *, lower_is_better: bool) -> HeatMap:
+    """Return a row for every allocation or steepness, a column for every unit of attention or midpoint."""
+    rows = [*dict.fromkeys(_row_name(row) for row, _ in means)]
+    columns = [*dict.fromkeys(_column_name(row) for row, _ in means)]
+    cells: list[list[float | None]] = [[None] * len(columns) for _ in rows]
     for row, mean in means:
-        # An allocation without a curve has one value, which is in the first column.
-        name = row.allocation if row.k is None else f"k {row.k:g}"
-        column = 0 if row.x0 is None else midpoints.index(row.x0)
-        cells.setdefault(name, [None] * n_columns)[column] = mean
+        cells[rows.index(_row_name(row))][columns.index(_column_name(row))] = mean
 
     # The colours span what was measured, since allocations differ by little.
     values = [mean for _, mean in means]
     worst_to_best = (max(values), min(values)) if lower_is_better else (min(values), max(values))
-    columns = [f"x0 {x0:g}" for x0 in midpoints] or [""]
-    return HeatMap(title, "", "", columns, list(cells), list(cells.values()), worst_to_best, digits=3)
+    return HeatMap(title, "", "", columns, rows, cells, worst_to_best, digits=3)
+
+
+def _row_name(row: AllocationRow) -> str:
+    return row.allocation if row.k is None else f"k {row.k:g}"
+
+
+def _column_name(row: AllocationRow) -> str:
+    return (row.attention_unit or "") if row.x0 is None else f"x0 {row.x0:g}"

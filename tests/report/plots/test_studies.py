@@ -1,7 +1,7 @@
 import pytest
 
 from seap_ray.report.page import SECTIONS
-from seap_ray.report.plots.allocation import allocation_section
+from seap_ray.report.plots.allocation import allocation_section, curve_section
 from seap_ray.report.plots.corpus import corpus_section
 from seap_ray.report.plots.studies import ood_section, paper_section, pooling_section, routing_section
 from seap_ray.report.run_data import RunData
@@ -23,15 +23,16 @@ def test_the_smallest_stable_corpus_is_within_a_standard_error_of_the_largest(st
     assert finding.endswith("within one standard error of the last: 500 with 20 % removed, 500 with 40 % removed.")
 
 
-def test_the_allocation_map_holds_every_value_where_it_belongs(studied):
-    maps = allocation_section(studied).figure.panels
+@pytest.mark.parametrize(("study", "section"), [("allocation", allocation_section), ("curve", curve_section)])
+def test_the_maps_of_allocations_and_curves_hold_every_value_where_it_belongs(studied, study, section):
+    maps = section(studied).figure.panels
     assert [panel.title for panel in maps] == [
         f"{whose} mean acc, {100 * ratio:g} % removed" for ratio in RATIOS for whose in ("experts", "general")
     ]
-    for ratio, kind, k, x0, experts, _, general, _ in studied.study_table("allocation").rows:
+    for ratio, kind, unit, k, x0, _, experts, _, general, _ in studied.study_table(study).rows:
         for panel, value in zip(maps[2 * RATIOS.index(ratio) :][:2], (experts, general), strict=True):
             row = panel.rows.index(kind if k is None else f"k {k:g}")
-            column = 0 if k is None else panel.columns.index(f"x0 {x0:g}")
+            column = panel.columns.index(unit if k is None else f"x0 {x0:g}")
             assert panel.values[row][column] == value
 
 
