@@ -17,6 +17,14 @@ from seap_ray.report.section import Section, as_sentences
 MAX_MODELS = 9
 """Models that a map has room for, each with two columns."""
 
+HOW_TO_READ = (
+    "Lines are what was removed: for the experts their mean, with a band from the least to the most. Heads are removed "
+    "by whole groups, so the attention changes in steps and the channels of the MLP make up for the difference. The "
+    "maps have the same shares as numbers: a cell is what one layer gives of its attention or of its MLP, in percent; "
+    "models that are cut alike have their columns in common."
+)
+REQUESTED = " The dashed line is the share of a layer's weights that the allocation requests."
+
 
 def sparsity_section(data: RunData) -> Section | None:
     """Return the shares that the layers give, as the allocation requests them and as the plans realise them."""
@@ -30,16 +38,14 @@ def sparsity_section(data: RunData) -> Section | None:
         panels += [_sparsity_chart(data, architecture, ratio, unit) for unit in UNITS]
         panels.append(_share_map(data, architecture, ratio))
 
+    lines = [series for panel in panels if isinstance(panel, Chart) for series in panel.series]
+    asks_beforehand = any(series.style == REFERENCE for series in lines)
     return Section(
         "sparsity",
         "How much is removed from each layer?",
-        "The dashed line is the share of a layer's weights that the allocation requests, the other lines what was "
-        "removed: for the experts their mean, with a band from the least to the most. Heads are removed by whole "
-        "groups, so the attention changes in steps and the channels of the MLP make up for the difference. The maps "
-        "have the same shares as numbers: a cell is what one layer gives of its attention or of its MLP, in percent; "
-        "models that are cut alike have their columns in common.",
+        HOW_TO_READ + (REQUESTED if asks_beforehand else ""),
         as_sentences([_finding(data, ratio, architecture) for ratio in data.shown_ratios]),
-        Figure("Share of the heads and channels removed from every layer, requested and realised.", tuple(panels)),
+        Figure("Share of the heads and channels removed from every layer.", tuple(panels)),
     )
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from seap_ray.report.run_data import RunData
-from tests.support.made_run import REPORT_STUDIES, make_run
+from tests.support.made_run import REPORT_STUDIES, judge_plans, make_run
 
 
 @pytest.fixture(scope="module")
@@ -13,6 +13,13 @@ def run(tmp_path_factory):
 @pytest.fixture
 def own_run(tmp_path):
     return make_run(tmp_path / "demo")
+
+
+@pytest.fixture
+def judged(own_run):
+    """A run whose plans say what was judged."""
+    judge_plans(own_run)
+    return own_run
 
 
 @pytest.fixture(scope="module")

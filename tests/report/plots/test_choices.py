@@ -1,14 +1,6 @@
-import pytest
-
 from seap_ray.report.plots.choices import choices_section
 from seap_ray.report.run_data import RunData
-from tests.support.made_run import RATIOS, TASKS, edit, judge_plans
-
-
-@pytest.fixture
-def judged(own_run):
-    judge_plans(own_run)
-    return own_run
+from tests.support.made_run import RATIOS, TASKS, edit
 
 
 def test_a_run_whose_settings_left_nothing_open_has_no_choices(run):

@@ -2,13 +2,7 @@ import pytest
 
 from seap_ray.report.plots.sensitivities import sensitivities_section
 from seap_ray.report.run_data import RunData
-from tests.support.made_run import RATIOS, edit, judge_plans
-
-
-@pytest.fixture
-def judged(own_run):
-    judge_plans(own_run)
-    return own_run
+from tests.support.made_run import RATIOS, edit
 
 
 def test_a_run_without_measured_costs_has_no_sensitivities(run):

@@ -32,6 +32,7 @@ def test_an_allocation_that_follows_the_scores_asks_for_nothing_beforehand(run, 
     section = sparsity_section(RunData.of(other))
     charts = [panel for panel in section.figure.panels if isinstance(panel, Chart)]
     assert {series.label for panel in charts for series in panel.series} == {"experts", "general"}
+    assert "dashed" in sparsity_section(RunData.of(run)).how_to_read and "dashed" not in section.how_to_read
 
 
 def test_maps_have_every_layers_shares_and_models_that_are_cut_alike_one_pair_of_columns(run, tmp_path):
