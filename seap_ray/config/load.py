@@ -53,9 +53,15 @@ def load_config(arguments: Sequence[str]) -> Config:
         _set(values, key.split("."), value)
 
     try:
-        return _in_own_run(Config.model_validate(values), overrides)
+        config = Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{path}: {_one_line(error)}") from None
+
+    # A run's own config has both: its target, and the ratio that stands for it.
+    pruning = config.pruning
+    if pruning.target.kinds and "ratio" in pruning.model_fields_set:
+        raise ConfigError(f"{path}: pruning: ratio and target.{pruning.target.kinds[0]} exclude each other; leave one")
+    return _in_own_run(config, overrides)
 
 
 def _config_path(named: Any) -> str:

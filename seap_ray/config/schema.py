@@ -387,13 +387,6 @@ class PruningSection(Section):
 
         return {name: _completed_baseline(name, settings) for name, settings in values.items()}
 
-    @model_validator(mode="after")
-    def _one_budget(self) -> "PruningSection":
-        """Refuse a target beside a ratio that is written out."""
-        if self.target.kinds and "ratio" in self.model_fields_set:
-            raise ValueError(f"ratio and target.{self.target.kinds[0]} exclude each other; leave one out")
-        return self
-
     @field_validator("ratio")
     @classmethod
     def _ratios_are_single(cls, ratios: tuple[float, ...]) -> tuple[float, ...]:

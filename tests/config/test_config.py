@@ -470,3 +470,54 @@ def test_help_shows_defaults_and_choices():
     assert "  calibration.skip_first_token = false\n" in text
     assert "  corpus.packing = bucket   (bucket | pack)\n" in text
     assert "  tasks = [arithmetic, reverse, sort, logic, facts, prose]\n" in text
+
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+
+def target(empty, value):
+    return load_config([empty, f"pruning.target={value}"]).pruning.target
+
+
+def test_numbers_of_targets_have_units_of_thousands_or_of_1024(empty):
+    assert target(empty, "{parameters: 6.5B}").parameters == 6_500_000_000
+    assert target(empty, "{parameters: 900000}").parameters == 900_000
+    assert target(empty, "{weights: 6.7 GB}").weights == 6_700_000_000
+    assert target(empty, "{weights: 1.5MiB}").weights == 3 << 19
+    assert target(empty, "{memory: 24GB}") == target(empty, "{memory: {total: 24000000000}}")
+    whole = target(empty, "{memory: {total: 24GB, tokens: 4096, sequences: 4, workspace: 500MB}}").memory
+    assert (whole.tokens, whole.sequences, whole.workspace) == (4096, 4, 500_000_000)
+    assert target(empty, "{latency: {tokens_per_second: 40}}").kinds == ["latency"] and target(empty, "{}").kinds == []
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("{parameters: 6.5GB}", "pruning.target.parameters: should be a whole number, or one with K, M, B behind it"),
+        ("{weights: 12Gb}", "pruning.target.weights: should be a whole number, or one with B, KB, MB, GB"),
+        ("{weights: -1}", "pruning.target.weights: Input should be greater than or equal to 0"),
+        ("{parameters: 1B, weights: 2GB}", "pruning.target: parameters and weights exclude each other"),
+        ("{memory: {tokens: 5}}", "pruning.target: memory needs its total"),
+        ("{memory: 1GB}", "pruning.target: memory: the workspace alone takes 2 GB"),
+        ("{latency: {batch: 2}}", "pruning.target: latency needs its tokens_per_second"),
+        ("{weight: 1GB}", "pruning.target.weight: unknown key; did you mean pruning.target.weights?"),
+        ("12GB", "pruning.target: is a section with keys of its own"),
+    ],
+)
+def test_a_target_that_says_too_little_or_too_much_is_refused(empty, value, message):
+    assert f": {message}" in refusal(empty, f"pruning.target={value}")
+
+
+def test_a_ratio_and_a_target_exclude_each_other_and_the_command_line_takes_back_the_files(tmp_path):
+    both = "pruning: ratio and target.weights exclude each other; leave one"
+    file = tmp_path / "file.yaml"
+    file.write_text("pruning: {ratio: 0.3, target: {weights: 1GB}}")
+    assert both in refusal(f"config={file}")
+    assert both in refusal(f"config={file}", "pruning.ratio=0.3", "pruning.target.weights=1GB")
+    assert load_config([f"config={file}", "pruning.ratio=0.4"]).pruning.target.kinds == []
+
+    config = load_config([f"config={file}", "pruning.target.parameters=1M", "pruning.target.weights=null"])
+    assert config.pruning.target.kinds == ["parameters"]
+    # What a run keeps of its config has the target and the ratio that stands for it, and can be read again.
+    resolved = config.model_copy(update={"pruning": config.pruning.model_copy(update={"ratio": (0.25,)})})
+    assert Config.model_validate(resolved.model_dump(mode="json")) == resolved
