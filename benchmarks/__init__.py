@@ -10,6 +10,7 @@ docs/benchmarks.md. Each is a function ``rows`` that yields results, listed in `
     startup     ``--help`` of every job, the demo's whole job
     serve       vLLM with a dense model and with pruned ones, in one process; needs vLLM
     route       what the endpoint and its router add to a request; needs vLLM
+    widths      the time of a layer at every width, for ``pruning.target.latency``; needs vLLM
 
 One-off measurements, run as ``python -m benchmarks.NAME`` (as a script, ``benchmarks/serve.py`` would hide the package
 ``serve``):
@@ -21,6 +22,7 @@ One-off measurements, run as ``python -m benchmarks.NAME`` (as a script, ``bench
     scaling            calibration over one to eight nodes
     profiles           where the time of calibration and of writing goes, by operation
     cost               formulas for every stage's seconds, beside measurements, and for a 70B on GPUs
+    latency            checkpoints that a latency target made: tokens per second asked for, planned and measured
     faults             the main job under faults of processes, nodes and storage
     shared_engine      experts that share an engine, beside an engine each
     endpoint_overhead  a running service: what routing adds, how many of an engine's tokens pass through HTTP

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from benchmarks import calibrate, compact, merge, plan, route, serve, startup
+from benchmarks import calibrate, compact, merge, plan, route, serve, startup, widths
 from benchmarks.measure import Row, load_rows, save_rows
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError
@@ -24,10 +24,11 @@ SUITES: Mapping[str, Callable[[Config], Iterable[Row]]] = {
     "startup": startup.rows,
     "serve": serve.rows,
     "route": route.rows,
+    "widths": widths.rows,
 }
 DEFAULT = ("calibrate", "merge", "plan", "compact", "startup")
 """Suites that need no engine."""
-WITH_VLLM = {"serve", "route"}
+WITH_VLLM = {"serve", "route", "widths"}
 BEGIN = "<!-- measured: written by jobs/bench.py docs -->"
 END = "<!-- end of what is measured -->"
 FOLDED = 40

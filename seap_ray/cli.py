@@ -58,8 +58,9 @@ Prunes a model into task experts, on this machine or over a Ray cluster: records
 activations on every task's corpus, writes one expert per task and one general model for all tasks, fits the router
 that sends a prompt to an expert, and evaluates all of them beside the dense model.
 
-In:   a model (model.source), corpora (tasks) and the share to remove (pruning.ratio). ray_config.yaml names those of
-      the demo, a small model that comes with the package: nothing is downloaded. So does a folder without that file.
+In:   a model (model.source), corpora (tasks) and the share to remove (pruning.ratio), or what a pruned model may take
+      (pruning.target). ray_config.yaml names those of the demo, a small model that comes with the package: nothing is
+      downloaded. So does a folder without that file.
 Out:  the folder <run.storage>/<run.name>, with checkpoints for transformers and vLLM in experts/<ratio>/<name>, the
       table results.json, the page report.html, and statistics, plans and the router.
 
@@ -69,6 +70,7 @@ recorded statistics: it only plans, writes and evaluates.
 Examples:
   seap-ray prune
   seap-ray prune config=configs/llama-3.1-8b.yaml pruning.ratio=0.3
+  seap-ray prune config=configs/llama-3.1-8b.yaml pruning.target.memory=16GB
   ray job submit --working-dir . -- python jobs/prune.py run.storage=/mnt/shared/runs
 
 Exit codes: 0 done, 2 a key or the model is wrong, 3 a corpus is wrong, 4 cut short: the same command goes on.
@@ -197,7 +199,8 @@ Measures speed: our code and a baseline in turns, beside what the machine allows
 benchmarks are no part of the installed package.
 
 In:   suites, by default calibrate, merge, plan, compact and startup, which take some minutes on two cores. With vLLM
-      also serve (a dense model beside pruned ones) and route (what the endpoint adds).
+      also serve (a dense model beside pruned ones), route (what the endpoint adds) and widths (the time of a layer at
+      every width, for pruning.target.latency).
 Out:  a table on the terminal and <benchmarks.folder>/<suite>.json. `docs` puts the tables of all suites into
       <benchmarks.folder>.md.
 

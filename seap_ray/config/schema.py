@@ -550,6 +550,9 @@ class BenchmarksSection(Section):
     """Tokens of each of its prompts."""
     new_tokens: int = Field(default=32, ge=2)
     """Tokens that it generates after each prompt."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """What its seconds are: `wall`, or `cpu`, those that the engine's threads compute. For an engine of one thread on a
+    CPU both are the same, but for what other jobs on the machine take from it."""
     table: str = "widths.json"
     """File that it writes its times to, for pruning.target.latency.table."""
     folder: str = "docs/benchmarks"

@@ -22,7 +22,7 @@ def target_of(config: Config, architecture: Architecture, stored: StoredSizes) -
     Raises ConfigError for a table of times that is missing, or that of another model or batch.
     """
     settings = config.pruning.target
-    return make_target(settings, architecture, stored, _table(config) if "latency" in settings.kinds else None)
+    return make_target(settings, architecture, stored, read_table(config) if "latency" in settings.kinds else None)
 
 
 def checkpoint_target(config: Config, checkpoint: Checkpoint) -> Target | None:
@@ -79,8 +79,8 @@ def target_line(config: Config, target: Target) -> str:
     )
 
 
-def _table(config: Config) -> WidthTable:
-    """Read the table of times."""
+def read_table(config: Config) -> WidthTable:
+    """Read the table of times that a config names. Raises ConfigError where there is none."""
     name = config.pruning.target.latency.table
     content = read_json(parse_path(name))
     if content is None:
