@@ -46,10 +46,11 @@ def load_config(arguments: Sequence[str]) -> Config:
     overrides = dict(_split(argument) for argument in arguments)
     path = _config_path(overrides.pop("config", None))
     values = _read(path)
-    _take_back(values, overrides)
 
     # The study's keys come first, so that a key inside one of them can still be overridden.
-    for key, value in {**_preset(values, overrides), **overrides}.items():
+    given = {**_preset(values, overrides), **overrides}
+    _take_back(values, given)
+    for key, value in given.items():
         _set(values, key.split("."), value)
 
     try:
@@ -101,13 +102,13 @@ def _in_own_run(config: Config, overrides: dict[str, Any]) -> Config:
     return config.model_copy(update={"run": run})
 
 
-def _take_back(values: dict[str, Any], overrides: dict[str, Any]) -> None:
-    """Take the file's ratio out of its values where the command line has a target instead, and the other way round."""
+def _take_back(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """Take the file's ratio out of its values where the command line gives a target, and the other way round."""
     pruning = values.get("pruning")
     if not isinstance(pruning, dict):
         return
-    has_target = any(f"{key}.".startswith("pruning.target.") for key in overrides)
-    if has_target == ("pruning.ratio" in overrides):
+    has_target = any(f"{key}.".startswith("pruning.target.") for key in given)
+    if has_target == ("pruning.ratio" in given):
         return
     values["pruning"] = {key: value for key, value in pruning.items() if key != ("ratio" if has_target else "target")}
 

@@ -69,37 +69,28 @@ def choose_shapes(
         ValueError: Sensitivities are needed and missing, or lack a site that may be cut.
     """
     allocation = pruning.allocation
-    if target is not None and allocation.kind != "measured":
-        cut = partial(choose_shapes, architecture, pruning, scores_L=scores_L, comparable=comparable)
-        return _least_shapes(target, cut, pruning, adds_biases=adds_biases, stock=stock)
-
     constraints_L = WidthConstraints.of(architecture, pruning, adds_biases=adds_biases, stock=stock)
     _check_budget(pruning)
-    if pruning.budget == "official":
-        return _official_shapes(architecture, allocation, ratio)
-    if ratio == 0:
+    if target is None and ratio == 0 and pruning.budget == "exact":
         return [constraints.original for constraints in constraints_L]
-    if allocation.kind in RANKING_VALUES:
-        _check_reach(constraints_L, allocation, ratio)
-        ranking = _ranked_candidates(constraints_L, scores_L, allocation.kind, comparable)
-        return _greedy_shapes(constraints_L, allocation, ratio, ranking)
     if allocation.kind == "measured":
         if sensitivities is None:
             raise ValueError("allocation.kind: measured needs sensitivities")
-        # A target has a check of its own.
-        _check_measured_reach(constraints_L, allocation, ratio if target is None else 0.0, stock)
-        options_L = _measured_options(constraints_L, allocation, sensitivities, target)
-        if target is not None:
-            choose_within = _equal_shapes_within if stock else _least_rise_shapes_within
-            return choose_within(constraints_L, options_L, target)
-        choose = _equal_shapes if stock else _least_rise_shapes
-        return choose(constraints_L, options_L, ratio)
+        return _measured_shapes(constraints_L, allocation, ratio, target, sensitivities, stock)
 
-    # Shares are computed for stock checkpoints, too: that checks the ratio.
-    shares_L = layer_sparsity(constraints_L, allocation, ratio)
-    if stock and allocation.kind == "uniform":
-        return [constraints.nearest(ratio) for constraints in constraints_L]
-    return _rounded_shapes(constraints_L, allocation, shares_L, ratio)
+    if pruning.budget == "official":
+        cut_at: Callable[[float], list[Shape]] = partial(_official_shapes, architecture, allocation)
+    elif allocation.kind in RANKING_VALUES:
+        if target is None:
+            _check_reach(constraints_L, allocation, ratio)
+        ranking = _ranked_candidates(constraints_L, scores_L, allocation.kind, comparable)
+        cut_at = partial(_greedy_shapes, constraints_L, allocation, ranking)
+    else:
+        cut_at = partial(_even_shapes, constraints_L, allocation, stock)
+
+    if target is None:
+        return cut_at(ratio)
+    return _least_shapes(target, cut_at, pruning, adds_biases=adds_biases, stock=stock)
 
 
 def choose_dropped(
@@ -251,7 +242,7 @@ def even_ratio(
 
 def _least_shapes(
     target: Target,
-    cut: Callable[..., list[Shape]],
+    cut_at: Callable[[float], list[Shape]],
     pruning: PruningSection,
     *,
     adds_biases: bool,
@@ -260,11 +251,6 @@ def _least_shapes(
     """Return the widths of the smallest ratio that meets a target. Raises ConfigError where none does."""
     architecture = target.architecture
     largest = _largest_ratio(architecture, pruning, adds_biases=adds_biases, stock=stock)
-
-    def cut_at(ratio: float) -> list[Shape]:
-        """Return the widths of a ratio."""
-        return cut(ratio=ratio, adds_biases=adds_biases, stock=stock)
-
     shapes = least_cut(cut_at, partial(target.is_met, adds_biases=adds_biases), largest)
     if shapes is None:
         # Where no ratio at all can be met, this says why.
@@ -583,6 +569,17 @@ def _less_share(n: int, share: float) -> int:
     return n - min(int(n * share), n - 1)
 
 
+def _even_shapes(
+    constraints_L: Sequence[WidthConstraints], allocation: AllocationSection, stock: bool, ratio: float
+) -> list[Shape]:
+    """Return the widths of a ratio under ``uniform`` or ``logistic``. Raises ConfigError where it cannot be met."""
+    # Shares are computed for stock checkpoints, too: that checks the ratio.
+    shares_L = layer_sparsity(constraints_L, allocation, ratio)
+    if stock and allocation.kind == "uniform":
+        return [constraints.nearest(ratio) for constraints in constraints_L]
+    return _rounded_shapes(constraints_L, allocation, shares_L, ratio)
+
+
 def _rounded_shapes(
     constraints_L: Sequence[WidthConstraints], allocation: AllocationSection, shares_L: Sequence[float], ratio: float
 ) -> list[Shape]:
@@ -703,8 +700,8 @@ class _RankedCandidate:
 def _greedy_shapes(
     constraints_L: Sequence[WidthConstraints],
     allocation: AllocationSection,
-    ratio: float,
     ranking: Iterable[_RankedCandidate],
+    ratio: float,
 ) -> list[Shape]:
     """Take narrower widths by their value over all layers, the least first, while they fit the budget.
 
@@ -813,6 +810,25 @@ class _MeasuredOption(knapsack.Option):
     """Widths that a layer may take, the weights that they save, and by how much the loss rises with them."""
 
     shape: Shape
+
+
+def _measured_shapes(
+    constraints_L: Sequence[WidthConstraints],
+    allocation: AllocationSection,
+    ratio: float,
+    target: Target | None,
+    sensitivities: Sensitivities,
+    stock: bool,
+) -> list[Shape]:
+    """Return the widths whose summed rise is least. Raises ConfigError where no widths meet the ratio or target."""
+    # A target has a check of its own.
+    _check_measured_reach(constraints_L, allocation, ratio if target is None else 0.0, stock)
+    options_L = _measured_options(constraints_L, allocation, sensitivities, target)
+    if target is not None:
+        choose_within = _equal_shapes_within if stock else _least_rise_shapes_within
+        return choose_within(constraints_L, options_L, target)
+    choose = _equal_shapes if stock else _least_rise_shapes
+    return choose(constraints_L, options_L, ratio)
 
 
 def _measured_options(
