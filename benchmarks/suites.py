@@ -74,10 +74,10 @@ def _portable(keys: Sequence[str]) -> list[str]:
     """Return settings as a page may show them: folders of one machine mean nothing on another."""
     shown: list[str] = []
     for key in keys:
-        name = key.partition("=")[0]
-        if name == "benchmarks.official":
-            shown.append("benchmarks.official=FOLDER")
-        elif name not in ("benchmarks.folder", "config"):
+        name, _, value = key.partition("=")
+        if name == "benchmarks.official" or (name == "model.source" and value.startswith(("/", "~"))):
+            shown.append(f"{name}=FOLDER")
+        elif name not in ("benchmarks.folder", "benchmarks.table", "config"):
             shown.append(key)
     return shown
 
