@@ -7,7 +7,6 @@ The dense model and all checkpoints of a run take turns in vLLM with the batch o
 """
 
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -17,7 +16,7 @@ from typing import Any
 
 from benchmarks.load import Load, answer
 from benchmarks.measure import Rounds, alternate
-from benchmarks.widths import prepare_process, start_engine, stderr_of_median
+from benchmarks.widths import CLOCKS, prepare_process, start_engine, stderr_of_median
 from seap_ray.config import Config, load_config
 from seap_ray.core.targets import make_target
 from seap_ray.models.checkpoint import Checkpoint
@@ -26,7 +25,8 @@ from seap_ray.report.table import text_table
 from seap_ray.storage.files import read_json
 
 DENSE = "dense"
-COLUMNS = ("model", "asked, tokens/s", "planned", "measured", "speed-up planned", "measured", "wall clock")
+COLUMNS = ("model", "asked", "planned", "measured", "of asked", "speed-up planned", "measured", "by the wall clock")
+"""Tokens per second, then times as fast as the dense model."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -45,37 +45,30 @@ def main(arguments: Sequence[str]) -> None:
 
     keys = {key: target[key] for key in ("tokens_per_second", "table", "batch", "prompt_tokens", "new_tokens")}
     planned_dense = _dense_rate(base, keys)
-    rate = load.requests * load.reply
-    rows: list[list[Any]] = [
-        [DENSE, None, f"{planned_dense:.1f}", f"{rate / chosen.median(DENSE):.1f}", None, None, None]
-    ]
+    tokens = load.requests * load.reply
+    dense = f"{tokens / chosen.median(DENSE):.1f}"
+    rows: list[list[Any]] = [[DENSE, None, f"{planned_dense:.1f}", dense, None, None, None, None]]
     for path, manifest in manifests.items():
         asked = manifest["target"]["tokens_per_second"]
         planned = manifest["target"]["planned_tokens_per_second"]
-        rows.append(
-            [
-                "/".join(Path(path).parts[-2:]),
-                f"{asked:g}",
-                f"{planned:.1f}",
-                f"{rate / chosen.median(path):.1f} ({rate / chosen.median(path) / asked:.3f} of what was asked)",
-                f"{planned / planned_dense:.3f}",
-                _speedup(chosen, path),
-                _speedup(wall, path),
-            ]
-        )
+        measured = tokens / chosen.median(path)
+        name = "/".join(Path(path).parts[-2:])
+        rates = [f"{asked:g}", f"{planned:.1f}", f"{measured:.1f}", f"{measured / asked:.3f}"]
+        rows.append([name, *rates, f"{planned / planned_dense:.3f}", _speedup(chosen, path), _speedup(wall, path)])
     print(text_table(COLUMNS, rows))
 
 
 def measure(folders: Mapping[str, str], load: Load, config: Config) -> tuple[Rounds, Rounds]:
     """Time every model in turns; return seconds by the chosen clock, and by the wall clock."""
     prepare_process(config)
-    clock = {"wall": time.perf_counter, "cpu": time.process_time}[config.benchmarks.clock]
+    clock = CLOCKS[config.benchmarks.clock]
     chosen: dict[str, list[float]] = {name: [] for name in folders}
 
     def timed(name: str, engine: Any, vocabulary: int) -> Callable[[], None]:
         """Return a turn of a model, which notes its seconds by the chosen clock."""
 
         def turn() -> None:
+            """Answer once."""
             started = clock()
             answer(engine, load, vocabulary)
             chosen[name].append(clock() - started)
@@ -93,6 +86,7 @@ def measure(folders: Mapping[str, str], load: Load, config: Config) -> tuple[Rou
 
 
 def _speedup(rounds: Rounds, name: str) -> str:
+    """Return how many times as fast as the dense model one is, with the standard error."""
     ratios = rounds.speedups(name, DENSE)
     return f"{median(ratios):.3f} +- {stderr_of_median(ratios):.3f}"
 

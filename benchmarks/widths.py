@@ -238,10 +238,7 @@ class Times:
         layers: dict[str, tuple[list[float], list[float]]] = {}
         for name, both in passes.items():
             if name != SHALLOW:
-                prefill, decode = (
-                    [(second - rest) / depths[name] for second, rest in zip(of_pass, rests, strict=True)]
-                    for of_pass, rests in zip(both, fixed, strict=True)
-                )
+                prefill, decode = map(partial(_a_layer, depth=depths[name]), both, fixed)
                 layers[name] = (prefill, decode)
         shapes = {model.name: model.shape for model in models if model.name != SHALLOW}
         return cls((fixed[0], fixed[1]), layers, shapes)
@@ -289,6 +286,11 @@ class Times:
                     limit=MILLISECONDS * median(whole) * left,
                     limit_name="whole, by the weights that are left",
                 )
+
+
+def _a_layer(passes: Sequence[float], fixed: Sequence[float], *, depth: int) -> list[float]:
+    """Return the seconds of one of ``depth`` layers in every round, without what is no layer's."""
+    return [(seconds - rest) / depth for seconds, rest in zip(passes, fixed, strict=True)]
 
 
 def _steady(seconds: Sequence[float], whole: Sequence[float]) -> list[float]:

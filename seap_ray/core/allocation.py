@@ -936,7 +936,9 @@ def _least_rise_shapes_within(
 
     Where no choice is as near, those a little farther off count, too. Raises ConfigError for a target out of reach.
     """
-    most = sum(max(option.saved for option in options) for options in options_L)
+    most = 0
+    for options in options_L:
+        most += max(option.saved for option in options)
     if most < target.excess:
         raise _out_of_reach(target, target.dense - most)
 
