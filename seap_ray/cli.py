@@ -70,7 +70,7 @@ recorded statistics: it only plans, writes and evaluates.
 Examples:
   seap-ray prune
   seap-ray prune config=configs/llama-3.1-8b.yaml pruning.ratio=0.3
-  seap-ray prune config=configs/llama-3.1-8b.yaml pruning.target.memory=16GB
+  seap-ray prune config=configs/llama-3.1-8b.yaml pruning.target.memory=24GB
   ray job submit --working-dir . -- python jobs/prune.py run.storage=/mnt/shared/runs
 
 Exit codes: 0 done, 2 a key or the model is wrong, 3 a corpus is wrong, 4 cut short: the same command goes on.
