@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from seap_ray.config import TargetSection
 from seap_ray.core.plan import Plan
 from seap_ray.core.sensitivity import Rise
+from seap_ray.core.targets import StoredSizes, make_target
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport
@@ -535,3 +537,29 @@ def test_a_plan_that_was_chosen_is_the_one_that_its_settings_give(judge, dense, 
     export = planner.config.export
     first, second = (prepare_checkpoint(model, export, Run(tmp_path)) for model in (chosen, fixed))
     assert first.fingerprint == second.fingerprint
+
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", ["group", "none"])
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_every_plan_that_is_judged_or_taken_meets_the_target(judge, allocation, unit):
+    judge.divergence = lambda plan: 0.5 if kind_of(plan) == (allocation, unit) else 1.0
+    planner = open_planner_of(SMALL)
+    stored = StoredSizes(SMALL.decoder_parameters + 900, 2 * SMALL.decoder_parameters + 1800, 2)
+    settings = TargetSection.model_validate({"weights": int(0.75 * stored.n_bytes)})
+    target = make_target(settings, SMALL, stored)
+    assert target is not None
+    # The planner's own would ask the files, which this checkpoint does not have.
+    planner.__dict__["target"] = target
+    chooser = PlanChooser(planner, progress)
+    planned = [chooser.plan_model(spec_of(planner, name), 0.28) for name in ("general", TASKS[0])]
+
+    plans = [*judge.plans, *(model.export.plan for model in planned)]
+    assert {kind_of(plan) for plan in plans} >= {(kind, each) for kind in ALLOCATIONS for each in ("none", "group")}
+    for plan in plans:
+        assert target.limit - 2 * SMALL.channel_cost * SMALL.align("auto") < target.cost(plan.layers_after(SMALL))
+        assert target.cost(plan.layers_after(SMALL)) <= target.limit and plan.requested == 0.28
+    # One engine holds the general model and the experts.
+    assert planned[0].export.plan.shapes == planned[1].export.plan.shapes
