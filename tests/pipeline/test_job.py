@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import runpy
 import secrets
 import shutil
@@ -363,6 +364,29 @@ def test_another_ratio_of_a_finished_run_never_touches_the_model(finished, monke
     assert "calibrating" not in output and "reading" not in output
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert run_of(finished).expert(0.35, "general").is_dir()
+
+
+def test_a_target_is_met_by_every_model_and_said_in_plans_manifests_and_output(finished, capsys):
+    by_target = [argument for argument in arguments(finished, UNJUDGED) if not argument.startswith("pruning.ratio")]
+    assert main([*by_target, "pruning.target.weights=4MB"]) == 0
+    output = capsys.readouterr().out
+    line = "target weights: at most 4MB, where the model has 5.472MB; evenly cut layers meet it at ratio 0.273"
+    assert line in output
+    assert re.search(r"  general: weights at most 4MB: planned (\S+), written \1\n", output)
+
+    # One ratio stands for the target in the names of all folders.
+    for name in ("general", "arithmetic", "logic"):
+        folder = run_of(finished).expert(0.273, name)
+        manifest = json.loads((folder / "seap.json").read_text())
+        plan = json.loads(run_of(finished).plan(0.273, name).read_text())
+        n_bytes = sum(tensor.nbytes for file in folder.glob("*.safetensors") for tensor in load_file(file).values())
+        tile = 2 * 3 * 160 * 16  # bytes of float16, matrices, hidden size, channels
+        assert 4_000_000 - tile < n_bytes <= 4_000_000
+        asked = {"kind": "weights", "unit": "bytes", "asked": 4_000_000, "planned": n_bytes}
+        assert plan["target"] == asked and manifest["target"] == {**asked, "met": n_bytes}
+
+    code, error = refused(capsys, [*by_target, "pruning.target.weights=100KB"])
+    assert code == 2 and "pruning.target.weights: 100KB is out of reach; the smallest within reach is " in error
 
 
 def test_the_same_command_on_a_finished_run_does_nothing(finished, capsys):
