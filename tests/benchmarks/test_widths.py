@@ -105,3 +105,14 @@ def test_times_without_noise_have_no_errors_and_those_with_it_have():
     noisy = steady | {models[2].name: ([8.0, 8.0, 8.0, 8.0], [15.0, 16.0, 17.0, 16.0])}
     times = {time.shape: time for time in Times.of(models, noisy, new_tokens=2).times}
     assert times[models[2].shape].decode_stderr > 0 and times[models[2].shape].prefill_stderr == 0
+
+
+@pytest.mark.vllm
+def test_an_engine_of_dummy_weights_is_timed(monkeypatch, tmp_path):
+    monkeypatch.setattr(widths, "MLP_SHARES", (0.5,))
+    settings = config(tmp_path, attention_unit="none")
+    settings = settings.model_copy(update={"benchmarks": settings.benchmarks.model_copy(update={"rounds": 2})})
+    rows = list(widths.rows(settings))
+    assert len(rows) == 6 and rows[1].name == "prefill, whole layers" and rows[1].ours > 0
+    content = json.loads((tmp_path / "table.json").read_text())
+    assert "vllm" in content["engine"] and [time["channels"] for time in content["widths"]] == [448, 224]
