@@ -111,6 +111,14 @@ class Target:
         """``at most`` or ``at least``, as the configuration's number is one or the other."""
         return "at least" if self.kind == "latency" else "at most"
 
+    def out_of_reach(self, least: int) -> ConfigError:
+        """Return the error for a target below what the largest cut leaves."""
+        extreme = "largest" if self.kind == "latency" else "smallest"
+        return ConfigError(
+            f"pruning.target.{self.kind}: {self.shown(self.limit)} is out of reach; the {extreme} within reach is "
+            f"{self.shown(least)}"
+        )
+
     def tokens_per_second(self, cost: int) -> float:
         """Return the tokens per second of a request that takes so many nanoseconds."""
         return self.settings["batch"] * self.settings["new_tokens"] * NANOSECONDS / cost

@@ -23,10 +23,11 @@ from transformers import (
 
 import seap_ray
 from seap_ray.config import AllocationSection, PruningSection
-from seap_ray.core.allocation import check_ratio, choose_dropped, choose_shapes, protected_layers
+from seap_ray.core.allocation import check_ratio, choose_dropped, choose_shapes
 from seap_ray.core.architecture import Architecture, Layer, Shape
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.plan import Kept, Plan, keep
+from seap_ray.core.reach import protected_layers
 from seap_ray.core.sensitivity import Ladder, Rise, Sensitivities
 from seap_ray.core.widths import WidthConstraints
 from seap_ray.errors import ConfigError

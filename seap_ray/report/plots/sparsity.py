@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from seap_ray.config import AllocationSection, PruningSection
-from seap_ray.core.allocation import layer_sparsity
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.compensation import COMPENSATIONS
+from seap_ray.core.shares import layer_sparsity
 from seap_ray.core.widths import WidthConstraints
 from seap_ray.report.charts import REFERENCE, Chart, Figure, HeatMap, Panel, Series, series_style
 from seap_ray.report.plots.layers import BLOCKS, layer_map
