@@ -332,6 +332,9 @@ def test_a_job_with_model_corpora_and_run_in_a_bucket_gives_the_bytes_of_one_on_
             "calibration.workers=1",
             "evaluation.samples=8",
             "pruning.ratio=0.5",
+            "pruning.score=wifv",
+            "pruning.compensation=least_squares",
+            "pruning.held_out_tokens=64",
             "pruning.baselines={}",
         ]
 

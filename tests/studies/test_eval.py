@@ -16,7 +16,7 @@ from seap_ray.pipeline.evaluate import Failure
 from seap_ray.report.rows import cell_from_json
 from seap_ray.report.table import mean_quality
 from seap_ray.storage.run import Run
-from seap_ray.studies import reconstruction
+from seap_ray.studies import allocation, reconstruction
 from seap_ray.studies.run import RUNS
 from tests.support import DATA, NOTHING_TO_JUDGE, ROOT
 
@@ -72,6 +72,8 @@ def finished(cluster, tmp_path_factory) -> Path:
             if study == "reconstruction":  # all of it is twenty-seven models for each of three seeds
                 fewer.setattr(reconstruction, "SEEDS", range(2))
                 fewer.setattr(reconstruction, "SCORES", ("obs",))
+            if study == "curve":  # the grid is twenty, of three models each
+                fewer.setattr(allocation, "CURVES", allocation.CURVES[:3])
             assert main(arguments(storage, f"study={study}", *ratios)) == 0, study
     return storage
 
