@@ -37,7 +37,7 @@ class _Settings:
     def experts(self) -> str:
         """Name of the experts' method."""
         parts = [self.allocation]
-        if self.attention_unit:
+        if self.attention_unit not in (None, "auto"):
             parts.append(self.attention_unit)
         # Only the logistic curve has parameters.
         if self.k is not None:

@@ -16,8 +16,8 @@ Means = list[tuple[AllocationRow, float]]
 def allocation_section(data: RunData) -> Section | None:
     """Return quality by allocation and unit of attention; None where the study was not run."""
     how_to_read = (
-        "Rows are allocations, columns what is cut of attention; the ratio cannot be met where a field is empty. "
-        "Darker is better."
+        "Rows are allocations, columns what is cut of attention, which auto and measured choose themselves. Where "
+        "another field is empty, the ratio cannot be met. Darker is better."
     )
     return _section(data, "allocation", how_to_read)
 
