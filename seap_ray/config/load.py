@@ -32,10 +32,9 @@ def load_config(arguments: Sequence[str]) -> Config:
 
     Args:
         arguments: ``dotted.key=value`` overrides, values in YAML; a ratio takes back the file's target, and a target
-            its ratio. ``config=PATH`` names the file; without it, the
-            environment variable ``SEAP_RAY_CONFIG`` does, or else it is ``ray_config.yaml``, or the demo's settings
-            where the current folder has no such file. ``study=NAME`` sets the keys that the study needs, unless they
-            are among the overrides.
+            its ratio. ``config=PATH`` names the file; without it, the environment variable ``SEAP_RAY_CONFIG`` does, or
+            else it is ``ray_config.yaml``, or the demo's settings where the current folder has no such file.
+            ``study=NAME`` sets the keys that the study needs, unless they are among the overrides.
 
     Returns:
         The whole configuration, with defaults for what neither source sets.

@@ -1,4 +1,4 @@
-"""The suite ``widths``: its models, and single layers' times from those of whole models; no engine is started."""
+"""The suite ``widths``: its models, and single layers' times from those of whole models."""
 
 import json
 
