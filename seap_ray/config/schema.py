@@ -28,6 +28,7 @@ Auto = Literal["auto"]
 Pooling = Literal["pooled", "score_average"]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
+Share = Annotated[float, Field(ge=0, le=1)]
 AtLeastZero = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
 GENERAL = "general"
@@ -221,6 +222,8 @@ class PlanSettings(Section):
     """How the ratio is shared out among layers; null: pruning.allocation.kind."""
     compensation: Compensation | Auto | None = None
     """What makes up for removed columns; null: pruning.compensation."""
+    error_correction: Share | None = None
+    """Share of earlier layers' error that is corrected; null: pruning.error_correction."""
     attention_unit: AttentionUnit | Auto | None = None
     """What is removed from attention; null: pruning.attention_unit."""
     budget: Budget | None = None
@@ -357,6 +360,11 @@ class PruningSection(Section):
     ridge: Annotated[float, Field(ge=1e-5, le=100)] | Literal["auto"] = "auto"
     """Regularisation of `least_squares` and `obs`, relative to each column's variance. `auto`: chosen for every task,
     layer and site by the error on the task's last shard, which is held out for that."""
+    error_correction: Share = 0
+    """Share of the error of all layers before that `least_squares` corrects, too, in down_proj of every cut layer; 0:
+    none. The dense and the cut model are then run side by side over the calibration's tokens, three forward passes a
+    model. Half of it is a good share, all of it fits these tokens too well. For families whose down_proj writes to the
+    residual stream as it is: neither mixtures of experts nor Gemma."""
     allocation: AllocationSection = AllocationSection()
     attention_unit: AttentionUnit | Auto = "auto"
     """What is removed from attention. `group`: key-value heads together with their query heads, which also shrinks the
@@ -675,6 +683,9 @@ class Config(Section):
             attention_unit=plan.attention_unit or self.pruning.attention_unit,
             budget=plan.budget or self.pruning.budget,
             # Numbers may be 0, so ``or`` would not do.
+            error_correction=(
+                self.pruning.error_correction if plan.error_correction is None else plan.error_correction
+            ),
             k=self.pruning.allocation.k if plan.k is None else plan.k,
             x0=self.pruning.allocation.x0 if plan.x0 is None else plan.x0,
             seed=self.run.seed if plan.seed is None else plan.seed,

@@ -92,6 +92,8 @@ class Family:
     """Whether some layers have a sliding window and others none, where the config does not say it: True for Gemma 2."""
     window_period: int = 1
     """Layers from one that attends to everything to the next, where the config does not say it: 2 for Gemma 2."""
+    norm_after_mlp: bool = False
+    """Whether a norm comes between ``down_proj`` and the residual stream: True for Gemma 2 and 3."""
     supports_packing: bool = True
     """Whether transformers keeps sequences that share a row apart, by their positions: False for OPT."""
     needs_bos: bool = False
@@ -145,6 +147,7 @@ FAMILIES: dict[str, Family] = {
         qkv_bias=("attention_bias", False),
         o_bias=("attention_bias", False),
         norms=(4, 0),
+        norm_after_mlp=True,
         mixes_windows=True,
         window_period=2,
         needs_bos=True,
@@ -156,6 +159,7 @@ FAMILIES: dict[str, Family] = {
         qkv_bias=("attention_bias", False),
         o_bias=("attention_bias", False),
         norms=(4, 2),
+        norm_after_mlp=True,
         mixes_windows=True,
         window_period=6,
         needs_bos=True,

@@ -67,6 +67,26 @@ def least_squares(covariance: Covariance, weight_OD: Tensor, kept_S: Tensor, *, 
     return weight_OS + added_OS, bias_O
 
 
+def error_map(joint: Covariance, n_inputs: int, *, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return the affine map of some columns that is nearest to the other ones: X = C_OS (C_SS + R)^-1, mu_O - X mu_S.
+
+    Args:
+        joint: Moments and co-moments of S inputs and, behind them, O outputs.
+        n_inputs: Number S of inputs.
+        ridge: Ridge relative to each input's variance.
+
+    Returns:
+        Weight, (O, S), and bias, (O,), float64.
+
+    Raises:
+        torch.linalg.LinAlgError: C_SS + R is not positive definite: the ridge is too small.
+    """
+    C_DD = joint.covariance_DD.double()
+    factor_SS = torch.linalg.cholesky(ridged(C_DD[:n_inputs, :n_inputs], ridge))
+    weight_OS = torch.cholesky_solve(C_DD[:n_inputs, n_inputs:], factor_SS).T
+    return weight_OS, joint.mean_D[n_inputs:] - weight_OS @ joint.mean_D[:n_inputs]
+
+
 def _complement(kept_S: Tensor, width: int) -> Tensor:
     """Return the indices below ``width`` that are not in ``kept_S``, ascending."""
     cut_D = torch.ones(width, dtype=torch.bool)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from seap_ray.core.moments import SITES, Site
 from seap_ray.core.sensitivity import Rise
-from seap_ray.models.divergence import Divergence, cut_parameters
+from seap_ray.models.cut_layer import cut_parameters
+from seap_ray.models.divergence import Divergence
 from seap_ray.models.export import CheckpointExport
 from seap_ray.models.hidden_states import HiddenBatch
 from seap_ray.models.predictions import PredictedTokens, count_sequences

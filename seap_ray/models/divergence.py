@@ -8,12 +8,10 @@ The Kullback-Leibler divergence of a cut model's next-token distribution from th
 on texts that the dense model itself writes. On the same tokens its noise is a small part of that of the loss, which
 depends on the one token that follows.
 
-Letters: B rows, T positions, V vocabulary, O output features, D input columns, S kept columns; N counts sequences, or
-predicted tokens where a tensor is of a batch.
+Letters: B rows, T positions, V vocabulary; N counts sequences, or predicted tokens where a tensor is of a batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 
 from seap_ray.core.plan import Kept
 from seap_ray.core.sensitivity import Rise
-from seap_ray.core.slicing import kept_indices
+from seap_ray.models.cut_layer import cut_parameters, replaced_parameters
 from seap_ray.models.export import CheckpointExport
 from seap_ray.models.hidden_states import HiddenBatch
 from seap_ray.models.predictions import PredictedTokens, count_sequences
@@ -133,7 +131,7 @@ def _run_layer(
         if first is not None and not is_dropped and way[0] is not whole:
             parameters = cut_parameters(block, exports[first], layer)
 
-        with _replaced(block, parameters):
+        with replaced_parameters(block, parameters):
             for g, members in members_by_group.items():
                 hidden = groups[g].hidden
                 if not is_dropped:
@@ -150,66 +148,9 @@ def _way(
         return (whole,)
     export = exports[member]
     kept = cuts[member][layer]
-    # Statistics are large: two are the same where they are one object.
-    return (kept, export.plan.compensation.name, id(export.statistics)) if kept else (None,)
-
-
-# --- the cut ---------------------------------------------------------------------------------------------------------
-
-
-def cut_parameters(block: Any, export: CheckpointExport, layer: int) -> dict[str, Tensor]:
-    """Return parameters with which a layer of the base computes what the cut layer will.
-
-    Args:
-        block: The base's layer.
-        export: The cut model, which has this layer.
-        layer: Number of the layer in the base.
-
-    Returns:
-        Parameters by their name in the layer: weights of output modules, of their own shapes, with zeros in the columns
-        that go, and biases, which the layer may not have.
-    """
-    architecture = export.base.architecture
-    new_layer = export.plan.layers.index(layer)
-    kept = export.plan.kept[new_layer]
-    parameters: dict[str, Tensor] = {}
-
-    for module in architecture.compensable_modules:
-        own_OD = block.get_submodule(module).weight
-        kept_S = kept_indices(kept, architecture.family.columns[module], architecture.head_dim).to(own_OD.device)
-        compensated = export.compensated(new_layer, module)
-        weight_OS = compensated.get("weight", own_OD[:, kept_S])
-        weight_OD = torch.zeros_like(own_OD)
-        weight_OD[:, kept_S] = weight_OS.to(own_OD)
-        parameters[f"{module}.weight"] = weight_OD
-        if "bias" in compensated:
-            parameters[f"{module}.bias"] = compensated["bias"].to(own_OD)
-
-    if architecture.n_experts:
-        parameters["mlp.experts.down_proj"] = _cut_experts(block, kept)
-    return parameters
-
-
-def _cut_experts(block: Any, kept: Kept) -> Tensor:
-    """Return the output weights of all MoE experts, (E, O, D), with zeros in the columns that go."""
-    own_EOD = block.get_submodule("mlp.experts").down_proj
-    weight_EOD = torch.zeros_like(own_EOD)
-    for expert, channels in enumerate(kept.channels):
-        kept_S = torch.tensor(channels, device=own_EOD.device)
-        weight_EOD[expert][:, kept_S] = own_EOD[expert][:, kept_S]
-    return weight_EOD
-
-
-@contextmanager
-def _replaced(block: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give a layer other parameters inside the block."""
-    with ExitStack() as restored:
-        for path, tensor in parameters.items():
-            name, _, kind = path.rpartition(".")
-            module = block.get_submodule(name)
-            restored.callback(setattr, module, kind, getattr(module, kind))
-            setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
-        yield
+    # Statistics and corrections are large: two are the same where they are one object.
+    repair = (export.plan.compensation.name, id(export.statistics), id(export.corrections))
+    return (kept, *repair) if kept else (None,)
 
 
 # --- the comparison --------------------------------------------------------------------------------------------------

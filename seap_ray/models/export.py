@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -62,6 +62,11 @@ class OutputTensor:
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
+Corrections = Mapping[int, Mapping[str, Tensor]]
+"""What is added to ``down_proj`` of a layer of the base, by the layer and the kind of tensor, float32: to the
+``weight`` of the kept columns, (O, S), and to the ``bias``, (O,). It makes up for errors of the layers before."""
+
+
 @dataclass(frozen=True)
 class CheckpointExport:
     """A compacted checkpoint before it is written: the base, the plan, and the statistics that compensate the cut."""
@@ -72,6 +77,8 @@ class CheckpointExport:
     """What the plan's compensation requires: moments or covariances."""
     stock: bool = False
     """Write a checkpoint of an ordinary family, which has biases in all layers or in none."""
+    corrections: Corrections | None = None
+    """What compensation adds for the errors of earlier layers; None: nothing."""
 
     def outputs(self) -> list[OutputTensor]:
         """Return every tensor of the checkpoint, in the base's order."""
@@ -153,10 +160,18 @@ class CheckpointExport:
     def compensated(self, layer: int, module: str) -> dict[str, Tensor]:
         """Return the tensors of a layer's module that compensation makes, by kind; none of most modules."""
         is_output = module in self.base.architecture.compensable_modules
-        return self._repaired(layer, module) if is_output and self.compensates(layer) else {}
+        if not (is_output and self.compensates(layer)):
+            return {}
 
-    def _repaired(self, layer: int, module: str) -> dict[str, Tensor]:
-        """Return the tensors of an output module that compensation makes."""
+        repaired = self.repaired(layer, module)
+        if self.corrections is None or module != self.base.architecture.family.down_proj:
+            return repaired
+        added = self.corrections[self.plan.layers[layer]]
+        # Float64 for the sum alone: it is rounded once more.
+        return {kind: (tensor.double() + added[kind]).to(tensor) for kind, tensor in repaired.items()}
+
+    def repaired(self, layer: int, module: str) -> dict[str, Tensor]:
+        """Return the tensors that compensation makes of an output module of a cut layer, without corrections."""
         # Tensors are in the order of their names, so a bias comes right before its weight: one pair
         # is remembered.
         if (layer, module) not in self._repair_memo:

@@ -22,9 +22,9 @@ from seap_ray.models.divergence import Divergence, measure_divergence
 from seap_ray.models.export import CheckpointExport
 from seap_ray.models.forward import OpenedLayers
 from seap_ray.models.hidden_states import HiddenBatch
-from seap_ray.models.records import PooledCovariance, task_memory
+from seap_ray.models.records import PooledCovariance
 from seap_ray.models.sequences import Sequences
-from seap_ray.pipeline.cluster import work_task
+from seap_ray.pipeline.repairs import with_repairs
 from seap_ray.pipeline.shard_records import ShardRecords
 from seap_ray.pipeline.shards import Shard
 from seap_ray.progress import Progress
@@ -46,12 +46,14 @@ class HeldOutShard:
     shard: Shard
     record: StoragePath | None
     """Its record, whose covariances compensate no model that is measured on it; None where it is the only shard."""
+    others: tuple[Shard, ...] = ()
+    """All other shards of the task."""
 
 
 def held_out_shard(records: ShardRecords, shards: Sequence[Shard]) -> HeldOutShard:
     """Return the last of the shards that statistics are merged from."""
     last = shards[-1]
-    return HeldOutShard(last, records.path(last) if len(shards) > 1 else None)
+    return HeldOutShard(last, records.path(last) if len(shards) > 1 else None, tuple(shards[:-1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,7 @@ def _measure_missing(config: Config, run: Run, trials: Sequence[Trial]) -> Itera
     for trial in trials:
         models = tuple(map(id, trial.exports))
         if models not in repaired:
-            repaired[models] = _with_repairs(trial.exports)
+            repaired[models] = with_repairs(trial.exports)
         ready = replace(trial, exports=repaired[models])
         pending[task.remote(config, run, ray.put(ready))] = trial
 
@@ -181,54 +183,6 @@ def _measure_missing(config: Config, run: Run, trials: Sequence[Trial]) -> Itera
         (done,), _ = ray.wait(list(pending), num_returns=1)
         ray.get(done)
         yield len(pending.pop(done).exports)
-
-
-# --- repairs ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class RepairedExport(CheckpointExport):
-    """A cut model whose output modules other Ray tasks repair, a layer each, for all models that are measured."""
-
-    place: int = 0
-    """Which of these models this is."""
-    repairs: Mapping[int, Any] = field(default_factory=dict)
-    """Reference to what ``_repair_layer`` returns, by the layer in the base."""
-
-    def compensated(self, layer: int, module: str) -> dict[str, Tensor]:
-        """Return the tensors of a layer's module that compensation makes, by kind, as soon as they are there."""
-        repaired = ray.get(self.repairs[self.plan.layers[layer]])
-        tensors: dict[str, Tensor] = repaired[self.place].get(module, {})
-        return tensors
-
-
-def _with_repairs(exports: tuple[CheckpointExport, ...]) -> tuple[CheckpointExport, ...]:
-    """Start the repair of models in Ray tasks, where covariances make it slow; others are repaired as they are run."""
-    if all(export.plan.compensation.required != "covariance" for export in exports):
-        return exports
-
-    architecture = exports[0].base.architecture
-    task = work_task(_repair_layer, memory=task_memory(architecture))
-    shared = ray.put(exports)
-    repairs = {layer: task.remote(shared, layer) for layer in range(architecture.n_layers)}
-
-    repaired: list[CheckpointExport] = []
-    for place, export in enumerate(exports):
-        repaired.append(RepairedExport(export.base, export.plan, place=place, repairs=repairs))
-    return tuple(repaired)
-
-
-def _repair_layer(exports: Sequence[CheckpointExport], layer: int) -> list[dict[str, dict[str, Tensor]]]:
-    """Return what compensation makes of a layer's output modules, by module and kind, for every model."""
-    repaired: list[dict[str, dict[str, Tensor]]] = []
-    for export in exports:
-        modules: dict[str, dict[str, Tensor]] = {}
-        if layer in export.plan.layers:
-            new_layer = export.plan.layers.index(layer)
-            for module in export.base.architecture.compensable_modules:
-                modules[module] = export.compensated(new_layer, module)
-        repaired.append(modules)
-    return repaired
 
 
 # --- in a Ray task ---------------------------------------------------------------------------------------------------

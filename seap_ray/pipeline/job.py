@@ -1,7 +1,7 @@
 """Job: the path of the data from a config to a table, one step a file, on the Ray cluster at hand.
 
-preflight -> shards -> calibrate, merge -> planner -> plan_choice -> checkpoint_writer -> routing -> evaluate -> results
--> report
+preflight -> shards -> calibrate, merge -> planner -> plan_choice -> error_correction -> checkpoint_writer -> routing ->
+evaluate -> results -> report
 """
 
 import time
@@ -15,10 +15,12 @@ from seap_ray.config import Config
 from seap_ray.errors import ConfigError, IncompleteError, error_by_code
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import rows_lines
+from seap_ray.pipeline.biases import say_bias, with_bias
 from seap_ray.pipeline.calibrate import calibrate, make_records, n_workers
 from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, target_lines, write_checkpoints
 from seap_ray.pipeline.cluster import connect_driver
 from seap_ray.pipeline.divergences import held_out_shard
+from seap_ray.pipeline.error_correction import correct_models
 from seap_ray.pipeline.evaluate import EvalTask, eval_target, eval_task, evaluate
 from seap_ray.pipeline.model_specs import model_specs
 from seap_ray.pipeline.placement import with_placement
@@ -64,6 +66,8 @@ def _run_steps(config: Config, checkpoint: Checkpoint, run: Run) -> None:
     calibrated = calibrate_run(config, checkpoint, run)
     # Statistics -> plans, all of them before anything is written: a ratio that cannot be met costs nothing.
     models = PlanChooser(calibrated.planner, progress).plan_all()
+    # Plans -> what corrects the errors of their layers, where that is asked for.
+    models = correct_models(calibrated.planner, models, progress)
     # Plans -> checkpoints.
     checkpoints = write_checkpoints(models, config.export, run, progress)
     for line in target_lines(checkpoints):
@@ -97,6 +101,8 @@ def on_cluster(config: Config, work: Callable[[Config, Checkpoint, Run], None], 
     # What a look at the config and its files can refuse needs no cluster, which takes seconds to start.
     config = with_recognised_tasks(config)
     checkpoint = check_config(config, check_evaluation_rows=check_evaluation_rows)
+    say_bias(config, checkpoint.architecture)
+    config = with_bias(config, checkpoint.architecture)
     # From here on a target is the ratio that stands for it, which names the run's folders.
     config = with_target_ratio(config, checkpoint)
     run = Run.of(config)

@@ -86,7 +86,7 @@ def _assumed(config: Config, settings: PlanSettings) -> PlanSettings:
 
 def pruning_section(config: Config, settings: PlanSettings) -> PruningSection:
     """Return the pruning section with one model's settings, which leave nothing out (``Config.plan_settings``)."""
-    replaced = settings.model_dump(include={"score", "compensation", "attention_unit", "budget"})
+    replaced = settings.model_dump(include={"score", "compensation", "error_correction", "attention_unit", "budget"})
     curve = settings.model_dump(include={"k", "x0"})
 
     # The section's other keys, such as protection and alignment, are those of all models.

@@ -61,6 +61,10 @@ class Run:
         """Return the file of scores of units made from covariances, kept for a second plan and for the report."""
         return self.root / "statistics" / "scores" / f"{name}.safetensors"
 
+    def correction(self, name: str) -> StoragePath:
+        """Return the file of what corrects the errors of a cut model's layers."""
+        return self.root / "corrections" / f"{name}.safetensors"
+
     def divergences(self, task: str) -> StoragePath:
         """Return the folder of what was measured of plans on a task's held-out tokens, before anything was written."""
         return self.root / "divergences" / task

@@ -25,11 +25,12 @@ from seap_ray.models.records import load_statistics
 from seap_ray.pipeline.calibrate import make_records
 from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, prepare_checkpoint
 from seap_ray.pipeline.divergences import held_out_shard
+from seap_ray.pipeline.error_correction import correct_models
 from seap_ray.pipeline.evaluate import EvalResult, EvalTarget, EvalTask, Failure, eval_target, eval_task, evaluate
 from seap_ray.pipeline.job import CalibratedRun
 from seap_ray.pipeline.merge import TaskStatistics, merge_all
 from seap_ray.pipeline.model_specs import ModelSpec
-from seap_ray.pipeline.plan_choice import PlanChooser
+from seap_ray.pipeline.plan_choice import PlanChooser, PlannedModel
 from seap_ray.pipeline.planner import Planner
 from seap_ray.pipeline.ray_errors import known_error
 from seap_ray.pipeline.results import dense_row, pruned_row, quality_cells
@@ -154,8 +155,7 @@ class StudyRunner:
         requests = list(requests)
 
         # All are planned first, because all are judged together, side by side on the cluster.
-        chooser = PlanChooser(planner or self.calibrated.planner, progress)
-        sources = [self._source(request, chooser) for request in requests]
+        sources = self._sources(requests, planner or self.calibrated.planner)
         tasks = [request.tasks or self.task_names for request in requests]
 
         # What cannot be planned is no target.
@@ -176,16 +176,24 @@ class StudyRunner:
             models.append(_evaluated_model(request, source, results))
         return models
 
-    def _source(self, request: ModelRequest, chooser: PlanChooser) -> SourceOrFailure:
-        if request.spec is None:
-            return self.calibrated.checkpoint
+    def _sources(self, requests: Sequence[ModelRequest], planner: Planner) -> list[SourceOrFailure]:
+        """Return where each model comes from: the dense one's folder, or a planned checkpoint."""
+        chooser = PlanChooser(planner, progress)
+        planned = [_planned(request, chooser) for request in requests]
 
-        try:
-            model = chooser.plan_model(request.spec, request.ratio)
-            return prepare_checkpoint(model, self.config.export, self.calibrated.run)
-        except ConfigError as error:
-            # A ratio that this spec cannot meet is a result, not the end of the study.
-            return Failure.of(error)
+        # Corrections of all models are fitted side by side.
+        models = [model for model in planned if isinstance(model, PlannedModel)]
+        corrected = iter(correct_models(planner, models, progress))
+
+        sources: list[SourceOrFailure] = []
+        for model in planned:
+            if model is None:
+                sources.append(self.calibrated.checkpoint)
+            elif isinstance(model, Failure):
+                sources.append(model)
+            else:
+                sources.append(prepare_checkpoint(next(corrected), self.config.export, self.calibrated.run))
+        return sources
 
     def _evaluate(self, targets: Sequence[EvalTarget]) -> list[dict[str, EvalResult]]:
         return evaluate(self.config, self.calibrated.run, targets, self.eval_tasks, progress)
@@ -304,6 +312,17 @@ def _shape(config: HfConfig) -> str:
 
 
 # --- rows of the results file ----------------------------------------------------------------------------------------
+
+
+def _planned(request: ModelRequest, chooser: PlanChooser) -> PlannedModel | Failure | None:
+    """Return the model that a request asks for, or why there is none; None for the dense one."""
+    if request.spec is None:
+        return None
+    try:
+        return chooser.plan_model(request.spec, request.ratio)
+    except ConfigError as error:
+        # A ratio that this spec cannot meet is a result, not the end of the study.
+        return Failure.of(error)
 
 
 def _evaluated_model(request: ModelRequest, source: SourceOrFailure, results: dict[str, EvalResult]) -> EvaluatedModel:

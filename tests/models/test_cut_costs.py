@@ -15,7 +15,8 @@ from seap_ray.config import Config
 from seap_ray.core.plan import Kept, Plan
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.cut_costs import CutCosts, measure_cut_costs
-from seap_ray.models.divergence import cut_parameters, measure_divergence
+from seap_ray.models.cut_layer import cut_parameters
+from seap_ray.models.divergence import measure_divergence
 from seap_ray.models.export import CheckpointExport
 from seap_ray.models.forward import OpenedLayers
 from tests.support.builders import CONFIGS, load, prompts, random_plan, random_statistics, save_dense

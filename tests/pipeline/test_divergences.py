@@ -63,7 +63,7 @@ def test_the_last_shard_is_held_out_and_its_record_left_out_where_there_is_anoth
     calibration = Calibration("model", "torch.float32", False, 64, covariance=True)
     records = ShardRecords(calibration, Run(tmp_path), None)  # type: ignore[arg-type]
     shards = [Shard("sort", f"{i:05}", 3, 30, f"bytes {i}") for i in range(3)]
-    assert held_out_shard(records, shards) == HeldOutShard(shards[2], records.path(shards[2]))
+    assert held_out_shard(records, shards) == HeldOutShard(shards[2], records.path(shards[2]), tuple(shards[:2]))
     assert held_out_shard(records, shards[:1]) == HeldOutShard(shards[0], None)
 
 
@@ -344,9 +344,9 @@ def test_a_part_of_a_tasks_shards_is_judged_on_its_own_last_shard(finished):
         assert len(shards) == 3
         planner = runner.planner_with_parts({"two": shards[:2], "one": shards[1:2]})
         records = ShardRecords.of(config, checkpoint, run)
-        assert planner.held_out["two"] == HeldOutShard(shards[1], records.path(shards[1]))
+        assert planner.held_out["two"] == HeldOutShard(shards[1], records.path(shards[1]), tuple(shards[:1]))
         assert planner.held_out["one"] == HeldOutShard(shards[1], None)
-        assert planner.held_out["logic"] == HeldOutShard(shards[2], records.path(shards[2]))
+        assert planner.held_out["logic"] == HeldOutShard(shards[2], records.path(shards[2]), tuple(shards[:2]))
 
         chooser = PlanChooser(planner, progress)
         for name in ("one", "two"):

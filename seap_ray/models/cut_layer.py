@@ -1,0 +1,72 @@
+"""Cut layer: a dense model's decoder layer that computes what the cut layer will, before that is written.
+
+A cut layer computes what the dense one does with zeros in the columns that go.
+
+Letters: O output features, D input columns, S kept columns, E MoE experts.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seap_ray.core.plan import Kept
+from seap_ray.core.slicing import kept_indices
+from seap_ray.models.export import CheckpointExport
+
+
+def cut_parameters(block: Any, export: CheckpointExport, layer: int) -> dict[str, Tensor]:
+    """Return parameters with which a layer of the base computes what the cut layer will.
+
+    Args:
+        block: The base's layer.
+        export: The cut model, which has this layer.
+        layer: Number of the layer in the base.
+
+    Returns:
+        Parameters by their name in the layer: weights of output modules, of their own shapes, with zeros in the columns
+        that go, and biases, which the layer may not have.
+    """
+    architecture = export.base.architecture
+    new_layer = export.plan.layers.index(layer)
+    kept = export.plan.kept[new_layer]
+    parameters: dict[str, Tensor] = {}
+
+    for module in architecture.compensable_modules:
+        own_OD = block.get_submodule(module).weight
+        kept_S = kept_indices(kept, architecture.family.columns[module], architecture.head_dim).to(own_OD.device)
+        compensated = export.compensated(new_layer, module)
+        weight_OS = compensated.get("weight", own_OD[:, kept_S])
+        weight_OD = torch.zeros_like(own_OD)
+        weight_OD[:, kept_S] = weight_OS.to(own_OD)
+        parameters[f"{module}.weight"] = weight_OD
+        if "bias" in compensated:
+            parameters[f"{module}.bias"] = compensated["bias"].to(own_OD)
+
+    if architecture.n_experts:
+        parameters["mlp.experts.down_proj"] = _cut_experts(block, kept)
+    return parameters
+
+
+def _cut_experts(block: Any, kept: Kept) -> Tensor:
+    """Return the output weights of all MoE experts, (E, O, D), with zeros in the columns that go."""
+    own_EOD = block.get_submodule("mlp.experts").down_proj
+    weight_EOD = torch.zeros_like(own_EOD)
+    for expert, channels in enumerate(kept.channels):
+        kept_S = torch.tensor(channels, device=own_EOD.device)
+        weight_EOD[expert][:, kept_S] = own_EOD[expert][:, kept_S]
+    return weight_EOD
+
+
+@contextmanager
+def replaced_parameters(block: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give a layer other parameters inside the block."""
+    with ExitStack() as restored:
+        for path, tensor in parameters.items():
+            name, _, kind = path.rpartition(".")
+            module = block.get_submodule(name)
+            restored.callback(setattr, module, kind, getattr(module, kind))
+            setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
+        yield

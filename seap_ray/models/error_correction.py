@@ -1,0 +1,158 @@
+"""Error correction: a cut model in; what each cut ``down_proj`` can undo of the error that its layer hands on, out.
+
+Least squares repairs each module as if its input were the dense model's. In a cut model it is not: errors of all layers
+before come with it, and add up. So the dense and the cut model are run side by side, layer by layer. After a cut layer
+the error of its output, dense less cut, is regressed on the input of its ``down_proj``, and a share of what that says
+goes into weight and bias before the next layer is run. Corrections of the whole error fit the calibration tokens too
+well. GPTAQ (arXiv 2504.02692) corrects quantised models in this way, a module at a time.
+
+Letters: T positions, D hidden size, which is the number of outputs O of ``down_proj``; S its kept columns.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seap_ray.core.architecture import Architecture
+from seap_ray.core.moments import Covariance, pooled_covariance
+from seap_ray.core.plan import Plan
+from seap_ray.core.reconstruction import error_map
+from seap_ray.core.slicing import kept_indices
+from seap_ray.models.cut_layer import cut_parameters, replaced_parameters
+from seap_ray.models.export import CheckpointExport
+from seap_ray.models.hidden_states import HiddenBatch
+
+
+def is_correctable(plan: Plan, architecture: Architecture) -> bool:
+    """Return whether a plan's errors can be corrected: by the weights and biases that least squares makes anyway.
+
+    The input of ``down_proj`` must be one for all tokens, and its output must go to the residual stream as it is.
+    """
+    replaces_all = set(plan.compensation.replaces) == {"weight", "bias"}
+    return replaces_all and not architecture.n_experts and not architecture.family.norm_after_mlp
+
+
+@dataclass
+class Stream:
+    """The sequences of one task on their way through the dense and the cut model."""
+
+    batches: Sequence[HiddenBatch]
+    weight: float
+    """What its tokens count together."""
+    dense: list[Tensor] = field(init=False)
+    """Hidden states of every batch in the dense model, (B, T, D)."""
+    cut: list[Tensor] = field(init=False)
+    """Those in the cut model; the same list up to the first cut layer."""
+
+    def __post_init__(self) -> None:
+        """Begin with what the embedding returned."""
+        self.dense = [batch.hidden_BTD for batch in self.batches]
+        self.cut = self.dense
+
+
+@torch.inference_mode()
+def correct_errors(
+    blocks: Iterator[nn.Module], streams: Sequence[Stream], export: CheckpointExport, *, share: float, ridge: float
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Run the dense and the cut model side by side, and yield what corrects each cut layer before the next one is run.
+
+    Takes three forward passes: the dense model's, and two of the cut one, without and with each layer's correction.
+
+    Args:
+        blocks: Decoder layers of the dense model, each of which is done with before the next one is taken.
+        streams: Sequences of every task as they come to the first layer.
+        export: The cut model, as it would be written without corrections.
+        share: Share of the error that is corrected, from 0 to 1.
+        ridge: Ridge of the regressions, relative to each column's variance.
+
+    Yields:
+        A layer's number in the base, and what is added to the ``weight``, (O, S), and the ``bias``, (O,), of its
+        ``down_proj``: float32, on the CPU.
+    """
+    device = streams[0].batches[0].batch.ids_BT.device
+    for layer, block in enumerate(blocks):
+        is_cut = export.compensates(layer)
+        was_cut = any(stream.cut is not stream.dense for stream in streams)
+        for stream in streams:
+            stream.dense = _run(block, layer, stream.batches, stream.dense, device)
+
+        if not (is_cut or was_cut):
+            for stream in streams:
+                stream.cut = stream.dense
+            continue
+
+        parameters: dict[str, Tensor] = {}
+        if is_cut:
+            with replaced_parameters(block, cut_parameters(block, export, layer)):
+                correction = _fit(block, layer, streams, export, share, ridge, device)
+            yield layer, correction
+            # As the checkpoint will have them, in its type.
+            parameters = cut_parameters(block, replace(export, corrections={layer: correction}), layer)
+        with replaced_parameters(block, parameters):
+            for stream in streams:
+                stream.cut = _run(block, layer, stream.batches, stream.cut, device)
+
+
+def _run(
+    block: nn.Module, layer: int, batches: Sequence[HiddenBatch], hidden: Sequence[Tensor], device: torch.device
+) -> list[Tensor]:
+    """Return what a layer makes of the hidden states of every batch."""
+    return [batch.run(block, layer, hidden_BTD, device) for batch, hidden_BTD in zip(batches, hidden, strict=True)]
+
+
+def _fit(
+    block: nn.Module,
+    layer: int,
+    streams: Sequence[Stream],
+    export: CheckpointExport,
+    share: float,
+    ridge: float,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Return the correction of a layer, whose parameters are those of the cut model, from what it hands on in both."""
+    architecture = export.base.architecture
+    down_proj: Any = block.get_submodule(architecture.family.down_proj)
+    # Layers of a model over several devices have their own.
+    own_device = down_proj.weight.device
+    kept_S = kept_indices(export.plan.kept[layer], "channels", architecture.head_dim).to(own_device)
+
+    parts: list[Covariance] = []
+    weights: list[float] = []
+    for stream in streams:
+        total: Covariance | None = None
+        for batch, dense_BTD, cut_BTD in zip(stream.batches, stream.dense, stream.cut, strict=True):
+            with _captured_input(down_proj) as captured:
+                after_BTD = batch.run(block, layer, cut_BTD, device)
+            error_BTO = (dense_BTD - after_BTD).to(own_device)
+            # Attention of some families hands the MLP its tokens without a dimension of batches.
+            input_NS = captured[0].index_select(-1, kept_S).reshape(-1, len(kept_S))
+            joint_ND = torch.cat([input_NS, error_BTO.flatten(0, 1)], 1)
+            part = Covariance.of(joint_ND, batch.batch.rows_N)
+            total = part if total is None else total + part
+        # A task's sequences may have no token that counts.
+        if total is not None and total.count:
+            parts.append(total)
+            weights.append(stream.weight)
+
+    if not parts:
+        return {
+            "weight": torch.zeros(architecture.hidden_size, len(kept_S)),
+            "bias": torch.zeros(architecture.hidden_size),
+        }
+    weight_OS, bias_O = error_map(pooled_covariance(parts, weights), len(kept_S), ridge=ridge)
+    return {"weight": (share * weight_OS).float().cpu().contiguous(), "bias": (share * bias_O).float().cpu()}
+
+
+@contextmanager
+def _captured_input(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what a module is given inside the block."""
+    captured: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+    try:
+        yield captured
+    finally:
+        handle.remove()
