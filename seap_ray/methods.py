@@ -21,7 +21,7 @@ StudyName = Literal[
 METHODS: Mapping[str, Mapping[str, Any]] = {
     # The settings are the authors' own: Wanda (arXiv 2306.11695) in FLAP's structured form, FLAP (2312.11983).
     "wanda_sp": {"score": "wanda_sp", "allocation": "uniform", "compensation": "none"},
-    "flap": {"score": "wifv", "allocation": "standardised", "compensation": "mean"},
+    "flap": {"score": "wifv", "allocation": "standardised", "compensation": "mean", "bias": True},
     "magnitude": {"score": "magnitude", "allocation": "uniform", "compensation": "none"},
     "random": {"score": "random", "allocation": "uniform", "compensation": "none"},
     # ShortGPT (arXiv 2403.03853).

@@ -222,6 +222,8 @@ class PlanSettings(Section):
     """How the ratio is shared out among layers; null: pruning.allocation.kind."""
     compensation: Compensation | Auto | None = None
     """What makes up for removed columns; null: pruning.compensation."""
+    bias: bool | None = None
+    """Whether compensation may add biases; null: pruning.bias."""
     error_correction: Share | None = None
     """Share of earlier layers' error that is corrected; null: pruning.error_correction."""
     attention_unit: AttentionUnit | Auto | None = None
@@ -355,8 +357,13 @@ class PruningSection(Section):
     without compensation, whichever is better on held-out tokens. All formulas are in docs/method.md."""
     compensation: Compensation | Auto = "auto"
     """What makes up for removed columns of o_proj and down_proj. `none`: nothing. `mean`: their mean over the
-    calibration tokens, as a bias. `least_squares`: what the kept columns predict of them, in the weight and a bias;
-    needs statistics `covariance`. `auto`: of those that the statistics allow, the best on held-out tokens."""
+    calibration tokens, as a bias. `least_squares`: what the kept columns predict of them, in the weight and, unless
+    `bias` forbids it, a bias; needs statistics `covariance`. `auto`: of those that the statistics allow, the best on
+    held-out tokens."""
+    bias: bool | Auto = "auto"
+    """Whether compensation may add biases to o_proj and down_proj, which most families do not have there. `false`:
+    `least_squares` is the best linear map, without an intercept, and `mean` is refused; checkpoints then have the
+    modules of their family alone. `auto`: true, unless export.format is one that cannot hold biases in this family."""
     ridge: Annotated[float, Field(ge=1e-5, le=100)] | Literal["auto"] = "auto"
     """Regularisation of `least_squares` and `obs`, relative to each column's variance. `auto`: chosen for every task,
     layer and site by the error on the task's last shard, which is held out for that."""
@@ -641,11 +648,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _covariances_are_there(self) -> "Config":
         """Refuse plans whose covariances are not recorded, and those that rank columns by scores of whole units."""
-        plans: dict[str, PlanSettings] = {"experts": self.pruning.experts, "general": self.pruning.general}
-        for name, baseline in self.pruning.baselines.items():
-            plans[f"baselines.{name}"] = baseline
-
-        for name, plan in plans.items():
+        for name, plan in self._plans().items():
             # What a plan leaves out comes from the pruning section, so only the completed settings can be checked.
             settings = self.plan_settings(plan)
             needs = [value for value in (settings.score, settings.compensation) if value in FROM_COVARIANCES]
@@ -662,6 +665,26 @@ class Config(Section):
                 )
 
         return self
+
+    @model_validator(mode="after")
+    def _biases_are_allowed(self) -> "Config":
+        """Refuse plans without biases whose compensation is nothing else."""
+        for name, plan in self._plans().items():
+            settings = self.plan_settings(plan)
+            is_cut_inside = settings.allocation != "depth"
+            if settings.compensation == "mean" and not settings.bias and is_cut_inside:
+                raise ValueError(
+                    f"pruning.{name}: compensation mean is a bias, and bias is false; choose least_squares (with "
+                    "calibration.statistics=covariance) or none"
+                )
+        return self
+
+    def _plans(self) -> dict[str, PlanSettings]:
+        """Return the settings of every kind of model, by what follows ``pruning`` in their keys."""
+        plans: dict[str, PlanSettings] = {"experts": self.pruning.experts, "general": self.pruning.general}
+        for name, baseline in self.pruning.baselines.items():
+            plans[f"baselines.{name}"] = baseline
+        return plans
 
     def plan_settings(self, plan: PlanSettings) -> PlanSettings:
         """Return ``plan`` with what it leaves out taken from the pruning section.
@@ -680,6 +703,8 @@ class Config(Section):
             score=plan.score or score,
             allocation=plan.allocation or self.pruning.allocation.kind,
             compensation=plan.compensation or compensation,
+            # ``auto`` is true wherever the checkpoint's format has not decided otherwise.
+            bias=self.pruning.bias is not False if plan.bias is None else plan.bias,
             attention_unit=plan.attention_unit or self.pruning.attention_unit,
             budget=plan.budget or self.pruning.budget,
             # Numbers may be 0, so ``or`` would not do.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from seap_ray.core.moments import BLOCK, Covariance, Moments, Site
-from seap_ray.core.reconstruction import least_squares
+from seap_ray.core.reconstruction import least_squares, least_squares_without_bias
 
 Required = Literal["moments", "covariance"]
 """Statistics that a way of compensation may need."""
@@ -128,13 +128,7 @@ class LeastSquares:
         Raises:
             ValueError: The statistics are no covariances.
         """
-        # A protocol that is checked at run time: only covariances come with ridges.
-        if not isinstance(statistics, SiteCovariances):
-            raise ValueError("compensation by least squares needs covariances")
-
-        covariance = statistics[module.key]
-        ridge = statistics.ridge_of(module.key)
-
+        covariance, ridge = _covariance(module, statistics)
         weight_OS, added_O = least_squares(covariance, module.weight_OD, module.kept_S, ridge=ridge)
         bias_O = added_O if module.bias_O is None else added_O + module.bias_O.double()
         # All is float64 up to here, and rounded once.
@@ -142,10 +136,59 @@ class LeastSquares:
         return {"weight": weight_OS.to(dtype), "bias": bias_O.to(dtype)}
 
 
+@dataclass(frozen=True, slots=True)
+class LeastSquaresWithoutBias:
+    """What is cut is predicted from what is kept, in the weight alone (``least_squares_without_bias``).
+
+    A module's own bias stays as it is.
+    """
+
+    name: ClassVar[str] = "least_squares_without_bias"
+    adds_biases: ClassVar[bool] = False
+    replaces: ClassVar[tuple[str, ...]] = ("weight",)
+    required: ClassVar[Required | None] = "covariance"
+    memory_factor: ClassVar[int] = 1
+
+    def repaired(self, module: OutputModule, statistics: SiteMoments | SiteCovariances | None) -> dict[str, Tensor]:
+        """Return the weight; ``statistics`` are covariances with their ridges.
+
+        Raises:
+            ValueError: The statistics are no covariances.
+        """
+        covariance, ridge = _covariance(module, statistics)
+        weight_OS = least_squares_without_bias(covariance, module.weight_OD, module.kept_S, ridge=ridge)
+        return {"weight": weight_OS.to(module.weight_OD.dtype)}
+
+
 COMPENSATIONS: Mapping[str, Compensation] = {
-    way.name: way for way in (NoCompensation(), MeanCompensation(), LeastSquares())
+    way.name: way for way in (NoCompensation(), MeanCompensation(), LeastSquares(), LeastSquaresWithoutBias())
 }
-"""Every way of compensation, by the string that the configuration and files on disk have for it."""
+"""Every way of compensation, by the string that plans and manifests have for it."""
+
+
+def compensation_of(name: str, *, has_bias: bool) -> Compensation:
+    """Return the way of compensation that the configuration names.
+
+    Args:
+        name: ``pruning.compensation``, nothing left open.
+        has_bias: Whether a compensation may add biases (``pruning.bias``).
+
+    Raises:
+        ValueError: The compensation is nothing but a bias, and there may be none.
+    """
+    if has_bias or name == "none":
+        return COMPENSATIONS[name]
+    if name == "mean":
+        raise ValueError("compensation by the mean is a bias")
+    return COMPENSATIONS[f"{name}_without_bias"]
+
+
+def _covariance(module: OutputModule, statistics: SiteMoments | SiteCovariances | None) -> tuple[Covariance, float]:
+    """Return a module's covariance and ridge. Raises ValueError where the statistics are no covariances."""
+    # A protocol that is checked at run time: only covariances come with ridges.
+    if not isinstance(statistics, SiteCovariances):
+        raise ValueError("compensation by least squares needs covariances")
+    return statistics[module.key], statistics.ridge_of(module.key)
 
 
 def mean_bias(weight_OD: Tensor, mean_D: Tensor, kept_S: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -2,7 +2,8 @@
 
 A site's input x has mean mu and covariance C. Of its columns S stay and P go. The best affine guess of what the cut
 columns gave, W_P x_P, from x_S is W_P (mu_P + A (x_S - mu_S)) with A = C_PS (C_SS + R)^-1; it goes into the weight and
-the bias of what stays, and the model is no larger for it.
+the bias of what stays, and the model is no larger for it. In the best linear guess, without an intercept, second
+moments C + mu mu^T take the place of C.
 
 Letters: O output features, D input columns, S kept and P cut columns, U units (heads, groups, channels) of b columns.
 """
@@ -24,14 +25,18 @@ JUDGED_OUTPUTS = 256
 """Outputs that a ridge is chosen on: the error is a sum over outputs, and a share of them ranks ridges alike."""
 
 
-def ridged(covariance_DD: Tensor, ridge: float) -> Tensor:
+def ridged(covariance_DD: Tensor, ridge: float, *, mean_D: Tensor | None = None) -> Tensor:
     """Return C + R, where R is every column's own variance times ``ridge``, so that no column's unit matters.
 
     It makes C positive definite, also for fewer tokens than columns, from a ridge of 1e-5 on, where the rounding of
-    float32 co-moments no longer counts. Columns that never vary get 1: they say nothing, whatever they get.
+    float32 co-moments no longer counts. Columns that never vary get 1: they say nothing, whatever they get. Without an
+    intercept, where ``mean_D`` is given, such a column takes its place and gets the square of its mean times ``ridge``.
     """
     variance_D = covariance_DD.diagonal()
-    return covariance_DD + torch.diag(torch.where(variance_D > 0, variance_D * ridge, 1.0))
+    constant_D = torch.ones_like(variance_D)
+    if mean_D is not None:
+        constant_D = torch.where(mean_D != 0, mean_D.square() * ridge, constant_D)
+    return covariance_DD + torch.diag(torch.where(variance_D > 0, variance_D * ridge, constant_D))
 
 
 def least_squares(covariance: Covariance, weight_OD: Tensor, kept_S: Tensor, *, ridge: float) -> tuple[Tensor, Tensor]:
@@ -52,19 +57,63 @@ def least_squares(covariance: Covariance, weight_OD: Tensor, kept_S: Tensor, *, 
     Raises:
         torch.linalg.LinAlgError: C_SS + R is not positive definite: the ridge is too small.
     """
+    weight_OS, bias_O, _ = _affine(covariance, weight_OD, kept_S, ridge)
+    return weight_OS, bias_O
+
+
+def least_squares_without_bias(covariance: Covariance, weight_OD: Tensor, kept_S: Tensor, *, ridge: float) -> Tensor:
+    """Return the weight of the kept columns that stands for all columns, where no bias can be added.
+
+    With second moments G = C + mu mu^T it is W_S + W_P G_PS (G_SS + R)^-1: the linear map of x_S that is nearest to W x
+    over the calibration tokens, but for the ridge R. By Sherman & Morrison's formula that is the affine map of
+    ``least_squares`` with its bias b carried by the columns themselves, W' + b g^T with
+    g = (C_SS + R)^-1 mu_S / (1 + s) and s = mu_S^T (C_SS + R)^-1 mu_S. It adds ||b||^2 / (1 + s) to the mean squared
+    error, ridge included. With all columns kept: the weight itself.
+
+    Args:
+        covariance: Moments and co-moments of the module's input, D columns.
+        weight_OD: The unpruned weight, (O, D).
+        kept_S: Indices of the columns that stay, int64.
+        ridge: Ridge relative to each column's variance, as with a bias: the mean is as free as an intercept.
+
+    Returns:
+        Weight, (O, S), float64.
+
+    Raises:
+        torch.linalg.LinAlgError: C_SS + R is not positive definite: the ridge is too small.
+    """
+    weight_OS, bias_O, factor_SS = _affine(covariance, weight_OD, kept_S, ridge, has_intercept=False)
+    if factor_SS is None:
+        return weight_OS
+
+    guess_S = _guess_of_one(covariance.mean_D[kept_S], factor_SS)
+    return weight_OS.addr_(bias_O, guess_S)
+
+
+def _guess_of_one(mean_S: Tensor, factor_SS: Tensor) -> Tensor:
+    """Return the weights with which columns are nearest to the constant 1, given the Cholesky factor of C + R."""
+    solved_S = torch.cholesky_solve(mean_S[:, None], factor_SS)[:, 0]
+    return solved_S / (1 + mean_S @ solved_S)
+
+
+def _affine(
+    covariance: Covariance, weight_OD: Tensor, kept_S: Tensor, ridge: float, *, has_intercept: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return weight and bias of ``least_squares``, and the Cholesky factor of C_SS + R; None where all is kept."""
     cut_P = _complement(kept_S, weight_OD.shape[1])
     weight_OD = weight_OD.double()
     weight_OS = weight_OD[:, kept_S]
     weight_OP = weight_OD[:, cut_P]
     if not cut_P.numel():
-        return weight_OS, weight_OD.new_zeros(weight_OD.shape[0])
+        return weight_OS, weight_OD.new_zeros(weight_OD.shape[0]), None
 
     C_DD = covariance.covariance_DD.double()
     # Two triangular solves instead of an inverse.
-    factor_SS = torch.linalg.cholesky(ridged(C_DD[kept_S[:, None], kept_S], ridge))
+    mean_S = None if has_intercept else covariance.mean_D[kept_S]
+    factor_SS = torch.linalg.cholesky(ridged(C_DD[kept_S[:, None], kept_S], ridge, mean_D=mean_S))
     added_OS = torch.cholesky_solve((weight_OP @ C_DD[cut_P[:, None], kept_S]).T, factor_SS).T
     bias_O = weight_OP @ covariance.mean_D[cut_P] - added_OS @ covariance.mean_D[kept_S]
-    return weight_OS + added_OS, bias_O
+    return weight_OS + added_OS, bias_O, factor_SS
 
 
 def error_map(joint: Covariance, n_inputs: int, *, ridge: float) -> tuple[Tensor, Tensor]:
@@ -153,16 +202,17 @@ def _blocks(width: int, block: int) -> list[slice]:
     return [slice(start, start + block) for start in range(0, width, block)]
 
 
-def block_wifv(covariance: Covariance, weight_OD: Tensor, *, block: int, ridge: float) -> Tensor:
+def block_wifv(covariance: Covariance, weight_OD: Tensor, *, block: int, ridge: float, has_bias: bool = True) -> Tensor:
     """Return the error of cutting each block with the best constant repair: tr(W_B C_BB W_B^T).
 
-    ``wifv`` is the diagonal of this.
+    ``wifv`` is the diagonal of this, and like it the same with a bias and without.
 
     Args:
         covariance: Covariance of the module's input.
         weight_OD: The unpruned weight, (O, D).
         block: Columns of a unit.
         ridge: Not used: every score of ``UNIT_SCORES`` is called alike.
+        has_bias: Not used either.
 
     Returns:
         Error of each unit, (U,), float64, as a share of the variance of the site's output.
@@ -173,7 +223,7 @@ def block_wifv(covariance: Covariance, weight_OD: Tensor, *, block: int, ridge: 
     return error_U / _total(C_DD, weight_OD)
 
 
-def obs(covariance: Covariance, weight_OD: Tensor, *, block: int, ridge: float) -> Tensor:
+def obs(covariance: Covariance, weight_OD: Tensor, *, block: int, ridge: float, has_bias: bool = True) -> Tensor:
     """Return the error that each block adds when it goes, in the greedy order of a structured optimal brain surgeon.
 
     After every step the weights that are left are the least squares ones, so what a block adds is what the others
@@ -181,11 +231,15 @@ def obs(covariance: Covariance, weight_OD: Tensor, *, block: int, ridge: float) 
     strictly along the order, so the best k of them are what is left when all others are gone. One block goes at a time;
     of many single columns one in ``OBS_STEPS``.
 
+    Without a bias nothing makes up for means: second moments C + mu mu^T take the place of C, here and in the output's
+    variance, which becomes its mean square.
+
     Args:
         covariance: Covariance of the module's input.
         weight_OD: The unpruned weight, (O, D).
         block: Columns of a unit.
         ridge: Ridge relative to each column's variance.
+        has_bias: Whether the compensation has a bias.
 
     Returns:
         Error of each unit, (U,), float64, as a share of the variance of the site's output.
@@ -193,7 +247,15 @@ def obs(covariance: Covariance, weight_OD: Tensor, *, block: int, ridge: float) 
     C_DD = covariance.covariance_DD.double()
     weight_OD = weight_OD.double()
     total = _total(C_DD, weight_OD)
-    inverse_DD = torch.cholesky_inverse(torch.linalg.cholesky(ridged(C_DD, ridge)))
+    mean_D = None if has_bias else covariance.mean_D
+    factor_DD = torch.linalg.cholesky(ridged(C_DD, ridge, mean_D=mean_D))
+    inverse_DD = torch.cholesky_inverse(factor_DD)
+    if mean_D is not None:
+        # The inverse of C + R + mu mu^T by Sherman & Morrison, as in ``least_squares_without_bias``.
+        total = total + (weight_OD @ mean_D).square().sum()
+        solved_D = torch.cholesky_solve(mean_D[:, None], factor_DD)[:, 0]
+        inverse_DD.addr_(solved_D, solved_D, alpha=-1 / (1 + float(mean_D @ solved_D)))
+
     left_U = torch.arange(weight_OD.shape[1] // block)
     at_a_time = max(1, left_U.numel() // OBS_STEPS)
     scores_U = torch.zeros(left_U.numel(), dtype=torch.float64)
@@ -238,5 +300,7 @@ def _columns(units_U: Tensor, block: int) -> Tensor:
     return (units_U[:, None] * block + torch.arange(block)).flatten()
 
 
+BIAS_SCORES = ("obs",)
+"""Scores that depend on whether the compensation has a bias."""
 UNIT_SCORES: dict[str, Callable[..., Tensor]] = {score.__name__: score for score in (block_wifv, obs)}
 """Scores of whole units, which need a covariance. As shares of an output's variance they compare between layers."""

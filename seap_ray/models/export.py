@@ -113,8 +113,9 @@ class CheckpointExport:
         architecture = self.base.architecture
 
         new: list[OutputTensor] = []
+        adds_biases = self.plan.compensation.adds_biases
         for layer in range(len(self.plan.kept)):
-            modules = [module for module in architecture.compensable_modules if self.compensates(layer)]
+            modules = list(architecture.compensable_modules) if adds_biases and self.compensates(layer) else []
             # A stock Llama's biases are all there or none.
             if self.stock and _has_biases(self.plan, architecture):
                 modules = [*architecture.family.rows, *architecture.family.columns]
@@ -128,7 +129,7 @@ class CheckpointExport:
 
     def compensates(self, layer: int) -> bool:
         """Return whether a layer of the checkpoint is cut and compensated."""
-        return self.plan.compensation.adds_biases and self.plan.cuts(layer, self.base.architecture)
+        return bool(self.plan.compensation.replaces) and self.plan.cuts(layer, self.base.architecture)
 
     def pieces(self, output: OutputTensor) -> Iterator[Tensor]:
         """Return the data of a tensor in the base's dtype, some rows at a time.
@@ -371,12 +372,10 @@ def check_stock(plan: Plan, architecture: Architecture) -> None:
             "can go; use pruning.attention_unit=none, or export.format=seap"
         )
 
-    if biased and architecture.bias_keys and not _may_have_biases(architecture):
-        remedy = "" if architecture.has_added_biases else "pruning.compensation=none, or "
-        raise ConfigError(
-            f"export.format: a stock {architecture.family_name} has no biases on {family.o_proj} and "
-            f"{family.down_proj}; use {remedy}export.format=seap"
-        )
+    reason = why_no_biases("stock", architecture)
+    if biased and reason:
+        remedy = "" if architecture.has_added_biases else "pruning.bias=false, or "
+        raise ConfigError(f"export.format: {reason}; use {remedy}export.format=seap")
 
     if architecture.hidden_size % first.heads:
         raise ConfigError(
@@ -398,9 +397,22 @@ def _has_biases(plan: Plan, architecture: Architecture) -> bool:
     return plan.compensation.adds_biases or architecture.has_added_biases
 
 
-def _may_have_biases(architecture: Architecture) -> bool:
-    """Return whether a stock checkpoint can have output biases: Llama alone has them everywhere, but no window."""
-    return architecture.family.like_llama and not architecture.has_windows
+def why_no_biases(file_format: str, architecture: Architecture) -> str | None:
+    """Return why checkpoints cannot hold the biases that compensation adds to output modules; None where they can.
+
+    Args:
+        file_format: ``export.format``.
+        architecture: The base.
+    """
+    if file_format != "stock" or not architecture.bias_keys:
+        return None
+    family = architecture.family
+    # Llama alone can have biases everywhere, but no window.
+    if family.like_llama and not architecture.has_windows:
+        return None
+    # In a mixture of experts compensation never adds any to the MLP.
+    modules = " and ".join(architecture.compensable_modules)
+    return f"a stock {architecture.family_name} has no biases on {modules}"
 
 
 def write_tensors(export: CheckpointExport, outputs: list[OutputTensor], path: StoragePath) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError
+from seap_ray.pipeline.biases import with_bias
 from seap_ray.pipeline.calibrate import n_workers
 from seap_ray.pipeline.cluster import connect_driver
 from seap_ray.pipeline.placement import choose_placement
@@ -38,6 +39,7 @@ def diagnose(config: Config) -> None:
 
     config = with_recognised_tasks(config)
     checkpoint = check_config(config, check_evaluation_rows=config.evaluation.samples != 0)
+    config = with_bias(config, checkpoint.architecture)
     if target := checkpoint_target(config, checkpoint):
         config = with_ratio(config, checkpoint.architecture, target)
     config = with_absolute_source(config)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from seap_ray.config import Baseline, Config, PlanSettings, PruningSection
+from seap_ray.core.compensation import Compensation, compensation_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +79,23 @@ def _assumed(config: Config, settings: PlanSettings) -> PlanSettings:
     if settings.score == "auto":
         assumed["score"] = "wifv"
     if settings.compensation == "auto":
-        fitted = "least_squares" if config.calibration.statistics == "covariance" else "mean"
+        fitted = "mean" if settings.bias else "none"
+        if config.calibration.statistics == "covariance":
+            fitted = "least_squares"
         # What makes up for columns is nothing to layers that go as a whole.
         assumed["compensation"] = "none" if settings.allocation == "depth" else fitted
     return settings.model_copy(update=assumed)
 
 
+def compensation_for(settings: PlanSettings) -> Compensation:
+    """Return the way of compensation of a model whose settings leave nothing open."""
+    return compensation_of(settings.compensation or "none", has_bias=settings.bias is not False)
+
+
 def pruning_section(config: Config, settings: PlanSettings) -> PruningSection:
     """Return the pruning section with one model's settings, which leave nothing out (``Config.plan_settings``)."""
-    replaced = settings.model_dump(include={"score", "compensation", "error_correction", "attention_unit", "budget"})
+    names = {"score", "compensation", "bias", "error_correction", "attention_unit", "budget"}
+    replaced = settings.model_dump(include=names)
     curve = settings.model_dump(include={"k", "x0"})
 
     # The section's other keys, such as protection and alignment, are those of all models.

@@ -11,14 +11,13 @@ from typing import Any
 from seap_ray.config import Config, PruningSection
 from seap_ray.core.allocation import choose_shapes
 from seap_ray.core.architecture import Architecture, Layer, Shape
-from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.moments import RECORDED
 from seap_ray.core.reconstruction import UNIT_SCORES
 from seap_ray.core.targets import StoredSizes, Target
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.forward import COVARIANCE_COPIES
 from seap_ray.models.records import covariance_bytes, task_memory
-from seap_ray.pipeline.model_specs import ModelSpec, assumed_specs, model_specs, pruning_section
+from seap_ray.pipeline.model_specs import ModelSpec, assumed_specs, compensation_for, model_specs, pruning_section
 from seap_ray.pipeline.placement import memory_with_batch
 from seap_ray.pipeline.plan_choice import passes_of_choice
 from seap_ray.pipeline.run_target import target_of
@@ -246,7 +245,7 @@ class _PrunedSize:
 
 def _pruned_size(model: ModelSize, config: Config, spec: ModelSpec, ratio: float, target: Target | None) -> _PrunedSize:
     architecture = model.architecture
-    adds_biases = COMPENSATIONS[spec.settings.compensation or "none"].adds_biases
+    adds_biases = compensation_for(spec.settings).adds_biases
     pruning = pruning_section(config, spec.settings)
     shapes = _shapes(architecture, pruning, config, ratio, target, adds_biases=adds_biases)
 

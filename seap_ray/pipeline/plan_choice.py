@@ -22,13 +22,16 @@ from seap_ray.errors import ConfigError
 from seap_ray.models.cut_costs import PASSES_BY_SITE
 from seap_ray.models.export import CheckpointExport
 from seap_ray.pipeline.divergences import Measured, PooledTrial, Trial, measure_all
-from seap_ray.pipeline.model_specs import ModelSpec, model_specs, pruning_section
+from seap_ray.pipeline.model_specs import ModelSpec, compensation_for, model_specs, pruning_section
 from seap_ray.pipeline.planner import Planner
 from seap_ray.progress import Progress
 from seap_ray.storage.run import fingerprint
 
 REPAIRS = (("wifv", "least_squares"), ("wifv", "mean"), ("wifv", "none"), ("energy", "none"))
 """Scores and compensations that ``auto`` judges; of equally good ones the first is taken."""
+REPAIRS_WITHOUT_BIAS = (("wifv", "least_squares"), ("energy", "least_squares"), ("wifv", "none"), ("energy", "none"))
+"""What ``auto`` judges where no bias may be added. Both scores are tried with the fit: what a column's mean is worth
+depends on how well other columns stand for a constant."""
 ALLOCATIONS = ("measured", "uniform", "logistic", "global")
 """Allocations that ``auto`` judges."""
 ROUNDS = 2
@@ -57,6 +60,7 @@ class Candidate:
     def to_json(self) -> dict[str, Any]:
         """Return the settings that were open, and the figures in nats a token, for the plan's file."""
         settings = self.settings.model_dump(include={"score", "compensation", "allocation", "attention_unit"})
+        settings["compensation"] = compensation_for(self.settings).name
         divergence = self.measured.divergence
         costs = [cost for sites in self.predicted for cost in sites.values()]
         return {
@@ -189,7 +193,7 @@ class PlanChooser:
 
         has_covariances = self.planner.config.calibration.statistics == "covariance"
         closed: list[PlanSettings] = []
-        for score, compensation in REPAIRS:
+        for score, compensation in _repairs_of(settings):
             if has_covariances or COMPENSATIONS[compensation].required != "covariance":
                 repair = _closed(even, score, compensation)
                 if settings.compensation in ("auto", compensation) and repair not in closed:
@@ -280,7 +284,7 @@ class PlanChooser:
         planner = self.planner
         pruning = pruning_section(planner.config, spec.settings)
         is_stock = planner.config.export.format == "stock"
-        adds_biases = COMPENSATIONS[pruning.compensation].adds_biases
+        adds_biases = compensation_for(spec.settings).adds_biases
         architecture = planner.checkpoint.architecture
         # A ratio that cannot be met costs nothing.
         if planner.target is None:
@@ -336,6 +340,11 @@ def passes_of_choice(config: Config, spec: ModelSpec) -> int:
     n_cut_models = len(SITES) + n_units * (ROUNDS - 1)
     n_plans = n_units * (len(ALLOCATIONS) if settings.allocation == "auto" else 1)
     return n_repairs + n_cut_models * PASSES_BY_SITE + n_plans
+
+
+def _repairs_of(settings: PlanSettings) -> tuple[tuple[str, str], ...]:
+    """Return the scores and compensations that are judged for a model."""
+    return REPAIRS_WITHOUT_BIAS if settings.bias is False else REPAIRS
 
 
 def _closed(settings: PlanSettings, score: str, compensation: str) -> PlanSettings:

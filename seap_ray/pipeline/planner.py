@@ -18,7 +18,7 @@ from seap_ray.core.architecture import Shape
 from seap_ray.core.compensation import COMPENSATIONS, Compensation
 from seap_ray.core.moments import SITES, Moments, Site, Statistics, pooled_statistics
 from seap_ray.core.plan import Kept, Plan, keep
-from seap_ray.core.reconstruction import UNIT_SCORES
+from seap_ray.core.reconstruction import BIAS_SCORES, UNIT_SCORES
 from seap_ray.core.scores import (
     SCORES,
     LayerScores,
@@ -46,7 +46,7 @@ from seap_ray.models.records import (
 )
 from seap_ray.pipeline.cluster import work_task
 from seap_ray.pipeline.divergences import HeldOutShard
-from seap_ray.pipeline.model_specs import ModelSpec, pruning_section
+from seap_ray.pipeline.model_specs import ModelSpec, compensation_for, pruning_section
 from seap_ray.pipeline.run_target import checkpoint_target
 from seap_ray.storage.artifact import Artifact
 from seap_ray.storage.paths import StoragePath
@@ -54,6 +54,8 @@ from seap_ray.storage.run import Run, fingerprint
 
 ColumnScore = Callable[[Moments, Norms], torch.Tensor]
 """A score of a site's columns, (D,), from their moments and the norms of the weight that reads them."""
+UnitScore = Callable[..., torch.Tensor]
+"""One of ``UNIT_SCORES``, told whether the compensation has a bias."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class Planner:
         kept = tuple(keep(shape, layer.shape, *scores) for shape, layer, scores in layers)
 
         provenance = self._provenance(spec, pruning, score=pruning.score, **self._score_provenance(spec, pruning))
-        return Plan(spec.name, ratio, COMPENSATIONS[pruning.compensation], kept, provenance)
+        return Plan(spec.name, ratio, compensation_for(spec.settings), kept, provenance)
 
     def scores(self, spec: ModelSpec) -> list[LayerScores]:
         """Return scores of every layer's heads and channels."""
@@ -186,7 +188,7 @@ class Planner:
             self.checkpoint.architecture,
             pruning,
             ratio=ratio,
-            adds_biases=COMPENSATIONS[pruning.compensation].adds_biases,
+            adds_biases=compensation_for(spec.settings).adds_biases,
             scores_L=scores_L,
             comparable=pruning.score in UNIT_SCORES,
             stock=self.config.export.format == "stock",
@@ -226,8 +228,11 @@ class Planner:
             provenance["seed"] = spec.settings.seed
         if pruning.score in UNIT_SCORES:
             provenance["unit_scores"] = self._unit_scores_key(spec, pruning)
-        if pruning.score in UNIT_SCORES or COMPENSATIONS[pruning.compensation].required == "covariance":
+        is_fitted = compensation_for(spec.settings).required == "covariance"
+        if pruning.score in UNIT_SCORES or is_fitted:
             provenance["ridge"] = pruning.ridge
+        if spec.settings.bias is False and (is_fitted or pruning.score in BIAS_SCORES):
+            provenance["bias"] = False
         return provenance
 
     # --- scores of columns, from moments -----------------------------------------------------------------------------
@@ -293,18 +298,23 @@ class Planner:
     def _unit_scores_key(self, spec: ModelSpec, pruning: PruningSection) -> str:
         """Return the fingerprint of everything that scores of units depend on."""
         sources = {task: (weight, self.statistics_keys[task]) for task, weight in spec.weights.items()}
+        settings: list[Any] = [pruning.score, pruning.ridge, pruning.attention_unit]
+        # A setting that changes nothing is left out.
+        if pruning.bias is False and pruning.score in BIAS_SCORES:
+            settings.append("without bias")
         # Twenty digits are enough to name the file.
-        return fingerprint(sources, spec.pooling, pruning.score, pruning.ridge, pruning.attention_unit)[:20]
+        return fingerprint(sources, spec.pooling, *settings)[:20]
 
     def _score_units(self, spec: ModelSpec, pruning: PruningSection) -> dict[str, torch.Tensor]:
         """Score the units of every layer in Ray tasks, one for each layer; return them by their names in the file."""
         architecture = self.checkpoint.architecture
         streams = self._scored_streams(spec)
+        unit_score = partial(UNIT_SCORES[pruning.score], has_bias=pruning.bias is not False)
 
         # A layer's covariances take GBs: such a task states its memory, so that Ray starts no more than fit a node.
         task = work_task(_score_layer, memory=task_memory(architecture))
         pending = [
-            task.remote(self.checkpoint, streams, pruning.score, pruning.attention_unit, layer)
+            task.remote(self.checkpoint, streams, unit_score, pruning.attention_unit, layer)
             for layer in range(architecture.n_layers)
         ]
 
@@ -343,7 +353,7 @@ def make_planner(
 
 
 def _score_layer(
-    checkpoint: Checkpoint, streams: Sequence[PooledCovariance], score: str, attention_unit: str, layer: int
+    checkpoint: Checkpoint, streams: Sequence[PooledCovariance], score: UnitScore, attention_unit: str, layer: int
 ) -> dict[str, torch.Tensor]:
     """Return scores of one layer's ``heads`` (H,) and ``channels`` (C,), float64.
 
@@ -358,7 +368,7 @@ def _score_layer(
 
 
 def _score_site(
-    checkpoint: Checkpoint, streams: Sequence[PooledCovariance], score: str, key: tuple[int, Site], *, block: int
+    checkpoint: Checkpoint, streams: Sequence[PooledCovariance], score: UnitScore, key: tuple[int, Site], *, block: int
 ) -> torch.Tensor:
     """Return scores of a site's blocks of columns (U,), summed over the streams by their weights."""
     layer, site = key
@@ -366,8 +376,7 @@ def _score_site(
     weight_OD = checkpoint.read(architecture.tensor(layer, architecture.modules[site]))
 
     # One stream is read after another, as each is a matrix of D x D.
-    unit_score = UNIT_SCORES[score]
-    scores = [unit_score(stream[key], weight_OD, block=block, ridge=stream.ridge_of(key)) for stream in streams]
+    scores = [score(stream[key], weight_OD, block=block, ridge=stream.ridge_of(key)) for stream in streams]
     weighted = [sum(stream.weights) * score_U for stream, score_U in zip(streams, scores, strict=True)]
     return torch.stack(weighted).sum(0)
 

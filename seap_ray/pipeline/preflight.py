@@ -25,7 +25,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from seap_ray.config import Config
 from seap_ray.core.allocation import check_ratio
 from seap_ray.core.architecture import Architecture
-from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.errors import ConfigError, DataError, IncompleteError, SeapError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import check_evaluation, check_source, load_tokenizer, tokenizer_warning
@@ -34,8 +33,9 @@ from seap_ray.models.export import parse_size
 from seap_ray.models.model_sources import parse_model_source
 from seap_ray.models.row_formats import FORMATS, recognise
 from seap_ray.models.row_sources import calibration_rows
+from seap_ray.pipeline.biases import bias_line, with_bias
 from seap_ray.pipeline.calibrate import check_memory
-from seap_ray.pipeline.model_specs import assumed_specs, pruning_section
+from seap_ray.pipeline.model_specs import assumed_specs, compensation_for, pruning_section
 from seap_ray.pipeline.needs import CorpusSize, DiskNeeds, ModelSize, Needs, disk_needs, largest_corpora, needs
 from seap_ray.pipeline.run_target import target_line, target_of, with_ratio
 from seap_ray.progress import say, size
@@ -105,6 +105,8 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
     if is_uri(config.run.storage) and parse_size(config.export.max_shard_size) > MAX_S3_COPY_BYTES:
         raise ConfigError("export.max_shard_size: in a bucket 5GB at most, since larger files cannot be renamed there")
 
+    # Refuses biases that the checkpoints could not hold.
+    config = with_bias(config, checkpoint.architecture)
     # A target becomes a ratio, and is checked, where the checkpoint's sizes are known (``with_target_ratio``).
     if not config.pruning.target.kinds:
         check_ratios(config, checkpoint.architecture)
@@ -118,7 +120,7 @@ def check_ratios(config: Config, architecture: Architecture) -> None:
     for spec in assumed_specs(config):
         # Added biases are parameters too, so they count in what a layer can give.
         pruning = pruning_section(config, spec.settings)
-        adds_biases = COMPENSATIONS[pruning.compensation].adds_biases
+        adds_biases = compensation_for(spec.settings).adds_biases
         for ratio in config.pruning.ratio:
             check_ratio(architecture, pruning, ratio=ratio, adds_biases=adds_biases, stock=stock)
 
@@ -276,6 +278,9 @@ def needs_findings(config: Config, run: Run) -> list[Finding]:
 
     model = ModelSize.from_config(content)
     findings: list[Finding] = []
+    if line := bias_line(config, model.architecture):
+        findings.append(Finding("ok", "bias", line))
+    config = with_bias(config, model.architecture)
     if target := target_of(config, model.architecture, model.stored):
         config = with_ratio(config, model.architecture, target)
         findings.append(Finding("ok", "target", target_line(config, target)))

@@ -6,11 +6,10 @@ The ratio names the run's folders and is the same for all its models, whatever e
 from seap_ray.config import Config
 from seap_ray.core.allocation import check_target, even_ratio
 from seap_ray.core.architecture import Architecture
-from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.targets import StoredSizes, Target, WidthTable, make_target
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import DTYPES, Checkpoint
-from seap_ray.pipeline.model_specs import assumed_specs, pruning_section
+from seap_ray.pipeline.model_specs import assumed_specs, compensation_for, pruning_section
 from seap_ray.progress import say
 from seap_ray.storage.files import read_json
 from seap_ray.storage.paths import parse_path
@@ -62,7 +61,7 @@ def with_ratio(config: Config, architecture: Architecture, target: Target) -> Co
     may_add_biases = False
     for spec in assumed_specs(config):
         pruning = pruning_section(config, spec.settings)
-        adds_biases = COMPENSATIONS[pruning.compensation].adds_biases
+        adds_biases = compensation_for(spec.settings).adds_biases
         check_target(architecture, pruning, target, adds_biases=adds_biases, stock=stock)
         may_add_biases |= adds_biases
 

@@ -338,6 +338,7 @@ def test_what_a_plan_leaves_out_comes_from_the_pruning_section(empty):
         "score": "wifn",
         "allocation": "uniform",
         "compensation": "auto",
+        "bias": True,
         "attention_unit": "auto",
         "budget": "exact",
         "k": 2,

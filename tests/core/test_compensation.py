@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from seap_ray.config.schema import FROM_COVARIANCES, Compensation
-from seap_ray.core.compensation import COMPENSATIONS, OutputModule, mean_bias
+from seap_ray.core.compensation import COMPENSATIONS, OutputModule, compensation_of, mean_bias
 from seap_ray.core.moments import Covariance, Moments
-from seap_ray.core.reconstruction import least_squares
+from seap_ray.core.reconstruction import least_squares, least_squares_without_bias
 
 KEY = (0, "attn")
 KEPT = torch.tensor([0, 2, 3, 5])
@@ -33,12 +33,15 @@ def module(with_bias, dtype=torch.float32):
 
 
 def test_every_way_of_the_configuration_is_there_and_says_what_it_needs():
-    assert set(COMPENSATIONS) == set(get_args(Compensation))
+    named = set(get_args(Compensation))
+    assert set(COMPENSATIONS) == named | {"least_squares_without_bias"}
     assert all(way.name == name for name, way in COMPENSATIONS.items())
     needs_covariances = {name for name, way in COMPENSATIONS.items() if way.required == "covariance"}
-    assert needs_covariances == set(FROM_COVARIANCES) & set(COMPENSATIONS)
+    assert needs_covariances & named == set(FROM_COVARIANCES) & named
+    assert needs_covariances - named == {"least_squares_without_bias"}
     for way in COMPENSATIONS.values():
-        assert way.adds_biases == ("bias" in way.replaces) == (way.required is not None)
+        assert way.adds_biases == ("bias" in way.replaces)
+        assert bool(way.replaces) == (way.required is not None)
         assert way.memory_factor == (way.required == "covariance")
 
 
@@ -67,12 +70,30 @@ def test_mean_and_least_squares_add_to_the_bias_that_is_there(with_bias):
     assert torch.equal(repaired["weight"], weight_OS.float()) and torch.equal(repaired["bias"], bias_O.float())
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_least_squares_without_a_bias_leaves_the_one_that_is_there(with_bias):
+    cut, covariance = module(with_bias), Covariance.of(activations())
+    repaired = COMPENSATIONS["least_squares_without_bias"].repaired(cut, Covariances({KEY: covariance}))
+    expected = least_squares_without_bias(covariance, cut.weight_OD, KEPT, ridge=0.1)
+    assert torch.equal(repaired["weight"], expected.float()) and set(repaired) == {"weight"}
+
+
+def test_the_configurations_names_stand_for_ways_with_and_without_a_bias():
+    for name in get_args(Compensation):
+        assert compensation_of(name, has_bias=True) is COMPENSATIONS[name]
+    assert compensation_of("none", has_bias=False) is COMPENSATIONS["none"]
+    assert compensation_of("least_squares", has_bias=False) is COMPENSATIONS["least_squares_without_bias"]
+    with pytest.raises(ValueError, match="mean is a bias"):
+        compensation_of("mean", has_bias=False)
+
+
 def test_a_way_without_the_statistics_that_it_needs_says_so():
     with pytest.raises(ValueError, match="needs moments"):
         COMPENSATIONS["mean"].repaired(module(False), None)
     for statistics in (None, {KEY: Moments.of(activations())}):
-        with pytest.raises(ValueError, match="needs covariances"):
-            COMPENSATIONS["least_squares"].repaired(module(False), statistics)
+        for name in ("least_squares", "least_squares_without_bias"):
+            with pytest.raises(ValueError, match="needs covariances"):
+                COMPENSATIONS[name].repaired(module(False), statistics)
 
 
 # --- the bias of the mean --------------------------------------------------------------------------------------------

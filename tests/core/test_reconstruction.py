@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seap_ray.core.moments import Covariance
+from seap_ray.core.moments import Covariance, pooled_covariance
 from seap_ray.core.reconstruction import (
     RIDGES,
     UNIT_SCORES,
@@ -14,6 +14,7 @@ from seap_ray.core.reconstruction import (
     choose_ridge,
     error_of,
     least_squares,
+    least_squares_without_bias,
     obs,
     ridged,
 )
@@ -150,6 +151,117 @@ def test_the_ridge_is_chosen_by_the_tokens_held_out(n, least, most):
     assert RIDGES[int(np.argmin(errors))] == ridge
 
 
+# --- without a bias --------------------------------------------------------------------------------------------------
+
+
+def regressed_through_zero(x: torch.Tensor, w: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The linear map of the kept columns nearest to all of them, by numpy's regression on the tokens."""
+    solution, *_ = np.linalg.lstsq(x[:, kept].numpy(), (x @ w.T).numpy(), rcond=None)
+    return torch.tensor(solution.T)
+
+
+def linear_error(x: torch.Tensor, w: torch.Tensor, kept: torch.Tensor, new: torch.Tensor) -> float:
+    return squared_error(x, w, kept, new, torch.zeros(len(w), dtype=torch.float64))
+
+
+def test_without_a_bias_it_is_the_regression_without_an_intercept():
+    x, w, kept = tokens(500, 12, seed=1), weight(7, 12), torch.tensor([0, 3, 4, 9, 11])
+    new = least_squares_without_bias(Covariance.of(x), w, kept, ridge=EXACT)
+    torch.testing.assert_close(new, regressed_through_zero(x, w, kept), rtol=1e-6, atol=0)
+
+
+@often
+@given(cases(), st.sampled_from(RIDGES))
+def test_without_a_bias_it_is_ridge_regression_on_second_moments(case, ridge):
+    """Against rows of the ridge below the tokens, and numpy's regression on both."""
+    x, w, kept = case
+    covariance = Covariance.of(x)
+    root = (len(x) * ridge * covariance.var_D[kept]).sqrt()
+    cut = [i for i in range(w.shape[1]) if i not in kept.tolist()]
+    design = np.vstack([x[:, kept].numpy(), np.diag(root.numpy())])
+    lost = (x[:, cut] @ w[:, cut].T).numpy()
+    solution, *_ = np.linalg.lstsq(design, np.vstack([lost, np.zeros((len(kept), len(w)))]), rcond=None)
+    new = least_squares_without_bias(covariance, w, kept, ridge=ridge)
+    scale = float((x @ w.T).abs().max())
+    # What the map gives is compared: with fewer tokens than columns its weights hang on the last digits.
+    np.testing.assert_allclose(x[:, kept] @ (new - w[:, kept]).T, x[:, kept].numpy() @ solution, atol=1e-6 * scale)
+
+
+@often
+@given(cases(), st.sampled_from(RIDGES))
+def test_without_a_bias_it_is_between_nothing_and_the_affine_map_on_the_calibration_tokens(case, ridge):
+    x, w, kept = case
+    covariance = Covariance.of(x)
+    linear = linear_error(x, w, kept, least_squares_without_bias(covariance, w, kept, ridge=ridge))
+    scale = float((x @ w.T).square().sum(1).mean())
+    assert linear <= linear_error(x, w, kept, w[:, kept]) + 1e-9 * scale
+    best = squared_error(x, w, kept, *map(torch.tensor, regressed(x, w, kept)))
+    assert best <= linear + 1e-9 * scale
+
+
+@often
+@given(cases(), st.sampled_from(RIDGES))
+def test_where_means_are_zero_a_bias_changes_nothing(case, ridge):
+    x, w, kept = case
+    centred = Covariance.of(torch.cat([x, -x]))
+    affine, bias = least_squares(centred, w, kept, ridge=ridge)
+    torch.testing.assert_close(least_squares_without_bias(centred, w, kept, ridge=ridge), affine, rtol=1e-7, atol=1e-9)
+    assert float(bias.abs().max()) < 1e-9
+
+
+def test_what_a_bias_is_worth_is_what_its_columns_cannot_say_of_a_constant():
+    x, w, kept = tokens(500, 12, seed=1), weight(7, 12), torch.tensor([0, 3, 4, 9, 11])
+    covariance = Covariance.of(x)
+    affine, bias = least_squares(covariance, w, kept, ridge=EXACT)
+    linear = least_squares_without_bias(covariance, w, kept, ridge=EXACT)
+    solution, *_ = np.linalg.lstsq(x[:, kept].numpy(), np.ones(len(x)), rcond=None)
+    unsaid = float((x[:, kept] @ torch.tensor(solution) - 1).square().mean())
+    gap = linear_error(x, w, kept, linear) - squared_error(x, w, kept, affine, bias)
+    assert gap == pytest.approx(float(bias.square().sum()) * unsaid, rel=1e-6)
+
+
+@often
+@given(st.integers(0, 50), st.lists(st.floats(0.1, 5), min_size=3, max_size=3))
+def test_second_moments_of_several_tasks_are_weighted_sums(seed, weights):
+    """The general model's map is the weighted regression over all tasks' tokens."""
+    parts = [tokens(30 + 10 * i, 8, seed + i) + i for i in range(3)]
+    w, kept = weight(4, 8), torch.tensor([1, 2, 6, 7])
+    pooled = pooled_covariance([Covariance.of(part) for part in parts], weights)
+    scaled = [part * (share / len(part)) ** 0.5 for part, share in zip(parts, weights, strict=True)]
+    expected = regressed_through_zero(torch.cat(scaled), w, kept)
+    new = least_squares_without_bias(pooled, w, kept, ridge=EXACT)
+    torch.testing.assert_close(new, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_without_a_bias_and_with_nothing_cut_it_is_the_identity():
+    w = weight(4, 6)
+    assert torch.equal(least_squares_without_bias(Covariance.of(tokens(30, 6, 0)), w, torch.arange(6), ridge=0.1), w)
+
+
+@pytest.mark.parametrize("ridge", RIDGES)
+def test_a_column_that_never_varies_stands_for_the_intercept(ridge):
+    x = tokens(300, 9, seed=4)
+    x[:, 3] = 250.0
+    w, kept = weight(3, 9), torch.tensor([1, 3, 6])
+    covariance = Covariance.of(x)
+    with_it = least_squares_without_bias(covariance, w, kept, ridge=1e-9)
+    affine = squared_error(x, w, kept, *least_squares(covariance, w, kept, ridge=1e-9))
+    assert linear_error(x, w, kept, with_it) == pytest.approx(affine, rel=1e-6)
+    silent = Covariance.of(torch.zeros(5, 8))
+    new = least_squares_without_bias(silent, weight(3, 8), torch.arange(4), ridge=ridge)
+    assert torch.equal(new, weight(3, 8)[:, :4])
+
+
+@pytest.mark.parametrize("ridge", RIDGES)
+def test_without_a_bias_a_columns_unit_does_not_matter(ridge):
+    x, w, kept = tokens(60, 8, seed=6), weight(3, 8), torch.tensor([1, 2, 6])
+    x[:, 2] = -3.0
+    unit = torch.logspace(-5, 4, 8, dtype=torch.float64)
+    new = least_squares_without_bias(Covariance.of(x), w, kept, ridge=ridge)
+    scaled = least_squares_without_bias(Covariance.of(x * unit), w / unit, kept, ridge=ridge)
+    torch.testing.assert_close(scaled * unit[kept], new, rtol=1e-6, atol=0)
+
+
 # --- scores of units -------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +304,34 @@ def test_obs_takes_out_the_block_that_costs_least_after_the_best_repair_again_an
         order.append(best)
         left.remove(best)
     assert scores.argsort().tolist() == order
+
+
+def least_linear_error(x: torch.Tensor, w: torch.Tensor, kept: list[int]) -> float:
+    if not kept:
+        return float((x @ w.T).square().sum(1).mean())
+    return linear_error(x, w, torch.tensor(kept), regressed_through_zero(x, w, torch.tensor(kept)))
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_obs_without_a_bias_is_the_error_that_linear_maps_leave_step_by_step(block):
+    x, w = tokens(400, 10, seed=9), weight(4, 10)
+    scores = obs(Covariance.of(x), w, block=block, ridge=EXACT, has_bias=False)
+    units = [list(range(block * u, block * u + block)) for u in range(10 // block)]
+    left, reached, total = list(range(len(units))), 0.0, least_linear_error(x, w, [])
+    for u in scores.argsort().tolist():
+        now = least_linear_error(x, w, [i for v in left for i in units[v]])
+        added = {v: least_linear_error(x, w, [i for o in left if o != v for i in units[o]]) - now for v in left}
+        assert min(left, key=added.__getitem__) == u
+        reached = max(reached, added[u] / total)
+        assert float(scores[u]) == pytest.approx(reached, rel=1e-4, abs=1e-9)
+        left.remove(u)
+
+
+def test_obs_is_the_same_without_a_bias_where_means_are_zero():
+    x, w = tokens(200, 12, seed=3), weight(5, 12)
+    centred = Covariance.of(torch.cat([x, -x]))
+    without = obs(centred, w, block=2, ridge=0.01, has_bias=False)
+    torch.testing.assert_close(without, obs(centred, w, block=2, ridge=0.01), rtol=1e-7, atol=1e-12)
 
 
 def test_obs_rises_strictly_and_takes_many_columns_in_steps():

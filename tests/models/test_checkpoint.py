@@ -36,6 +36,7 @@ from seap_ray.models.hf.shapes import check_folder
 from tests.support import ROOT
 from tests.support.builders import (
     CONFIGS,
+    MIXTURES,
     load,
     logits,
     random_ids,
@@ -329,10 +330,14 @@ def test_config_has_the_dense_widths_and_what_differs_by_layer(dense, tmp_path):
         assert config["architectures"] == ["SeapLlamaForCausalLM"]
         assert config["auto_map"] == {
             "AutoConfig": "configuration_seap.SeapLlamaConfig",
+            "AutoModel": "modeling_seap.SeapLlamaModel",
             "AutoModelForCausalLM": "modeling_seap.SeapLlamaForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_seap.SeapLlamaForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling_seap.SeapLlamaForTokenClassification",
         }
         assert (config["o_proj_bias"], config["down_proj_bias"]) == (False, False)
         changed = {"model_type", "architectures", "auto_map", "per_layer_config", "o_proj_bias", "down_proj_bias"}
+        changed |= {"allow_global_per_layer_attribute_access"}
         assert {k: v for k, v in config.items() if k not in changed} == {
             k: v for k, v in base.config.items() if k not in changed
         }
@@ -805,7 +810,9 @@ def test_an_uneven_plan_has_no_stock_export(dense):
 
 @pytest.mark.parametrize("name", NO_BIASES)
 def test_a_compensated_stock_export_of_a_family_without_biases_is_refused(dense, name):
-    with pytest.raises(ConfigError, match="export.format: a stock .* has no biases on self_attn.o_proj and "):
+    # In a mixture of experts compensation adds none to the MLP.
+    modules = "self_attn.o_proj" if name in MIXTURES else "self_attn.o_proj and mlp.down_proj"
+    with pytest.raises(ConfigError, match=f"a stock .* has no biases on {modules}; use pruning.bias=false, or export"):
         uniform_export(dense(name), "mean", stock=True)
 
 

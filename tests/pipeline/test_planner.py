@@ -194,7 +194,8 @@ def test_what_a_plan_leaves_out_is_the_pruning_sections():
         {"pruning": {"score": "magnitude", "compensation": "mean", "allocation": {"kind": "uniform", "k": 3.0}}}
     )
     filled = pruning_section(config, config.plan_settings(config.pruning.experts))
-    assert filled == config.pruning
+    # Where nothing forbids biases, ``auto`` is true.
+    assert filled == config.pruning.model_copy(update={"bias": True})
     general = pruning_section(config, config.plan_settings(config.pruning.general))
     assert (general.score, general.compensation, general.allocation) == ("energy", "none", config.pruning.allocation)
 
