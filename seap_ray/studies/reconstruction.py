@@ -1,11 +1,11 @@
 """Study ``reconstruction``: which compensation is best for what is removed? Every seed draws all data anew."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import product
 from statistics import mean
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple
 
-from seap_ray.config import Compensation, Config
+from seap_ray.config import Config
 from seap_ray.errors import ConfigError
 from seap_ray.pipeline.job import calibrate_run
 from seap_ray.report.rows import Cell
@@ -19,6 +19,13 @@ MODEL_GROUPS = ("experts", "general")
 """Models that are compared apart from each other."""
 SCORES = ("wifv", "energy", "obs")
 """Scores by which the units that stay are chosen."""
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "none": {"compensation": "none"},
+    "mean": {"compensation": "mean", "bias": True},
+    "least_squares": {"compensation": "least_squares", "bias": True},
+    "least_squares_without_bias": {"compensation": "least_squares", "bias": False},
+}
+"""Settings of every way of compensation, by its name in plans."""
 
 
 class RowKey(NamedTuple):
@@ -66,10 +73,10 @@ def _requests(config: Config, seed: int) -> list[tuple[RowKey, ModelRequest]]:
     """Request the dense model, and the experts and the general model by every compensation and score."""
     # The dense model stands beside both groups.
     requests = [(RowKey(0.0, models), ModelRequest()) for models in MODEL_GROUPS]
-    settings = product(config.pruning.ratio, get_args(Compensation), SCORES)
+    settings = product(config.pruning.ratio, WAYS, SCORES)
 
     for (ratio, compensation, score), spec in product(settings, run_specs(config)):
-        changed = variant(spec, f"{compensation}.{score}.{seed}", compensation=compensation, score=score)
+        changed = variant(spec, f"{compensation}.{score}.{seed}", score=score, **WAYS[compensation])
         models = MODEL_GROUPS[0] if spec.task else MODEL_GROUPS[1]
 
         # An expert is judged on its own task only.

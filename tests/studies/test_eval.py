@@ -69,7 +69,7 @@ def finished(cluster, tmp_path_factory) -> Path:
     for study in SAME_RUN:
         ratios = ["pruning.ratio=[0.3, 0.5]"] if study == "ratio" else []
         with pytest.MonkeyPatch.context() as fewer:
-            if study == "reconstruction":  # all of it is twenty-seven models for each of three seeds
+            if study == "reconstruction":  # all of it is thirty-six models for each of three seeds
                 fewer.setattr(reconstruction, "SEEDS", range(2))
                 fewer.setattr(reconstruction, "SCORES", ("obs",))
             if study == "curve":  # the grid is twenty, of three models each
@@ -105,7 +105,7 @@ def test_reconstruction_has_every_compensation_over_seeds_that_draw_anew(finishe
     assert set(dense) == {"experts", "general"} and dense["experts"]["realised"] == 0
 
     cut = {(row["models"], row["compensation"]): row for row in rows if row["ratio"]}
-    ways = {(models, way) for models in dense for way in ("none", "mean", "least_squares")}
+    ways = {(models, way) for models in dense for way in reconstruction.WAYS}
     assert cut.keys() == ways
 
     for row in cut.values():

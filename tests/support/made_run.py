@@ -32,7 +32,7 @@ from seap_ray.report.study_rows import (
 from seap_ray.report.table import mean_quality
 from seap_ray.storage.files import write_json
 from seap_ray.storage.run import Run
-from seap_ray.studies.reconstruction import MODEL_GROUPS, SCORES
+from seap_ray.studies.reconstruction import MODEL_GROUPS, SCORES, WAYS
 from tests.support.builders import CONFIGS, random_statistics
 
 TASKS = ("arithmetic", "sort", "prose")
@@ -224,7 +224,7 @@ def _table(name: str, config: Config, content: dict[str, Any]) -> tuple[list[str
         ]
     if name == "reconstruction":
         rows: list[list[Any]] = [[0.0, kind, "", "", 0.0, 0.98, 0.0, 0.01] for kind in MODEL_GROUPS]
-        for r, kind, way, score in product(ratios, MODEL_GROUPS, get_args(Compensation), SCORES):
+        for r, kind, way, score in product(ratios, MODEL_GROUPS, WAYS, SCORES):
             rows.append([r, kind, way, score, r, 0.98 - r * rng.uniform(0.1, 1), 0.02, 0.01])
         return ReconstructionRow.columns(), rows
     if name == "ood":

@@ -16,6 +16,7 @@ SHOWN = (
     ("mean", "wifv"),
     ("least_squares", "wifv"),
     ("least_squares", "obs"),
+    ("least_squares_without_bias", "obs"),
 )
 """Compensations that have a line, each with the score that chose what to remove."""
 
