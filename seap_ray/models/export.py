@@ -426,11 +426,24 @@ def write_tensors(export: CheckpointExport, outputs: list[OutputTensor], path: S
     Returns:
         The file's sha256.
     """
+    return write_chunks(_chunks(export, outputs), path)
+
+
+def write_chunks(chunks: Iterable[Any], path: StoragePath) -> str:
+    """Write a file piece by piece.
+
+    Args:
+        chunks: Its bytes, in order.
+        path: Where the file gets its name when it is whole.
+
+    Returns:
+        The file's sha256.
+    """
     digest = hashlib.sha256()
     with atomic_write(path) as temporary, temporary.open("wb") as file, ThreadPoolExecutor(1) as hasher:
         # A thread hashes a piece while it is written and the next one is made.
         hashed = hasher.submit(digest.update, b"")
-        for chunk in _chunks(export, outputs):
+        for chunk in chunks:
             # One piece at a time, in order; an error in the thread is raised here.
             hashed.result()
             hashed = hasher.submit(digest.update, chunk)
@@ -477,13 +490,26 @@ def _header(outputs: Iterable[OutputTensor]) -> bytes:
 def finish(
     export: CheckpointExport, folder: StoragePath, files: dict[str, list[OutputTensor]], manifest: dict[str, Any]
 ) -> None:
-    """Write all that is not a weight: index, config, code, the base's tokenizer; ``seap.json`` last.
+    """Write all that is not a weight, ``seap.json`` last.
 
     Args:
         export: The checkpoint.
         folder: Its folder, where the weights are already.
         files: Tensors of every weight file, by its name.
         manifest: Content of ``seap.json``.
+    """
+    write_companions(export, folder, files)
+    # Last: with it the checkpoint is whole.
+    write_json(folder / "seap.json", manifest)
+
+
+def write_companions(export: CheckpointExport, folder: StoragePath, files: dict[str, list[OutputTensor]]) -> None:
+    """Write what a program needs to load the weights: index, config, code, the base's tokenizer.
+
+    Args:
+        export: The checkpoint.
+        folder: Its folder, where the weights are already.
+        files: Tensors of every weight file, by its name.
     """
     from seap_ray.models import hf
 
@@ -508,9 +534,6 @@ def finish(
     tokenizer_config = _tokenizer_config(export)
     if tokenizer_config:
         write_json(folder / TOKENIZER_CONFIG, tokenizer_config)
-
-    # Last: with it the checkpoint is whole.
-    write_json(folder / "seap.json", manifest)
 
 
 def _tokenizer_config(export: CheckpointExport) -> dict[str, Any] | None:

@@ -113,7 +113,7 @@ def _set_rope(config: Any, form: GgufForm) -> None:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    if not torch.allclose(factors, _llama3_factors(scaled, len(factors)), rtol=1e-3):
+    if not torch.allclose(factors, llama3_factors(scaled, len(factors)), rtol=1e-3):
         raise ConfigError(
             f"model.source: {form.name} has rotary frequencies of its own (rope_freqs.weight), which transformers does "
             "not read from a GGUF file; take the checkpoint that it was made from"
@@ -121,7 +121,7 @@ def _set_rope(config: Any, form: GgufForm) -> None:
     config.rope_parameters = scaled
 
 
-def _llama3_factors(rope: Mapping[str, Any], n: int) -> Tensor:
+def llama3_factors(rope: Mapping[str, Any], n: int) -> Tensor:
     """Return by what a Llama 3's rotary frequencies are divided: transformers' own rule for ``rope_type: llama3``."""
     wavelengths = 2 * torch.pi * rope["rope_theta"] ** (torch.arange(n) / n)
     turns = rope["original_max_position_embeddings"] / wavelengths
