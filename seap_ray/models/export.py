@@ -263,11 +263,10 @@ class CheckpointExport:
 
     def _seap_config(self) -> dict[str, Any]:
         """Return the config of one of our model types, with what differs by layer."""
+        from seap_ray.models import hf
+
         architecture = self.base.architecture
         family = architecture.family
-        # A generic PreTrainedConfig checks a long rope by the number of heads, which layers do not share.
-        access = {} if architecture.n_heads_may_change else {"allow_global_per_layer_attribute_access": True}
-
         per_layer: dict[str, dict[str, Any]] = {}
         for layer in range(len(self.plan.kept)):
             overrides = self._layer_overrides(layer)
@@ -280,12 +279,13 @@ class CheckpointExport:
             "model_type": f"seap_{architecture.family_name}",
             "auto_map": {
                 "AutoConfig": f"configuration_seap.{family.config_class}",
-                "AutoModelForCausalLM": f"modeling_seap.{family.model_class}",
+                **{auto_class: f"modeling_seap.{name}" for auto_class, name in hf.model_classes(family).items()},
             },
             "head_dim": architecture.head_dim,
             # Generic loaders of the configuration want every key of ``per_layer_config`` at the top level, too.
             **dict.fromkeys(architecture.bias_keys, False),
-            **access,
+            # Tools that read a width of the whole model get the dense model's, instead of an error.
+            "allow_global_per_layer_attribute_access": True,
             **self._widths(architecture.dense),
             "per_layer_config": per_layer,
         }

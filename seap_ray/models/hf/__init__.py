@@ -1,18 +1,26 @@
-"""The Hugging Face side of a compacted checkpoint. Importing this package lets AutoConfig and AutoModelForCausalLM
-load one without ``trust_remote_code``; the two files beside this one travel with every checkpoint for everybody else.
+"""The Hugging Face side of a compacted checkpoint. Importing this package lets transformers' auto classes load one
+without ``trust_remote_code``; the two files beside this one travel with every checkpoint for everybody else.
 """
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from seap_ray.core.architecture import FAMILIES
+from seap_ray.core.architecture import FAMILIES, Family
 from seap_ray.models.hf import configuration_seap, modeling_seap
 
 FILES = tuple(Path(__file__).with_name(name) for name in ("configuration_seap.py", "modeling_seap.py"))
 """Code that is written beside the weights of a compacted checkpoint."""
 
+# The classes of models register themselves, wherever their file is loaded from.
 for family in FAMILIES.values():
     config_class = getattr(configuration_seap, family.config_class)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    AutoModelForCausalLM.register(config_class, getattr(modeling_seap, family.model_class), exist_ok=True)
+
+
+def model_classes(family: Family) -> dict[str, str]:
+    """Return the names of a family's classes in ``modeling_seap`` by the names of the auto classes that build them."""
+    prefix = family.model_class.removesuffix("ForCausalLM")
+    names = {auto_class.__name__: f"{prefix}{end}" for end, auto_class in modeling_seap.AUTO_CLASSES.items()}
+    # transformers has no class that classifies tokens for every family.
+    return {auto_class: name for auto_class, name in names.items() if hasattr(modeling_seap, name)}

@@ -2,7 +2,8 @@
 
 These keys may stand in ``per_layer_config``; at the top level they have the values of the dense model:
 ``num_attention_heads``, ``num_key_value_heads``, the MLP's width, and ``o_proj_bias`` and ``down_proj_bias``, output
-biases that the family does not have itself, whatever it calls the modules.
+biases that the family does not have itself, whatever it calls the modules. ``config.per_layer_config[i]`` has what
+layer i has; who reads such a key of the whole configuration gets the dense model's value, with a warning.
 
 This file travels with every checkpoint and needs transformers alone.
 """
@@ -23,8 +24,17 @@ from transformers import (
 )
 
 
+class LayerWidths:
+    """Mixed into a family's configuration: who walks over all keys meets those alone that layers share."""
+
+    def __iter__(self):
+        """Yield the keys that have one value for all layers; of the others transformers warns who reads them."""
+        differing = self.per_layer_attributes or ()  # type: ignore[attr-defined]  # the family's
+        return (key for key in self.__dict__ if key not in differing)
+
+
 @strict
-class SeapLlamaConfig(LlamaConfig):
+class SeapLlamaConfig(LayerWidths, LlamaConfig):
     """The configuration of a compacted Llama."""
 
     model_type = "seap_llama"
@@ -37,7 +47,7 @@ class SeapLlamaConfig(LlamaConfig):
 
 
 @strict
-class SeapMistralConfig(MistralConfig):
+class SeapMistralConfig(LayerWidths, MistralConfig):
     """The configuration of a compacted Mistral."""
 
     model_type = "seap_mistral"
@@ -47,7 +57,7 @@ class SeapMistralConfig(MistralConfig):
 
 
 @strict
-class SeapQwen2Config(Qwen2Config):
+class SeapQwen2Config(LayerWidths, Qwen2Config):
     """The configuration of a compacted Qwen2."""
 
     model_type = "seap_qwen2"
@@ -63,7 +73,7 @@ class SeapQwen2Config(Qwen2Config):
 
 
 @strict
-class SeapQwen3Config(Qwen3Config):
+class SeapQwen3Config(LayerWidths, Qwen3Config):
     """The configuration of a compacted Qwen3."""
 
     model_type = "seap_qwen3"
@@ -73,7 +83,7 @@ class SeapQwen3Config(Qwen3Config):
 
 
 @strict
-class SeapGemma2Config(Gemma2Config):
+class SeapGemma2Config(LayerWidths, Gemma2Config):
     """The configuration of a compacted Gemma 2."""
 
     model_type = "seap_gemma2"
@@ -86,7 +96,7 @@ class SeapGemma2Config(Gemma2Config):
 
 
 @strict
-class SeapGemma3Config(Gemma3TextConfig):
+class SeapGemma3Config(LayerWidths, Gemma3TextConfig):
     """The configuration of a compacted Gemma 3."""
 
     model_type = "seap_gemma3_text"
@@ -99,7 +109,7 @@ class SeapGemma3Config(Gemma3TextConfig):
 
 
 @strict
-class SeapPhi3Config(Phi3Config):
+class SeapPhi3Config(LayerWidths, Phi3Config):
     """The configuration of a compacted Phi-3."""
 
     model_type = "seap_phi3"
@@ -109,16 +119,6 @@ class SeapPhi3Config(Phi3Config):
     o_proj_bias: bool = False
     down_proj_bias: bool = False
 
-    @property
-    def allow_global_per_layer_attribute_access(self):
-        """Return False whatever config.json says: that key is there for loaders that do not know this class."""
-        return False
-
-    @allow_global_per_layer_attribute_access.setter
-    def allow_global_per_layer_attribute_access(self, value):
-        """Keep the value for copies of the checkpoint."""
-        self.__dict__["allow_global_per_layer_attribute_access"] = value
-
     def validate_rope(self):
         """Check nothing: the check needs the number of heads, which layers do not share; the dense model passed it."""
 
@@ -127,7 +127,7 @@ class SeapPhi3Config(Phi3Config):
 
 
 @strict
-class SeapMixtralConfig(MixtralConfig):
+class SeapMixtralConfig(LayerWidths, MixtralConfig):
     """The configuration of a compacted Mixtral."""
 
     model_type = "seap_mixtral"
@@ -136,7 +136,7 @@ class SeapMixtralConfig(MixtralConfig):
 
 
 @strict
-class SeapQwen3MoeConfig(Qwen3MoeConfig):
+class SeapQwen3MoeConfig(LayerWidths, Qwen3MoeConfig):
     """The configuration of a compacted Qwen3 MoE."""
 
     model_type = "seap_qwen3_moe"
@@ -147,7 +147,7 @@ class SeapQwen3MoeConfig(Qwen3MoeConfig):
 
 
 @strict
-class SeapOPTConfig(OPTConfig):
+class SeapOPTConfig(LayerWidths, OPTConfig):
     """The configuration of a compacted OPT."""
 
     model_type = "seap_opt"
@@ -159,7 +159,7 @@ class SeapOPTConfig(OPTConfig):
 
 
 @strict
-class SeapGPTNeoXConfig(GPTNeoXConfig):
+class SeapGPTNeoXConfig(LayerWidths, GPTNeoXConfig):
     """The configuration of a compacted GPT-NeoX."""
 
     model_type = "seap_gpt_neox"

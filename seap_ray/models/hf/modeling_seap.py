@@ -1,5 +1,8 @@
 """Compacted models: a family's own classes, every decoder layer built from that layer's own configuration.
 
+Each family has the classes that transformers has of it: the model without a head, which engines such as vLLM build, and
+those that predict tokens, classify sequences and classify tokens.
+
 This file travels with every checkpoint and needs transformers alone.
 """
 
@@ -8,19 +11,54 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     Gemma2ForCausalLM,
+    Gemma2ForSequenceClassification,
+    Gemma2ForTokenClassification,
+    Gemma2Model,
     Gemma3ForCausalLM,
+    Gemma3TextForSequenceClassification,
+    Gemma3TextModel,
     GPTNeoXForCausalLM,
+    GPTNeoXForSequenceClassification,
+    GPTNeoXForTokenClassification,
+    GPTNeoXModel,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
     MistralForCausalLM,
+    MistralForSequenceClassification,
+    MistralForTokenClassification,
+    MistralModel,
     MixtralForCausalLM,
+    MixtralForSequenceClassification,
+    MixtralForTokenClassification,
+    MixtralModel,
     OPTForCausalLM,
+    OPTForSequenceClassification,
+    OPTModel,
     Phi3ForCausalLM,
+    Phi3ForSequenceClassification,
+    Phi3ForTokenClassification,
+    Phi3Model,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+    Qwen2ForTokenClassification,
+    Qwen2Model,
     Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+    Qwen3ForTokenClassification,
+    Qwen3Model,
     Qwen3MoeForCausalLM,
+    Qwen3MoeForSequenceClassification,
+    Qwen3MoeForTokenClassification,
+    Qwen3MoeModel,
 )
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -130,110 +168,351 @@ class Compacted:
     """Keyword arguments of ``resize_layers`` for the family."""
 
     def __init__(self, config: PreTrainedConfig):
+        differing = config.per_layer_attributes or ()
+        if config._attn_implementation == "sglang" and "num_attention_heads" in differing:
+            raise ValueError(
+                "SGLang gives the attention of every layer the number of heads that the whole model's configuration "
+                "has, and layers of this checkpoint have others: serve it with vLLM, or write it with "
+                "export.format=stock"
+            )
+
         super().__init__(dense_twin(config))  # type: ignore[call-arg]  # the family's
         resize_layers(self, config, **self.resizing)  # type: ignore[arg-type]
+
+
+class LayerConfigs:
+    """Mixed into a Phi-3: every attention has its own layer's configuration, whose heads say where the queries end."""
+
+    def set_attn_implementation(self, *settings, **named_settings):
+        """Set the attention implementation of the model and of every layer's own configuration."""
+        super().set_attn_implementation(*settings, **named_settings)  # type: ignore[misc]  # the family's
+
+        for layer in self.get_decoder().layers:  # type: ignore[attr-defined]
+            layer.self_attn.config._attn_implementation = self.config._attn_implementation  # type: ignore[attr-defined]
+
+
+class CompactedPhi3(LayerConfigs, Compacted):
+    """Mixed into a Phi-3's model: its queries, keys and values are one projection."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+
+        for layer, layer_config in zip(self.get_decoder().layers, config.per_layer_config, strict=True):  # type: ignore[attr-defined]
+            layer.self_attn.config = layer_config
+        self.set_attn_implementation(config._attn_implementation)
+
+
+class CompactedMixture(Compacted):
+    """Mixed into a mixture of experts: the biases of compensation are on attention's output alone."""
+
+    resizing = {"down_proj": None}
+    width_key = "moe_intermediate_size"
+    """Key of the width of an MoE expert."""
+
+    def __init__(self, config: PreTrainedConfig):
+        differing = config.per_layer_attributes or ()
+        # vLLM's own layers would take the narrower tensors and leave the rest of theirs as memory is.
+        if config._attn_implementation == "vllm" and self.width_key in differing:
+            raise ValueError(
+                "without the plugin of seap_ray, vLLM builds the MoE experts of every layer as wide as the whole "
+                "model's configuration says, and layers of this checkpoint have narrower ones: install seap_ray "
+                "beside vLLM"
+            )
+        super().__init__(config)
+
+
+OPT_LAYERS = {"o_proj": "self_attn.out_proj", "down_proj": "fc2", "heads_of_hidden_size": True}
+"""How the layers of an OPT are resized."""
+NEOX_LAYERS = {
+    "attention": "attention",
+    "o_proj": "attention.dense",
+    "down_proj": "mlp.dense_4h_to_h",
+    "heads_of_hidden_size": True,
+}
+"""How the layers of a GPT-NeoX are resized."""
+
+
+class SeapLlamaModel(Compacted, LlamaModel):
+    """A compacted Llama without a head."""
+
+    config_class = SeapLlamaConfig
 
 
 class SeapLlamaForCausalLM(Compacted, LlamaForCausalLM):
     """A compacted Llama."""
 
     config_class = SeapLlamaConfig
-    config: SeapLlamaConfig
+
+
+class SeapLlamaForSequenceClassification(LlamaForSequenceClassification):
+    """A compacted Llama that classifies sequences."""
+
+    config_class = SeapLlamaConfig
+
+
+class SeapLlamaForTokenClassification(LlamaForTokenClassification):
+    """A compacted Llama that classifies tokens."""
+
+    config_class = SeapLlamaConfig
+
+
+class SeapMistralModel(Compacted, MistralModel):
+    """A compacted Mistral without a head."""
+
+    config_class = SeapMistralConfig
 
 
 class SeapMistralForCausalLM(Compacted, MistralForCausalLM):
     """A compacted Mistral."""
 
     config_class = SeapMistralConfig
-    config: SeapMistralConfig
+
+
+class SeapMistralForSequenceClassification(MistralForSequenceClassification):
+    """A compacted Mistral that classifies sequences."""
+
+    config_class = SeapMistralConfig
+
+
+class SeapMistralForTokenClassification(MistralForTokenClassification):
+    """A compacted Mistral that classifies tokens."""
+
+    config_class = SeapMistralConfig
+
+
+class SeapQwen2Model(Compacted, Qwen2Model):
+    """A compacted Qwen2 without a head."""
+
+    config_class = SeapQwen2Config
 
 
 class SeapQwen2ForCausalLM(Compacted, Qwen2ForCausalLM):
     """A compacted Qwen2."""
 
     config_class = SeapQwen2Config
-    config: SeapQwen2Config
+
+
+class SeapQwen2ForSequenceClassification(Qwen2ForSequenceClassification):
+    """A compacted Qwen2 that classifies sequences."""
+
+    config_class = SeapQwen2Config
+
+
+class SeapQwen2ForTokenClassification(Qwen2ForTokenClassification):
+    """A compacted Qwen2 that classifies tokens."""
+
+    config_class = SeapQwen2Config
+
+
+class SeapQwen3Model(Compacted, Qwen3Model):
+    """A compacted Qwen3 without a head."""
+
+    config_class = SeapQwen3Config
 
 
 class SeapQwen3ForCausalLM(Compacted, Qwen3ForCausalLM):
     """A compacted Qwen3."""
 
     config_class = SeapQwen3Config
-    config: SeapQwen3Config
+
+
+class SeapQwen3ForSequenceClassification(Qwen3ForSequenceClassification):
+    """A compacted Qwen3 that classifies sequences."""
+
+    config_class = SeapQwen3Config
+
+
+class SeapQwen3ForTokenClassification(Qwen3ForTokenClassification):
+    """A compacted Qwen3 that classifies tokens."""
+
+    config_class = SeapQwen3Config
+
+
+class SeapGemma2Model(Compacted, Gemma2Model):
+    """A compacted Gemma 2 without a head."""
+
+    config_class = SeapGemma2Config
 
 
 class SeapGemma2ForCausalLM(Compacted, Gemma2ForCausalLM):
     """A compacted Gemma 2."""
 
     config_class = SeapGemma2Config
-    config: SeapGemma2Config
+
+
+class SeapGemma2ForSequenceClassification(Gemma2ForSequenceClassification):
+    """A compacted Gemma 2 that classifies sequences."""
+
+    config_class = SeapGemma2Config
+
+
+class SeapGemma2ForTokenClassification(Gemma2ForTokenClassification):
+    """A compacted Gemma 2 that classifies tokens."""
+
+    config_class = SeapGemma2Config
+
+
+class SeapGemma3Model(Compacted, Gemma3TextModel):
+    """A compacted Gemma 3 without a head."""
+
+    config_class = SeapGemma3Config
 
 
 class SeapGemma3ForCausalLM(Compacted, Gemma3ForCausalLM):
     """A compacted Gemma 3."""
 
     config_class = SeapGemma3Config
-    config: SeapGemma3Config
 
 
-class SeapPhi3ForCausalLM(Compacted, Phi3ForCausalLM):
+class SeapGemma3ForSequenceClassification(Gemma3TextForSequenceClassification):
+    """A compacted Gemma 3 that classifies sequences."""
+
+    config_class = SeapGemma3Config
+
+
+class SeapPhi3Model(CompactedPhi3, Phi3Model):
+    """A compacted Phi-3 without a head."""
+
+    config_class = SeapPhi3Config
+
+
+class SeapPhi3ForCausalLM(CompactedPhi3, Phi3ForCausalLM):
     """A compacted Phi-3."""
 
     config_class = SeapPhi3Config
-    config: SeapPhi3Config
-
-    def __init__(self, config: SeapPhi3Config):
-        super().__init__(config)
-
-        for layer, layer_config in zip(self.model.layers, config.per_layer_config, strict=True):
-            # The number of heads says where the queries end in the fused projection.
-            layer.self_attn.config = layer_config
-        self.set_attn_implementation(config._attn_implementation)
-
-    def set_attn_implementation(self, attn_implementation, *more, **named):
-        """Set the attention implementation of the model and of every layer's own configuration."""
-        super().set_attn_implementation(attn_implementation, *more, **named)
-
-        for layer in self.model.layers:
-            layer.self_attn.config._attn_implementation = self.config._attn_implementation
 
 
-class SeapMixtralForCausalLM(Compacted, MixtralForCausalLM):
+class SeapPhi3ForSequenceClassification(LayerConfigs, Phi3ForSequenceClassification):
+    """A compacted Phi-3 that classifies sequences."""
+
+    config_class = SeapPhi3Config
+
+
+class SeapPhi3ForTokenClassification(LayerConfigs, Phi3ForTokenClassification):
+    """A compacted Phi-3 that classifies tokens."""
+
+    config_class = SeapPhi3Config
+
+
+class SeapMixtralModel(CompactedMixture, MixtralModel):
+    """A compacted Mixtral without a head."""
+
+    config_class = SeapMixtralConfig
+    width_key = "intermediate_size"
+
+
+class SeapMixtralForCausalLM(CompactedMixture, MixtralForCausalLM):
     """A compacted Mixtral."""
 
     config_class = SeapMixtralConfig
-    config: SeapMixtralConfig
-    resizing = {"down_proj": None}
+    width_key = "intermediate_size"
 
 
-class SeapQwen3MoeForCausalLM(Compacted, Qwen3MoeForCausalLM):
+class SeapMixtralForSequenceClassification(MixtralForSequenceClassification):
+    """A compacted Mixtral that classifies sequences."""
+
+    config_class = SeapMixtralConfig
+
+
+class SeapMixtralForTokenClassification(MixtralForTokenClassification):
+    """A compacted Mixtral that classifies tokens."""
+
+    config_class = SeapMixtralConfig
+
+
+class SeapQwen3MoeModel(CompactedMixture, Qwen3MoeModel):
+    """A compacted Qwen3 MoE without a head."""
+
+    config_class = SeapQwen3MoeConfig
+
+
+class SeapQwen3MoeForCausalLM(CompactedMixture, Qwen3MoeForCausalLM):
     """A compacted Qwen3 MoE."""
 
     config_class = SeapQwen3MoeConfig
-    config: SeapQwen3MoeConfig
-    resizing = {"down_proj": None}
+
+
+class SeapQwen3MoeForSequenceClassification(Qwen3MoeForSequenceClassification):
+    """A compacted Qwen3 MoE that classifies sequences."""
+
+    config_class = SeapQwen3MoeConfig
+
+
+class SeapQwen3MoeForTokenClassification(Qwen3MoeForTokenClassification):
+    """A compacted Qwen3 MoE that classifies tokens."""
+
+    config_class = SeapQwen3MoeConfig
+
+
+class SeapOPTModel(Compacted, OPTModel):
+    """A compacted OPT without a head."""
+
+    config_class = SeapOPTConfig
+    resizing = OPT_LAYERS
 
 
 class SeapOPTForCausalLM(Compacted, OPTForCausalLM):
     """A compacted OPT."""
 
     config_class = SeapOPTConfig
-    config: SeapOPTConfig
-    resizing = {"o_proj": "self_attn.out_proj", "down_proj": "fc2", "heads_of_hidden_size": True}
+    resizing = OPT_LAYERS
+
+
+class SeapOPTForSequenceClassification(Compacted, OPTForSequenceClassification):
+    """A compacted OPT that classifies sequences."""
+
+    config_class = SeapOPTConfig
+    resizing = OPT_LAYERS
+
+
+class SeapGPTNeoXModel(Compacted, GPTNeoXModel):
+    """A compacted GPT-NeoX without a head."""
+
+    config_class = SeapGPTNeoXConfig
+    resizing = NEOX_LAYERS
 
 
 class SeapGPTNeoXForCausalLM(Compacted, GPTNeoXForCausalLM):
     """A compacted GPT-NeoX."""
 
     config_class = SeapGPTNeoXConfig
-    config: SeapGPTNeoXConfig
-    resizing = {
-        "attention": "attention",
-        "o_proj": "attention.dense",
-        "down_proj": "mlp.dense_4h_to_h",
-        "heads_of_hidden_size": True,
-    }
+    resizing = NEOX_LAYERS
 
+
+class SeapGPTNeoXForSequenceClassification(Compacted, GPTNeoXForSequenceClassification):
+    """A compacted GPT-NeoX that classifies sequences."""
+
+    config_class = SeapGPTNeoXConfig
+    resizing = NEOX_LAYERS
+
+
+class SeapGPTNeoXForTokenClassification(Compacted, GPTNeoXForTokenClassification):
+    """A compacted GPT-NeoX that classifies tokens."""
+
+    config_class = SeapGPTNeoXConfig
+    resizing = NEOX_LAYERS
+
+
+AUTO_CLASSES = {
+    "Model": AutoModel,
+    "ForCausalLM": AutoModelForCausalLM,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+}
+"""Ends of the names of the classes above, and the auto classes that build them."""
+
+
+def register_classes() -> None:
+    """Let the auto classes build the classes above, and ``save_pretrained`` write this file beside the weights."""
+    for name, model_class in list(globals().items()):
+        for end, auto_class in AUTO_CLASSES.items():
+            if name.startswith("Seap") and name.endswith(end):
+                auto_class.register(model_class.config_class, model_class, exist_ok=True)
+                model_class.register_for_auto_class(auto_class)
+                model_class.config_class.register_for_auto_class()
+
+
+register_classes()
 
 # Of a NeoX's head and a mixture's experts checkpoints have other names and shapes than the classes; ours have so, too.
 for ours, theirs in (
