@@ -116,13 +116,17 @@ def _affine(
     return weight_OS + added_OS, bias_O, factor_SS
 
 
-def error_map(joint: Covariance, n_inputs: int, *, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return the affine map of some columns that is nearest to the other ones: X = C_OS (C_SS + R)^-1, mu_O - X mu_S.
+def error_map(joint: Covariance, n_inputs: int, *, ridge: float, has_intercept: bool = True) -> tuple[Tensor, Tensor]:
+    """Return the map of some columns that is nearest to the other ones.
+
+    It is X = C_OS (C_SS + R)^-1 with the bias mu_O - X mu_S; without an intercept second moments take the place of C,
+    and the bias is zero.
 
     Args:
         joint: Moments and co-moments of S inputs and, behind them, O outputs.
         n_inputs: Number S of inputs.
         ridge: Ridge relative to each input's variance.
+        has_intercept: Whether there may be a bias.
 
     Returns:
         Weight, (O, S), and bias, (O,), float64.
@@ -131,9 +135,16 @@ def error_map(joint: Covariance, n_inputs: int, *, ridge: float) -> tuple[Tensor
         torch.linalg.LinAlgError: C_SS + R is not positive definite: the ridge is too small.
     """
     C_DD = joint.covariance_DD.double()
-    factor_SS = torch.linalg.cholesky(ridged(C_DD[:n_inputs, :n_inputs], ridge))
-    weight_OS = torch.cholesky_solve(C_DD[:n_inputs, n_inputs:], factor_SS).T
-    return weight_OS, joint.mean_D[n_inputs:] - weight_OS @ joint.mean_D[:n_inputs]
+    mean_S = joint.mean_D[:n_inputs]
+    mean_O = joint.mean_D[n_inputs:]
+    ridged_SS = ridged(C_DD[:n_inputs, :n_inputs], ridge, mean_D=None if has_intercept else mean_S)
+    wanted_SO = C_DD[:n_inputs, n_inputs:]
+    if not has_intercept:
+        ridged_SS = ridged_SS + torch.outer(mean_S, mean_S)
+        wanted_SO = wanted_SO + torch.outer(mean_S, mean_O)
+
+    weight_OS = torch.cholesky_solve(wanted_SO, torch.linalg.cholesky(ridged_SS)).T
+    return weight_OS, mean_O - weight_OS @ mean_S if has_intercept else torch.zeros_like(mean_O)
 
 
 def _complement(kept_S: Tensor, width: int) -> Tensor:

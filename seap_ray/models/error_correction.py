@@ -26,14 +26,18 @@ from seap_ray.models.cut_layer import cut_parameters, replaced_parameters
 from seap_ray.models.export import CheckpointExport
 from seap_ray.models.hidden_states import HiddenBatch
 
+PASSES = 3
+"""Forward passes of a model's tokens: the dense model's, and two of the cut one, without and with its corrections."""
+
 
 def is_correctable(plan: Plan, architecture: Architecture) -> bool:
-    """Return whether a plan's errors can be corrected: by the weights and biases that least squares makes anyway.
+    """Return whether a plan's errors can be corrected, in the weights that least squares makes anyway.
 
-    The input of ``down_proj`` must be one for all tokens, and its output must go to the residual stream as it is.
+    ``down_proj`` must be one for all tokens, and its output must go to the residual stream as it is.
     """
-    replaces_all = set(plan.compensation.replaces) == {"weight", "bias"}
-    return replaces_all and not architecture.n_experts and not architecture.family.norm_after_mlp
+    return (
+        "weight" in plan.compensation.replaces and not architecture.n_experts and not architecture.family.norm_after_mlp
+    )
 
 
 @dataclass
@@ -60,8 +64,6 @@ def correct_errors(
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Run the dense and the cut model side by side, and yield what corrects each cut layer before the next one is run.
 
-    Takes three forward passes: the dense model's, and two of the cut one, without and with each layer's correction.
-
     Args:
         blocks: Decoder layers of the dense model, each of which is done with before the next one is taken.
         streams: Sequences of every task as they come to the first layer.
@@ -70,8 +72,8 @@ def correct_errors(
         ridge: Ridge of the regressions, relative to each column's variance.
 
     Yields:
-        A layer's number in the base, and what is added to the ``weight``, (O, S), and the ``bias``, (O,), of its
-        ``down_proj``: float32, on the CPU.
+        A layer's number in the base, and what is added to the ``weight``, (O, S), of its ``down_proj``, and to its
+        ``bias``, (O,), where compensation makes one: float32, on the CPU.
     """
     device = streams[0].batches[0].batch.ids_BT.device
     for layer, block in enumerate(blocks):
@@ -138,13 +140,16 @@ def _fit(
             parts.append(total)
             weights.append(stream.weight)
 
-    if not parts:
-        return {
-            "weight": torch.zeros(architecture.hidden_size, len(kept_S)),
-            "bias": torch.zeros(architecture.hidden_size),
-        }
-    weight_OS, bias_O = error_map(pooled_covariance(parts, weights), len(kept_S), ridge=ridge)
-    return {"weight": (share * weight_OS).float().cpu().contiguous(), "bias": (share * bias_O).float().cpu()}
+    has_intercept = "bias" in export.plan.compensation.replaces
+    if parts:
+        joint = pooled_covariance(parts, weights)
+        weight_OS, bias_O = error_map(joint, len(kept_S), ridge=ridge, has_intercept=has_intercept)
+    else:
+        weight_OS = torch.zeros(architecture.hidden_size, len(kept_S))
+        bias_O = torch.zeros(architecture.hidden_size)
+
+    correction = {"weight": weight_OS, "bias": bias_O} if has_intercept else {"weight": weight_OS}
+    return {kind: (share * tensor).float().cpu().contiguous() for kind, tensor in correction.items()}
 
 
 @contextmanager

@@ -41,9 +41,10 @@ class FileCorrections(Mapping[int, Mapping[str, Tensor]]):
     path: StoragePath
 
     def __getitem__(self, layer: int) -> Mapping[str, Tensor]:
-        """Return what is added to the ``weight`` and the ``bias`` of a layer's ``down_proj``."""
+        """Return what is added to the ``weight`` and, where compensation makes one, the ``bias`` of ``down_proj``."""
         with open_tensors(self.path) as file:
-            return {kind: file.get_tensor(f"{layer}.{kind}") for kind in ("weight", "bias")}
+            names = [name for name in file.keys() if name.partition(".")[0] == str(layer)]
+            return {name.partition(".")[2]: file.get_tensor(name) for name in names}
 
     def __iter__(self) -> Iterator[int]:
         """Yield the layers that are corrected, in order."""

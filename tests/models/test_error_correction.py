@@ -35,14 +35,16 @@ class Covariances(dict):  # type: ignore[type-arg]
         return RIDGE
 
 
-def cut_model(folder: Path, name: str, dtype: torch.dtype = torch.float64) -> CheckpointExport:
+def cut_model(
+    folder: Path, name: str, dtype: torch.dtype = torch.float64, compensation: str = "least_squares"
+) -> CheckpointExport:
     """A random model with a plan of other widths in every layer, repaired by least squares."""
     save_dense(folder, name, dtype)
     checkpoint = Checkpoint.open(str(folder))
     architecture = checkpoint.architecture
     sequences = [sequence for task, _ in TASKS.values() for sequence in task]
     statistics = record(load(folder), sequences, batch_tokens=128, covariances=range(architecture.n_layers))
-    plan = random_plan(architecture, 1, "least_squares")
+    plan = random_plan(architecture, 1, compensation)
     return CheckpointExport(checkpoint, plan, Covariances(statistics))  # type: ignore[arg-type]
 
 
@@ -99,21 +101,27 @@ def correct_on_disk(export: CheckpointExport, folder: Path, share: float) -> Any
         mean_S, mean_O = weight_N @ x_NS, weight_N @ error_NO
         root_N1 = np.sqrt(weight_N)[:, None]
         variance_S = weight_N @ (x_NS - mean_S) ** 2
+        if not export.plan.compensation.adds_biases:
+            mean_S, mean_O = np.zeros_like(mean_S), np.zeros_like(mean_O)
         # A ridge is rows of data that say zero.
         rows = np.concatenate([root_N1 * (x_NS - mean_S), np.diag(np.sqrt(RIDGE * variance_S))])
         wanted = np.concatenate([root_N1 * (error_NO - mean_O), np.zeros((len(mean_S), error_NO.shape[1]))])
         weight_SO = np.linalg.lstsq(rows, wanted, rcond=None)[0]
         down_proj = cut.get_decoder().layers[layer].get_submodule(output_modules(cut)["mlp"])
         down_proj.weight += share * torch.tensor(weight_SO.T)
-        down_proj.bias += share * torch.tensor(mean_O - weight_SO.T @ mean_S)
+        if export.plan.compensation.adds_biases:
+            down_proj.bias += share * torch.tensor(mean_O - weight_SO.T @ mean_S)
     return cut
 
 
-@pytest.mark.parametrize("name", CORRECTABLE)
+WITH_BIAS = [(name, "least_squares") for name in CORRECTABLE]
+
+
+@pytest.mark.parametrize(("name", "compensation"), [*WITH_BIAS, ("llama_gqa", "least_squares_without_bias")])
 def test_corrections_are_the_regressions_of_each_layers_error_on_what_comes_into_down_proj(
-    name: str, tmp_path: Path, float64_norms: None
+    name: str, compensation: str, tmp_path: Path, float64_norms: None
 ) -> None:
-    export = cut_model(tmp_path / "base", name)
+    export = cut_model(tmp_path / "base", name, compensation=compensation)
     expected = dict(correct_on_disk(export, tmp_path / "plain", 0.5).named_parameters())
 
     corrected = with_corrections(export, fitted(export, 0.5))
@@ -123,7 +131,7 @@ def test_corrections_are_the_regressions_of_each_layers_error_on_what_comes_into
     changed = [key for key in tensors if not torch.equal(tensors[key], plain[key])]
     down_proj = export.base.architecture.family.down_proj
     cut_layers = [layer for layer in range(export.base.architecture.n_layers) if export.compensates(layer)]
-    assert len(changed) == 2 * len(cut_layers), "weight and bias"
+    assert len(changed) == len(export.plan.compensation.replaces) * len(cut_layers), "weight, and bias if there is one"
     assert all(down_proj in key for key in changed)
     for key in changed:
         # Corrections are float32.
@@ -200,8 +208,9 @@ def test_only_what_least_squares_makes_and_the_residual_stream_gets_as_it_is_can
 
     assert not is_correctable(plan, architecture)
     assert not is_correctable(replace(plan, compensation=COMPENSATIONS["mean"]), architecture)
-    repaired = replace(plan, compensation=COMPENSATIONS["least_squares"])
-    assert is_correctable(repaired, architecture) == (name in CORRECTABLE)
+    for repair in ("least_squares", "least_squares_without_bias"):
+        repaired = replace(plan, compensation=COMPENSATIONS[repair])
+        assert is_correctable(repaired, architecture) == (name in CORRECTABLE)
 
 
 def test_families_with_a_norm_behind_the_mlp_are_marked(tmp_path: Path) -> None:
