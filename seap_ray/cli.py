@@ -15,6 +15,7 @@ from seap_ray.config import Config, help_text, load_config
 from seap_ray.config.schema import nearest
 from seap_ray.errors import ConfigError, IncompleteError, SeapError
 from seap_ray.methods import STUDIES
+from seap_ray.models.quick_imports import quick_imports
 
 HELP = {"-h", "--help"}
 RESUMES = "stopped; the same command goes on from here"
@@ -78,7 +79,8 @@ Exit codes: 0 done, 2 a key or the model is wrong, 3 a corpus is wrong, 4 cut sh
 
 
 def _prune(request: Request) -> None:
-    from seap_ray.pipeline.job import run_job
+    with quick_imports():
+        from seap_ray.pipeline.job import run_job
 
     run_job(request.config)
 
@@ -110,7 +112,8 @@ model could not be evaluated on a task, all else is done first, and the code is 
 
 
 def _eval(request: Request) -> None:
-    from seap_ray.studies.run import run_study
+    with quick_imports():
+        from seap_ray.studies.run import run_study
 
     run_study(request.config)
 
@@ -253,7 +256,8 @@ Exit codes: 0 a job can run, 2 something is wrong, 3 a corpus is wrong, 4 storag
 
 
 def _doctor(request: Request) -> None:
-    from seap_ray.pipeline.doctor import diagnose
+    with quick_imports():
+        from seap_ray.pipeline.doctor import diagnose
 
     diagnose(request.config)
 

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, UndefinedError, meta
-from transformers import PreTrainedModel
 
 from seap_ray.errors import ConfigError, DataError
 from seap_ray.judges.lm_eval_rows import RowSplit, adapt, evaluation_files, example_files, read
@@ -28,6 +27,9 @@ from seap_ray.models.encoding import Encoding
 from seap_ray.models.row_sources import Row, calibration_rows
 from seap_ray.storage.paths import StoragePath
 from seap_ray.tasks import Task, is_perplexity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHECKED_ROWS = 1000
 """Rows among which one has to fit lm-eval's task; each costs milliseconds."""
@@ -101,7 +103,7 @@ def count_rows(task: Task, is_held_out: Callable[[Row], bool] | None = None) -> 
 
 
 def judge(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     encoding: Encoding,
     task: Task,
     *,
@@ -140,7 +142,7 @@ def judge(
         return _result(metric, answers)
 
 
-def wrap(model: PreTrainedModel, encoding: Encoding, batch_tokens: int) -> Any:
+def wrap(model: "PreTrainedModel", encoding: Encoding, batch_tokens: int) -> Any:
     """Return lm-eval's wrapper of ``model``, which forms batches of at most ``batch_tokens``; it imports lm-eval."""
     from seap_ray.judges.lm_eval_model import TokenBatchedLM
 

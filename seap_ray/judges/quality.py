@@ -4,15 +4,16 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from seap_ray.errors import DataError
 from seap_ray.judges.scoring import Continuation, Scored, score
 from seap_ray.models.corpus import Item
 from seap_ray.models.encoding import Encoding
 from seap_ray.tasks import Task, is_perplexity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Quality:
 
 
 def measure(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     encoding: Encoding,
     task: Task,
     items: Sequence[Item],
@@ -123,7 +124,7 @@ def windows(ids: Sequence[int], window: int, *, samples: int | None, seed: int) 
     return [ids[start : start + window] for start in starts]
 
 
-def measure_windows(model: PreTrainedModel, windows: list[Sequence[int]], *, batch_tokens: int) -> Quality:
+def measure_windows(model: "PreTrainedModel", windows: list[Sequence[int]], *, batch_tokens: int) -> Quality:
     """Measure the perplexity over windows of one text, each predicted from its second token on by itself alone.
 
     This is the convention of GPTQ, SparseGPT and Wanda. The text is tokenised as a whole, so only the first window may
@@ -152,7 +153,7 @@ def _is_right(item: Item, scored: list[Scored], metric: str) -> bool:
     return item.is_right(values.index(max(values)))
 
 
-def _cut(model: PreTrainedModel, encoded: Sequence[Continuation]) -> list[Continuation]:
+def _cut(model: "PreTrainedModel", encoded: Sequence[Continuation]) -> list[Continuation]:
     """Leave out the beginning of texts that are longer than the model's positions."""
     # A config without that key has a model without a bound on positions; 2048 is what lm-eval takes there too.
     limit = getattr(model.config, "max_position_embeddings", None) or 2048

@@ -5,13 +5,15 @@ Letters: B rows, T positions, N positions that predict, P predicted tokens, D hi
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from seap_ray.models.token_trees import TreeBatch, make_tree_batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAX_LOGITS = 1 << 25
 """Logits that are in memory at a time, 128 MiB in float32: those of a batch would not fit beside a large vocabulary."""
@@ -32,7 +34,7 @@ class Scored:
 
 
 @torch.inference_mode()
-def score(model: PreTrainedModel, continuations: Sequence[Continuation], *, batch_tokens: int) -> list[Scored]:
+def score(model: "PreTrainedModel", continuations: Sequence[Continuation], *, batch_tokens: int) -> list[Scored]:
     """Score each continuation, in order, as one forward pass over its sequence alone would.
 
     Where neighbours begin alike, as the choices of a question do, what they share is computed once. The last token of a
@@ -78,7 +80,7 @@ def _predictions(batch: TreeBatch, continuations: Sequence[Continuation]) -> lis
 
 
 def _score_predictions(
-    model: PreTrainedModel, hidden_ND: Tensor, predictions: Sequence[Prediction]
+    model: "PreTrainedModel", hidden_ND: Tensor, predictions: Sequence[Prediction]
 ) -> tuple[list[float], list[bool]]:
     """Return the log-probability of each predicted token, and whether it is the likeliest at its place."""
     head: Any = model.get_output_embeddings()

@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import truediv
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from seap_ray.config import SpeedSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Seconds = tuple[float, float]
 """Seconds of prefill and of decoding."""
@@ -70,7 +72,9 @@ def _speed(settings: SpeedSection, rounds: Sequence[dict[str, Seconds]], name: s
     )
 
 
-def _random_model(config: dict[str, Any], dtype: torch.dtype, device: str) -> PreTrainedModel:
+def _random_model(config: dict[str, Any], dtype: torch.dtype, device: str) -> "PreTrainedModel":
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     import seap_ray.models.hf  # noqa: F401  makes the compacted families known
 
     # With auto_map transformers would ask for remote code, although the families are known here.
@@ -83,7 +87,7 @@ def _random_model(config: dict[str, Any], dtype: torch.dtype, device: str) -> Pr
 
 
 @torch.inference_mode()
-def _time(model: PreTrainedModel, settings: SpeedSection) -> Seconds:
+def _time(model: "PreTrainedModel", settings: SpeedSection) -> Seconds:
     """Return the seconds of one prefill, and of decoding greedily after it; a short prompt warms up."""
     shape = settings.batch_size, settings.prompt_tokens
     ids_BT = torch.randint(model.config.vocab_size, shape, device=model.device)
@@ -92,7 +96,7 @@ def _time(model: PreTrainedModel, settings: SpeedSection) -> Seconds:
     return _generate(model, ids_BT, settings.new_tokens)
 
 
-def _generate(model: PreTrainedModel, ids_BT: torch.Tensor, n_tokens: int) -> Seconds:
+def _generate(model: "PreTrainedModel", ids_BT: torch.Tensor, n_tokens: int) -> Seconds:
     # Only the last position's logits are needed, as a server computes them.
     started = _now()
     out = model(input_ids=ids_BT, use_cache=True, logits_to_keep=1)

@@ -33,6 +33,7 @@ from seap_ray.models.model_sources import (
     parse_model_source,
     refuse_pointers,
 )
+from seap_ray.models.quick_imports import quick_imports
 from seap_ray.storage.files import read_json
 
 BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
@@ -356,9 +357,10 @@ def completed_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if model_type.removeprefix("seap_") not in FAMILIES:
         return dict(config)
 
-    from transformers import CONFIG_MAPPING
+    with quick_imports():
+        from transformers import CONFIG_MAPPING
 
-    import seap_ray.models.hf  # noqa: F401  registers the model types of compacted models
+        import seap_ray.models.hf  # noqa: F401  registers the model types of compacted models
 
     try:
         # The type of the weights is looked at elsewhere.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 
 from seap_ray.errors import ConfigError, DataError
+from seap_ray.models.quick_imports import quick_imports
 from seap_ray.models.row_formats import NotTextError, as_messages
 from seap_ray.models.row_sources import Row, RowSource, calibration_rows, evaluation_rows
 from seap_ray.models.templates import RowEnvironment, WholeValueError, without_missing
@@ -552,9 +553,11 @@ def check_defined(task: Task, undefined: list[str] | None, columns: Iterable[str
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of the model in ``folder``. Raises ConfigError when there is none."""
-    from transformers import AutoTokenizer  # seconds, which the workers that only render rows do not need
+    # Seconds even so, which the workers that only render rows do not need.
+    with quick_imports():
+        from transformers import AutoTokenizer
 
-    import seap_ray.models.hf  # noqa: F401  the model may be cut already
+        import seap_ray.models.hf  # noqa: F401  the model may be cut already
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

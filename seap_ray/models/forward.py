@@ -6,11 +6,10 @@ decoder layer at a time, read from disk. The moments are the same bytes either w
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from seap_ray.config import CalibrationSection, Config
 from seap_ray.core.architecture import Architecture
@@ -22,6 +21,9 @@ from seap_ray.models.loading import first_device, free_memory, load_model, model
 from seap_ray.models.recorder import SiteMoments, added, error_context, on_cpu, recording
 from seap_ray.models.records import covariance_bytes
 from seap_ray.models.sequences import Sequences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 COVARIANCE_COPIES = 3
 """Times that a layer's covariances are in memory at once: the sum so far, a batch's part, and the sum of both."""
@@ -60,7 +62,7 @@ def make_runner(config: Config, checkpoint: Checkpoint) -> CalibrationRunner:
 class WholeModelRunner:
     """A model that is whole in memory; covariances that do not fit beside it take several passes over a shard."""
 
-    model: PreTrainedModel
+    model: "PreTrainedModel"
     architecture: Architecture
     settings: CalibrationSection
 
@@ -104,7 +106,7 @@ class WholeModelRunner:
 
 
 def record(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     sequences: Sequences,
     *,
     batch_tokens: int,
@@ -141,7 +143,7 @@ def record(
 
 
 def _run_halving(
-    model: PreTrainedModel, rows: list[Sequences], skip_first: bool, covariances: Container[int]
+    model: "PreTrainedModel", rows: list[Sequences], skip_first: bool, covariances: Container[int]
 ) -> SiteMoments:
     """Run a batch; where memory runs out, run its halves. A single sequence that does not fit raises."""
     try:
@@ -169,7 +171,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 @torch.inference_mode()
 def _forward(
-    model: PreTrainedModel, rows: list[Sequences], skip_first: bool, covariances: Container[int]
+    model: "PreTrainedModel", rows: list[Sequences], skip_first: bool, covariances: Container[int]
 ) -> SiteMoments:
     batch = Batch.of(rows, skip_first, model.device)
     decoder = model.get_decoder()

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from seap_ray.errors import ConfigError
 from seap_ray.models.batching import make_batches
@@ -79,6 +78,8 @@ class LayerwiseModel:
 
     def _skeleton_model(self) -> Any:
         """Build the whole model as ``_skeleton`` builds its decoder."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         import seap_ray.models.hf  # noqa: F401  the checkpoint may be cut already
 
         config = AutoConfig.from_pretrained(self.checkpoint.folder, trust_remote_code=self.trust_remote_code)

@@ -3,15 +3,17 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from seap_ray.config import CalibrationSection, Config, ModelSection
 from seap_ray.models.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def model_dtype(model: ModelSection, checkpoint: Checkpoint) -> torch.dtype:
@@ -27,7 +29,7 @@ def attention_of(config: Mapping[str, Any]) -> str | None:
     return "eager" if config.get("attn_logit_softcapping") else None
 
 
-def load_model(config: Config, base: Checkpoint, folder: Path) -> PreTrainedModel:
+def load_model(config: Config, base: Checkpoint, folder: Path) -> "PreTrainedModel":
     """Load a model in evaluation mode on this worker's device or devices, by ``calibration.placement``.
 
     Args:
@@ -35,6 +37,8 @@ def load_model(config: Config, base: Checkpoint, folder: Path) -> PreTrainedMode
         base: The dense checkpoint, which says what type and attention to compute with.
         folder: The folder of the base itself, or of a checkpoint cut from it.
     """
+    from transformers import AutoModelForCausalLM
+
     import seap_ray.models.hf  # noqa: F401  lets AutoModelForCausalLM load what was cut
 
     prepare_process(config.calibration)

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, DataError, FaultError, IncompleteError, SeapError
@@ -40,6 +39,9 @@ from seap_ray.storage.artifact import Artifact, JsonFile
 from seap_ray.storage.files import stage, write_json
 from seap_ray.storage.run import Run, fingerprint
 from seap_ray.tasks import Task, is_perplexity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SEAP_RAY_JUDGE = "seap_ray"
 """Name of our own judge, which judges the tasks that lm-eval does not have."""
@@ -372,7 +374,7 @@ def _opened(source: Checkpoint | PendingCheckpoint) -> Iterator[Path]:
         source.partial.remove()
 
 
-def _load(config: Config, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(config: Config, folder: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a model with the base's tokenizer.
 
     Raises ConfigError for a model whose tokens are not those of the base: their figures could not be compared.
@@ -388,7 +390,7 @@ def _load(config: Config, folder: Path) -> tuple[PreTrainedModel, PreTrainedToke
 
 
 def _judge_task(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eval_task: EvalTask
+    config: Config, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", eval_task: EvalTask
 ) -> Quality:
     settings = config.evaluation
     task = eval_task.task
@@ -408,7 +410,7 @@ def _judge_task(
 
 
 def _judge_by_lm_eval(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eval_task: EvalTask
+    config: Config, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", eval_task: EvalTask
 ) -> Quality:
     settings = config.evaluation
     task = eval_task.task
