@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
 
 from seap_ray.core.architecture import Architecture, Shape, split_moe_expert
 from seap_ray.core.compensation import OutputModule
@@ -246,6 +245,8 @@ class CheckpointExport:
         config = self.base.config
         layers = self.plan.layers
         if self.plan.dropped and self.base.architecture.mixes_windows and not config.get("layer_types"):
+            from transformers import AutoConfig
+
             import seap_ray.models.hf  # noqa: F401  the base may be compacted itself
 
             # Kinds of attention by the layers' old places, which the new config would not tell.
@@ -563,6 +564,8 @@ def _tokenizer_config(export: CheckpointExport) -> dict[str, Any] | None:
 @cache
 def _tokenizer_class(folder: Path) -> str | None:
     """Return the name of the class of a checkpoint's tokenizer; None where it has none, or one by code of its own."""
+    from transformers import AutoTokenizer
+
     try:
         return type(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)).__name__
     # What transformers raises for no tokenizer, a library that is missing, or code that is not
