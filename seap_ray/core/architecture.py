@@ -422,7 +422,7 @@ class Architecture:
 
     @property
     def compensable_modules(self) -> tuple[str, ...]:
-        """Modules that compensation may change; an MoE expert is none, since the router weighs what it gives."""
+        """Modules that compensation may give biases; an MoE expert's is none, since the router weighs what it gives."""
         return (self.family.o_proj,) if self.n_experts else tuple(self.family.columns)
 
     @property

@@ -54,6 +54,8 @@ class OutputModule:
     """Indices of the columns that stay, int64, ascending."""
     key: tuple[int, Site]
     """Layer and site of the module's input, by which its statistics are found."""
+    may_have_bias: bool = True
+    """Whether the module can be given a bias; an MoE expert's cannot, since the router weighs what it gives."""
 
 
 class Compensation(Protocol):
@@ -64,7 +66,8 @@ class Compensation(Protocol):
     adds_biases: ClassVar[bool]
     """Whether cut layers get output biases."""
     replaces: ClassVar[tuple[str, ...]]
-    """Tensors of a module, ``weight`` and ``bias``, that ``repaired`` makes; the others are sliced."""
+    """Tensors of a module, ``weight`` and ``bias``, that ``repaired`` makes, where the module may have them; the others
+    are sliced."""
     required: ClassVar[Required | None]
     """Statistics that ``repaired`` reads."""
     memory_factor: ClassVar[int]
@@ -125,9 +128,14 @@ class LeastSquares:
     def repaired(self, module: OutputModule, statistics: SiteMoments | SiteCovariances | None) -> dict[str, Tensor]:
         """Return weight and bias; ``statistics`` are covariances with their ridges.
 
+        Of a module that may have no bias the weight alone, as ``LeastSquaresWithoutBias``.
+
         Raises:
             ValueError: The statistics are no covariances.
         """
+        if not module.may_have_bias:
+            return LeastSquaresWithoutBias().repaired(module, statistics)
+
         covariance, ridge = _covariance(module, statistics)
         weight_OS, added_O = least_squares(covariance, module.weight_OD, module.kept_S, ridge=ridge)
         bias_O = added_O if module.bias_O is None else added_O + module.bias_O.double()

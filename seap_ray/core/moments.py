@@ -187,8 +187,8 @@ class Covariance(Moments):
 
     @property
     def covariance_DD(self) -> Tensor:
-        """Population covariance, (D, D), in the dtype of the co-moment."""
-        return self.comoment_DD / self.count
+        """Population covariance, (D, D), in the dtype of the co-moment; of no tokens, zero."""
+        return self.comoment_DD / max(self.count, 1)
 
 
 def split_product(x_ND: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seap_ray.core.plan import Kept
 from seap_ray.core.slicing import kept_indices
 from seap_ray.models.export import CheckpointExport
 
@@ -46,17 +45,20 @@ def cut_parameters(block: Any, export: CheckpointExport, layer: int) -> dict[str
             parameters[f"{module}.bias"] = compensated["bias"].to(own_OD)
 
     if architecture.n_experts:
-        parameters["mlp.experts.down_proj"] = _cut_experts(block, kept)
+        parameters["mlp.experts.down_proj"] = _cut_experts(block, export, new_layer)
     return parameters
 
 
-def _cut_experts(block: Any, kept: Kept) -> Tensor:
+def _cut_experts(block: Any, export: CheckpointExport, new_layer: int) -> Tensor:
     """Return the output weights of all MoE experts, (E, O, D), with zeros in the columns that go."""
     own_EOD = block.get_submodule("mlp.experts").down_proj
     weight_EOD = torch.zeros_like(own_EOD)
-    for expert, channels in enumerate(kept.channels):
+    down_proj = export.base.architecture.family.down_proj
+    for expert, channels in enumerate(export.plan.kept[new_layer].channels):
         kept_S = torch.tensor(channels, device=own_EOD.device)
-        weight_EOD[expert][:, kept_S] = own_EOD[expert][:, kept_S]
+        compensated = export.compensated(new_layer, down_proj.format(e=expert))
+        weight_OS = compensated.get("weight", own_EOD[expert][:, kept_S])
+        weight_EOD[expert][:, kept_S] = weight_OS.to(own_EOD)
     return weight_EOD
 
 

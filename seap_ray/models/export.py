@@ -20,7 +20,7 @@ from torch import Tensor
 
 from seap_ray.core.architecture import Architecture, Shape, split_moe_expert
 from seap_ray.core.compensation import OutputModule
-from seap_ray.core.moments import Site, Statistics
+from seap_ray.core.moments import Statistics
 from seap_ray.core.plan import Plan
 from seap_ray.core.slicing import in_pieces, kept_indices, slice_tensor, sliced_shape
 from seap_ray.errors import ConfigError
@@ -145,7 +145,7 @@ class CheckpointExport:
             return in_pieces(self.base.read(output.name))
 
         compensated = self.compensated(layer, module) if kind in self.plan.compensation.replaces else {}
-        if compensated:
+        if kind in compensated:
             return iter([compensated[kind]])
 
         # A bias that the stock family wants and nothing needs is zero.
@@ -159,12 +159,15 @@ class CheckpointExport:
 
     def compensated(self, layer: int, module: str) -> dict[str, Tensor]:
         """Return the tensors of a layer's module that compensation makes, by kind; none of most modules."""
-        is_output = module in self.base.architecture.compensable_modules
-        if not (is_output and self.compensates(layer)):
+        architecture = self.base.architecture
+        # Where a module may have no bias, a compensation that makes nothing else leaves it as it is sliced.
+        makes_weights = "weight" in self.plan.compensation.replaces
+        compensable = [*architecture.modules.values()] if makes_weights else architecture.compensable_modules
+        if module not in compensable or not self.compensates(layer):
             return {}
 
         repaired = self.repaired(layer, module)
-        if self.corrections is None or module != self.base.architecture.family.down_proj:
+        if self.corrections is None or module != architecture.family.down_proj:
             return repaired
         added = self.corrections[self.plan.layers[layer]]
         # Float64 for the sum alone: it is rounded once more.
@@ -184,13 +187,16 @@ class CheckpointExport:
         """Read an output module from the base."""
         architecture = self.base.architecture
         original_layer = self.plan.layers[layer]
-        site: Site = "attn" if module == architecture.family.o_proj else "mlp"
-        unit = architecture.family.columns[module]
+        (site,) = (site for site, name in architecture.modules.items() if name == module)
+        template, expert = split_moe_expert(module)
+        unit = architecture.family.columns[template]
+        kept = self.plan.kept[layer].of_moe_expert(expert)
         return OutputModule(
             weight_OD=self.base.read(self._source(layer, module)),
             bias_O=self.base.read_bias(original_layer, module),
-            kept_S=kept_indices(self.plan.kept[layer], unit, architecture.head_dim),
+            kept_S=kept_indices(kept, unit, architecture.head_dim),
             key=(original_layer, site),
+            may_have_bias=expert is None,
         )
 
     @cached_property

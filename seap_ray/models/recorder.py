@@ -53,7 +53,7 @@ def recording_layer(
         modules: dict[Site, str] = {"attn": family.o_proj, "mlp": family.down_proj}
         if family.is_moe:
             del modules["mlp"]  # each expert is a site of its own
-            experts_hook = _experts_hook(recorded, layer, rows_N)
+            experts_hook = _experts_hook(recorded, layer, rows_N, statistic)
             hooks.callback(block.get_submodule("mlp.experts").register_forward_pre_hook(experts_hook).remove)
 
         for site, module in modules.items():
@@ -77,7 +77,9 @@ def _input_hook(
     return hook
 
 
-def _experts_hook(recorded: SiteMoments, layer: int, rows_N: Tensor | None) -> Callable[..., None]:
+def _experts_hook(
+    recorded: SiteMoments, layer: int, rows_N: Tensor | None, statistic: type[Moments]
+) -> Callable[..., None]:
     """Make a hook for the experts of an MoE layer, which are one module in transformers.
 
     It computes what each expert's ``down_proj`` sees of the tokens that are routed to it.
@@ -91,7 +93,7 @@ def _experts_hook(recorded: SiteMoments, layer: int, rows_N: Tensor | None) -> C
         for expert, gate_up_JD in enumerate(experts.gate_up_proj):
             routed_ND = x_ND[(chosen_NK == expert).any(1)]
             gate_NC, up_NC = functional.linear(routed_ND, gate_up_JD).chunk(2, dim=-1)
-            _add(recorded, (layer, f"mlp.{expert}"), Moments.of(experts.act_fn(gate_NC) * up_NC))
+            _add(recorded, (layer, f"mlp.{expert}"), statistic.of(experts.act_fn(gate_NC) * up_NC))
 
     return hook
 

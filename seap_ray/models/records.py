@@ -17,8 +17,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from seap_ray.core.architecture import Architecture
-from seap_ray.core.moments import RECORDED, SITES, Covariance, Moments, Site, Statistics, pooled_covariance
-from seap_ray.core.scores import Norms, WeightNorms
+from seap_ray.core.moments import (
+    RECORDED,
+    SITES,
+    Covariance,
+    Moments,
+    Site,
+    Statistics,
+    pooled_covariance,
+    stream_shares,
+)
+from seap_ray.core.scores import PRIOR_TOKENS, Norms, WeightNorms
 from seap_ray.errors import IncompleteError
 from seap_ray.storage.files import atomic_write, stage
 from seap_ray.storage.paths import StoragePath, storage_path
@@ -192,14 +201,27 @@ TASK_MEMORY_FACTOR = 13
 """Memory of a task on one layer's covariances, as a multiple of them: score ``obs``, by benchmarks/covariance.py."""
 
 
+MERGED_MEMORY_FACTOR = 3
+"""Memory of covariances that wait to be written, as a multiple of their float32: they are float64, then triangles."""
+
+
+def covariance_widths(architecture: Architecture) -> list[int]:
+    """Return the columns of every site of a layer at the widest, those of each MoE expert included."""
+    attn, mlp = architecture.widths
+    return [attn] + [mlp] * max(architecture.n_experts, 1)
+
+
 def covariance_bytes(architecture: Architecture) -> int:
     """Return the bytes of the co-moments of one layer's sites as full float32 matrices."""
-    return 4 * sum(width**2 for width in architecture.widths)
+    return 4 * sum(width**2 for width in covariance_widths(architecture))
 
 
 def task_memory(architecture: Architecture) -> int:
     """Return the bytes that a task on one layer's covariances needs at most."""
-    return TASK_MEMORY_FACTOR * covariance_bytes(architecture)
+    # A task works on attention and one MLP, of a mixture one MoE expert, at a time; a merge holds the others, too.
+    at_work = 4 * sum(width**2 for width in architecture.widths)
+    held = covariance_bytes(architecture) - at_work
+    return TASK_MEMORY_FACTOR * at_work + MERGED_MEMORY_FACTOR * held
 
 
 def covariance_file(moments: StoragePath, layer: int) -> StoragePath:
@@ -262,18 +284,51 @@ class PooledCovariance:
     def __getitem__(self, key: tuple[int, Site]) -> Covariance:
         """Return the pooled covariance of one (layer, site), float64."""
         if not self.held_out:
-            return pooled_covariance((load_covariance(source, key) for source in self.sources), self.weights)
+            sources, weights = self._routed(key)
+            return pooled_covariance((load_covariance(source, key) for source in sources), weights)
         if key not in self._last_layer:
             # No more than the sites of a layer are kept, since each is a matrix of D x D.
             if any(layer != key[0] for layer, _ in self._last_layer):
                 self._last_layer.clear()
-            pairs = zip(self.sources, self.held_out, strict=True)
-            fitted = (_fitted(source, record, key) for source, record in pairs)
-            self._last_layer[key] = pooled_covariance(fitted, self.weights)
+            records = dict(zip(self.sources, self.held_out, strict=True))
+            sources, weights = self._routed(key)
+            fitted = (_fitted(source, records[source], key) for source in sources)
+            self._last_layer[key] = pooled_covariance(fitted, weights)
         return self._last_layer[key]
 
+    def _routed(self, key: tuple[int, Site]) -> tuple[Sequence[StoragePath], Sequence[float]]:
+        """Return the sources that have a part in one (layer, site), with what they count there.
+
+        At a site of an MoE expert a stream counts by how much of it is routed there, too (``stream_shares``).
+        """
+        layer, site = key
+        if site in SITES or len(self.sources) == 1:
+            return self.sources, self.weights
+
+        parts: list[Statistics] = []
+        for source in self.sources:
+            with open_tensors(source) as file:
+                parts.append({each: read_moments(file, each) for each in (key, (layer, "attn"))})
+        shares = stream_shares(parts, self.weights, key)
+        # A stream without a token there has nothing to add.
+        counting = [(source, share) for source, share in zip(self.sources, shares, strict=True) if share]
+        return [source for source, _ in counting], [share for _, share in counting]
+
     def ridge_of(self, key: tuple[int, Site]) -> float:
-        """Return the ridge of one (layer, site): the geometric mean of the sources' ridges, by weight."""
+        """Return the ridge of one (layer, site): the geometric mean of the sources' ridges, by weight.
+
+        An MoE expert that few of the tokens reach gets more, as ``PRIOR_TOKENS`` over their number.
+        """
+        layer, site = key
+        if site in SITES:
+            return self._chosen_ridge(key)
+        n_tokens = 0
+        for source in self.sources:
+            with open_tensors(source) as file:
+                n_tokens += read_moments(file, key).count
+        return self._chosen_ridge(key) + PRIOR_TOKENS / max(n_tokens, 1)
+
+    def _chosen_ridge(self, key: tuple[int, Site]) -> float:
         if self.ridge is not None:
             return self.ridge
 

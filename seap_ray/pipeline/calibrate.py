@@ -10,7 +10,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from seap_ray.config import Config
 from seap_ray.core.architecture import Architecture
-from seap_ray.core.moments import SITES, Covariance, Moments
+from seap_ray.core.moments import Covariance, Moments
 from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.forward import make_runner
@@ -101,7 +101,7 @@ class Calibrator:
         # ``block`` has moments alone, and so has a layer whose covariances are left to another pass.
         covariances = {key: part for key, part in recorded.items() if isinstance(part, Covariance)}
         for layer in sorted({layer for layer, _ in covariances}):
-            by_site = {site: covariances[layer, site] for site in SITES}
+            by_site = {site: covariances[layer, site] for site in self.records.architecture.modules}
             save_covariances(self.records.path(shard), layer, by_site, fingerprint=self.records.key(shard))
 
 

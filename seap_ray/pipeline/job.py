@@ -171,8 +171,11 @@ def few_tokens_warning(config: Config, checkpoint: Checkpoint, manifest: Manifes
     if config.calibration.statistics != "covariance":
         return None
 
-    columns = max(checkpoint.architecture.widths)
-    if manifest.n_counted >= MIN_TOKENS_PER_COLUMN * columns:
+    architecture = checkpoint.architecture
+    columns = max(architecture.widths)
+    # In a mixture the router spreads the tokens over its MoE experts.
+    spread = architecture.experts_per_token / architecture.n_experts if architecture.n_experts else 1
+    if manifest.n_counted * spread >= MIN_TOKENS_PER_COLUMN * columns:
         return None
 
     other_remedy = "corpus.count=all, or " if config.corpus.count == "assistant" else ""

@@ -16,7 +16,7 @@ from seap_ray.core.reconstruction import UNIT_SCORES
 from seap_ray.core.targets import StoredSizes, Target
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.forward import COVARIANCE_COPIES
-from seap_ray.models.records import covariance_bytes, task_memory
+from seap_ray.models.records import covariance_bytes, covariance_widths, task_memory
 from seap_ray.pipeline.model_specs import ModelSpec, assumed_specs, compensation_for, model_specs, pruning_section
 from seap_ray.pipeline.placement import memory_with_batch
 from seap_ray.pipeline.plan_choice import passes_of_choice
@@ -152,7 +152,7 @@ def record_bytes(architecture: Architecture) -> int:
 
 def covariance_files_bytes(architecture: Architecture) -> int:
     """Return the size of the covariances of one shard, or one task: a triangle for each layer and site, float32."""
-    triangles = sum(width * (width + 1) // 2 for width in architecture.widths)
+    triangles = sum(width * (width + 1) // 2 for width in covariance_widths(architecture))
     return FLOAT32_BYTES * architecture.n_layers * triangles
 
 
@@ -440,7 +440,10 @@ def time_needs(model: ModelSize, config: Config, corpora: Mapping[str, CorpusSiz
     recording = 0
     if config.calibration.statistics == "covariance":
         # A sum of outer products is 2 FLOP for each pair of columns; on a GPU there are two such sums.
-        recording = 4 * architecture.n_layers * sum(width**2 for width in architecture.widths)
+        attn, mlp = architecture.widths
+        # In a mixture a token's MLP is as many MoE experts as the router chooses.
+        pairs = attn**2 + mlp**2 * max(architecture.experts_per_token, 1)
+        recording = 4 * architecture.n_layers * pairs
     calibration = n_tokens * (flop_per_token + recording) / rates.flop_per_s + reading
 
     # Each task's held-out tokens pass for every model whose plan is made from that task's statistics.

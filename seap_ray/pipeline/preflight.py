@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from seap_ray.config import Config
 from seap_ray.core.allocation import check_ratio
 from seap_ray.core.architecture import Architecture
+from seap_ray.core.reconstruction import UNIT_SCORES
 from seap_ray.errors import ConfigError, DataError, IncompleteError, SeapError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import check_evaluation, check_source, load_tokenizer, tokenizer_warning
@@ -35,7 +36,7 @@ from seap_ray.models.row_formats import FORMATS, recognise
 from seap_ray.models.row_sources import calibration_rows
 from seap_ray.pipeline.biases import bias_line, with_bias
 from seap_ray.pipeline.calibrate import check_memory
-from seap_ray.pipeline.model_specs import assumed_specs, compensation_for, pruning_section
+from seap_ray.pipeline.model_specs import assumed_specs, compensation_for, model_specs, pruning_section
 from seap_ray.pipeline.needs import CorpusSize, DiskNeeds, ModelSize, Needs, disk_needs, largest_corpora, needs
 from seap_ray.pipeline.run_target import target_line, target_of, with_ratio
 from seap_ray.progress import say, size
@@ -97,11 +98,8 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
         if check_evaluation_rows:
             check_evaluation(task)
 
-    if checkpoint.architecture.n_experts and config.calibration.statistics == "covariance":
-        raise ConfigError(
-            "calibration.statistics: covariance is not for mixtures of experts, which have too many; use moments, with "
-            "pruning.score=wifv pruning.compensation=mean"
-        )
+    if checkpoint.architecture.n_experts:
+        _check_mixture(config)
     if is_uri(config.run.storage) and parse_size(config.export.max_shard_size) > MAX_S3_COPY_BYTES:
         raise ConfigError("export.max_shard_size: in a bucket 5GB at most, since larger files cannot be renamed there")
 
@@ -111,6 +109,16 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
     if not config.pruning.target.kinds:
         check_ratios(config, checkpoint.architecture)
     return checkpoint
+
+
+def _check_mixture(config: Config) -> None:
+    """Raise ConfigError for a score that mixtures of experts do not have."""
+    for spec in model_specs(config):
+        if spec.settings.score in UNIT_SCORES and spec.settings.allocation != "depth":
+            raise ConfigError(
+                f"pruning.score: {spec.settings.score} does not compare the channels of several MoE experts "
+                f"({spec.name}); use wifv or energy, which go with least_squares as well"
+            )
 
 
 def check_ratios(config: Config, architecture: Architecture) -> None:

@@ -39,6 +39,7 @@ from tests.support.builders import (
     MIXTURES,
     load,
     logits,
+    random_covariances,
     random_ids,
     random_kept,
     random_plan,
@@ -691,11 +692,12 @@ ORDINARY = {
 """Classes that a stock checkpoint of the family is of; a Llama where it is not named."""
 NO_BIASES = ("mistral", "qwen3", "gemma2", "gemma3", "phi3", "mixtral", "qwen3_moe")
 """Families (this Mistral has windows) that have none in a stock checkpoint, so that nothing can be compensated."""
+LINEAR = "least_squares_without_bias"
 STOCK_EXPORTS = [
     (name, compensation)
     for name in CONFIGS
-    for compensation in ("none", "mean")
-    if compensation == "none" or name not in NO_BIASES
+    for compensation in ("none", "mean", LINEAR)
+    if compensation != "mean" or name not in NO_BIASES
 ]
 CODED = dict(zip(CONFIGS, cycle(DTYPES), strict=False))
 
@@ -705,7 +707,8 @@ def uniform_export(source: Path, compensation: str, *, stock: bool) -> Checkpoin
     shape = STOCK[next(name for name in STOCK if source.name.startswith(name))]
     plan = uniform_plan(base.architecture, shape, compensation)
     check_stock(plan, base.architecture)
-    return CheckpointExport(base, plan, random_statistics(base.architecture, 7), stock=stock)
+    random_of = random_covariances if compensation == LINEAR else random_statistics
+    return CheckpointExport(base, plan, random_of(base.architecture, 7), stock=stock)
 
 
 @pytest.fixture(scope="module")
@@ -792,6 +795,11 @@ def test_a_stock_export_is_an_ordinary_checkpoint_that_computes_the_same(
     assert not list(elsewhere.folders[key].glob("*.py"))
     seap = load(write_compacted(uniform_export(dense(name), compensation, stock=False), tmp_path))
     assert torch.equal(elsewhere.logits[key], logits(seap, elsewhere.ids_BT))
+    if compensation == LINEAR:
+        # The repair is in the weights, and in no tensor more than without one.
+        bare = elsewhere.folders[f"stock {name} none"]
+        assert not torch.equal(elsewhere.logits[key], elsewhere.logits[bare.name])
+        assert tensors_of(elsewhere.folders[key]).keys() == tensors_of(bare).keys()
 
 
 # --- stock exports that cannot be ------------------------------------------------------------------------------------

@@ -1,9 +1,12 @@
 """Covariances from tokens to a repaired checkpoint: merged, on disk, from an actor's passes, in a compacted model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +19,7 @@ from hypothesis import strategies as st
 import seap_ray.models.hf  # noqa: F401  (registers the classes that load a compacted checkpoint)
 from seap_ray.config import Config
 from seap_ray.core.architecture import Architecture
-from seap_ray.core.compensation import COMPENSATIONS
+from seap_ray.core.compensation import COMPENSATIONS, OutputModule
 from seap_ray.core.moments import SITES, Covariance, Moments, pooled, pooled_covariance, tree_sum
 from seap_ray.core.plan import Kept, Plan
 from seap_ray.core.reconstruction import DEFAULT_RIDGE
@@ -51,6 +54,7 @@ from tests.support.builders import (
     random_plan,
     write_compacted,
 )
+from tests.support.oracles import tensors_of
 
 often = settings(max_examples=40, deadline=None)
 LENGTHS = ([4, 19, 2], [7, 11], [1, 30, 6, 6])
@@ -354,6 +358,55 @@ def test_covariances_that_no_node_has_memory_for_are_refused_not_waited_for(monk
     calibrate.check_memory(llama)
 
 
+@pytest.mark.parametrize("name", MIXTURES)
+def test_an_experts_covariance_is_that_of_the_tokens_that_are_routed_to_it(dense, name):
+    model = load(dense(name, torch.float64))
+    sequences = [ids.tolist() for ids in random_ids(4, 30, seed=4)]
+    recorded = record(model, sequences, batch_tokens=50, covariances=range(4))
+    seen: dict[int, list[torch.Tensor]] = {}
+    linear = torch.nn.functional.linear
+
+    def spying(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        seen.setdefault(weight.data_ptr(), []).append(x)
+        return linear(x, weight, bias)
+
+    with mock.patch.object(torch.nn.functional, "linear", spying), torch.no_grad():
+        for ids in sequences:
+            model(torch.tensor([ids]))
+    for layer, block in enumerate(model.get_decoder().layers):
+        for expert, weight_OD in enumerate(block.mlp.experts.down_proj):
+            covariance = recorded[layer, f"mlp.{expert}"]
+            assert isinstance(covariance, Covariance)
+            assert_is_two_pass(covariance, torch.cat(seen[weight_OD.data_ptr()]), rtol=1e-6)
+
+
+def test_streams_count_at_an_expert_by_what_is_routed_there_and_few_tokens_are_believed_less(tmp_path):
+    paths, weights = (tmp_path / "a.safetensors", tmp_path / "b.safetensors"), (3.0, 2.0)
+    sizes = {"attn": (100, 50), "mlp.0": (40, 10), "mlp.1": (0, 20), "mlp.2": (0, 0)}
+    made = []
+    for i, path in enumerate(paths):
+        made.append(saved(path, {site: drawn(n[i], 6, i, offset=i) for site, n in sizes.items()}))
+    pooled_files = PooledCovariance(paths, weights, ridge=0.1)
+    # Of the first stream two fifths are routed there, of the second one fifth.
+    expected = pooled_covariance([part["mlp.0"] for part in made], [3.0 * 0.4, 2.0 * 0.2])
+    torch.testing.assert_close(pooled_files[0, "mlp.0"].covariance_DD, expected.covariance_DD, rtol=1e-5, atol=1e-6)
+    alone = made[1]["mlp.1"]
+    torch.testing.assert_close(pooled_files[0, "mlp.1"].covariance_DD, alone.covariance_DD, rtol=1e-5, atol=1e-6)
+    assert not pooled_files[0, "mlp.2"].covariance_DD.any()
+    ridges = [pooled_files.ridge_of((0, site)) for site in sizes]
+    assert ridges == pytest.approx([0.1, 0.1 + 64 / 50, 0.1 + 64 / 20, 0.1 + 64])
+
+
+def test_an_expert_that_no_token_reaches_keeps_its_weights(tmp_path):
+    w = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    path = tmp_path / "a.safetensors"
+    saved(path, {"attn": drawn(9, 6, 0), "mlp.0": drawn(0, 6, 0)})
+    cut = OutputModule(w, None, torch.tensor([0, 3]), (0, "mlp.0"), may_have_bias=False)
+    for way in ("least_squares", "least_squares_without_bias"):
+        repaired = COMPENSATIONS[way].repaired(cut, PooledCovariance((path,), (1.0,), ridge=0.1))
+        assert torch.equal(repaired["weight"], w[:, [0, 3]]) and set(repaired) == {"weight"}
+
+
 # --- in a compacted model --------------------------------------------------------------------------------------------
 
 
@@ -365,48 +418,96 @@ def calibrated(source: Path, folder: Path, ridge: float | None = 1e-3) -> tuple[
     path = folder / "statistics.safetensors"
     save_moments(path, recorded)
     for layer in range(base.architecture.n_layers):
-        save_covariances(path, layer, {site: recorded[layer, site] for site in SITES})  # type: ignore[misc]
+        by_site = {site: recorded[layer, site] for site in base.architecture.modules}
+        save_covariances(path, layer, by_site)  # type: ignore[arg-type]
     return base, PooledCovariance((path,), (1.0,), ridge)
 
 
-def with_predicted_activations(model: Any, plan: Plan, mixture: PooledCovariance, head_dim: int) -> Any:
+def prediction(
+    covariance: Covariance, kept: list[int], cut: list[int], ridge: float, *, has_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The map from kept to cut columns that is nearest to the calibration tokens, and its intercept."""
+    C, mu = covariance.covariance_DD.numpy(), covariance.mean_D.numpy()
+    R = ridge * np.diag(C.diagonal()[kept])
+    if not has_bias:
+        # Second moments, for which a ReLU's zeros are no trouble either.
+        C, mu = C + np.outer(mu, mu), np.zeros_like(mu)
+    A = C[np.ix_(cut, kept)] @ np.linalg.pinv(C[np.ix_(kept, kept)] + R, hermitian=True)
+    return torch.tensor(A), torch.tensor(mu[cut] - A @ mu[kept])
+
+
+def with_predicted_activations(
+    model: Any, plan: Plan, mixture: PooledCovariance, head_dim: int, *, has_bias: bool = True
+) -> Any:
     """Before ``o_proj`` and ``down_proj`` of the dense model every cut activation gives way to its prediction."""
     for layer, (block, kept) in enumerate(zip(model.get_decoder().layers, plan.kept, strict=True)):
         heads = [h * head_dim + i for h in kept.heads for i in range(head_dim)]
-        for site, of in (("attn", heads), ("mlp", list(kept.channels[0]))):
-            linear, covariance = block.get_submodule(output_modules(model)[site]), mixture[layer, site]  # type: ignore[index]
+        kept_of = {"attn": heads, "mlp": list(kept.channels[0])}
+        for site, module in output_modules(model).items():
+            of = kept_of[site]
+            linear, covariance = block.get_submodule(module), mixture[layer, site]  # type: ignore[index]
             cut = sorted(set(range(linear.in_features)) - set(of))
-            C, mu = covariance.covariance_DD.numpy(), covariance.mean_D.numpy()
-            ridged = C[np.ix_(of, of)] + mixture.ridge_of((layer, site)) * np.diag(C.diagonal()[of])  # type: ignore[arg-type]
-            A = torch.tensor(C[np.ix_(cut, of)] @ np.linalg.pinv(ridged, hermitian=True))  # a ReLU leaves zeros
-            mean_S, mean_P = torch.tensor(mu[of]), torch.tensor(mu[cut])
+            ridge = mixture.ridge_of((layer, site))  # type: ignore[arg-type]
+            A, intercept_P = prediction(covariance, of, cut, ridge, has_bias=has_bias)
 
-            def predict(_module: Any, inputs: Any, cut=cut, of=of, A=A, mean_S=mean_S, mean_P=mean_P) -> Any:
+            def predict(_module: Any, inputs: Any, cut=cut, of=of, A=A, intercept_P=intercept_P) -> Any:
                 x_BTD = inputs[0].clone()
-                x_BTD[..., cut] = mean_P + (x_BTD[..., of] - mean_S) @ A.T
+                x_BTD[..., cut] = intercept_P + x_BTD[..., of] @ A.T
                 return (x_BTD,)
 
             linear.register_forward_pre_hook(predict)
     return model
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in MIXTURES])
-def test_compacted_equals_the_dense_model_with_cut_activations_predicted(dense, tmp_path, float64_norms, name):
+@contextmanager
+def with_predicted_channels(model: Any, plan: Plan, mixture: PooledCovariance) -> Iterator[None]:
+    """Before ``down_proj`` of every MoE expert cut channels give way to their linear prediction."""
+    maps: dict[int, tuple[list[int], list[int], torch.Tensor]] = {}
+    for layer, (block, kept) in enumerate(zip(model.get_decoder().layers, plan.kept, strict=True)):
+        for expert, channels in enumerate(kept.channels if len(kept.channels) > 1 else ()):
+            weight_OD = block.mlp.experts.down_proj[expert]
+            of, key = list(channels), (layer, f"mlp.{expert}")
+            cut = sorted(set(range(weight_OD.shape[1])) - set(of))
+            A, _ = prediction(mixture[key], of, cut, mixture.ridge_of(key), has_bias=False)
+            maps[weight_OD.data_ptr()] = (of, cut, A)
+    linear = torch.nn.functional.linear
+
+    def predicting(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if weight.data_ptr() in maps:
+            of, cut, A = maps[weight.data_ptr()]
+            x = x.clone()
+            x[..., cut] = x[..., of] @ A.T
+        return linear(x, weight, bias)
+
+    with mock.patch.object(torch.nn.functional, "linear", predicting):
+        yield
+
+
+@pytest.mark.parametrize("way", ["least_squares", "least_squares_without_bias"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_compacted_equals_the_dense_model_with_cut_activations_predicted(dense, tmp_path, float64_norms, name, way):
     source, ids_BT = dense(name, torch.float64), random_ids()
     base, mixture = calibrated(source, tmp_path)
-    plan = random_plan(base.architecture, 1, "least_squares")
-    compacted = logits(load(write_compacted(CheckpointExport(base, plan, mixture), tmp_path / "cut")), ids_BT)
-    predicted = logits(with_predicted_activations(load(source), plan, mixture, base.architecture.head_dim), ids_BT)
+    plan = random_plan(base.architecture, 1, way)
+    folder = write_compacted(CheckpointExport(base, plan, mixture), tmp_path / "cut")
+    compacted = logits(load(folder), ids_BT)
+    has_bias = way == "least_squares"
+    model = with_predicted_activations(load(source), plan, mixture, base.architecture.head_dim, has_bias=has_bias)
+    with with_predicted_channels(model, plan, mixture):
+        predicted = logits(model, ids_BT)
+    added = {name for name in tensors_of(folder) if name.endswith(".bias")} - base.tensors.keys()
+    assert bool(added) == (has_bias and bool(base.architecture.bias_keys))
     assert (compacted - predicted).abs().max() < 1e-8
     assert (compacted - logits(load(source), ids_BT)).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "llama_biased", "qwen2"])
-def test_a_plan_that_cuts_nothing_is_the_identity(dense, tmp_path, name):
+@pytest.mark.parametrize("way", ["least_squares", "least_squares_without_bias"])
+@pytest.mark.parametrize("name", ["llama_gqa", "llama_biased", "qwen2", "mixtral"])
+def test_a_plan_that_cuts_nothing_is_the_identity(dense, tmp_path, name, way):
     source, ids_BT = dense(name), random_ids()
     base, mixture = calibrated(source, tmp_path)
     whole = (Kept.whole(base.architecture, 0),) * base.architecture.n_layers
-    export = CheckpointExport(base, Plan("expert", 0.0, COMPENSATIONS["least_squares"], whole, {}), mixture)
+    export = CheckpointExport(base, Plan("expert", 0.0, COMPENSATIONS[way], whole, {}), mixture)
     compacted = load(write_compacted(export, tmp_path / "cut"))
     assert torch.equal(logits(compacted, ids_BT), logits(load(source), ids_BT))
 

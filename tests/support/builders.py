@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from seap_ray.core.architecture import Architecture, Shape
 from seap_ray.core.compensation import COMPENSATIONS
-from seap_ray.core.moments import RECORDED, Moments, Statistics
+from seap_ray.core.moments import RECORDED, Covariance, Moments, Statistics
 from seap_ray.core.plan import Kept, Plan
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport, finish, write_tensors
@@ -288,6 +288,28 @@ def random_statistics(architecture: Architecture, seed: int, n: int = 20) -> Sta
                 x_ND = torch.randn(n, widths[kind], generator=generator, dtype=torch.float64) * scale_D + shift_D
                 statistics[layer, site] = Moments(n, x_ND.mean(0), (x_ND - x_ND.mean(0)).square().sum(0))
     return statistics
+
+
+class RandomCovariances(dict):
+    """Covariances of random activations by (layer, site), as ``PooledCovariance`` gives them."""
+
+    def ridge_of(self, _key: tuple[int, str]) -> float:
+        return 0.01
+
+
+def random_covariances(architecture: Architecture, seed: int, n: int = 60) -> RandomCovariances:
+    """Return covariances of random activations whose means are far from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    covariances = RandomCovariances()
+    for layer, given in enumerate(architecture.layers):
+        for site in architecture.modules:
+            is_attention = site == "attn"
+            width = given.shape.heads * architecture.head_dim if is_attention else given.shape.channels
+            shift_D = torch.randn(width, generator=generator, dtype=torch.float64)
+            mix_DD = torch.randn(width, width, generator=generator, dtype=torch.float64) / width**0.5
+            x_ND = torch.randn(n, width, generator=generator, dtype=torch.float64) @ mix_DD + shift_D
+            covariances[layer, site] = Covariance.of(x_ND)
+    return covariances
 
 
 # --- cut checkpoints -------------------------------------------------------------------------------------------------
