@@ -18,7 +18,7 @@ from seap_ray.models.records import PooledCovariance
 from seap_ray.pipeline.checkpoint_writer import prepare_checkpoint
 from seap_ray.pipeline.divergences import Measured, PooledTrial
 from seap_ray.pipeline.model_specs import model_specs
-from seap_ray.pipeline.plan_choice import ALLOCATIONS, REPAIRS, PlanChooser, PlannedModel
+from seap_ray.pipeline.plan_choice import ALLOCATIONS, REPAIRS, REPAIRS_WITHOUT_BIAS, PlanChooser, PlannedModel
 from seap_ray.pipeline.plan_files import save_plan
 from seap_ray.progress import progress
 from seap_ray.storage.files import read_json
@@ -118,6 +118,24 @@ def test_the_score_and_compensation_that_diverge_least_are_taken(judge, repair):
     assert (planned.spec.settings.score, planned.spec.settings.compensation) == repair
     assert rows_of(planned)[:4] == [(*each, "uniform", "none") for each in REPAIRS]
     assert {row[:2] for row in rows_of(planned)[4:]} == {repair}, "allocations are judged with this repair alone"
+
+
+@pytest.mark.parametrize("statistics", ["moments", "covariance"])
+@pytest.mark.parametrize("repair", REPAIRS_WITHOUT_BIAS, ids="+".join)
+def test_without_a_bias_linear_maps_and_nothing_are_judged(judge, repair, statistics):
+    def repair_in_plan(score: str, compensation: str) -> tuple[str, str]:
+        return score, "least_squares_without_bias" if compensation == "least_squares" else compensation
+
+    judge.divergence = lambda plan: 0.5 if repair_of(plan) == repair_in_plan(*repair) else 1.0
+    planned = choose(calibration={"statistics": statistics}, pruning={"bias": False})
+
+    possible = [each for each in REPAIRS_WITHOUT_BIAS if statistics == "covariance" or each[1] == "none"]
+    judged = list(dict.fromkeys(row[:2] for row in rows_of(planned)))
+    assert judged == [repair_in_plan(*each) for each in possible]
+    taken = repair if repair in possible else possible[0]
+    assert repair_of(planned.export.plan) == repair_in_plan(*taken)
+    assert (planned.spec.settings.score, planned.spec.settings.compensation) == taken
+    assert not any(plan.compensation.adds_biases for plan in judge.plans)
 
 
 @pytest.mark.parametrize("unit", ["group", "none"])

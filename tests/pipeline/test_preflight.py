@@ -27,6 +27,7 @@ from seap_ray.pipeline.preflight import (
     _check_model,
     _check_storage,
     _check_versions_alike,
+    check_config,
     corpus_sizes,
     local_checks,
     needs_findings,
@@ -58,6 +59,18 @@ def only(findings) -> Finding:
 
 
 # --- nodes -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_has_covariances_but_no_scores_of_units(dense, tmp_path):
+    settings = {
+        "model": {"source": str(dense("mixtral"))},
+        "tasks": ["sort"],
+        "calibration": {"statistics": "covariance"},
+    }
+    pruning = {"score": "obs", "compensation": "least_squares"}
+    with pytest.raises(ConfigError, match="pruning.score: obs does not compare the channels of several MoE experts"):
+        check_config(Config.model_validate({**settings, "pruning": pruning}), check_evaluation_rows=False)
+    check_config(Config.model_validate(settings), check_evaluation_rows=False)
 
 
 def test_nodes_that_are_alike_say_nothing():
