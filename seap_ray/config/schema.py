@@ -27,6 +27,7 @@ Auto = Literal["auto"]
 """What is left to be chosen on held-out tokens of the calibration."""
 Pooling = Literal["pooled", "score_average"]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
+GgufType = Literal["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
 FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 AtLeastZero = Annotated[int, Field(ge=0)]
@@ -419,10 +420,14 @@ def _completed_baseline(name: str, settings: Any) -> Any:
 class ExportSection(Section):
     """How checkpoints are written."""
 
-    format: Literal["seap", "stock"] = "seap"
+    format: Literal["seap", "stock", "gguf"] = "seap"
     """Format of the checkpoints. `seap`: every plan can be written; loading needs trust_remote_code, an import of
     seap_ray.models.hf, or vLLM with seap_ray installed. `stock`: an ordinary checkpoint of the model's family, which
-    needs a plan that gives all layers the same shape."""
+    needs a plan that gives all layers the same shape. `gguf`: as `seap`, and beside it one file that llama.cpp loads as
+    it is, and so Ollama and LM Studio; docs/families.md says which families it has for layers of different shapes."""
+    gguf_type: GgufType = "Q8_0"
+    """Type of the matrices in a GGUF file, of a format `gguf`. Norms and biases are F32; with four or five bits the
+    embedding and the head have eight. K-quants are made of such a file by llama.cpp's own llama-quantize."""
     max_shard_size: str = Field(default="5GB", pattern=r"^\d+(\.\d+)?\s*[KMG]B$")
     """Largest weight file of a checkpoint, for example 5GB or 500MB."""
 

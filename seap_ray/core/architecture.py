@@ -334,6 +334,8 @@ class Architecture:
     """MoE experts of every layer; a layer's channels are then the width of each. 0: no mixture of experts."""
     experts_per_token: int = 0
     """MoE experts that the router chooses for a token."""
+    ties_embeddings: bool = False
+    """Whether the head that predicts tokens is the embedding."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Architecture":
@@ -396,6 +398,8 @@ class Architecture:
             # Qwen's own configs say num_experts, those that transformers writes num_local_experts.
             n_experts=_size(config, "num_local_experts", config.get("num_experts")) if family.is_moe else 0,
             experts_per_token=_size(config, "num_experts_per_tok") if family.is_moe else 0,
+            # Gemma's configs leave the key out.
+            ties_embeddings=bool(config.get("tie_word_embeddings", name.startswith("gemma"))),
         )
 
     @property

@@ -25,6 +25,7 @@ from seap_ray.core.plan import Plan
 from seap_ray.core.slicing import in_pieces, kept_indices, slice_tensor, sliced_shape
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import DTYPES, Checkpoint
+from seap_ray.models.gguf import layouts
 from seap_ray.models.model_sources import COMPANION_FILES, INDEX
 from seap_ray.models.records import PooledCovariance
 from seap_ray.storage.files import atomic_write, write_json
@@ -411,6 +412,8 @@ def why_no_biases(file_format: str, architecture: Architecture) -> str | None:
         file_format: ``export.format``.
         architecture: The base.
     """
+    if file_format == "gguf":
+        return layouts.why_no_biases(architecture)
     if file_format != "stock" or not architecture.bias_keys:
         return None
     family = architecture.family

@@ -13,16 +13,27 @@ import torch
 
 from seap_ray.config import ExportSection
 from seap_ray.core.architecture import Shape
-from seap_ray.models.checkpoint import Checkpoint, versions
-from seap_ray.models.export import SHARED, CheckpointExport, OutputTensor, finish, parse_size, write_tensors
+from seap_ray.models.checkpoint import Checkpoint, completed_config, versions
+from seap_ray.models.export import (
+    SHARED,
+    CheckpointExport,
+    OutputTensor,
+    finish,
+    parse_size,
+    write_companions,
+    write_tensors,
+)
+from seap_ray.models.gguf.companions import modelfile
+from seap_ray.models.gguf.layouts import layout_of_plan
 from seap_ray.models.records import task_memory
 from seap_ray.pipeline.cluster import work_task
+from seap_ray.pipeline.gguf_files import write_gguf, write_preset
 from seap_ray.pipeline.model_specs import ModelSpec
 from seap_ray.pipeline.plan_choice import PlannedModel
 from seap_ray.pipeline.plan_files import describe_plan, save_plan
 from seap_ray.progress import Progress
 from seap_ray.storage.artifact import Artifact, ChecksummedFile, ManifestFolder, checksum_path
-from seap_ray.storage.files import link, writable
+from seap_ray.storage.files import atomic_write, link, writable
 from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint
 
@@ -42,6 +53,8 @@ def _manifest_sizes(manifest: Mapping[str, Any]) -> dict[str, int]:
 
 CHECKPOINT_FOLDER = ManifestFolder(MANIFEST, _manifest_hashes, _manifest_sizes)
 """Format of a finished checkpoint."""
+MODELFILE = "Modelfile"
+"""File by which Ollama imports a GGUF file beside it."""
 WEIGHT_FILE = ChecksummedFile()
 """Format of a weight file whose checkpoint is not finished."""
 
@@ -61,6 +74,19 @@ class PendingCheckpoint:
     """Hash of everything that the checkpoint is made from."""
     files: dict[str, list[OutputTensor]]
     """Tensors of every weight file, by the file's name."""
+    gguf_type: str | None = None
+    """Type of the matrices in its GGUF file; None where it has no such file."""
+
+    @property
+    def gguf_file(self) -> str:
+        """Name of its GGUF file."""
+        return f"model-{self.gguf_type}.gguf"
+
+    @property
+    def title(self) -> str:
+        """What its GGUF file calls it: the base, the model, and the ratio."""
+        base = self.export.base.source.name.rstrip("/").rpartition("/")[2]
+        return f"{base} {self.spec.name} {self.target.parent.name}"
 
     @property
     def partial(self) -> StoragePath:
@@ -96,6 +122,8 @@ def write_checkpoints(
         for _ in progress(_write_all(missing, files), n_bytes, "writing", "B"):
             pass
 
+    if settings.format == "gguf":
+        write_preset(run)
     return checkpoints
 
 
@@ -107,9 +135,16 @@ def prepare_checkpoint(model: PlannedModel, settings: ExportSection, run: Run) -
     # A plan's name and ratio are in the folder's path already.
     cut = (plan.compensation.name, plan.kept, plan.dropped)
     provenance = {**plan.provenance, **({"target": plan.target.asked} if plan.target else {})}
-    key = fingerprint(export.base.fingerprint, provenance, cut, settings.model_dump(), versions())
+    key = fingerprint(export.base.fingerprint, provenance, cut, _export_settings(settings), versions())
     files = export.files(parse_size(settings.max_shard_size))
-    return PendingCheckpoint(model.spec, export, run.expert(plan.requested, plan.name), key, files)
+    gguf_type = settings.gguf_type if settings.format == "gguf" else None
+    return PendingCheckpoint(model.spec, export, run.expert(plan.requested, plan.name), key, files, gguf_type)
+
+
+def _export_settings(settings: ExportSection) -> dict[str, Any]:
+    """Return the settings that a checkpoint depends on."""
+    unused = {"gguf_type"} if settings.format != "gguf" else set()
+    return settings.model_dump(exclude=unused)
 
 
 def _not_whole(checkpoints: list[PendingCheckpoint]) -> list[PendingCheckpoint]:
@@ -201,9 +236,16 @@ def _write_all(checkpoints: list[PendingCheckpoint], files: list[PendingFile]) -
 
     # By checkpoint, its files that are written; a file that several share counts for each.
     hashes: dict[StoragePath, dict[str, str]] = {checkpoint.target: {} for checkpoint in checkpoints}
-    while pending:
+    # GGUF files are made of whole checkpoints, each as soon as its weights are there.
+    converting: dict[Any, PendingCheckpoint] = {}
+    while pending or converting:
         # In the order of finishing, so that no folder waits for a file of another one.
-        (done,), _ = ray.wait(list(pending), num_returns=1)
+        (done,), _ = ray.wait([*pending, *converting], num_returns=1)
+        if done in converting:
+            checkpoint = converting.pop(done)
+            hashes[checkpoint.target][checkpoint.gguf_file] = ray.get(done)
+            _finish(checkpoint, hashes[checkpoint.target])
+            continue
         file = pending.pop(done)
         digest = ray.get(done)
 
@@ -211,9 +253,29 @@ def _write_all(checkpoints: list[PendingCheckpoint], files: list[PendingFile]) -
             file.link_into(checkpoint)
             written = hashes[checkpoint.target]
             written[file.name] = digest
-            if len(written) == len(checkpoint.files):
+            if len(written) < len(checkpoint.files):
+                continue
+            if checkpoint.gguf_type:
+                converting[_start_gguf(checkpoint)] = checkpoint
+            else:
                 _finish(checkpoint, written)
         yield file.n_bytes
+
+
+def _start_gguf(checkpoint: PendingCheckpoint) -> Any:
+    """Start the Ray task that makes the GGUF file of a checkpoint whose weights are written; return its reference."""
+    export = checkpoint.export
+    # The file is made of the folder, which needs its config and tokenizer for that.
+    write_companions(export, checkpoint.partial, checkpoint.files)
+    with atomic_write(checkpoint.partial / MODELFILE) as temporary:
+        longest = export.base.architecture.max_position_embeddings
+        temporary.write_text(modelfile(checkpoint.gguf_file, export.base.folder, longest))
+
+    # The largest tensor, in single precision, beside what is made of its pieces.
+    largest = max(torch.Size(tensor.shape).numel() for tensors in checkpoint.files.values() for tensor in tensors)
+    task = work_task(write_gguf).options(memory=2 * torch.float32.itemsize * largest)
+    path = checkpoint.partial / checkpoint.gguf_file
+    return task.remote(checkpoint.partial, checkpoint.gguf_type, checkpoint.title, path)
 
 
 def _start_writing(checkpoints: list[PendingCheckpoint], files: list[PendingFile]) -> dict[Any, PendingFile]:
@@ -277,7 +339,7 @@ def _finish(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> None:
 def _complete_partial(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> None:
     """Add everything but the weights to the hidden folder, the manifest last."""
     # The manifest says the hashes from here on; files beside the weights are no part of a checkpoint.
-    for name in checkpoint.files:
+    for name in hashes:
         with writable(checkpoint.partial):
             checksum_path(checkpoint.partial / name).unlink(missing_ok=True)
 
@@ -304,8 +366,10 @@ def _manifest(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> dict[str
         "plan": describe_plan(checkpoint.export.plan, base.architecture),
         "files": {
             name: {"sha256": hashes[name], "bytes": (checkpoint.partial / name).stat().st_size}
-            for name in checkpoint.files
+            # In the checkpoint's order, whichever was written first.
+            for name in sorted(hashes, key=[*checkpoint.files, checkpoint.gguf_file].index)
         },
+        **_gguf_file(checkpoint, hashes),
         "versions": versions(),
     }
 
@@ -327,6 +391,15 @@ def checkpoint_sizes(checkpoint: PendingCheckpoint) -> dict[str, Any]:
         "bytes": sum(tensor.n_bytes for tensor in tensors),
         "kv_bytes_per_token": kv_bytes(plan.shapes, base),
     }
+
+
+def _gguf_file(checkpoint: PendingCheckpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the manifest says of the GGUF file; nothing where there is none."""
+    if checkpoint.gguf_file not in hashes:
+        return {}
+    base = checkpoint.export.base
+    layout = layout_of_plan(checkpoint.export.plan, completed_config(base.config), base.architecture)
+    return {"gguf": {"file": checkpoint.gguf_file, "architecture": layout.name, "type": checkpoint.gguf_type}}
 
 
 def _target_met(checkpoint: PendingCheckpoint) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from seap_ray.errors import ConfigError
 from seap_ray.pipeline.biases import with_bias
 from seap_ray.pipeline.calibrate import n_workers
 from seap_ray.pipeline.cluster import connect_driver
+from seap_ray.pipeline.gguf_files import gguf_note
 from seap_ray.pipeline.placement import choose_placement
 from seap_ray.pipeline.preflight import (
     Finding,
@@ -39,6 +40,8 @@ def diagnose(config: Config) -> None:
 
     config = with_recognised_tasks(config)
     checkpoint = check_config(config, check_evaluation_rows=config.evaluation.samples != 0)
+    if note := gguf_note(config, checkpoint.architecture):
+        _show([Finding("ok", "gguf", note.removeprefix("gguf: "))])
     config = with_bias(config, checkpoint.architecture)
     if target := checkpoint_target(config, checkpoint):
         config = with_ratio(config, checkpoint.architecture, target)

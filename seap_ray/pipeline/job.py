@@ -22,6 +22,7 @@ from seap_ray.pipeline.cluster import connect_driver
 from seap_ray.pipeline.divergences import held_out_shard
 from seap_ray.pipeline.error_correction import correct_models
 from seap_ray.pipeline.evaluate import EvalTask, eval_target, eval_task, evaluate
+from seap_ray.pipeline.gguf_files import gguf_note
 from seap_ray.pipeline.model_specs import model_specs
 from seap_ray.pipeline.placement import with_placement
 from seap_ray.pipeline.plan_choice import PlanChooser, passes_of_choice
@@ -102,6 +103,8 @@ def on_cluster(config: Config, work: Callable[[Config, Checkpoint, Run], None], 
     config = with_recognised_tasks(config)
     checkpoint = check_config(config, check_evaluation_rows=check_evaluation_rows)
     say_bias(config, checkpoint.architecture)
+    if note := gguf_note(config, checkpoint.architecture):
+        say(note)
     config = with_bias(config, checkpoint.architecture)
     # From here on a target is the ratio that stands for it, which names the run's folders.
     config = with_target_ratio(config, checkpoint)

@@ -18,6 +18,7 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.forward import COVARIANCE_COPIES
 from seap_ray.models.records import covariance_bytes, covariance_widths, task_memory
 from seap_ray.pipeline.model_specs import ModelSpec, assumed_specs, compensation_for, model_specs, pruning_section
+from seap_ray.pipeline.gguf_files import is_uniform
 from seap_ray.pipeline.placement import memory_with_batch
 from seap_ray.pipeline.plan_choice import passes_of_choice
 from seap_ray.pipeline.run_target import target_of
@@ -287,7 +288,7 @@ def _shapes(
     if pruning.allocation.kind not in ("uniform", "logistic"):
         return []
 
-    stock = config.export.format == "stock"
+    stock = is_uniform(config, architecture, adds_biases=adds_biases)
     return choose_shapes(
         architecture, pruning, ratio=ratio, adds_biases=adds_biases, scores_L=(), stock=stock, target=target
     )

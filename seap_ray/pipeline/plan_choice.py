@@ -22,6 +22,7 @@ from seap_ray.errors import ConfigError
 from seap_ray.models.cut_costs import PASSES_BY_SITE
 from seap_ray.models.export import CheckpointExport
 from seap_ray.pipeline.divergences import Measured, PooledTrial, Trial, measure_all
+from seap_ray.pipeline.gguf_files import is_uniform
 from seap_ray.pipeline.model_specs import ModelSpec, compensation_for, model_specs, pruning_section
 from seap_ray.pipeline.planner import Planner
 from seap_ray.progress import Progress
@@ -283,9 +284,9 @@ class PlanChooser:
         """
         planner = self.planner
         pruning = pruning_section(planner.config, spec.settings)
-        is_stock = planner.config.export.format == "stock"
         adds_biases = compensation_for(spec.settings).adds_biases
         architecture = planner.checkpoint.architecture
+        is_stock = is_uniform(planner.config, architecture, adds_biases=adds_biases)
         # A ratio that cannot be met costs nothing.
         if planner.target is None:
             check_ratio(architecture, pruning, ratio=ratio, adds_biases=adds_biases, stock=is_stock)

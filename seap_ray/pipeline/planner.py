@@ -31,8 +31,9 @@ from seap_ray.core.scores import (
 )
 from seap_ray.core.sensitivity import Sensitivities
 from seap_ray.core.targets import Target
-from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.checkpoint import Checkpoint, completed_config
 from seap_ray.models.export import CheckpointExport, check_stock
+from seap_ray.models.gguf.layouts import layout_of_plan
 from seap_ray.models.records import (
     PooledCovariance,
     TensorFile,
@@ -46,6 +47,7 @@ from seap_ray.models.records import (
 )
 from seap_ray.pipeline.cluster import work_task
 from seap_ray.pipeline.divergences import HeldOutShard
+from seap_ray.pipeline.gguf_files import is_uniform
 from seap_ray.pipeline.model_specs import ModelSpec, compensation_for, pruning_section
 from seap_ray.pipeline.run_target import checkpoint_target
 from seap_ray.storage.artifact import Artifact
@@ -133,6 +135,8 @@ class Planner:
         # A stock checkpoint cannot have layers of different shapes; that is refused before anything is written.
         if self.config.export.format == "stock":
             check_stock(plan, self.checkpoint.architecture)
+        if self.config.export.format == "gguf":
+            layout_of_plan(plan, completed_config(self.checkpoint.config), self.checkpoint.architecture)
         return plan
 
     def pooled_moments(self, spec: ModelSpec) -> Statistics:
@@ -184,14 +188,15 @@ class Planner:
         Raises ConfigError when floors, caps and protection do not allow the ratio.
         """
         pruning = pruning_section(self.config, spec.settings)
+        adds_biases = compensation_for(spec.settings).adds_biases
         return choose_shapes(
             self.checkpoint.architecture,
             pruning,
             ratio=ratio,
-            adds_biases=compensation_for(spec.settings).adds_biases,
+            adds_biases=adds_biases,
             scores_L=scores_L,
             comparable=pruning.score in UNIT_SCORES,
-            stock=self.config.export.format == "stock",
+            stock=is_uniform(self.config, self.checkpoint.architecture, adds_biases=adds_biases),
             sensitivities=sensitivities,
             target=self.target,
         )

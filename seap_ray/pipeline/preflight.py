@@ -36,6 +36,7 @@ from seap_ray.models.row_formats import FORMATS, recognise
 from seap_ray.models.row_sources import calibration_rows
 from seap_ray.pipeline.biases import bias_line, with_bias
 from seap_ray.pipeline.calibrate import check_memory
+from seap_ray.pipeline.gguf_files import check_gguf_base, is_uniform
 from seap_ray.pipeline.model_specs import assumed_specs, compensation_for, model_specs, pruning_section
 from seap_ray.pipeline.needs import CorpusSize, DiskNeeds, ModelSize, Needs, disk_needs, largest_corpora, needs
 from seap_ray.pipeline.run_target import target_line, target_of, with_ratio
@@ -106,6 +107,7 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
     # Refuses biases that the checkpoints could not hold.
     config = with_bias(config, checkpoint.architecture)
     # A target becomes a ratio, and is checked, where the checkpoint's sizes are known (``with_target_ratio``).
+    check_gguf_base(config, checkpoint)
     if not config.pruning.target.kinds:
         check_ratios(config, checkpoint.architecture)
     return checkpoint
@@ -123,8 +125,6 @@ def _check_mixture(config: Config) -> None:
 
 def check_ratios(config: Config, architecture: Architecture) -> None:
     """Raise ConfigError for a ratio beyond reach: what a layer can give does not depend on statistics."""
-    stock = config.export.format == "stock"
-
     for spec in assumed_specs(config):
         # Added biases are parameters too, so they count in what a layer can give.
         pruning = pruning_section(config, spec.settings)
@@ -142,6 +142,7 @@ def with_recognised_tasks(config: Config) -> Config:
     return config.model_copy(update={"tasks": tuple(tasks)})
 
 
+        stock = is_uniform(config, architecture, adds_biases=adds_biases)
 def _recognised(task: Task) -> Task:
     source = calibration_rows(task)
     rows = source.first_rows(RECOGNISED_ROWS)

@@ -9,6 +9,7 @@ from seap_ray.core.architecture import Architecture
 from seap_ray.core.targets import StoredSizes, Target, WidthTable, make_target
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import DTYPES, Checkpoint
+from seap_ray.pipeline.gguf_files import is_uniform
 from seap_ray.pipeline.model_specs import assumed_specs, compensation_for, pruning_section
 from seap_ray.progress import say
 from seap_ray.storage.files import read_json
@@ -57,14 +58,15 @@ def with_ratio(config: Config, architecture: Architecture, target: Target) -> Co
 
     Raises ConfigError for a target that one of the run's models cannot meet, or that the model meets without a cut.
     """
-    stock = config.export.format == "stock"
     may_add_biases = False
     for spec in assumed_specs(config):
         pruning = pruning_section(config, spec.settings)
         adds_biases = compensation_for(spec.settings).adds_biases
+        stock = is_uniform(config, architecture, adds_biases=adds_biases)
         check_target(architecture, pruning, target, adds_biases=adds_biases, stock=stock)
         may_add_biases |= adds_biases
 
+    stock = is_uniform(config, architecture, adds_biases=may_add_biases)
     ratio = even_ratio(architecture, config.pruning, target, adds_biases=may_add_biases, stock=stock)
     return config.model_copy(update={"pruning": config.pruning.model_copy(update={"ratio": (ratio,)})})
 

@@ -6,10 +6,11 @@ Every other architecture is for layers of equal widths.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from seap_ray.core.architecture import Architecture
+from seap_ray.core.plan import Plan
 from seap_ray.errors import ConfigError
 
 SEAP = "export.format=seap"
@@ -118,6 +119,22 @@ def choose_layout(config: Mapping[str, Any], architecture: Architecture) -> Layo
     return _choose(config, architecture, widths_differ=widths_differ, adds_biases=architecture.has_added_biases)
 
 
+def layout_of_plan(plan: Plan, config: Mapping[str, Any], base: Architecture) -> Layout:
+    """Choose the layout of what a plan leaves of a model.
+
+    Args:
+        plan: The plan.
+        config: Content of the base's config.json, with transformers' defaults.
+        base: The base.
+
+    Raises:
+        ConfigError: llama.cpp has no layout for it; one line with the reason and what to do.
+    """
+    layers = tuple(layer for _, layer in plan.layers_after(base))
+    windows = tuple(base.windows[layer] for layer in plan.layers) if base.windows else ()
+    return choose_layout(config, replace(base, layers=layers, windows=windows))
+
+
 def check_gguf(config: Mapping[str, Any], architecture: Architecture, *, adds_biases: bool) -> None:
     """Refuse a base that llama.cpp has no layout for, however it is cut, before there is a plan.
 
@@ -133,19 +150,18 @@ def check_gguf(config: Mapping[str, Any], architecture: Architecture, *, adds_bi
     _choose(config, architecture, widths_differ=False, adds_biases=has_biases)
 
 
-def needs_equal_widths(architecture: Architecture, *, adds_biases: bool, is_tied: bool) -> bool:
+def needs_equal_widths(architecture: Architecture, *, adds_biases: bool) -> bool:
     """Return whether llama.cpp holds a family only where all layers have the same widths.
 
     Args:
         architecture: The base.
         adds_biases: Whether compensation adds biases to output modules.
-        is_tied: Whether the head is the embedding.
     """
     has_biases = adds_biases and bool(architecture.bias_keys)
     for name in FAMILIES[architecture.family_name]:
         layout = LAYOUTS[name]
         suits_biases = layout.has_output_biases or not has_biases
-        if layout.is_uneven and suits_biases and (is_tied or layout.head != "tied"):
+        if layout.is_uneven and suits_biases and (architecture.ties_embeddings or layout.head != "tied"):
             return False
     return True
 
@@ -220,10 +236,9 @@ def _model_problem(layout: Layout, config: Mapping[str, Any], architecture: Arch
     if any(rope.get("rope_type") == "yarn" and rope.get("attention_factor") for rope in ropes.values()):
         return Problem("has no attention_factor of yarn")
 
-    is_tied = bool(config.get("tie_word_embeddings"))
-    if layout.head == "tied" and not is_tied:
+    if layout.head == "tied" and not architecture.ties_embeddings:
         return Problem("has no head but the embedding")
-    if layout.head == "own" and is_tied:
+    if layout.head == "own" and architecture.ties_embeddings:
         return Problem("wants a head of its own")
 
     activation = config.get("hidden_activation") or config.get("hidden_act")

@@ -79,12 +79,10 @@ def gguf_tensors(checkpoint: Checkpoint, layout: Layout, type_: str) -> list[Ggu
     architecture = checkpoint.architecture
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[layout.name], architecture.n_layers)
-    is_tied = bool(completed_config(checkpoint.config).get("tie_word_embeddings"))
-
     tensors: list[GgufTensor] = []
     for arranged in _Arranger(checkpoint, layout).all():
         # A head that is the embedding may be stored a second time.
-        if is_tied and arranged.name in HEADS:
+        if architecture.ties_embeddings and arranged.name in HEADS:
             continue
         name = names.get_name(arranged.name, try_suffixes=(".weight", ".bias"))
         if name is None:

@@ -179,15 +179,14 @@ class _Reader:
 
     def _merged_characters(self, warnings: list[str]) -> Vocabulary:
         """Return the vocabulary of a Llama 2, Mistral or Gemma: SentencePiece's merges of characters."""
-        adds_space, only_first = self._adds_space()
-        if only_first:
-            warnings = [*warnings, "llama.cpp puts a blank after every special token, transformers before a text alone"]
-
+        adds_space, differences = self._adds_space()
         vocab = self.parts["model"]["vocab"]
         if sum(f"<0x{byte:02X}>" in vocab for byte in range(N_BYTES)) < N_BYTES:
             raise self.refused("vocabulary without all single bytes")
         flags = {"add_space_prefix": adds_space}
-        return self._completed("llama", "default", scores=self._merge_ranks(), flags=flags, warnings=warnings)
+        return self._completed(
+            "llama", "default", scores=self._merge_ranks(), flags=flags, warnings=[*warnings, *differences]
+        )
 
     def _merge_ranks(self) -> dict[str, float]:
         """Return by token its rank among merges: SentencePiece merges whichever pair makes the token that comes first.
@@ -212,9 +211,15 @@ class _Reader:
         return ranks
 
     def _check_all_pairs(self, pairs: set[tuple[str, ...]], vocab: Mapping[str, int]) -> None:
-        """Raise ConfigError where two tokens make a third one, and the tokenizer does not merge them."""
+        """Raise ConfigError where two tokens make a third one, and the tokenizer does not merge them.
+
+        llama.cpp merges whatever makes a token, characters that are no tokens themselves as well.
+        """
         added = {token["content"] for token in self.parts["added_tokens"]}
-        for token in vocab.keys() - added:
+        bytes_ = {f"<0x{byte:02X}>" for byte in range(N_BYTES)}
+        for token in vocab.keys() - added - bytes_:
+            if not vocab.keys() >= {*token}:
+                raise self.refused(f"token {token!r}, whose characters are not all tokens")
             for cut in range(1, len(token)):
                 left, right = token[:cut], token[cut:]
                 if left in vocab and right in vocab and (left, right) not in pairs and not {left, right} & added:
@@ -222,13 +227,13 @@ class _Reader:
 
     def _likeliest(self, warnings: list[str]) -> Vocabulary:
         """Return the vocabulary of SentencePiece's unigram model: the sequence of tokens with the highest score."""
-        adds_space, _ = self._adds_space()
+        adds_space, differences = self._adds_space()
         model = self.parts["model"]
         if model.get("byte_fallback"):
             raise self.refused("single bytes in a unigram model")
         scores = {token: float(score) for token, score in model["vocab"]}
         flags = {"add_space_prefix": adds_space, "remove_extra_whitespaces": False}
-        return self._completed("t5", "default", scores=scores, flags=flags, warnings=warnings)
+        return self._completed("t5", "default", scores=scores, flags=flags, warnings=[*warnings, *differences])
 
     def _single_characters(self, warnings: list[str]) -> Vocabulary:
         """Return the vocabulary of a tokenizer whose every character is a token, as the likeliest sequence.
@@ -249,8 +254,8 @@ class _Reader:
         flags = {"add_space_prefix": False, "remove_extra_whitespaces": False}
         return self._completed("t5", "default", scores=dict.fromkeys(vocab, 0.0), flags=flags, warnings=warnings)
 
-    def _adds_space(self) -> tuple[bool, bool]:
-        """Return whether a blank is put before a text, and whether only there and not after special tokens, too."""
+    def _adds_space(self) -> tuple[bool, list[str]]:
+        """Return whether a blank is put before a text, and where llama.cpp puts one that transformers does not."""
         normalizers = _sequence(self.parts["normalizer"], "normalizers")
         replaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
         prepends = {"type": "Prepend", "prepend": SPACE}
@@ -259,12 +264,17 @@ class _Reader:
         cutters = [part for part in cutters if part.get("pattern") != {"String": " "} or replaces not in normalizers]
 
         if normalizers == [prepends, replaces] and not cutters:
-            return True, False
+            # transformers looks for such tokens in a text that has its blanks written already.
+            later = [token["content"] for token in self._used_added_tokens() if token["normalized"]]
+            return True, [f"llama.cpp puts a blank after {later[0]}, too"] if later else []
         if normalizers == [replaces] and not cutters:
-            return False, False
+            return False, []
         if not normalizers and len(cutters) == 1 and cutters[0]["type"] == "Metaspace" and not cutters[0].get("split"):
             scheme = cutters[0]["prepend_scheme"]
-            return scheme != "never", scheme == "first"
+            places = {"always": "", "first": " and after every special token"}
+            if scheme == "never":
+                return False, []
+            return True, [f"llama.cpp puts a blank before a text that begins with one{places[scheme]}, too"]
         raise self.refused("way to write blanks")
 
     # --- what all have -----------------------------------------------------------------------------------------------
