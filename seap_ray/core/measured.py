@@ -79,9 +79,10 @@ def _narrower_options(
     mlp_rise = dict(zip(constraints.channel_options, mlp_rises, strict=True))
 
     options: list[_MeasuredOption] = []
-    for shape in allowed_shapes(constraints, allocation):
+    for shape, weights in allowed_shapes(constraints, allocation).items():
         rise = attn_rise[shape.groups, shape.heads_per_group] + mlp_rise[shape.channels]
-        options.append(_MeasuredOption(units_saved(constraints, shape, target), rise, shape))
+        saved = weights if target is None else units_saved(constraints, shape, target)
+        options.append(_MeasuredOption(saved, rise, shape))
     return options
 
 

@@ -5,7 +5,6 @@ Letters: L layers.
 
 import math
 from collections.abc import Sequence
-from itertools import product
 
 from seap_ray.config import AllocationSection, PruningSection
 from seap_ray.core import sparsity
@@ -35,15 +34,14 @@ def caps(constraints_L: Sequence[WidthConstraints], allocation: AllocationSectio
     return [min(allocation.max_sparsity, constraints.cap) for constraints in constraints_L]
 
 
-def allowed_shapes(constraints: WidthConstraints, allocation: AllocationSection) -> list[Shape]:
-    """List the narrower widths that a layer's cap allows.
+def allowed_shapes(constraints: WidthConstraints, allocation: AllocationSection) -> dict[Shape, int]:
+    """Return the narrower widths that a layer's cap allows, and the weights that they save.
 
     Widths that save nothing, because of biases that a cut layer gets, are left out.
     """
     # The cap holds as a tile does: without part of one more, a ratio just under the cap could not be met.
     most = min(allocation.max_sparsity, constraints.cap) * constraints.size + constraints.tile_cost
-    every = [Shape(*option, channels) for option, channels in product(constraints.options, constraints.channel_options)]
-    return [shape for shape in every if 0 < constraints.removed(shape) <= most]
+    return {shape: removed for shape, removed in constraints.removed_by_shape() if 0 < removed <= most}
 
 
 def units_saved(constraints: WidthConstraints, shape: Shape, target: Target | None) -> int:

@@ -3,7 +3,7 @@
 A width must suit the pruning unit, the tile of channels, the ranks of tensor parallelism and the engine that serves it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -79,6 +79,20 @@ class WidthConstraints:
         """Return how many weights these widths save, added biases counted against them."""
         layer = self.architecture.resized(self.layer, shape, adds_biases=self.adds_biases)
         return self.size - self.architecture.layer_parameters(layer)
+
+    def removed_by_shape(self) -> Iterator[tuple[Shape, int]]:
+        """Yield all allowed widths, thousands in a large layer, and what ``removed`` says of each."""
+        channel_cost = self.architecture.channel_cost
+        original = self.original
+        channel_options = self.channel_options
+        fewest = channel_options[-1]
+
+        for option in self.options:
+            # With one attention, widths that are not the whole layer differ by the weights of their channels alone.
+            most_removed = self.removed(Shape(*option, fewest))
+            for channels in channel_options:
+                shape = Shape(*option, channels)
+                yield shape, 0 if shape == original else most_removed - (channels - fewest) * channel_cost
 
     @property
     def cap(self) -> float:

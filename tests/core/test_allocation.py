@@ -90,6 +90,7 @@ def standardised_scores(architecture, seed=0):
     return [(of(head_H) * architecture.head_dim, of(channel_C)) for head_H, channel_C in scores(architecture, seed)]
 
 
+@cache
 def measured(architecture, seed=0, shares=(0.25, 0.5, 0.8)):
     """Return random rises of every site and way to cut it, some of them below their noise."""
     draw = random.Random(seed)
