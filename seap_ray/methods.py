@@ -15,6 +15,7 @@ StudyName = Literal[
     "transfer",
     "routing",
     "pooling",
+    "synthesis",
     "paper",
 ]
 
@@ -82,6 +83,16 @@ STUDIES: Mapping[StudyName, Study] = {
     "transfer": Study("Cross-task transfer", "How good is an expert on the other tasks?"),
     "routing": Study("Routing", "What do the router's errors cost?"),
     "pooling": Study("Expert against general", "Does an expert gain by its task's data, or only by more data?"),
+    "synthesis": Study(
+        "Texts of the model's own",
+        "Do texts that the dense model writes stand for more rows?",
+        {
+            "corpus.samples": 400,
+            "corpus.shard_sequences": 50,
+            "corpus.synthesis.samples": 400,
+            "pruning.baselines": {},
+        },
+    ),
     "paper": Study(
         "The paper's tables",
         "Can the paper's numbers be reproduced?",

@@ -118,6 +118,17 @@ class ModelSection(Section):
     """Whether Python code that comes with the model may run. Set it only after you have read that code."""
 
 
+class SynthesisSection(Section):
+    """Texts of a task that the dense model itself writes."""
+
+    samples: AtLeastZero = 0
+    """Texts for each task, added to its corpus: the task's own questions, or the beginnings of mere texts, each with
+    what the model writes behind it, as long as the row's own at most. 0: none. More than the task's drawn rows go on
+    from these again."""
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Divides the logits before a token is drawn; 0 takes the likeliest one."""
+
+
 class CorpusSection(Section):
     """The calibration data of a task."""
 
@@ -141,6 +152,7 @@ class CorpusSection(Section):
     count: Literal["all", "assistant"] = "all"
     """Tokens that count in the statistics: `all`, or `assistant`, those of the assistant's messages (of a plain text
     the right answer's) alone."""
+    synthesis: SynthesisSection = SynthesisSection()
     shard_sequences: int = Field(default=64, ge=1)
     """At most this many rows per shard; the rows of a task are spread evenly over at least two. A shard is what one
     worker records at a time, and the most that is lost when a worker dies. The last one is held out where something is

@@ -147,7 +147,9 @@ def calibrate_run(config: Config, checkpoint: Checkpoint, run: Run) -> Calibrate
         cut = f", {manifest.n_cut} texts cut at the longest sequence" if manifest.n_cut else ""
         form = " in the chat template" if manifest.chat else ""
         counted = f", {manifest.n_counted:,} of them count" if manifest.n_counted < manifest.n_tokens else ""
-        say(f"  {manifest.task}: {manifest.n_tokens:,} tokens{form} in {len(manifest.shards)} shards{counted}{cut}")
+        written = f", {manifest.n_synthetic:,} of them in texts of the model's own" if manifest.n_synthetic else ""
+        n_shards = len(manifest.shards)
+        say(f"  {manifest.task}: {manifest.n_tokens:,} tokens{form} in {n_shards} shards{written}{counted}{cut}")
         for line in rows_lines(manifest.task, manifest.n_rows, manifest.counts):
             say(f"  {line}")
         if warning := few_tokens_warning(config, checkpoint, manifest):

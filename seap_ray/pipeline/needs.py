@@ -15,10 +15,12 @@ from seap_ray.core.moments import RECORDED
 from seap_ray.core.reconstruction import UNIT_SCORES
 from seap_ray.core.targets import StoredSizes, Target
 from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.error_correction import PASSES
 from seap_ray.models.forward import COVARIANCE_COPIES
 from seap_ray.models.records import covariance_bytes, covariance_widths, task_memory
-from seap_ray.pipeline.model_specs import ModelSpec, assumed_specs, compensation_for, model_specs, pruning_section
+from seap_ray.pipeline.error_correction import MAX_TOKENS
 from seap_ray.pipeline.gguf_files import is_uniform
+from seap_ray.pipeline.model_specs import ModelSpec, assumed_specs, compensation_for, model_specs, pruning_section
 from seap_ray.pipeline.placement import memory_with_batch
 from seap_ray.pipeline.plan_choice import passes_of_choice
 from seap_ray.pipeline.run_target import target_of
@@ -425,7 +427,7 @@ class TimeNeeds:
 
     calibration: float
     choice: float
-    """Judging plans on held-out tokens, without repairing the models that are judged."""
+    """Judging plans on held-out tokens, without repairing the models that are judged, and correcting their errors."""
     judging: float | None
     writing: float
 
@@ -451,8 +453,10 @@ def time_needs(model: ModelSize, config: Config, corpora: Mapping[str, CorpusSiz
     choice = 0.0
     for spec in model_specs(config):
         held_out = sum(min(config.pruning.held_out_tokens, corpora[task].tokens) for task in spec.weights)
-        n_passes = passes_of_choice(config, spec) * len(config.pruning.ratio)
-        choice += n_passes * held_out * flop_per_token / rates.flop_per_s
+        passed = passes_of_choice(config, spec) * held_out
+        if spec.settings.error_correction:
+            passed += PASSES * min(MAX_TOKENS, sum(corpora[task].tokens for task in spec.weights))
+        choice += len(config.pruning.ratio) * passed * flop_per_token / rates.flop_per_s
 
     judging = None
     judged_tokens = _judged_tokens(config, corpora)

@@ -101,13 +101,14 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
 
     if checkpoint.architecture.n_experts:
         _check_mixture(config)
+    _check_correction(config, checkpoint.architecture)
     if is_uri(config.run.storage) and parse_size(config.export.max_shard_size) > MAX_S3_COPY_BYTES:
         raise ConfigError("export.max_shard_size: in a bucket 5GB at most, since larger files cannot be renamed there")
 
     # Refuses biases that the checkpoints could not hold.
     config = with_bias(config, checkpoint.architecture)
-    # A target becomes a ratio, and is checked, where the checkpoint's sizes are known (``with_target_ratio``).
     check_gguf_base(config, checkpoint)
+    # A target becomes a ratio, and is checked, where the checkpoint's sizes are known (``with_target_ratio``).
     if not config.pruning.target.kinds:
         check_ratios(config, checkpoint.architecture)
     return checkpoint
@@ -123,12 +124,25 @@ def _check_mixture(config: Config) -> None:
             )
 
 
+def _check_correction(config: Config, architecture: Architecture) -> None:
+    """Raise ConfigError for an error correction that the family's models cannot have."""
+    reason = ""
+    if architecture.n_experts:
+        reason = "a mixture of experts, whose down_proj differs from token to token"
+    elif architecture.family.norm_after_mlp:
+        reason = f"a {architecture.family_name} model, which has a norm behind down_proj"
+    for spec in assumed_specs(config):
+        if reason and spec.settings.error_correction and spec.settings.compensation == "least_squares":
+            raise ConfigError(f"pruning.error_correction: not for {reason} ({spec.name}); set it to 0")
+
+
 def check_ratios(config: Config, architecture: Architecture) -> None:
     """Raise ConfigError for a ratio beyond reach: what a layer can give does not depend on statistics."""
     for spec in assumed_specs(config):
         # Added biases are parameters too, so they count in what a layer can give.
         pruning = pruning_section(config, spec.settings)
         adds_biases = compensation_for(spec.settings).adds_biases
+        stock = is_uniform(config, architecture, adds_biases=adds_biases)
         for ratio in config.pruning.ratio:
             check_ratio(architecture, pruning, ratio=ratio, adds_biases=adds_biases, stock=stock)
 
@@ -142,7 +156,6 @@ def with_recognised_tasks(config: Config) -> Config:
     return config.model_copy(update={"tasks": tuple(tasks)})
 
 
-        stock = is_uniform(config, architecture, adds_biases=adds_biases)
 def _recognised(task: Task) -> Task:
     source = calibration_rows(task)
     rows = source.first_rows(RECOGNISED_ROWS)

@@ -9,7 +9,7 @@ and sha256 of every shard.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ from seap_ray.models.encoding import Count, Encoding, RenderedText, uses_chat
 from seap_ray.models.row_sources import calibration_rows
 from seap_ray.models.sequences import CountedSequence, Sequences, counted_of, n_counted
 from seap_ray.pipeline.draw import Draw, draw_corpus
+from seap_ray.pipeline.synthesis import synthesis_state, synthesise
 from seap_ray.storage.artifact import Artifact, has_hash
 from seap_ray.storage.files import atomic_write, read_json, sha256_of, stage, write_json
 from seap_ray.storage.paths import StoragePath
@@ -34,6 +35,7 @@ from seap_ray.tasks import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Row = TypeVar("Row")
 MANIFEST_FILE = "manifest.json"
 PROMPTS_FILE = "prompts.parquet"
 ROWS_FILE = "rows.json"
@@ -51,7 +53,8 @@ class Shard:
 
     task: str
     shard: str
-    """The shard's number among those of its task, in five digits, as in the file's name."""
+    """The shard's number among those of its task, in five digits, as in the file's name; with an ``s`` before it where
+    the dense model has written it."""
     n_sequences: int
     n_tokens: int
     sha256: str
@@ -59,6 +62,8 @@ class Shard:
     """Tokens that do not count in the statistics."""
     n_uncounted_first: int = 0
     """First tokens of sequences among them."""
+    is_synthetic: bool = False
+    """Whether the dense model has written the texts."""
 
     def path(self, run: Run) -> StoragePath:
         """Return where the shard lies."""
@@ -83,6 +88,7 @@ class Manifest:
     fingerprint: str
     """Fingerprint of the settings and files that the shards were made from."""
     shards: tuple[Shard, ...]
+    """Those that the dense model has written come first: the last one, which is held out, is the corpus's own."""
     n_rows: int
     """Rows in the corpus."""
     n_cut: int
@@ -106,6 +112,11 @@ class Manifest:
     def n_counted(self) -> int:
         """Tokens of all shards that count in the statistics (``corpus.count``)."""
         return self.n_tokens - sum(shard.n_uncounted for shard in self.shards)
+
+    @property
+    def n_synthetic(self) -> int:
+        """Tokens of texts that the dense model has written."""
+        return sum(shard.n_tokens for shard in self.shards if shard.is_synthetic)
 
     def read_prompts(self, run: Run) -> list[str]:
         """Read the questions of the drawn rows, or their texts where the task asks none, in the order of the draw."""
@@ -164,13 +175,15 @@ def shards_artifact(
     key = fingerprint(
         SCHEMA,
         task.model_dump(exclude=UNUSED_FIELDS),
-        config.corpus.model_dump(),
+        config.corpus.model_dump(exclude={"synthesis"}),
         config.run.seed,
         tokenizer_hash(checkpoint),
         calibration_rows(task).state(),
         judged_rows(task).is_split_off,
         # The template is in a file of its own, or in the tokenizer's.
         tokenizer.get_chat_template() if uses_chat(config, task, tokenizer) else None,
+        # Nothing where nothing is written, so that shards of runs without it stay.
+        *filter(None, [synthesis_state(config, checkpoint)]),
     )
     return Artifact(run.shards(task.name), key, ShardFolder())
 
@@ -201,19 +214,20 @@ def make_shards(config: Config, checkpoint: Checkpoint, run: Run, report: Callab
     if stale:
         report(f"reading {', '.join(task.name for task in stale)}")
         keys = [artifacts[task.name].key for task in stale]
-        _write_all(config, run, stale, keys)
+        _write_all(config, checkpoint, run, stale, keys)
 
     return [artifacts[task.name].load() for task in config.tasks]
 
 
-def _write_all(config: Config, run: Run, tasks: Sequence[Task], keys: Sequence[str]) -> None:
+def _write_all(config: Config, checkpoint: Checkpoint, run: Run, tasks: Sequence[Task], keys: Sequence[str]) -> None:
     """Draw each corpus with Ray Data, then tokenise and write it in a Ray task of its own."""
     corpus = config.corpus
     is_official = corpus.prompt_format == "official"
-    write = ray.remote(_write_task)
+    write: Any = ray.remote(_write_task)
 
-    # Each is written while the next one is drawn.
+    # Each is written while the next one is drawn; where the model adds texts, all rows are drawn first.
     pending = []
+    waiting: list[tuple[Task, str, Draw]] = []
     for task, key in zip(tasks, keys, strict=True):
         drawn = draw_corpus(
             task,
@@ -222,7 +236,15 @@ def _write_all(config: Config, run: Run, tasks: Sequence[Task], keys: Sequence[s
             official=is_official,
             is_evaluated=config.evaluation.samples != 0,
         )
-        pending.append(write.remote(config, run, task, key, drawn))
+        if corpus.synthesis.samples:
+            waiting.append((task, key, drawn))
+        else:
+            pending.append(write.remote(config, run, task, key, drawn))
+
+    shards = {task: _split(drawn.items, corpus.shard_sequences) for task, _, drawn in waiting}
+    written = synthesise(config, checkpoint, run, shards)
+    for task, key, drawn in waiting:
+        pending.append(write.remote(config, run, task, key, drawn, written[task.name]))
 
     # An error of any task is raised here.
     ray.get(pending)
@@ -240,8 +262,13 @@ class _EncodedRow:
     ids: Sequence[int]
 
 
-def _write_task(config: Config, run: Run, task: Task, key: str, drawn: Draw) -> None:
-    """Tokenise the drawn rows, cut them into shards, write these and, last, the manifest."""
+def _write_task(
+    config: Config, run: Run, task: Task, key: str, drawn: Draw, synthetic: Sequence[Sequence[Item]] = ()
+) -> None:
+    """Tokenise the drawn rows, cut them into shards, write these and, last, the manifest.
+
+    What the model itself has written goes into shards apart.
+    """
     corpus = config.corpus
     # Opened here, on the node that does the work: a checkpoint's folder may lie elsewhere there.
     checkpoint = Checkpoint.open(config.model.source, config.model.revision)
@@ -268,7 +295,13 @@ def _write_task(config: Config, run: Run, task: Task, key: str, drawn: Draw) -> 
     rows = _within_budget(rows, corpus.max_tokens)
     if not rows:
         raise DataError(f"tasks.{task.name}: none of the {drawn.n_rows} rows is left: {listed(counts)}")
-    shards = _write_shards(config, run, task.name, rows, longest)
+    groups = _split(rows, corpus.shard_sequences)
+    shards = _write_shards(config, run, task.name, groups, longest, is_synthetic=False)
+
+    # What cannot be used of these is no row of the corpus, and not counted.
+    written = [_encode(encoding, task, items, corpus.count, Counter()) for items in synthetic if items]
+    synthetic_shards = _write_shards(config, run, task.name, [*filter(None, written)], longest, is_synthetic=True)
+    shards = (*synthetic_shards, *shards)
 
     # Last: a folder without a manifest is made again.
     keys = _write_row_keys(run, task.name, drawn.items)
@@ -276,25 +309,34 @@ def _write_task(config: Config, run: Run, task: Task, key: str, drawn: Draw) -> 
     write_json(run.shards(task.name) / MANIFEST_FILE, asdict(manifest))
 
 
-def _write_shards(config: Config, run: Run, task: str, rows: Sequence[_EncodedRow], longest: int) -> tuple[Shard, ...]:
-    """Write rows as shards: each text for itself, or all of a shard's in chunks of ``longest`` tokens."""
-    corpus = config.corpus
+def _write_shards(
+    config: Config, run: Run, task: str, groups: Sequence[Sequence[_EncodedRow]], longest: int, *, is_synthetic: bool
+) -> tuple[Shard, ...]:
+    """Write groups of rows, a shard each: every text for itself, or all in chunks of ``longest`` tokens."""
     shards: list[Shard] = []
-    start = 0
-    for size in shard_sizes(len(rows), corpus.shard_sequences):
-        shard_rows = rows[start : start + size]
-        start += size
-        pairs = [(row.ids, row.text) for row in shard_rows]
-        if corpus.packing == "pack":
+    for number, rows in enumerate(groups):
+        pairs = [(row.ids, row.text) for row in rows]
+        if config.corpus.packing == "pack":
             # A chunk holds pieces of several texts, so none is stored with it. No other chunk sees one that has
             # nothing to count.
-            chunks = chunk_stream([row.ids for row in shard_rows], longest)
+            chunks = chunk_stream([row.ids for row in rows], longest)
             pairs = [(ids, "") for ids in chunks if n_counted(ids)]
         # Every row has a token that counts, and so has the chunk that this token is in.
         assert pairs, "no shard is without sequences"
-        shards.append(_write_shard(run, task, f"{len(shards):05d}", pairs))
+        name = f"s{number:05d}" if is_synthetic else f"{number:05d}"
+        shards.append(replace(_write_shard(run, task, name, pairs), is_synthetic=is_synthetic))
 
     return tuple(shards)
+
+
+def _split(rows: Sequence[Row], most: int) -> list[Sequence[Row]]:
+    """Spread rows evenly over shards of ``most`` rows at most, in order."""
+    groups: list[Sequence[Row]] = []
+    start = 0
+    for size in shard_sizes(len(rows), most):
+        groups.append(rows[start : start + size])
+        start += size
+    return groups
 
 
 def shard_sizes(n_rows: int, most: int) -> list[int]:

@@ -23,7 +23,13 @@ from seap_ray.report.plots.scores import scores_section
 from seap_ray.report.plots.sensitivities import sensitivities_section
 from seap_ray.report.plots.sparsity import sparsity_section
 from seap_ray.report.plots.speed import speed_section
-from seap_ray.report.plots.studies import ood_section, paper_section, pooling_section, routing_section
+from seap_ray.report.plots.studies import (
+    ood_section,
+    paper_section,
+    pooling_section,
+    routing_section,
+    synthesis_section,
+)
 from seap_ray.report.plots.transfer import transfer_section
 from seap_ray.report.rows import FailedCell, ModelRow, QualityCell, TaskRow
 from seap_ray.report.run_data import RunData, compared, mean_of, percent
@@ -52,6 +58,7 @@ SECTIONS = (
     ood_section,
     routing_section,
     pooling_section,
+    synthesis_section,
     paper_section,
 )
 """In the order of the page."""

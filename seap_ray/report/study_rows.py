@@ -289,6 +289,22 @@ class TransferRow(StudyRow):
 
 
 @dataclass(frozen=True, slots=True)
+class SynthesisRow(StudyRow):
+    """Quality of the experts, each on its own task, that were calibrated on one kind of corpus."""
+
+    COLUMNS = ("ratio", "corpus", "tokens", "{mean}", "stderr", BY_TASK)
+
+    ratio: float
+    corpus: str
+    """One of ``studies.synthesis.CORPORA``."""
+    tokens: int
+    """Tokens of all tasks."""
+    mean: float | None
+    stderr: float | None
+    by_task: Mapping[str, Estimate]
+
+
+@dataclass(frozen=True, slots=True)
 class RoutingRow(StudyRow):
     """Quality of all prompts, each answered by the model that one way of routing chooses for it."""
 

@@ -45,6 +45,10 @@ class Run:
         """Return the folder of a task's tokenised calibration rows."""
         return self.root / "shards" / task
 
+    def synthesis(self, task: str) -> StoragePath:
+        """Return the folder of the texts of a task that the dense model has written."""
+        return self.root / "synthesis" / task
+
     def records(self, task: str) -> StoragePath:
         """Return the folder of a task's records: the statistics of every shard, one file each."""
         return self.root / "records" / task

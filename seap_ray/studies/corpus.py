@@ -39,6 +39,8 @@ class Draw(NamedTuple):
 
 def check(config: Config) -> None:
     """Raise ConfigError where samples cannot be counted."""
+    if config.corpus.synthesis.samples:
+        raise ConfigError("corpus.synthesis.samples: study=corpus counts rows alone; leave it at 0")
     if config.corpus.packing == "pack":
         raise ConfigError("corpus.packing: study=corpus counts samples, and packing joins them; leave it at bucket")
 

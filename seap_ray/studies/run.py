@@ -28,6 +28,7 @@ from seap_ray.studies import (
     ratio,
     reconstruction,
     routing,
+    synthesis,
     table,
     transfer,
 )
@@ -45,6 +46,7 @@ RUNS: Mapping[StudyName, Callable[[StudyRunner], StudyResult]] = {
     "transfer": transfer.run,
     "routing": routing.run,
     "pooling": pooling.run,
+    "synthesis": synthesis.run,
     "paper": paper.run,
 }
 """What each study does; its table and its models are the result."""
@@ -52,6 +54,7 @@ CHECKS: Mapping[StudyName, Callable[[Config], None]] = {
     "corpus": corpus.check,
     "ood": ood.check,
     "reconstruction": reconstruction.check,
+    "synthesis": synthesis.check,
 }
 """What a study needs of a config besides what all need; raises ConfigError before any work."""
 

@@ -172,6 +172,7 @@ def test_what_was_not_measured_leaves_no_heading_behind(run, studied):
         "ood",
         "routing",
         "pooling",
+        "synthesis",
         "paper",
     ]
 

@@ -15,6 +15,7 @@ from seap_ray.report.study_rows import (
     PoolingRow,
     ReconstructionRow,
     RoutingRow,
+    SynthesisRow,
     TransferRow,
     mean_head_of,
 )
@@ -31,6 +32,7 @@ ROW_TYPES = {
     "transfer": TransferRow,
     "routing": RoutingRow,
     "pooling": PoolingRow,
+    "synthesis": SynthesisRow,
 }
 FILES = sorted((ROOT / "docs" / "results").glob("*/*.csv"))
 

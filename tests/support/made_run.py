@@ -27,12 +27,14 @@ from seap_ray.report.study_rows import (
     OutOfDistributionRow,
     ReconstructionRow,
     RoutingRow,
+    SynthesisRow,
     TransferRow,
 )
 from seap_ray.report.table import mean_quality
 from seap_ray.storage.files import write_json
 from seap_ray.storage.run import Run
 from seap_ray.studies.reconstruction import MODEL_GROUPS, SCORES, WAYS
+from seap_ray.studies.synthesis import CORPORA
 from tests.support.builders import CONFIGS, random_statistics
 
 TASKS = ("arithmetic", "sort", "prose")
@@ -40,7 +42,7 @@ RATIOS = (0.2, 0.4)
 N_SHARDS = 3
 REPORT_STUDIES = (
     *("table", "ratio", "corpus", "allocation", "curve", "reconstruction"),
-    *("ood", "transfer", "routing", "pooling", "paper"),
+    *("ood", "transfer", "routing", "pooling", "synthesis", "paper"),
 )
 """Studies that the report shows."""
 ARCHITECTURE = Architecture.of(CONFIGS["llama_gqa"]().to_dict())
@@ -234,6 +236,10 @@ def _table(name: str, config: Config, content: dict[str, Any]) -> tuple[list[str
         ways = {"classifier": 0.88, "oracle": 0.9, "random": 0.4, "general": 0.7}
         return RoutingRow.columns(tasks=TASKS), [
             [w, r, v - r / 2, 0.01, 0.02, v, 0.01, v, 0.01, None, None, 0.3] for r in ratios for w, v in ways.items()
+        ]
+    if name == "synthesis":
+        return SynthesisRow.columns(tasks=TASKS), [
+            [r, corpus, 1000, 0.9 - r, 0.01, 0.9, 0.01, 0.9, 0.01, 0.9, 0.01] for r in ratios for corpus in CORPORA
         ]
     if name == "paper":
         columns = ["table", "method", "ratio", "whose", *TASKS, "average", "stderr"]

@@ -140,6 +140,11 @@ def routing_section(data: RunData) -> Section | None:
     return study_section(data, "routing")
 
 
+def synthesis_section(data: RunData) -> Section | None:
+    """Return experts by whether rows or the model's own texts calibrated them."""
+    return study_section(data, "synthesis")
+
+
 def pooling_section(data: RunData) -> Section | None:
     """Return general models by the amount of data that they were calibrated on."""
     return study_section(data, "pooling")
