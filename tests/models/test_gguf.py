@@ -1,20 +1,27 @@
 """GGUF files of dense and cut models: llama.cpp itself loads them and computes what transformers does."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from configparser import ConfigParser
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import seap_ray.models.hf  # noqa: F401
-from seap_ray.core.architecture import Shape
+from seap_ray.core.architecture import FAMILIES, Shape
+from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint, completed_config
 from seap_ray.models.export import CheckpointExport
-from seap_ray.models.gguf.layouts import choose_layout
+from seap_ray.models.gguf import layouts
+from seap_ray.models.gguf.__main__ import main
+from seap_ray.models.gguf.companions import modelfile, preset
+from seap_ray.models.gguf.layouts import check_gguf, choose_layout, needs_equal_widths, why_no_biases
 from seap_ray.models.gguf.vocabulary import Vocabulary, read_vocabulary
 from seap_ray.models.gguf.writer import GgufExport
 from seap_ray.storage.paths import storage_path
@@ -50,7 +57,6 @@ def base(dense, tmp_path_factory) -> Base:
     """``base(name)``: a tiny model; those that tests/support has with windows, here also without."""
     variants = {
         "mistral without window": ("mistral", {"sliding_window": None}),
-        "mixtral without window": ("mixtral", {"sliding_window": None}),
         "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
         "llama linear": ("llama_gqa", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
         "qwen2 yarn": (
@@ -97,7 +103,7 @@ EVEN = {
     "qwen3": ("qwen3", Shape(2, 2, 64), "none"),
     "gemma2": ("gemma2", Shape(2, 2, 64), "none"),
     "gemma3": ("gemma3", Shape(2, 2, 64), "none"),
-    "mixtral without window": ("llama", Shape(2, 2, 64), "mean"),
+    "mixtral": ("llama", Shape(2, 2, 64), "mean"),
     "qwen3_moe": ("qwen3moe", Shape(2, 2, 64), "none"),
     "gpt_neox": ("gptneox", Shape(3, 1, 64), "mean"),
 }
@@ -164,6 +170,172 @@ def test_llama_cpp_answers_as_transformers_where_layers_are_alike(base, characte
     assert_llama_cpp_answers_alike(folder, gguf_of(folder, tmp_path), name)
 
 
-@pytest.mark.parametrize("name", [*UNEVEN, "gemma2", "gemma3", "qwen3", "gpt_neox", "mixtral without window"])
+@pytest.mark.parametrize("name", [*UNEVEN, "gemma2", "gemma3", "qwen3", "gpt_neox", "mixtral"])
 def test_llama_cpp_answers_as_transformers_for_a_dense_model(base, characters, tmp_path, name):
     assert_llama_cpp_answers_alike(base(name), gguf_of(base(name), tmp_path), name)
+
+
+# --- types -----------------------------------------------------------------------------------------------------------
+
+ERRORS = {"F16": 2e-3, "BF16": 2e-2, "Q8_0": 2e-2, "Q5_1": 0.1, "Q5_0": 0.2, "Q4_1": 0.2, "Q4_0": 0.2}
+"""By type, how far a weight may be off, as a share of the largest one of its matrix."""
+
+
+@pytest.mark.parametrize("type_", ERRORS)
+def test_every_type_holds_the_weights_and_loads(tmp_path, type_):
+    checkpoint = Checkpoint.open("demo")
+    plan = random_plan(checkpoint.architecture, 5, "mean")
+    statistics = random_statistics(checkpoint.architecture, 6)
+    folder = write_compacted(CheckpointExport(checkpoint, plan, statistics), tmp_path / "expert")
+    file = gguf_of(folder, tmp_path, type_)
+
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    cut = Checkpoint.at(folder)
+    for module, name in {"mlp.up_proj": "ffn_up", "self_attn.v_proj": "attn_v"}.items():
+        weight = cut.read(cut.architecture.tensor(2, module)).float().numpy()
+        stored = tensors[f"blk.2.{name}.weight"]
+        assert stored.tensor_type.name == type_
+        read = gguf.quants.dequantize(stored.data, stored.tensor_type).reshape(weight.shape)
+        assert abs(read - weight).max() < ERRORS[type_] * abs(weight).max()
+
+    assert tensors["token_embd.weight"].tensor_type.name == ("Q8_0" if type_[:2] in ("Q4", "Q5") else type_)
+    assert {tensor.tensor_type.name for tensor in tensors.values() if len(tensor.shape) == 1} == {"F32"}
+    # Rows that are no whole blocks have another type, as in llama-quantize.
+    widths = {tensor.name: int(tensor.shape[0]) for tensor in tensors.values() if "ffn_down.weight" in tensor.name}
+    for name, width in widths.items():
+        assert tensors[name].tensor_type.name == ("F16" if type_[0] == "Q" and width % 32 else type_)
+    assert len(LlamaCpp(file).greedy([1, 5, 6, 7], 4).tokens) in range(1, 5)
+
+
+def test_an_uneven_expert_of_the_demo_answers_alike(tmp_path):
+    checkpoint = Checkpoint.open("demo")
+    plan = random_plan(checkpoint.architecture, 3, "mean")
+    statistics = random_statistics(checkpoint.architecture, 4)
+    folder = write_compacted(CheckpointExport(checkpoint, plan, statistics), tmp_path / "expert")
+    assert_llama_cpp_answers_alike(folder, gguf_of(folder, tmp_path), "demo")
+
+
+def test_a_file_is_written_in_pieces_and_hashed(tmp_path, monkeypatch):
+    folder = Checkpoint.open("demo").folder
+    whole = tmp_path / "whole.gguf"
+    digest = GgufExport.of(folder, "Q8_0", "demo").write(storage_path(whole))
+    assert digest == hashlib.sha256(whole.read_bytes()).hexdigest()
+
+    monkeypatch.setattr("seap_ray.core.slicing.PIECE_BYTES", 1000)
+    pieces = tmp_path / "pieces.gguf"
+    largest = max(len(memoryview(piece)) for t in GgufExport.of(folder, "F32", "").tensors for piece in t.pieces())
+    assert largest < 1000
+    assert GgufExport.of(folder, "Q8_0", "demo").write(storage_path(pieces)) == digest
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refusal(folder: Path, *, adds_biases: bool = False) -> str:
+    """Return the line with which a base is refused before there is a plan."""
+    checkpoint = Checkpoint.open(str(folder))
+    with pytest.raises(ConfigError) as refused:
+        check_gguf(completed_config(checkpoint.config), checkpoint.architecture, adds_biases=adds_biases)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_every_family_has_a_layout_or_is_refused():
+    assert layouts.FAMILIES.keys() == FAMILIES.keys()
+
+
+def test_what_llama_cpp_does_not_have_is_refused_in_one_line(base, tmp_path):
+    assert refusal(base("opt")).startswith("export.format: gguf is not for opt, which llama.cpp does not have; use")
+    assert "llama and deci has no sliding window (this model: 16 tokens)" in refusal(base("mistral"))
+    assert "llama has no sliding window" in refusal(changed(base("mixtral"), tmp_path / "window", sliding_window=16))
+    biases = "has no biases on self_attn.o_proj and mlp.down_proj"
+    assert refusal(base("gemma2"), adds_biases=True).endswith(
+        f"gemma2 {biases}; use pruning.bias=false, or export.format=seap"
+    )
+    assert biases in refusal(base("qwen3 tied"), adds_biases=True)
+
+    half = changed(base("llama_gqa"), tmp_path / "half", hidden_act="gelu")
+    assert "computes the MLP by silu, this model by gelu" in refusal(half)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert "no rotary embedding of the kind dynamic" in refusal(
+        changed(base("llama_gqa"), tmp_path / "dynamic", rope_parameters=rope)
+    )
+    scaled = changed(base("gemma3"), tmp_path / "scaled", query_pre_attn_scalar=12)
+    assert "divides attention scores by 8, this model by 12" in refusal(scaled)
+    mixed = changed(base("gemma3"), tmp_path / "mixed", layer_types=["full_attention"] * 4)
+    assert "gives every layer a window but each 6th, this model others" in refusal(mixed)
+
+
+@pytest.mark.parametrize(
+    ("name", "adds_biases", "equal"),
+    [
+        ("llama_gqa", True, False),
+        ("qwen2", True, False),
+        ("phi3", True, False),
+        ("qwen3", False, True),
+        ("qwen3 tied", False, False),
+        ("gemma2", False, True),
+        ("gpt_neox", True, True),
+        ("mixtral", True, True),
+    ],
+)
+def test_plans_have_equal_widths_where_llama_cpp_wants_them(base, name, adds_biases, equal):
+    architecture = Checkpoint.open(str(base(name))).architecture
+    assert needs_equal_widths(architecture, adds_biases=adds_biases) == equal
+
+
+def test_biases_are_left_out_where_llama_cpp_has_none(base):
+    reasons = {name: why_no_biases(Checkpoint.open(str(base(name))).architecture) for name in ("llama_gqa", "qwen3")}
+    assert reasons["llama_gqa"] is None
+    assert reasons["qwen3"] == "llama.cpp has no qwen3 with biases on self_attn.o_proj and mlp.down_proj"
+
+
+def test_uneven_layers_of_a_family_for_equal_ones_are_refused(base, tmp_path):
+    checkpoint = Checkpoint.open(str(base("gemma3")))
+    plan = random_plan(checkpoint.architecture, 5)
+    folder = write_compacted(CheckpointExport(checkpoint, plan), tmp_path / "expert")
+    with pytest.raises(ConfigError, match="gemma3 wants equal widths in all layers; use pruning.allocation.kind=unif"):
+        _ = GgufExport.of(folder, "F32", "").layout
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="has no config.json"):
+        GgufExport.of(tmp_path, "F32", "")
+
+
+def test_the_package_is_asked_for(monkeypatch):
+    monkeypatch.setattr("seap_ray.models.gguf.writer.find_spec", lambda _name: None)
+    with pytest.raises(ConfigError, match=r"gguf needs the package gguf: pip install 'seap-ray\[formats\]'"):
+        GgufExport.of(Checkpoint.open("demo").folder, "F32", "")
+
+
+# --- what lies beside it ---------------------------------------------------------------------------------------------
+
+
+def test_a_modelfile_names_the_file_and_how_it_is_sampled(tmp_path):
+    assert modelfile("model-Q8_0.gguf", tmp_path, 256) == (
+        "FROM ./model-Q8_0.gguf\nPARAMETER num_ctx 256\nPARAMETER temperature 0\n"
+    )
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "max_length": 9}
+    (tmp_path / "generation_config.json").write_text(json.dumps(sampling))
+    assert modelfile("m.gguf", tmp_path, 131072).splitlines()[1:] == [
+        "PARAMETER num_ctx 8192",
+        "PARAMETER temperature 0.7",
+        "PARAMETER top_p 0.8",
+    ]
+
+
+def test_a_preset_names_every_file():
+    read = ConfigParser()
+    read.read_string("[top]\n" + preset({"0.20/logic": "0.20/logic/model-Q8_0.gguf", "0.50/logic": "x.gguf"}))
+    assert read["0.20/logic"]["model"] == "0.20/logic/model-Q8_0.gguf"
+    assert read.sections() == ["top", "0.20/logic", "0.50/logic"]
+
+
+def test_the_command_writes_a_folder_as_a_file(tmp_path, capsys):
+    file = tmp_path / "demo.gguf"
+    assert main([str(Checkpoint.open("demo").folder), str(file), "--type", "Q4_0"]) == 0
+    assert f"{file}: llama, 75 tensors, {file.stat().st_size:,} bytes" in capsys.readouterr().out
+
+    assert main([str(tmp_path), str(file)]) == 2
+    assert capsys.readouterr().err.endswith("has no config.json\n")

@@ -1,8 +1,10 @@
 """Vocabularies of GGUF files: llama.cpp makes the same tokens of a text as transformers, or the file is refused."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -151,3 +153,106 @@ def test_llama_cpp_makes_the_same_tokens(tmp_path, name):
         if export.vocabulary.warnings and (text.startswith(" ") or "> " in text):
             continue
         assert llama_cpp.tokenize(text) == tokenizer(text)["input_ids"], text
+
+
+def test_a_token_a_character_is_the_likeliest_sequence(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)
+    vocabulary = read_vocabulary(tmp_path, 50)
+    assert vocabulary.model == "t5" and vocabulary.tokens[:4] == ("<pad>", "<bos>", "<unk>", "a")
+    assert vocabulary.tokens[3 + 26] == SPACE and vocabulary.tokens[47:] == ("[PAD47]", "[PAD48]", "[PAD49]")
+    kinds = gguf.TokenType
+    assert vocabulary.types[:4] == (kinds.CONTROL, kinds.CONTROL, kinds.UNKNOWN, kinds.NORMAL)
+    assert vocabulary.special == {"bos": 1, "unknown": 2, "padding": 0}
+    assert vocabulary.flags["add_bos_token"] is False and vocabulary.chat_template.startswith("{{ messages[-1]")
+
+
+def test_tokens_that_end_an_answer_are_told(tmp_path):
+    folder = saved(tmp_path, merged_bytes([byte_level()]))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 5, 6]}')
+    special = read_vocabulary(folder, 410).special
+    assert special["eos"] == 1 and special["eot"] == 5
+
+
+def word_level() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1, "a": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+def foreign_words() -> Tokenizer:
+    return merged_bytes(words_by(r"\w+|\s+|[^\w\s]+"))
+
+
+def lowercased() -> Tokenizer:
+    tokenizer = merged_bytes([byte_level()])
+    tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
+def with_a_blank_first() -> Tokenizer:
+    return merged_bytes([pre_tokenizers.ByteLevel(add_prefix_space=True)])
+
+
+def without_some_bytes() -> Tokenizer:
+    tokenizer = merged_characters(REPLACE, None)
+    parts = json.loads(tokenizer.to_str())
+    del parts["model"]["vocab"]["<0x41>"]
+    return Tokenizer.from_str(json.dumps(parts))
+
+
+def without_a_pair() -> Tokenizer:
+    parts = json.loads(merged_characters(REPLACE, None).to_str())
+    parts["model"]["merges"].pop(3)
+    return Tokenizer.from_str(json.dumps(parts))
+
+
+def out_of_order() -> Tokenizer:
+    parts = json.loads(merged_characters(REPLACE, None).to_str())
+    merges = parts["model"]["merges"]
+    merges.append(merges.pop(0))
+    twice = next(i for i, pair in enumerate(merges) if "".join(pair) == "".join(merges[i + 1]))
+    merges.append(merges.pop(twice))
+    return Tokenizer.from_str(json.dumps(parts))
+
+
+def other_tokens_around() -> Tokenizer:
+    tokenizer = merged_bytes([byte_level()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 2)])
+    return tokenizer
+
+
+REFUSED = {
+    "vocabulary of whole words": word_level,
+    r"way to cut words (\w+|\s+|[^\w\s]+; byte_level)": foreign_words,
+    "normalizer Lowercase": lowercased,
+    "way to cut words (ByteLevel)": with_a_blank_first,
+    "vocabulary without all single bytes": without_some_bytes,
+    "which it never merges": without_a_pair,
+    "order of merges": out_of_order,
+    "tokens around a text": other_tokens_around,
+    "model WordPiece": lambda: Tokenizer(models.WordPiece({"<unk>": 0, "a": 1}, unk_token="<unk>")),
+}
+"""Tokenizers that llama.cpp does not have, by what the line says."""
+
+
+@pytest.mark.parametrize("part", REFUSED)
+def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused_in_one_line(tmp_path, part):
+    PreTrainedTokenizerFast(tokenizer_object=REFUSED[part](), unk_token="<unk>").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        read_vocabulary(tmp_path, 1000)
+    line = str(refused.value)
+    assert line.startswith("export.format: gguf is not for this tokenizer, since llama.cpp does not have its ")
+    assert part in line and line.endswith("; use export.format=seap") and "\n" not in line
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"there are 40 rows and the token '=' with the id 46; use export.format=seap"
+    ):
+        read_vocabulary(tmp_path, 40)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"^export.format: gguf needs the tokenizer of .*\)$"):
+        read_vocabulary(tmp_path, 40)
