@@ -19,6 +19,17 @@ from seap_ray.storage.run import Run
 
 PRESET = "llama-server.ini"
 """File that names every GGUF file of a run, for llama-server's router mode."""
+ITEM_BYTES = {
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "Q8_0": 34 / 32,
+    "Q5_1": 24 / 32,
+    "Q5_0": 22 / 32,
+    "Q4_1": 20 / 32,
+    "Q4_0": 18 / 32,
+}
+"""Bytes of a weight by the type of its matrix: a block of 32 weights is integers and a scale, and in _1 its least."""
 K_QUANT_BLOCK = 256
 """Weights of a row that llama.cpp's K-quants are made of."""
 QUANT_BLOCK = 32
@@ -78,6 +89,11 @@ def gguf_note(config: Config, architecture: Architecture) -> str | None:
             f"multiples of {align} alone get a larger type"
         )
     return None
+
+
+def gguf_item_bytes(config: Config) -> float:
+    """Return the bytes of a weight in the GGUF files of a run; 0 where there are none."""
+    return ITEM_BYTES[config.export.gguf_type] if config.export.format == "gguf" else 0.0
 
 
 def write_gguf(folder: StoragePath, type_: str, name: str, path: StoragePath) -> str:

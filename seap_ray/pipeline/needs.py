@@ -19,7 +19,7 @@ from seap_ray.models.error_correction import PASSES
 from seap_ray.models.forward import COVARIANCE_COPIES
 from seap_ray.models.records import covariance_bytes, covariance_widths, task_memory
 from seap_ray.pipeline.error_correction import MAX_TOKENS
-from seap_ray.pipeline.gguf_files import is_uniform
+from seap_ray.pipeline.gguf_files import gguf_item_bytes, is_uniform
 from seap_ray.pipeline.model_specs import ModelSpec, assumed_specs, compensation_for, model_specs, pruning_section
 from seap_ray.pipeline.placement import memory_with_batch
 from seap_ray.pipeline.plan_choice import passes_of_choice
@@ -220,18 +220,21 @@ def checkpoint_bytes(model: ModelSize, config: Config) -> int:
     """
     # Models that leave the same layers whole share the files of what they have unchanged.
     parameters = 0
+    in_gguf = 0
     shared: dict[frozenset[int], int] = {}
     target = target_of(config, model.architecture, model.stored)
     for ratio in config.pruning.ratio:
         for spec in assumed_specs(config):
             size = _pruned_size(model, config, spec, ratio, target)
             parameters += size.changed
+            # A GGUF file has all of a model's weights once more.
+            in_gguf += size.changed + size.carried
             if is_uri(config.run.storage):
                 parameters += size.carried
             else:
                 shared[size.whole_layers] = size.carried
 
-    return round(model.item_bytes * (parameters + sum(shared.values())))
+    return round(model.item_bytes * (parameters + sum(shared.values())) + gguf_item_bytes(config) * in_gguf)
 
 
 @dataclass(frozen=True, slots=True)

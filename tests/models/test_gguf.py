@@ -4,7 +4,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from configparser import ConfigParser
 from pathlib import Path
 
 import gguf
@@ -20,7 +19,6 @@ from seap_ray.models.checkpoint import Checkpoint, completed_config
 from seap_ray.models.export import CheckpointExport
 from seap_ray.models.gguf import layouts
 from seap_ray.models.gguf.__main__ import main
-from seap_ray.models.gguf.companions import modelfile, preset
 from seap_ray.models.gguf.layouts import check_gguf, choose_layout, needs_equal_widths, why_no_biases
 from seap_ray.models.gguf.vocabulary import Vocabulary, read_vocabulary
 from seap_ray.models.gguf.writer import GgufExport
@@ -309,27 +307,7 @@ def test_the_package_is_asked_for(monkeypatch):
         GgufExport.of(Checkpoint.open("demo").folder, "F32", "")
 
 
-# --- what lies beside it ---------------------------------------------------------------------------------------------
-
-
-def test_a_modelfile_names_the_file_and_how_it_is_sampled(tmp_path):
-    assert modelfile("model-Q8_0.gguf", tmp_path, 256) == (
-        "FROM ./model-Q8_0.gguf\nPARAMETER num_ctx 256\nPARAMETER temperature 0\n"
-    )
-    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "max_length": 9}
-    (tmp_path / "generation_config.json").write_text(json.dumps(sampling))
-    assert modelfile("m.gguf", tmp_path, 131072).splitlines()[1:] == [
-        "PARAMETER num_ctx 8192",
-        "PARAMETER temperature 0.7",
-        "PARAMETER top_p 0.8",
-    ]
-
-
-def test_a_preset_names_every_file():
-    read = ConfigParser()
-    read.read_string("[top]\n" + preset({"0.20/logic": "0.20/logic/model-Q8_0.gguf", "0.50/logic": "x.gguf"}))
-    assert read["0.20/logic"]["model"] == "0.20/logic/model-Q8_0.gguf"
-    assert read.sections() == ["top", "0.20/logic", "0.50/logic"]
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def test_the_command_writes_a_folder_as_a_file(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import runpy
@@ -28,17 +29,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import seap_ray.models.hf  # noqa: F401
 from seap_ray.config import Config, load_config
+from seap_ray.demo import skills
 from seap_ray.errors import ConfigError, DataError, IncompleteError, SeapError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import SHARED as BASE_FILES
+from seap_ray.models.gguf.writer import GgufExport
 from seap_ray.pipeline.calibrate import Calibrator
 from seap_ray.pipeline.job import CalibratedRun, route
 from seap_ray.pipeline.needs import ModelSize, disk_needs
 from seap_ray.pipeline.preflight import corpus_sizes
 from seap_ray.pipeline.ray_errors import known_error
 from seap_ray.routing.router import Router
+from seap_ray.storage.files import sha256_of
+from seap_ray.storage.paths import storage_path
 from seap_ray.storage.run import Run
 from tests.support import DATA, NOTHING_TO_JUDGE, ROOT
+from tests.support.llama_cpp import LlamaCpp, greedy, logprobs_after
 
 pytestmark = pytest.mark.ray
 
@@ -354,6 +360,48 @@ def test_a_model_that_is_read_layer_by_layer_leaves_the_same_statistics(finished
 
 def test_another_ratio_of_a_finished_run_never_touches_the_model(finished, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*.safetensors")}
+
+def test_experts_are_gguf_files_too_by_which_llama_cpp_answers_alike(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    command = arguments(tmp_path, UNJUDGED, "export.format=gguf", "export.gguf_type=F32")
+    assert main(command) == 0
+    assert "gguf: rows of 160 weights are no multiple of 256" in capsys.readouterr().out
+
+    folder = run_of(tmp_path).expert(0.5, "arithmetic")
+    file = folder / "model-F32.gguf"
+    manifest = json.loads((folder / "seap.json").read_text())
+    assert manifest["gguf"] == {"file": file.name, "architecture": "deci", "type": "F32"}
+    assert manifest["files"][file.name] == {"sha256": sha256_of(file), "bytes": file.stat().st_size}
+    assert (folder / "Modelfile").read_text().startswith("FROM ./model-F32.gguf\nPARAMETER num_ctx 256\n")
+    preset = (run_of(tmp_path).root / "experts" / "llama-server.ini").read_text()
+    assert "[0.50/logic]\nmodel = 0.50/logic/model-F32.gguf\n" in preset
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    exact = LlamaCpp(file)
+    eight_bits = tmp_path / "eight.gguf"
+    GgufExport.of(folder, "Q8_0", "eight bits").write(storage_path(eight_bits))
+    rounded = LlamaCpp(eight_bits)
+
+    for row in skills.rows("arithmetic", 20, split="test", seed=0):
+        prompt = tokenizer(row["question"])["input_ids"]
+        assert exact.tokenize(row["question"]) == prompt
+        expected = greedy(model, prompt, 12)
+        assert exact.greedy(prompt, 12).tokens == expected.tokens
+        # Of a model as small as this one eight bits show; the likeliest tokens keep their probabilities.
+        answer = rounded.greedy(prompt, 12)
+        for here, there in zip(answer.likeliest, logprobs_after(model, prompt, answer), strict=True):
+            for token, logprob in here.items():
+                assert math.exp(logprob) == pytest.approx(math.exp(there[token]), abs=0.06)
+
+    # A file that was cut short is found by its size, and whole ones stay.
+    other = run_of(tmp_path).expert(0.5, "logic") / "model-F32.gguf"
+    written = other.stat().st_mtime_ns
+    content = file.read_bytes()
+    file.write_bytes(content[:-100])
+    assert main(command) == 0
+    assert file.read_bytes() == content and other.stat().st_mtime_ns == written
+
 
     def calibrator(*_args):
         raise AssertionError("calibrated again")
