@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     Gemma2Config,
     Gemma3TextConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -39,6 +40,7 @@ from seap_ray.vllm_plugin.plugin import ARCHITECTURES, END_WITH_PARENT, check_re
 from tests.support.builders import (
     CONFIGS,
     LLAMA_3_ROPE,
+    MIXTURES,
     random_kept,
     random_plan,
     random_statistics,
@@ -103,6 +105,9 @@ MODELS = {
     ),
     "opt": lambda: OPTConfig(**OPT_SERVABLE, num_attention_heads=3),
 }
+NEOX_SERVABLE = {key: value for key, value in SERVABLE.items() if key != "head_dim"}
+MODELS_OF_OTHERS = {"gpt_neox": lambda: GPTNeoXConfig(**NEOX_SERVABLE, num_attention_heads=3)}
+"""Models that vLLM has no class of its own for, and so the plugin neither."""
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +119,7 @@ def expert(tmp_path_factory):
         if name not in made:
             dense, made[name] = tmp_path_factory.mktemp(name), tmp_path_factory.mktemp(f"{name}_expert")
             with pytest.MonkeyPatch.context() as patch:
-                patch.setitem(CONFIGS, name, MODELS[name])
+                patch.setitem(CONFIGS, name, (MODELS | MODELS_OF_OTHERS)[name])
                 save_dense(dense, name, torch.float32)
             made[name] = compact(dense, made[name])
         return made[name]
@@ -202,6 +207,75 @@ def test_greedy_tokens_are_those_of_transformers(expert, name):
     prompts = random_prompts([1, 9, 40])
     with Engine(folder) as engine:
         assert engine.greedy(prompts, 24) == by_transformers(load_float32(folder), prompts, 24)
+
+
+# --- vLLM without the plugin, on a machine without seap_ray -----------------------------------------------------------
+
+WITHOUT = """
+import json, os, sys
+
+class NoSeapRay:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "seap_ray":
+            raise ImportError("seap_ray is not installed here")
+
+sys.meta_path.insert(0, NoSeapRay())
+from vllm import LLM, SamplingParams
+
+folders, prompts, out = json.loads(sys.argv[1])
+sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "block_size": 32}
+settings |= {"kv_cache_memory_bytes": 1 << 26, "disable_log_stats": True, "trust_remote_code": True}
+results = {}
+for name, folder in folders.items():
+    try:
+        llm = LLM(folder, **settings)
+    except ValueError as error:
+        results[name] = str(error)
+        continue
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+    results[name] = [list(output.outputs[0].token_ids) for output in outputs]
+    del llm
+assert not [name for name in sys.modules if name.split(".")[0] == "seap_ray"]
+open(out, "w").write(json.dumps(results))
+"""
+ONE_OF_A_KIND = ("llama", "qwen3", "gemma2", "phi3", "opt", "gpt_neox", "mixtral", "qwen3_moe")
+"""Models that vLLM's Transformers backend takes apart differently; SEAP_RAY_TP=1 adds those that are alike."""
+
+
+@pytest.fixture(scope="module")
+def without_plugin(expert, tmp_path_factory):
+    """Prompts, and by model what a process that knows no seap_ray says with plain vLLM: greedy tokens, or an error."""
+    names = [*MODELS, *MODELS_OF_OTHERS] if "SEAP_RAY_TP" in os.environ else ONE_OF_A_KIND
+    root = tmp_path_factory.mktemp("without")
+    prompts = random_prompts([1, 9, 40])
+    settings = [{name: str(expert(name)) for name in names}, prompts, str(root / "out.json")]
+    environment = {**os.environ, "VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment |= {"HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", WITHOUT, json.dumps(settings)],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return prompts, json.loads((root / "out.json").read_text())
+
+
+@pytest.mark.parametrize("name", [*MODELS, *MODELS_OF_OTHERS])
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_plain_vllm_without_the_plugin_gives_the_same_greedy_tokens(expert, without_plugin, name):
+    prompts, results = without_plugin
+    if name not in results:
+        pytest.skip("SEAP_RAY_TP=1 has plain vLLM serve every family")
+    if name in MIXTURES:
+        assert "builds the MoE experts of every layer as wide as" in results[name]
+        assert results[name].endswith("install seap_ray beside vLLM")
+    else:
+        assert results[name] == by_transformers(load_float32(expert(name)), prompts, 24)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])

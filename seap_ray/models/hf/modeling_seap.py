@@ -180,6 +180,18 @@ class Compacted:
         resize_layers(self, config, **self.resizing)  # type: ignore[arg-type]
 
 
+class Classifier:
+    """Mixed into a family's classifier, whose model without a head transformers builds from the configuration."""
+
+    base_class: ClassVar[type[PreTrainedModel]]
+    """The family's model without a head."""
+
+    def __init__(self, config: PreTrainedConfig):
+        # Every folder that is loaded brings a class of its own for its configuration.
+        AutoModel.register(type(config), self.base_class, exist_ok=True)
+        super().__init__(config)  # type: ignore[call-arg]  # the family's
+
+
 class LayerConfigs:
     """Mixed into a Phi-3: every attention has its own layer's configuration, whose heads say where the queries end."""
 
@@ -244,16 +256,18 @@ class SeapLlamaForCausalLM(Compacted, LlamaForCausalLM):
     config_class = SeapLlamaConfig
 
 
-class SeapLlamaForSequenceClassification(LlamaForSequenceClassification):
+class SeapLlamaForSequenceClassification(Classifier, LlamaForSequenceClassification):
     """A compacted Llama that classifies sequences."""
 
     config_class = SeapLlamaConfig
+    base_class = SeapLlamaModel
 
 
-class SeapLlamaForTokenClassification(LlamaForTokenClassification):
+class SeapLlamaForTokenClassification(Classifier, LlamaForTokenClassification):
     """A compacted Llama that classifies tokens."""
 
     config_class = SeapLlamaConfig
+    base_class = SeapLlamaModel
 
 
 class SeapMistralModel(Compacted, MistralModel):
@@ -268,16 +282,18 @@ class SeapMistralForCausalLM(Compacted, MistralForCausalLM):
     config_class = SeapMistralConfig
 
 
-class SeapMistralForSequenceClassification(MistralForSequenceClassification):
+class SeapMistralForSequenceClassification(Classifier, MistralForSequenceClassification):
     """A compacted Mistral that classifies sequences."""
 
     config_class = SeapMistralConfig
+    base_class = SeapMistralModel
 
 
-class SeapMistralForTokenClassification(MistralForTokenClassification):
+class SeapMistralForTokenClassification(Classifier, MistralForTokenClassification):
     """A compacted Mistral that classifies tokens."""
 
     config_class = SeapMistralConfig
+    base_class = SeapMistralModel
 
 
 class SeapQwen2Model(Compacted, Qwen2Model):
@@ -292,16 +308,18 @@ class SeapQwen2ForCausalLM(Compacted, Qwen2ForCausalLM):
     config_class = SeapQwen2Config
 
 
-class SeapQwen2ForSequenceClassification(Qwen2ForSequenceClassification):
+class SeapQwen2ForSequenceClassification(Classifier, Qwen2ForSequenceClassification):
     """A compacted Qwen2 that classifies sequences."""
 
     config_class = SeapQwen2Config
+    base_class = SeapQwen2Model
 
 
-class SeapQwen2ForTokenClassification(Qwen2ForTokenClassification):
+class SeapQwen2ForTokenClassification(Classifier, Qwen2ForTokenClassification):
     """A compacted Qwen2 that classifies tokens."""
 
     config_class = SeapQwen2Config
+    base_class = SeapQwen2Model
 
 
 class SeapQwen3Model(Compacted, Qwen3Model):
@@ -316,16 +334,18 @@ class SeapQwen3ForCausalLM(Compacted, Qwen3ForCausalLM):
     config_class = SeapQwen3Config
 
 
-class SeapQwen3ForSequenceClassification(Qwen3ForSequenceClassification):
+class SeapQwen3ForSequenceClassification(Classifier, Qwen3ForSequenceClassification):
     """A compacted Qwen3 that classifies sequences."""
 
     config_class = SeapQwen3Config
+    base_class = SeapQwen3Model
 
 
-class SeapQwen3ForTokenClassification(Qwen3ForTokenClassification):
+class SeapQwen3ForTokenClassification(Classifier, Qwen3ForTokenClassification):
     """A compacted Qwen3 that classifies tokens."""
 
     config_class = SeapQwen3Config
+    base_class = SeapQwen3Model
 
 
 class SeapGemma2Model(Compacted, Gemma2Model):
@@ -340,16 +360,18 @@ class SeapGemma2ForCausalLM(Compacted, Gemma2ForCausalLM):
     config_class = SeapGemma2Config
 
 
-class SeapGemma2ForSequenceClassification(Gemma2ForSequenceClassification):
+class SeapGemma2ForSequenceClassification(Classifier, Gemma2ForSequenceClassification):
     """A compacted Gemma 2 that classifies sequences."""
 
     config_class = SeapGemma2Config
+    base_class = SeapGemma2Model
 
 
-class SeapGemma2ForTokenClassification(Gemma2ForTokenClassification):
+class SeapGemma2ForTokenClassification(Classifier, Gemma2ForTokenClassification):
     """A compacted Gemma 2 that classifies tokens."""
 
     config_class = SeapGemma2Config
+    base_class = SeapGemma2Model
 
 
 class SeapGemma3Model(Compacted, Gemma3TextModel):
@@ -364,10 +386,11 @@ class SeapGemma3ForCausalLM(Compacted, Gemma3ForCausalLM):
     config_class = SeapGemma3Config
 
 
-class SeapGemma3ForSequenceClassification(Gemma3TextForSequenceClassification):
+class SeapGemma3ForSequenceClassification(Classifier, Gemma3TextForSequenceClassification):
     """A compacted Gemma 3 that classifies sequences."""
 
     config_class = SeapGemma3Config
+    base_class = SeapGemma3Model
 
 
 class SeapPhi3Model(CompactedPhi3, Phi3Model):
@@ -382,16 +405,18 @@ class SeapPhi3ForCausalLM(CompactedPhi3, Phi3ForCausalLM):
     config_class = SeapPhi3Config
 
 
-class SeapPhi3ForSequenceClassification(LayerConfigs, Phi3ForSequenceClassification):
+class SeapPhi3ForSequenceClassification(LayerConfigs, Classifier, Phi3ForSequenceClassification):
     """A compacted Phi-3 that classifies sequences."""
 
     config_class = SeapPhi3Config
+    base_class = SeapPhi3Model
 
 
-class SeapPhi3ForTokenClassification(LayerConfigs, Phi3ForTokenClassification):
+class SeapPhi3ForTokenClassification(LayerConfigs, Classifier, Phi3ForTokenClassification):
     """A compacted Phi-3 that classifies tokens."""
 
     config_class = SeapPhi3Config
+    base_class = SeapPhi3Model
 
 
 class SeapMixtralModel(CompactedMixture, MixtralModel):
@@ -408,16 +433,18 @@ class SeapMixtralForCausalLM(CompactedMixture, MixtralForCausalLM):
     width_key = "intermediate_size"
 
 
-class SeapMixtralForSequenceClassification(MixtralForSequenceClassification):
+class SeapMixtralForSequenceClassification(Classifier, MixtralForSequenceClassification):
     """A compacted Mixtral that classifies sequences."""
 
     config_class = SeapMixtralConfig
+    base_class = SeapMixtralModel
 
 
-class SeapMixtralForTokenClassification(MixtralForTokenClassification):
+class SeapMixtralForTokenClassification(Classifier, MixtralForTokenClassification):
     """A compacted Mixtral that classifies tokens."""
 
     config_class = SeapMixtralConfig
+    base_class = SeapMixtralModel
 
 
 class SeapQwen3MoeModel(CompactedMixture, Qwen3MoeModel):
@@ -432,16 +459,18 @@ class SeapQwen3MoeForCausalLM(CompactedMixture, Qwen3MoeForCausalLM):
     config_class = SeapQwen3MoeConfig
 
 
-class SeapQwen3MoeForSequenceClassification(Qwen3MoeForSequenceClassification):
+class SeapQwen3MoeForSequenceClassification(Classifier, Qwen3MoeForSequenceClassification):
     """A compacted Qwen3 MoE that classifies sequences."""
 
     config_class = SeapQwen3MoeConfig
+    base_class = SeapQwen3MoeModel
 
 
-class SeapQwen3MoeForTokenClassification(Qwen3MoeForTokenClassification):
+class SeapQwen3MoeForTokenClassification(Classifier, Qwen3MoeForTokenClassification):
     """A compacted Qwen3 MoE that classifies tokens."""
 
     config_class = SeapQwen3MoeConfig
+    base_class = SeapQwen3MoeModel
 
 
 class SeapOPTModel(Compacted, OPTModel):
