@@ -36,7 +36,7 @@ from seap_ray.models.row_formats import FORMATS, recognise
 from seap_ray.models.row_sources import calibration_rows
 from seap_ray.pipeline.biases import bias_line, with_bias
 from seap_ray.pipeline.calibrate import check_memory
-from seap_ray.pipeline.gguf_files import check_gguf_base, is_uniform
+from seap_ray.pipeline.gguf_files import check_gguf_base, gguf_item_bytes, is_uniform
 from seap_ray.pipeline.model_specs import assumed_specs, compensation_for, model_specs, pruning_section
 from seap_ray.pipeline.needs import CorpusSize, DiskNeeds, ModelSize, Needs, disk_needs, largest_corpora, needs
 from seap_ray.pipeline.run_target import target_line, target_of, with_ratio
@@ -104,6 +104,11 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
     _check_correction(config, checkpoint.architecture)
     if is_uri(config.run.storage) and parse_size(config.export.max_shard_size) > MAX_S3_COPY_BYTES:
         raise ConfigError("export.max_shard_size: in a bucket 5GB at most, since larger files cannot be renamed there")
+    if is_uri(config.run.storage) and gguf_item_bytes(config) * checkpoint.parameters > MAX_S3_COPY_BYTES:
+        raise ConfigError(
+            "export.format: gguf is one file, which in a bucket may have 5GB at most; choose a smaller "
+            "export.gguf_type, or export.format=seap and python -m seap_ray.models.gguf on a disk"
+        )
 
     # Refuses biases that the checkpoints could not hold.
     config = with_bias(config, checkpoint.architecture)
