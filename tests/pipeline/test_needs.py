@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from seap_ray.config import Config
-from seap_ray.core.moments import SITES, Covariance
+from seap_ray.core.architecture import Architecture
+from seap_ray.core.moments import Covariance
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.records import save_covariances, save_moments
 from seap_ray.pipeline.needs import (
@@ -62,6 +63,19 @@ def test_a_type_that_is_not_known_counts_as_float32(name):
     assert model == ModelSize.from_config({**LLAMA_8B, "torch_dtype": "float32"})
 
 
+MIXTURE = Architecture.of(
+    {
+        "model_type": "mixtral",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 224,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+)
+
+
 # --- disk ------------------------------------------------------------------------------------------------------------
 
 
@@ -72,10 +86,11 @@ def test_a_record_takes_what_the_formula_says(tmp_path):
     assert record_bytes(DEMO.architecture) == pytest.approx(path.stat().st_size, rel=0.01)
 
 
-def test_covariances_take_what_the_formula_says(tmp_path):
-    architecture = DEMO.architecture
+@pytest.mark.parametrize("architecture", [DEMO.architecture, MIXTURE], ids=["dense", "mixture"])
+def test_covariances_take_what_the_formula_says(tmp_path, architecture):
     path = tmp_path / "record.safetensors"
-    found = {site: Covariance.of(torch.randn(4, width)) for site, width in zip(SITES, architecture.widths, strict=True)}
+    attn, mlp = architecture.widths
+    found = {site: Covariance.of(torch.randn(4, attn if site == "attn" else mlp)) for site in architecture.modules}
     save_covariances(path, 0, found, fingerprint="0" * 64)
     (file,) = tmp_path.glob("*/*.safetensors")
     assert covariance_files_bytes(architecture) / architecture.n_layers == pytest.approx(file.stat().st_size, rel=0.01)
