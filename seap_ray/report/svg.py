@@ -4,8 +4,10 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from functools import cache
 
 from matplotlib import style
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 
 from seap_ray.report.charts import INK, Figure, Panel, SeriesStyle
@@ -39,6 +41,7 @@ def panel_svg(panel: Panel, label: str) -> str:
         return _svg(canvas, f"{label} {panel.title}".strip())
 
 
+@cache
 def legend_key_svg(series_style: SeriesStyle) -> str:
     """Return the sample of a style for a legend; it is hidden from screen readers, which read its label."""
     with style.context(["default", RC_PARAMS]):
@@ -94,6 +97,7 @@ def _canvas(width: float, height: float) -> Canvas:
 
 def _svg(canvas: Canvas, label: str) -> str:
     """Return a canvas as SVG without what would act outside of it: style sheets, ids, fonts."""
+    _lay_out(canvas)
     buffer = io.StringIO()
     # Metadata hold the date and the version of Matplotlib, so bytes that change.
     no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -113,6 +117,19 @@ def _svg(canvas: Canvas, label: str) -> str:
     named = f'role="img" aria-label="{_escape(label)}"' if label else 'aria-hidden="true"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {named}'
     return f'{head} viewBox="0 0 {width} {height}" stroke-linejoin="round">{svg.strip()}'
+
+
+def _lay_out(canvas: Canvas) -> None:
+    """Find the places of all panels, once: ``savefig`` would draw everything a first time to find them."""
+    layout = canvas.get_layout_engine()
+    if layout is None:
+        return
+
+    # By the sizes of text that savefig takes: those of the SVG backend, at its resolution.
+    FigureCanvasSVG(canvas)
+    canvas.set_dpi(PIXELS_PER_INCH)
+    layout.execute(canvas)
+    canvas.set_layout_engine(None)
 
 
 def _escape(text: str) -> str:
