@@ -244,24 +244,25 @@ def test_every_family_has_a_layout_or_is_refused():
 
 def test_what_llama_cpp_does_not_have_is_refused_in_one_line(base, tmp_path):
     assert refusal(base("opt")).startswith("export.format: gguf is not for opt, which llama.cpp does not have; use")
-    assert "llama and deci has no sliding window (this model: 16 tokens)" in refusal(base("mistral"))
-    assert "llama has no sliding window" in refusal(changed(base("mixtral"), tmp_path / "window", sliding_window=16))
-    biases = "has no biases on self_attn.o_proj and mlp.down_proj"
-    assert refusal(base("gemma2"), adds_biases=True).endswith(
-        f"gemma2 {biases}; use pruning.bias=false, or export.format=seap"
+    assert "(llama, deci: no sliding window, in this model one of 16 tokens)" in refusal(base("mistral"))
+    assert "(llama: no sliding window" in refusal(changed(base("mixtral"), tmp_path / "window", sliding_window=16))
+    biases = "no biases on self_attn.o_proj and mlp.down_proj"
+    assert refusal(base("gemma2"), adds_biases=True) == (
+        f"export.format: llama.cpp does not hold this gemma2 as gguf (gemma2: {biases}); use pruning.bias=false, or "
+        "export.format=seap"
     )
     assert biases in refusal(base("qwen3 tied"), adds_biases=True)
 
     half = changed(base("llama_gqa"), tmp_path / "half", hidden_act="gelu")
-    assert "computes the MLP by silu, this model by gelu" in refusal(half)
+    assert "an MLP by silu, in this model by gelu" in refusal(half)
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     assert "no rotary embedding of the kind dynamic" in refusal(
         changed(base("llama_gqa"), tmp_path / "dynamic", rope_parameters=rope)
     )
     scaled = changed(base("gemma3"), tmp_path / "scaled", query_pre_attn_scalar=12)
-    assert "divides attention scores by 8, this model by 12" in refusal(scaled)
+    assert "attention scores divided by 8, in this model by 12" in refusal(scaled)
     mixed = changed(base("gemma3"), tmp_path / "mixed", layer_types=["full_attention"] * 4)
-    assert "gives every layer a window but each 6th, this model others" in refusal(mixed)
+    assert "windows in all layers but each 6th, in this model in others" in refusal(mixed)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +293,9 @@ def test_uneven_layers_of_a_family_for_equal_ones_are_refused(base, tmp_path):
     checkpoint = Checkpoint.open(str(base("gemma3")))
     plan = random_plan(checkpoint.architecture, 5)
     folder = write_compacted(CheckpointExport(checkpoint, plan), tmp_path / "expert")
-    with pytest.raises(ConfigError, match="gemma3 wants equal widths in all layers; use pruning.allocation.kind=unif"):
+    with pytest.raises(
+        ConfigError, match="gemma3: equal widths in all layers alone.; use pruning.allocation.kind=uniform"
+    ):
         _ = GgufExport.of(folder, "F32", "").layout
 
 

@@ -26,7 +26,8 @@ TEXTS = (
     "",
 )
 """Words, contractions, numbers, blanks, other alphabets, tokens in a text, nothing."""
-CORPUS = [*TEXTS, "the then there hat cat that chat say saying day says 12 123 1234 return returns"] * 3
+NUMBERS = "1 12 123 1234 12345 123456 1234567 3.14159 2,718,281 x1y22z333"
+CORPUS = [*TEXTS, NUMBERS, "the then there hat cat that chat say saying day says 12 123 1234 return returns"] * 3
 ADDED = ("<bos>", "<eos>", "<unk>")
 SPACE = "▁"
 
@@ -44,15 +45,19 @@ def saved(folder: Path, tokenizer: Tokenizer, **settings: object) -> Path:
 
 
 def merged_bytes(steps: list[pre_tokenizers.PreTokenizer], *, ignore_merges: bool = False) -> Tokenizer:
-    """Return a tokenizer of byte merges, trained on the texts, that cuts words by some steps."""
+    """Return a tokenizer of byte merges, trained on the texts, that cuts words by some steps.
+
+    Its merges go beyond words, so that a text that is cut elsewhere has other tokens.
+    """
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=list(ADDED), initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=700, special_tokens=list(ADDED), initial_alphabet=sorted(alphabet), show_progress=False
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.add_tokens(["<tool>"])
     return tokenizer
 
@@ -148,7 +153,7 @@ def test_llama_cpp_makes_the_same_tokens(tmp_path, name):
     export.write(storage_path(tmp_path / "model.gguf"))
 
     llama_cpp = LlamaCpp(tmp_path / "model.gguf")
-    for text in TEXTS:
+    for text in (*TEXTS, NUMBERS):
         # Before a first blank llama.cpp puts another one, of which there is a warning.
         if export.vocabulary.warnings and (text.startswith(" ") or "> " in text):
             continue
@@ -169,7 +174,7 @@ def test_a_token_a_character_is_the_likeliest_sequence(tmp_path):
 def test_tokens_that_end_an_answer_are_told(tmp_path):
     folder = saved(tmp_path, merged_bytes([byte_level()]))
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 5, 6]}')
-    special = read_vocabulary(folder, 410).special
+    special = read_vocabulary(folder, 800).special
     assert special["eos"] == 1 and special["eot"] == 5
 
 

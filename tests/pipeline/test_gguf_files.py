@@ -1,21 +1,33 @@
-"""GGUF files of a run: what is refused before any work, what widths the plans get, what a user is told."""
+"""GGUF files of a run: how they are written, what is refused before any work, what widths plans get, what is said."""
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from seap_ray.config import Config
+import seap_ray.models.hf  # noqa: F401
+from seap_ray.config import Config, PlanSettings
+from seap_ray.demo import skills
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.export import CheckpointExport
 from seap_ray.pipeline import preflight
+from seap_ray.pipeline.checkpoint_writer import write_checkpoints
 from seap_ray.pipeline.gguf_files import check_gguf_base, gguf_item_bytes, gguf_note, is_uniform, write_preset
+from seap_ray.pipeline.model_specs import ModelSpec
 from seap_ray.pipeline.needs import ModelSize, disk_needs, largest_corpora
+from seap_ray.pipeline.plan_choice import PlannedModel
 from seap_ray.pipeline.preflight import check_config
+from seap_ray.storage.files import sha256_of
 from seap_ray.storage.run import Run
+from tests.support.builders import random_plan, random_statistics
+from tests.support.llama_cpp import LlamaCpp, greedy
 
 DEMO = Checkpoint.open("demo")
 FIXED = {"allocation": {"kind": "uniform"}, "score": "wifv", "attention_unit": "group", "baselines": {}}
@@ -31,10 +43,61 @@ def config(source: Path | str = "demo", *, format_: str = "gguf", storage: str =
     )
 
 
+def planned(name: str, seed: int) -> PlannedModel:
+    """Return a model with other widths in every layer."""
+    plan = replace(random_plan(DEMO.architecture, seed, "mean"), name=name)
+    export = CheckpointExport(DEMO, plan, random_statistics(DEMO.architecture, seed))
+    return PlannedModel(ModelSpec(name, "expert", "experts", {name: 1.0}, PlanSettings()), export)
+
+
+def silent(steps: Iterable[int], *_: object) -> Iterable[int]:
+    """Show no progress."""
+    return steps
+
+
+@pytest.mark.ray
+def test_experts_are_gguf_files_too_by_which_llama_cpp_answers_alike(cluster, tmp_path):
+    run = Run(tmp_path)
+    settings = config().export.model_copy(update={"gguf_type": "F32"})
+    models = [planned("arithmetic", 1), planned("logic", 2)]
+    checkpoints = write_checkpoints(models, settings, run, silent)
+
+    folder = run.expert(0.5, "arithmetic")
+    file = folder / "model-F32.gguf"
+    manifest = json.loads((folder / "seap.json").read_text())
+    assert manifest["gguf"] == {"file": file.name, "architecture": "deci", "type": "F32"}
+    assert manifest["files"][file.name] == {"sha256": sha256_of(file), "bytes": file.stat().st_size}
+    assert (folder / "Modelfile").read_text().startswith("FROM ./model-F32.gguf\nPARAMETER num_ctx 256\n")
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    preset = (tmp_path / "experts" / "llama-server.ini").read_text()
+    assert "[0.50/logic]\nmodel = 0.50/logic/model-F32.gguf\n" in preset
+    assert all(checkpoint.artifact.is_made() for checkpoint in checkpoints)
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    llama_cpp = LlamaCpp(file)
+    for row in skills.rows("arithmetic", 20, split="test", seed=0):
+        prompt = tokenizer(row["question"])["input_ids"]
+        assert llama_cpp.tokenize(row["question"]) == prompt
+        assert llama_cpp.greedy(prompt, 12).tokens == greedy(model, prompt, 12).tokens
+
+    # A file that was cut short is found by its size, and whole ones stay.
+    other = run.expert(0.5, "logic") / file.name
+    written = other.stat().st_mtime_ns
+    content = file.read_bytes()
+    file.write_bytes(content[:-100])
+    write_checkpoints(models, settings, run, silent)
+    assert file.read_bytes() == content and other.stat().st_mtime_ns == written
+
+    # Another type is another file, of the same weights.
+    write_checkpoints(models[:1], config().export, run, silent)
+    assert not file.exists() and (folder / "model-Q8_0.gguf").is_file()
+
+
 def test_a_base_that_llama_cpp_does_not_have_is_refused_before_any_work(dense):
     with pytest.raises(ConfigError, match="gguf is not for opt, which llama.cpp does not have; use export.format=seap"):
         check_config(config(dense("opt")), check_evaluation_rows=False)
-    with pytest.raises(ConfigError, match="llama and deci has no sliding window"):
+    with pytest.raises(ConfigError, match="llama, deci: no sliding window"):
         check_config(config(dense("mistral")), check_evaluation_rows=False)
 
 

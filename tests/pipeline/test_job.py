@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import re
 import runpy
@@ -29,22 +28,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import seap_ray.models.hf  # noqa: F401
 from seap_ray.config import Config, load_config
-from seap_ray.demo import skills
 from seap_ray.errors import ConfigError, DataError, IncompleteError, SeapError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import SHARED as BASE_FILES
-from seap_ray.models.gguf.writer import GgufExport
 from seap_ray.pipeline.calibrate import Calibrator
 from seap_ray.pipeline.job import CalibratedRun, route
 from seap_ray.pipeline.needs import ModelSize, disk_needs
 from seap_ray.pipeline.preflight import corpus_sizes
 from seap_ray.pipeline.ray_errors import known_error
 from seap_ray.routing.router import Router
-from seap_ray.storage.files import sha256_of
-from seap_ray.storage.paths import storage_path
 from seap_ray.storage.run import Run
 from tests.support import DATA, NOTHING_TO_JUDGE, ROOT
-from tests.support.llama_cpp import LlamaCpp, greedy, logprobs_after
 
 pytestmark = pytest.mark.ray
 
@@ -357,6 +351,9 @@ def test_a_model_that_is_read_layer_by_layer_leaves_the_same_statistics(finished
     assert statistics(tmp_path) == statistics(finished)
     assert [path.name for path in records(tmp_path)] == [path.name for path in records(finished)]
 
+
+def test_another_ratio_of_a_finished_run_never_touches_the_model(finished, monkeypatch, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*.safetensors")}
 
 def test_another_ratio_of_a_finished_run_never_touches_the_model(finished, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*.safetensors")}

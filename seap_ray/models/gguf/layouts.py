@@ -97,7 +97,7 @@ class Problem:
     """Why a layout does not hold a model."""
 
     reason: str
-    """What the layout does not have, such as ``has no biases on self_attn.o_proj and mlp.down_proj``."""
+    """What the layout does not have, such as ``no biases on self_attn.o_proj and mlp.down_proj``."""
     remedy: str = ""
     """Settings with which it would hold the model; empty where there are none."""
 
@@ -197,19 +197,20 @@ def _choose(config: Mapping[str, Any], architecture: Architecture, *, widths_dif
     reasons: dict[str, list[str]] = {}
     for name, problem in problems.items():
         reasons.setdefault(problem.reason, []).append(name)
-    told = ", ".join(f"{' and '.join(alike)} {reason}" for reason, alike in reasons.items())
+    listed = "; ".join(f"{', '.join(alike)}: {reason}" for reason, alike in reasons.items())
     remedies = dict.fromkeys(problem.remedy for problem in problems.values() if problem.remedy)
     raise ConfigError(
-        f"export.format: llama.cpp cannot hold this {family} as gguf: {told}; use {', or '.join([*remedies, SEAP])}"
+        f"export.format: llama.cpp does not hold this {family} as gguf ({listed}); use "
+        f"{', or '.join([*remedies, SEAP])}"
     )
 
 
 def _width_problem(layout: Layout, architecture: Architecture, widths_differ: bool) -> Problem | None:
     if widths_differ and not layout.is_uneven:
-        return Problem("wants equal widths in all layers", "pruning.allocation.kind=uniform")
+        return Problem("equal widths in all layers alone", "pruning.allocation.kind=uniform")
     heads = architecture.layers[0].shape.heads
     if layout.keeps_heads and heads * architecture.head_dim != architecture.hidden_size:
-        return Problem("wants all heads", "pruning.attention_unit=none")
+        return Problem("all heads alone", "pruning.attention_unit=none")
     return None
 
 
@@ -218,9 +219,9 @@ def _bias_problem(layout: Layout, architecture: Architecture, adds_biases: bool)
         return None
     if adds_biases:
         modules = " and ".join(architecture.compensable_modules)
-        return Problem(f"has no biases on {modules}", "" if architecture.has_added_biases else "pruning.bias=false")
+        return Problem(f"no biases on {modules}", "" if architecture.has_added_biases else "pruning.bias=false")
     if architecture.o_bias or architecture.mlp_bias or (architecture.qkv_bias and not layout.has_qkv_biases):
-        return Problem("has none of the family's own biases")
+        return Problem("none of the family's own biases")
     return None
 
 
@@ -229,21 +230,21 @@ def _model_problem(layout: Layout, config: Mapping[str, Any], architecture: Arch
     ropes = rope_parameters(config)
     kinds = {str(rope.get("rope_type", "default")) for rope in ropes.values()}
     if other := sorted(kinds - set(layout.ropes)):
-        return Problem(f"has no rotary embedding of the kind {other[0]}")
+        return Problem(f"no rotary embedding of the kind {other[0]}")
     if layout.rotates_whole_heads and any(rope.get("partial_rotary_factor", 1.0) != 1.0 for rope in ropes.values()):
-        return Problem("rotates heads as a whole, this model a part of each")
+        return Problem("heads rotated as a whole, in this model a part of each")
     # llama.cpp multiplies by what follows from the factor.
     if any(rope.get("rope_type") == "yarn" and rope.get("attention_factor") for rope in ropes.values()):
-        return Problem("has no attention_factor of yarn")
+        return Problem("no attention_factor of yarn")
 
     if layout.head == "tied" and not architecture.ties_embeddings:
-        return Problem("has no head but the embedding")
+        return Problem("no head but the embedding")
     if layout.head == "own" and architecture.ties_embeddings:
-        return Problem("wants a head of its own")
+        return Problem("a head of its own alone")
 
     activation = config.get("hidden_activation") or config.get("hidden_act")
     if activation not in layout.activations:
-        return Problem(f"computes the MLP by {layout.activations[0]}, this model by {activation}")
+        return Problem(f"an MLP by {layout.activations[0]}, in this model by {activation}")
     return _window_problem(layout, architecture) or _scale_problem(layout, config, architecture)
 
 
@@ -251,12 +252,12 @@ def _window_problem(layout: Layout, architecture: Architecture) -> Problem | Non
     # A window as long as the longest sequence hides nothing.
     windows = [window for window in architecture.windows if window and window < architecture.max_position_embeddings]
     if layout.window_period is None:
-        return Problem(f"has no sliding window (this model: {windows[0]} tokens)") if windows else None
+        return Problem(f"no sliding window, in this model one of {windows[0]} tokens") if windows else None
 
     for layer, window in enumerate(architecture.windows):
         attends_to_all = (layer + 1) % layout.window_period == 0
         if (window is None) != attends_to_all:
-            return Problem(f"gives every layer a window but each {layout.window_period}th, this model others")
+            return Problem(f"windows in all layers but each {layout.window_period}th, in this model in others")
     return None
 
 
@@ -271,7 +272,7 @@ def _scale_problem(layout: Layout, config: Mapping[str, Any], architecture: Arch
         divisor = architecture.hidden_size // architecture.layers[0].shape.heads
     if divisor == wanted:
         return None
-    return Problem(f"divides attention scores by {divisor}, this model by {wanted}", "pruning.attention_unit=none")
+    return Problem(f"attention scores divided by {divisor}, in this model by {wanted}", "pruning.attention_unit=none")
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -110,6 +110,7 @@ class _Reader:
 
     @classmethod
     def of(cls, folder: Path, n_tokens: int) -> "_Reader":
+        """Load the tokenizer of a folder. Raises ConfigError where there is none that has a ``tokenizer.json``."""
         from transformers import AutoTokenizer
 
         try:
@@ -345,19 +346,19 @@ class _Reader:
         bytes_ = set() if spells_bytes else {f"<0x{byte:02X}>" for byte in range(N_BYTES)}
         unknown = None if spells_bytes else self.tokenizer.unk_token
 
-        found: list[Any] = []
+        by_row: list[Any] = []
         for text in texts:
             if text not in known:
-                found.append(kinds.UNUSED)
+                by_row.append(kinds.UNUSED)
             elif text == unknown:
-                found.append(kinds.UNKNOWN)
+                by_row.append(kinds.UNKNOWN)
             elif text in special:
-                found.append(kinds.CONTROL)
+                by_row.append(kinds.CONTROL)
             elif text in added:
-                found.append(kinds.USER_DEFINED)
+                by_row.append(kinds.USER_DEFINED)
             else:
-                found.append(kinds.BYTE if text in bytes_ else kinds.NORMAL)
-        return found
+                by_row.append(kinds.BYTE if text in bytes_ else kinds.NORMAL)
+        return by_row
 
     def _used_added_tokens(self) -> Iterator[Mapping[str, Any]]:
         """Yield the added tokens that a text or a template may hold."""
