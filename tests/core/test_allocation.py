@@ -171,6 +171,8 @@ def assert_widths_are_allowed(shapes, architecture, tensor_parallel=1):
 def test_the_ratio_is_met_within_a_tile_and_no_layer_is_emptied(model, kind, unit):
     architecture = MODELS[model]
     slow = kind in WIDTHS_BY_SCORE and model != "demo"  # up to a second a plan
+    # Where every group has one head, both units leave the same choice, which groups are tested with.
+    slow |= kind == "measured" and unit == "head" and architecture.dense.heads_per_group == 1
     for ratio in (0.2, 0.5) if slow else (0.1, 0.2, 0.35, 0.5, 0.7):
         for adds_biases in (True,) if slow else (True, False):
             shapes = chosen(architecture, ratio, kind, adds_biases=adds_biases, attention_unit=unit)
