@@ -13,6 +13,7 @@ Every folder has one layer and imports only from layers below it (contracts in `
                     merge      shard_records -> statistics of every task
                     planner    model_specs and statistics -> scores -> plans, kept as plan_files
                     checkpoint_writer  plans -> checkpoints
+                    gguf_files checkpoints -> files that llama.cpp loads, where these are asked for
                     evaluate   models x tasks -> accuracies and perplexities, cached
                     results    models and their measurements -> a results file
     report        a run -> tables, pictures and one HTML page
