@@ -5,6 +5,7 @@ imported when it starts, so that help and a misspelt key are answered at once.
 """
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -141,6 +142,12 @@ Exit codes: 0 done, 2 a key, the run or the cluster is wrong, 4 the engines did 
 
 
 def _deploy(request: Request) -> None:
+    from serve.session import enter_own_session
+
+    # A service that ends with this process; on a cluster it stays.
+    if os.environ.get("RAY_ADDRESS", "local") == "local":
+        enter_own_session()
+
     from seap_ray.vllm_plugin.plugin import check_registered
 
     logging.disable(logging.WARNING)  # vLLM and Ray speak of the machine while they are imported

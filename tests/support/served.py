@@ -82,7 +82,10 @@ class Service:
         }
         with log.open("w") as out:
             command = [sys.executable, "jobs/deploy.py", *arguments(**settings)]
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=environment())
+            # A process group of its own, as a shell gives every command, so that tests can signal all of it.
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=out, stderr=out, env=environment(), start_new_session=True
+            )
         deadline = time.monotonic() + START_S
         while "are served at" not in log.read_text():
             assert self.process.poll() is None and time.monotonic() < deadline, log.read_text()
