@@ -274,6 +274,9 @@ def _method(data: RunData, pruning: Mapping[str, Any]) -> str:
     for name, setting in settings.items():
         value = _chosen(data, name) if setting == "auto" else setting
         parts.append(f"{name.replace('_', ' ')} {value}")
+    # Nothing of it where it is off, as by default.
+    if share := pruning.get("error_correction"):
+        parts.append(f"error correction {share:g}")
     return ", ".join(parts)
 
 

@@ -133,6 +133,10 @@ def test_what_auto_became_is_told_by_ratio_where_ratios_differ(tmp_path):
     assert "score wifv, allocation logistic at 20 % and measured at 40 % (auto), " in pruning
     assert "compensation mean or none at 20 % and mean at 40 % (auto), attention unit group (auto)" in pruning
 
+    assert "error correction" not in pruning
+    edit(run.results, lambda values: values["config"]["pruning"].update(error_correction=0.5))
+    assert facts(RunData.of(run))["Pruning"].endswith(", error correction 0.5")
+
     # Plans that are gone say nothing.
     for path in run.root.glob("plans/*/*.json"):
         path.unlink()
