@@ -1,8 +1,10 @@
 """Biases: what a format allows, what a config asks for, and one line where they exclude each other."""
 
+import runpy
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from seap_ray.config import Config
 from seap_ray.core.architecture import Architecture
@@ -12,9 +14,14 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport
 from seap_ray.pipeline.biases import bias_line, with_bias
 from seap_ray.pipeline.model_specs import assumed_specs, compensation_for, model_specs
+from seap_ray.storage.files import read_json
+from seap_ray.storage.run import Run
+from tests.support import ROOT
 from tests.support.builders import CONFIGS, random_covariances, random_plan
+from tests.support.oracles import tensors_of
 from tests.support.planners import SMALL, planner_of, spec_of
 
+main = runpy.run_path(str(ROOT / "jobs" / "prune.py"))["main"]
 COVARIANCE = {"statistics": "covariance"}
 STOCK = {"format": "stock"}
 WITHOUT = ("mistral", "qwen3", "gemma2", "gemma3", "phi3", "mixtral", "qwen3_moe")
@@ -142,3 +149,29 @@ def test_without_biases_models_of_equal_widths_fit_one_engine_whatever_compensat
         plan = random_plan(base.architecture, 3, way)
         configs[way] = CheckpointExport(base, plan, random_covariances(base.architecture, 1)).config()
     assert configs["least_squares_without_bias"] == configs["none"] != configs["least_squares"]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ["qwen3", "mixtral"])
+def test_a_job_leaves_ordinary_checkpoints_with_the_repair_and_says_that_it_has_no_bias(
+    cluster, dense, tmp_path, capsys, name
+):
+    source = dense(name)
+    settings = [
+        *("model.dtype=float32", f"model.source={source}", "tasks=[sort, logic]", "corpus.samples=24"),
+        *("corpus.shard_sequences=8", "calibration.workers=1", "evaluation.samples=0", "pruning.ratio=0.3"),
+        *("calibration.statistics=covariance", "pruning.score=wifv", "pruning.compensation=least_squares"),
+        *("pruning.baselines={}", "pruning.allocation.kind=uniform", "pruning.attention_unit=none"),
+    ]
+    arguments = [f"config={ROOT / 'ray_config.yaml'}", f"run.storage={tmp_path}", "run.name=run", *settings]
+    assert main([*arguments, "export.format=stock"]) == 0
+    output = capsys.readouterr().out
+    assert f"pruning.bias: false, since a stock {name} has no biases on self_attn.o_proj" in output
+
+    run = Run(tmp_path / "run")
+    for model in ("general", "sort", "logic"):
+        manifest = read_json(run.expert(0.3, model) / "seap.json")
+        for about in (manifest["plan"], read_json(run.plan(0.3, model))):
+            assert (about["compensation"], about["bias"]) == ("least_squares_without_bias", False)
+        assert AutoModelForCausalLM.from_pretrained(run.expert(0.3, model)).config.model_type == name
+        assert not [tensor for tensor in tensors_of(run.expert(0.3, model)) if tensor.endswith(".bias")]
