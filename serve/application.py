@@ -15,8 +15,8 @@ from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run
 from serve.engines import EngineGroup, check_sharing
 from serve.experts import Expert, find_experts
-from serve.gate import key_hashes
 from serve.ingress import Service, make_ingress
+from serve.keys import read_keys
 from serve.llm_config import llm_config
 from serve.prompts import PromptBeginning
 
@@ -28,7 +28,7 @@ def prepare(config: Config) -> Service:
         ConfigError: The keys, the run, its experts or the settings of a shared engine cannot be used.
     """
     # Cheapest first: without keys no bucket need be read.
-    hashes = key_hashes(config.serve)
+    keys = read_keys(config.serve)
     run = Run.of(config)
     experts = find_experts(config, run)
     check_sharing(config, experts)
@@ -40,7 +40,7 @@ def prepare(config: Config) -> Service:
         threshold=config.serve.router.threshold,
         named_falls_back=config.serve.fallback == "all",
         has_one_replica=config.serve.max_replicas == 1,
-        key_hashes=hashes,
+        keys=keys,
         max_body_bytes=config.serve.max_body_bytes,
         max_sequences=config.serve.max_sequences,
         timeout_s=config.serve.timeout_s,

@@ -16,7 +16,8 @@ from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.pipeline.cluster import connect
 from serve.application import application, prepare
 from serve.engines import engine_groups, is_cpu, n_ranks
-from serve.gate import KEYS_VARIABLE, close_environment
+from serve.gate import close_environment
+from serve.keys import KEYS_VARIABLE
 from serve.watch import PERIOD_S
 
 logger = logging.getLogger("ray.serve")

@@ -7,71 +7,23 @@ import hmac
 import json
 import os
 import uuid
-from collections.abc import Sequence
-from pathlib import Path
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from seap_ray.config import LOOPBACK, ServeSection
-from seap_ray.errors import ConfigError
+from seap_ray.config import LOOPBACK
 from serve.errors import ApiError, to_api_error
+from serve.keys import KEYS_VARIABLE, ApiKeys, KeyRing
 
-KEYS_VARIABLE = "SEAP_API_KEYS"
 PROXY_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 """Ray Serve's variable with the middleware of its proxies, which read it when they start."""
-MIN_KEY_LENGTH = 16
-"""Least characters of a key: a shorter one can be guessed."""
 OPEN_PATHS = ("/healthz", "/readyz")
 """Paths that are answered without a key."""
 FORWARDED_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 """Headers of a proxy, which may pass requests on from other machines."""
 UNROUTED = b"Ping http://.../-/routes for available routes."
 """Text in the 404 of Serve's own proxy."""
-
-
-def key_hashes(config: ServeSection) -> tuple[bytes, ...] | None:
-    """Return the SHA-256 of every API key, to be handed on in place of the keys; None when authentication is off.
-
-    Raises:
-        ConfigError: Keys are required and there are none, or one is too short.
-    """
-    if config.auth == "none":
-        return None
-
-    where, text = _read_keys(config)
-    lines = [line.strip() for line in text.splitlines()]
-    keys = [line for line in lines if line and not line.startswith("#")]
-    if not keys:
-        raise ConfigError(
-            f"{where} holds no API key; set {KEYS_VARIABLE}, or serve.api_keys_file, or, to answer this machine alone, "
-            "serve.auth=none"
-        )
-
-    for number, key in enumerate(keys, 1):
-        if len(key) < MIN_KEY_LENGTH:
-            raise ConfigError(
-                f"{where}: key {number} has under {MIN_KEY_LENGTH} characters; `openssl rand -hex 16` makes a good one"
-            )
-
-    return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
-
-
-def _read_keys(config: ServeSection) -> tuple[str, str]:
-    """Return where the keys are, in words for an error, and the text there, with a key on every line.
-
-    Raises ConfigError for a file that cannot be read.
-    """
-    # Where both are set the file counts.
-    if not config.api_keys_file:
-        return KEYS_VARIABLE, os.environ.get(KEYS_VARIABLE, "").replace(",", "\n")
-
-    where = f"serve.api_keys_file: {config.api_keys_file}"
-    try:
-        return where, Path(config.api_keys_file).expanduser().read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where} cannot be read ({getattr(error, 'strerror', None) or 'no text'})") from None
 
 
 def close_environment() -> None:
@@ -86,9 +38,9 @@ def close_environment() -> None:
 class Gate:
     """Outermost ASGI middleware: nothing behind it sees a request without a valid key."""
 
-    def __init__(self, app: ASGIApp, *, key_hashes: Sequence[bytes] | None, max_body_bytes: int):
+    def __init__(self, app: ASGIApp, *, keys: ApiKeys | None, max_body_bytes: int):
         self.app = app
-        self.key_hashes = key_hashes
+        self.key_ring = KeyRing(keys) if keys else None
         self.max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -131,9 +83,9 @@ class Gate:
             return
 
         headers = Headers(scope=scope)
-        if self.key_hashes is None:
+        if self.key_ring is None:
             _admit_local(scope, headers)
-        elif not self._has_key(headers.get("authorization", "")):
+        elif not _has_key(self.key_ring, headers.get("authorization", "")):
             message = "a valid API key is needed: Authorization: Bearer KEY"
             # A browser that opens the playground asks for a password (the key), and then sends it by itself.
             basic = 'Basic realm="seap_ray: the API key is the password", charset="UTF-8"'
@@ -143,23 +95,6 @@ class Gate:
         # A page of another site can send a browser's POST only as text or a form, unless this server agrees.
         if scope["method"] == "POST" and not _is_json(headers.get("content-type", "")):
             raise ApiError(415, "the request body should be JSON, and say so: Content-Type: application/json")
-
-    def _has_key(self, authorization: str) -> bool:
-        """Return whether a header holds a valid key, as a bearer token or as a basic password."""
-        scheme, _, credentials = authorization.partition(" ")
-        # Browsers know the basic scheme alone; of user:password the password is the key.
-        if scheme.lower() == "basic":
-            try:
-                key = base64.b64decode(credentials, validate=True).partition(b":")[2]
-            except (binascii.Error, ValueError):
-                return False
-        else:
-            key = credentials.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
-
-        # All are compared, each in constant time, so that the time taken says nothing about any key.
-        offered = hashlib.sha256(key).digest()
-        n_equal = sum(hmac.compare_digest(offered, key_hash) for key_hash in self.key_hashes or ())
-        return n_equal > 0
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """Return the whole body; None when the client left before its end. Raises ApiError 413 when it is too large."""
@@ -191,6 +126,24 @@ def _path(scope: Scope) -> str:
     """Return the path of a request without the prefix that the application is served under."""
     path, prefix = scope["path"], scope.get("root_path", "").rstrip("/")
     return path[len(prefix) :] or "/" if path == prefix or path.startswith(f"{prefix}/") else path
+
+
+def _has_key(key_ring: KeyRing, authorization: str) -> bool:
+    """Return whether a header holds a valid key, as a bearer token or as a basic password."""
+    scheme, _, credentials = authorization.partition(" ")
+    # Browsers know the basic scheme alone; of user:password the password is the key.
+    if scheme.lower() == "basic":
+        try:
+            key = base64.b64decode(credentials, validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return False
+    else:
+        key = credentials.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
+
+    # All are compared, each in constant time, so that the time taken says nothing about any key.
+    offered = hashlib.sha256(key).digest()
+    n_equal = sum(hmac.compare_digest(offered, key_hash) for key_hash in key_ring.hashes())
+    return n_equal > 0
 
 
 def _admit_local(scope: Scope, headers: Headers) -> None:

@@ -23,6 +23,7 @@ from serve.choice import Chooser, Decision, Prompt
 from serve.errors import ApiError, add_handlers
 from serve.experts import Expert
 from serve.gate import Gate
+from serve.keys import ApiKeys
 from serve.messages import ChatRequest, check_messages, first_user_text
 from serve.model_calls import PATIENCE_S, ModelCalls, constraint_in
 from serve.node_metrics import gather
@@ -51,8 +52,8 @@ class Service:
     """Whether the general model also stands in for an expert that a request names; for a routed one it always does."""
     has_one_replica: bool
     """Whether each model has one engine at most, so that a failed request says that the model is down."""
-    key_hashes: tuple[bytes, ...] | None
-    """SHA-256 of every API key; None when authentication is off."""
+    keys: ApiKeys | None
+    """The API keys, as hashes; None when authentication is off."""
     max_body_bytes: int
     max_sequences: int
     timeout_s: float
@@ -299,5 +300,5 @@ def make_ingress(service: Service) -> type:
     # FastAPI's pages of documentation would load scripts from another site.
     app = FastAPI(title="seap_ray", docs_url=None, redoc_url=None)
     add_handlers(app)
-    app.add_middleware(Gate, key_hashes=service.key_hashes, max_body_bytes=service.max_body_bytes)
+    app.add_middleware(Gate, keys=service.keys, max_body_bytes=service.max_body_bytes)
     return make_fastapi_ingress(ExpertIngress, endpoint_map=ENDPOINTS, app=app)

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import codecs
 import json
+import os
 from types import SimpleNamespace
 
 import httpx
@@ -17,7 +18,8 @@ from starlette.responses import PlainTextResponse
 from seap_ray.config import ServeSection, load_config
 from seap_ray.errors import ConfigError
 from serve.errors import add_handlers
-from serve.gate import OPEN_PATHS, Gate, key_hashes, proxy_middleware
+from serve.gate import OPEN_PATHS, Gate, proxy_middleware
+from serve.keys import LOOK_EVERY_S, read_keys
 
 KEYS = "alpha-key-of-team-a, beta-key-of-team-b"
 ONE, TWO = "the-first-key-there-is", "the-second-key-there-is"
@@ -33,10 +35,10 @@ class Body(BaseModel):
         return [][number] if number else 0  # as vLLM's validators do at values nobody thought of
 
 
-def app(hashes, max_body_bytes=1000):
+def app(keys, max_body_bytes=1000):
     made = FastAPI(docs_url=None, redoc_url=None)
     add_handlers(made)
-    made.add_middleware(Gate, key_hashes=hashes, max_body_bytes=max_body_bytes)
+    made.add_middleware(Gate, keys=keys, max_body_bytes=max_body_bytes)
     made.state.reached = []
 
     @made.get("/{path:path}")
@@ -58,7 +60,7 @@ def app(hashes, max_body_bytes=1000):
 @pytest.fixture
 def keyed(monkeypatch):
     monkeypatch.setenv("SEAP_API_KEYS", KEYS)
-    return app(key_hashes(ServeSection()))
+    return app(read_keys(ServeSection()))
 
 
 def call(target, method, path, client=("127.0.0.1", 1), host="127.0.0.1", **kwargs):
@@ -116,7 +118,7 @@ def test_nothing_is_reached_without_a_key(keyed, headers, path):
 
 @given(st.text(st.characters(codec="latin-1", exclude_characters="\r\n\0"), max_size=40))
 def test_no_text_but_the_keys_opens(value):
-    target = app(key_hashes_of("alpha-key-of-team-a", "beta-key-of-team-b"))
+    target = app(keys_of("alpha-key-of-team-a", "beta-key-of-team-b"))
     opened = call(target, "GET", "/x", headers={"authorization": value.encode("latin-1")}).status_code == 200
     assert opened == (
         value.strip().lower().startswith("bearer ")
@@ -124,10 +126,10 @@ def test_no_text_but_the_keys_opens(value):
     )
 
 
-def key_hashes_of(*keys):
+def keys_of(*keys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEAP_API_KEYS", ",".join(keys))
-        return key_hashes(ServeSection())
+        return read_keys(ServeSection())
 
 
 @pytest.mark.parametrize("path", OPEN_PATHS)
@@ -151,7 +153,7 @@ def test_a_prefix_of_the_service_opens_no_other_path(keyed):
             return {"type": "http.request", "body": b"", "more_body": False}
 
         scope = {"type": "http", "method": "GET", "path": path, "root_path": "/app", "headers": [], "query_string": b""}
-        await Gate(keyed, key_hashes=key_hashes_of("alpha-key-of-team-a"), max_body_bytes=10)(scope, receive, send)
+        await Gate(keyed, keys=keys_of("alpha-key-of-team-a"), max_body_bytes=10)(scope, receive, send)
         return sent[0]["status"]
 
     assert asyncio.run(status("/apphealthz")) == asyncio.run(status("/app/x/healthz")) == 401
@@ -195,7 +197,7 @@ def test_a_browser_is_asked_for_the_key_and_sends_it_as_a_password(keyed):
 def test_keys_come_from_a_file_one_a_line(tmp_path, monkeypatch):
     monkeypatch.setenv("SEAP_API_KEYS", "not-this-one-of-all")
     (tmp_path / "keys").write_text(f"# of both teams\n{ONE}\n\n  {TWO}  \n")
-    target = app(key_hashes(ServeSection(api_keys_file=str(tmp_path / "keys"))))
+    target = app(read_keys(ServeSection(api_keys_file=str(tmp_path / "keys"))))
     found = [
         key
         for key in (ONE, TWO, "# of both teams", "not-this-one-of-all")
@@ -204,25 +206,62 @@ def test_keys_come_from_a_file_one_a_line(tmp_path, monkeypatch):
     assert found == [ONE, TWO]
 
 
+def test_a_file_that_changes_rotates_the_keys_and_one_that_is_wrong_takes_none_away(tmp_path, monkeypatch, caplog):
+    now = [1000.0]
+    monkeypatch.setattr("serve.keys.time.monotonic", lambda: now[0])
+    file = tmp_path / "keys"
+    file.write_text(ONE)
+    target = app(read_keys(ServeSection(api_keys_file=str(file))))
+
+    def valid():
+        return [key for key in (ONE, TWO) if call(target, "GET", "/x", headers=bearer(key)).is_success]
+
+    assert valid() == [ONE]
+    file.write_text(TWO)
+    assert valid() == [ONE], "the file is looked at once a second"
+    now[0] += LOOK_EVERY_S
+    assert valid() == [TWO]
+
+    # Replaced, as editors and Kubernetes do it, with the same length and time.
+    about = file.stat()
+    (tmp_path / "new").write_text(ONE[: len(TWO)].ljust(len(TWO), "x"))
+    os.utime(tmp_path / "new", ns=(about.st_atime_ns, about.st_mtime_ns))
+    os.replace(tmp_path / "new", file)
+    now[0] += LOOK_EVERY_S
+    assert valid() == ([ONE] if len(ONE) == len(TWO) else [])
+
+    file.write_text(f"{ONE}\n{TWO}")
+    now[0] += LOOK_EVERY_S
+    assert valid() == [ONE, TWO]
+    for wrong in ("", "hunter2", "# nothing"):
+        file.write_text(wrong)
+        now[0] += LOOK_EVERY_S
+        assert valid() == [ONE, TWO]
+    assert "the keys from before stay valid" in caplog.text and "hunter2" not in caplog.text
+    file.unlink()
+    now[0] += LOOK_EVERY_S
+    assert valid() == [ONE, TWO], "a node may not have the file"
+
+
 def test_keys_travel_as_hashes_only():
-    assert b"alpha-key-of-team-a" not in b"".join(key_hashes_of("alpha-key-of-team-a"))
+    assert b"alpha-key-of-team-a" not in b"".join(keys_of("alpha-key-of-team-a").hashes)
 
 
 def test_no_keys_at_all_are_refused(monkeypatch, tmp_path):
     monkeypatch.delenv("SEAP_API_KEYS", raising=False)
     with pytest.raises(ConfigError, match="SEAP_API_KEYS holds no API key; set SEAP_API_KEYS, or"):
-        key_hashes(ServeSection())
+        read_keys(ServeSection())
     with pytest.raises(ConfigError, match="serve.api_keys_file: .*/none cannot be read"):
-        key_hashes(ServeSection(api_keys_file=str(tmp_path / "none")))
+        read_keys(ServeSection(api_keys_file=str(tmp_path / "none")))
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(ConfigError, match="empty holds no API key"):
-        key_hashes(ServeSection(api_keys_file=str(tmp_path / "empty")))
+        read_keys(ServeSection(api_keys_file=str(tmp_path / "empty")))
 
 
 def test_a_key_that_can_be_guessed_is_refused_and_not_repeated(monkeypatch):
     monkeypatch.setenv("SEAP_API_KEYS", "alpha-key-of-team-a,hunter2")
     with pytest.raises(ConfigError, match="SEAP_API_KEYS: key 2 has under 16 characters") as refused:
-        key_hashes(ServeSection())
+        read_keys(ServeSection())
     assert "hunter2" not in str(refused.value)
 
 
@@ -241,13 +280,13 @@ def test_a_key_that_can_be_guessed_is_refused_and_not_repeated(monkeypatch):
     ],
 )
 def test_without_keys_this_machine_alone_is_answered(client, host, status):
-    target = app(key_hashes(ServeSection(auth="none")))
+    target = app(read_keys(ServeSection(auth="none")))
     assert call(target, "GET", "/x", client=(client, 1), host=host).status_code == status
 
 
 @pytest.mark.parametrize("header", ["forwarded", "x-forwarded-for", "x-real-ip", "via"])
 def test_without_keys_a_proxy_on_this_machine_is_not_this_machine(header):
-    target = app(key_hashes(ServeSection(auth="none")))
+    target = app(read_keys(ServeSection(auth="none")))
     assert call(target, "GET", "/x", headers={header: "10.0.0.7"}).status_code == 403
 
 
@@ -336,5 +375,5 @@ def test_unknown_paths_and_methods_have_the_same_form(keyed):
 
 @given(st.binary(max_size=200), st.sampled_from(["application/json", "application/json; charset=utf-16", "text/json"]))
 def test_no_bytes_make_it_fail(body, kind):
-    target = app(key_hashes_of("alpha-key-of-team-a"))
+    target = app(keys_of("alpha-key-of-team-a"))
     assert post(target, content=body, headers={"content-type": kind}).status_code in (200, 400, 413, 415)
