@@ -6,6 +6,6 @@ package are imported by their full names.
 Start-up: ``app`` or ``deployment`` (entry points) -> ``application`` -> ``experts`` (checkpoints to serve) ->
 ``engines`` (which of them share an engine) -> ``llm_config`` (settings for ``ray.serve.llm``).
 
-A request: ``gate`` (API key by ``keys``, size) -> ``ingress`` (whose bodies ``messages`` and ``prompts`` read) -> ``choice`` (which
-model) -> ``model_calls`` (what to do when it is dead) -> ``engine`` or ``shared_engine``.
+A request: ``gate`` (size, and API key by ``keys``) -> ``ingress`` (whose bodies ``messages`` and ``prompts`` read) ->
+``choice`` (which model) -> ``model_calls`` (what to do when it is dead) -> ``engine`` or ``shared_engine``.
 """
