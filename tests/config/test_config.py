@@ -339,6 +339,7 @@ def test_what_a_plan_leaves_out_comes_from_the_pruning_section(empty):
         "allocation": "uniform",
         "compensation": "auto",
         "bias": True,
+        "error_correction": 0.0,
         "attention_unit": "auto",
         "budget": "exact",
         "k": 2,
