@@ -22,6 +22,7 @@ import yaml
 from seap_ray.config import load_config
 from seap_ray.errors import ConfigError
 from seap_ray.models.corpus import check_evaluation, check_source
+from seap_ray.models.hf.shapes import check_folder
 from seap_ray.pipeline.needs import ModelSize, needs
 from seap_ray.progress import size
 from tests.support import ROOT
@@ -356,6 +357,19 @@ def test_the_example_prunes_on_one_machine_without_ray(tmp_path):
     assert "20.1% of the decoder removed" in done.stdout
     assert re.search(r"\d+ [+-] \d+ = \d+", done.stdout), done.stdout
     assert len((ROOT / "examples" / "one_machine.py").read_text().splitlines()) < 70
+
+
+@runs_the_demo
+def test_the_example_fine_tunes_an_expert_that_then_loads_as_before(clone, tmp_path):
+    expert = clone.folder / "runs/demo/experts/0.50/arithmetic"
+    command = [sys.executable, str(ROOT / "examples/fine_tune.py"), str(expert), str(tmp_path / "tuned")]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=one_thread)
+    assert done.returncode == 0, done.stderr
+    first, last = re.findall(r"loss ([\d.]+)", done.stdout)
+    assert float(last) < float(first)
+    assert {"modeling_seap.py", "configuration_seap.py"} <= {*os.listdir(tmp_path / "tuned")}
+    check_folder(tmp_path / "tuned")
 
 
 @runs_the_demo
