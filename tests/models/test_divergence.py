@@ -18,6 +18,7 @@ from tests.support.builders import (
     load,
     logits,
     prompts,
+    random_covariances,
     random_plan,
     random_statistics,
     save_dense,
@@ -48,10 +49,11 @@ def log_probabilities(folder: Path, sequence: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("compensation", ["none", "mean"])
+@pytest.mark.parametrize("compensation", ["none", "mean", "least_squares_without_bias"])
 def test_divergence_is_that_of_the_written_checkpoint(name: str, compensation: str, tmp_path: Path) -> None:
     checkpoint = opened(tmp_path / "base", name)
-    statistics = random_statistics(checkpoint.architecture, seed=3)
+    random_of = random_covariances if compensation.startswith("least_squares") else random_statistics
+    statistics = random_of(checkpoint.architecture, 3)
     plans = [random_plan(checkpoint.architecture, seed, compensation) for seed in (1, 2)]
     exports = [CheckpointExport(checkpoint, plan, statistics) for plan in plans]
 
