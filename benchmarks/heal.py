@@ -47,6 +47,7 @@ class Healing:
 def main(arguments: Sequence[str]) -> None:
     """Print a line for each task: its metric, and the loss of the right answers, before and after."""
     own = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
+    # Each of them has the type of its default.
     settings = {name: type(getattr(Healing(), name))(own[name]) for name in Healing.__slots__ if name in own}
     healing = Healing(**settings)
     config = load_config([argument for argument in arguments if argument.partition("=")[0] not in settings])
@@ -108,6 +109,7 @@ def heal(model: Any, dense: Any, texts: list[list[int]], healing: Healing, *, se
 
     adapted.train()
     for batch in batches(texts, healing, seed):
+        # The dense model's own distribution, token by token, and not the text: few texts say little else.
         with torch.no_grad():
             target_BTV = dense(**batch, use_cache=False).logits.log_softmax(-1)
         given_BTV = adapted(**batch, use_cache=False).logits.log_softmax(-1)
@@ -128,8 +130,10 @@ def batches(texts: list[list[int]], healing: Healing, seed: int) -> Iterator[dic
     for _ in range(healing.steps):
         chosen = drawn.sample(texts, min(healing.batch, len(texts)))
         longest = max(map(len, chosen))
+        # Padded on the right, where the mask hides it.
         ids = torch.tensor([text + [0] * (longest - len(text)) for text in chosen])
-        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in chosen])
+        n_tokens = torch.tensor([len(text) for text in chosen])
+        mask = (torch.arange(longest) < n_tokens[:, None]).long()
         yield {"input_ids": ids, "attention_mask": mask}
 
 

@@ -335,6 +335,12 @@ def test_lora_adapters_fit_the_cut_layers(expert, tmp_path):
     assert adapted == by_transformers(model, prompts, 16)
     assert adapted != base
 
+    # The model with the adapter merged, saved as a whole, serves as the expert does.
+    model.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "merged")
+    with Engine(tmp_path / "merged") as engine:
+        assert engine.greedy(prompts, 16) == adapted
+
 
 IN_HALVES = {
     "llama": [Shape(4, 3, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],  # one key-value head: repeated
