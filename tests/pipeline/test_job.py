@@ -291,10 +291,14 @@ def test_a_shard_that_kills_every_worker_is_given_up_named_and_costs_no_other(fi
     assert not list((tmp_path / "run" / "records").rglob("*.tried"))
 
 
+def joining() -> dict[str, str]:
+    """Return the environment of a job that joins the cluster of this process; without it, one that runs beside it."""
+    return {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+
+
 def test_a_killed_driver_resumes_with_the_records_that_it_had(finished, tmp_path):
     command = [sys.executable, str(ROOT / "jobs" / "prune.py"), *arguments(tmp_path)]
-    environment = {**os.environ, "RAY_ADDRESS": "local"}  # a cluster of a test beside it would be joined
-    job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = subprocess.Popen(command, env=joining(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         when_records(tmp_path, 3, job.kill).join(240)
         assert job.wait(60) == -signal.SIGKILL
@@ -308,10 +312,9 @@ def test_a_killed_driver_resumes_with_the_records_that_it_had(finished, tmp_path
     assert statistics(tmp_path) == statistics(finished)
 
 
-def test_a_stopped_job_ends_with_4_and_says_that_it_can_go_on(tmp_path):
+def test_a_stopped_job_ends_with_4_and_says_that_it_can_go_on(cluster, tmp_path):
     command = [sys.executable, str(ROOT / "jobs" / "prune.py"), *arguments(tmp_path)]
-    environment = {**os.environ, "RAY_ADDRESS": "local"}  # a cluster of a test beside it would be joined
-    job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(command, env=joining(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         when_records(tmp_path, 1, job.terminate).join(240)
         _, errors = job.communicate(timeout=60)
@@ -354,51 +357,6 @@ def test_a_model_that_is_read_layer_by_layer_leaves_the_same_statistics(finished
 
 def test_another_ratio_of_a_finished_run_never_touches_the_model(finished, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*.safetensors")}
-
-def test_another_ratio_of_a_finished_run_never_touches_the_model(finished, monkeypatch, capsys):
-    before = {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*.safetensors")}
-
-def test_experts_are_gguf_files_too_by_which_llama_cpp_answers_alike(finished, tmp_path, capsys):
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    command = arguments(tmp_path, UNJUDGED, "export.format=gguf", "export.gguf_type=F32")
-    assert main(command) == 0
-    assert "gguf: rows of 160 weights are no multiple of 256" in capsys.readouterr().out
-
-    folder = run_of(tmp_path).expert(0.5, "arithmetic")
-    file = folder / "model-F32.gguf"
-    manifest = json.loads((folder / "seap.json").read_text())
-    assert manifest["gguf"] == {"file": file.name, "architecture": "deci", "type": "F32"}
-    assert manifest["files"][file.name] == {"sha256": sha256_of(file), "bytes": file.stat().st_size}
-    assert (folder / "Modelfile").read_text().startswith("FROM ./model-F32.gguf\nPARAMETER num_ctx 256\n")
-    preset = (run_of(tmp_path).root / "experts" / "llama-server.ini").read_text()
-    assert "[0.50/logic]\nmodel = 0.50/logic/model-F32.gguf\n" in preset
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    exact = LlamaCpp(file)
-    eight_bits = tmp_path / "eight.gguf"
-    GgufExport.of(folder, "Q8_0", "eight bits").write(storage_path(eight_bits))
-    rounded = LlamaCpp(eight_bits)
-
-    for row in skills.rows("arithmetic", 20, split="test", seed=0):
-        prompt = tokenizer(row["question"])["input_ids"]
-        assert exact.tokenize(row["question"]) == prompt
-        expected = greedy(model, prompt, 12)
-        assert exact.greedy(prompt, 12).tokens == expected.tokens
-        # Of a model as small as this one eight bits show; the likeliest tokens keep their probabilities.
-        answer = rounded.greedy(prompt, 12)
-        for here, there in zip(answer.likeliest, logprobs_after(model, prompt, answer), strict=True):
-            for token, logprob in here.items():
-                assert math.exp(logprob) == pytest.approx(math.exp(there[token]), abs=0.06)
-
-    # A file that was cut short is found by its size, and whole ones stay.
-    other = run_of(tmp_path).expert(0.5, "logic") / "model-F32.gguf"
-    written = other.stat().st_mtime_ns
-    content = file.read_bytes()
-    file.write_bytes(content[:-100])
-    assert main(command) == 0
-    assert file.read_bytes() == content and other.stat().st_mtime_ns == written
-
 
     def calibrator(*_args):
         raise AssertionError("calibrated again")
@@ -607,7 +565,7 @@ def test_ray_job_submit_runs_the_job_on_a_cluster_with_token_authentication(tmp_
     head = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         submit = [ray, "job", "submit", f"--address=http://127.0.0.1:{dashboard}", "--working-dir", str(ROOT), "--"]
-        command = [*submit, sys.executable, "jobs/prune.py", *arguments(tmp_path)[1:]]
+        command = [*submit, sys.executable, "jobs/prune.py", *arguments(tmp_path, "tasks=[arithmetic]")[1:]]
         done = _submitted(command, environment)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "is complete" in done.stdout

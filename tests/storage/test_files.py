@@ -8,7 +8,9 @@ import runpy
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -306,6 +308,34 @@ def test_a_bucket_that_cannot_be_written_is_told(environment):
 # --- the main job ----------------------------------------------------------------------------------------------------
 
 
+TWICE = """
+import runpy, sys
+main = runpy.run_path("jobs/prune.py")["main"]
+assert main(sys.argv[1:]) == 0
+print("once", flush=True)
+sys.stdin.readline()
+assert main(sys.argv[1:]) == 0
+"""
+
+
+@contextmanager
+def between_two_jobs(arguments: list[str], environment: dict[str, str], log: Path) -> Iterator[str]:
+    """Run a job, yield what it printed, and run it again: in one process, whose workers have imported all by then."""
+    with log.open("w") as out:
+        command = [sys.executable, "-c", TWICE, *arguments]
+        jobs = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=out, stderr=out)
+    try:
+        while not log.read_text().endswith("once\n"):
+            assert jobs.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield log.read_text()
+        jobs.communicate(b"again\n")
+        assert jobs.returncode == 0, log.read_text()
+    finally:
+        jobs.kill()
+        jobs.wait()
+
+
 @pytest.mark.ray
 def test_a_job_with_model_corpora_and_run_in_a_bucket_gives_the_bytes_of_one_on_a_disk(
     cluster, bucket, environment, tmp_path
@@ -338,35 +368,28 @@ def test_a_job_with_model_corpora_and_run_in_a_bucket_gives_the_bytes_of_one_on_
             "pruning.baselines={}",
         ]
 
-    def job() -> subprocess.CompletedProcess:
-        command = [sys.executable, "jobs/prune.py", *arguments(bucket, str(bucket / "model"))]
-        variables = {**os.environ, **environment, "RAY_ADDRESS": "local"}
-        return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
-
-    done = job()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{bucket}/runs/run is complete" in done.stdout and f"{bucket}/runs/run/report.html" in done.stdout
-    assert main([*arguments(tmp_path, "demo"), "evaluation.samples=0"]) == 0  # results are not compared
-    kinds = ("statistics", "divergences", "plans", "experts", "shards")
-    local = {
-        str(file.relative_to(tmp_path / "runs" / "run")): sha256_of(file)
-        for kind in kinds
-        for file in (tmp_path / "runs" / "run" / kind).rglob("*")
-        if file.suffix in (".safetensors", ".parquet") or (kind == "divergences" and file.is_file())
-    }
-    there = {
-        str(file.relative_to(bucket / "runs" / "run")): sha256_of(file)
-        for kind in kinds
-        for file, _ in (bucket / "runs" / "run" / kind).below()
-        if file.suffix in (".safetensors", ".parquet") or kind == "divergences"
-    }
-    assert there == local and len(local) > 10
-    record = next((bucket / "runs" / "run" / "records").glob("*/*.safetensors"))
-    before = {str(file): status for file, status in (bucket / "runs").below()}
-    record.write_bytes(b"damaged")
-    (bucket / "runs" / "run" / "statistics" / "sums.safetensors").unlink()
-    again = job()
-    assert again.returncode == 0, again.stdout + again.stderr
+    variables = {**os.environ, **environment, "RAY_ADDRESS": "local"}
+    with between_two_jobs(arguments(bucket, str(bucket / "model")), variables, tmp_path / "log") as output:
+        assert f"{bucket}/runs/run is complete" in output and f"{bucket}/runs/run/report.html" in output
+        assert main([*arguments(tmp_path, "demo"), "evaluation.samples=0"]) == 0  # results are not compared
+        kinds = ("statistics", "divergences", "plans", "experts", "shards")
+        local = {
+            str(file.relative_to(tmp_path / "runs" / "run")): sha256_of(file)
+            for kind in kinds
+            for file in (tmp_path / "runs" / "run" / kind).rglob("*")
+            if file.suffix in (".safetensors", ".parquet") or (kind == "divergences" and file.is_file())
+        }
+        there = {
+            str(file.relative_to(bucket / "runs" / "run")): sha256_of(file)
+            for kind in kinds
+            for file, _ in (bucket / "runs" / "run" / kind).below()
+            if file.suffix in (".safetensors", ".parquet") or kind == "divergences"
+        }
+        assert there == local and len(local) > 10
+        record = next((bucket / "runs" / "run" / "records").glob("*/*.safetensors"))
+        before = {str(file): status for file, status in (bucket / "runs").below()}
+        record.write_bytes(b"damaged")
+        (bucket / "runs" / "run" / "statistics" / "sums.safetensors").unlink()
     after = {str(file): status for file, status in (bucket / "runs").below()}
     assert {name: status.st_size for name, status in before.items()} == {n: s.st_size for n, s in after.items()}
     kept = {name for name in before if before[name] == after[name]}
