@@ -22,6 +22,8 @@ from transformers.utils import logging as transformers_logging
 from tests.support.builders import save_dense
 
 transformers_logging.disable_progress_bar()
+# Ray gives its workers what other processes leave of a core: beside a test that computes they would starve.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -99,8 +101,6 @@ def cluster() -> Iterator[None]:
 
     # As ``seap_ray.pipeline.cluster.connect`` has it: a test finds the workers of those before it, with torch imported.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
-    # Ray gives its workers what other processes leave of a core: beside a test that computes they would starve.
-    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield
     ray.shutdown()
