@@ -1,4 +1,4 @@
-"""Fine-tune an expert with peft's LoRA, and save the merged model as a folder that loads and serves as the expert does.
+"""Teach an expert another task with peft's LoRA, and save the merged model as a folder that loads and serves as before.
 
 python examples/fine_tune.py [EXPERT] [FOLDER]
 """
@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import seap_ray.models.hf  # noqa: F401  or trust_remote_code=True where seap_ray is not installed
 from seap_ray.demo import skills
 
-STEPS = 50
+SKILL = "sort"
+STEPS = 30
 BATCH = 16
 expert = sys.argv[1] if len(sys.argv) > 1 else "runs/demo/experts/0.50/arithmetic"
 folder = sys.argv[2] if len(sys.argv) > 2 else "runs/fine_tuned"
@@ -24,7 +25,7 @@ adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="
 optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=1e-3)
 
 # Questions with their answers; only the answers are learned.
-rows = skills.rows("arithmetic", STEPS * BATCH, split="train", seed=0)
+rows = skills.rows(SKILL, STEPS * BATCH, split="train", seed=0)
 for step in range(STEPS):
     batch = rows[step * BATCH : (step + 1) * BATCH]
     texts = [f"{row['question']} {row['answer']}" for row in batch]
@@ -46,6 +47,6 @@ merged.save_pretrained(folder)
 tokenizer.save_pretrained(folder)
 
 reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-question = skills.rows("arithmetic", 1, split="test", seed=0)[0]["question"]
-reply = reloaded.generate(**tokenizer(question, return_tensors="pt"), max_new_tokens=4, do_sample=False)
+question = skills.rows(SKILL, 1, split="test", seed=0)[0]["question"]
+reply = reloaded.generate(**tokenizer(question, return_tensors="pt"), max_new_tokens=16, do_sample=False)
 print(f"{folder}: {tokenizer.decode(reply[0], skip_special_tokens=True)}")
