@@ -383,8 +383,9 @@ class PruningSection(Section):
     error_correction: Share = 0
     """Share of the error of all layers before that `least_squares` corrects, too, in down_proj of every cut layer; 0:
     none. The dense and the cut model are then run side by side over the calibration's tokens, three forward passes a
-    model. Half of it is a good share, all of it fits these tokens too well. For families whose down_proj writes to the
-    residual stream as it is: neither mixtures of experts nor Gemma."""
+    model. Half of it is a good share where a model has many more tokens than columns of down_proj, all of it fits them
+    too well. For families whose down_proj writes to the residual stream as it is: neither mixtures of experts nor
+    Gemma."""
     allocation: AllocationSection = AllocationSection()
     attention_unit: AttentionUnit | Auto = "auto"
     """What is removed from attention. `group`: key-value heads together with their query heads, which also shrinks the
