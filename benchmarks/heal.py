@@ -46,7 +46,8 @@ class Healing:
 
 def main(arguments: Sequence[str]) -> None:
     """Print a line for each task: its metric, and the loss of the right answers, before and after."""
-    own = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
+    parts = [argument.partition("=") for argument in arguments]
+    own = {key: value for key, _, value in parts}
     # Each of them has the type of its default.
     settings = {name: type(getattr(Healing(), name))(own[name]) for name in Healing.__slots__ if name in own}
     healing = Healing(**settings)

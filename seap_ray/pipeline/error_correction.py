@@ -30,8 +30,7 @@ from seap_ray.storage.run import Run, fingerprint
 SCHEMA = 1
 """Version of what is fitted; raise it when the numbers change."""
 MAX_TOKENS = 1 << 17
-"""Tokens of all tasks of a model that a fit reads at most: their hidden states are in memory twice. Some 1,000 a column
-would gain nothing, and the widest MLPs have 30 thousand columns."""
+"""Tokens of all tasks of a model that a fit reads at most: their hidden states are in memory twice."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +78,17 @@ class CorrectionFit:
         ridge = DEFAULT_RIDGE if config.pruning.ridge == "auto" else config.pruning.ridge
 
         shards: dict[str, Sequence[Shard]] = {}
+        hashes: dict[str, list[str]] = {}
         for name in weights:
             held_out = planner.held_out[name]
             shards[name] = (*held_out.others, held_out.shard)
-        read = {name: [shard.sha256 for shard in shards[name]] for name in shards}
+            hashes[name] = [shard.sha256 for shard in shards[name]]
 
         settings = config.calibration
         base = model.export.base.fingerprint
         how = (config.model.dtype, settings.batch_tokens, settings.skip_first_token, MAX_TOKENS, share, ridge)
         repair = [plan.provenance[name] for name in ("tasks", "statistics", "ridge")]
-        key = fingerprint(SCHEMA, base, how, weights, read, plan.compensation.name, plan.kept, repair)
+        key = fingerprint(SCHEMA, base, how, weights, hashes, plan.compensation.name, plan.kept, repair)
         return cls(model.export, shards, weights, share, ridge, key)
 
     def artifact(self, run: Run) -> Artifact[dict[str, Any]]:

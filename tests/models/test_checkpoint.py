@@ -47,6 +47,7 @@ from tests.support.builders import (
     uniform_plan,
     write_compacted,
 )
+from tests.support.elsewhere import WITHOUT_SEAP_RAY
 from tests.support.oracles import (
     columns,
     narrow_experts,
@@ -622,15 +623,9 @@ def test_memory_of_writing_is_a_few_tensors_whatever_the_size_of_the_model(tmp_p
 
 # --- other processes -------------------------------------------------------------------------------------------------
 
-ELSEWHERE = """
-import json, sys
-
-class NoSeapRay:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "seap_ray":
-            raise ImportError("seap_ray is not installed here")
-
-sys.meta_path.insert(0, NoSeapRay())
+ELSEWHERE = (
+    WITHOUT_SEAP_RAY
+    + """
 try:
     import seap_ray
     raise SystemExit("seap_ray can be imported")
@@ -660,6 +655,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "seap_ray"]
 save_file(logits, out + ".safetensors")
 open(out + ".json", "w").write(json.dumps(results))
 """
+)
 STOCK = {
     "llama_mha": Shape(4, 1, 50),
     "llama_gqa": Shape(2, 3, 50),

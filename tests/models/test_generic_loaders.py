@@ -16,16 +16,11 @@ from seap_ray.core.plan import Plan
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport
 from tests.support.builders import CONFIGS, random_plan, random_statistics, write_compacted
+from tests.support.elsewhere import WITHOUT_SEAP_RAY
 
-LOADERS = """
-import json, sys
-
-class NoSeapRay:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "seap_ray":
-            raise ImportError("seap_ray is not installed here")
-
-sys.meta_path.insert(0, NoSeapRay())
+LOADERS = (
+    WITHOUT_SEAP_RAY
+    + """
 import builtins
 
 def ask(text=""):
@@ -55,6 +50,7 @@ for name, (base, expert) in json.loads(sys.argv[1]).items():
 assert not [name for name in sys.modules if name.split(".")[0] == "seap_ray"]
 open(sys.argv[2], "w").write(json.dumps(results))
 """
+)
 
 
 @pytest.fixture(scope="module")

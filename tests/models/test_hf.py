@@ -35,6 +35,7 @@ from tests.support.builders import (
     save_dense,
     write_compacted,
 )
+from tests.support.elsewhere import WITHOUT_SEAP_RAY
 
 TAGGED = [name for name in CONFIGS if name not in ("gemma3", "opt")]
 """Models of families that transformers has a class of for classifying tokens."""
@@ -129,15 +130,9 @@ def test_a_width_of_the_whole_model_is_the_dense_models_and_a_layers_is_its_own(
 
 # --- saved again -----------------------------------------------------------------------------------------------------
 
-ELSEWHERE = """
-import json, sys
-
-class NoSeapRay:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "seap_ray":
-            raise ImportError("seap_ray is not installed here")
-
-sys.meta_path.insert(0, NoSeapRay())
+ELSEWHERE = (
+    WITHOUT_SEAP_RAY
+    + """
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -154,6 +149,7 @@ for key, (auto_class, folder) in folders.items():
 assert not [name for name in sys.modules if name.split(".")[0] == "seap_ray"]
 save_file(results, out + "/results")
 """
+)
 SAVED = ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModel")
 
 
