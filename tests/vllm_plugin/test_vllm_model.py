@@ -47,6 +47,7 @@ from tests.support.builders import (
     save_dense,
     write_compacted,
 )
+from tests.support.elsewhere import WITHOUT_SEAP_RAY
 
 # What vLLM's and torch's own code warns of while vLLM is imported and runs.
 pytestmark = pytest.mark.filterwarnings(
@@ -211,15 +212,10 @@ def test_greedy_tokens_are_those_of_transformers(expert, name):
 
 # --- vLLM without the plugin, on a machine without seap_ray -----------------------------------------------------------
 
-WITHOUT = """
-import json, os, sys
-
-class NoSeapRay:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "seap_ray":
-            raise ImportError("seap_ray is not installed here")
-
-sys.meta_path.insert(0, NoSeapRay())
+WITHOUT = (
+    WITHOUT_SEAP_RAY
+    + """
+import os
 from vllm import LLM, SamplingParams
 
 folders, prompts, out = json.loads(sys.argv[1])
@@ -239,6 +235,7 @@ for name, folder in folders.items():
 assert not [name for name in sys.modules if name.split(".")[0] == "seap_ray"]
 open(out, "w").write(json.dumps(results))
 """
+)
 ONE_OF_A_KIND = ("llama", "qwen3", "gemma2", "phi3", "opt", "gpt_neox", "mixtral", "qwen3_moe")
 """Models that vLLM's Transformers backend takes apart differently; SEAP_RAY_TP=1 adds those that are alike."""
 
