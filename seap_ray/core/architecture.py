@@ -75,6 +75,9 @@ class Family:
     norms: tuple[int, int] = (2, 0)
     """Weights of a layer's norms, in hidden sizes and in head sizes: (2, 2) for two norms and those of queries and
     keys, (4, 0) for two norms with biases."""
+    norms_all_heads: bool = False
+    """Whether queries, and keys, pass one norm over all heads together, whose weights are as many as their columns: True
+    for OLMoE. What such a norm divides by depends on every head, so that none can go."""
     channels_key: str = "intermediate_size"
     """Config key of the MLP's width, such as ``ffn_dim``; of a mixture of experts that of an MoE expert's width."""
     is_moe: bool = False
@@ -413,6 +416,13 @@ class Architecture:
         return FAMILIES[self.family_name]
 
     @property
+    def why_whole_attention(self) -> str | None:
+        """Why no head can go; None where heads can."""
+        if self.family.norms_all_heads:
+            return "its queries and keys pass a norm over all heads together, which a cut would change"
+        return None
+
+    @property
     def modules(self) -> dict[Site, str]:
         """The module whose input each site is; attention first, then the MLP or every MoE expert of it."""
         down_proj = self.family.down_proj
@@ -476,6 +486,8 @@ class Architecture:
         # Vectors as long as the hidden size, and as a head: norms, output biases, and rows of the router.
         n_hidden, n_head = self.family.norms if self.has_norm_weights else (0, 0)
         n_hidden += self.o_bias + self.mlp_bias + len(layer.biases) + self.n_experts
+        # Such norms have a weight for each column of queries and keys.
+        n_head += (layer.shape.heads + layer.shape.groups) * self.family.norms_all_heads
         fixed = self.hidden_size * n_hidden + self.head_dim * n_head
         return self.attention_parameters(layer.shape) + layer.shape.channels * self.channel_cost + fixed
 

@@ -44,10 +44,15 @@ class WidthConstraints:
             The constraints of every layer, in order.
 
         Raises:
-            ConfigError: A layer's heads or channels cannot be split over ``tensor_parallel`` ranks, or groups would
-                differ beside sliding windows that some layers have.
+            ConfigError: A layer's heads or channels cannot be split over ``tensor_parallel`` ranks, groups would differ
+                beside sliding windows that some layers have, or no head of the family can go.
         """
         unit = widest_unit(architecture) if pruning.attention_unit == "auto" else pruning.attention_unit
+        if unit != "none" and architecture.why_whole_attention:
+            raise ConfigError(
+                f"pruning.attention_unit: no {unit} of a {architecture.family_name} model can go, since "
+                f"{architecture.why_whole_attention}; choose none"
+            )
         options_L = [_attention_options(layer.shape, architecture.dense, unit) for layer in architecture.layers]
         _check_equal_groups(architecture, unit, options_L)
 
@@ -176,8 +181,10 @@ def widest_unit(architecture: Architecture) -> AttentionUnit:
 
     Returns:
         ``group``. ``head`` where there is one group alone, or layers' groups must be equally many because some have
-        sliding windows; ``none`` where a group has one head as well.
+        sliding windows; ``none`` where a group has one head as well, or no head can go.
     """
+    if architecture.why_whole_attention:
+        return "none"
     if architecture.dense.groups > 1 and not architecture.mixes_windows:
         return "group"
     return "head" if architecture.dense.heads_per_group > 1 else "none"
