@@ -43,12 +43,9 @@ class Family:
     Names of tensors and modules are those of the family's checkpoints, names of modules without the layer's beginning.
     """
 
-    config_class: str
-    """Class in ``seap_ray.models.hf.configuration_seap`` that holds a compacted checkpoint's configuration, such as
-    ``SeapLlamaConfig``."""
-    model_class: str
-    """Class in ``seap_ray.models.hf.modeling_seap`` that loads a compacted checkpoint, such as
-    ``SeapLlamaForCausalLM``."""
+    classes: str
+    """Beginning of the names of its classes in ``seap_ray.models.hf``, such as ``SeapLlama``: transformers' own with
+    ``Seap`` before them."""
     vllm_class: str | None = "SeapForCausalLM"
     """Class in ``seap_ray.vllm_plugin.model`` that serves it, such as ``SeapOPTForCausalLM``; the default serves what
     vLLM computes as a Llama. None where vLLM has no such family itself."""
@@ -103,6 +100,16 @@ class Family:
     """Whether models lose most of their quality where a text has no beginning token: True for Gemma."""
 
     @property
+    def config_class(self) -> str:
+        """Class in ``seap_ray.models.hf.configuration_seap`` that holds a compacted checkpoint's configuration."""
+        return f"{self.classes}Config"
+
+    @property
+    def model_class(self) -> str:
+        """Class in ``seap_ray.models.hf.modeling_seap`` that loads a compacted checkpoint."""
+        return f"{self.classes}ForCausalLM"
+
+    @property
     def columns(self) -> dict[str, Unit]:
         """Modules whose columns are cut, and the unit that they are made of; attention first."""
         return {self.o_proj: "heads", self.down_proj: "channels"}
@@ -113,39 +120,34 @@ class Family:
         return sum(rows.units.count("channels") for rows in self.rows.values())
 
 
-# Rows by the ``model_type`` of config.json. A new family is a row here, two classes in
-# ``seap_ray.models.hf``, and one in ``seap_ray.vllm_plugin.model``.
+# Rows by the ``model_type`` of config.json. A new family is a row here; its classes in ``seap_ray.models.hf`` and
+# ``seap_ray.vllm_plugin.model`` are made of it.
 FAMILIES: dict[str, Family] = {
     "llama": Family(
-        config_class="SeapLlamaConfig",
-        model_class="SeapLlamaForCausalLM",
+        classes="SeapLlama",
         qkv_bias=("attention_bias", False),
         o_bias=("attention_bias", False),
         mlp_bias=("mlp_bias", False),
         like_llama=True,
     ),
     "mistral": Family(
-        config_class="SeapMistralConfig",
-        model_class="SeapMistralForCausalLM",
+        classes="SeapMistral",
         like_llama=True,
     ),
     "qwen2": Family(
-        config_class="SeapQwen2Config",
-        model_class="SeapQwen2ForCausalLM",
+        classes="SeapQwen2",
         qkv_bias=True,
         like_llama=True,
     ),
     "qwen3": Family(
-        config_class="SeapQwen3Config",
-        model_class="SeapQwen3ForCausalLM",
+        classes="SeapQwen3",
         vllm_class="SeapQwen3ForCausalLM",
         qkv_bias=("attention_bias", False),
         o_bias=("attention_bias", False),
         norms=(2, 2),
     ),
     "gemma2": Family(
-        config_class="SeapGemma2Config",
-        model_class="SeapGemma2ForCausalLM",
+        classes="SeapGemma2",
         vllm_class="SeapGemma2ForCausalLM",
         qkv_bias=("attention_bias", False),
         o_bias=("attention_bias", False),
@@ -156,8 +158,7 @@ FAMILIES: dict[str, Family] = {
         needs_bos=True,
     ),
     "gemma3_text": Family(
-        config_class="SeapGemma3Config",
-        model_class="SeapGemma3ForCausalLM",
+        classes="SeapGemma3",
         vllm_class="SeapGemma3ForCausalLM",
         qkv_bias=("attention_bias", False),
         o_bias=("attention_bias", False),
@@ -168,8 +169,7 @@ FAMILIES: dict[str, Family] = {
         needs_bos=True,
     ),
     "phi3": Family(
-        config_class="SeapPhi3Config",
-        model_class="SeapPhi3ForCausalLM",
+        classes="SeapPhi3",
         vllm_class="SeapPhi3ForCausalLM",
         rows={
             # Queries, keys and values are one matrix, gate and up another.
@@ -178,8 +178,7 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "mixtral": Family(
-        config_class="SeapMixtralConfig",
-        model_class="SeapMixtralForCausalLM",
+        classes="SeapMixtral",
         vllm_class="SeapMixtralForCausalLM",
         rows=SPLIT_ATTENTION
         | {
@@ -191,8 +190,7 @@ FAMILIES: dict[str, Family] = {
         is_moe=True,
     ),
     "qwen3_moe": Family(
-        config_class="SeapQwen3MoeConfig",
-        model_class="SeapQwen3MoeForCausalLM",
+        classes="SeapQwen3Moe",
         vllm_class="SeapQwen3MoeForCausalLM",
         rows=SPLIT_ATTENTION
         | {"mlp.experts.{e}.gate_proj": Rows(("channels",)), "mlp.experts.{e}.up_proj": Rows(("channels",))},
@@ -204,8 +202,7 @@ FAMILIES: dict[str, Family] = {
         is_moe=True,
     ),
     "opt": Family(
-        config_class="SeapOPTConfig",
-        model_class="SeapOPTForCausalLM",
+        classes="SeapOPT",
         vllm_class="SeapOPTForCausalLM",
         layers="model.decoder.layers.",
         embedding="model.decoder.embed_tokens.weight",
@@ -222,8 +219,7 @@ FAMILIES: dict[str, Family] = {
         supports_packing=False,
     ),
     "gpt_neox": Family(
-        config_class="SeapGPTNeoXConfig",
-        model_class="SeapGPTNeoXForCausalLM",
+        classes="SeapGPTNeoX",
         vllm_class=None,
         layers="gpt_neox.layers.",
         embedding="gpt_neox.embed_in.weight",

@@ -12,7 +12,8 @@ from seap_ray.models.hf import configuration_seap, modeling_seap
 FILES = tuple(Path(__file__).with_name(name) for name in ("configuration_seap.py", "modeling_seap.py"))
 """Code that is written beside the weights of a compacted checkpoint."""
 
-# The classes of models register themselves, wherever their file is loaded from.
+# Classes of models are made, and register themselves, with the first configuration of their family.
+configuration_seap.LayerWidths.register_models = staticmethod(modeling_seap.register_classes)
 for family in FAMILIES.values():
     config_class = getattr(configuration_seap, family.config_class)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
@@ -22,5 +23,5 @@ def model_classes(family: Family) -> dict[str, str]:
     """Return the names of a family's classes in ``modeling_seap`` by the names of the auto classes that build them."""
     prefix = family.model_class.removesuffix("ForCausalLM")
     names = {auto_class.__name__: f"{prefix}{end}" for end, auto_class in modeling_seap.AUTO_CLASSES.items()}
-    # transformers has no class that classifies tokens for every family.
+    # transformers has no class that classifies for every family.
     return {auto_class: name for auto_class, name in names.items() if hasattr(modeling_seap, name)}

@@ -5,169 +5,103 @@ These keys may stand in ``per_layer_config``; at the top level they have the val
 biases that the family does not have itself, whatever it calls the modules. ``config.per_layer_config[i]`` has what
 layer i has; who reads such a key of the whole configuration gets the dense model's value, with a warning.
 
+Every family of transformers has a class here, made when it is first asked for: ``SeapLlamaConfig`` is transformers'
+``LlamaConfig`` with what stands in this file.
+
 This file travels with every checkpoint and needs transformers alone.
 """
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any, ClassVar
+
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import (
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    OPTConfig,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import PreTrainedConfig
+
+TRANSFORMERS_NAMES = {
+    "SeapGemma3Config": "Gemma3TextConfig",
+    "SeapGemma3Model": "Gemma3TextModel",
+    "SeapGemma3ForSequenceClassification": "Gemma3TextForSequenceClassification",
+}
+"""Classes of transformers by the names of ours, where these are not the same with ``Seap`` before them."""
+ATTRIBUTES: dict[str, dict[str, Any]] = {
+    # vLLM's Llama layer reads it. It is no field, since a Qwen2 always has these biases.
+    "SeapQwen2Config": {"qkv_bias": True},
+}
+"""Class attributes that a family's configuration has beside those of all."""
+EXPERT_COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
+"""Fields of which a mixture of experts has one."""
 
 
 class LayerWidths:
     """Mixed into a family's configuration: who walks over all keys meets those alone that layers share."""
+
+    register_models: ClassVar[Callable[[Any], None]] = staticmethod(lambda config_class: None)
+    """Called with the class of every configuration that is made, before there can be a model of it. In a process that
+    has seap_ray it lets transformers' auto classes build the family's models."""
+
+    def __post_init__(self, **kwargs: Any):
+        """Finish a configuration as its family does."""
+        self.register_models(type(self))
+        super().__post_init__(**kwargs)  # type: ignore[misc]  # the family's
 
     def __iter__(self):
         """Yield the keys that have one value for all layers; of the others transformers warns who reads them."""
         differing = self.per_layer_attributes or ()  # type: ignore[attr-defined]  # the family's
         return (key for key in self.__dict__ if key not in differing)
 
-
-@strict
-class SeapLlamaConfig(LayerWidths, LlamaConfig):
-    """The configuration of a compacted Llama."""
-
-    model_type = "seap_llama"
-
-    o_proj_bias: bool = False
-    down_proj_bias: bool = False
-
     def validate_architecture(self):
-        """Accept any number of heads; the family's own wants one that divides the hidden size."""
-
-
-@strict
-class SeapMistralConfig(LayerWidths, MistralConfig):
-    """The configuration of a compacted Mistral."""
-
-    model_type = "seap_mistral"
-
-    o_proj_bias: bool = False
-    down_proj_bias: bool = False
-
-
-@strict
-class SeapQwen2Config(LayerWidths, Qwen2Config):
-    """The configuration of a compacted Qwen2."""
-
-    model_type = "seap_qwen2"
-
-    # vLLM's Llama layer reads it. It is no field, since a Qwen2 always has these biases.
-    qkv_bias = True
-
-    # A Qwen2 has no such field: it divides the hidden size by the number of heads, which layers do
-    # not share.
-    head_dim: int | None = None
-    o_proj_bias: bool = False
-    down_proj_bias: bool = False
-
-
-@strict
-class SeapQwen3Config(LayerWidths, Qwen3Config):
-    """The configuration of a compacted Qwen3."""
-
-    model_type = "seap_qwen3"
-
-    o_proj_bias: bool = False
-    down_proj_bias: bool = False
-
-
-@strict
-class SeapGemma2Config(LayerWidths, Gemma2Config):
-    """The configuration of a compacted Gemma 2."""
-
-    model_type = "seap_gemma2"
-
-    o_proj_bias: bool = False
-    down_proj_bias: bool = False
-
-    def validate_architecture(self):
-        """Accept any number of heads; the family's own wants one that divides the hidden size."""
-
-
-@strict
-class SeapGemma3Config(LayerWidths, Gemma3TextConfig):
-    """The configuration of a compacted Gemma 3."""
-
-    model_type = "seap_gemma3_text"
-
-    o_proj_bias: bool = False
-    down_proj_bias: bool = False
-
-    def validate_architecture(self):
-        """Accept any number of heads; the family's own wants one that divides the hidden size."""
-
-
-@strict
-class SeapPhi3Config(LayerWidths, Phi3Config):
-    """The configuration of a compacted Phi-3."""
-
-    model_type = "seap_phi3"
-
-    # A Phi-3 has no such field either.
-    head_dim: int | None = None
-    o_proj_bias: bool = False
-    down_proj_bias: bool = False
+        """Accept any number of heads; most families' own wants one that divides the hidden size."""
 
     def validate_rope(self):
         """Check nothing: the check needs the number of heads, which layers do not share; the dense model passed it."""
 
-    def validate_architecture(self):
-        """Accept any number of heads; the family's own wants one that divides the hidden size."""
+
+def class_in_transformers(name: str) -> type[Any]:
+    """Return transformers' own class behind one of ours: ``LlamaConfig`` behind ``SeapLlamaConfig``.
+
+    Raises AttributeError where this transformers has none.
+    """
+    return getattr(transformers, TRANSFORMERS_NAMES.get(name, name.removeprefix("Seap")))
 
 
-@strict
-class SeapMixtralConfig(LayerWidths, MixtralConfig):
-    """The configuration of a compacted Mixtral."""
-
-    model_type = "seap_mixtral"
-
-    o_proj_bias: bool = False
+def __getattr__(name: str) -> type[PreTrainedConfig]:
+    """Make a family's configuration class when it is first asked for, as an attribute of this module."""
+    if not (name.startswith("Seap") and name.endswith("Config")):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return config_class_named(name)
 
 
-@strict
-class SeapQwen3MoeConfig(LayerWidths, Qwen3MoeConfig):
-    """The configuration of a compacted Qwen3 MoE."""
+@cache
+def config_class_named(name: str) -> type[PreTrainedConfig]:
+    """Make a family's configuration class, such as ``SeapLlamaConfig``.
 
-    model_type = "seap_qwen3_moe"
+    Raises AttributeError where this transformers does not have the family.
+    """
+    family_config = class_in_transformers(name)
+    fields = family_config.__dataclass_fields__
+    annotations: dict[str, Any] = {"o_proj_bias": bool}
+    defaults: dict[str, Any] = {"o_proj_bias": False}
 
-    # A Qwen3 MoE has no such field either.
-    head_dim: int | None = None
-    o_proj_bias: bool = False
+    # Compensation gives MoE experts no biases.
+    if not EXPERT_COUNTS & fields.keys():
+        annotations["down_proj_bias"] = bool
+        defaults["down_proj_bias"] = False
+    # Some families divide the hidden size by the number of heads, which layers do not share.
+    if "head_dim" not in fields:
+        annotations["head_dim"] = int | None
+        defaults["head_dim"] = None
 
-
-@strict
-class SeapOPTConfig(LayerWidths, OPTConfig):
-    """The configuration of a compacted OPT."""
-
-    model_type = "seap_opt"
-
-    # An OPT has no such field either.
-    head_dim: int | None = None
-    o_proj_bias: bool = False
-    down_proj_bias: bool = False
-
-
-@strict
-class SeapGPTNeoXConfig(LayerWidths, GPTNeoXConfig):
-    """The configuration of a compacted GPT-NeoX."""
-
-    model_type = "seap_gpt_neox"
-
-    # A GPT-NeoX has no such field either.
-    head_dim: int | None = None
-    o_proj_bias: bool = False
-    down_proj_bias: bool = False
-
-    def validate_architecture(self):
-        """Accept any number of heads; the family's own wants one that divides the hidden size."""
+    content = {
+        "__module__": __name__,
+        "__doc__": f"The configuration of a compacted {family_config.__name__.removesuffix('Config')}.",
+        "__annotations__": annotations,
+        "model_type": f"seap_{family_config.model_type}",
+        **defaults,
+        **ATTRIBUTES.get(name, {}),
+    }
+    config_class = strict(type(name, (LayerWidths, family_config), content))
+    # Found under its name from now on, also by pickle.
+    globals()[name] = config_class
+    return config_class

@@ -1,12 +1,14 @@
 """Compacted models: a family's own classes, every decoder layer built from that layer's own configuration.
 
 Each family has the classes that transformers has of it: the model without a head, which engines such as vLLM build, and
-those that predict tokens, classify sequences and classify tokens.
+those that predict tokens, classify sequences and classify tokens. They are made when they are first asked for:
+``SeapLlamaForCausalLM`` is transformers' ``LlamaForCausalLM`` with what stands in this file.
 
 This file travels with every checkpoint and needs transformers alone.
 """
 
 import copy
+from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 from torch import nn
@@ -15,69 +17,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    Gemma2ForCausalLM,
-    Gemma2ForSequenceClassification,
-    Gemma2ForTokenClassification,
-    Gemma2Model,
-    Gemma3ForCausalLM,
-    Gemma3TextForSequenceClassification,
-    Gemma3TextModel,
-    GPTNeoXForCausalLM,
-    GPTNeoXForSequenceClassification,
-    GPTNeoXForTokenClassification,
-    GPTNeoXModel,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    LlamaForTokenClassification,
-    LlamaModel,
-    MistralForCausalLM,
-    MistralForSequenceClassification,
-    MistralForTokenClassification,
-    MistralModel,
-    MixtralForCausalLM,
-    MixtralForSequenceClassification,
-    MixtralForTokenClassification,
-    MixtralModel,
-    OPTForCausalLM,
-    OPTForSequenceClassification,
-    OPTModel,
-    Phi3ForCausalLM,
-    Phi3ForSequenceClassification,
-    Phi3ForTokenClassification,
-    Phi3Model,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
-    Qwen2ForTokenClassification,
-    Qwen2Model,
-    Qwen3ForCausalLM,
-    Qwen3ForSequenceClassification,
-    Qwen3ForTokenClassification,
-    Qwen3Model,
-    Qwen3MoeForCausalLM,
-    Qwen3MoeForSequenceClassification,
-    Qwen3MoeForTokenClassification,
-    Qwen3MoeModel,
 )
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
-from .configuration_seap import (
-    SeapGemma2Config,
-    SeapGemma3Config,
-    SeapGPTNeoXConfig,
-    SeapLlamaConfig,
-    SeapMistralConfig,
-    SeapMixtralConfig,
-    SeapOPTConfig,
-    SeapPhi3Config,
-    SeapQwen2Config,
-    SeapQwen3Config,
-    SeapQwen3MoeConfig,
-)
+from .configuration_seap import class_in_transformers, config_class_named
 
 ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
 
@@ -203,6 +152,10 @@ class LayerConfigs:
             layer.self_attn.config._attn_implementation = self.config._attn_implementation  # type: ignore[attr-defined]
 
 
+class ClassifierPhi3(LayerConfigs, Classifier):
+    """Mixed into a Phi-3's classifier."""
+
+
 class CompactedPhi3(LayerConfigs, Compacted):
     """Mixed into a Phi-3's model: its queries, keys and values are one projection."""
 
@@ -233,320 +186,101 @@ class CompactedMixture(Compacted):
         super().__init__(config)
 
 
-OPT_LAYERS = {"o_proj": "self_attn.out_proj", "down_proj": "fc2", "heads_of_hidden_size": True}
-"""How the layers of an OPT are resized."""
-NEOX_LAYERS = {
-    "attention": "attention",
-    "o_proj": "attention.dense",
-    "down_proj": "mlp.dense_4h_to_h",
-    "heads_of_hidden_size": True,
+class CompactedMixtral(CompactedMixture):
+    """Mixed into a Mixtral's model."""
+
+    width_key = "intermediate_size"
+
+
+class CompactedOPT(Compacted):
+    """Mixed into an OPT's model."""
+
+    resizing = {"o_proj": "self_attn.out_proj", "down_proj": "fc2", "heads_of_hidden_size": True}
+
+
+class CompactedGPTNeoX(Compacted):
+    """Mixed into a GPT-NeoX's model."""
+
+    resizing = {
+        "attention": "attention",
+        "o_proj": "attention.dense",
+        "down_proj": "mlp.dense_4h_to_h",
+        "heads_of_hidden_size": True,
+    }
+
+
+MIXINS: dict[str, type] = {
+    "SeapPhi3": CompactedPhi3,
+    "SeapMixtral": CompactedMixtral,
+    "SeapOPT": CompactedOPT,
+    "SeapGPTNeoX": CompactedGPTNeoX,
 }
-"""How the layers of a GPT-NeoX are resized."""
-
-
-class SeapLlamaModel(Compacted, LlamaModel):
-    """A compacted Llama without a head."""
-
-    config_class = SeapLlamaConfig
-
-
-class SeapLlamaForCausalLM(Compacted, LlamaForCausalLM):
-    """A compacted Llama."""
-
-    config_class = SeapLlamaConfig
-
-
-class SeapLlamaForSequenceClassification(Classifier, LlamaForSequenceClassification):
-    """A compacted Llama that classifies sequences."""
-
-    config_class = SeapLlamaConfig
-    base_class = SeapLlamaModel
-
-
-class SeapLlamaForTokenClassification(Classifier, LlamaForTokenClassification):
-    """A compacted Llama that classifies tokens."""
-
-    config_class = SeapLlamaConfig
-    base_class = SeapLlamaModel
-
-
-class SeapMistralModel(Compacted, MistralModel):
-    """A compacted Mistral without a head."""
-
-    config_class = SeapMistralConfig
-
-
-class SeapMistralForCausalLM(Compacted, MistralForCausalLM):
-    """A compacted Mistral."""
-
-    config_class = SeapMistralConfig
-
-
-class SeapMistralForSequenceClassification(Classifier, MistralForSequenceClassification):
-    """A compacted Mistral that classifies sequences."""
-
-    config_class = SeapMistralConfig
-    base_class = SeapMistralModel
-
-
-class SeapMistralForTokenClassification(Classifier, MistralForTokenClassification):
-    """A compacted Mistral that classifies tokens."""
-
-    config_class = SeapMistralConfig
-    base_class = SeapMistralModel
-
-
-class SeapQwen2Model(Compacted, Qwen2Model):
-    """A compacted Qwen2 without a head."""
-
-    config_class = SeapQwen2Config
-
-
-class SeapQwen2ForCausalLM(Compacted, Qwen2ForCausalLM):
-    """A compacted Qwen2."""
-
-    config_class = SeapQwen2Config
-
-
-class SeapQwen2ForSequenceClassification(Classifier, Qwen2ForSequenceClassification):
-    """A compacted Qwen2 that classifies sequences."""
-
-    config_class = SeapQwen2Config
-    base_class = SeapQwen2Model
-
-
-class SeapQwen2ForTokenClassification(Classifier, Qwen2ForTokenClassification):
-    """A compacted Qwen2 that classifies tokens."""
-
-    config_class = SeapQwen2Config
-    base_class = SeapQwen2Model
-
-
-class SeapQwen3Model(Compacted, Qwen3Model):
-    """A compacted Qwen3 without a head."""
-
-    config_class = SeapQwen3Config
-
-
-class SeapQwen3ForCausalLM(Compacted, Qwen3ForCausalLM):
-    """A compacted Qwen3."""
-
-    config_class = SeapQwen3Config
-
-
-class SeapQwen3ForSequenceClassification(Classifier, Qwen3ForSequenceClassification):
-    """A compacted Qwen3 that classifies sequences."""
-
-    config_class = SeapQwen3Config
-    base_class = SeapQwen3Model
-
-
-class SeapQwen3ForTokenClassification(Classifier, Qwen3ForTokenClassification):
-    """A compacted Qwen3 that classifies tokens."""
-
-    config_class = SeapQwen3Config
-    base_class = SeapQwen3Model
-
-
-class SeapGemma2Model(Compacted, Gemma2Model):
-    """A compacted Gemma 2 without a head."""
-
-    config_class = SeapGemma2Config
-
-
-class SeapGemma2ForCausalLM(Compacted, Gemma2ForCausalLM):
-    """A compacted Gemma 2."""
-
-    config_class = SeapGemma2Config
-
-
-class SeapGemma2ForSequenceClassification(Classifier, Gemma2ForSequenceClassification):
-    """A compacted Gemma 2 that classifies sequences."""
-
-    config_class = SeapGemma2Config
-    base_class = SeapGemma2Model
-
-
-class SeapGemma2ForTokenClassification(Classifier, Gemma2ForTokenClassification):
-    """A compacted Gemma 2 that classifies tokens."""
-
-    config_class = SeapGemma2Config
-    base_class = SeapGemma2Model
-
-
-class SeapGemma3Model(Compacted, Gemma3TextModel):
-    """A compacted Gemma 3 without a head."""
-
-    config_class = SeapGemma3Config
-
-
-class SeapGemma3ForCausalLM(Compacted, Gemma3ForCausalLM):
-    """A compacted Gemma 3."""
-
-    config_class = SeapGemma3Config
-
-
-class SeapGemma3ForSequenceClassification(Classifier, Gemma3TextForSequenceClassification):
-    """A compacted Gemma 3 that classifies sequences."""
-
-    config_class = SeapGemma3Config
-    base_class = SeapGemma3Model
-
-
-class SeapPhi3Model(CompactedPhi3, Phi3Model):
-    """A compacted Phi-3 without a head."""
-
-    config_class = SeapPhi3Config
-
-
-class SeapPhi3ForCausalLM(CompactedPhi3, Phi3ForCausalLM):
-    """A compacted Phi-3."""
-
-    config_class = SeapPhi3Config
-
-
-class SeapPhi3ForSequenceClassification(LayerConfigs, Classifier, Phi3ForSequenceClassification):
-    """A compacted Phi-3 that classifies sequences."""
-
-    config_class = SeapPhi3Config
-    base_class = SeapPhi3Model
-
-
-class SeapPhi3ForTokenClassification(LayerConfigs, Classifier, Phi3ForTokenClassification):
-    """A compacted Phi-3 that classifies tokens."""
-
-    config_class = SeapPhi3Config
-    base_class = SeapPhi3Model
-
-
-class SeapMixtralModel(CompactedMixture, MixtralModel):
-    """A compacted Mixtral without a head."""
-
-    config_class = SeapMixtralConfig
-    width_key = "intermediate_size"
-
-
-class SeapMixtralForCausalLM(CompactedMixture, MixtralForCausalLM):
-    """A compacted Mixtral."""
-
-    config_class = SeapMixtralConfig
-    width_key = "intermediate_size"
-
-
-class SeapMixtralForSequenceClassification(Classifier, MixtralForSequenceClassification):
-    """A compacted Mixtral that classifies sequences."""
-
-    config_class = SeapMixtralConfig
-    base_class = SeapMixtralModel
-
-
-class SeapMixtralForTokenClassification(Classifier, MixtralForTokenClassification):
-    """A compacted Mixtral that classifies tokens."""
-
-    config_class = SeapMixtralConfig
-    base_class = SeapMixtralModel
-
-
-class SeapQwen3MoeModel(CompactedMixture, Qwen3MoeModel):
-    """A compacted Qwen3 MoE without a head."""
-
-    config_class = SeapQwen3MoeConfig
-
-
-class SeapQwen3MoeForCausalLM(CompactedMixture, Qwen3MoeForCausalLM):
-    """A compacted Qwen3 MoE."""
-
-    config_class = SeapQwen3MoeConfig
-
-
-class SeapQwen3MoeForSequenceClassification(Classifier, Qwen3MoeForSequenceClassification):
-    """A compacted Qwen3 MoE that classifies sequences."""
-
-    config_class = SeapQwen3MoeConfig
-    base_class = SeapQwen3MoeModel
-
-
-class SeapQwen3MoeForTokenClassification(Classifier, Qwen3MoeForTokenClassification):
-    """A compacted Qwen3 MoE that classifies tokens."""
-
-    config_class = SeapQwen3MoeConfig
-    base_class = SeapQwen3MoeModel
-
-
-class SeapOPTModel(Compacted, OPTModel):
-    """A compacted OPT without a head."""
-
-    config_class = SeapOPTConfig
-    resizing = OPT_LAYERS
-
-
-class SeapOPTForCausalLM(Compacted, OPTForCausalLM):
-    """A compacted OPT."""
-
-    config_class = SeapOPTConfig
-    resizing = OPT_LAYERS
-
-
-class SeapOPTForSequenceClassification(Compacted, OPTForSequenceClassification):
-    """A compacted OPT that classifies sequences."""
-
-    config_class = SeapOPTConfig
-    resizing = OPT_LAYERS
-
-
-class SeapGPTNeoXModel(Compacted, GPTNeoXModel):
-    """A compacted GPT-NeoX without a head."""
-
-    config_class = SeapGPTNeoXConfig
-    resizing = NEOX_LAYERS
-
-
-class SeapGPTNeoXForCausalLM(Compacted, GPTNeoXForCausalLM):
-    """A compacted GPT-NeoX."""
-
-    config_class = SeapGPTNeoXConfig
-    resizing = NEOX_LAYERS
-
-
-class SeapGPTNeoXForSequenceClassification(Compacted, GPTNeoXForSequenceClassification):
-    """A compacted GPT-NeoX that classifies sequences."""
-
-    config_class = SeapGPTNeoXConfig
-    resizing = NEOX_LAYERS
-
-
-class SeapGPTNeoXForTokenClassification(Compacted, GPTNeoXForTokenClassification):
-    """A compacted GPT-NeoX that classifies tokens."""
-
-    config_class = SeapGPTNeoXConfig
-    resizing = NEOX_LAYERS
-
-
+"""What is mixed into the models of a family, by the beginning of their classes' names; into all others ``Compacted``,
+and ``CompactedMixture`` into mixtures of experts."""
 AUTO_CLASSES = {
     "Model": AutoModel,
     "ForCausalLM": AutoModelForCausalLM,
     "ForSequenceClassification": AutoModelForSequenceClassification,
     "ForTokenClassification": AutoModelForTokenClassification,
 }
-"""Ends of the names of the classes above, and the auto classes that build them."""
+"""Ends of the names of a family's classes, and the auto classes that build them."""
 
 
-def register_classes() -> None:
-    """Let the auto classes build the classes above, and ``save_pretrained`` write this file beside the weights."""
-    for name, model_class in list(globals().items()):
-        for end, auto_class in AUTO_CLASSES.items():
-            if name.startswith("Seap") and name.endswith(end):
-                auto_class.register(model_class.config_class, model_class, exist_ok=True)
-                model_class.register_for_auto_class(auto_class)
-                model_class.config_class.register_for_auto_class()
+def __getattr__(name: str) -> type[PreTrainedModel]:
+    """Make the classes of a family when one of them is first asked for, as an attribute of this module."""
+    for end in AUTO_CLASSES:
+        if name.startswith("Seap") and name.endswith(end):
+            register_classes(config_class_named(f"{name.removesuffix(end)}Config"))
+            break
+    if name in globals():
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-register_classes()
+@cache
+def register_classes(config_class: type[PreTrainedConfig]) -> None:
+    """Make the classes of a family; let the auto classes build them, and ``save_pretrained`` write this file with them.
 
-# Of a NeoX's head and a mixture's experts checkpoints have other names and shapes than the classes; ours have so, too.
-for ours, theirs in (
-    (SeapGPTNeoXForCausalLM.__name__, GPTNeoXForCausalLM.__name__),
-    (SeapMixtralConfig.model_type, "mixtral"),
-    (SeapQwen3MoeConfig.model_type, "qwen3_moe"),
-):
-    register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)
+    Args:
+        config_class: The family's class of ``configuration_seap``.
+    """
+    config_class.register_for_auto_class()
+    _copy_conversion(config_class.model_type, config_class.model_type.removeprefix("seap_"))
+
+    # The model without a head comes first: classifiers are built with it.
+    for end, auto_class in AUTO_CLASSES.items():
+        model_class = _make_class(config_class, end)
+        if model_class is not None:
+            globals()[model_class.__name__] = model_class
+            model_class.register_for_auto_class(auto_class)
+            auto_class.register(config_class, model_class, exist_ok=True)
+
+
+def _make_class(config_class: type[PreTrainedConfig], end: str) -> type[PreTrainedModel] | None:
+    """Make the class of a family whose name ends so; None where transformers has none: not all classify."""
+    prefix = config_class.__name__.removesuffix("Config")
+    name = f"{prefix}{end}"
+    try:
+        family_class = class_in_transformers(name)
+    except AttributeError:
+        return None
+
+    is_mixture = not hasattr(config_class, "down_proj_bias")
+    mixin = MIXINS.get(prefix, CompactedMixture if is_mixture else Compacted)
+    content = {"__module__": __name__, "__doc__": f"A compacted {family_class.__name__}.", "config_class": config_class}
+    # What is inside of such a classifier transformers builds from the configuration.
+    if issubclass(family_class, (GenericForSequenceClassification, GenericForTokenClassification)):
+        mixin = ClassifierPhi3 if issubclass(mixin, LayerConfigs) else Classifier
+        content["base_class"] = globals()[f"{prefix}Model"]
+
+    _copy_conversion(name, family_class.__name__)
+    return type(name, (mixin, family_class), content)
+
+
+def _copy_conversion(ours: str, theirs: str) -> None:
+    """Give a class or model type of ours the conversion of weights that the family's own has.
+
+    Checkpoints have other names and shapes than classes for a NeoX's head and a mixture's experts; ours have so, too.
+    """
+    if conversion := get_checkpoint_conversion_mapping(theirs):
+        register_checkpoint_conversion_mapping(ours, conversion, overwrite=True)
