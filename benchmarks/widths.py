@@ -119,7 +119,7 @@ def model_config(checkpoint: Checkpoint, model: UniformModel) -> dict[str, Any]:
     """Return the config.json of a model of the checkpoint's dimensions."""
     architecture = checkpoint.architecture
     shape = model.shape
-    channels = (tuple(range(shape.channels)),) * max(architecture.n_experts, 1)
+    channels = (tuple(range(shape.channels)),) * len(architecture.sites(0, "mlp"))
     kept = Kept(tuple(range(shape.groups)), tuple(range(shape.heads)), channels)
     dropped = tuple(range(model.depth, architecture.n_layers))
     plan = Plan(model.name, 0.0, COMPENSATIONS["none"], (kept,) * model.depth, {}, dropped)

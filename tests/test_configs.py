@@ -146,7 +146,7 @@ def planner(config: Config, architecture: Architecture) -> Planner:
     norms = {
         key: Norms(moments.mean_D.abs(), moments.mean_D.square())
         for key, moments in statistics.items()
-        if key[1] in architecture.modules
+        if key[1] in architecture.modules(key[0])
     }
     tasks = [task.name for task in config.tasks]
     checkpoint: Any = SimpleNamespace(architecture=architecture)
@@ -168,7 +168,8 @@ def test_every_ratio_of_a_recipe_is_met_by_plans_for_its_model(name):
             kinds[spec.kind, settings] = replace(spec, settings=settings)
 
     # A tile of channels in one layer is the finest step.
-    tile = architecture.align(config.pruning.align) * architecture.channel_cost / architecture.decoder_parameters
+    tile = architecture.align(config.pruning.align) * architecture.channel_cost(architecture.layers[0])
+    tile /= architecture.decoder_parameters
     for ratio in config.pruning.ratio:
         for spec in kinds.values():
             plan = made.plan(spec, ratio)
@@ -191,7 +192,7 @@ def test_gemmas_key_value_heads_are_not_cut_since_its_layers_mix_windows():
     with pytest.raises(ConfigError, match=r"pruning\.attention_unit"):
         check_ratios(recipe("gemma-3-4b", "pruning.attention_unit=group"), architecture)
 
-    share = architecture.dense.channels * architecture.channel_cost * architecture.n_layers
+    share = architecture.dense.channels * architecture.channel_cost(architecture.layers[0]) * architecture.n_layers
     assert (
         f"{share / architecture.decoder_parameters:.0%}".replace("%", " %") in (CONFIGS / "gemma-3-4b.yaml").read_text()
     )

@@ -2,8 +2,9 @@
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, Literal
 
 from seap_ray.core.moments import Site
@@ -34,6 +35,18 @@ GATED_MLP = {"mlp.gate_proj": Rows(("channels",)), "mlp.up_proj": Rows(("channel
 Bias = bool | tuple[str, bool]
 """A family's bias: always there (True), never (False), or the config key that says it and what holds where the key is
 missing: ``("attention_bias", False)``."""
+
+
+@dataclass(frozen=True)
+class DenseMlp:
+    """The MLP of layers without MoE experts, beside layers with them; what is left out is as in a Llama."""
+
+    rows: Mapping[str, Rows] = field(default_factory=lambda: GATED_MLP)
+    """Modules of the MLP before ``down_proj``, and what their rows are."""
+    down_proj: str = "mlp.down_proj"
+    """The MLP's output module."""
+    channels_key: str = "intermediate_size"
+    """Config key of the MLP's width."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +86,29 @@ class Family:
     """Weights of a layer's norms, in hidden sizes and in head sizes: (2, 2) for two norms and those of queries and
     keys, (4, 0) for two norms with biases."""
     norms_all_heads: bool = False
-    """Whether queries, and keys, pass one norm over all heads together, whose weights are as many as their columns: True
+    """Whether queries, and keys, pass one norm over all heads together, with a weight for each of their columns: True
     for OLMoE. What such a norm divides by depends on every head, so that none can go."""
     channels_key: str = "intermediate_size"
     """Config key of the MLP's width, such as ``ffn_dim``; of a mixture of experts that of an MoE expert's width."""
     is_moe: bool = False
     """Whether the MLP is a mixture of experts. ``{e}`` in names of modules then stands for an MoE expert's number:
     ``mlp.experts.{e}.up_proj``."""
+    dense_mlp: DenseMlp | None = None
+    """The MLP of a mixture's layers without experts; None where all layers have them."""
+    n_experts_key: str = "num_experts"
+    """Config key of the number of MoE experts, where transformers has not written it as ``num_local_experts``."""
+    n_chosen_key: str = "num_experts_per_tok"
+    """Config key of the number of MoE experts that the router chooses for a token."""
+    shared_width_keys: tuple[str, ...] = ()
+    """Config keys whose product is the width of the experts that every token passes, beside those that the router
+    chooses: ``("moe_intermediate_size", "n_shared_experts")``. They stay whole."""
+    has_shared_gate: bool = False
+    """Whether a row of weights says for each token how much the shared experts count."""
+    has_router_bias: bool = False
+    """Whether the router has a number for each MoE expert beside its weights."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Parts of names of modules in transformers that checkpoints have other names for, such as
+    ``{"mlp.gate.moe_statics": "mlp.moe_statics"}``; what lies before ``.experts`` need not be here."""
     groups_key: str | None = "num_key_value_heads"
     """Config key of the number of key-value heads; None where every query head has its own, as in OPT."""
     has_head_dim: bool = True
@@ -112,12 +141,13 @@ class Family:
     @property
     def columns(self) -> dict[str, Unit]:
         """Modules whose columns are cut, and the unit that they are made of; attention first."""
-        return {self.o_proj: "heads", self.down_proj: "channels"}
+        columns: dict[str, Unit] = {self.o_proj: "heads", self.down_proj: "channels"}
+        return columns | ({self.dense_mlp.down_proj: "channels"} if self.dense_mlp else {})
 
     @property
-    def channel_modules(self) -> int:
-        """Number of matrices that have a row for each channel (of an MoE expert)."""
-        return sum(rows.units.count("channels") for rows in self.rows.values())
+    def cut_rows(self) -> Mapping[str, Rows]:
+        """Modules whose rows are cut in any layer, with experts or without, and what their rows are."""
+        return {**self.rows, **(self.dense_mlp.rows if self.dense_mlp else {})}
 
 
 # Rows by the ``model_type`` of config.json. A new family is a row here; its classes in ``seap_ray.models.hf`` and
@@ -294,6 +324,8 @@ class Layer:
     """Widths of its attention and MLP."""
     biases: tuple[str, ...] = ()
     """Config keys of output biases that its family does not have: an earlier compensation put them there."""
+    n_experts: int = 0
+    """MoE experts of its MLP, whose channels are then the width of each. 0: the MLP is no mixture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,9 +362,13 @@ class Architecture:
     """Whether the family's own config may have another number of heads. False for a Phi-3 with long RoPE: transformers
     checks the length of its factors by the number of heads in the config."""
     n_experts: int = 0
-    """MoE experts of every layer; a layer's channels are then the width of each. 0: no mixture of experts."""
+    """MoE experts of every layer that has any, by the config's top level. 0: no mixture of experts."""
     experts_per_token: int = 0
     """MoE experts that the router chooses for a token."""
+    dense_channels: int = 0
+    """Width by the config's top level of the MLP of layers without experts, in a mixture that has such layers."""
+    shared_channels: int = 0
+    """Width of the experts that every token passes in layers with MoE experts, which stay whole."""
     ties_embeddings: bool = False
     """Whether the head that predicts tokens is the embedding."""
 
@@ -359,8 +395,6 @@ class Architecture:
         # MLX's own key for a quantised model has no ending.
         if config.get("quantization_config") or config.get("quantization"):
             raise ConfigError("model is quantised; prune the unquantised checkpoint, then quantise the result")
-        if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
-            raise ConfigError("model has layers without experts beside layers with them, which is not supported")
 
         def flag(value: Bias) -> bool:
             """Return whether there is a bias: the family's constant, or what the config says."""
@@ -368,9 +402,11 @@ class Architecture:
 
         # A compacted model's layers differ from its top level.
         overrides = config.get("per_layer_config") or {}
+        n_layers = _size(config, "num_hidden_layers")
+        has_experts_L = _has_experts(config, family, n_layers)
         layers: list[Layer] = []
-        for layer in range(_size(config, "num_hidden_layers")):
-            layers.append(_layer({**config, **overrides.get(str(layer), {})}, family))
+        for layer, has_experts in enumerate(has_experts_L):
+            layers.append(_layer({**config, **overrides.get(str(layer), {})}, family, has_experts=has_experts))
 
         # Older configs name the parameters of RoPE rope_scaling.
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -381,7 +417,7 @@ class Architecture:
             hidden_size=_size(config, "hidden_size"),
             # Configs without a head size leave it to this division.
             head_dim=_size(config, "head_dim", _size(config, "hidden_size") // _size(config, "num_attention_heads")),
-            dense=_layer(config, family).shape,
+            dense=_layer(config, family, has_experts=family.is_moe).shape,
             qkv_bias=flag(family.qkv_bias),
             o_bias=flag(family.o_bias),
             mlp_bias=flag(family.mlp_bias),
@@ -394,9 +430,10 @@ class Architecture:
             has_norm_weights=config.get("layer_norm_elementwise_affine") is not False,
             # Long RoPE has factors for short sequences and for long ones.
             n_heads_may_change="short_factor" not in rope,
-            # Qwen's own configs say num_experts, those that transformers writes num_local_experts.
-            n_experts=_size(config, "num_local_experts", config.get("num_experts")) if family.is_moe else 0,
-            experts_per_token=_size(config, "num_experts_per_tok") if family.is_moe else 0,
+            n_experts=_n_experts(config, family) if family.is_moe else 0,
+            experts_per_token=_size(config, family.n_chosen_key) if family.is_moe else 0,
+            dense_channels=0 if all(has_experts_L) or not family.dense_mlp else _dense_channels(config, family),
+            shared_channels=_shared_channels(config, family),
             # Gemma's configs leave the key out.
             ties_embeddings=bool(config.get("tie_word_embeddings", name.startswith("gemma"))),
         )
@@ -418,21 +455,45 @@ class Architecture:
             return "its queries and keys pass a norm over all heads together, which a cut would change"
         return None
 
-    @property
-    def modules(self) -> dict[Site, str]:
-        """The module whose input each site is; attention first, then the MLP or every MoE expert of it."""
+    def modules(self, layer: int) -> dict[Site, str]:
+        """Return the module whose input each site of a layer is; attention first, then its MLP or every MoE expert."""
+        n_experts = self.layers[layer].n_experts
+        if not n_experts:
+            dense_mlp = self.family.dense_mlp
+            return {"attn": self.family.o_proj, "mlp": dense_mlp.down_proj if dense_mlp else self.family.down_proj}
         down_proj = self.family.down_proj
-        if not self.n_experts:
-            return {"attn": self.family.o_proj, "mlp": down_proj}
-        return {"attn": self.family.o_proj} | {f"mlp.{e}": down_proj.format(e=e) for e in range(self.n_experts)}
+        return {"attn": self.family.o_proj} | {f"mlp.{e}": down_proj.format(e=e) for e in range(n_experts)}
 
-    def sites(self, site: Site) -> list[Site]:
-        """Return a site itself, or in a mixture of experts for ``mlp`` the sites of all MoE experts."""
-        return [f"mlp.{e}" for e in range(self.n_experts)] if site == "mlp" and self.n_experts else [site]
+    def sites(self, layer: int, site: Site) -> list[Site]:
+        """Return a site of a layer itself, or for ``mlp`` of a layer with MoE experts the sites of all of them."""
+        n_experts = self.layers[layer].n_experts
+        return [f"mlp.{e}" for e in range(n_experts)] if site == "mlp" and n_experts else [site]
+
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether some layers have no MoE experts, beside layers that have them."""
+        return bool(self.dense_channels)
+
+    @property
+    def is_shared_width_bound(self) -> bool:
+        """Whether a config says the width of the shared experts by that of the others, which a cut changes."""
+        return bool(self.shared_channels) and self.family.channels_key in self.family.shared_width_keys
+
+    def channels_key(self, layer: Layer) -> str:
+        """Return the config key of the width of a layer's MLP, or of its MoE experts."""
+        dense_mlp = self.family.dense_mlp
+        return dense_mlp.channels_key if dense_mlp and not layer.n_experts else self.family.channels_key
+
+    def whole_channels(self, layer: Layer) -> int:
+        """Return the width of a layer's MLP, or of its MoE experts, by the config's top level."""
+        return self.dense_channels if self.has_dense_layers and not layer.n_experts else self.dense.channels
 
     @property
     def compensable_modules(self) -> tuple[str, ...]:
-        """Modules that compensation may give biases; an MoE expert's is none, since the router weighs what it gives."""
+        """Modules that compensation may give biases; an MoE expert's is none, since the router weighs what it gives.
+
+        In a mixture attention's alone, also in layers without MoE experts.
+        """
         return (self.family.o_proj,) if self.n_experts else tuple(self.family.columns)
 
     @property
@@ -463,29 +524,35 @@ class Architecture:
         """Weights of one key-value head: its rows of k_proj and v_proj."""
         return 2 * self.head_dim * (self.hidden_size + self.qkv_bias)
 
-    @property
-    def channel_cost(self) -> int:
-        """Weights of one MLP channel: a row of gate_proj (if there is one) and up_proj, a column of down_proj.
+    def channel_cost(self, layer: Layer) -> int:
+        """Return the weights of one MLP channel: a row of gate_proj (if any) and up_proj, a column of down_proj.
 
-        In a mixture of experts one channel of each MoE expert, since all of a layer are equally wide.
+        In a layer with MoE experts one channel of each of them, since all of a layer are equally wide.
         """
+        dense_mlp = self.family.dense_mlp
+        mlp_rows = dense_mlp.rows if dense_mlp and not layer.n_experts else self.family.rows
+        # Matrices that have a row for each channel (of an MoE expert).
+        n_matrices = sum(rows.units.count("channels") for rows in mlp_rows.values())
         # The bias of down_proj is as long as the hidden size, so no channel has a part of it.
-        per_mlp = self.family.channel_modules * (self.hidden_size + self.mlp_bias) + self.hidden_size
-        return per_mlp * max(self.n_experts, 1)
+        per_mlp = n_matrices * (self.hidden_size + self.mlp_bias) + self.hidden_size
+        return per_mlp * max(layer.n_experts, 1)
 
     def attention_parameters(self, shape: Shape) -> int:
         """Return the weights of a layer's attention that its shape decides."""
         return shape.heads * self.head_cost + shape.groups * self.kv_cost
 
     def layer_parameters(self, layer: Layer) -> int:
-        """Return all weights of a decoder layer: attention, MLP, biases, norms and router."""
+        """Return all weights of a decoder layer: attention, MLP, biases, norms, router and shared experts."""
         # Vectors as long as the hidden size, and as a head: norms, output biases, and rows of the router.
         n_hidden, n_head = self.family.norms if self.has_norm_weights else (0, 0)
-        n_hidden += self.o_bias + self.mlp_bias + len(layer.biases) + self.n_experts
+        n_hidden += self.o_bias + self.mlp_bias + len(layer.biases) + layer.n_experts
         # Such norms have a weight for each column of queries and keys.
         n_head += (layer.shape.heads + layer.shape.groups) * self.family.norms_all_heads
-        fixed = self.hidden_size * n_hidden + self.head_dim * n_head
-        return self.attention_parameters(layer.shape) + layer.shape.channels * self.channel_cost + fixed
+        if layer.n_experts:
+            # Gate, way up and way down of the shared experts.
+            n_hidden += 3 * self.shared_channels + self.family.has_shared_gate
+        fixed = self.hidden_size * n_hidden + self.head_dim * n_head + layer.n_experts * self.family.has_router_bias
+        return self.attention_parameters(layer.shape) + layer.shape.channels * self.channel_cost(layer) + fixed
 
     @property
     def decoder_parameters(self) -> int:
@@ -505,7 +572,7 @@ class Architecture:
         """
         original = self.layers[layer]
         gets_biases = adds_biases and shape != original.shape
-        return Layer(shape, self.bias_keys if gets_biases else original.biases)
+        return replace(original, shape=shape, biases=self.bias_keys if gets_biases else original.biases)
 
     def align(self, setting: int | str) -> int:
         """Return the tile that kept channels are a multiple of.
@@ -549,7 +616,68 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
     return value
 
 
-def _layer(config: Mapping[str, Any], family: Family) -> Layer:
+def _n_experts(config: Mapping[str, Any], family: Family) -> int:
+    """Return the number of MoE experts of a layer that has any."""
+    # Qwen's own configs say num_experts, those that transformers writes num_local_experts.
+    return _size(config, "num_local_experts", config.get(family.n_experts_key))
+
+
+def _dense_channels(config: Mapping[str, Any], family: Family) -> int:
+    """Return the width of the MLP of a mixture's layers without experts."""
+    return _size(config, (family.dense_mlp or DenseMlp()).channels_key)
+
+
+def _shared_channels(config: Mapping[str, Any], family: Family) -> int:
+    """Return the width of the experts that every token passes; 0 where there are none."""
+    # A missing number of shared experts, or none, means that there are none.
+    factors = [int(config.get(key) or 0) for key in family.shared_width_keys]
+    return prod(factors) if factors else 0
+
+
+def _has_experts(config: Mapping[str, Any], family: Family, n_layers: int) -> tuple[bool, ...]:
+    """Return whether each layer has MoE experts, by the keys of all families.
+
+    Raises ConfigError where layers without experts lie between others and the family has none such.
+    """
+    if not family.is_moe:
+        return (False,) * n_layers
+
+    # DeepSeek and GLM count the first layers without; ERNIE names the first and the last layer with experts, Qwen every
+    # layer without.
+    first = config.get("first_k_dense_replace") or config.get("moe_layer_start_index") or 0
+    last = config.get("moe_layer_end_index", -1)
+    last = n_layers - 1 if last in (None, -1) else last
+    step = config.get("decoder_sparse_step") or 1
+    if config.get("moe_layer_interval", 1) not in (None, 1):
+        raise ConfigError("config.json: moe_layer_interval is not 1, as no published model has it")
+    without = config.get("mlp_only_layers") or ()
+    has_experts = tuple(
+        first <= layer <= last and (layer + 1) % step == 0 and layer not in without for layer in range(n_layers)
+    )
+    if not any(has_experts):
+        raise ConfigError("config.json: no layer has experts; the model is none of its family's mixtures")
+    if not all(has_experts) and not family.dense_mlp:
+        raise ConfigError("config.json: some layers have no experts, which models of this family always have")
+    return has_experts
+
+
+def keys_of_dense_layers(config: Mapping[str, Any], is_dense: Sequence[bool]) -> dict[str, Any]:
+    """Return the config keys of a mixture that say which layers have no experts.
+
+    Args:
+        config: A config of the family.
+        is_dense: Whether each layer is to have none.
+    """
+    dense = [layer for layer, without in enumerate(is_dense) if without]
+    if config.get("first_k_dense_replace") is not None:
+        return {"first_k_dense_replace": len(dense)}
+    if config.get("moe_layer_start_index") is not None:
+        with_experts = [layer for layer, without in enumerate(is_dense) if not without]
+        return {"moe_layer_start_index": with_experts[0], "moe_layer_end_index": with_experts[-1]}
+    return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+
+
+def _layer(config: Mapping[str, Any], family: Family, *, has_experts: bool) -> Layer:
     """Read a layer from the config that holds for it."""
     heads = _size(config, "num_attention_heads")
     # A missing number of key-value heads, or none, means one for every query head.
@@ -558,7 +686,12 @@ def _layer(config: Mapping[str, Any], family: Family) -> Layer:
         raise ConfigError(f"config.json: {heads} query heads cannot share {groups} key-value heads")
 
     biases = tuple(key for key in ("o_proj_bias", "down_proj_bias") if config.get(key))
-    return Layer(Shape(groups, heads // groups, _size(config, family.channels_key)), biases)
+    if has_experts or not family.dense_mlp:
+        channels = _size(config, family.channels_key)
+    else:
+        channels = _dense_channels(config, family)
+    n_experts = _n_experts(config, family) if has_experts else 0
+    return Layer(Shape(groups, heads // groups, channels), biases, n_experts)
 
 
 def split_moe_expert(module: str) -> tuple[str, int | None]:

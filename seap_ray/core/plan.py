@@ -42,7 +42,7 @@ class Kept:
         """
         original = architecture.layers[layer].shape
         channels = tuple(range(original.channels))
-        n_mlps = max(architecture.n_experts, 1)
+        n_mlps = max(architecture.layers[layer].n_experts, 1)
         return cls(tuple(range(original.groups)), tuple(range(original.heads)), (channels,) * n_mlps)
 
     @property

@@ -143,7 +143,7 @@ def _mlp_candidates(constraints: WidthConstraints, score_C: Tensor) -> list[_Can
     ascending_C = by_moe_expert(score_C).sort(1).values.sum(0)
 
     n = constraints.original.channels
-    cost = constraints.architecture.channel_cost
+    cost = constraints.channel_cost
     return [
         _Candidate(
             lost_score=float(ascending_C[n - wide : n - narrow].sum()),

@@ -166,8 +166,7 @@ class Sensitivities:
 
             # A cut of units without any score tells nothing of others; weights stand for it.
             if lost[alone] <= 0:
-                original = constraints.original
-                lost = {shape: _saved(constraints.architecture, site, original, shape) for shape in shapes}
+                lost = {shape: _saved(constraints.architecture, layer, site, shape) for shape in shapes}
             rises = [cost.times(lost[shape] / lost[alone]) for shape in shapes]
             ladders.append(Ladder(layer, site, tuple(shapes), tuple(rises)))
         return cls(tuple(ladders))
@@ -230,7 +229,7 @@ class Sensitivities:
                 continue
             if unit not in curves:
                 curves[unit] = self._curve(architecture, layer, site, unit)
-            rises.append(_height(curves[unit], _saved(architecture, site, original, shape)))
+            rises.append(_height(curves[unit], _saved(architecture, layer, site, shape)))
         return rises
 
     def predicted(self, architecture: Architecture, shapes_L: Sequence[Shape]) -> list[dict[Site, float]]:
@@ -273,7 +272,7 @@ class Sensitivities:
             ladder = self[layer, site]
             for shape, rise in zip(ladder.shapes, ladder.rises, strict=True):
                 if cut_unit(site, original, shape) == unit:
-                    measured.append((_saved(architecture, site, original, shape), rise.counted))
+                    measured.append((_saved(architecture, layer, site, shape), rise.counted))
         if not measured:
             raise ValueError(f"the rise of the loss by {unit} of {site} of layer {layer} was not measured")
 
@@ -301,7 +300,7 @@ def even_cuts(constraints_L: Sequence[WidthConstraints], site: Site, ratio: floa
     for constraints in constraints_L:
         share = 0.0
         if site == "mlp":
-            mlp_weights = constraints.original.channels * constraints.architecture.channel_cost
+            mlp_weights = constraints.original.channels * constraints.channel_cost
             share = min(ratio * constraints.size / mlp_weights, LARGEST_EVEN_SHARE)
         # The nearest narrower width; none of a layer that has no narrower one.
         (shape,) = constraints.ladder(site, [share]) or (constraints.original,)
@@ -348,10 +347,11 @@ def _alone(site: Site, original: Shape, shape: Shape) -> Shape:
     return replace(shape, channels=original.channels)
 
 
-def _saved(architecture: Architecture, site: Site, original: Shape, shape: Shape) -> int:
-    """Return the weights that the site's own width saves, without biases that may be added."""
+def _saved(architecture: Architecture, layer: int, site: Site, shape: Shape) -> int:
+    """Return the weights that the width of a layer's site saves, without biases that may be added."""
+    original = architecture.layers[layer].shape
     if site == "mlp":
-        return (original.channels - shape.channels) * architecture.channel_cost
+        return (original.channels - shape.channels) * architecture.channel_cost(architecture.layers[layer])
     return architecture.attention_parameters(original) - architecture.attention_parameters(shape)
 
 

@@ -116,7 +116,8 @@ def with_remainder(
             shapes[layer] = moved
             removed += gained
 
-    check_met(removed, total, ratio, constraints_L[0].tile_cost)
+    # Layers differ in it where some have MoE experts and others none.
+    check_met(removed, total, ratio, max(constraints.tile_cost for constraints in constraints_L))
     return shapes
 
 
@@ -143,7 +144,7 @@ def _with_fewer_channels(
     room = cap * constraints.size - constraints.removed(shape) + constraints.tile_cost / 2
     more = min(missing, room)
 
-    channels = constraints.channels(shape.channels - more / constraints.architecture.channel_cost)
+    channels = constraints.channels(shape.channels - more / constraints.channel_cost)
     return Shape(shape.groups, shape.heads_per_group, channels)
 
 

@@ -63,8 +63,7 @@ def sliced_shape(
     module, expert = split_moe_expert(module)
     kept = kept.of_moe_expert(expert)
 
-    if module in family.rows:
-        rows = family.rows[module]
+    if rows := family.cut_rows.get(module):
         n_rows = rows.times * sum(_width(kept, unit, architecture.head_dim) for unit in rows.units)
         return (n_rows, *shape[1:])
 
@@ -136,8 +135,8 @@ def _kept_of_dimension(
     module, expert = split_moe_expert(module)
     kept = kept.of_moe_expert(expert)
 
-    if module in family.rows:
-        return 0, row_indices(family.rows[module], kept, architecture.layers[layer].shape, architecture.head_dim)
+    if rows := family.cut_rows.get(module):
+        return 0, row_indices(rows, kept, architecture.layers[layer].shape, architecture.head_dim)
     if module in family.columns and kind == "weight":
         return 1, kept_indices(kept, family.columns[module], architecture.head_dim)
     return None

@@ -451,6 +451,11 @@ def make_target(
 
 
 def _latency_target(settings: TargetSection, architecture: Architecture, table: WidthTable) -> Target:
+    if architecture.has_dense_layers:
+        raise ConfigError(
+            "pruning.target.latency: a table has times of layers that are all alike, and some of this model have MoE "
+            "experts and others none; use pruning.target.weights or memory"
+        )
     latency = settings.latency
     table.check(architecture, batch=latency.batch, prompt_tokens=latency.prompt_tokens)
     n_steps = latency.new_tokens - 1

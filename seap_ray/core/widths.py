@@ -72,9 +72,14 @@ class WidthConstraints:
         return self.architecture.layers[self.layer].shape
 
     @property
+    def channel_cost(self) -> int:
+        """Weights of one channel, of each MoE expert where the layer has such."""
+        return self.architecture.channel_cost(self.architecture.layers[self.layer])
+
+    @property
     def tile_cost(self) -> int:
         """Weights of one tile of channels."""
-        return self.tile * self.architecture.channel_cost
+        return self.tile * self.channel_cost
 
     def attention_cost(self, option: tuple[int, int]) -> int:
         """Return the weights of the attention with so many (groups, heads per group)."""
@@ -87,7 +92,7 @@ class WidthConstraints:
 
     def removed_by_shape(self) -> Iterator[tuple[Shape, int]]:
         """Yield all allowed widths, thousands in a large layer, and what ``removed`` says of each."""
-        channel_cost = self.architecture.channel_cost
+        channel_cost = self.channel_cost
         original = self.original
         channel_options = self.channel_options
         fewest = channel_options[-1]
@@ -170,7 +175,7 @@ class WidthConstraints:
         n_added = len(architecture.bias_keys) - len(architecture.layers[self.layer].biases)
         added = architecture.hidden_size * n_added * self.adds_biases
         cut = share * self.size + carry + added - (attention - self.attention_cost(option))
-        return Shape(*option, self.channels(original.channels - cut / architecture.channel_cost))
+        return Shape(*option, self.channels(original.channels - cut / self.channel_cost))
 
 
 def widest_unit(architecture: Architecture) -> AttentionUnit:

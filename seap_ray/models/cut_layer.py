@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seap_ray.core.architecture import split_moe_expert
 from seap_ray.core.slicing import kept_indices
 from seap_ray.models.export import CheckpointExport
 
@@ -33,7 +34,10 @@ def cut_parameters(block: Any, export: CheckpointExport, layer: int) -> dict[str
     kept = export.plan.kept[new_layer]
     parameters: dict[str, Tensor] = {}
 
-    for module in architecture.compensable_modules:
+    # MoE experts are one module in transformers, and come after the others.
+    for module in architecture.modules(layer).values():
+        if split_moe_expert(module)[1] is not None:
+            continue
         own_OD = block.get_submodule(module).weight
         kept_S = kept_indices(kept, architecture.family.columns[module], architecture.head_dim).to(own_OD.device)
         compensated = export.compensated(new_layer, module)
@@ -44,7 +48,7 @@ def cut_parameters(block: Any, export: CheckpointExport, layer: int) -> dict[str
         if "bias" in compensated:
             parameters[f"{module}.bias"] = compensated["bias"].to(own_OD)
 
-    if architecture.n_experts:
+    if architecture.layers[layer].n_experts:
         parameters["mlp.experts.down_proj"] = _cut_experts(block, export, new_layer)
     return parameters
 

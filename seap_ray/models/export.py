@@ -9,7 +9,7 @@ import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import prod
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seap_ray.core.architecture import Architecture, Shape, split_moe_expert
+from seap_ray.core.architecture import Architecture, Shape, keys_of_dense_layers, split_moe_expert
 from seap_ray.core.compensation import OutputModule
 from seap_ray.core.moments import Statistics
 from seap_ray.core.plan import Plan
@@ -118,7 +118,7 @@ class CheckpointExport:
             modules = list(architecture.compensable_modules) if adds_biases and self.compensates(layer) else []
             # A stock Llama's biases are all there or none.
             if self.stock and _has_biases(self.plan, architecture):
-                modules = [*architecture.family.rows, *architecture.family.columns]
+                modules = [*architecture.family.cut_rows, *architecture.family.columns]
             for module in modules:
                 weight = self._sliced(layer, module, "weight")
                 # A bias that the base has is among its tensors already.
@@ -163,7 +163,8 @@ class CheckpointExport:
         architecture = self.base.architecture
         # Where a module may have no bias, a compensation that makes nothing else leaves it as it is sliced.
         makes_weights = "weight" in self.plan.compensation.replaces
-        compensable = [*architecture.modules.values()] if makes_weights else architecture.compensable_modules
+        modules = architecture.modules(self.plan.layers[layer]).values()
+        compensable = modules if makes_weights else architecture.compensable_modules
         if module not in compensable or not self.compensates(layer):
             return {}
 
@@ -188,7 +189,7 @@ class CheckpointExport:
         """Read an output module from the base."""
         architecture = self.base.architecture
         original_layer = self.plan.layers[layer]
-        (site,) = (site for site, name in architecture.modules.items() if name == module)
+        (site,) = (site for site, name in architecture.modules(original_layer).items() if name == module)
         template, expert = split_moe_expert(module)
         unit = architecture.family.columns[template]
         kept = self.plan.kept[layer].of_moe_expert(expert)
@@ -197,7 +198,7 @@ class CheckpointExport:
             bias_O=self.base.read_bias(original_layer, module),
             kept_S=kept_indices(kept, unit, architecture.head_dim),
             key=(original_layer, site),
-            may_have_bias=expert is None,
+            may_have_bias=module in architecture.compensable_modules,
         )
 
     @cached_property
@@ -241,7 +242,7 @@ class CheckpointExport:
             return True
         family = architecture.family
         module, _ = split_moe_expert(module)
-        return not (module in family.rows or module in family.columns)
+        return not (module in family.cut_rows or module in family.columns)
 
     def config(self) -> dict[str, Any]:
         """Return the content of the checkpoint's ``config.json``."""
@@ -267,7 +268,15 @@ class CheckpointExport:
             if is_by_layer and not key.endswith("_token_id"):
                 shortened[key] = [value[layer] for layer in layers]
 
-        return {**config, **shortened, "num_hidden_layers": len(layers)}
+        return {**config, **shortened, **self._layers_with_experts(), "num_hidden_layers": len(layers)}
+
+    def _layers_with_experts(self) -> dict[str, Any]:
+        """Return the config keys that say which layers have MoE experts, where whole layers go of a mixture."""
+        architecture = self.base.architecture
+        if not self.plan.dropped or not architecture.has_dense_layers:
+            return {}
+        n_experts = [architecture.layers[layer].n_experts for layer in self.plan.layers]
+        return keys_of_dense_layers(self.base.config, [not n for n in n_experts])
 
     def _seap_config(self) -> dict[str, Any]:
         """Return the config of one of our model types, with what differs by layer."""
@@ -294,22 +303,23 @@ class CheckpointExport:
             **dict.fromkeys(architecture.bias_keys, False),
             # Tools that read a width of the whole model get the dense model's, instead of an error.
             "allow_global_per_layer_attribute_access": True,
-            **self._widths(architecture.dense),
+            **self._widths(architecture.dense, family.channels_key),
             "per_layer_config": per_layer,
         }
 
-    def _widths(self, shape: Shape) -> dict[str, int]:
+    def _widths(self, shape: Shape, channels_key: str) -> dict[str, int]:
         """Return the family's config keys for the widths of a layer."""
         family = self.base.architecture.family
         groups = {family.groups_key: shape.groups} if family.groups_key else {}
-        return {"num_attention_heads": shape.heads, **groups, family.channels_key: shape.channels}
+        return {"num_attention_heads": shape.heads, **groups, channels_key: shape.channels}
 
     def _layer_overrides(self, layer: int) -> dict[str, Any]:
         """Return the config keys in which a layer of the checkpoint differs from the top level."""
         architecture = self.base.architecture
         after = self.plan.layer_after(layer, architecture)
-        top_level = self._widths(architecture.dense)
-        widths = self._widths(after.shape)
+        channels_key = architecture.channels_key(after)
+        top_level = self._widths(replace(architecture.dense, channels=architecture.whole_channels(after)), channels_key)
+        widths = self._widths(after.shape, channels_key)
         different = {key: width for key, width in widths.items() if width != top_level[key]}
         return different | dict.fromkeys(after.biases, True)
 
@@ -319,10 +329,11 @@ class CheckpointExport:
         family = architecture.family
         config = {key: value for key, value in self._dense_config().items() if key not in NOT_STOCK}
 
-        # Our classes have the family's own names behind Seap. All layers are as wide as the first:
-        # ``check_stock`` has refused others.
+        # Our classes have the family's own names behind Seap. All layers, or all with MoE experts and all without, are
+        # equally wide: ``check_stock`` has refused others.
         config |= {"model_type": architecture.family_name, "architectures": [family.model_class.removeprefix("Seap")]}
-        config |= self._widths(self.plan.shapes[0])
+        for _, layer in self.plan.layers_after(architecture):
+            config |= self._widths(layer.shape, architecture.channels_key(layer))
 
         if family.has_head_dim:
             config["head_dim"] = architecture.head_dim
@@ -364,11 +375,20 @@ def check_stock(plan: Plan, architecture: Architecture) -> None:
             the family, or it has no biases to compensate with.
     """
     first = plan.shapes[0]
-    for layer, shape in enumerate(plan.shapes):
-        if shape != first:
+    # The first layer with MoE experts, and the first without, by the config key of their widths.
+    first_of_kind: dict[str, tuple[int, Shape]] = {}
+    for number, (_, layer) in enumerate(plan.layers_after(architecture)):
+        other, expected = first_of_kind.setdefault(architecture.channels_key(layer), (number, layer.shape))
+        if layer.shape != expected or layer.shape.heads != first.heads:
             raise ConfigError(
-                f"export.format: stock needs equal widths, but layer {layer} of {plan.name} has {shape} and layer 0 "
-                f"{first}; use pruning.allocation.kind=uniform, or export.format=seap"
+                f"export.format: stock needs equal widths, but layer {number} of {plan.name} has {layer.shape} and "
+                f"layer {other} {expected}; use pruning.allocation.kind=uniform, or export.format=seap"
+            )
+        is_cut = layer.shape.channels != architecture.whole_channels(layer)
+        if layer.n_experts and is_cut and architecture.is_shared_width_bound:
+            raise ConfigError(
+                f"export.format: a stock {architecture.family_name} has shared experts whose width follows from that "
+                "of the others, and they stay whole here; use export.format=seap"
             )
 
     family = architecture.family

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -91,6 +92,12 @@ class LayerwiseModel:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=self.dtype, trust_remote_code=self.trust_remote_code
             ).eval()
+        # Some routers are computed with in float32, whatever the type of the other weights.
+        kept_in = model._get_dtype_plan(self.dtype)
+        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+            for pattern, dtype in kept_in.items():
+                if pattern in name:
+                    tensor.data = tensor.data.to(dtype)
         # Rotary frequencies and the like are computed on the CPU, as from_pretrained does.
         for module in model.modules():
             for name in module._non_persistent_buffers_set:
@@ -212,19 +219,21 @@ class LayerwiseModel:
 
     def _load_weights(self, module: nn.Module, prefix: str) -> None:
         """Give a module its weights, copied: what safetensors returns is read only when it is used."""
-        weights = {name: self._to_device(self._read_weight(prefix, name)) for name in module.state_dict()}
+        weights: dict[str, Tensor] = {}
+        for name, empty in module.state_dict().items():
+            weights[name] = self._to_device(self._read_weight(prefix, name), empty.dtype)
         module.load_state_dict(weights, assign=True)
 
-    def _to_device(self, stored: Tensor) -> Tensor:
+    def _to_device(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         if self.device.type != "cuda":
-            return stored.to(self.device, self.dtype, copy=True)
+            return stored.to(self.device, dtype, copy=True)
         # From pinned memory, a piece at a time: a copy from any other would keep the driver, so that nothing could be
         # launched meanwhile. All cores read a piece, and PyTorch gives its memory out again when it has been copied.
-        copied = torch.empty(stored.shape, dtype=self.dtype, device=self.device)
+        copied = torch.empty(stored.shape, dtype=dtype, device=self.device)
         sources = stored.flatten().split(COPY_ELEMENTS)
         targets = copied.flatten().split(COPY_ELEMENTS)
         for source, target in zip(sources, targets, strict=True):
-            pinned = torch.empty(source.shape, dtype=self.dtype, pin_memory=True)
+            pinned = torch.empty(source.shape, dtype=dtype, pin_memory=True)
             target.copy_(pinned.copy_(source), non_blocking=True)
         return copied
 
@@ -245,7 +254,10 @@ class LayerwiseModel:
             return torch.stack([self._read_expert(prefix, stored_modules[name], e) for e in range(n_experts)])
 
         stem = family.down_proj.partition(".experts")[0]
-        return self.checkpoint.read(f"{prefix}{stem}{name.removeprefix('mlp')}")
+        stored = f"{stem}{name.removeprefix('mlp')}"
+        for of_module, of_checkpoint in family.renamed.items():
+            stored = stored.replace(of_module, of_checkpoint)
+        return self.checkpoint.read(f"{prefix}{stored}")
 
     def _read_expert(self, prefix: str, modules: Sequence[str], expert: int) -> Tensor:
         """Read the weights of some modules of an MoE expert, one below the other."""

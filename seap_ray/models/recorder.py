@@ -45,13 +45,17 @@ def recording(decoder: Any, rows_N: Tensor | None, *, covariances: Container[int
 
 @contextmanager
 def recording_layer(
-    block: nn.Module, family: Family, layer: int, rows_N: Tensor | None, recorded: SiteMoments, *, covariance: bool
+    block: Any, family: Family, layer: int, rows_N: Tensor | None, recorded: SiteMoments, *, covariance: bool
 ) -> Iterator[None]:
     """Add every forward pass of one decoder layer that happens inside to ``recorded``, as ``recording`` does."""
     statistic = Covariance if covariance else Moments
     with ExitStack() as hooks:
-        modules: dict[Site, str] = {"attn": family.o_proj, "mlp": family.down_proj}
-        if family.is_moe:
+        dense_mlp = family.dense_mlp
+        modules: dict[Site, str] = {
+            "attn": family.o_proj,
+            "mlp": dense_mlp.down_proj if dense_mlp else family.down_proj,
+        }
+        if family.is_moe and hasattr(block.mlp, "experts"):
             del modules["mlp"]  # each expert is a site of its own
             experts_hook = _experts_hook(recorded, layer, rows_N, statistic)
             hooks.callback(block.get_submodule("mlp.experts").register_forward_pre_hook(experts_hook).remove)

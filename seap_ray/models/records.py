@@ -150,11 +150,9 @@ def load_statistics(path: StoragePath, architecture: Architecture, *, sites: Seq
 
 def sites_of(architecture: Architecture, sites: Sequence[Site] = RECORDED) -> Iterator[tuple[int, Site]]:
     """Return every (layer, site) of a model; in an MoE model ``mlp`` stands for the sites of its experts."""
-    layer_sites: list[Site] = []
-    for site in sites:
-        layer_sites += architecture.sites(site)
-
-    return ((layer, site) for layer in range(architecture.n_layers) for site in layer_sites)
+    for layer in range(architecture.n_layers):
+        for kind in sites:
+            yield from ((layer, site) for site in architecture.sites(layer, kind))
 
 
 def save_norms(path: StoragePath, norms: WeightNorms, **metadata: Any) -> None:
@@ -205,22 +203,23 @@ MERGED_MEMORY_FACTOR = 3
 """Memory of covariances that wait to be written, as a multiple of their float32: they are float64, then triangles."""
 
 
-def covariance_widths(architecture: Architecture) -> list[int]:
-    """Return the columns of every site of a layer at the widest, those of each MoE expert included."""
-    attn, mlp = architecture.widths
-    return [attn] + [mlp] * max(architecture.n_experts, 1)
+def covariance_widths(architecture: Architecture, layer: int) -> list[int]:
+    """Return the columns of every site of a layer, those of each MoE expert included."""
+    shape = architecture.layers[layer].shape
+    return [shape.heads * architecture.head_dim] + [shape.channels] * len(architecture.sites(layer, "mlp"))
 
 
 def covariance_bytes(architecture: Architecture) -> int:
-    """Return the bytes of the co-moments of one layer's sites as full float32 matrices."""
-    return 4 * sum(width**2 for width in covariance_widths(architecture))
+    """Return the bytes of the co-moments of one layer's sites as full float32 matrices, of the layer with the most."""
+    widths_L = [covariance_widths(architecture, layer) for layer in range(architecture.n_layers)]
+    return 4 * max(sum(width**2 for width in widths) for widths in widths_L)
 
 
 def task_memory(architecture: Architecture) -> int:
     """Return the bytes that a task on one layer's covariances needs at most."""
     # A task works on attention and one MLP, of a mixture one MoE expert, at a time; a merge holds the others, too.
     at_work = 4 * sum(width**2 for width in architecture.widths)
-    held = covariance_bytes(architecture) - at_work
+    held = max(covariance_bytes(architecture) - at_work, 0)
     return TASK_MEMORY_FACTOR * at_work + MERGED_MEMORY_FACTOR * held
 
 

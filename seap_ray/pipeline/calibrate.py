@@ -101,7 +101,7 @@ class Calibrator:
         # ``block`` has moments alone, and so has a layer whose covariances are left to another pass.
         covariances = {key: part for key, part in recorded.items() if isinstance(part, Covariance)}
         for layer in sorted({layer for layer, _ in covariances}):
-            by_site = {site: covariances[layer, site] for site in self.records.architecture.modules}
+            by_site = {site: covariances[layer, site] for site in self.records.architecture.modules(layer)}
             save_covariances(self.records.path(shard), layer, by_site, fingerprint=self.records.key(shard))
 
 

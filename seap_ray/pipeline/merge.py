@@ -152,7 +152,7 @@ def _check_counts(merged: SiteMoments, architecture: Architecture, n_tokens: int
 
     for layer in range(architecture.n_layers):
         for site in RECORDED:
-            experts = architecture.sites(site)
+            experts = architecture.sites(layer, site)
             count = sum(merged[layer, expert].count for expert in experts)
             # In an MoE model a token goes to several experts.
             times = architecture.experts_per_token if len(experts) > 1 else 1
@@ -178,7 +178,7 @@ def _write_covariances(statistics: TaskStatistics, checkpoint: Checkpoint, layer
     # One site after another: a matrix of one site is all that is in memory beside what is merged of the layer.
     merged: dict[Site, Covariance] = {}
     ridges: dict[Site, float] = {}
-    for site, module in checkpoint.architecture.modules.items():
+    for site, module in checkpoint.architecture.modules(layer).items():
         weight = checkpoint.architecture.tensor(layer, module)
         merged[site], ridges[site] = _merge_site(paths, (layer, site), checkpoint, weight)
 

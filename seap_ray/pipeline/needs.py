@@ -11,13 +11,12 @@ from typing import Any
 from seap_ray.config import Config, PruningSection
 from seap_ray.core.allocation import choose_shapes
 from seap_ray.core.architecture import Architecture, Layer, Shape
-from seap_ray.core.moments import RECORDED
 from seap_ray.core.reconstruction import UNIT_SCORES
 from seap_ray.core.targets import StoredSizes, Target
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.error_correction import PASSES
 from seap_ray.models.forward import COVARIANCE_COPIES
-from seap_ray.models.records import covariance_bytes, covariance_widths, task_memory
+from seap_ray.models.records import covariance_bytes, covariance_widths, sites_of, task_memory
 from seap_ray.pipeline.error_correction import MAX_TOKENS
 from seap_ray.pipeline.gguf_files import gguf_item_bytes, is_uniform
 from seap_ray.pipeline.model_specs import ModelSpec, assumed_specs, compensation_for, model_specs, pruning_section
@@ -106,11 +105,9 @@ def _dtype_of(config: Mapping[str, Any]) -> str:
     return name if name in ITEM_BYTES else "float32"
 
 
-def columns_per_layer(architecture: Architecture) -> int:
-    """Return the columns of a layer's ``o_proj`` and ``down_proj``; of a mixture of experts those of every expert."""
-    attn, mlp = architecture.widths
-    # A model without a mixture has no experts, but one MLP.
-    return attn + mlp * max(architecture.n_experts, 1)
+def columns_of_layers(architecture: Architecture) -> list[int]:
+    """Return the columns of every layer's ``o_proj`` and ``down_proj``; of a mixture those of every MoE expert."""
+    return [sum(covariance_widths(architecture, layer)) for layer in range(architecture.n_layers)]
 
 
 # --- the corpora -----------------------------------------------------------------------------------------------------
@@ -143,20 +140,22 @@ def largest_corpora(config: Config, architecture: Architecture) -> dict[str, Cor
 
 def moments_bytes(architecture: Architecture) -> int:
     """Return the bytes of a record's numbers: mean and squares of every column and of each layer's cosine, float64."""
-    return 2 * FLOAT64_BYTES * architecture.n_layers * (columns_per_layer(architecture) + 1)
+    return 2 * FLOAT64_BYTES * sum(columns + 1 for columns in columns_of_layers(architecture))
 
 
 def record_bytes(architecture: Architecture) -> int:
     """Return the size of a record, or of a task's statistics, without covariances."""
-    sites = sum(len(architecture.sites(site)) for site in RECORDED)
+    n_sites = sum(1 for _ in sites_of(architecture))
     # Mean, squares and count of every site are a tensor each.
-    return moments_bytes(architecture) + 3 * architecture.n_layers * sites * TENSOR_HEADER_BYTES
+    return moments_bytes(architecture) + 3 * n_sites * TENSOR_HEADER_BYTES
 
 
 def covariance_files_bytes(architecture: Architecture) -> int:
     """Return the size of the covariances of one shard, or one task: a triangle for each layer and site, float32."""
-    triangles = sum(width * (width + 1) // 2 for width in covariance_widths(architecture))
-    return FLOAT32_BYTES * architecture.n_layers * triangles
+    n_numbers = 0
+    for layer in range(architecture.n_layers):
+        n_numbers += sum(width * (width + 1) // 2 for width in covariance_widths(architecture, layer))
+    return FLOAT32_BYTES * n_numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,7 +301,7 @@ def _shapes(
 def _unchanged_parameters(architecture: Architecture, layer: Layer) -> int:
     """Return the weights of a layer that a cut leaves as they are: norms, and the router of a mixture."""
     # Every product of attention and MLP loses rows or columns, so it is written anew.
-    cut = architecture.attention_parameters(layer.shape) + layer.shape.channels * architecture.channel_cost
+    cut = architecture.attention_parameters(layer.shape) + layer.shape.channels * architecture.channel_cost(layer)
     return architecture.layer_parameters(layer) - cut
 
 

@@ -278,13 +278,13 @@ class Planner:
 
     def _random_score(self, seed: int, layer: int, site: Site) -> torch.Tensor:
         """Return random scores of a site's columns, the same for every task."""
-        experts = self.checkpoint.architecture.sites(site)
+        experts = self.checkpoint.architecture.sites(layer, site)
         scores = [random_score(self.norms[layer, s].l1_D.numel(), seed, layer=layer, site=s) for s in experts]
         return scores[0] if len(scores) == 1 else torch.stack(scores)
 
     def _score(self, score: ColumnScore, moments: Statistics, layer: int, site: Site) -> torch.Tensor:
         """Return a score of a site's columns from the moments of its activations."""
-        keys = [(layer, expert) for expert in self.checkpoint.architecture.sites(site)]
+        keys = [(layer, expert) for expert in self.checkpoint.architecture.sites(layer, site)]
         return column_scores(score, moments, self.norms, keys)
 
     # --- scores of units, from covariances ---------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def _score_site(
     """Return scores of a site's blocks of columns (U,), summed over the streams by their weights."""
     layer, site = key
     architecture = checkpoint.architecture
-    weight_OD = checkpoint.read(architecture.tensor(layer, architecture.modules[site]))
+    weight_OD = checkpoint.read(architecture.tensor(layer, architecture.modules(layer)[site]))
 
     # One stream is read after another, as each is a matrix of D x D.
     scores = [score(stream[key], weight_OD, block=block, ridge=stream.ridge_of(key)) for stream in streams]
@@ -411,6 +411,6 @@ def _layer_norms(checkpoint: Checkpoint, layer: int) -> dict[Site, Norms]:
     """Compute the norms of one layer's output modules, by site."""
     architecture = checkpoint.architecture
     norms: dict[Site, Norms] = {}
-    for site, module in architecture.modules.items():
+    for site, module in architecture.modules(layer).items():
         norms[site] = Norms.of(checkpoint.read(architecture.tensor(layer, module)))
     return norms

@@ -57,7 +57,7 @@ def _repair_layer(exports: Sequence[CheckpointExport], layer: int) -> list[dict[
         modules: dict[str, dict[str, Tensor]] = {}
         # A layer that goes as a whole, or stays as it is, needs no repair.
         if layer in export.plan.layers and export.compensates(export.plan.layers.index(layer)):
-            for module in export.base.architecture.modules.values():
+            for module in export.base.architecture.modules(layer).values():
                 modules[module] = export.repaired(export.plan.layers.index(layer), module)
         by_model.append(modules)
     return by_model

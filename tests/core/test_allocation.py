@@ -873,7 +873,7 @@ def test_the_tile_follows_the_model_and_the_ranks():
 def test_a_channel_of_a_mixture_costs_one_of_each_expert_and_the_router_stays():
     mixture = Architecture.of(MixtralConfig(num_hidden_layers=2).to_dict())
     assert mixture.n_experts == 8 and mixture.experts_per_token == 2
-    assert mixture.channel_cost == 8 * 3 * 4096
+    assert mixture.channel_cost(mixture.layers[0]) == 8 * 3 * 4096
     assert mixture.decoder_parameters == 2 * (46_702_792_704 - 2 * 32000 * 4096 - 4096) // 32  # Mixtral 8x7B
     flat = torch.ones(2, 8, 14336)
     heads = torch.ones(2, 32)

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from seap_ray.config import PruningSection
-from seap_ray.core.architecture import FAMILIES, Architecture, Layer, Shape
+from seap_ray.core.architecture import FAMILIES, Architecture, Shape
 from seap_ray.core.widths import WidthConstraints, widest_unit
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
@@ -50,7 +50,8 @@ def meta_model(config: PreTrainedConfig) -> Any:
 
 
 def size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    # What is stored: some routers have a buffer beside their weights.
+    return sum(tensor.numel() for tensor in module.state_dict().values())
 
 
 def narrowed(config: PreTrainedConfig, **widths: int) -> int:
@@ -75,8 +76,9 @@ def test_layer_and_decoder_parameters_are_what_the_model_has(name):
     assert architecture.head_dim == (attention.head_size if name == "gpt_neox" else attention.head_dim)
     modules = {name for name, _ in model.named_parameters()}
     stored = revert_weight_conversion(model, model.state_dict()).keys() if name in MIXTURES else modules
-    assert {architecture.tensor(0, module) for module in output_modules(model).values()} <= modules
-    assert {architecture.tensor(0, module) for module in architecture.modules.values()} <= stored
+    for layer in range(architecture.n_layers):
+        assert {architecture.tensor(layer, module) for module in output_modules(model, layer).values()} <= modules
+        assert {architecture.tensor(layer, module) for module in architecture.modules(layer).values()} <= stored
     assert architecture.family.embedding in modules
 
 
@@ -99,7 +101,7 @@ def test_costs_are_what_a_layer_loses_when_it_shrinks(name):
     heads, groups, channels = config.num_attention_heads, architecture.dense.groups, config.intermediate_size
     whole = narrowed(config)
     key = "moe_intermediate_size" if name == "qwen3_moe" else "intermediate_size"
-    assert whole - narrowed(config, **{key: channels - 1}) == architecture.channel_cost
+    assert whole - narrowed(config, **{key: channels - 1}) == architecture.channel_cost(architecture.layers[0])
     fewer = max(heads // 2, 1)
     lost = whole - narrowed(config, num_attention_heads=fewer, num_key_value_heads=groups)
     assert lost == (heads - fewer) * architecture.head_cost
@@ -111,7 +113,8 @@ def test_costs_are_what_a_layer_loses_when_it_shrinks(name):
 def test_a_channel_costs_what_a_layer_without_a_gate_loses(name, key):
     config = ALL[name]()
     architecture = Architecture.of(config.to_dict())
-    assert narrowed(config) - narrowed(config, **{key: 79}) == architecture.channel_cost == 2 * 48 + 1
+    cost = architecture.channel_cost(architecture.layers[0])
+    assert narrowed(config) - narrowed(config, **{key: 79}) == cost == 2 * 48 + 1
 
 
 @pytest.mark.parametrize("name", WITH_HEAD_DIM)
@@ -121,7 +124,8 @@ def test_layer_parameters_of_a_smaller_shape_are_what_such_a_layer_has(name):
     shape = Shape(architecture.dense.groups // 2, architecture.dense.heads_per_group, 33)
     widths = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.groups}
     widths["moe_intermediate_size" if name == "qwen3_moe" else "intermediate_size"] = 33
-    assert architecture.layer_parameters(Layer(shape)) == narrowed(config, **widths)
+    narrower = architecture.resized(0, shape, adds_biases=False)
+    assert architecture.layer_parameters(narrower) == narrowed(config, **widths)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -63,7 +63,9 @@ def again_of(folder: Path, compensation: str, seed: int = 12) -> CheckpointExpor
         shape = of if layer == GIVEN else Shape(*(rng.randint(1, n) for n in (of.groups, of.heads_per_group)), 1)
         if layer != GIVEN:
             shape = Shape(shape.groups, shape.heads_per_group, rng.randint(1, max(of.channels - 1, 1)))
-        kept.append(random_kept(of, shape, rng, base.architecture.n_experts))
+        if base.architecture.why_whole_attention:
+            shape = Shape(of.groups, of.heads_per_group, shape.channels)
+        kept.append(random_kept(of, shape, rng, given.n_experts))
     plan = Plan("again", 0.5, COMPENSATIONS[compensation], tuple(kept), {})
     return CheckpointExport(base, plan, random_statistics(base.architecture, seed))
 
@@ -200,7 +202,7 @@ def test_moments_and_covariances_layer_by_layer_are_the_bytes_of_the_whole_model
 
 def equal_cut(base: Checkpoint, shape: Shape, compensation: str) -> CheckpointExport:
     rng, architecture = random.Random(3), base.architecture
-    kept = tuple(random_kept(layer.shape, shape, rng, architecture.n_experts) for layer in architecture.layers)
+    kept = tuple(random_kept(layer.shape, shape, rng, layer.n_experts) for layer in architecture.layers)
     plan = Plan("again", 0.5, COMPENSATIONS[compensation], kept, {})
     return CheckpointExport(base, plan, random_statistics(architecture, 3))
 

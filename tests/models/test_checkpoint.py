@@ -109,7 +109,9 @@ def with_smaller_layers(model: Any, export: CheckpointExport) -> Any:
     for layer, site, linear, kept, cut in list(sites(model, plan, head_dim)):
         block, of = model.get_decoder().layers[layer], plan.kept[layer]
         bias_O = linear.bias
-        if plan.compensation.name == "mean" and of.shape != architecture.dense:
+        # In a mixture attention alone gets a bias.
+        has_bias = site == "attn" or not architecture.n_experts
+        if plan.compensation.name == "mean" and has_bias and of.shape != architecture.layers[layer].shape:
             bias_O = linear.weight[:, cut].double() @ replaced_mean(export, layer, site)[cut]
             bias_O = bias_O if linear.bias is None else bias_O + linear.bias.double()
             bias_O = bias_O.to(linear.weight.dtype)

@@ -418,7 +418,7 @@ def calibrated(source: Path, folder: Path, ridge: float | None = 1e-3) -> tuple[
     path = folder / "statistics.safetensors"
     save_moments(path, recorded)
     for layer in range(base.architecture.n_layers):
-        by_site = {site: recorded[layer, site] for site in base.architecture.modules}
+        by_site = {site: recorded[layer, site] for site in base.architecture.modules(layer)}
         save_covariances(path, layer, by_site)  # type: ignore[arg-type]
     return base, PooledCovariance((path,), (1.0,), ridge)
 

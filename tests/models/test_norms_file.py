@@ -13,7 +13,7 @@ def norms_of(architecture: Architecture) -> dict[tuple[int, str], Norms]:
     generator = torch.Generator().manual_seed(0)
     norms = {}
     for layer in range(architecture.n_layers):
-        for site in architecture.modules:
+        for site in architecture.modules(layer):
             norms[layer, site] = Norms.of(torch.rand(6, 10, generator=generator))
     return norms
 

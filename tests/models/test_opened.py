@@ -83,7 +83,7 @@ def test_what_a_compacted_checkpoint_declares_is_checked_too(dense, tmp_path, na
     assert not opened.surplus and not opened.warnings
     (file,) = sorted({info.file for key, info in opened.tensors.items() if "layers.3" in key and "down" in key})[
         :1
-    ] or [opened.tensors[opened.architecture.tensor(3, opened.architecture.modules["attn"])].file]
+    ] or [opened.tensors[opened.architecture.tensor(3, opened.architecture.modules(3)["attn"])].file]
     tensors = load_file(file)
     key = next(key for key in tensors if "layers.3." in key and tensors[key].ndim == 2)
     save_file({**tensors, key: tensors[key][1:].clone()}, file, metadata={"format": "pt"})

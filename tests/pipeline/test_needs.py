@@ -90,7 +90,7 @@ def test_a_record_takes_what_the_formula_says(tmp_path):
 def test_covariances_take_what_the_formula_says(tmp_path, architecture):
     path = tmp_path / "record.safetensors"
     attn, mlp = architecture.widths
-    found = {site: Covariance.of(torch.randn(4, attn if site == "attn" else mlp)) for site in architecture.modules}
+    found = {site: Covariance.of(torch.randn(4, attn if site == "attn" else mlp)) for site in architecture.modules(0)}
     save_covariances(path, 0, found, fingerprint="0" * 64)
     (file,) = tmp_path.glob("*/*.safetensors")
     assert covariance_files_bytes(architecture) / architecture.n_layers == pytest.approx(file.stat().st_size, rel=0.01)

@@ -577,7 +577,9 @@ def test_every_plan_that_is_judged_or_taken_meets_the_target(judge, allocation, 
     plans = [*judge.plans, *(model.export.plan for model in planned)]
     assert {kind_of(plan) for plan in plans} >= {(kind, each) for kind in ALLOCATIONS for each in ("none", "group")}
     for plan in plans:
-        assert target.limit - 2 * SMALL.channel_cost * SMALL.align("auto") < target.cost(plan.layers_after(SMALL))
+        assert target.limit - 2 * SMALL.channel_cost(SMALL.layers[0]) * SMALL.align("auto") < target.cost(
+            plan.layers_after(SMALL)
+        )
         assert target.cost(plan.layers_after(SMALL)) <= target.limit and plan.requested == 0.28
     # One engine holds the general model and the experts.
     assert planned[0].export.plan.shapes == planned[1].export.plan.shapes

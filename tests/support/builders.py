@@ -3,6 +3,7 @@
 import random
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +171,10 @@ MIXTURES = ("mixtral", "qwen3_moe")
 OUTPUTS = {"opt": ("self_attn.out_proj", "fc2"), "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h")}
 
 
-def output_modules(model: Any) -> dict[str, str]:
-    """Return the modules whose inputs are the sites, written out family by family; in an MoE model attention alone."""
+def output_modules(model: Any, layer: int = 0) -> dict[str, str]:
+    """Return the modules whose inputs are a layer's sites, written out family by family; with experts attention's."""
     family = model.config.model_type.removeprefix("seap_")
-    if family in MIXTURES:
+    if family in MIXTURES and hasattr(model.get_decoder().layers[layer].mlp, "experts"):
         return {"attn": "self_attn.o_proj"}
     named = OUTPUTS.get(family, ("self_attn.o_proj", "mlp.down_proj"))
     return dict(zip(("attn", "mlp"), named, strict=True))
@@ -248,14 +249,17 @@ def random_plan(architecture: Architecture, seed: int, compensation: str = "none
     Layer 1 stays dense, layer 0 loses attention alone, the last one channels alone.
     """
     rng = random.Random(seed)
-    whole = architecture.dense
+    layers = architecture.layers
     shapes: list[Shape] = []
     while len(shapes) < architecture.n_layers:
         layer = len(shapes)
+        whole = layers[layer].shape
         shape = Shape(
             rng.randint(1, whole.groups), rng.randint(1, whole.heads_per_group), rng.randint(1, whole.channels - 1)
         )
-        if layer == 0:
+        if architecture.why_whole_attention:
+            shape = whole if layer == 1 else replace(whole, channels=shape.channels)
+        elif layer == 0:
             shape = Shape(rng.randint(1, whole.groups - 1), shape.heads_per_group, whole.channels)
         elif layer == 1:
             shape = whole
@@ -263,16 +267,23 @@ def random_plan(architecture: Architecture, seed: int, compensation: str = "none
             shape = Shape(whole.groups, whole.heads_per_group, shape.channels)
         if shape not in shapes:
             shapes.append(shape)
-    kept = tuple(random_kept(whole, shape, rng, architecture.n_experts) for shape in shapes)
+    kept = tuple(
+        random_kept(layer.shape, shape, rng, layer.n_experts) for layer, shape in zip(layers, shapes, strict=True)
+    )
     return Plan("expert", 0.5, COMPENSATIONS[compensation], kept, {})
 
 
 def uniform_plan(architecture: Architecture, shape: Shape, compensation: str = "none", seed: int = 0) -> Plan:
-    """Return a plan with the same widths, but other units, in every layer."""
+    """Return a plan with the same widths, but other units, in every layer.
+
+    A mixture's layers without experts keep as large a share of their channels as those with them.
+    """
     rng = random.Random(seed)
-    whole = architecture.dense
-    kept = tuple(random_kept(whole, shape, rng, architecture.n_experts) for _ in range(architecture.n_layers))
-    return Plan("expert", 0.5, COMPENSATIONS[compensation], kept, {})
+    kept: list[Kept] = []
+    for layer in architecture.layers:
+        channels = shape.channels * layer.shape.channels // architecture.dense.channels
+        kept.append(random_kept(layer.shape, replace(shape, channels=channels), rng, layer.n_experts))
+    return Plan("expert", 0.5, COMPENSATIONS[compensation], tuple(kept), {})
 
 
 def random_statistics(architecture: Architecture, seed: int, n: int = 20) -> Statistics:
@@ -282,7 +293,7 @@ def random_statistics(architecture: Architecture, seed: int, n: int = 20) -> Sta
     for layer, given in enumerate(architecture.layers):
         widths = {"attn": given.shape.heads * architecture.head_dim, "mlp": given.shape.channels, "block": 1}
         for kind in RECORDED:
-            for site in architecture.sites(kind):
+            for site in architecture.sites(layer, kind):
                 scale_D = torch.randn(widths[kind], generator=generator, dtype=torch.float64)
                 shift_D = torch.randn(widths[kind], generator=generator, dtype=torch.float64)
                 x_ND = torch.randn(n, widths[kind], generator=generator, dtype=torch.float64) * scale_D + shift_D
@@ -302,7 +313,7 @@ def random_covariances(architecture: Architecture, seed: int, n: int = 60) -> Ra
     generator = torch.Generator().manual_seed(seed)
     covariances = RandomCovariances()
     for layer, given in enumerate(architecture.layers):
-        for site in architecture.modules:
+        for site in architecture.modules(layer):
             is_attention = site == "attn"
             width = given.shape.heads * architecture.head_dim if is_attention else given.shape.channels
             shift_D = torch.randn(width, generator=generator, dtype=torch.float64)

@@ -37,14 +37,14 @@ def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: b
             )
         )
         for layer, block in enumerate(model.get_decoder().layers)
-        for site, module in output_modules(model).items()
+        for site, module in output_modules(model, layer).items()
     ]
     decoder = model.get_decoder()
     norm = decoder.norm if hasattr(decoder, "norm") else decoder.final_layer_norm
     experts = [
         (layer, e, weight)
         for layer, block in enumerate(decoder.layers)
-        if model.config.model_type in MIXTURES
+        if model.config.model_type in MIXTURES and hasattr(block.mlp, "experts")
         for e, weight in enumerate(block.mlp.experts.down_proj)
     ]
     of_expert = {weight.data_ptr(): (layer, f"mlp.{e}") for layer, e, weight in experts}
@@ -122,8 +122,8 @@ def columns(units: tuple[int, ...], width: int = 1) -> list[int]:
 
 def sites(model: Any, plan: Plan, head_dim: int) -> Iterator[tuple[int, str, nn.Linear, list[int], list[int]]]:
     """Yield layer, site, module, and the kept and the cut columns of the module's input."""
-    modules = output_modules(model)
     for layer, (block, kept) in enumerate(zip(model.get_decoder().layers, plan.kept, strict=True)):
+        modules = output_modules(model, layer)
         kept_columns = {"attn": columns(kept.heads, head_dim), "mlp": list(kept.channels[0])}
         for site, module in modules.items():
             linear = block.get_submodule(module)
@@ -154,7 +154,8 @@ def replaced_mean(export: CheckpointExport, layer: int, site: str) -> torch.Tens
     """Return what cut activations are replaced by: their mean, or zero."""
     assert export.statistics is not None
     mean_D = export.statistics[layer, site].mean_D  # type: ignore[index]
-    return mean_D if export.plan.compensation.name == "mean" else torch.zeros_like(mean_D)
+    is_compensated = site == "attn" or not export.base.architecture.n_experts
+    return mean_D if export.plan.compensation.name == "mean" and is_compensated else torch.zeros_like(mean_D)
 
 
 def with_replaced_activations(model: Any, export: CheckpointExport) -> Any:
@@ -186,7 +187,9 @@ def with_split_products(model: Any, export: CheckpointExport) -> Any:
     head_dim, given = export.base.architecture.head_dim, export.base.architecture.layers
     for layer, site, linear, kept, cut in sites(model, export.plan, head_dim):
         weight_OD, bias_O = linear.weight, linear.bias
-        if export.plan.compensation.name == "mean" and export.plan.kept[layer].shape != given[layer].shape:
+        # In a mixture attention alone gets a bias.
+        has_bias = site == "attn" or not export.base.architecture.n_experts
+        if export.plan.compensation.name == "mean" and has_bias and export.plan.kept[layer].shape != given[layer].shape:
             bias_O = weight_OD[:, cut] @ replaced_mean(export, layer, site)[cut]
             bias_O = bias_O if linear.bias is None else bias_O + linear.bias
 

@@ -49,7 +49,7 @@ def planner_of(architecture: Architecture, checkpoint: Any = None, **config: Any
         (layer, expert): Norms(*torch.rand(2, n, generator=generator, dtype=torch.float64) * 2.0**layer)
         for layer in range(architecture.n_layers)
         for site, n in widths.items()
-        for expert in architecture.sites(site)  # type: ignore[arg-type]
+        for expert in architecture.sites(layer, site)  # type: ignore[arg-type]
     }
 
     statistics = {task: random_statistics(architecture, seed, n=6) for seed, task in enumerate(TASKS)}

@@ -136,9 +136,10 @@ def compact(dense: Path, folder: Path, shapes: list[Shape] | None = None) -> Pat
         groups, per_group = architecture.dense.groups, architecture.dense.heads_per_group
         shapes = [Shape(groups, 1 + i % per_group, 40 + 30 * i) for i in range(architecture.n_layers)]
     if shapes:
-        rng, given = random.Random(3), [layer.shape for layer in architecture.layers]
-        pairs = zip(given, shapes, strict=True)
-        plan = replace(plan, kept=tuple(random_kept(*pair, rng, architecture.n_experts) for pair in pairs))
+        rng = random.Random(3)
+        pairs = zip(architecture.layers, shapes, strict=True)
+        kept = tuple(random_kept(given.shape, shape, rng, given.n_experts) for given, shape in pairs)
+        plan = replace(plan, kept=kept)
     statistics = random_statistics(checkpoint.architecture, seed=4)
     return write_compacted(CheckpointExport(checkpoint, plan, statistics), folder)
 

@@ -237,6 +237,8 @@ def _model_problem(layout: Layout, config: Mapping[str, Any], architecture: Arch
     if any(rope.get("rope_type") == "yarn" and rope.get("attention_factor") for rope in ropes.values()):
         return Problem("no attention_factor of yarn")
 
+    if architecture.has_dense_layers:
+        return Problem("MoE experts in all layers alone, in this model in some")
     if layout.head == "tied" and not architecture.ties_embeddings:
         return Problem("no head but the embedding")
     if layout.head == "own" and architecture.ties_embeddings:

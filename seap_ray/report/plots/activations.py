@@ -28,7 +28,7 @@ def clusters_section(data: RunData) -> Section | None:
     panels = []
     shares = []
     for layer in dict.fromkeys((0, (last + 1) // 2, last)):  # of a shallow model they may be the same
-        keys = [(layer, site) for site in data.architecture.sites("mlp")]
+        keys = [(layer, site) for site in data.architecture.sites(layer, "mlp")]
         x_PD = standardised(np.array([_mean_activations(path, keys) for path in records]))
         panels.append(_scatter_chart(layer, x_PD, tasks))
         share = nearest_of_same_label(x_PD, tasks)

@@ -14,9 +14,12 @@ UnitGroup = tuple[int, str, int]
 
 def unit_groups(architecture: Architecture, unit: str) -> list[UnitGroup]:
     """Return the units of one kind in every layer; the channels of all MoE experts count."""
-    # A dense model has 0 MoE experts and one MLP. Heads are not multiplied: the experts share the attention.
-    n_experts = max(architecture.n_experts, 1) if unit == "channels" else 1
-    return [(i, unit, n_experts * getattr(layer.shape, unit)) for i, layer in enumerate(architecture.layers)]
+    groups: list[UnitGroup] = []
+    for i, layer in enumerate(architecture.layers):
+        # A dense layer has 0 MoE experts and one MLP. Heads are not multiplied: the experts share the attention.
+        n_experts = max(layer.n_experts, 1) if unit == "channels" else 1
+        groups.append((i, unit, n_experts * getattr(layer.shape, unit)))
+    return groups
 
 
 def layer_map(title: str, columns: Mapping[str, Sequence[float | None]], highest: float, digits: int) -> HeatMap:

@@ -105,7 +105,7 @@ def _computed_scores(data: RunData, architecture: Architecture, plan: StoredPlan
 
     def site_scores(layer: int, site: Site) -> torch.Tensor:
         """Return the weighted scores of one site's columns."""
-        keys = [(layer, member) for member in architecture.sites(site)]
+        keys = [(layer, member) for member in architecture.sites(layer, site)]
         weighted = [weight * column_scores(score, part, norms, keys) for weight, part in streams]
         return torch.stack(weighted).sum(0)
 
