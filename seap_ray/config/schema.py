@@ -27,6 +27,7 @@ Auto = Literal["auto"]
 """What is left to be chosen on held-out tokens of the calibration."""
 Pooling = Literal["pooled", "score_average"]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
+QuantizationScheme = Literal["w4a16", "w4a16_asym", "w8a16", "w8a8"]
 GgufType = Literal["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
 FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -187,6 +188,10 @@ class CalibrationSection(Section):
     """Most tokens of one forward pass, padding included. Where memory runs out it is halved, except under `stream`."""
     skip_first_token: bool = False
     """Leave the first token of every sequence out of the statistics; many models have outsized activations there."""
+    input_covariances: bool | Auto = "auto"
+    """Record the covariances of a layer's other inputs as well: before queries, keys and values, and before the MLP.
+    They are what export.quantization rounds by; needs statistics `covariance`. `auto`: where export.quantization is
+    set."""
 
     @model_validator(mode="after")
     def _gpus_are_used(self) -> "CalibrationSection":
@@ -430,6 +435,22 @@ def _completed_baseline(name: str, settings: Any) -> Any:
     return {**METHODS.get(name, {}), **(settings or {})}
 
 
+class QuantizationSection(Section):
+    """How checkpoints are quantised. `quantization: w4a16` stands for `quantization: {scheme: w4a16}`."""
+
+    scheme: QuantizationScheme | None = None
+    """What weights of decoder layers become, in the format of compressed-tensors, which vLLM and transformers load;
+    null: they stay as they are. `w4a16`: integers of 4 bits, a scale for each output and group of columns.
+    `w4a16_asym`: the same with zero points. `w8a16`: 8 bits, a scale for each output. `w8a8`: the same, and engines
+    round activations to 8 bits, too, with a scale for each token. Norms, biases, embeddings and the head stay."""
+    group: AtLeastOne | Literal["auto"] = "auto"
+    """Only for four bits: columns that share a scale. All widths must be multiples of it, so kept channels are rounded
+    to multiples of it and of pruning.align. `auto`: the largest of 128, 64 and 32 that the model's widths allow."""
+    rounding: Literal["gptq", "nearest"] = "gptq"
+    """How weights are rounded. `gptq`: column by column, each making up for the errors of those before by the
+    covariances of its input; needs calibration.statistics=covariance. `nearest`: each by itself."""
+
+
 class ExportSection(Section):
     """How checkpoints are written."""
 
@@ -443,6 +464,24 @@ class ExportSection(Section):
     embedding and the head have eight. K-quants are made of such a file by llama.cpp's own llama-quantize."""
     max_shard_size: str = Field(default="5GB", pattern=r"^\d+(\.\d+)?\s*[KMG]B$")
     """Largest weight file of a checkpoint, for example 5GB or 500MB."""
+    quantization: QuantizationSection = QuantizationSection()
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _scheme_alone(cls, value: Any) -> Any:
+        return {"scheme": value} if isinstance(value, str) or value is None else value
+
+    @model_validator(mode="after")
+    def _is_quantised_once(self) -> "ExportSection":
+        """Refuse a quantisation that the format has not, and a group where there are none."""
+        scheme = self.quantization.scheme
+        if scheme and self.format == "gguf":
+            raise ValueError(
+                "quantization: not for format gguf, whose matrices are of gguf_type; choose format seap or stock"
+            )
+        if scheme in ("w8a16", "w8a8") and self.quantization.group != "auto":
+            raise ValueError(f"quantization.group: {scheme} has one scale for each output, and no groups")
+        return self
 
 
 class SpeedSection(Section):
@@ -683,6 +722,40 @@ class Config(Section):
                 )
 
         return self
+
+    @model_validator(mode="after")
+    def _inputs_are_there(self) -> "Config":
+        """Refuse a quantisation whose covariances are not recorded, and targets that count no quantised weights."""
+        quantization = self.export.quantization
+        if self.calibration.input_covariances is True and self.calibration.statistics != "covariance":
+            raise ValueError("calibration.input_covariances: needs calibration.statistics=covariance")
+        if quantization.scheme and quantization.rounding == "gptq":
+            if self.calibration.statistics != "covariance":
+                raise ValueError(
+                    "export.quantization: gptq rounds by covariances, which calibration.statistics=covariance records; "
+                    "or set export.quantization.rounding=nearest"
+                )
+            if self.calibration.input_covariances is False:
+                raise ValueError(
+                    "export.quantization: gptq rounds by the covariances of all inputs; leave "
+                    "calibration.input_covariances at auto, or set export.quantization.rounding=nearest"
+                )
+        bytes_targets = {"weights", "memory"} & {*self.pruning.target.kinds}
+        if quantization.scheme and bytes_targets:
+            raise ValueError(
+                f"pruning.target.{bytes_targets.pop()}: counts weights as the model has them, not as "
+                "export.quantization stores them; choose a ratio or target parameters"
+            )
+        return self
+
+    @property
+    def records_inputs(self) -> bool:
+        """Whether the calibration records the covariances of all inputs of a layer."""
+        setting = self.calibration.input_covariances
+        if setting != "auto":
+            return setting
+        quantization = self.export.quantization
+        return quantization.scheme is not None and quantization.rounding == "gptq"
 
     @model_validator(mode="after")
     def _biases_are_allowed(self) -> "Config":

@@ -16,6 +16,7 @@ from seap_ray.core.architecture import Architecture
 from seap_ray.models.batching import Batch, make_batches
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.hidden_states import HiddenBatch, embed
+from seap_ray.models.input_records import input_covariance_bytes
 from seap_ray.models.layerwise import LayerwiseModel
 from seap_ray.models.loading import first_device, free_memory, load_model, model_dtype, prepare_process
 from seap_ray.models.recorder import SiteMoments, added, error_context, on_cpu, recording
@@ -55,6 +56,11 @@ def make_runner(config: Config, checkpoint: Checkpoint) -> CalibrationRunner:
     return WholeModelRunner.load(config, checkpoint)
 
 
+def recorded_bytes(architecture: Architecture, *, inputs: bool) -> int:
+    """Return the bytes of the covariances that are recorded of a layer, as full float32 matrices."""
+    return covariance_bytes(architecture) + (input_covariance_bytes(architecture) if inputs else 0)
+
+
 # --- the whole model in memory ---------------------------------------------------------------------------------------
 
 
@@ -65,11 +71,14 @@ class WholeModelRunner:
     model: "PreTrainedModel"
     architecture: Architecture
     settings: CalibrationSection
+    records_inputs: bool = False
+    """Whether layers have covariances of all their inputs."""
 
     @classmethod
     def load(cls, config: Config, checkpoint: Checkpoint) -> "WholeModelRunner":
         """Load the model by ``calibration.placement``."""
-        return cls(load_model(config, checkpoint, checkpoint.folder), checkpoint.architecture, config.calibration)
+        model = load_model(config, checkpoint, checkpoint.folder)
+        return cls(model, checkpoint.architecture, config.calibration, config.records_inputs)
 
     def record(self, shards: Mapping[str, Sequences]) -> Iterator[tuple[str, SiteMoments]]:
         """Run the model over one shard after another."""
@@ -82,6 +91,7 @@ class WholeModelRunner:
                         batch_tokens=self.settings.batch_tokens,
                         skip_first_token=self.settings.skip_first_token,
                         covariances=layers,
+                        inputs=self.records_inputs,
                     )
                 yield shard, recorded
 
@@ -100,7 +110,8 @@ class WholeModelRunner:
             return self.settings.covariance_layers
 
         free = free_memory(self.model.device, self.settings.num_gpus)
-        fitting = int(free * COVARIANCE_SHARE // (COVARIANCE_COPIES * covariance_bytes(self.architecture)))
+        layer_bytes = recorded_bytes(self.architecture, inputs=self.records_inputs)
+        fitting = int(free * COVARIANCE_SHARE // (COVARIANCE_COPIES * layer_bytes))
         # One layer is tried whatever the memory; where it runs out, batches are halved.
         return max(1, fitting)
 
@@ -112,6 +123,7 @@ def record(
     batch_tokens: int,
     skip_first_token: bool = False,
     covariances: Container[int] = (),
+    inputs: bool = False,
 ) -> SiteMoments:
     """Run a model over sequences and return the moments of its activations.
 
@@ -124,6 +136,7 @@ def record(
         batch_tokens: Tokens of a forward pass, padding included.
         skip_first_token: Leave the first token of every sequence out of the statistics.
         covariances: Layers that have a ``Covariance`` of each of their sites in place of ``Moments``.
+        inputs: Whether these layers have one of each of their other inputs (``INPUTS``), too.
 
     Returns:
         Moments over all tokens by (layer, site), float64, on the CPU. The sites of a layer are ``attn`` (input of
@@ -138,16 +151,16 @@ def record(
     total: SiteMoments = {}
 
     for rows in make_batches(model.get_decoder(), sequences, batch_tokens):
-        total = added(total, _run_halving(model, rows, skip_first_token, covariances))
+        total = added(total, _run_halving(model, rows, skip_first_token, covariances, inputs))
     return on_cpu(total)
 
 
 def _run_halving(
-    model: "PreTrainedModel", rows: list[Sequences], skip_first: bool, covariances: Container[int]
+    model: "PreTrainedModel", rows: list[Sequences], skip_first: bool, covariances: Container[int], inputs: bool
 ) -> SiteMoments:
     """Run a batch; where memory runs out, run its halves. A single sequence that does not fit raises."""
     try:
-        return _forward(model, rows, skip_first, covariances)
+        return _forward(model, rows, skip_first, covariances, inputs)
     except RuntimeError as error:
         if not _is_out_of_memory(error) or sum(map(len, rows)) == 1:
             raise
@@ -159,8 +172,8 @@ def _run_halving(
         rows = [[sequence] for sequence in rows[0]]
 
     half = len(rows) // 2
-    first = _run_halving(model, rows[:half], skip_first, covariances)
-    second = _run_halving(model, rows[half:], skip_first, covariances)
+    first = _run_halving(model, rows[:half], skip_first, covariances, inputs)
+    second = _run_halving(model, rows[half:], skip_first, covariances, inputs)
     return added(first, second)
 
 
@@ -171,12 +184,12 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 @torch.inference_mode()
 def _forward(
-    model: "PreTrainedModel", rows: list[Sequences], skip_first: bool, covariances: Container[int]
+    model: "PreTrainedModel", rows: list[Sequences], skip_first: bool, covariances: Container[int], inputs: bool
 ) -> SiteMoments:
     batch = Batch.of(rows, skip_first, model.device)
     decoder = model.get_decoder()
 
-    with recording(decoder, batch.rows_N, covariances=covariances) as recorded:
+    with recording(decoder, batch.rows_N, covariances=covariances, inputs=inputs) as recorded:
         decoder(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False)
     return recorded
 
@@ -190,6 +203,8 @@ class LayerwiseRunner:
 
     model: LayerwiseModel
     settings: CalibrationSection
+    records_inputs: bool = False
+    """Whether layers have covariances of all their inputs."""
 
     @classmethod
     def load(cls, config: Config, checkpoint: Checkpoint) -> "LayerwiseRunner":
@@ -200,11 +215,12 @@ class LayerwiseRunner:
         # Half of what is free is left to two layers and a batch's activations.
         memory_budget = free_memory(device, settings.num_gpus) // 2
         if settings.statistics == "covariance":
-            memory_budget -= COVARIANCE_COPIES * covariance_bytes(checkpoint.architecture)
+            layer_bytes = recorded_bytes(checkpoint.architecture, inputs=config.records_inputs)
+            memory_budget -= COVARIANCE_COPIES * layer_bytes
 
         dtype = model_dtype(config.model, checkpoint)
         model = LayerwiseModel(checkpoint, dtype, device, memory_budget, config.model.trust_remote_code)
-        return cls(model, settings)
+        return cls(model, settings, config.records_inputs)
 
     def record(self, shards: Mapping[str, Sequences]) -> Iterator[tuple[str, SiteMoments]]:
         """Run all shards through one decoder layer after another."""
@@ -213,6 +229,7 @@ class LayerwiseRunner:
             batch_tokens=self.settings.batch_tokens,
             skip_first_token=self.settings.skip_first_token,
             covariance=self.settings.statistics == "covariance",
+            inputs=self.records_inputs,
         )
 
 

@@ -46,6 +46,7 @@ class LayerwiseModel:
         batch_tokens: int,
         skip_first_token: bool = False,
         covariance: bool = False,
+        inputs: bool = False,
     ) -> Iterator[tuple[str, SiteMoments]]:
         """Run all shards through one layer after another.
 
@@ -54,6 +55,7 @@ class LayerwiseModel:
             batch_tokens: Tokens of a forward pass, padding included.
             skip_first_token: Leave the first token of every sequence out of the statistics.
             covariance: Record a ``Covariance`` of every site.
+            inputs: Record one of each of the layer's other inputs (``INPUTS``), too.
 
         Yields:
             For each layer in turn, each shard's name and what ``forward.record`` finds of the layer in its sequences.
@@ -69,7 +71,7 @@ class LayerwiseModel:
             block = next(blocks)  # not by enumerate, which would hold on to the last one
             for shard in shards:
                 with error_context(f"shard {shard}"):
-                    recorded = self._run_layer(block, layer, in_flight[shard], covariance)
+                    recorded = self._run_layer(block, layer, in_flight[shard], covariance, inputs)
                 yield shard, recorded
             del block  # before the next but one is read
 
@@ -162,14 +164,17 @@ class LayerwiseModel:
         return self.device if sum(lengths) * token_bytes <= self.memory_budget else torch.device("cpu")
 
     @torch.inference_mode()
-    def _run_layer(self, block: nn.Module, layer: int, in_flight: list[HiddenBatch], covariance: bool) -> SiteMoments:
+    def _run_layer(
+        self, block: nn.Module, layer: int, in_flight: list[HiddenBatch], covariance: bool, inputs: bool
+    ) -> SiteMoments:
         """Take a shard's batches through one layer, whose output they hold then; return its moments, on the CPU."""
         family = self.checkpoint.architecture.family
         total: SiteMoments = {}
         # Batch by batch in the order of the whole model's, so that sums are the same bytes.
         for passing in in_flight:
             part: SiteMoments = {}
-            with recording_layer(block, family, layer, passing.batch.rows_N, part, covariance=covariance):
+            rows_N = passing.batch.rows_N
+            with recording_layer(block, family, layer, rows_N, part, covariance=covariance, inputs=inputs):
                 passing.hidden_BTD = self._forward(block, layer, passing)
             total = added(total, part)
         return on_cpu(total)

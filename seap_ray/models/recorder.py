@@ -13,6 +13,7 @@ from torch.linalg import vector_norm
 from torch.nn import functional
 
 from seap_ray.core.architecture import Family, family_of
+from seap_ray.core.inputs import input_modules
 from seap_ray.core.moments import Covariance, Moments, Site, blocks
 from seap_ray.errors import DataError
 
@@ -23,7 +24,9 @@ MIN_NORM_PRODUCT = 1e-16
 
 
 @contextmanager
-def recording(decoder: Any, rows_N: Tensor | None, *, covariances: Container[int] = ()) -> Iterator[SiteMoments]:
+def recording(
+    decoder: Any, rows_N: Tensor | None, *, covariances: Container[int] = (), inputs: bool = False
+) -> Iterator[SiteMoments]:
     """Add every forward pass of ``decoder`` that happens inside to the yielded moments.
 
     The hooks are gone afterwards, also after an error.
@@ -33,19 +36,28 @@ def recording(decoder: Any, rows_N: Tensor | None, *, covariances: Container[int
         rows_N: The tokens that count, as ``batching.counted_rows`` returns them. No other is read at all, so whatever
             stands at padding, NaN included, is left out.
         covariances: Layers that have a ``Covariance`` of each of their sites.
+        inputs: Whether these layers have one of each of their other inputs (``INPUTS``), too.
     """
     recorded: SiteMoments = {}
     family = family_of(decoder.config.model_type)
     with ExitStack() as hooks:
         for layer, block in enumerate(decoder.layers):
             is_covariance = layer in covariances
-            hooks.enter_context(recording_layer(block, family, layer, rows_N, recorded, covariance=is_covariance))
+            settings = {"covariance": is_covariance, "inputs": inputs and is_covariance}
+            hooks.enter_context(recording_layer(block, family, layer, rows_N, recorded, **settings))
         yield recorded
 
 
 @contextmanager
 def recording_layer(
-    block: Any, family: Family, layer: int, rows_N: Tensor | None, recorded: SiteMoments, *, covariance: bool
+    block: Any,
+    family: Family,
+    layer: int,
+    rows_N: Tensor | None,
+    recorded: SiteMoments,
+    *,
+    covariance: bool,
+    inputs: bool = False,
 ) -> Iterator[None]:
     """Add every forward pass of one decoder layer that happens inside to ``recorded``, as ``recording`` does."""
     statistic = Covariance if covariance else Moments
@@ -62,6 +74,11 @@ def recording_layer(
 
         for site, module in modules.items():
             input_hook = _input_hook(recorded, (layer, site), rows_N, statistic)
+            hooks.callback(block.get_submodule(module).register_forward_pre_hook(input_hook).remove)
+
+        # All modules of an input get the same tensor, so the first of them stands for all.
+        for site, (module, *_) in input_modules(family).items() if inputs else ():
+            input_hook = _input_hook(recorded, (layer, site), rows_N, Covariance)
             hooks.callback(block.get_submodule(module).register_forward_pre_hook(input_hook).remove)
 
         block_hook = _block_hook(recorded, (layer, "block"), rows_N)

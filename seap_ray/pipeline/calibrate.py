@@ -10,10 +10,12 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from seap_ray.config import Config
 from seap_ray.core.architecture import Architecture
+from seap_ray.core.inputs import INPUTS
 from seap_ray.core.moments import Covariance, Moments
 from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.forward import make_runner
+from seap_ray.models.input_records import input_files_bytes, inputs_file
 from seap_ray.models.recorder import SiteMoments
 from seap_ray.models.records import save_covariances, save_moments, task_memory
 from seap_ray.pipeline.cluster import working_nodes
@@ -93,16 +95,26 @@ class Calibrator:
 
         for name, shard in by_name.items():
             path = self.records.path(shard)
-            key = self.records.key(shard)
-            save_moments(path, moments[name], task=shard.task, shard=shard.shard, fingerprint=key)
+            about = {"task": shard.task, "shard": shard.shard, "fingerprint": self.records.key(shard)}
+            # Those of the inputs have a file of their own, so that the other one is the same with them and without.
+            inputs = {key: part for key, part in moments[name].items() if key[1] in INPUTS}
+            others = {key: part for key, part in moments[name].items() if key[1] not in INPUTS}
+            save_moments(path, others, **about)
+            if inputs:
+                save_moments(inputs_file(path), inputs, **about)
 
     def _save_covariances(self, shard: Shard, recorded: SiteMoments) -> None:
         """Write the covariances among what was recorded, a file for each layer."""
         # ``block`` has moments alone, and so has a layer whose covariances are left to another pass.
         covariances = {key: part for key, part in recorded.items() if isinstance(part, Covariance)}
+        path = self.records.path(shard)
+        key = self.records.key(shard)
         for layer in sorted({layer for layer, _ in covariances}):
             by_site = {site: covariances[layer, site] for site in self.records.architecture.modules(layer)}
-            save_covariances(self.records.path(shard), layer, by_site, fingerprint=self.records.key(shard))
+            save_covariances(path, layer, by_site, fingerprint=key)
+            inputs = {site: covariances[layer, site] for site in INPUTS if (layer, site) in covariances}
+            if inputs:
+                save_covariances(inputs_file(path), layer, inputs, fingerprint=key)
 
 
 def _row_of(group: list[Shard]) -> dict[str, Any]:
@@ -162,7 +174,8 @@ def make_records(
     # Before the model runs: what cannot be merged or stored is refused while it has cost nothing.
     if records.calibration.covariance:
         check_memory(records.architecture)
-        check_disk(records.run, records.architecture, n_files=len(missing) + n_merged)
+        n_files = len(missing) + n_merged
+        check_disk(records.run, records.architecture, n_files=n_files, inputs=records.calibration.inputs)
 
     if missing:
         # A new job tries again what another one gave up.
@@ -183,9 +196,9 @@ def check_memory(architecture: Architecture) -> None:
         )
 
 
-def check_disk(run: Run, architecture: Architecture, *, n_files: int) -> None:
+def check_disk(run: Run, architecture: Architecture, *, n_files: int, inputs: bool = False) -> None:
     """Raise IncompleteError when the covariances will not fit the disk: a triangle for each shard and task to come."""
-    needed = n_files * covariance_files_bytes(architecture)
+    needed = n_files * (covariance_files_bytes(architecture) + (input_files_bytes(architecture) if inputs else 0))
 
     # A disk is asked by a path that exists.
     run.root.mkdir(parents=True, exist_ok=True)

@@ -11,10 +11,12 @@ from functools import partial
 import ray
 
 from seap_ray.core.architecture import Architecture
+from seap_ray.core.inputs import INPUTS
 from seap_ray.core.moments import RECORDED, Covariance, Site, tree_sum
 from seap_ray.core.reconstruction import DEFAULT_RIDGE, choose_ridge
 from seap_ray.errors import DataError
 from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.input_records import input_keys, inputs_file
 from seap_ray.models.recorder import SiteMoments, added
 from seap_ray.models.records import (
     TensorFile,
@@ -67,6 +69,15 @@ class TaskStatistics:
         """Return the file of one layer's covariances and ridges."""
         return Artifact(covariance_file(self.path, layer), self.key, STATISTICS_FILE)
 
+    @property
+    def input_moments(self) -> Artifact[dict[str, object]]:
+        """The file of moments of the other inputs of all layers."""
+        return Artifact(inputs_file(self.path), self.key, STATISTICS_FILE)
+
+    def input_covariances(self, layer: int) -> Artifact[dict[str, object]]:
+        """Return the file of the covariances of one layer's other inputs."""
+        return Artifact(covariance_file(inputs_file(self.path), layer), self.key, STATISTICS_FILE)
+
     def is_whole(self) -> bool:
         """Return whether moments, and covariances where they are asked for, are there, whole and of these shards."""
         return all_made(self.records.files(self.path, self.key, STATISTICS_FILE))
@@ -95,11 +106,14 @@ def merge_all(statistics: Sequence[TaskStatistics], checkpoint: Checkpoint) -> N
 
     # A matrix of a large layer is GBs: such a task states its memory, so that Ray starts no more than fit a node.
     merge_layer = work_task(merge_covariances, memory=task_memory(checkpoint.architecture))
+    merge_inputs = work_task(merge_input_covariances, memory=task_memory(checkpoint.architecture))
     layers = range(checkpoint.architecture.n_layers)
     pending = []
     for task_statistics in statistics:
         if task_statistics.records.calibration.covariance:
             pending += [merge_layer.remote(task_statistics, checkpoint, layer) for layer in layers]
+        if task_statistics.records.calibration.inputs:
+            pending += [merge_inputs.remote(task_statistics, layer) for layer in layers]
     ray.get(pending)
 
 
@@ -112,23 +126,37 @@ def merge_moments(statistics: TaskStatistics) -> None:
     Raises IncompleteError when records are missing, DataError when the number of tokens is not that of the shards.
     """
     statistics.moments.make(partial(_write_moments, statistics))
+    if statistics.records.calibration.inputs:
+        statistics.input_moments.make(partial(_write_input_moments, statistics))
 
 
 def _write_moments(statistics: TaskStatistics) -> None:
     records = statistics.records
     paths = records.existing_paths(statistics.shards)
-
-    # Some keys of all records at a time: the memory does not grow with the number of records.
-    merged: SiteMoments = {}
-    for keys in _key_groups([*sites_of(records.architecture)], len(paths)):
-        parts = (_read_sites(path, keys) for path in paths)
-        total: SiteMoments = tree_sum(parts, added)
-        merged |= total
+    merged = _merged_moments(paths, [*sites_of(records.architecture)])
 
     # Checked before anything is written: a sum that misses a token is never taken for the task's statistics.
     n_tokens = sum(records.calibration.n_tokens(shard) for shard in statistics.shards)
     _check_counts(merged, records.architecture, n_tokens, statistics.task)
     save_moments(statistics.path, merged, task=statistics.task, made_of=statistics.key)
+
+
+def _write_input_moments(statistics: TaskStatistics) -> None:
+    records = statistics.records
+    paths = [inputs_file(path) for path in records.existing_paths(statistics.shards)]
+    merged = _merged_moments(paths, input_keys(records.architecture))
+    save_moments(inputs_file(statistics.path), merged, task=statistics.task, made_of=statistics.key)
+
+
+def _merged_moments(paths: Sequence[StoragePath], keys: Sequence[tuple[int, Site]]) -> SiteMoments:
+    """Return the moments of some (layer, site) over all records."""
+    # Some keys of all records at a time: the memory does not grow with the number of records.
+    merged: SiteMoments = {}
+    for some_keys in _key_groups([*keys], len(paths)):
+        parts = (_read_sites(path, some_keys) for path in paths)
+        total: SiteMoments = tree_sum(parts, added)
+        merged |= total
+    return merged
 
 
 def _key_groups(keys: list[tuple[int, Site]], n_records: int) -> Iterator[list[tuple[int, Site]]]:
@@ -185,6 +213,28 @@ def _write_covariances(statistics: TaskStatistics, checkpoint: Checkpoint, layer
     save_covariances(statistics.path, layer, merged, made_of=statistics.key, ridges=ridges)
 
 
+def merge_input_covariances(statistics: TaskStatistics, layer: int) -> None:
+    """Merge the covariances of one layer's other inputs and write them, unless they are there already.
+
+    Raises IncompleteError when records are missing.
+    """
+    statistics.input_covariances(layer).make(partial(_write_input_covariances, statistics, layer))
+
+
+def _write_input_covariances(statistics: TaskStatistics, layer: int) -> None:
+    paths = [inputs_file(path) for path in statistics.records.existing_paths(statistics.shards)]
+    merged = {site: _summed_covariance(paths, (layer, site)) for site in INPUTS}
+    save_covariances(inputs_file(statistics.path), layer, merged, made_of=statistics.key)
+
+
+def _summed_covariance(records: Sequence[StoragePath], key: tuple[int, Site]) -> Covariance:
+    """Return a site's covariance over records, one after another: two matrices are all that is in memory."""
+    total = load_covariance(records[0], key)
+    for record in records[1:]:
+        total = total + load_covariance(record, key)
+    return total
+
+
 def _merge_site(
     records: Sequence[StoragePath], key: tuple[int, Site], checkpoint: Checkpoint, weight: str
 ) -> tuple[Covariance, float]:
@@ -198,13 +248,10 @@ def _merge_site(
     if not fitted_records:
         return held_out, DEFAULT_RIDGE
 
-    # One record after another, so that the sum and one more matrix are all that is in memory.
-    fitted = load_covariance(fitted_records[0], key)
-    for record in fitted_records[1:]:
-        fitted = fitted + load_covariance(record, key)
-
+    fitted = _summed_covariance(fitted_records, key)
     # A rarely used MoE expert may have seen no token of a shard.
     ridge = DEFAULT_RIDGE
     if fitted.count > 1 and held_out.count:
         ridge = choose_ridge(fitted, held_out, checkpoint.read(weight))
-    return fitted + held_out, ridge
+    fitted += held_out
+    return fitted, ridge

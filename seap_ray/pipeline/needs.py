@@ -15,8 +15,9 @@ from seap_ray.core.reconstruction import UNIT_SCORES
 from seap_ray.core.targets import StoredSizes, Target
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.error_correction import PASSES
-from seap_ray.models.forward import COVARIANCE_COPIES
-from seap_ray.models.records import covariance_bytes, covariance_widths, sites_of, task_memory
+from seap_ray.models.forward import COVARIANCE_COPIES, recorded_bytes
+from seap_ray.models.input_records import input_files_bytes
+from seap_ray.models.records import covariance_widths, sites_of, task_memory
 from seap_ray.pipeline.error_correction import MAX_TOKENS
 from seap_ray.pipeline.gguf_files import gguf_item_bytes, is_uniform
 from seap_ray.pipeline.model_specs import ModelSpec, assumed_specs, compensation_for, model_specs, pruning_section
@@ -186,6 +187,8 @@ def disk_needs(model: ModelSize, config: Config, corpora: Mapping[str, CorpusSiz
     covariances = 0
     if config.calibration.statistics == "covariance":
         covariances = (n_shards + n_tasks) * covariance_files_bytes(architecture)
+    if config.records_inputs:
+        covariances += (n_shards + n_tasks) * input_files_bytes(architecture)
 
     # The norms of the weights are one more file of the same form.
     statistics = (n_tasks + 1) * record_bytes(architecture) + _unit_score_bytes(architecture, config)
@@ -333,7 +336,8 @@ def memory_needs(model: ModelSize, config: Config, corpora: Mapping[str, CorpusS
     has_covariances = config.calibration.statistics == "covariance"
 
     # One layer's covariances at least; where there is room a worker takes more of them in one pass.
-    recording = COVARIANCE_COPIES * covariance_bytes(architecture) if has_covariances else 0
+    layer_bytes = recorded_bytes(architecture, inputs=config.records_inputs)
+    recording = COVARIANCE_COPIES * layer_bytes if has_covariances else 0
     whole = memory_with_batch(model.parameters, item_bytes)
 
     largest_layer = max(architecture.layer_parameters(layer) for layer in architecture.layers)

@@ -15,6 +15,7 @@ from seap_ray.core.architecture import Architecture
 from seap_ray.core.moments import RECORDED
 from seap_ray.errors import IncompleteError
 from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.input_records import inputs_file
 from seap_ray.models.loading import model_dtype
 from seap_ray.models.records import TensorFile, covariance_file
 from seap_ray.pipeline.cluster import work_task
@@ -44,6 +45,8 @@ class Calibration:
     batch_tokens: int
     covariance: bool = False
     """Whether covariances are recorded, too; the moments are the same bytes either way."""
+    inputs: bool = False
+    """Whether covariances of a layer's other inputs are recorded, too, in files of their own."""
     schema: int = SCHEMA
 
     @classmethod
@@ -56,6 +59,7 @@ class Calibration:
             settings.skip_first_token,
             settings.batch_tokens,
             settings.statistics == "covariance",
+            config.records_inputs,
         )
 
     def fingerprint(self, shard: Shard) -> str:
@@ -106,11 +110,15 @@ class ShardRecords:
 
     def files(self, moments: StoragePath, key: str, file_format: TensorFile) -> list[Artifact[Any]]:
         """Return a file of moments with those of the covariances beside it, if this calibration has them."""
-        # A covariance file is as much a part of a record as the moments: its absence has the record made again.
-        layers = range(self.architecture.n_layers if self.calibration.covariance else 0)
-
         # The moments come first: theirs is the one file that every record has.
-        paths = [moments, *(covariance_file(moments, layer) for layer in layers)]
+        paths = [moments]
+        # A covariance file is as much a part of a record as the moments: its absence has the record made again.
+        layers = range(self.architecture.n_layers)
+        if self.calibration.covariance:
+            paths += [covariance_file(moments, layer) for layer in layers]
+        if self.calibration.inputs:
+            inputs = inputs_file(moments)
+            paths += [inputs, *(covariance_file(inputs, layer) for layer in layers)]
         return [Artifact(path, key, file_format) for path in paths]
 
     def missing(self, shards: Sequence[Shard]) -> list[Shard]:

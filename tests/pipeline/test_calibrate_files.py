@@ -22,10 +22,11 @@ from seap_ray.core.moments import RECORDED, Moments, Statistics, tree_sum
 from seap_ray.errors import ConfigError, DataError, IncompleteError
 from seap_ray.models import forward
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.records import is_whole, load_statistics, read_metadata, save_moments
+from seap_ray.models.input_records import PooledInputs, input_keys, inputs_file
+from seap_ray.models.records import covariance_file, is_whole, load_statistics, read_metadata, save_moments
 from seap_ray.models.sequences import CountedSequence
 from seap_ray.pipeline.calibrate import Calibrator
-from seap_ray.pipeline.merge import TaskStatistics, merge_moments
+from seap_ray.pipeline.merge import TaskStatistics, merge_covariances, merge_input_covariances, merge_moments
 from seap_ray.pipeline.shard_records import Calibration, ShardRecords
 from seap_ray.pipeline.shards import Manifest, Shard, _write_shard
 from seap_ray.storage.files import sha256_of
@@ -495,3 +496,48 @@ def test_an_actor_refuses_a_model_that_is_not_the_drivers(dense, tmp_path):
     records = ShardRecords.of(config, Checkpoint.open(str(dense("llama_mha"))), Run.of(config))
     with pytest.raises(ConfigError, match="differs between the nodes"):
         Calibrator(config, records)
+
+
+def test_records_of_inputs_merge_to_their_covariances_and_leave_all_other_files_as_they_are(dense, tmp_path):
+    source = dense("llama_gqa")
+    checkpoint = Checkpoint.open(str(source))
+    sequences = [[[5, 6, 7, 8, 9], [4, 3]], [[9, 8, 7]], [[3, 4, 5, 6], [8, 3, 5, 9, 11, 30]]]
+    files = {}
+    for inputs in (False, True):
+        config = config_of(source, tmp_path / str(inputs), statistics="covariance", input_covariances=inputs)
+        run = Run.of(config)
+        manifest = save_shards(run, sequences)
+        records = ShardRecords.of(config, checkpoint, run)
+        Calibrator(config, records)(table_of(manifest.shards))
+        assert all(records.is_whole(shard) for shard in manifest.shards)
+
+        statistics = TaskStatistics(records, manifest.shards, run.statistics("sort"))
+        merge_moments(statistics)
+        for layer in range(4):
+            merge_covariances(statistics, checkpoint, layer)
+            if inputs:
+                assert not statistics.is_whole()
+                merge_input_covariances(statistics, layer)
+        assert statistics.is_whole()
+        paths = (path for path in run.root.rglob("*.safetensors") if "inputs" not in str(path.relative_to(run.root)))
+        files[inputs] = {path.relative_to(run.root): path.read_bytes() for path in paths}
+
+    assert files[True] == files[False]
+    recorded = forward.record(load(source), [*chain(*sequences)], batch_tokens=40, covariances=range(4), inputs=True)
+    pooled = PooledInputs((statistics.path,), (1.0,))
+    for layer, site in input_keys(checkpoint.architecture):
+        expected = recorded[layer, site]
+        torch.testing.assert_close(pooled[layer, site].mean_D, expected.mean_D, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            pooled[layer, site].covariance_DD, expected.covariance_DD.double(), rtol=1e-4, atol=1e-5
+        )
+
+    # A file that is missing or damaged has its record made again, and no other.
+    moments = records.path(manifest.shards[1])
+    flipped(covariance_file(inputs_file(moments), 2), -1)
+    assert [records.is_whole(shard) for shard in manifest.shards] == [True, False, True]
+    before = inputs_file(statistics.path).read_bytes()
+    covariance_file(inputs_file(statistics.path), 1).unlink()
+    assert not statistics.is_whole()
+    merge_input_covariances(statistics, 1)
+    assert statistics.is_whole() and inputs_file(statistics.path).read_bytes() == before
