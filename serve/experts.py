@@ -28,8 +28,13 @@ class Expert:
     has_chat_template: bool
     created: int
     """Unix time."""
+    is_quantised: bool = False
+    """Whether its weights are codes, which vLLM packs anew as it loads them."""
     example: str | None = None
     """A prompt to try in the playground."""
+    agreements: Mapping[str, float] = field(default_factory=dict)
+    """Share of an expert's tokens that are those of the dense and of the general model, by their names, as the job has
+    measured it on held-out prompts; empty where it has not."""
 
     @property
     def card(self) -> dict[str, Any]:
@@ -107,7 +112,9 @@ def _expert(config: Config, folder: StoragePath, kind: str, manifest: dict[str, 
         kv_bytes_per_token=manifest["kv_bytes_per_token"],
         has_chat_template="chat_template" in config.serve.engine or _has_chat_template(folder),
         created=int((folder / "seap.json").stat().st_mtime),  # the manifest is written last
+        is_quantised="quantization_config" in read_json(folder / "config.json"),
         example=_example(config, folder.name),
+        agreements=_agreements(run, manifest["requested_ratio"], folder.name),
     )
 
 

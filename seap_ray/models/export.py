@@ -80,8 +80,17 @@ class CheckpointExport:
     corrections: Corrections | None = None
     """What compensation adds for the errors of earlier layers; None: nothing."""
 
+    @property
+    def memory_factor(self) -> int:
+        """Memory of a task that writes it, in units of what one layer's covariances need."""
+        return self.plan.compensation.memory_factor
+
     def outputs(self) -> list[OutputTensor]:
         """Return every tensor of the checkpoint, in the base's order."""
+        return self.unquantized_outputs()
+
+    def unquantized_outputs(self) -> list[OutputTensor]:
+        """Return every tensor of the checkpoint with weights as numbers, in the base's order."""
         architecture = self.base.architecture
         # Layers of the base that stay, and their numbers in the checkpoint.
         new_layer = {old: layer for layer, old in enumerate(self.plan.layers)}

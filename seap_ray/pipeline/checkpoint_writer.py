@@ -25,6 +25,7 @@ from seap_ray.models.export import (
 )
 from seap_ray.models.gguf.companions import modelfile
 from seap_ray.models.gguf.layouts import layout_of_plan
+from seap_ray.models.quantization import QuantizedExport
 from seap_ray.models.records import task_memory
 from seap_ray.pipeline.cluster import work_task
 from seap_ray.pipeline.gguf_files import write_gguf, write_preset
@@ -144,6 +145,9 @@ def prepare_checkpoint(model: PlannedModel, settings: ExportSection, run: Run) -
 def _export_settings(settings: ExportSection) -> dict[str, Any]:
     """Return the settings that a checkpoint depends on."""
     unused = {"gguf_type"} if settings.format != "gguf" else set()
+    # As if the key were not there, so that checkpoints from before it stay.
+    if settings.quantization.scheme is None:
+        unused.add("quantization")
     return settings.model_dump(exclude=unused)
 
 
@@ -291,7 +295,7 @@ def _start_writing(checkpoints: list[PendingCheckpoint], files: list[PendingFile
     for file in files:
         first = file.checkpoints[0]
         # Ray starts no more tasks on a node than its memory holds.
-        memory = first.export.plan.compensation.memory_factor * covariance_memory
+        memory = first.export.memory_factor * covariance_memory
         limited = task.options(memory=memory)
         pending[limited.remote(exports[first.target], file.tensors, file.path)] = file
     return pending
@@ -370,6 +374,7 @@ def _manifest(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> dict[str
             for name in sorted(hashes, key=[*checkpoint.files, checkpoint.gguf_file].index)
         },
         **_gguf_file(checkpoint, hashes),
+        **_quantization(checkpoint.export),
         "versions": versions(),
     }
 
@@ -378,7 +383,9 @@ def checkpoint_sizes(checkpoint: PendingCheckpoint) -> dict[str, Any]:
     """Return ratios, parameters and bytes of a checkpoint, as its manifest states them."""
     base = checkpoint.export.base
     plan = checkpoint.export.plan
-    tensors = [tensor for file in checkpoint.files.values() for tensor in file]
+    stored = [tensor for file in checkpoint.files.values() for tensor in file]
+    # Codes and scales of a quantised weight are no parameters: its weights are.
+    tensors = checkpoint.export.unquantized_outputs()
 
     # The ratio counts decoder layers alone, neither embeddings nor head.
     in_layers = [tensor for tensor in tensors if base.architecture.split(tensor.name)[0] is not None]
@@ -388,7 +395,7 @@ def checkpoint_sizes(checkpoint: PendingCheckpoint) -> dict[str, Any]:
         "planned_ratio": plan.planned(base.architecture),
         "realised_ratio": 1 - _n_elements(in_layers) / base.architecture.decoder_parameters,
         "parameters": _n_elements(tensors),
-        "bytes": sum(tensor.n_bytes for tensor in tensors),
+        "bytes": sum(tensor.n_bytes for tensor in stored),
         "kv_bytes_per_token": kv_bytes(plan.shapes, base),
     }
 
@@ -400,6 +407,11 @@ def _gguf_file(checkpoint: PendingCheckpoint, hashes: Mapping[str, str]) -> dict
     base = checkpoint.export.base
     layout = layout_of_plan(checkpoint.export.plan, completed_config(base.config), base.architecture)
     return {"gguf": {"file": checkpoint.gguf_file, "architecture": layout.name, "type": checkpoint.gguf_type}}
+
+
+def _quantization(export: CheckpointExport) -> dict[str, Any]:
+    """Return what the manifest says of how weights are rounded; nothing where they are not."""
+    return {"quantization": export.settings.model_dump()} if isinstance(export, QuantizedExport) else {}
 
 
 def _target_met(checkpoint: PendingCheckpoint) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from seap_ray.pipeline.preflight import (
     with_absolute_source,
     with_recognised_tasks,
 )
+from seap_ray.pipeline.quantization import with_quantization
 from seap_ray.pipeline.ray_errors import unwrap_ray_errors
 from seap_ray.pipeline.run_target import checkpoint_target, with_ratio
 from seap_ray.progress import say
@@ -42,7 +43,7 @@ def diagnose(config: Config) -> None:
     checkpoint = check_config(config, check_evaluation_rows=config.evaluation.samples != 0)
     if note := gguf_note(config, checkpoint.architecture):
         _show([Finding("ok", "gguf", note.removeprefix("gguf: "))])
-    config = with_bias(config, checkpoint.architecture)
+    config = with_quantization(with_bias(config, checkpoint.architecture), checkpoint.architecture)
     if target := checkpoint_target(config, checkpoint):
         config = with_ratio(config, checkpoint.architecture, target)
     config = with_absolute_source(config)

@@ -34,6 +34,7 @@ from seap_ray.pipeline.preflight import (
     with_absolute_source,
     with_recognised_tasks,
 )
+from seap_ray.pipeline.quantization import quantization_note, with_quantization
 from seap_ray.pipeline.ray_errors import unwrap_ray_errors
 from seap_ray.pipeline.results import dense_row, make_results, pruned_row, quality_cells
 from seap_ray.pipeline.run_target import with_target_ratio
@@ -105,7 +106,9 @@ def on_cluster(config: Config, work: Callable[[Config, Checkpoint, Run], None], 
     say_bias(config, checkpoint.architecture)
     if note := gguf_note(config, checkpoint.architecture):
         say(note)
-    config = with_bias(config, checkpoint.architecture)
+    config = with_quantization(with_bias(config, checkpoint.architecture), checkpoint.architecture)
+    if note := quantization_note(config, checkpoint.architecture):
+        say(note)
     # From here on a target is the ratio that stands for it, which names the run's folders.
     config = with_target_ratio(config, checkpoint)
     run = Run.of(config)

@@ -49,6 +49,7 @@ from seap_ray.pipeline.cluster import work_task
 from seap_ray.pipeline.divergences import HeldOutShard
 from seap_ray.pipeline.gguf_files import is_uniform
 from seap_ray.pipeline.model_specs import ModelSpec, compensation_for, pruning_section
+from seap_ray.pipeline.quantization import quantized
 from seap_ray.pipeline.run_target import checkpoint_target
 from seap_ray.storage.artifact import Artifact
 from seap_ray.storage.paths import StoragePath
@@ -84,10 +85,11 @@ class Planner:
         return checkpoint_target(self.config, self.checkpoint)
 
     def export(self, spec: ModelSpec, plan: Plan) -> CheckpointExport:
-        """Add to a plan what its compensation needs."""
+        """Add to a plan what its compensation, and the rounding of its weights, need."""
         statistics = self.repair_statistics(spec, plan.compensation)
         is_stock = self.config.export.format == "stock"
-        return CheckpointExport(self.checkpoint, plan, statistics, stock=is_stock)
+        export = CheckpointExport(self.checkpoint, plan, statistics, stock=is_stock)
+        return quantized(export, self.config, self.pooled_covariance(spec))
 
     def judged_exports(self, spec: ModelSpec, plans: Sequence[Plan]) -> list[CheckpointExport]:
         """Add to plans what their compensations need on held-out tokens: covariances are those of the other shards."""

@@ -39,6 +39,7 @@ from seap_ray.pipeline.calibrate import check_memory
 from seap_ray.pipeline.gguf_files import check_gguf_base, gguf_item_bytes, is_uniform
 from seap_ray.pipeline.model_specs import assumed_specs, compensation_for, model_specs, pruning_section
 from seap_ray.pipeline.needs import CorpusSize, DiskNeeds, ModelSize, Needs, disk_needs, largest_corpora, needs
+from seap_ray.pipeline.quantization import quantization_note, with_quantization
 from seap_ray.pipeline.run_target import target_line, target_of, with_ratio
 from seap_ray.progress import say, size
 from seap_ray.storage.files import read_json, writable
@@ -110,8 +111,8 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
             "export.gguf_type, or export.format=seap and python -m seap_ray.models.gguf on a disk"
         )
 
-    # Refuses biases that the checkpoints could not hold.
-    config = with_bias(config, checkpoint.architecture)
+    # Refuses biases that the checkpoints could not hold, and widths that a quantisation could not.
+    config = with_quantization(with_bias(config, checkpoint.architecture), checkpoint.architecture)
     check_gguf_base(config, checkpoint)
     # A target becomes a ratio, and is checked, where the checkpoint's sizes are known (``with_target_ratio``).
     if not config.pruning.target.kinds:
@@ -307,7 +308,9 @@ def needs_findings(config: Config, run: Run) -> list[Finding]:
     findings: list[Finding] = []
     if line := bias_line(config, model.architecture):
         findings.append(Finding("ok", "bias", line))
-    config = with_bias(config, model.architecture)
+    config = with_quantization(with_bias(config, model.architecture), model.architecture)
+    if note := quantization_note(config, model.architecture):
+        findings.append(Finding("ok", "quantize", note.removeprefix("quantization: ")))
     if target := target_of(config, model.architecture, model.stored):
         config = with_ratio(config, model.architecture, target)
         findings.append(Finding("ok", "target", target_line(config, target)))
