@@ -83,7 +83,7 @@ def _obstacle(config: Config, experts: Sequence[Expert]) -> str | None:
     # An engine's buffers have the shapes of the checkpoint that it was started with.
     first = experts[0]
     for expert in experts:
-        if expert.kind != DENSE and expert.shape != first.shape:
+        if expert.shape != first.shape:
             return f"{expert.name} has another config.json than {first.name}"
         # vLLM lays codes out for its kernels as it loads them, and does not do it again on a reload.
         if expert.is_quantised:

@@ -32,9 +32,6 @@ class Expert:
     """Whether its weights are codes, which vLLM packs anew as it loads them."""
     example: str | None = None
     """A prompt to try in the playground."""
-    agreements: Mapping[str, float] = field(default_factory=dict)
-    """Share of an expert's tokens that are those of the dense and of the general model, by their names, as the job has
-    measured it on held-out prompts; empty where it has not."""
 
     @property
     def card(self) -> dict[str, Any]:
@@ -114,7 +111,6 @@ def _expert(config: Config, folder: StoragePath, kind: str, manifest: dict[str, 
         created=int((folder / "seap.json").stat().st_mtime),  # the manifest is written last
         is_quantised="quantization_config" in read_json(folder / "config.json"),
         example=_example(config, folder.name),
-        agreements=_agreements(run, manifest["requested_ratio"], folder.name),
     )
 
 
