@@ -4,21 +4,17 @@ import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
-from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralRMSNorm
-from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.utils import logging as transformers_logging
 
+from seap_ray.core.architecture import FAMILIES
+from seap_ray.models.hf.configuration_seap import class_in_transformers
 from tests.support.builders import save_dense
 
 transformers_logging.disable_progress_bar()
@@ -136,18 +132,37 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Dense:
 
 @pytest.fixture
 def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms without the float32 inside of Hugging Face's own, which hides errors below 1e-8 and magnifies others."""
+    """Norms without the float32 inside of Hugging Face's own, which hides errors below 1e-8 and magnifies others.
 
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    Rotary embeddings that some families compute in float32 stay in float64 as well.
+    """
+
+    def root_mean_square(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
 
-    def forward_of_gemma(self: Any, x: torch.Tensor) -> torch.Tensor:
+    def root_mean_square_of_gemma(self: Any, x: torch.Tensor) -> torch.Tensor:
         return (1 + self.weight) * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
 
-    for norm in (LlamaRMSNorm, MistralRMSNorm, Phi3RMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
-        monkeypatch.setattr(norm, "forward", forward)
-    for norm in (Gemma2RMSNorm, Gemma3RMSNorm):
-        monkeypatch.setattr(norm, "forward", forward_of_gemma)
+    def layer_norm_of_cohere(self: Any, x: torch.Tensor) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return self.weight * (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+    def layer_norm_of_olmo(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(x, self.normalized_shape, eps=1e-5)
+
+    for family in FAMILIES.values():
+        model_class = class_in_transformers(f"{family.classes}Model")
+        for name, norm in vars(import_module(model_class.__module__)).items():
+            if name.endswith("RMSNorm"):
+                is_gemmas = "Gemma" in name
+                monkeypatch.setattr(norm, "forward", root_mean_square_of_gemma if is_gemmas else root_mean_square)
+            elif name in ("CohereLayerNorm", "Cohere2LayerNorm"):
+                monkeypatch.setattr(norm, "forward", layer_norm_of_cohere)
+            elif name == "OlmoLayerNorm":
+                monkeypatch.setattr(norm, "forward", layer_norm_of_olmo)
+
+    to_float = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_float(x))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any, Literal
 
 from seap_ray.core.moments import Site
+from seap_ray.core.refused_families import WHY_REFUSED
 from seap_ray.errors import ConfigError
 
 Unit = Literal["heads", "groups", "channels"]
@@ -32,9 +33,17 @@ SPLIT_ATTENTION = {
 """Rows of a Llama's queries, keys and values."""
 GATED_MLP = {"mlp.gate_proj": Rows(("channels",)), "mlp.up_proj": Rows(("channels",))}
 """Rows of a Llama's MLP."""
+FUSED_MLP = {"mlp.gate_up_proj": Rows(("channels", "channels"))}
+"""Rows of an MLP whose gate and way up are one matrix."""
+UNGATED_MLP = {"mlp.up_proj": Rows(("channels",))}
+"""Rows of an MLP without a gate."""
 Bias = bool | tuple[str, bool]
 """A family's bias: always there (True), never (False), or the config key that says it and what holds where the key is
 missing: ``("attention_bias", False)``."""
+
+
+TRANSFORMERS_BACKEND = "SeapTransformersForCausalLM"
+"""Class in ``seap_ray.vllm_plugin.model`` that serves a family by transformers' own layers."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +68,9 @@ class Family:
     classes: str
     """Beginning of the names of its classes in ``seap_ray.models.hf``, such as ``SeapLlama``: transformers' own with
     ``Seap`` before them."""
-    vllm_class: str | None = "SeapForCausalLM"
+    vllm_class: str = "SeapForCausalLM"
     """Class in ``seap_ray.vllm_plugin.model`` that serves it, such as ``SeapOPTForCausalLM``; the default serves what
-    vLLM computes as a Llama. None where vLLM has no such family itself."""
+    vLLM computes as a Llama, and ``TRANSFORMERS_BACKEND`` what vLLM has no class of."""
     layers: str = "model.layers."
     """Beginning of the names of a decoder layer's tensors, up to the layer's number: ``gpt_neox.layers.``."""
     embedding: str = "model.embed_tokens.weight"
@@ -114,19 +123,31 @@ class Family:
     has_head_dim: bool = True
     """Whether the family's own config may have heads of another size than hidden size / heads: True if its class in
     transformers reads ``head_dim``, False for OPT."""
+    heads_fill_hidden: bool = False
+    """Whether the family's own heads are together as wide as the hidden size, though its config has a head size: True
+    for Helium. In a stock checkpoint none can go."""
     like_llama: bool = False
     """Whether a Llama with biases computes the same, so that a stock checkpoint with added biases can be one: True for
     Mistral and Qwen2."""
     mixes_windows: bool = False
-    """Whether some layers have a sliding window and others none, where the config does not say it: True for Gemma 2."""
+    """Whether some layers have a sliding window and others none, where the config does not say it: True for Gemma 2.
+    A ``sliding_window`` of null says that there are none."""
     window_period: int = 1
     """Layers from one that attends to everything to the next, where the config does not say it: 2 for Gemma 2."""
-    norm_after_mlp: bool = False
-    """Whether a norm comes between ``down_proj`` and the residual stream: True for Gemma 2 and 3."""
+    behind_mlp: str | None = None
+    """What comes between ``down_proj`` and the residual stream: ``a norm`` in Gemma 2 and 3."""
     supports_packing: bool = True
     """Whether transformers keeps sequences that share a row apart, by their positions: False for OPT."""
     needs_bos: bool = False
     """Whether models lose most of their quality where a text has no beginning token: True for Gemma."""
+    ties_embeddings: bool = False
+    """Whether the head is the input embedding, where the config does not say it: True for Gemma."""
+    listed_by_layer: str | None = None
+    """Config key of a list with an entry for each layer, which transformers makes by the layers' numbers where it is
+    missing: ``no_rope_layers`` in SmolLM3. Beside it ``layer_types`` is one in every family."""
+    refused: Mapping[str, bool] = field(default_factory=dict)
+    """Config keys with which models of the family are laid out in another way, and are refused if one has this value:
+    ``{"qk_layernorm": True}``."""
 
     @property
     def config_class(self) -> str:
@@ -182,10 +203,11 @@ FAMILIES: dict[str, Family] = {
         qkv_bias=("attention_bias", False),
         o_bias=("attention_bias", False),
         norms=(4, 0),
-        norm_after_mlp=True,
+        behind_mlp="a norm",
         mixes_windows=True,
         window_period=2,
         needs_bos=True,
+        ties_embeddings=True,
     ),
     "gemma3_text": Family(
         classes="SeapGemma3",
@@ -193,10 +215,19 @@ FAMILIES: dict[str, Family] = {
         qkv_bias=("attention_bias", False),
         o_bias=("attention_bias", False),
         norms=(4, 2),
-        norm_after_mlp=True,
+        behind_mlp="a norm",
         mixes_windows=True,
         window_period=6,
         needs_bos=True,
+        ties_embeddings=True,
+    ),
+    "gemma": Family(
+        classes="SeapGemma",
+        vllm_class="SeapGemmaForCausalLM",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        needs_bos=True,
+        ties_embeddings=True,
     ),
     "phi3": Family(
         classes="SeapPhi3",
@@ -206,6 +237,211 @@ FAMILIES: dict[str, Family] = {
             "self_attn.qkv_proj": Rows(("heads", "groups", "groups")),
             "mlp.gate_up_proj": Rows(("channels", "channels")),
         },
+    ),
+    "smollm3": Family(
+        classes="SeapSmolLM3",
+        vllm_class=TRANSFORMERS_BACKEND,
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        mlp_bias=("mlp_bias", False),
+        ties_embeddings=True,
+        listed_by_layer="no_rope_layers",
+    ),
+    "granite": Family(
+        classes="SeapGranite",
+        vllm_class="SeapGraniteForCausalLM",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        mlp_bias=("mlp_bias", False),
+        behind_mlp="a multiplier",
+    ),
+    "olmo": Family(
+        classes="SeapOlmo",
+        vllm_class=TRANSFORMERS_BACKEND,
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms=(0, 0),
+        refused={"clip_qkv": True},
+    ),
+    "olmo2": Family(
+        classes="SeapOlmo2",
+        vllm_class=TRANSFORMERS_BACKEND,
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms_all_heads=True,
+        behind_mlp="a norm",
+    ),
+    "olmo3": Family(
+        classes="SeapOlmo3",
+        vllm_class=TRANSFORMERS_BACKEND,
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms_all_heads=True,
+        mixes_windows=True,
+        window_period=4,
+        behind_mlp="a norm",
+    ),
+    "glm": Family(
+        classes="SeapGlm",
+        vllm_class=TRANSFORMERS_BACKEND,
+        rows=SPLIT_ATTENTION | FUSED_MLP,
+        qkv_bias=("attention_bias", True),
+    ),
+    "glm4": Family(
+        classes="SeapGlm4",
+        vllm_class="SeapGlm4ForCausalLM",
+        rows=SPLIT_ATTENTION | FUSED_MLP,
+        qkv_bias=("attention_bias", True),
+        norms=(4, 0),
+        behind_mlp="a norm",
+    ),
+    "seed_oss": Family(
+        classes="SeapSeedOss",
+        vllm_class=TRANSFORMERS_BACKEND,
+        qkv_bias=("attention_bias", True),
+        o_bias=("attention_out_bias", False),
+        mlp_bias=("mlp_bias", False),
+    ),
+    "exaone4": Family(
+        classes="SeapExaone4",
+        vllm_class="SeapExaone4ForCausalLM",
+        norms=(2, 2),
+        mixes_windows=True,
+        window_period=4,
+        behind_mlp="a norm",
+    ),
+    "arcee": Family(
+        classes="SeapArcee",
+        vllm_class=TRANSFORMERS_BACKEND,
+        rows=SPLIT_ATTENTION | UNGATED_MLP,
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        mlp_bias=("mlp_bias", False),
+    ),
+    "nemotron": Family(
+        classes="SeapNemotron",
+        vllm_class="SeapNemotronForCausalLM",
+        rows=SPLIT_ATTENTION | UNGATED_MLP,
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        mlp_bias=("mlp_bias", False),
+        norms=(4, 0),
+    ),
+    "starcoder2": Family(
+        classes="SeapStarcoder2",
+        vllm_class=TRANSFORMERS_BACKEND,
+        rows=SPLIT_ATTENTION | {"mlp.c_fc": Rows(("channels",))},
+        down_proj="mlp.c_proj",
+        qkv_bias=("use_bias", True),
+        o_bias=("use_bias", True),
+        mlp_bias=("use_bias", True),
+        norms=(4, 0),
+        ties_embeddings=True,
+    ),
+    "stablelm": Family(
+        classes="SeapStableLm",
+        vllm_class=TRANSFORMERS_BACKEND,
+        qkv_bias=("use_qkv_bias", False),
+        norms=(4, 0),
+        has_head_dim=False,
+        refused={"qk_layernorm": True, "use_parallel_residual": True},
+    ),
+    "phi": Family(
+        classes="SeapPhi",
+        vllm_class=TRANSFORMERS_BACKEND,
+        rows=SPLIT_ATTENTION | {"mlp.fc1": Rows(("channels",))},
+        o_proj="self_attn.dense",
+        down_proj="mlp.fc2",
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        refused={"qk_layernorm": True},
+    ),
+    "cohere": Family(
+        classes="SeapCohere",
+        vllm_class="SeapCohereForCausalLM",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms=(1, 0),
+        ties_embeddings=True,
+        refused={"use_qk_norm": True},
+    ),
+    "cohere2": Family(
+        classes="SeapCohere2",
+        vllm_class="SeapCohere2ForCausalLM",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms=(1, 0),
+        mixes_windows=True,
+        window_period=4,
+        has_head_dim=False,
+        ties_embeddings=True,
+    ),
+    "ernie4_5": Family(
+        classes="SeapErnie4_5",
+        vllm_class="SeapErnie4_5ForCausalLM",
+        qkv_bias=("use_bias", False),
+        o_bias=("use_bias", False),
+        mlp_bias=("use_bias", False),
+        ties_embeddings=True,
+    ),
+    "hunyuan_v1_dense": Family(
+        classes="SeapHunYuanDenseV1",
+        vllm_class=TRANSFORMERS_BACKEND,
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms=(2, 2),
+    ),
+    "helium": Family(
+        classes="SeapHelium",
+        vllm_class=TRANSFORMERS_BACKEND,
+        qkv_bias=("attention_bias", False),
+        mlp_bias=("mlp_bias", False),
+        heads_fill_hidden=True,
+    ),
+    "ministral": Family(
+        classes="SeapMinistral",
+        vllm_class=TRANSFORMERS_BACKEND,
+    ),
+    "ministral3": Family(
+        classes="SeapMinistral3",
+        vllm_class="SeapMinistral3ForCausalLM",
+    ),
+    "cwm": Family(
+        classes="SeapCwm",
+        vllm_class=TRANSFORMERS_BACKEND,
+        mlp_bias=("mlp_bias", False),
+        mixes_windows=True,
+        window_period=4,
+    ),
+    "vaultgemma": Family(
+        classes="SeapVaultGemma",
+        vllm_class=TRANSFORMERS_BACKEND,
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        mixes_windows=True,
+        window_period=2,
+        needs_bos=True,
+        ties_embeddings=True,
+    ),
+    "jais2": Family(
+        classes="SeapJais2",
+        vllm_class=TRANSFORMERS_BACKEND,
+        rows=SPLIT_ATTENTION | UNGATED_MLP,
+        qkv_bias=("attention_bias", True),
+        o_bias=("attention_bias", True),
+        mlp_bias=("mlp_bias", True),
+        norms=(4, 0),
+    ),
+    "hyperclovax": Family(
+        classes="SeapHyperCLOVAX",
+        vllm_class="SeapHyperCLOVAXForCausalLM",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        mlp_bias=("mlp_bias", False),
+        norms=(4, 0),
+        behind_mlp="a norm",
+        refused={"use_post_norm": False},
     ),
     "mixtral": Family(
         classes="SeapMixtral",
@@ -250,7 +486,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_neox": Family(
         classes="SeapGPTNeoX",
-        vllm_class=None,
+        vllm_class=TRANSFORMERS_BACKEND,
         layers="gpt_neox.layers.",
         embedding="gpt_neox.embed_in.weight",
         head="embed_out.weight",
@@ -360,7 +596,7 @@ class Architecture:
     """Whether the norms have weights."""
     n_heads_may_change: bool = True
     """Whether the family's own config may have another number of heads. False for a Phi-3 with long RoPE: transformers
-    checks the length of its factors by the number of heads in the config."""
+    checks the length of its factors by the number of heads in the config; and for Helium."""
     n_experts: int = 0
     """MoE experts of every layer that has any, by the config's top level. 0: no mixture of experts."""
     experts_per_token: int = 0
@@ -389,12 +625,18 @@ class Architecture:
         model_type = config.get("model_type")
         name = str(model_type).removeprefix("seap_")
         if name not in FAMILIES:
-            raise ConfigError(f"model family {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+            reason = f": {WHY_REFUSED[name]}" if name in WHY_REFUSED else ""
+            raise ConfigError(
+                f"model family {model_type!r} is not supported{reason}; supported are {', '.join(FAMILIES)}"
+            )
 
         family = FAMILIES[name]
         # MLX's own key for a quantised model has no ending.
         if config.get("quantization_config") or config.get("quantization"):
             raise ConfigError("model is quantised; prune the unquantised checkpoint, then quantise the result")
+        for key, value in family.refused.items():
+            if key in config and bool(config[key]) == value:
+                raise ConfigError(f"config.json: a {name} is not supported whose {key} is {config[key]}, others are")
 
         def flag(value: Bias) -> bool:
             """Return whether there is a bias: the family's constant, or what the config says."""
@@ -429,13 +671,12 @@ class Architecture:
             # A key of OPT alone; without it norms have weights.
             has_norm_weights=config.get("layer_norm_elementwise_affine") is not False,
             # Long RoPE has factors for short sequences and for long ones.
-            n_heads_may_change="short_factor" not in rope,
+            n_heads_may_change="short_factor" not in rope and not family.heads_fill_hidden,
             n_experts=_n_experts(config, family) if family.is_moe else 0,
             experts_per_token=_size(config, family.n_chosen_key) if family.is_moe else 0,
             dense_channels=0 if all(has_experts_L) or not family.dense_mlp else _dense_channels(config, family),
             shared_channels=_shared_channels(config, family),
-            # Gemma's configs leave the key out.
-            ties_embeddings=bool(config.get("tie_word_embeddings", name.startswith("gemma"))),
+            ties_embeddings=bool(config.get("tie_word_embeddings", family.ties_embeddings)),
         )
 
     @property
@@ -707,6 +948,8 @@ def split_moe_expert(module: str) -> tuple[str, int | None]:
 
 def _has_windows(config: Mapping[str, Any], family: Family) -> bool:
     """Return whether layers attend to a sliding window."""
+    if "sliding_window" in config and config["sliding_window"] is None:
+        return False
     # Qwen's configs name a window that another key of theirs switches off.
     return bool(config.get("sliding_window")) and config.get("use_sliding_window", True) or family.mixes_windows
 
@@ -718,14 +961,14 @@ def _mixes_windows(config: Mapping[str, Any], family: Family) -> bool:
     # some layers only.
     if layer_types:
         return len(set(layer_types)) > 1
-    return family.mixes_windows or bool(config.get("use_sliding_window"))
+    return _has_windows(config, family) and (family.mixes_windows or bool(config.get("use_sliding_window")))
 
 
 def _windows(config: Mapping[str, Any], family: Family, n_layers: int) -> tuple[int | None, ...]:
     """Return the tokens of every layer's sliding window; None for a layer that attends to everything."""
     if not _has_windows(config, family):
         return (None,) * n_layers
-    # transformers' own default of Gemma.
+    # transformers' own default of Gemma, OLMo 3, EXAONE 4 and Command R7B.
     window = _size(config, "sliding_window", 4096)
     if layer_types := config.get("layer_types"):
         return tuple(window if "sliding" in kind else None for kind in layer_types)

@@ -35,9 +35,7 @@ def is_correctable(plan: Plan, architecture: Architecture) -> bool:
 
     ``down_proj`` must be one for all tokens, and its output must go to the residual stream as it is.
     """
-    return (
-        "weight" in plan.compensation.replaces and not architecture.n_experts and not architecture.family.norm_after_mlp
-    )
+    return "weight" in plan.compensation.replaces and not architecture.n_experts and not architecture.family.behind_mlp
 
 
 @dataclass

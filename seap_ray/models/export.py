@@ -261,13 +261,14 @@ class CheckpointExport:
         """Return the base's config without the layers that go as a whole."""
         config = self.base.config
         layers = self.plan.layers
-        if self.plan.dropped and self.base.architecture.mixes_windows and not config.get("layer_types"):
+        if self.plan.dropped and (missing := self._lists_by_place()):
             from transformers import AutoConfig
 
             import seap_ray.models.hf  # noqa: F401  the base may be compacted itself
 
-            # Kinds of attention by the layers' old places, which the new config would not tell.
-            config = {**config, "layer_types": AutoConfig.from_pretrained(self.base.folder).layer_types}
+            # What layers are by their old places, which the new config would not tell.
+            by_place = AutoConfig.from_pretrained(self.base.folder)
+            config = {**config, **{key: getattr(by_place, key) for key in missing}}
 
         # A list as long as the model, like Qwen2's ``layer_types``, has an entry for each layer.
         shortened: dict[str, Any] = {}
@@ -286,6 +287,13 @@ class CheckpointExport:
             return {}
         n_experts = [architecture.layers[layer].n_experts for layer in self.plan.layers]
         return keys_of_dense_layers(self.base.config, [not n for n in n_experts])
+
+    def _lists_by_place(self) -> list[str]:
+        """Return config keys that the base leaves to transformers, which lists the layers there by their places."""
+        architecture = self.base.architecture
+        keys = ["layer_types"] if architecture.mixes_windows else []
+        keys += [key for key in [architecture.family.listed_by_layer] if key]
+        return [key for key in keys if not self.base.config.get(key)]
 
     def _seap_config(self) -> dict[str, Any]:
         """Return the config of one of our model types, with what differs by layer."""

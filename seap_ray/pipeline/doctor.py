@@ -14,6 +14,7 @@ from seap_ray.pipeline.preflight import (
     Finding,
     check_config,
     cluster_checks,
+    family_findings,
     local_checks,
     needs_findings,
     with_absolute_source,
@@ -37,6 +38,7 @@ def diagnose(config: Config) -> None:
 
     # Each line is shown as soon as it is known: what comes next may fail, or take minutes.
     _show(local_checks(config))
+    _show(family_findings(config))
     _show(needs_findings(config, run))
 
     config = with_recognised_tasks(config)

@@ -63,9 +63,7 @@ class ModelSize:
         """
         architecture = Architecture.of(config)
         dtype = _dtype_of(config)
-        # Gemma's configs leave the key out, and their models share the embedding with the head.
-        is_tied = config.get("tie_word_embeddings", architecture.family_name.startswith("gemma"))
-        embeddings = config["vocab_size"] * architecture.hidden_size * (1 if is_tied else 2)
+        embeddings = config["vocab_size"] * architecture.hidden_size * (1 if architecture.ties_embeddings else 2)
 
         # What is left outside of the layers is the last norm, one weight for each number of the hidden state.
         return cls(architecture, embeddings + architecture.hidden_size, ITEM_BYTES[dtype], dtype)

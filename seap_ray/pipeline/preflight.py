@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from seap_ray.config import Config
 from seap_ray.core.allocation import check_ratio
-from seap_ray.core.architecture import Architecture
+from seap_ray.core.architecture import TRANSFORMERS_BACKEND, Architecture
 from seap_ray.core.reconstruction import UNIT_SCORES
 from seap_ray.errors import ConfigError, DataError, IncompleteError, SeapError
 from seap_ray.models.checkpoint import Checkpoint
@@ -135,8 +135,8 @@ def _check_correction(config: Config, architecture: Architecture) -> None:
     reason = ""
     if architecture.n_experts:
         reason = "a mixture of experts, whose down_proj differs from token to token"
-    elif architecture.family.norm_after_mlp:
-        reason = f"a {architecture.family_name} model, which has a norm behind down_proj"
+    elif architecture.family.behind_mlp:
+        reason = f"a {architecture.family_name} model, which has {architecture.family.behind_mlp} behind down_proj"
     for spec in assumed_specs(config):
         if reason and spec.settings.error_correction and spec.settings.compensation == "least_squares":
             raise ConfigError(f"pruning.error_correction: not for {reason} ({spec.name}); set it to 0")
@@ -322,6 +322,28 @@ def needs_findings(config: Config, run: Run) -> list[Finding]:
 
     lines = [_worker_line(config, needed), _host_line(config, needed), disk_line, _time_line(needed)]
     return findings + [Finding("ok", "needs", line) for line in lines]
+
+
+def family_findings(config: Config) -> list[Finding]:
+    """Return what of the model can be cut and what serves it, from its config.json alone; none where that is not here.
+
+    Raises ConfigError for a model that is not supported, with the reason.
+    """
+    content = parse_model_source(config.model.source, config.model.revision).read_config()
+    if content is None:
+        return []
+
+    architecture = Architecture.of(content)
+    if architecture.why_whole_attention:
+        attention = f"attention stays whole, since {architecture.why_whole_attention}"
+    elif architecture.mixes_windows:
+        attention = "query heads, equally many of each key-value head"
+    else:
+        attention = "query heads and key-value heads"
+
+    layers = "transformers'" if architecture.family.vllm_class == TRANSFORMERS_BACKEND else "its own"
+    message = f"{architecture.family_name}: MLP channels can go; {attention}; vLLM serves it by {layers} layers"
+    return [Finding("ok", "family", message)]
 
 
 def corpus_sizes(config: Config, model: ModelSize, run: Run) -> dict[str, CorpusSize]:

@@ -2,7 +2,9 @@
 
 A layer of vLLM is built from a configuration. The layers here are vLLM's, built from the configuration of their own
 layer in place of the whole model's. vLLM's Llama takes the layer class as an argument. In the modules of the other
-families the name of the layer class is replaced by ours while a model is built.
+families the name of the layer class is replaced by ours while a model is built. The classes of most of them are made
+when they are first asked for, as ``SeapGemmaForCausalLM`` of vLLM's ``GemmaForCausalLM``. Families that vLLM has no
+class of are served by its Transformers backend.
 
 Every tensor is compared with the configuration before it is loaded (see ``seap_ray.models.hf.shapes``).
 """
@@ -11,19 +13,22 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
+from importlib import import_module
+from inspect import signature
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.models import gemma2, gemma3, mixtral, opt, qwen3, qwen3_moe
+from vllm.model_executor.models import ModelRegistry, opt, qwen3, qwen3_moe
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.phi3 import Phi3ForCausalLM
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.models.transformers import TransformersForCausalLM
+from vllm.model_executor.models.utils import PPMissingLayer, extract_layer_index
 
 from seap_ray.core.architecture import family_of
 from seap_ray.models.hf.shapes import compared, declared
@@ -31,15 +36,21 @@ from seap_ray.models.hf.shapes import compared, declared
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
-class SeapDecoderLayer(LlamaDecoderLayer):
-    """A decoder layer of Llama, Mistral, Qwen2 or Phi-3 with its own widths."""
+class _UnequalLlamaLayer:
+    """Mixin for a decoder layer that vLLM builds as a Llama's: the configuration may be given by name."""
 
-    def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: LlamaConfig | None = None):
+    def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: PreTrainedConfig | None = None):
         # As vLLM's own layer chooses it.
-        model_config: Any = config or vllm_config.model_config.hf_config
-        layer_config = _layer_config(model_config, prefix)
-        super().__init__(vllm_config, prefix, config=layer_config)
-        _add_biases(self, layer_config, self.get_quant_config(vllm_config), prefix)
+        layer_config = _layer_config(config or vllm_config.model_config.hf_config, prefix)
+        super().__init__(vllm_config, prefix, config=layer_config)  # type: ignore[call-arg]
+
+        # A Llama's layer may be a draft model's, whose quantisation is another.
+        chosen = getattr(self, "get_quant_config", None)
+        _add_biases(self, layer_config, chosen(vllm_config) if chosen else vllm_config.quant_config, prefix)
+
+
+class SeapDecoderLayer(_UnequalLlamaLayer, LlamaDecoderLayer):
+    """A decoder layer of Llama, Mistral, Qwen2, Phi-3 or ERNIE 4.5 with its own widths."""
 
 
 class _UnequalLayer:
@@ -62,18 +73,6 @@ class _UnequalLayer:
 
 class SeapQwen3DecoderLayer(_UnequalLayer, qwen3.Qwen3DecoderLayer):
     """A decoder layer of Qwen 3 with its own widths."""
-
-
-class SeapGemma2DecoderLayer(_UnequalLayer, gemma2.Gemma2DecoderLayer):
-    """A decoder layer of Gemma 2 with its own widths."""
-
-
-class SeapGemma3DecoderLayer(_UnequalLayer, gemma3.Gemma3DecoderLayer):
-    """A decoder layer of Gemma 3 with its own widths."""
-
-
-class SeapMixtralDecoderLayer(_UnequalLayer, mixtral.MixtralDecoderLayer):
-    """A decoder layer of Mixtral with its own widths."""
 
 
 class SeapQwen3MoeDecoderLayer(qwen3_moe.Qwen3MoeDecoderLayer):
@@ -167,6 +166,8 @@ def _add_biases(layer: Any, layer_config: Any, quant_config: QuantizationConfig 
             layer_config.hidden_size,
             bias=True,
             quant_config=quant_config,
+            # Of parallel blocks the sum alone is reduced over the ranks.
+            reduce_results=layer.get_submodule(name).reduce_results,
             prefix=f"{prefix}.{name}",
         )
         # In place of vLLM's own, before weights arrive.
@@ -248,6 +249,23 @@ class SeapPhi3ForCausalLM(_CheckedModel, Phi3ForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
 
 
+class SeapErnie4_5ForCausalLM(SeapForCausalLM):
+    """ERNIE 4.5 with layers of unequal widths: a Llama that rotates neighbours.
+
+    vLLM's own class takes the bias of ``o_proj`` away, which compensation has added here.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        for layer in self.model.layers:
+            if not isinstance(layer, PPMissingLayer):
+                layer.self_attn.rotary_emb.is_neox_style = False
+
+
+class SeapTransformersForCausalLM(_CheckedModel, TransformersForCausalLM):
+    """A family that vLLM has no class of: the class of ``modeling_seap``, with vLLM's attention and linear layers."""
+
+
 class _ReplacedLayers(_CheckedModel):
     """Mixin for a family's model: names in vLLM's modules stand for our layers while the model is built."""
 
@@ -255,34 +273,21 @@ class _ReplacedLayers(_CheckedModel):
     """Owner, attribute and what replaces it."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        settings: dict[str, Any] = {"vllm_config": vllm_config, "prefix": prefix}
+        if "layer_type" in signature(super().__init__).parameters:
+            # The name of the layer class is looked up no more: it is the argument's default.
+            settings["layer_type"] = self.replacements[0][2]
+
         with ExitStack() as stack:
             for owner, name, replacement in self.replacements:
                 stack.enter_context(_replaced(owner, name, replacement))
-            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+            super().__init__(**settings)
 
 
 class SeapQwen3ForCausalLM(_ReplacedLayers, qwen3.Qwen3ForCausalLM):
     """Qwen 3 with layers of unequal widths."""
 
     replacements = ((qwen3.Qwen3Model, "decoder_layer_type", SeapQwen3DecoderLayer),)
-
-
-class SeapGemma2ForCausalLM(_ReplacedLayers, gemma2.Gemma2ForCausalLM):
-    """Gemma 2 with layers of unequal widths."""
-
-    replacements = ((gemma2, "Gemma2DecoderLayer", SeapGemma2DecoderLayer),)
-
-
-class SeapGemma3ForCausalLM(_ReplacedLayers, gemma3.Gemma3ForCausalLM):
-    """Gemma 3 with layers of unequal widths."""
-
-    replacements = ((gemma3, "Gemma3DecoderLayer", SeapGemma3DecoderLayer),)
-
-
-class SeapMixtralForCausalLM(_ReplacedLayers, mixtral.MixtralForCausalLM):
-    """Mixtral with layers of unequal widths."""
-
-    replacements = ((mixtral, "MixtralDecoderLayer", SeapMixtralDecoderLayer),)
 
 
 class SeapQwen3MoeForCausalLM(_ReplacedLayers, qwen3_moe.Qwen3MoeForCausalLM):
@@ -301,6 +306,39 @@ class SeapOPTForCausalLM(_ReplacedLayers, opt.OPTForCausalLM):
     """OPT with layers of unequal widths."""
 
     replacements = ((opt, "OPTDecoderLayer", SeapOPTDecoderLayer),)
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """Make the class of a family that vLLM has itself when it is first asked for, as an attribute of this module.
+
+    vLLM's registry says in which module the family's class is; the class of its layers lies beside it.
+    """
+    registered = ModelRegistry.models.get(name.removeprefix("Seap"))
+    if not name.startswith("Seap") or registered is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    family = import_module(registered.module_name)  # type: ignore[attr-defined]  # of vLLM's own models
+    model_class = getattr(family, registered.class_name)  # type: ignore[attr-defined]
+    # Names that the module has imported are other families' layers.
+    (layer_name,) = (
+        key
+        for key, value in vars(family).items()
+        if key.endswith("DecoderLayer") and value.__module__ == family.__name__
+    )
+    layer_class = getattr(family, layer_name)
+
+    is_llamas = "vllm_config" in signature(layer_class).parameters
+    about = {"__module__": __name__, "__doc__": f"{layer_name} of vLLM with its own widths."}
+    layer = type(f"Seap{layer_name}", (_UnequalLlamaLayer if is_llamas else _UnequalLayer, layer_class), about)
+
+    content = {
+        "__module__": __name__,
+        "__doc__": f"{model_class.__name__} of vLLM with layers of unequal widths.",
+        "replacements": ((family, layer_name, layer),),
+    }
+    made = type(name, (_ReplacedLayers, model_class), content)
+    globals()[name] = made
+    return made
 
 
 def _checked(

@@ -14,7 +14,7 @@ from seap_ray.core.architecture import FAMILIES
 from seap_ray.errors import ConfigError
 
 NAME = "seap_ray"
-ARCHITECTURES = {family.model_class: family.vllm_class for family in FAMILIES.values() if family.vllm_class}
+ARCHITECTURES = {family.model_class: family.vllm_class for family in FAMILIES.values()}
 """Classes of ``seap_ray.vllm_plugin.model`` by the architecture's name in a checkpoint's config.json."""
 LOAD_FORMAT = "seap_ray"
 """Value of vLLM's ``load_format`` that selects the loader which reads only the files that differ."""

@@ -21,6 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from seap_ray.config import PruningSection
 from seap_ray.core.architecture import FAMILIES, Architecture, Shape
+from seap_ray.core.refused_families import WHY_REFUSED
 from seap_ray.core.widths import WidthConstraints, widest_unit
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
@@ -166,10 +167,17 @@ def test_query_heads_count_as_key_value_heads_where_a_config_names_none():
     assert Architecture.of(config).head_dim == 8
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", "mamba", None])
+@pytest.mark.parametrize("name", ["bert2", "seap_bert2", None])
 def test_an_unknown_family_is_refused_with_the_list_of_known_ones(name):
     with pytest.raises(ConfigError, match=f"{name!r} is not supported; supported are {', '.join(FAMILIES)}"):
         Architecture.of({"model_type": name})
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "mamba", "gemma4_text"])
+def test_a_family_that_is_known_to_be_another_kind_of_model_is_refused_with_the_reason(name):
+    with pytest.raises(ConfigError, match=f"{name!r} is not supported: it.*; supported are llama, mistral, ") as error:
+        Architecture.of({"model_type": name})
+    assert WHY_REFUSED[name] in str(error.value)
 
 
 def test_a_quantised_model_is_refused():

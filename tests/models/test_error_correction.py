@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from seap_ray.core.architecture import FAMILIES
 from seap_ray.core.compensation import COMPENSATIONS
@@ -19,7 +20,16 @@ from seap_ray.models.error_correction import Stream, correct_errors, is_correcta
 from seap_ray.models.export import CheckpointExport, Corrections
 from seap_ray.models.forward import record
 from seap_ray.models.hidden_states import embed
-from tests.support.builders import CONFIGS, load, output_modules, prompts, random_plan, save_dense, write_compacted
+from tests.support.builders import (
+    CONFIGS,
+    MORE_CONFIGS,
+    load,
+    output_modules,
+    prompts,
+    random_plan,
+    save_dense,
+    write_compacted,
+)
 from tests.support.oracles import tensors_of
 
 RIDGE = 1e-2
@@ -213,13 +223,18 @@ def test_only_what_least_squares_makes_and_the_residual_stream_gets_as_it_is_can
         assert is_correctable(repaired, architecture) == (name in CORRECTABLE)
 
 
-def test_families_with_a_norm_behind_the_mlp_are_marked(tmp_path: Path) -> None:
-    """In transformers' classes such a norm has a name of its own."""
-    marked = {family for family, row in FAMILIES.items() if row.norm_after_mlp}
-    found = set()
-    for name in CONFIGS:
-        save_dense(tmp_path / name, name, torch.float32)
-        model = load(tmp_path / name)
-        if any("post_feedforward" in key for key, _ in model.named_modules()):
-            found.add(model.config.model_type)
+NORMS_BEHIND = ("post_feedforward", "post_mlp_layernorm", "post_norm2")
+"""Beginnings of the names of such norms in transformers."""
+
+
+def test_families_with_something_behind_the_mlp_are_marked() -> None:
+    marked = {name: row.behind_mlp for name, row in FAMILIES.items() if row.behind_mlp}
+    found = {}
+    for config in [make() for make in (MORE_CONFIGS | CONFIGS).values()]:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        if hasattr(config, "residual_multiplier"):
+            found[config.model_type] = "a multiplier"
+        if any(name.rpartition(".")[2].startswith(NORMS_BEHIND) for name, _ in model.named_modules()):
+            found[config.model_type] = "a norm"
     assert marked == found

@@ -239,7 +239,7 @@ def refusal(folder: Path, *, adds_biases: bool = False) -> str:
 
 
 def test_every_family_has_a_layout_or_is_refused():
-    assert layouts.FAMILIES.keys() == FAMILIES.keys()
+    assert layouts.FAMILIES.keys() <= FAMILIES.keys()
 
 
 def test_what_llama_cpp_does_not_have_is_refused_in_one_line(base, tmp_path):

@@ -29,12 +29,14 @@ from seap_ray.pipeline.preflight import (
     _check_versions_alike,
     check_config,
     corpus_sizes,
+    family_findings,
     local_checks,
     needs_findings,
     raise_on_error,
 )
 from seap_ray.storage.run import Run
 from tests.support import ROOT
+from tests.support.builders import CONFIGS, MORE_CONFIGS
 
 DEMO = Checkpoint.open("demo")
 NODE = Node(
@@ -151,6 +153,25 @@ def test_needs_of_a_model_are_told_from_its_config_alone(tmp_path):
     assert lines == needs_findings(Config(), Run(tmp_path / "run")), "the same as with the weights"
     assert lines[0].message.startswith("memory of a worker 6.57 MB (placement single)")
     assert needs_findings(Config.model_validate({"model": {"source": str(tmp_path / "none")}}), Run(tmp_path)) == []
+
+
+def test_what_of_a_model_can_be_cut_is_told_from_its_config_alone(tmp_path):
+    config = Config.model_validate({"model": {"source": str(tmp_path)}})
+    assert family_findings(config) == []
+
+    told = {
+        "olmo2": "attention stays whole, since",
+        "gemma2": "query heads, equally many",
+        "llama_gqa": "query heads and",
+    }
+    for name, part in told.items():
+        (tmp_path / "config.json").write_text(json.dumps((MORE_CONFIGS | CONFIGS)[name]().to_dict()))
+        assert part in only(family_findings(config)).message
+    assert "vLLM serves it by its own layers" in only(family_findings(config)).message
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    with pytest.raises(ConfigError, match="'mamba' is not supported: its layers mix tokens by a recurrent state"):
+        family_findings(config)
 
 
 def test_needs_of_a_model_of_the_hub_take_its_config_and_no_weight(monkeypatch, tmp_path):

@@ -10,21 +10,47 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
+    ArceeConfig,
     AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
+    CwmConfig,
+    Ernie4_5Config,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
+    GlmConfig,
     GPTNeoXConfig,
+    GraniteConfig,
+    HeliumConfig,
+    HunYuanDenseV1Config,
+    HyperCLOVAXConfig,
+    Jais2Config,
     LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
     MistralConfig,
     MixtralConfig,
+    NemotronConfig,
+    Olmo2Config,
+    Olmo3Config,
+    OlmoConfig,
     OPTConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
+    VaultGemmaConfig,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -109,6 +135,62 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt_neox": lambda: GPTNeoXConfig(**SIZES, num_attention_heads=3),
 }
 """Every kind of model that is told apart somewhere: grouped or not, with and without biases, tied or not."""
+GROUPED: dict[str, Any] = {**SIZES, "num_attention_heads": 8, "num_key_value_heads": 4}
+MULTIPLIERS = {
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 3.0,
+}
+MINISTRAL_3_ROPE = {
+    "type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale_all_dim": 1.0,
+    "mscale": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+MORE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "gemma": lambda: GemmaConfig(**GROUPED, head_dim=8),
+    "smollm3": lambda: SmolLM3Config(**GROUPED, head_dim=6),
+    "granite": lambda: GraniteConfig(**GROUPED, **MULTIPLIERS),
+    "olmo": lambda: OlmoConfig(**GROUPED),
+    "olmo2": lambda: Olmo2Config(**GROUPED),
+    "olmo3": lambda: Olmo3Config(**GROUPED, sliding_window=16),
+    "glm": lambda: GlmConfig(**GROUPED, head_dim=8),
+    "glm4": lambda: Glm4Config(**GROUPED, head_dim=8),
+    "seed_oss": lambda: SeedOssConfig(**GROUPED, head_dim=8),
+    "exaone4": lambda: Exaone4Config(**GROUPED, sliding_window=16),
+    "exaone4_whole": lambda: Exaone4Config(  # as the 1.2B
+        **GROUPED, sliding_window=None, layer_types=["full_attention"] * 4
+    ),
+    "arcee": lambda: ArceeConfig(**GROUPED),
+    "nemotron": lambda: NemotronConfig(**GROUPED, head_dim=8),
+    "starcoder2": lambda: Starcoder2Config(**GROUPED, sliding_window=16),
+    "stablelm": lambda: StableLmConfig(**GROUPED, use_qkv_bias=True),
+    "phi": lambda: PhiConfig(**SIZES, num_attention_heads=6),
+    "cohere": lambda: CohereConfig(**GROUPED, logit_scale=0.5),
+    "cohere2": lambda: Cohere2Config(**GROUPED, sliding_window=16, logit_scale=0.5),
+    "ernie4_5": lambda: Ernie4_5Config(**GROUPED, head_dim=8),
+    "hunyuan_v1_dense": lambda: HunYuanDenseV1Config(**GROUPED, head_dim=8),
+    "helium": lambda: HeliumConfig(**GROUPED, head_dim=6),
+    "ministral": lambda: MinistralConfig(
+        **GROUPED,
+        head_dim=8,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    "cwm": lambda: CwmConfig(**GROUPED, head_dim=8, sliding_window=16, rope_parameters=dict(LLAMA_3_ROPE)),
+    "vaultgemma": lambda: VaultGemmaConfig(**GROUPED, head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
+    "jais2": lambda: Jais2Config(**GROUPED),
+    "hyperclovax": lambda: HyperCLOVAXConfig(**GROUPED, **MULTIPLIERS),
+    "ministral3": lambda: Ministral3Config(**GROUPED, head_dim=8, rope_parameters=dict(MINISTRAL_3_ROPE)),
+}
+"""Families that go through ``tests/models/test_families.py`` alone: what they are made of is that of some above."""
 
 # --- dense models ----------------------------------------------------------------------------------------------------
 
@@ -118,7 +200,7 @@ def save_dense(folder: Path, name: str, dtype: torch.dtype, max_shard_size: str 
 
     No weight is left as it is initialised: biases would be zero and norms one, and hide what a cut does to them.
     """
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=dtype)
+    model = AutoModelForCausalLM.from_config((MORE_CONFIGS | CONFIGS)[name](), dtype=dtype)
     generator = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -168,7 +250,12 @@ def load(folder: Path, **kwargs: Any) -> PreTrainedModel:
 
 
 MIXTURES = ("mixtral", "qwen3_moe")
-OUTPUTS = {"opt": ("self_attn.out_proj", "fc2"), "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h")}
+OUTPUTS = {
+    "opt": ("self_attn.out_proj", "fc2"),
+    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
+    "starcoder2": ("self_attn.o_proj", "mlp.c_proj"),
+    "phi": ("self_attn.dense", "mlp.fc2"),
+}
 
 
 def output_modules(model: Any, layer: int = 0) -> dict[str, str]:

@@ -21,6 +21,10 @@ from tests.support.builders import MIXTURES, output_modules
 # --- moments ---------------------------------------------------------------------------------------------------------
 
 
+FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm")
+"""Names of the norm behind the last layer."""
+
+
 @torch.no_grad()
 def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: bool = False) -> dict:
     """Return (count, mean, m2) of all activations by (layer, site), float64, from hooks of our own and batches of one.
@@ -40,7 +44,7 @@ def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: b
         for site, module in output_modules(model, layer).items()
     ]
     decoder = model.get_decoder()
-    norm = decoder.norm if hasattr(decoder, "norm") else decoder.final_layer_norm
+    norm = next(getattr(decoder, name) for name in FINAL_NORMS if hasattr(decoder, name))
     experts = [
         (layer, e, weight)
         for layer, block in enumerate(decoder.layers)

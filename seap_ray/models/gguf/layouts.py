@@ -89,7 +89,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "gpt_neox": ("gptneox",),
 }
 """Layouts that may hold a family, by the keys of ``seap_ray.core.architecture.FAMILIES``: the first that can is
-taken, so the family's own comes first. None: llama.cpp does not have the family."""
+taken, so the family's own comes first. None: llama.cpp does not have the family. Of a family that is not here no layout
+is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,7 @@ def needs_equal_widths(architecture: Architecture, *, adds_biases: bool) -> bool
         adds_biases: Whether compensation adds biases to output modules.
     """
     has_biases = adds_biases and bool(architecture.bias_keys)
-    for name in FAMILIES[architecture.family_name]:
+    for name in FAMILIES.get(architecture.family_name, ()):
         layout = LAYOUTS[name]
         suits_biases = layout.has_output_biases or not has_biases
         if layout.is_uneven and suits_biases and (architecture.ties_embeddings or layout.head != "tied"):
@@ -168,7 +169,7 @@ def needs_equal_widths(architecture: Architecture, *, adds_biases: bool) -> bool
 
 def why_no_biases(architecture: Architecture) -> str | None:
     """Return why llama.cpp cannot hold biases on a family's output modules; None where it can."""
-    names = FAMILIES[architecture.family_name]
+    names = FAMILIES.get(architecture.family_name, ())
     if not names or not architecture.bias_keys or any(LAYOUTS[name].has_output_biases for name in names):
         return None
     modules = " and ".join(architecture.compensable_modules)
@@ -177,6 +178,8 @@ def why_no_biases(architecture: Architecture) -> str | None:
 
 def _choose(config: Mapping[str, Any], architecture: Architecture, *, widths_differ: bool, adds_biases: bool) -> Layout:
     family = architecture.family_name
+    if family not in FAMILIES:
+        raise ConfigError(f"export.format: gguf is not written for {family}; use {SEAP}")
     names = FAMILIES[family]
     if not names:
         raise ConfigError(f"export.format: gguf is not for {family}, which llama.cpp does not have; use {SEAP}")

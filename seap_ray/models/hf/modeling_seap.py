@@ -56,7 +56,8 @@ def resize_layers(
         attention: Name of the attention inside a layer.
         o_proj: Name of the attention's output module inside a layer.
         down_proj: Name of the MLP's output module; None where it cannot have a bias.
-        heads_of_hidden_size: The family builds attention as wide as the hidden size, so that it must be narrowed.
+        heads_of_hidden_size: The family builds attention as wide as the hidden size, so that it must be narrowed to
+            the layer's heads of the dense model's size.
     """
     decoder = model.get_decoder()
     n_heads = model.config.num_attention_heads
@@ -75,8 +76,7 @@ def resize_layers(
 
         layer = type(decoder.layers[i])(built_from, i)
         if heads_of_hidden_size:
-            _narrow(layer.get_submodule(attention), layer_config.num_attention_heads / n_heads)
-            layer.get_submodule(attention).num_heads = layer_config.num_attention_heads
+            _narrow(layer.get_submodule(attention), layer_config)
         # set_attn_implementation works on the whole model's config.
         layer.get_submodule(attention).config = config
 
@@ -92,22 +92,28 @@ def resize_layers(
     model.post_init()
 
 
-def _narrow(attention: nn.Module, share: float) -> None:
-    """Leave a share of the heads: rows of the projections before them, columns of the one behind."""
+def _narrow(attention: nn.Module, layer_config: PreTrainedConfig) -> None:
+    """Leave a layer's heads: rows of the projections before them, columns of the one behind."""
+    heads = layer_config.num_attention_heads
+    groups = getattr(layer_config, "num_key_value_heads", heads)
+    head_dim = layer_config.head_dim
+    rows = {"q_proj": heads, "k_proj": groups, "v_proj": groups, "query_key_value": 3 * heads}
+
     # A list, since setattr changes the children.
     for name, linear in list(attention.named_children()):
-        if not isinstance(linear, nn.Linear):
-            continue
-        inside = linear.in_features
-        outside = linear.out_features
-
-        if name in ("out_proj", "dense"):
-            # Behind the heads: its columns are theirs. All others stand before them.
-            inside = round(inside * share)
+        if name in rows:
+            narrowed = nn.Linear(linear.in_features, rows[name] * head_dim, bias=linear.bias is not None)
+        elif name in ("o_proj", "out_proj", "dense"):
+            narrowed = nn.Linear(heads * head_dim, linear.out_features, bias=linear.bias is not None)
         else:
-            outside = round(outside * share)
+            continue
+        setattr(attention, name, narrowed)
 
-        setattr(attention, name, nn.Linear(inside, outside, bias=linear.bias is not None))
+    # Numbers that some families split the projections by.
+    numbers = {"num_heads": heads, "num_key_value_heads": groups, "num_key_value_groups": heads // groups}
+    for key, number in numbers.items():
+        if hasattr(attention, key):
+            setattr(attention, key, number)
 
 
 class Compacted:
@@ -209,9 +215,31 @@ class CompactedGPTNeoX(Compacted):
     }
 
 
+class CompactedStarcoder2(Compacted):
+    """Mixed into a StarCoder2's model."""
+
+    resizing = {"down_proj": "mlp.c_proj"}
+
+
+class CompactedPhi(Compacted):
+    """Mixed into a Phi's model."""
+
+    resizing = {"o_proj": "self_attn.dense", "down_proj": "mlp.fc2"}
+
+
+class CompactedHidden(Compacted):
+    """Mixed into a model whose attention transformers builds as wide as the hidden size."""
+
+    resizing = {"heads_of_hidden_size": True}
+
+
 MIXINS: dict[str, type] = {
     "SeapPhi3": CompactedPhi3,
     "SeapMixtral": CompactedMixtral,
+    "SeapStarcoder2": CompactedStarcoder2,
+    "SeapPhi": CompactedPhi,
+    "SeapStableLm": CompactedHidden,
+    "SeapHelium": CompactedHidden,
     "SeapOPT": CompactedOPT,
     "SeapGPTNeoX": CompactedGPTNeoX,
 }

@@ -1,0 +1,285 @@
+"""The one contract that all families pass, for those that the other files do not run: calibration, cut, reload, export.
+
+What each test compares is what the same test of ``test_recorder``, ``test_layerwise``, ``test_checkpoint``,
+``test_hf`` and ``test_again`` compares for the families of ``CONFIGS``.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.core_model_loading import revert_weight_conversion
+
+from seap_ray.config import PruningSection
+from seap_ray.core.architecture import Architecture, Shape
+from seap_ray.core.compensation import COMPENSATIONS
+from seap_ray.core.plan import Kept, Plan
+from seap_ray.core.widths import WidthConstraints, widest_unit
+from seap_ray.errors import ConfigError
+from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.export import CheckpointExport, check_stock
+from seap_ray.models.forward import record
+from seap_ray.models.hf.shapes import check_folder
+from seap_ray.models.loading import attention_of
+from tests.support.builders import (
+    MORE_CONFIGS,
+    SHARDS,
+    layerwise,
+    load,
+    logits,
+    output_modules,
+    random_ids,
+    random_kept,
+    random_statistics,
+    recorded_by,
+    uniform_plan,
+    write_compacted,
+)
+from tests.support.elsewhere import WITHOUT_SEAP_RAY
+from tests.support.oracles import assert_close, assert_equal, tensors_of, two_pass, with_replaced_activations
+
+NOT_STOCK = ("stablelm", "helium", "cohere2")
+"""Families whose attention is as wide as the hidden size in an ordinary checkpoint."""
+
+
+def cut(base: Checkpoint, seed: int, compensation: str = "mean") -> CheckpointExport:
+    """Cut every layer but the second, heads as well where the family's heads can go."""
+    rng = random.Random(seed)
+    architecture = base.architecture
+    kept: list[Kept] = []
+    for number, layer in enumerate(architecture.layers):
+        whole = layer.shape
+        shape = replace(whole, channels=rng.randint(1, max(whole.channels - 1, 1)))
+        if not architecture.why_whole_attention:
+            shape = replace(
+                shape,
+                groups=rng.randint(1, max(whole.groups - 1, 1)),
+                heads_per_group=rng.randint(1, whole.heads_per_group),
+            )
+        kept.append(random_kept(whole, whole if number == 1 else shape, rng))
+    plan = Plan("expert", 0.5, COMPENSATIONS[compensation], tuple(kept), {})
+    return CheckpointExport(base, plan, random_statistics(architecture, seed))
+
+
+def sizes_of(folder: Path, prefix: str) -> list[int]:
+    """Return the numbers of weights of every decoder layer that a folder holds."""
+    sizes: dict[int, int] = {}
+    for name, tensor in tensors_of(folder).items():
+        if name.startswith(prefix):
+            layer = int(name.removeprefix(prefix).split(".")[0])
+            sizes[layer] = sizes.get(layer, 0) + prod(tensor.shape)
+    return [sizes[layer] for layer in sorted(sizes)]
+
+
+# --- what a model is made of -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MORE_CONFIGS)
+def test_the_architecture_is_what_transformers_builds(name):
+    config = MORE_CONFIGS[name]()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layers = model.get_decoder().layers
+    bare = {key: value for key, value in config.to_dict().items() if key not in ("layer_types", "tie_word_embeddings")}
+    for content in (config.to_dict(), bare):
+        architecture = Architecture.of(content)
+        assert architecture.n_layers == len(layers)
+        assert architecture.head_dim == layers[0].self_attn.head_dim
+        sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+        assert [architecture.layer_parameters(layer) for layer in architecture.layers] == sizes
+        assert architecture.ties_embeddings == config.tie_word_embeddings or content is not bare
+
+    stored = revert_weight_conversion(model, model.state_dict()).keys()
+    named = [*architecture.modules(3).values(), *architecture.family.rows]
+    assert {architecture.tensor(3, module) for module in named} <= stored
+    assert [*architecture.modules(3).values()] == [*output_modules(model).values()]
+    assert {architecture.family.embedding, architecture.family.head} <= stored
+
+
+@pytest.mark.parametrize("name", [name for name in MORE_CONFIGS if MORE_CONFIGS[name]().to_dict().get("layer_types")])
+def test_windows_are_those_that_transformers_lists(name):
+    content = MORE_CONFIGS[name]().to_dict()
+    listed = tuple(16 if kind == "sliding_attention" else None for kind in content["layer_types"])
+    assert Architecture.of(content).windows == listed
+    # The own configs of these list them always.
+    if name not in ("ministral", "cwm"):
+        assert Architecture.of({**content, "layer_types": None}).windows == listed
+
+
+def test_a_feature_that_no_supported_model_of_the_family_has_is_refused():
+    content = MORE_CONFIGS["stablelm"]().to_dict() | {"use_parallel_residual": True}
+    with pytest.raises(ConfigError, match="a stablelm is not supported whose use_parallel_residual is True"):
+        Architecture.of(content)
+
+
+def test_no_head_goes_below_a_norm_over_all_heads():
+    architecture = Architecture.of(MORE_CONFIGS["olmo2"]().to_dict())
+    assert widest_unit(architecture) == "none"
+    for unit in ("group", "head"):
+        with pytest.raises(ConfigError, match="a norm over all heads together, which a cut would change; choose none"):
+            WidthConstraints.of(architecture, PruningSection(attention_unit=unit), adds_biases=False)
+
+
+# --- calibration -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MORE_CONFIGS)
+def test_moments_are_those_of_two_passes_and_layer_by_layer_the_same_bytes(dense, float64_norms, name):
+    folder = dense(name, torch.float64)
+    model = load(folder)
+    attention = attention_of(Checkpoint.open(str(folder)).config)
+    as_a_job_loads_it = load(folder, attn_implementation=attention) if attention else model
+    layer_by_layer = recorded_by(layerwise(folder, torch.float64))
+    for shard in ("sort/00000", "logic/00000"):
+        recorded = record(model, SHARDS[shard], batch_tokens=40)
+        assert_close(recorded, two_pass(model, SHARDS[shard]))
+        if attention:
+            recorded = record(as_a_job_loads_it, SHARDS[shard], batch_tokens=40)
+        assert_equal(layer_by_layer[shard], recorded)
+
+
+# --- cut and reload --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MORE_CONFIGS)
+def test_a_cut_model_equals_the_dense_one_with_replaced_activations_and_so_does_a_second_cut(
+    dense, tmp_path, float64_norms, name
+):
+    base = Checkpoint.open(str(dense(name, torch.float64)))
+    ids_BT = random_ids()
+    for step, seed in (("once", 1), ("again", 2)):
+        export = cut(base, seed)
+        folder = write_compacted(export, tmp_path / step)
+        check_folder(folder)
+        model = load(folder)
+        assert type(model).__name__ == export.base.architecture.family.model_class
+
+        expected = logits(with_replaced_activations(load(base.folder), export), ids_BT)
+        assert (logits(model, ids_BT) - expected).abs().max() < 1e-12
+        assert (expected - logits(load(base.folder), ids_BT)).abs().max() > 1e-3
+
+        after = Checkpoint.open(str(folder))
+        counted = [after.architecture.layer_parameters(layer) for layer in after.architecture.layers]
+        assert sizes_of(folder, after.architecture.family.layers) == counted
+        before = base.architecture.decoder_parameters
+        assert export.plan.planned(base.architecture) == pytest.approx(1 - sum(counted) / before, abs=1e-12)
+        base = after
+
+
+@pytest.mark.parametrize("name", MORE_CONFIGS)
+def test_a_reload_has_the_written_bits_in_every_class_and_saved_again(dense, tmp_path, name):
+    base = Checkpoint.open(str(dense(name, torch.bfloat16)))
+    folder = write_compacted(cut(base, 3), tmp_path / "expert", 20_000)
+    written = tensors_of(folder)
+    model = load(folder)
+    for key, tensor in model.state_dict().items():
+        if key in written:
+            assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, written[key]), key
+    assert written.keys() <= model.state_dict().keys()
+
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved"), random_ids()), logits(model, random_ids()))
+    assert Checkpoint.open(str(tmp_path / "saved")).architecture == Checkpoint.open(str(folder)).architecture
+
+    with torch.no_grad():
+        hidden_BTH = model.base_model(random_ids()).last_hidden_state
+        headless = AutoModel.from_pretrained(folder, dtype="auto").eval()
+        assert torch.equal(headless(random_ids()).last_hidden_state, hidden_BTH)
+        if "AutoModelForSequenceClassification" in model.config.auto_map:
+            classifier = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto").eval()
+            assert torch.equal(classifier.base_model(random_ids()).last_hidden_state, hidden_BTH)
+
+
+@pytest.mark.parametrize("name", MORE_CONFIGS)
+def test_cutting_nothing_is_the_identity(dense, tmp_path, name):
+    source = dense(name, torch.bfloat16)
+    base = Checkpoint.open(str(source))
+    plan = uniform_plan(base.architecture, base.architecture.dense, "mean")
+    folder = write_compacted(CheckpointExport(base, plan, random_statistics(base.architecture, 0)), tmp_path)
+    written, given = tensors_of(folder), tensors_of(source)
+    assert written.keys() == given.keys() and all(torch.equal(written[key], given[key]) for key in given)
+    assert torch.equal(logits(load(folder), random_ids()), logits(load(source), random_ids()))
+
+
+@pytest.mark.parametrize("name", MORE_CONFIGS)
+def test_a_stock_export_computes_what_the_seap_export_computes(dense, tmp_path, name):
+    base = Checkpoint.open(str(dense(name, torch.float64)))
+    whole = base.architecture.dense
+    shape = replace(whole, channels=50)
+    if name not in NOT_STOCK and not base.architecture.why_whole_attention:
+        shape = Shape(whole.groups // 2, whole.heads_per_group, 50)
+    plan = uniform_plan(base.architecture, shape)
+    check_stock(plan, base.architecture)
+
+    stock = write_compacted(CheckpointExport(base, plan, stock=True), tmp_path / "stock")
+    model = load(stock)
+    assert type(model).__module__.startswith("transformers.models.")
+    seap = load(write_compacted(CheckpointExport(base, plan), tmp_path / "seap"))
+    assert torch.equal(logits(model, random_ids()), logits(seap, random_ids()))
+
+
+def test_layers_without_rope_go_with_their_places(dense, tmp_path):
+    base = Checkpoint.open(str(dense("smollm3")))
+    config = {key: value for key, value in base.config.items() if key != "no_rope_layers"}
+    kept = (Kept.whole(base.architecture, 0),) * 3
+    plan = Plan("depth", 0.25, COMPENSATIONS["none"], kept, {}, dropped=(1,))
+    without_list = CheckpointExport(replace(base, config=config), plan).config()
+    assert without_list["no_rope_layers"] == [1, 1, 0]
+    folder = write_compacted(CheckpointExport(base, plan), tmp_path)
+    skipping = load(base.folder)
+    del skipping.get_decoder().layers[1]
+    assert torch.equal(logits(load(folder), random_ids()), logits(skipping, random_ids()))
+
+
+# --- elsewhere -------------------------------------------------------------------------------------------------------
+
+ELSEWHERE = (
+    WITHOUT_SEAP_RAY
+    + """
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+torch.set_num_threads(1)
+folders, out = json.loads(sys.argv[1])
+ids_BT, results = load_file(out + "/ids")["ids"], {}
+for name, folder in folders.items():
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    with torch.no_grad():
+        results[name] = model(ids_BT).logits
+assert not [name for name in sys.modules if name.split(".")[0] == "seap_ray"]
+save_file(results, out + "/results")
+"""
+)
+
+
+def test_a_process_without_seap_ray_computes_the_same_with_the_code_in_the_folder(dense, tmp_path):
+    folders = {
+        name: write_compacted(cut(Checkpoint.open(str(dense(name, torch.bfloat16))), 3), tmp_path / name)
+        for name in MORE_CONFIGS
+    }
+    save_file({"ids": random_ids()}, tmp_path / "ids")
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ELSEWHERE, json.dumps([{k: str(v) for k, v in folders.items()}, str(tmp_path)])],
+        cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    results = load_file(tmp_path / "results")
+    for name, folder in folders.items():
+        assert torch.equal(results[name], logits(load(folder), random_ids())), name
