@@ -134,7 +134,7 @@ class QuantizedExport(CheckpointExport):
 
         # Codes that do not fill the last integer of a row leave it half empty.
         n_packed = -(-n_columns * self.scheme.bits // 32)
-        parts = [
+        parts: list[OutputTensor] = [
             StoredTensor(f"{weight.name}_packed", "I32", (n_outputs, n_packed)),
             scale,
             StoredTensor(f"{weight.name}_shape", "I64", (2,)),

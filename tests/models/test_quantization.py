@@ -1,6 +1,7 @@
 """Quantised checkpoints, loaded by transformers through compressed-tensors and compared with rounding in memory."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,20 @@ def test_a_dense_model_can_be_quantised_and_nothing_else(dense: Any, tmp_path: P
 
     expected = rounded_in_memory(load(dense("llama_gqa")), export)
     torch.testing.assert_close(logits(load(folder), random_ids()), logits(expected, random_ids()), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_behind_one_that_is_dropped_are_rounded_by_their_own_inputs(dense: Any) -> None:
+    base = Checkpoint.open(str(dense("llama_gqa")))
+    plan = uniform_plan(base.architecture, base.architecture.dense)
+    without = replace(plan, kept=(plan.kept[0], *plan.kept[2:]), dropped=(1,))
+
+    whole = quantised(dense("llama_gqa"), "w4a16", plan)
+    shorter = quantised(dense("llama_gqa"), "w4a16", without)
+
+    for module in ("self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        expected = whole.rounded(2, module)
+        for kind, tensor in shorter.rounded(1, module).items():
+            assert torch.equal(tensor, expected[kind])
 
 
 def test_all_that_is_no_weight_of_a_linear_module_is_the_bases_and_shared_among_models(
