@@ -161,11 +161,22 @@ class Covariance(Moments):
         if not self.count or not other.count:
             return self if self.count else other
 
+        return self._added(other, self.comoment_DD + other.comoment_DD)
+
+    def __iadd__(self, other: Self) -> Self:
+        """Return the same as ``__add__``, in the memory of this covariance's matrix where both have tokens.
+
+        The matrix changes: nothing else may use it.
+        """
+        if not self.count or not other.count:
+            return self if self.count else other
+        return self._added(other, self.comoment_DD.add_(other.comoment_DD))
+
+    def _added(self, other: Self, sum_DD: Tensor) -> Self:
+        """Return the covariance of both streams together, in the memory of the sum of their matrices."""
         moments = Moments.__add__(self, other)
-        delta_D = (other.mean_D - self.mean_D).to(self.comoment_DD.dtype)
-        comoment_DD = (self.comoment_DD + other.comoment_DD).addr_(
-            delta_D, delta_D, alpha=self.count * other.count / moments.count
-        )
+        delta_D = (other.mean_D - self.mean_D).to(sum_DD.dtype)
+        comoment_DD = sum_DD.addr_(delta_D, delta_D, alpha=self.count * other.count / moments.count)
         return replace(moments, comoment_DD=comoment_DD)
 
     def without(self, part: Self) -> Self:
@@ -323,6 +334,6 @@ def pooled_covariance(parts: Iterable[Covariance], weights: Sequence[float]) -> 
         mean_D = mean_D + share * delta_D
         total_weight += weight
 
-    comoment_DD = covariance_DD * count
+    comoment_DD = covariance_DD.mul_(count)
     # A clone, since the diagonal is a view of the matrix.
     return Covariance(count, mean_D, comoment_DD.diagonal().clone(), comoment_DD)

@@ -13,7 +13,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from seap_ray.core.elimination import Elimination
 from seap_ray.core.moments import Covariance
+from seap_ray.core.ridge_regression import (
+    NormalEquations,
+    RidgeRegression,
+    first_accurate,
+    is_accurate_inverse,
+    ridge_diagonal,
+    ridged_inverse,
+    variances,
+    working_dtypes,
+)
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Relative ridges to choose from."""
@@ -32,11 +43,9 @@ def ridged(covariance_DD: Tensor, ridge: float, *, mean_D: Tensor | None = None)
     float32 co-moments no longer counts. Columns that never vary get 1: they say nothing, whatever they get. Without an
     intercept, where ``mean_D`` is given, such a column takes its place and gets the square of its mean times ``ridge``.
     """
-    variance_D = covariance_DD.diagonal()
-    constant_D = torch.ones_like(variance_D)
-    if mean_D is not None:
-        constant_D = torch.where(mean_D != 0, mean_D.square() * ridge, constant_D)
-    return covariance_DD + torch.diag(torch.where(variance_D > 0, variance_D * ridge, constant_D))
+    ridged_DD = covariance_DD.clone()
+    ridged_DD.diagonal().add_(ridge_diagonal(covariance_DD.diagonal(), ridge, mean_D))
+    return ridged_DD
 
 
 def least_squares(covariance: Covariance, weight_OD: Tensor, kept_S: Tensor, *, ridge: float) -> tuple[Tensor, Tensor]:
@@ -57,8 +66,10 @@ def least_squares(covariance: Covariance, weight_OD: Tensor, kept_S: Tensor, *, 
     Raises:
         torch.linalg.LinAlgError: C_SS + R is not positive definite: the ridge is too small.
     """
-    weight_OS, bias_O, _ = _affine(covariance, weight_OD, kept_S, ridge)
-    return weight_OS, bias_O
+    if len(kept_S) == weight_OD.shape[1]:
+        return weight_OD.double(), weight_OD.new_zeros(len(weight_OD), dtype=torch.float64)
+    solution = RidgeRegression(covariance, weight_OD, kept_S).solve(ridge)
+    return solution.weight_OS, solution.bias_O
 
 
 def least_squares_without_bias(covariance: Covariance, weight_OD: Tensor, kept_S: Tensor, *, ridge: float) -> Tensor:
@@ -82,38 +93,9 @@ def least_squares_without_bias(covariance: Covariance, weight_OD: Tensor, kept_S
     Raises:
         torch.linalg.LinAlgError: C_SS + R is not positive definite: the ridge is too small.
     """
-    weight_OS, bias_O, factor_SS = _affine(covariance, weight_OD, kept_S, ridge, has_intercept=False)
-    if factor_SS is None:
-        return weight_OS
-
-    guess_S = _guess_of_one(covariance.mean_D[kept_S], factor_SS)
-    return weight_OS.addr_(bias_O, guess_S)
-
-
-def _guess_of_one(mean_S: Tensor, factor_SS: Tensor) -> Tensor:
-    """Return the weights with which columns are nearest to the constant 1, given the Cholesky factor of C + R."""
-    solved_S = torch.cholesky_solve(mean_S[:, None], factor_SS)[:, 0]
-    return solved_S / (1 + mean_S @ solved_S)
-
-
-def _affine(
-    covariance: Covariance, weight_OD: Tensor, kept_S: Tensor, ridge: float, *, has_intercept: bool = True
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return weight and bias of ``least_squares``, and the Cholesky factor of C_SS + R; None where all is kept."""
-    cut_P = _complement(kept_S, weight_OD.shape[1])
-    weight_OD = weight_OD.double()
-    weight_OS = weight_OD[:, kept_S]
-    weight_OP = weight_OD[:, cut_P]
-    if not cut_P.numel():
-        return weight_OS, weight_OD.new_zeros(weight_OD.shape[0]), None
-
-    C_DD = covariance.covariance_DD.double()
-    # Two triangular solves instead of an inverse.
-    mean_S = None if has_intercept else covariance.mean_D[kept_S]
-    factor_SS = torch.linalg.cholesky(ridged(C_DD[kept_S[:, None], kept_S], ridge, mean_D=mean_S))
-    added_OS = torch.cholesky_solve((weight_OP @ C_DD[cut_P[:, None], kept_S]).T, factor_SS).T
-    bias_O = weight_OP @ covariance.mean_D[cut_P] - added_OS @ covariance.mean_D[kept_S]
-    return weight_OS + added_OS, bias_O, factor_SS
+    if len(kept_S) == weight_OD.shape[1]:
+        return weight_OD.double()
+    return RidgeRegression(covariance, weight_OD, kept_S, has_intercept=False).solve(ridge).weight_OS
 
 
 def error_map(joint: Covariance, n_inputs: int, *, ridge: float, has_intercept: bool = True) -> tuple[Tensor, Tensor]:
@@ -147,13 +129,6 @@ def error_map(joint: Covariance, n_inputs: int, *, ridge: float, has_intercept: 
     return weight_OS, mean_O - weight_OS @ mean_S if has_intercept else torch.zeros_like(mean_O)
 
 
-def _complement(kept_S: Tensor, width: int) -> Tensor:
-    """Return the indices below ``width`` that are not in ``kept_S``, ascending."""
-    cut_D = torch.ones(width, dtype=torch.bool)
-    cut_D[kept_S] = False
-    return cut_D.nonzero().squeeze(1)
-
-
 def choose_ridge(fitted: Covariance, held_out: Covariance, weight_OD: Tensor) -> float:
     """Choose the ridge with the least error on held-out tokens, for the better half of the columns by ``wifv``.
 
@@ -173,10 +148,17 @@ def choose_ridge(fitted: Covariance, held_out: Covariance, weight_OD: Tensor) ->
     order_D = (fitted.var_D * weight_OD.double().square().sum(0)).argsort(stable=True)
     kept_S = order_D[order_D.numel() // 2 :].sort().values
 
-    errors = {
-        ridge: error_of(held_out, weight_OD, kept_S, least_squares(fitted, weight_OD, kept_S, ridge=ridge))
-        for ridge in RIDGES
-    }
+    regression = RidgeRegression(fitted, weight_OD, kept_S)
+    # The precision of the first attempt: errors of ridges are far more apart than its rounding.
+    cut_P = regression.cut_P
+    test = NormalEquations.of(held_out, regression.weight_OP, kept_S, cut_P, working_dtypes(weight_OD.dtype)[0])
+    drift_D = held_out.mean_D - fitted.mean_D
+
+    errors: dict[float, float] = {}
+    for ridge in RIDGES:
+        added_OS = regression.solve(ridge).weight_OS - regression.weight_OS
+        offset_O = regression.weight_OP.double() @ drift_D[cut_P] - added_OS @ drift_D[kept_S]
+        errors[ridge] = float(test.error(added_OS.to(test.covariance_SS)) + offset_O.square().sum())
     return min(RIDGES, key=errors.__getitem__)
 
 
@@ -255,60 +237,42 @@ def obs(covariance: Covariance, weight_OD: Tensor, *, block: int, ridge: float, 
     Returns:
         Error of each unit, (U,), float64, as a share of the variance of the site's output.
     """
-    C_DD = covariance.covariance_DD.double()
-    weight_OD = weight_OD.double()
-    total = _total(C_DD, weight_OD)
     mean_D = None if has_bias else covariance.mean_D
-    factor_DD = torch.linalg.cholesky(ridged(C_DD, ridge, mean_D=mean_D))
-    inverse_DD = torch.cholesky_inverse(factor_DD)
-    if mean_D is not None:
-        # The inverse of C + R + mu mu^T by Sherman & Morrison, as in ``least_squares_without_bias``.
-        total = total + (weight_OD @ mean_D).square().sum()
-        solved_D = torch.cholesky_solve(mean_D[:, None], factor_DD)[:, 0]
-        inverse_DD.addr_(solved_D, solved_D, alpha=-1 / (1 + float(mean_D @ solved_D)))
+    ridge_D = ridge_diagonal(variances(covariance), ridge, mean_D)
 
-    left_U = torch.arange(weight_OD.shape[1] // block)
-    at_a_time = max(1, left_U.numel() // OBS_STEPS)
-    scores_U = torch.zeros(left_U.numel(), dtype=torch.float64)
+    def attempt(dtype: torch.dtype) -> Tensor | None:
+        """Compute in a dtype; None where that has too few digits."""
+        inverse_DD = ridged_inverse(covariance, ridge_D, mean_D=mean_D, dtype=dtype)
+        if dtype != torch.float64 and not is_accurate_inverse(
+            inverse_DD, covariance, ridge_D, mean_D=mean_D, dtype=weight_OD.dtype
+        ):
+            return None
+        return _greedy_scores(inverse_DD, weight_OD, block, ridge_D)
+
+    return first_accurate(weight_OD.dtype, attempt)
+
+
+def _greedy_scores(inverse_DD: Tensor, weight_OD: Tensor, block: int, ridge_D: Tensor) -> Tensor:
+    """Take out all units in the greedy order, and return the score that each has by the error it added."""
+    n_units = weight_OD.shape[1] // block
+    elimination = Elimination(inverse_DD, weight_OD, block=block, at_a_time=max(1, n_units // OBS_STEPS))
+    scores = [0.0] * n_units
     reached = 0.0
-
-    # Units that go leave the inverse covariance and the weight smaller, until none is left.
-    while left_U.numel():
-        error_U = _added_errors(inverse_DD, weight_OD, block)
-        # Stable: of units with equal errors the first goes first.
-        go_U = torch.sort(error_U, stable=True).indices[:at_a_time]
-        for u in go_U.tolist():
+    error_D = torch.zeros_like(ridge_D)
+    while elimination.n_left:
+        places_U, added_U = elimination.cheapest()
+        columns_G = elimination.columns(places_U)
+        units = (columns_G[::block] // block).tolist()
+        for unit, added in zip(units, added_U.tolist(), strict=True):
             # Later scores are above earlier ones, also where rounding says otherwise.
-            reached = max(float(error_U[u] / total), reached * (1 + 1e-12))
-            scores_U[left_U[u]] = reached
+            reached = max(added, reached * (1 + 1e-12))
+            scores[unit] = reached
+        error_D[columns_G] = elimination.remove(places_U)
 
-        stay_U = _complement(go_U, left_U.numel())
-        inverse_DD, weight_OD = _without(inverse_DD, weight_OD, _columns(go_U, block), _columns(stay_U, block))
-        left_U = left_U[stay_U]
-    return scores_U
-
-
-def _added_errors(inverse_DD: Tensor, weight_OD: Tensor, block: int) -> Tensor:
-    """Return what each block that is left would add to the error if it went next."""
-    # Of single columns the blocks of the inverse are its diagonal.
-    if block == 1:
-        return weight_OD.square().sum(0) / inverse_DD.diagonal()
-    inverse_UBB = torch.stack([inverse_DD[at, at] for at in _blocks(weight_OD.shape[1], block)])
-    weight_UBO = weight_OD.T.reshape(-1, block, weight_OD.shape[0])
-    return (weight_UBO * torch.linalg.solve(inverse_UBB, weight_UBO)).sum((1, 2))
-
-
-def _without(inverse_DD: Tensor, weight_OD: Tensor, go_D: Tensor, stay_D: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the inverse covariance and least squares weight of the columns that stay, by block elimination."""
-    gone_BD = inverse_DD[go_D]
-    solved_BD = torch.linalg.solve(gone_BD[:, go_D], gone_BD[:, stay_D])
-    weight_OS = weight_OD[:, stay_D] - weight_OD[:, go_D] @ solved_BD
-    return inverse_DD[stay_D[:, None], stay_D] - gone_BD[:, stay_D].T @ solved_BD, weight_OS
-
-
-def _columns(units_U: Tensor, block: int) -> Tensor:
-    """Return the columns of some units."""
-    return (units_U[:, None] * block + torch.arange(block)).flatten()
+    # All errors are tr(W (C + R) W^T) together: the variance of the output, and what the ridge adds to it.
+    norm_D = weight_OD.to(ridge_D).square().sum(0)
+    total = (error_D - ridge_D * norm_D).sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return error_D.new_tensor(scores) / total
 
 
 BIAS_SCORES = ("obs",)

@@ -199,6 +199,10 @@ TASK_MEMORY_FACTOR = 13
 """Memory of a task on one layer's covariances, as a multiple of them: score ``obs``, by benchmarks/covariance.py."""
 
 
+TILE = 256
+"""Rows and columns of a matrix that are transposed at a time."""
+
+
 MERGED_MEMORY_FACTOR = 3
 """Memory of covariances that wait to be written, as a multiple of their float32: they are float64, then triangles."""
 
@@ -248,7 +252,11 @@ def load_covariance(moments: StoragePath, key: tuple[int, Site]) -> Covariance:
 
 def to_triangle(symmetric_DD: Tensor) -> Tensor:
     """Return the lower triangle of a symmetric matrix, row by row, float32: (D, D) -> (D (D + 1) / 2,)."""
-    return torch.cat([row_D[: i + 1] for i, row_D in enumerate(symmetric_DD.to(torch.float32))])
+    width = len(symmetric_DD)
+    triangle = symmetric_DD.new_empty(width * (width + 1) // 2, dtype=torch.float32)
+    for row, row_D in zip(_rows(triangle, width), symmetric_DD, strict=True):
+        row.copy_(row_D[: len(row)])
+    return triangle
 
 
 def from_triangle(triangle: Tensor) -> Tensor:
@@ -256,13 +264,28 @@ def from_triangle(triangle: Tensor) -> Tensor:
     # D (D + 1) / 2 numbers: D is the whole part of the root of twice as many.
     width = math.isqrt(2 * triangle.numel())
 
-    matrix_DD = torch.zeros(width, width, dtype=torch.float64)
-    # Row i has i + 1 numbers, up to the diagonal.
-    for i, row in enumerate(triangle.split([*range(1, width + 1)])):
-        matrix_DD[i, : i + 1] = row
-    # The diagonal is there already.
-    matrix_DD += matrix_DD.tril(-1).T
+    matrix_DD = triangle.new_empty(width, width, dtype=torch.float64)
+    for row, row_D in zip(_rows(triangle, width), matrix_DD, strict=True):
+        row_D[: len(row)] = row
+    _mirror(matrix_DD)
     return matrix_DD
+
+
+def _rows(triangle: Tensor, width: int) -> Sequence[Tensor]:
+    """Return views of the rows of a lower triangle: row i has i + 1 numbers, up to the diagonal."""
+    return triangle.split([*range(1, width + 1)])
+
+
+def _mirror(matrix_DD: Tensor) -> None:
+    """Write the lower triangle of a matrix into its upper one, tile by tile, since whole columns are far apart."""
+    tiles = range(0, len(matrix_DD), TILE)
+    for top in tiles:
+        diagonal_TT = matrix_DD[top : top + TILE, top : top + TILE]
+        diagonal_TT.copy_(diagonal_TT.tril() + diagonal_TT.tril(-1).T)
+        for left in tiles[: top // TILE]:
+            tile_TT = matrix_DD[top : top + TILE, left : left + TILE]
+            # Both are copies that a core's cache holds, of which torch transposes one piece of memory fastest.
+            matrix_DD[left : left + TILE, top : top + TILE] = tile_TT.contiguous().T.contiguous()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -183,6 +184,23 @@ def test_pooling_one_stream_changes_nothing_but_rounding():
     total = pooled([moments], [3.0])
     torch.testing.assert_close(total.mean_D, moments.mean_D)
     torch.testing.assert_close(total.m2_D, moments.m2_D)
+
+
+def test_a_covariance_that_is_added_in_place_has_the_bytes_of_the_sum():
+    parts = [Covariance.of(drawn(seed, 20 + seed, offset=seed)) for seed in range(3)]
+    expected = parts[0] + parts[1] + parts[2]
+    total = replace(parts[0], comoment_DD=parts[0].comoment_DD.clone())
+    matrix_DD = total.comoment_DD
+    for part in parts[1:]:
+        total += part
+    assert bits(total) == bits(expected) and torch.equal(total.comoment_DD, expected.comoment_DD)
+    assert total.comoment_DD is matrix_DD
+
+    empty = Covariance.of(drawn(0, 5)[:0])
+    unchanged = total
+    total += empty
+    empty += total
+    assert total is unchanged and empty is total
 
 
 # --- a part taken off again ------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport
 from seap_ray.models.forward import record
 from seap_ray.models.records import (
+    TILE,
     PooledCovariance,
     covariance_file,
     from_triangle,
@@ -141,6 +142,15 @@ def test_the_lower_triangle_comes_back_as_the_whole_matrix(width, seed):
     assert triangle.shape == (width * (width + 1) // 2,) and triangle.dtype == torch.float32
     lower = symmetric.tril()
     assert torch.equal(from_triangle(triangle), (lower + lower.tril(-1).T).double())
+
+
+@pytest.mark.parametrize("width", [TILE, TILE + 1, 2 * TILE + 77])
+def test_a_triangle_of_several_tiles_comes_back_as_the_whole_matrix(width):
+    values = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
+    symmetric = values + values.T
+    triangle = to_triangle(symmetric.double())
+    assert torch.equal(triangle, symmetric[tuple(torch.tril_indices(width, width))])
+    assert torch.equal(from_triangle(triangle), symmetric.double())
 
 
 def saved(path: Path, x_of: dict[str, torch.Tensor], **about: Any) -> dict[str, Covariance]:
