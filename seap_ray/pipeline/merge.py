@@ -231,7 +231,7 @@ def _summed_covariance(records: Sequence[StoragePath], key: tuple[int, Site]) ->
     """Return a site's covariance over records, one after another: two matrices are all that is in memory."""
     total = load_covariance(records[0], key)
     for record in records[1:]:
-        total = total + load_covariance(record, key)
+        total += load_covariance(record, key)
     return total
 
 
