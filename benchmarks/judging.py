@@ -143,7 +143,7 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Build:
-    """A process that judges with one checkout in one type."""
+    """A process that works with one checkout in one type."""
 
     name: str
     process: "subprocess.Popen[str]"
@@ -151,13 +151,13 @@ class Build:
     """File that the process writes its warnings and its traceback to."""
 
     @classmethod
-    def of(cls, name: str, folder: Path, settings: Mapping[str, Any]) -> "Build":
-        """Start the process with the checkout in ``folder``, and give it its settings."""
+    def of(cls, name: str, folder: Path, settings: Mapping[str, Any], *, script: str = __file__) -> "Build":
+        """Start a script's process with the checkout in ``folder``, and give it its settings."""
         # A file, not a pipe: nobody reads while the process works, and a full pipe would stop it.
         stderr = TemporaryFile("w+", errors="replace")
         # -P: the folder of this file would hide packages of the same names.
         process = subprocess.Popen(
-            [sys.executable, "-P", __file__, "--worker"],
+            [sys.executable, "-P", script, "--worker"],
             env={**os.environ, "PYTHONPATH": str(folder), "TRANSFORMERS_OFFLINE": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -169,7 +169,7 @@ class Build:
         return build
 
     def tokens(self) -> dict[str, int]:
-        """Wait until the process has loaded all; return the tokens of each task's choices with their prompts."""
+        """Wait until the process has loaded all; return what it answers: the tokens of each task's choices."""
         return self._receive("loading the model and the rows")
 
     def ask(self, method: str, *arguments: Any) -> Any:

@@ -53,11 +53,20 @@ def with_repairs(exports: tuple[CheckpointExport, ...]) -> tuple[CheckpointExpor
 def _repair_layer(exports: Sequence[CheckpointExport], layer: int) -> list[dict[str, dict[str, Tensor]]]:
     """Return what compensation makes of a layer's output modules, by module and kind, for every model."""
     by_model: list[dict[str, dict[str, Tensor]]] = []
+    # Allocations that are judged side by side keep the same of many a layer.
+    repaired: dict[tuple[object, ...], dict[str, dict[str, Tensor]]] = {}
     for export in exports:
-        modules: dict[str, dict[str, Tensor]] = {}
+        plan = export.plan
         # A layer that goes as a whole, or stays as it is, needs no repair.
-        if layer in export.plan.layers and export.compensates(export.plan.layers.index(layer)):
-            for module in export.base.architecture.modules(layer).values():
-                modules[module] = export.repaired(export.plan.layers.index(layer), module)
-        by_model.append(modules)
+        if layer not in plan.layers or not export.compensates(plan.layers.index(layer)):
+            by_model.append({})
+            continue
+
+        new_layer = plan.layers.index(layer)
+        # Statistics are large: two are the same where they are one object.
+        way = (plan.compensation.name, plan.kept[new_layer], id(export.statistics))
+        if way not in repaired:
+            modules = export.base.architecture.modules(layer).values()
+            repaired[way] = {module: export.repaired(new_layer, module) for module in modules}
+        by_model.append(repaired[way])
     return by_model
