@@ -97,6 +97,8 @@ class Family:
     norms_all_heads: bool = False
     """Whether queries, and keys, pass one norm over all heads together, with a weight for each of their columns: True
     for OLMoE. What such a norm divides by depends on every head, so that none can go."""
+    activation_weights: int = 0
+    """Numbers that a checkpoint holds of a layer's activation: 4 for Apertus."""
     channels_key: str = "intermediate_size"
     """Config key of the MLP's width, such as ``ffn_dim``; of a mixture of experts that of an MoE expert's width."""
     is_moe: bool = False
@@ -261,7 +263,6 @@ FAMILIES: dict[str, Family] = {
         qkv_bias=("attention_bias", False),
         o_bias=("attention_bias", False),
         norms=(0, 0),
-        refused={"clip_qkv": True},
     ),
     "olmo2": Family(
         classes="SeapOlmo2",
@@ -326,6 +327,15 @@ FAMILIES: dict[str, Family] = {
         o_bias=("attention_bias", False),
         mlp_bias=("mlp_bias", False),
         norms=(4, 0),
+    ),
+    "apertus": Family(
+        classes="SeapApertus",
+        vllm_class="SeapApertusForCausalLM",
+        rows=SPLIT_ATTENTION | UNGATED_MLP,
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms=(2, 2),
+        activation_weights=4,
     ),
     "starcoder2": Family(
         classes="SeapStarcoder2",
@@ -792,7 +802,8 @@ class Architecture:
         if layer.n_experts:
             # Gate, way up and way down of the shared experts.
             n_hidden += 3 * self.shared_channels + self.family.has_shared_gate
-        fixed = self.hidden_size * n_hidden + self.head_dim * n_head + layer.n_experts * self.family.has_router_bias
+        fixed = self.hidden_size * n_hidden + self.head_dim * n_head + self.family.activation_weights
+        fixed += layer.n_experts * self.family.has_router_bias
         return self.attention_parameters(layer.shape) + layer.shape.channels * self.channel_cost(layer) + fixed
 
     @property

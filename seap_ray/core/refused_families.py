@@ -140,7 +140,6 @@ REASONS: dict[str, tuple[str, ...]] = {
     CONV1D: ("gpt2", "gpt-sw3", "openai-gpt"),
     FUSED_HEADS: ("bloom", "codegen", "falcon", "gpt_bigcode", "gpt_neox_japanese", "mpt", "persimmon"),
     OLDER: ("biogpt", "cpmant", "ctrl", "gpt_neo", "gptj", "reformer", "xglm"),
-    "an activation has weights of its own in every layer": ("apertus",),
     "its weights are ternary": ("bitnet",),
     "it reads bytes, in patches that a model of its own finds": ("blt",),
     "its layers have other names than any row of the table": ("modernbert-decoder", "nanochat"),

@@ -76,7 +76,9 @@ def sliced_shape(
 
 def in_pieces(tensor: Tensor) -> Iterator[Tensor]:
     """Yield a tensor some rows at a time, in pieces of about ``PIECE_BYTES`` bytes."""
-    yield from tensor.split(_rows_of_a_piece(tensor))
+    # A number by itself has no rows.
+    rows = tensor if tensor.ndim else tensor.reshape(1)
+    yield from rows.split(_rows_of_a_piece(rows))
 
 
 def kept_indices(kept: Kept, unit: Unit, head_dim: int) -> Tensor:

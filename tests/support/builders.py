@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
+    ApertusConfig,
     ArceeConfig,
     AutoModelForCausalLM,
     Cohere2Config,
@@ -158,7 +159,7 @@ MORE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma": lambda: GemmaConfig(**GROUPED, head_dim=8),
     "smollm3": lambda: SmolLM3Config(**GROUPED, head_dim=6),
     "granite": lambda: GraniteConfig(**GROUPED, **MULTIPLIERS),
-    "olmo": lambda: OlmoConfig(**GROUPED),
+    "olmo": lambda: OlmoConfig(**GROUPED, clip_qkv=1.0),
     "olmo2": lambda: Olmo2Config(**GROUPED),
     "olmo3": lambda: Olmo3Config(**GROUPED, sliding_window=16),
     "glm": lambda: GlmConfig(**GROUPED, head_dim=8),
@@ -170,6 +171,7 @@ MORE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "arcee": lambda: ArceeConfig(**GROUPED),
     "nemotron": lambda: NemotronConfig(**GROUPED, head_dim=8),
+    "apertus": lambda: ApertusConfig(**GROUPED, rope_parameters=dict(LLAMA_3_ROPE)),
     "starcoder2": lambda: Starcoder2Config(**GROUPED, sliding_window=16),
     "stablelm": lambda: StableLmConfig(**GROUPED, use_qkv_bias=True),
     "phi": lambda: PhiConfig(**SIZES, num_attention_heads=6),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    ApertusConfig,
     ArceeConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -154,6 +155,7 @@ MORE_MODELS = {
     "exaone4": lambda: Exaone4Config(**DIVIDED, sliding_window=32),
     "arcee": lambda: ArceeConfig(**DIVIDED),
     "nemotron": lambda: NemotronConfig(**GROUPED),
+    "apertus": lambda: ApertusConfig(**DIVIDED, rope_parameters=dict(LLAMA_3_ROPE)),
     "starcoder2": lambda: Starcoder2Config(**DIVIDED),
     "stablelm": lambda: StableLmConfig(**DIVIDED),
     "phi": lambda: PhiConfig(**DIVIDED),
