@@ -986,6 +986,8 @@ def _windows(config: Mapping[str, Any], family: Family, n_layers: int) -> tuple[
     if family.mixes_windows:
         # The last layer of each period attends to everything.
         period = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or family.window_period
+        # EXAONE writes a period out: LLLG.
+        period = len(period) if isinstance(period, str) else period
         return tuple(window if (layer + 1) % period else None for layer in range(n_layers))
     # Qwen's first layers attend to everything.
     first = config.get("max_window_layers", 0) if config.get("use_sliding_window") else 0

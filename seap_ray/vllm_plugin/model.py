@@ -265,6 +265,13 @@ class SeapErnie4_5ForCausalLM(SeapForCausalLM):
 class SeapTransformersForCausalLM(_CheckedModel, TransformersForCausalLM):
     """A family that vLLM has no class of: the class of ``modeling_seap``, with vLLM's attention and linear layers."""
 
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        config = vllm_config.model_config.hf_config
+        # Each is checked for the ranks; vLLM's own words would name no layer.
+        for layer in range(config.num_hidden_layers):
+            _layer_config(config, f"model.layers.{layer}")
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
 
 class _ReplacedLayers(_CheckedModel):
     """Mixin for a family's model: names in vLLM's modules stand for our layers while the model is built."""

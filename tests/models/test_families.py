@@ -115,6 +115,11 @@ def test_windows_are_those_that_transformers_lists(name):
         assert Architecture.of({**content, "layer_types": None}).windows == listed
 
 
+def test_a_period_of_windows_may_be_written_out():
+    content = MORE_CONFIGS["exaone4"]().to_dict() | {"layer_types": None, "sliding_window_pattern": "LG"}
+    assert Architecture.of(content).windows == (16, None, 16, None)
+
+
 def test_a_feature_that_no_supported_model_of_the_family_has_is_refused():
     content = MORE_CONFIGS["stablelm"]().to_dict() | {"use_parallel_residual": True}
     with pytest.raises(ConfigError, match="a stablelm is not supported whose use_parallel_residual is True"):
