@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from seap_ray.config import GENERAL, Config
-from seap_ray.core.architecture import FAMILIES
 from seap_ray.errors import ConfigError
 from seap_ray.models.hf.shapes import check_folder
 from seap_ray.models.row_sources import calibration_rows
@@ -94,11 +93,6 @@ def _ratio(config: Config, run: Run) -> float:
 def _expert(config: Config, folder: StoragePath, kind: str, manifest: dict[str, Any]) -> Expert:
     """Return one checkpoint to serve, checked. Raises ConfigError where vLLM could not load it."""
     check_folder(stage(folder))
-    # Our own formats are named seap_FAMILY; a stock checkpoint has the family's own name.
-    family = FAMILIES.get(read_json(folder / "config.json")["model_type"].removeprefix("seap_"))
-    if family and not family.vllm_class:
-        raise ConfigError(f"{folder}: vLLM has no model of this family; its experts load with transformers alone")
-
     return Expert(
         name=folder.name,
         kind=kind,
