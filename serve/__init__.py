@@ -8,4 +8,7 @@ Start-up: ``app`` or ``deployment`` (entry points) -> ``application`` -> ``exper
 
 A request: ``gate`` (size, and API key by ``keys``) -> ``ingress`` (whose bodies ``messages`` and ``prompts`` read) ->
 ``choice`` (which model) -> ``model_calls`` (what to do when it is dead) -> ``engine`` or ``shared_engine``.
+
+After the reply of some: ``judging`` (which, and in what turn) -> ``shadow`` (what the reference says of the expert) ->
+``guard_server`` -> ``guard`` (who is demoted) by ``evidence``; ``choice`` goes by it.
 """

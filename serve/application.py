@@ -7,14 +7,17 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.llm import build_llm_deployment
 
-from seap_ray.config import Config
+from seap_ray.config import DENSE, GENERAL, Config
 from seap_ray.models.corpus import load_tokenizer
+from seap_ray.report.rows import ModelRow, QualityCell, Results
+from seap_ray.routing.expected_quality import KeptQuality, kept
 from seap_ray.routing.router import Router
-from seap_ray.storage.files import stage
+from seap_ray.storage.files import read_json, stage
 from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run
 from serve.engines import EngineGroup, check_sharing
 from serve.experts import Expert, find_experts
+from serve.guard_server import GuardServer, GuardSettings
 from serve.ingress import Service, make_ingress
 from serve.keys import read_keys
 from serve.llm_config import llm_config
@@ -44,7 +47,63 @@ def prepare(config: Config) -> Service:
         max_body_bytes=config.serve.max_body_bytes,
         max_sequences=config.serve.max_sequences,
         timeout_s=config.serve.timeout_s,
+        guard=_guard_settings(config, experts),
+        kept=_kept_quality(run, experts),
     )
+
+
+def _kept_quality(run: Run, experts: Sequence[Expert]) -> KeptQuality | None:
+    """Return what the served models keep of the dense one's quality; None where the job has not judged them."""
+    content = read_json(run.results)
+    if not content:
+        return None
+
+    models = Results.from_json(content).models
+    dense = next(row for row in models if row.kind == DENSE)
+    # All that are served have one ratio.
+    ratio = experts[0].ratio
+    by_model: dict[str, dict[str, float]] = {}
+    for row in models:
+        if row.ratio == ratio and row.kind in ("expert", GENERAL):
+            by_model[row.name] = _kept_by_task(row, dense)
+    # Models are compared on the tasks that all of them were judged on.
+    is_whole = by_model and all(shares.keys() == dense.quality.keys() for shares in by_model.values())
+    return KeptQuality(by_model) if is_whole and dense.quality else None
+
+
+def _kept_by_task(row: ModelRow, dense: ModelRow) -> dict[str, float]:
+    """Return what a model keeps of the dense one's quality on every task that both were judged on."""
+    shares: dict[str, float] = {}
+    for task, whole in dense.quality.items():
+        cell = row.quality.get(task)
+        if isinstance(whole, QualityCell) and isinstance(cell, QualityCell):
+            shares[task] = kept(cell.metric, cell.value, whole.value)
+    return shares
+
+
+def _guard_settings(config: Config, experts: Sequence[Expert]) -> GuardSettings | None:
+    """Return what experts are judged by; None where none is."""
+    settings = config.serve.guard
+    judged = [expert for expert in experts if expert.kind == "expert"]
+    if not settings.share or not judged:
+        return None
+
+    best = DENSE if config.serve.dense else GENERAL
+    reference = best if settings.reference == "auto" else settings.reference
+    floors = {expert.name: _floor(config, expert, reference) for expert in judged}
+    return GuardSettings(reference, floors, settings.error_probability, settings.share)
+
+
+def _floor(config: Config, expert: Expert, reference: str) -> float | None:
+    """Return an expert's least mean share of agreement; None where the job has measured none and the config says none.
+
+    One that does not agree with the reference as often as ``margin`` to begin with cannot be held to anything.
+    """
+    settings = config.serve.guard
+    if settings.floor is not None:
+        return settings.floor
+    measured = expert.agreements.get(reference)
+    return measured - settings.margin if measured is not None and measured > settings.margin else None
 
 
 def application(config: Config, service: Service, groups: Sequence[EngineGroup]) -> Application:
@@ -56,7 +115,8 @@ def application(config: Config, service: Service, groups: Sequence[EngineGroup])
         for expert in group.experts:
             deployments[expert.name] = deployment
 
-    service = replace(service, is_shared=len(groups) < len(deployments))
+    service = replace(service, is_shared=any(group.is_shared for group in groups))
+    guard = _guard_deployment(service)
 
     running = config.serve.max_ongoing_requests * config.serve.max_replicas
     per_model = running + config.serve.max_queued_requests
@@ -71,7 +131,22 @@ def application(config: Config, service: Service, groups: Sequence[EngineGroup])
         health_check_period_s=5,
         graceful_shutdown_timeout_s=config.serve.drain_timeout_s,
     )
-    return ingress.bind(llm_deployments=deployments, model_cards=dict.fromkeys(deployments), service=service)
+    cards = dict.fromkeys(deployments)
+    return ingress.bind(llm_deployments=deployments, model_cards=cards, service=service, guard=guard)
+
+
+def _guard_deployment(service: Service) -> Application | None:
+    """Return the deployment of the guard; None where no expert is judged."""
+    if service.guard is None:
+        return None
+    deployment = serve.deployment(
+        GuardServer,
+        name="Guard",
+        num_replicas=1,  # one process knows who is demoted, however many take requests
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=1000,
+    )
+    return deployment.bind(settings=service.guard)
 
 
 def _router_folder(run: Run, experts: list[Expert]) -> StoragePath | None:
@@ -79,7 +154,7 @@ def _router_folder(run: Run, experts: list[Expert]) -> StoragePath | None:
 
     Raises ConfigError when the router is missing or damaged.
     """
-    if all(expert.kind == "general" for expert in experts):
+    if not any(expert.kind == "expert" for expert in experts):
         return None
 
     # Read here so that a damaged one is told before an engine starts; each ingress reads it again.

@@ -2,13 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from ray.util import metrics
 
 from seap_ray.config import AUTO, GENERAL
+from seap_ray.routing.expected_quality import KeptQuality
 from seap_ray.routing.router import MAX_PROMPT_CHARACTERS, Router
 from serve.errors import ApiError
 from serve.watch import Watch
@@ -33,6 +34,8 @@ class Decision:
     task: str | None = None
     confidence: float | None = None
     probabilities: dict[str, float] = field(default_factory=dict)
+    instead_of: str | None = None
+    """The expert in whose place the model answers; None where it answers for itself."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -46,9 +49,12 @@ class Decision:
 
 
 class Chooser:
-    """Chooses a model for every request, and the general model in place of an expert that is down.
+    """Chooses a model for every request, and another in place of an expert that is down or demoted.
 
-    ``router`` is None where no expert is served, ``threshold`` is None where the router's fitted one applies.
+    ``router`` is None where no expert is served. An expert answers where the router's confidence is at least
+    ``threshold``; where that is None, where ``kept`` expects it to do no worse than the general model, and without
+    ``kept`` by the router's fitted threshold.
+    ``reference`` answers for demoted experts, which are those that ``demoted`` returns.
     """
 
     def __init__(
@@ -59,12 +65,19 @@ class Chooser:
         *,
         threshold: float | None,
         named_falls_back: bool,
+        kept: KeptQuality | None = None,
+        reference: str = GENERAL,
+        demoted: Callable[[], Collection[str]] = frozenset,
     ):
+        self._reference = reference
+        self._demoted = demoted
         self._models = models
         self._router = router
         self._watch = watch
         self._named_falls_back = named_falls_back
-        self.threshold = router.threshold if router and threshold is None else threshold
+        self._kept = kept if threshold is None else None
+        fitted = router.threshold if router and not self._kept else None
+        self.threshold = fitted if threshold is None else threshold
         self._routing = ThreadPoolExecutor(ROUTING_THREADS, "routing")
         self._seconds = metrics.Histogram(
             "seap_route_seconds", "Time to route a request's prompts", [1e-4 * 2**i for i in range(12)]
@@ -85,6 +98,8 @@ class Chooser:
             names = ", ".join([AUTO, *self._models])
             raise ApiError(404, f"there is no model {model!r}; models are {names}", code="model_not_found")
 
+        if decision.model in self._demoted() and self._may_fall_back(decision) and self._watch.is_up(self._reference):
+            return replace(decision, model=self._reference, reason="demoted", instead_of=decision.model)
         return decision if self._watch.is_up(decision.model) else self.replacement(decision)
 
     def replacement(self, decision: Decision) -> Decision:
@@ -93,12 +108,14 @@ class Chooser:
         Raises:
             ApiError: 503 when the general model may not answer for it, or is down as well.
         """
-        # Who names an expert may not want another's answer; ``auto`` leaves the choice to the service.
-        may_fall_back = self._named_falls_back or decision.reason != "named"
-        if decision.model != GENERAL and may_fall_back and self._watch.is_up(GENERAL):
-            return replace(decision, model=GENERAL, reason="expert_down")
+        if decision.model != GENERAL and self._may_fall_back(decision) and self._watch.is_up(GENERAL):
+            return replace(decision, model=GENERAL, reason="expert_down", instead_of=decision.model)
 
         raise ApiError(503, f"{decision.model} is being started again", code="model_down", retry_after=RESTART_S)
+
+    def _may_fall_back(self, decision: Decision) -> bool:
+        """Return whether another model may answer: who names an expert may not want it, ``auto`` leaves the choice."""
+        return self._named_falls_back or decision.reason != "named"
 
     def _route(self, prompts: Sequence[Prompt]) -> Decision:
         """Return one model for all prompts of a request: the general one where their tasks differ."""
@@ -119,9 +136,11 @@ class Chooser:
         """Return the router's decision about one prompt."""
         # The router reads no more than this many characters, so as many tokens are enough.
         text = prompt if isinstance(prompt, str) else router.decode(prompt[:MAX_PROMPT_CHARACTERS])
-        route = router.route(text, threshold=self.threshold)
+        route = router.route(text, threshold=0.0 if self._kept else self.threshold)
         if route.task is None:
             return Decision(GENERAL, route.reason, None, route.confidence, route.probabilities)
+        if self._kept and not self._kept.prefers_expert(route.task, route.probabilities):
+            return Decision(GENERAL, "unsure", None, route.confidence, route.probabilities)
         if route.task not in self._models:
             return Decision(GENERAL, "not_served", route.task, route.confidence, route.probabilities)
         return Decision(route.task, route.reason, route.task, route.confidence, route.probabilities)

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import ray
 import torch
 
-from seap_ray.config import Config
+from seap_ray.config import DENSE, Config
 from seap_ray.errors import ConfigError
 from serve.experts import Expert
 
@@ -38,16 +38,19 @@ class EngineGroup:
 def engine_groups(config: Config, experts: Sequence[Expert]) -> tuple[list[EngineGroup], str]:
     """Return the engines to start with their models, and the reason in words."""
     separate = [EngineGroup((expert,)) for expert in experts]
-    shared = [EngineGroup(tuple(experts))]
+    # The dense model is as wide as none of the others, and has an engine of its own.
+    cut = [expert for expert in experts if expert.kind != DENSE]
+    dense = [EngineGroup((expert,)) for expert in experts if expert.kind == DENSE]
+    shared = [EngineGroup(tuple(cut)), *dense]
 
     # With ``shared`` and an obstacle ``check_sharing`` has refused the config before.
     packing = config.serve.packing
-    if packing == "separate" or len(experts) == 1:
+    if packing == "separate" or len(cut) == 1:
         return separate, "an engine for each model"
     if obstacle := _obstacle(config, experts):
         return separate, f"an engine for each model, since {obstacle}"
 
-    reason = f"one engine for {len(experts)} models of equal shapes"
+    reason = f"one engine for {len(cut)} models of equal shapes"
     if packing == "shared":
         return shared, reason
 
@@ -83,7 +86,7 @@ def _obstacle(config: Config, experts: Sequence[Expert]) -> str | None:
     # An engine's buffers have the shapes of the checkpoint that it was started with.
     first = experts[0]
     for expert in experts:
-        if expert.shape != first.shape:
+        if expert.kind != DENSE and expert.shape != first.shape:
             return f"{expert.name} has another config.json than {first.name}"
         # vLLM lays codes out for its kernels as it loads them, and does not do it again on a reload.
         if expert.is_quantised:

@@ -1,14 +1,17 @@
 """Experts: finds the checkpoints of a run that are to be served."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from seap_ray.config import GENERAL, Config
+from seap_ray.config import DENSE, GENERAL, Config
 from seap_ray.errors import ConfigError
+from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.hf.shapes import check_folder
 from seap_ray.models.row_sources import calibration_rows
+from seap_ray.pipeline.checkpoint_writer import kv_bytes
 from seap_ray.storage.files import read_json, readable, stage
-from seap_ray.storage.paths import StoragePath
+from seap_ray.storage.paths import StoragePath, parse_path
 from seap_ray.storage.run import Run, fingerprint, ratio_name
 
 
@@ -31,6 +34,9 @@ class Expert:
     """Whether its weights are codes, which vLLM packs anew as it loads them."""
     example: str | None = None
     """A prompt to try in the playground."""
+    agreements: Mapping[str, float] = field(default_factory=dict)
+    """Share of an expert's tokens that are those of the dense and of the general model, by their names, as the job has
+    measured it on held-out prompts, less two standard errors; empty where it has not."""
 
     @property
     def card(self) -> dict[str, Any]:
@@ -46,7 +52,7 @@ class Expert:
 
 
 def find_experts(config: Config, run: Run) -> list[Expert]:
-    """Return the general model and the experts to serve.
+    """Return the general model and the experts to serve, and where the config says so the dense model.
 
     Raises:
         ConfigError: The run, its ratio or an expert is not there, or a folder is damaged. The message names the key.
@@ -73,7 +79,28 @@ def find_experts(config: Config, run: Run) -> list[Expert]:
     # engine starts with the first.
     if GENERAL not in kinds:
         raise ConfigError(f"{folder} holds no whole general model; run jobs/prune.py to its end")
-    return [_expert(config, folder / name, kinds[name], manifests[name]) for name in (GENERAL, *wanted)]
+    served = [_expert(config, run, folder / name, kinds[name], manifests[name]) for name in (GENERAL, *wanted)]
+    return [*served, _dense(config)] if config.serve.dense else served
+
+
+def _dense(config: Config) -> Expert:
+    """Return the dense model to serve. Raises ConfigError where it cannot be read, or vLLM could not load it."""
+    checkpoint = Checkpoint.open(config.model.source, config.model.revision)
+    if not checkpoint.architecture.family.vllm_class:
+        raise ConfigError(f"serve.dense: vLLM has no {checkpoint.architecture.family_name} model")
+
+    folder = parse_path(str(checkpoint.folder))
+    return Expert(
+        name=DENSE,
+        kind=DENSE,
+        folder=folder.absolute(),
+        shape=fingerprint(read_json(folder / "config.json")),
+        ratio=0.0,
+        parameters=checkpoint.parameters,
+        kv_bytes_per_token=kv_bytes([layer.shape for layer in checkpoint.architecture.layers], checkpoint),
+        has_chat_template="chat_template" in config.serve.engine or _has_chat_template(folder),
+        created=int((folder / "config.json").stat().st_mtime),
+    )
 
 
 def _ratio(config: Config, run: Run) -> float:
@@ -90,7 +117,7 @@ def _ratio(config: Config, run: Run) -> float:
     return config.serve.ratio
 
 
-def _expert(config: Config, folder: StoragePath, kind: str, manifest: dict[str, Any]) -> Expert:
+def _expert(config: Config, run: Run, folder: StoragePath, kind: str, manifest: dict[str, Any]) -> Expert:
     """Return one checkpoint to serve, checked. Raises ConfigError where vLLM could not load it."""
     check_folder(stage(folder))
     return Expert(
@@ -105,7 +132,22 @@ def _expert(config: Config, folder: StoragePath, kind: str, manifest: dict[str, 
         created=int((folder / "seap.json").stat().st_mtime),  # the manifest is written last
         is_quantised="quantization_config" in read_json(folder / "config.json"),
         example=_example(config, folder.name),
+        agreements=_agreements(run, manifest["requested_ratio"], folder.name),
     )
+
+
+def _agreements(run: Run, ratio: float, name: str) -> dict[str, float]:
+    """Return what the job has measured of an expert.
+
+    It is a promise about the expert of this name, so it holds for whatever checkpoint lies there.
+    """
+    measured = read_json(run.agreement(ratio, name)) or {}
+    references = {reference: measured.get(reference) for reference in (DENSE, GENERAL)}
+    return {
+        reference: about["share"] - 2 * about["stderr"]
+        for reference, about in references.items()
+        if about and about["n"]
+    }
 
 
 def _example(config: Config, name: str) -> str | None:

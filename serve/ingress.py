@@ -15,14 +15,19 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from ray.serve.llm.openai_api_models import CompletionRequest
 from ray.util import metrics
+from starlette.background import BackgroundTask
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from seap_ray.config import AUTO, GENERAL
+from seap_ray.routing.expected_quality import KeptQuality
 from seap_ray.routing.router import Router
 from serve.choice import Chooser, Decision, Prompt
 from serve.errors import ApiError, add_handlers
 from serve.experts import Expert
 from serve.gate import Gate
+from serve.guard import State
+from serve.guard_server import GuardSettings
+from serve.judging import Judging, call_whole
 from serve.keys import ApiKeys
 from serve.messages import ChatRequest, check_messages, first_user_text
 from serve.model_calls import PATIENCE_S, ModelCalls, constraint_in
@@ -61,6 +66,10 @@ class Service:
     """How prompts of token ids begin where nothing is missing."""
     is_shared: bool = False
     """Whether all models share an engine, whose server restarts it itself when it dies."""
+    guard: GuardSettings | None = None
+    """What experts are judged by; None where none is."""
+    kept: KeptQuality | None = None
+    """What the models keep of the dense one's quality, by which prompts are routed; None where that was not judged."""
 
     @property
     def can_chat(self) -> bool:
@@ -76,14 +85,28 @@ class RouteRequest(BaseModel):
     model: str | None = None
 
 
+class GuardRequest(BaseModel):
+    """Body of ``POST /v1/guard``: what an operator says about an expert."""
+
+    model: str
+    state: State
+
+
 class ExpertIngress(OpenAiIngress):
     """The ingress of ``ray.serve.llm`` with a router, a fallback and limits."""
 
     def __init__(
-        self, llm_deployments: dict[str, DeploymentHandle], model_cards: dict[str, Any], *, service: Service
+        self,
+        llm_deployments: dict[str, DeploymentHandle],
+        model_cards: dict[str, Any],
+        *,
+        service: Service,
+        guard: DeploymentHandle | None = None,
     ) -> None:
         super().__init__(llm_deployments, model_cards)
         self._service = service
+        self._guard = guard
+        self._judging = Judging(guard, service.guard, self._call_whole) if guard and service.guard else None
         self._page = Path(__file__).with_name("playground.html").read_text()
         self._has_warned = False
 
@@ -97,6 +120,9 @@ class ExpertIngress(OpenAiIngress):
             self._watch,
             threshold=service.threshold,
             named_falls_back=service.named_falls_back,
+            kept=service.kept,
+            reference=service.guard.reference if service.guard else GENERAL,
+            demoted=self._judging.demoted if self._judging else frozenset,
         )
         self._calls = ModelCalls(
             self._get_configured_serve_handle, self._chooser, self._watch, timeout_s=service.timeout_s
@@ -148,13 +174,21 @@ class ExpertIngress(OpenAiIngress):
         self._count(decision)
         headers = decision.headers | self._warning_headers(prompts)
 
+        # Once the client has its reply, some requests are judged.
+        sample = self._judging and self._judging.sample(decision, method, body)
+        after = BackgroundTask(self._judging.observe, sample) if self._judging and sample else None
+
         if not isinstance(first, str):  # no stream
-            return Response(first.model_dump_json(), media_type="application/json", headers=headers)
+            return Response(first.model_dump_json(), media_type="application/json", headers=headers, background=after)
 
         # The first event is here already, so an error before it still has a status of its own.
         request_id = request.headers.get("x-request-id", "")
         events = self._calls.events(first, replies, decision.model, request_id, constraint=constraint_in(body))
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers, background=after)
+
+    async def _call_whole(self, method: str, model: str, request: Any) -> Any:
+        """Send a request of our own to a model, and return its whole reply."""
+        return await call_whole(self._get_configured_serve_handle(model), method, model, request)
 
     def _warning_headers(self, prompts: Sequence[Prompt]) -> dict[str, str]:
         """Return the response header that warns about prompts of token ids; the log has the first such warning."""
@@ -206,6 +240,26 @@ class ExpertIngress(OpenAiIngress):
         }
         return JSONResponse(content, headers=decision.headers)
 
+    async def guard(self) -> JSONResponse:
+        """Return how every expert's replies agree with the reference's, and which experts are demoted."""
+        handle = self._known_guard()
+        return JSONResponse(await handle.to_json.remote())
+
+    async def put_guard(self, body: GuardRequest) -> JSONResponse:
+        """Demote an expert, bring it back, or let its replies decide again."""
+        handle = self._known_guard()
+        experts = self._service.guard.floors if self._service.guard else {}
+        if body.model not in experts:
+            message = f"model: there is no expert {body.model!r}; experts are {', '.join(experts)}"
+            raise ApiError(404, message, code="model_not_found", param="model")
+        return JSONResponse(await handle.put.remote(body.model, body.state))
+
+    def _known_guard(self) -> DeploymentHandle:
+        """Return the guard's handle. Raises ApiError 404 where experts are not judged."""
+        if self._guard is None:
+            raise ApiError(404, "experts are not judged here: serve.guard.share is 0, or no expert is served")
+        return self._guard
+
     async def models(self) -> JSONResponse:
         """List all models, and `auto`, in OpenAI's form."""
         return JSONResponse({"object": "list", "data": list((await self._cards()).values())})
@@ -222,6 +276,7 @@ class ExpertIngress(OpenAiIngress):
         """Return all models in OpenAI's form, by name, with their state as metadata."""
         experts = self._service.experts
         shared_states = await self._shared_states()
+        standings = await self._standings()
 
         tasks = [expert.name for expert in experts if expert.kind == "expert"]
         auto = {"kind": "router", "tasks": tasks, "threshold": self._chooser.threshold}
@@ -230,6 +285,7 @@ class ExpertIngress(OpenAiIngress):
         for expert in experts:
             # What the shared engine itself says wins: its replica may be up while one of its experts cannot be loaded.
             state = {"up": self._watch.is_up(expert.name)} | shared_states.get(expert.name, {})
+            state |= standings.get(expert.name, {})
             cards.append(_card(expert.name, expert.created, {**expert.card, **state}))
 
         return {card["id"]: card for card in cards}
@@ -254,6 +310,23 @@ class ExpertIngress(OpenAiIngress):
             states[model]["up"] = False
 
         return states
+
+    async def _standings(self) -> dict[str, dict[str, Any]]:
+        """Return, for every expert that was judged, how often it agrees with which reference, and who is demoted."""
+        if self._guard is None:
+            return {}
+
+        try:
+            about = await asyncio.wait_for(self._guard.to_json.remote(), PATIENCE_S)
+        except Exception:  # the guard is being started again
+            return {}
+
+        standings: dict[str, dict[str, Any]] = {}
+        for model, standing in about["experts"].items():
+            if standing["judged"]:
+                told = {key: standing[key] for key in ("agreement", "judged", "demoted")}
+                standings[model] = {**told, "reference": about["reference"]}
+        return standings
 
     async def healthz(self) -> PlainTextResponse:
         """Answer that this process is alive."""
@@ -288,6 +361,8 @@ ENDPOINTS = {
     "models": lambda app: app.get("/v1/models"),
     "model_data": lambda app: app.get("/v1/models/{model:path}"),
     "route": lambda app: app.post("/v1/route"),
+    "guard": lambda app: app.get("/v1/guard"),
+    "put_guard": lambda app: app.post("/v1/guard"),
     "healthz": lambda app: app.get("/healthz"),
     "readyz": lambda app: app.get("/readyz"),
     "metrics": lambda app: app.get("/metrics"),

@@ -3,6 +3,7 @@
 from seap_ray.config.load import DEFAULT_PATH, PATH_VARIABLE, help_text, load_config
 from seap_ray.config.schema import (
     AUTO,
+    DENSE,
     GENERAL,
     LOOPBACK,
     Allocation,
@@ -31,6 +32,7 @@ from seap_ray.config.schema import (
 __all__ = [
     "AUTO",
     "DEFAULT_PATH",
+    "DENSE",
     "GENERAL",
     "LOOPBACK",
     "PATH_VARIABLE",

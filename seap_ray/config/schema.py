@@ -37,7 +37,9 @@ GENERAL = "general"
 """Name of the model for all tasks."""
 AUTO = "auto"
 """Name of the model in a request that leaves the choice to the router."""
-RESERVED = (GENERAL, "dense", AUTO, "weight_norms")
+DENSE = "dense"
+"""Name of the model that everything is cut from."""
+RESERVED = (GENERAL, DENSE, AUTO, "weight_norms")
 """Names of models and files that every run has."""
 NOT_FOR_ENGINES = {
     **dict.fromkeys(("model", "tokenizer", "served_model_name"), "is set by the service itself"),
@@ -509,6 +511,9 @@ class EvaluationSection(Section):
     """Tokens of each window of the metric window_perplexity; null: corpus.sequence_length."""
     num_fewshot: int | None = Field(default=0, ge=0)
     """Solved examples before each question of a task that lm-eval judges; null: as many as lm-eval sets for it."""
+    agreement: AtLeastZero = 64
+    """Held-out prompts of each task that its expert answers, to see how many of its tokens the dense and the general
+    model would have chosen, too: what the service holds it to (serve.guard). 0: not measured."""
     speed: SpeedSection = SpeedSection()
     models: dict[FolderName, str] = {}
     """Other checkpoints that seap-ray eval compares with: {NAME: FOLDER}. They must have the tokenizer of
@@ -520,7 +525,26 @@ class RouterSection(Section):
 
     threshold: float | None = Field(default=None, ge=0, le=1)
     """Least probability of a task at which its expert answers a request for `auto`; below it the general model answers.
-    null: the value fitted on held-out prompts."""
+    null: whichever of the two is expected to keep more of the dense model's quality, by what the job has measured on
+    every task; where it has not, the value fitted on held-out prompts."""
+
+
+class GuardSection(Section):
+    """Checks of experts while they serve, by a reference model, which answers for those that fail."""
+
+    share: Share = 0.01
+    """Share of the requests to experts that are judged, after the client has its reply; 0: none."""
+    reference: Literal["auto", "dense", "general"] = "auto"
+    """Model that judges, and answers for a demoted expert; `dense` needs serve.dense. `auto`: `dense` where it is
+    served, else `general`."""
+    floor: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Mean share of an expert's tokens that have to be the reference's likeliest, below which it is demoted; null: what
+    the job has measured on the task's held-out prompts, less two standard errors and `margin`."""
+    margin: float = Field(default=0.05, gt=0, lt=1)
+    """How far the floor is below what was surely measured: how much worse an expert may be on its clients' prompts."""
+    error_probability: float = Field(default=0.001, gt=0, lt=1)
+    """Probability that an expert at its floor is ever demoted, however long it serves; a smaller one needs more
+    replies. The same holds for a demoted one that comes back."""
 
 
 class PackSection(Section):
@@ -547,8 +571,11 @@ class ServeSection(Section):
     packing: Literal["auto", "shared", "separate"] = "auto"
     """How models share engines. `separate`: an engine for each model. `shared`: one shared engine for all, which must
     have equal shapes. `auto`: shared where shapes are equal and there are more models than accelerators."""
+    dense: bool = False
+    """Whether the dense model is served as well, under the name `dense`, by an engine of its own."""
     pack: PackSection = PackSection()
     router: RouterSection = RouterSection()
+    guard: GuardSection = GuardSection()
     fallback: Literal["all", "auto"] = "all"
     """Which requests the general model answers while an expert is down: `all`, or only those for model `auto`; the
     others then get status 503."""
@@ -599,6 +626,8 @@ class ServeSection(Section):
             raise ValueError(f"auth=none is for the hosts {', '.join(LOOPBACK)} only, not {self.host}")
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas={self.min_replicas} is more than max_replicas={self.max_replicas}")
+        if self.guard.reference == "dense" and not self.dense:
+            raise ValueError("guard.reference=dense needs dense=true, so that the dense model is served")
         if refused := sorted({*NOT_FOR_ENGINES} & {*self.engine}):
             raise ValueError(f"engine.{refused[0]} {NOT_FOR_ENGINES[refused[0]]}")
         return self

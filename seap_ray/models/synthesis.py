@@ -70,11 +70,31 @@ def write_texts(
         where nothing was written but a mark that ends texts.
     """
     torch.manual_seed(seed)
-    items: list[Item | None] = [None] * len(prompts)
-    for batch in _batches(prompts, batch_tokens):
-        for number, new_ids in zip(batch, _continue(model, [prompts[i] for i in batch], temperature), strict=True):
-            items[number] = _with_answer(encoding, prompts[number], new_ids)
+    ends = _end_tokens(model)
+    written = continued(model, prompts, temperature=temperature, batch_tokens=batch_tokens)
+    items: list[Item | None] = []
+    for prompt, new_ids in zip(prompts, written, strict=True):
+        # The mark that ends a text is no part of it.
+        text_ids = new_ids[:-1] if new_ids[-1:] and new_ids[-1] in ends else new_ids
+        items.append(_with_answer(encoding, prompt, text_ids))
     return items
+
+
+@torch.inference_mode()
+def continued(model: Any, prompts: Sequence[Prompt], *, temperature: float, batch_tokens: int) -> list[list[int]]:
+    """Return the ids that a model writes behind each prompt, in their order, up to the mark that ends a text.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        prompts: What it goes on from, and for how long.
+        temperature: Divides the logits before a token is drawn; 0 takes the likeliest one.
+        batch_tokens: Most tokens of a batch, padding included.
+    """
+    new_ids: list[list[int]] = [[]] * len(prompts)
+    for batch in _batches(prompts, batch_tokens):
+        for number, ids in zip(batch, _continue(model, [prompts[i] for i in batch], temperature), strict=True):
+            new_ids[number] = ids
+    return new_ids
 
 
 def _batches(prompts: Sequence[Prompt], batch_tokens: int) -> Iterator[list[int]]:
@@ -96,7 +116,7 @@ def _batches(prompts: Sequence[Prompt], batch_tokens: int) -> Iterator[list[int]
 
 
 def _continue(model: Any, prompts: Sequence[Prompt], temperature: float) -> list[list[int]]:
-    """Return the ids that a model writes behind each prompt, without the mark that ends a text."""
+    """Return the ids that a model writes behind each prompt of a batch, up to the mark that ends a text."""
     from transformers import GenerationConfig  # takes a second, which who writes no texts need not wait for
 
     width = max(len(prompt.ids) for prompt in prompts)
@@ -121,7 +141,7 @@ def _continue(model: Any, prompts: Sequence[Prompt], temperature: float) -> list
 
     new_ids: list[list[int]] = []
     for prompt, row in zip(prompts, written_BT[:, width:].tolist(), strict=True):
-        until = next((place for place, token in enumerate(row) if token in ends), len(row))
+        until = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
         new_ids.append(row[: min(until, prompt.n_new_tokens)])
     return new_ids
 

@@ -342,8 +342,8 @@ def _judge(
     # Whatever a judge raises costs one result, and whatever loading raises the results of one model.
     failures = {}
     try:
-        with _opened(source) as folder:
-            model, tokenizer = _load(config, folder)
+        with opened(source) as folder:
+            model, tokenizer = load_with_tokenizer(config, folder)
             for task, file in files.items():
                 try:
                     quality = _judge_task(config, model, tokenizer, ray.get(eval_tasks[task]))
@@ -357,7 +357,7 @@ def _judge(
 
 
 @contextmanager
-def _opened(source: Checkpoint | PendingCheckpoint) -> Iterator[Path]:
+def opened(source: Checkpoint | PendingCheckpoint) -> Iterator[Path]:
     """Yield a local folder with the model; a pending checkpoint is there only while inside."""
     if isinstance(source, Checkpoint):
         yield source.folder
@@ -374,7 +374,7 @@ def _opened(source: Checkpoint | PendingCheckpoint) -> Iterator[Path]:
         source.partial.remove()
 
 
-def _load(config: Config, folder: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+def load_with_tokenizer(config: Config, folder: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a model with the base's tokenizer.
 
     Raises ConfigError for a model whose tokens are not those of the base: their figures could not be compared.

@@ -1,7 +1,7 @@
 """Job: the path of the data from a config to a table, one step a file, on the Ray cluster at hand.
 
 preflight -> shards -> calibrate, merge -> planner -> plan_choice -> error_correction -> checkpoint_writer -> routing ->
-evaluate -> results -> report
+evaluate -> agreement -> results -> report
 """
 
 import time
@@ -15,6 +15,7 @@ from seap_ray.config import Config
 from seap_ray.errors import ConfigError, IncompleteError, error_by_code
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import rows_lines
+from seap_ray.pipeline.agreement import measure_agreements
 from seap_ray.pipeline.biases import say_bias, with_bias
 from seap_ray.pipeline.calibrate import calibrate, make_records, n_workers
 from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, target_lines, write_checkpoints
@@ -78,6 +79,8 @@ def _run_steps(config: Config, checkpoint: Checkpoint, run: Run) -> None:
     router = route(calibrated)
     # Checkpoints -> how well each does -> table, results.json, report.html.
     eval_tasks, rows = _evaluate(calibrated, checkpoints)
+    # Experts -> how often the dense model would say what they say, which is what the service holds them to.
+    measure_agreements(config, run, checkpoint, checkpoints, eval_tasks, progress)
     _report(calibrated, eval_tasks, rows, router)
 
 

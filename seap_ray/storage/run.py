@@ -85,6 +85,10 @@ class Run:
         """Return the folder of a checkpoint."""
         return self.experts(ratio) / name
 
+    def agreement(self, ratio: float, name: str) -> StoragePath:
+        """Return the file that says how often an expert writes what the dense and the general model would write."""
+        return self.root / "agreements" / ratio_name(ratio) / f"{name}.json"
+
     @property
     def shared(self) -> StoragePath:
         """Files that experts have of the base, once; those in experts' folders on a disk are hard links to them."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -280,3 +281,12 @@ def test_an_adapter_of_peft_is_trained_saved_merged_and_saved_as_a_whole(expert,
     check_folder(tmp_path / "merged")
     assert torch.equal(logits(load(tmp_path / "merged"), random_ids()), logits(merged, random_ids()))
     torch.testing.assert_close(logits(merged, random_ids()), trained, rtol=1e-4, atol=1e-4)
+
+
+def test_a_configuration_from_another_process_lets_models_be_built_there(expert):
+    """vLLM hands configurations to its engines pickled, and none is made anew in these processes."""
+    read = "import pickle, sys; from seap_ray.models.hf.shapes import declared; "
+    count = f"{read} print(len(declared(pickle.load(sys.stdin.buffer))))"
+    config = AutoConfig.from_pretrained(expert("llama_gqa"))
+    found = subprocess.run([sys.executable, "-c", count], input=pickle.dumps(config), capture_output=True, check=True)
+    assert int(found.stdout) > 20

@@ -154,6 +154,30 @@ def test_an_expert_of_the_job_loads_and_answers(finished):
     assert sum(p.numel() for p in model.parameters()) == json.loads((folder / "seap.json").read_text())["parameters"]
 
 
+def test_the_job_measures_how_often_dense_and_general_would_say_what_an_expert_says(finished):
+    run = run_of(finished)
+    drawn = json.loads((run.cells / "logic.items.json").read_text())["items"]
+    folder = run.expert(0.5, "logic")
+    expert = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # The demo's rows are chats, which end with the tokenizer's own mark.
+    replies = []
+    for item in drawn:
+        asked = [{"role": "user", "content": item["question"]}]
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+        replies.append((ids.shape[1], expert.generate(ids, max_new_tokens=32, do_sample=False)[0]))
+
+    measured = json.loads(run.agreement(0.5, "logic").read_text())
+    for name, source in (("dense", Checkpoint.open("demo").folder), ("general", run.expert(0.5, "general"))):
+        reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        shares = []
+        for start, ids in replies:
+            likeliest = reference(ids[None]).logits[0].argmax(-1)
+            shares.append(float((likeliest[start - 1 : -1] == ids[start:]).float().mean()))
+        assert measured[name]["n"] == len(drawn) == 12
+        assert measured[name]["share"] == pytest.approx(sum(shares) / len(shares))
+
+
 def test_the_manifest_of_an_expert_tells_source_plan_ratios_and_hashes(finished):
     folder = run_of(finished).expert(0.5, "logic")
     manifest = json.loads((folder / "seap.json").read_text())

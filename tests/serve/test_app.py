@@ -206,6 +206,53 @@ def test_quantised_models_do_not_share_an_engine(app, run):
     assert len(found) == 3 and why.endswith("since general is quantised, and is not swapped in a running engine")
 
 
+def test_the_dense_model_is_served_on_request_by_an_engine_of_its_own(app, run, dense):
+    from serve.engines import engine_groups
+    from serve.experts import find_experts
+
+    source = f"model.source={dense('llama_gqa')}"
+    assert [name for name, _ in names(app, run, source)] == ["general", "alpha", "beta"]
+    made = config(run, source, "serve.dense=true", "serve.device=cpu")
+    found = find_experts(made, app.Run.of(made))
+    groups, why = engine_groups(made, found)
+    assert [[expert.name for expert in group.experts] for group in groups] == [["general", "alpha", "beta"], ["dense"]]
+    assert why.startswith("one engine for 3 models of equal shapes")
+    assert found[-1].parameters == Checkpoint.open(str(dense("llama_gqa"))).parameters and found[-1].ratio == 0
+    with pytest.raises(ConfigError, match="guard.reference=dense needs dense=true"):
+        config(run, "serve.guard.reference=dense")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reference", "floors"),
+    [
+        ([], "general", {"alpha": 0.83, "beta": None}),
+        (["serve.dense=true"], "dense", {"alpha": 0.88, "beta": None}),
+        (["serve.dense=true", "serve.guard.reference=general"], "general", {"alpha": 0.83, "beta": None}),
+        (["serve.guard.margin=0.3"], "general", {"alpha": 0.58, "beta": None}),
+        (["serve.guard.margin=0.95"], "general", {"alpha": None, "beta": None}),
+        (["serve.guard.floor=0.7"], "general", {"alpha": 0.7, "beta": 0.7}),
+    ],
+)
+def test_experts_are_held_to_what_the_job_has_measured(app, run, dense, arguments, reference, floors):
+    from serve.experts import find_experts
+
+    about = {"dense": {"share": 0.95, "stderr": 0.01, "n": 64}, "general": {"share": 0.9, "stderr": 0.01, "n": 64}}
+    (run / "agreements" / "0.20").mkdir(parents=True)
+    (run / "agreements" / "0.20" / "alpha.json").write_text(json.dumps(about))
+    made = config(run, f"model.source={dense('llama_gqa')}", *arguments)
+    settings = app._guard_settings(made, find_experts(made, app.Run.of(made)))
+    assert settings.reference == reference
+    assert settings.floors == pytest.approx(floors)
+
+
+@pytest.mark.parametrize("argument", ["serve.guard.share=0", "serve.experts=[]"])
+def test_where_nothing_is_judged_there_is_no_guard(app, run, argument):
+    from serve.experts import find_experts
+
+    made = config(run, argument)
+    assert app._guard_settings(made, find_experts(made, app.Run.of(made))) is None
+
+
 def test_a_weight_of_what_is_not_served_is_refused(app, run):
     with pytest.raises(ConfigError, match="serve.pack.weights: gamma is not served; served are general, alpha, beta"):
         app.prepare(config(run, "serve.pack.weights={gamma: 2}"))
@@ -286,3 +333,30 @@ def test_metrics_of_nodes_are_one_page_with_each_metric_once():
         "# TYPE ray_vllm_x gauge",
         "ray_vllm_x 4",
     ]
+
+
+def test_prompts_are_routed_by_what_the_job_has_measured(app, run):
+    from serve.experts import find_experts
+
+    def row(name, kind, ratio, **values):
+        cells = {task: {"metric": "acc", "value": value, "stderr": 0.01, "n": 9} for task, value in values.items()}
+        return {"name": name, "method": kind, "kind": kind, "ratio": ratio, "quality": cells}
+
+    rows = [
+        row("dense", "dense", None, alpha=0.8, beta=0.5),
+        row("general", "general", 0.2, alpha=0.4, beta=0.4),
+        row("alpha", "expert", 0.2, alpha=0.8, beta=0.1),
+        row("wanda_sp", "baseline", 0.2, alpha=0.1, beta=0.1),
+        row("general", "general", 0.5, alpha=0.1, beta=0.1),
+    ]
+    made = config(run)
+
+    def kept():
+        about = {"command": "", "config": {}, "seed": 0, "dtype": "float32", "tasks": {}, "versions": {}}
+        (run / "results.json").write_text(json.dumps({**about, "models": rows, "router": None}))
+        return app._kept_quality(app.Run.of(made), find_experts(made, app.Run.of(made)))
+
+    assert app._kept_quality(app.Run.of(made), find_experts(made, app.Run.of(made))) is None
+    assert kept().by_model == {"general": {"alpha": 0.5, "beta": 0.8}, "alpha": {"alpha": 1.0, "beta": 0.2}}
+    rows[2]["quality"]["beta"] = {"error": "lost"}
+    assert kept() is None

@@ -207,3 +207,49 @@ def test_a_failure_of_a_healthy_engine_takes_no_model_down(module):
 @pytest.mark.vllm
 def test_a_dead_engine_is_known_by_vllms_words_in_a_stream(module):
     assert isinstance(module.refused(as_vllm_says(module.EngineDeadError())), module.DEAD)
+
+
+def demoting(*demoted, down=(), named_falls_back=True):
+    """A chooser whose guard has demoted some experts, with the dense model as the reference."""
+    watch = SimpleNamespace(is_up=lambda model: model not in down)
+    return Chooser(
+        (*MODELS, "dense"),
+        PlayedRouter(),
+        watch,
+        threshold=None,
+        named_falls_back=named_falls_back,
+        reference="dense",
+        demoted=lambda: frozenset(demoted),
+    )
+
+
+def test_the_reference_answers_for_a_demoted_expert():
+    assert choose(demoting("sums"), "auto", "sums 0.9") == ("dense", "demoted")
+    assert choose(demoting("sums"), "sums", "sums 0.9") == ("dense", "demoted")
+    assert choose(demoting("sums"), "auto", "verse 0.9") == ("verse", "routed")
+    assert choose(demoting("sums"), "general", "sums 0.9") == ("general", "named")
+    decision = asyncio.run(demoting("sums").choose("auto", ["sums 0.9"]))
+    assert (decision.instead_of, decision.task) == ("sums", "sums")
+
+
+def test_who_is_obeyed_by_name_gets_a_demoted_expert_where_nobody_may_stand_in():
+    assert choose(demoting("sums", named_falls_back=False), "sums", "sums 0.9") == ("sums", "named")
+    assert choose(demoting("sums", named_falls_back=False), "auto", "sums 0.9") == ("dense", "demoted")
+
+
+def test_a_demoted_expert_answers_while_the_reference_is_down():
+    assert choose(demoting("sums", down=["dense"]), "auto", "sums 0.9") == ("sums", "routed")
+
+
+def test_without_a_threshold_measured_quality_decides():
+    from seap_ray.routing.expected_quality import KeptQuality
+
+    kept = KeptQuality({"sums": {"sums": 1.0}, "verse": {"verse": 1.0, "sums": 0.0}, "general": {"sums": 0.9}})
+    up = SimpleNamespace(is_up=lambda model: True)
+    made = Chooser(MODELS, PlayedRouter(), up, threshold=None, named_falls_back=True, kept=kept)
+    # The played router's probabilities are of sums alone: the threshold is no longer its 0.4.
+    assert choose(made, "auto", "sums 0.1") == ("sums", "routed") and made.threshold is None
+    assert choose(made, "auto", "verse 0.9") == ("general", "unsure")
+    assert choose(made, "auto", "strange 0.9") == ("general", "unlike")
+    configured = Chooser(MODELS, PlayedRouter(), up, threshold=0.5, named_falls_back=True, kept=kept)
+    assert choose(configured, "auto", "verse 0.9") == ("verse", "routed") and configured.threshold == 0.5

@@ -137,6 +137,7 @@ def replies_to(prompts: list[Any], *, is_stream: bool) -> list[Any]:
     ingress._calls = SimpleNamespace(start=start, events=lambda *arguments, **settings: iter(()))
     ingress._count = lambda decision: None
     ingress._has_warned = False
+    ingress._judging = None
     request: Any = SimpleNamespace(state=SimpleNamespace(), headers={})
 
     async def ask() -> list[Any]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import seap_ray.models.hf  # noqa: F401
@@ -625,13 +627,21 @@ def test_a_stop_lets_streams_end_tells_new_clients_so_and_leaves_no_process(serv
 # --- Ray Serve's own command, and no keys ----------------------------------------------------------------------------
 
 
-def test_serve_run_serves_a_run_and_without_keys_this_machine_alone(served_run, tmp_path):
-    """Serve listens on its own port there; the general model alone starts soonest."""
+def test_serve_run_serves_without_keys_this_machine_alone_and_a_planted_expert_is_demoted(served_run, tmp_path):
+    """Serve listens on its own port there. Under the name of a task lie weights that its expert does not have."""
+    run = tmp_path / "planted"
+    shutil.copytree(served_run, run, ignore=shutil.ignore_patterns("experts", "records", "statistics", "shards"))
+    for name in ("general", "arithmetic"):
+        shutil.copytree(served_run / "experts" / "0.20" / name, run / "experts" / "0.20" / name)
+    _spoil(run / "experts" / "0.20" / "arithmetic")
+
     settings = {
-        "run.storage": str(served_run.parent),
-        "run.name": served_run.name,
-        "serve.experts": [],
+        "run.storage": str(run.parent),
+        "run.name": run.name,
+        "serve.experts": ["arithmetic"],
         "serve.auth": "none",
+        "serve.guard.share": 1,
+        "serve.guard.floor": 0.8,
     }
     command = [Path(sys.executable).parent / "serve", "run", "serve.app:build", *arguments(**settings)]
     log = tmp_path / "log"
@@ -652,13 +662,61 @@ def test_serve_run_serves_a_run_and_without_keys_this_machine_alone(served_run, 
                 "/v1/chat/completions", json={"messages": chat(questions("reverse", 1)[0]), "max_tokens": 4}
             )
             assert (reply.status_code, reply.json()["model"]) == (200, "general")
-            assert reply.headers["x-seap-reason"] == "no_router"
+            assert reply.headers["x-seap-reason"] == "not_served"
             assert http.get("/-/routes").status_code == 404
             for foreign in ({"host": "rebound.example"}, {"x-forwarded-for": "10.0.0.7"}):
                 assert http.get("/v1/models", headers=foreign).status_code == 403
+            _check_demotion(http)
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(120)
+
+
+def _spoil(folder):
+    """Turn the sign of every MLP's output, and state the new file's hash."""
+    manifest = json.loads((folder / "seap.json").read_text())
+    for name, about in manifest["files"].items():
+        tensors = load_file(folder / name)
+        for tensor in (tensor for key, tensor in tensors.items() if key.endswith("down_proj.weight")):
+            tensor.neg_()
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        about["sha256"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        about["bytes"] = (folder / name).stat().st_size
+    (folder / "seap.json").write_text(json.dumps(manifest))
+
+
+def _check_demotion(http):
+    """Requests to a planted expert: it is demoted within a few, no request fails, and an operator has the last word."""
+    reasons = []
+    for text in questions("arithmetic", 40):
+        reply = http.post("/v1/chat/completions", json={"messages": chat(text), "max_tokens": 8, "temperature": 0.7})
+        assert reply.status_code == 200
+        reasons.append((reply.headers["x-seap-expert"], reply.headers["x-seap-reason"]))
+        if reasons[-1][1] == "demoted":
+            break
+        time.sleep(0.3)
+    assert reasons[0] == ("arithmetic", "routed") and reasons[-1] == ("general", "demoted"), reasons
+
+    standing = http.get("/v1/guard").json()["experts"]["arithmetic"]
+    assert standing["demoted"] and standing["agreement"] < 0.8 == standing["floor"]
+    # The judged replies are greedy and of the expert itself, and what they show is a number of nats.
+    assert standing["judged"] >= 2 and standing["divergence"] > 0
+
+    unknown = http.post("/v1/guard", json={"model": "sort", "state": "auto"})
+    assert (unknown.status_code, unknown.json()["error"]["param"]) == (404, "model")
+    assert http.post("/v1/guard", json={"model": "arithmetic", "state": "nope"}).status_code == 400
+    told = http.post("/v1/guard", json={"model": "arithmetic", "state": "promoted"}).json()
+    assert (told["state"], told["demoted"]) == ("promoted", False)
+    deadline = time.monotonic() + 30
+    while _reason(http) != "routed":
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def _reason(http):
+    text = questions("arithmetic", 1)[0]
+    reply = http.post("/v1/chat/completions", json={"messages": chat(text), "max_tokens": 2})
+    return reply.headers["x-seap-reason"]
 
 
 def _is_ready(http):

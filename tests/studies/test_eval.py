@@ -225,6 +225,9 @@ def test_routing_by_the_true_task_is_every_expert_on_its_own_and_to_none_is_the_
     assert rows["general"]["mean acc"] == pytest.approx(mean_of(models["general"]))
     assert rows["general"]["to general"] == 1 and rows["oracle"]["to general"] == 0
     assert 0 <= rows["random"]["mean acc"] <= 1 and rows["classifier"]["p50 ms"] > 0
+    # Always the likeliest task's expert, whatever was measured, and by what was measured on the other half.
+    assert rows["argmax"]["to general"] <= rows["classifier"]["to general"]
+    assert 0 <= rows["expected quality"]["mean acc"] <= 1 and rows["expected quality"]["p50 ms"] > 0
 
 
 def test_pooling_compares_at_an_experts_tokens_and_at_all(finished):

@@ -13,9 +13,10 @@ from seap_ray.pipeline.evaluate import EvalTask, Failure
 from seap_ray.pipeline.results import own_task_rows
 from seap_ray.pipeline.shards import Shard, shard_sizes
 from seap_ray.report.rows import ModelRow, QualityCell
+from seap_ray.routing.router import Route
 from seap_ray.studies.corpus import Draw, _first_samples, _rows
 from seap_ray.studies.pooling import _share
-from seap_ray.studies.routing import _choose_at_random, _routed_quality
+from seap_ray.studies.routing import _choose_at_random, _choose_by_expectation, _routed_quality
 from seap_ray.studies.run import check
 from seap_ray.studies.runner import EvaluatedModel
 from seap_ray.tasks import BUILT_IN
@@ -143,6 +144,24 @@ def test_a_failed_model_fails_only_where_prompts_were_sent_to_it():
     results = results_of(sort=[1, 1, 0, 0], general=Failure("lost"))
     assert _routed_quality(results, 0.5, SORT, ["sort"] * 4).value == 0.5
     assert _routed_quality(results, 0.5, SORT, ["sort"] * 3 + ["general"]) == Failure("lost")
+
+
+def test_expectations_are_of_the_half_of_the_prompts_that_is_not_chosen_for():
+    """The expert is perfect on every second prompt and wrong on the others; the general model is right in half."""
+    values = {"dense": [1, 1, 1, 1], "sort": [1, 0, 1, 0], "general": [0.5] * 4}
+    results = {
+        (None if name == "dense" else 0.5, name): {"sort": Quality.of("exact_match", own)}
+        for name, own in values.items()
+    }
+    route = Route("sort", "routed", 1.0, {"sort": 1.0})
+    unlike = Route(None, "unlike", 1.0, {"sort": 1.0})
+    assert _choose_by_expectation({"sort": [route] * 4}, results, 0.5, [SORT]) == {
+        # By the odd ones, on which the expert is wrong, and by the even ones, on which it is right.
+        "sort": ["general", "sort", "general", "sort"]
+    }
+    assert _choose_by_expectation({"sort": [unlike] * 4}, results, 0.5, [SORT]) == {"sort": ["general"] * 4}
+    del results[0.5, "general"]["sort"]
+    assert _choose_by_expectation({"sort": [route] * 4}, results, 0.5, [SORT]) == {"sort": ["sort"] * 4}
 
 
 def test_random_routing_is_the_seeds_and_uses_every_task():

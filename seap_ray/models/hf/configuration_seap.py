@@ -46,6 +46,11 @@ class LayerWidths:
         self.register_models(type(self))
         super().__post_init__(**kwargs)  # type: ignore[misc]  # the family's
 
+    def __setstate__(self, state: dict[str, Any]):
+        """Take a configuration's values from another process, as vLLM's engines get them: none is made anew there."""
+        self.register_models(type(self))
+        self.__dict__.update(state)
+
     def __iter__(self):
         """Yield the keys that have one value for all layers; of the others transformers warns who reads them."""
         differing = self.per_layer_attributes or ()  # type: ignore[attr-defined]  # the family's
