@@ -14,7 +14,14 @@ from seap_ray.core.reconstruction import (
     least_squares_without_bias,
     obs,
 )
-from seap_ray.core.ridge_regression import RidgeRegression, complement, first_accurate, working_dtypes
+from seap_ray.core.ridge_regression import (
+    RidgeRegression,
+    complement,
+    factor_in_place,
+    first_accurate,
+    solve_rows,
+    working_dtypes,
+)
 
 WIDTH = 300
 KEPT = torch.arange(0, WIDTH, 2)
@@ -228,3 +235,30 @@ def test_no_more_rows_of_a_covariance_are_picked_at_a_time_than_fit_a_cache(monk
     by_seven, _ = least_squares(covariance, weight(), KEPT, ridge=0.1)
     assert max(picked) == 7 and sum(picked) == len(KEPT)
     torch.testing.assert_close(by_seven, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_factor_by_blocks_is_choleskys(monkeypatch, width, dtype):
+    monkeypatch.setattr(ridge_regression, "COLUMNS", 8)
+    rows = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    matrix = rows.T @ rows / width
+    expected = np.linalg.cholesky(matrix.numpy())
+    factor = factor_in_place(matrix)
+    assert factor is matrix
+    np.testing.assert_allclose(factor.tril(), expected, rtol=1e-4, atol=1e-5)
+
+    right = torch.randn(3, width, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    kept = right.clone()
+    solved = np.linalg.solve(expected @ expected.T, right.numpy().T).T
+    np.testing.assert_allclose(solve_rows(right, factor), solved, rtol=1e-2, atol=1e-3 * np.abs(solved).max())
+    assert torch.equal(right, kept)
+
+
+def test_a_matrix_that_is_not_positive_definite_has_no_factor(monkeypatch):
+    monkeypatch.setattr(ridge_regression, "COLUMNS", 4)
+    for place in (0, 5, 9):
+        matrix = torch.eye(10)
+        matrix[place, place] = -1
+        with pytest.raises(torch.linalg.LinAlgError):
+            factor_in_place(matrix)
