@@ -89,7 +89,9 @@ class Planner:
         statistics = self.repair_statistics(spec, plan.compensation)
         is_stock = self.config.export.format == "stock"
         export = CheckpointExport(self.checkpoint, plan, statistics, stock=is_stock)
-        return quantized(export, self.config, self.pooled_covariance(spec))
+        if self.config.export.quantization.scheme is None:
+            return export
+        return quantized(export, self.config.export.quantization, self.pooled_covariance(spec))
 
     def judged_exports(self, spec: ModelSpec, plans: Sequence[Plan]) -> list[CheckpointExport]:
         """Add to plans what their compensations need on held-out tokens: covariances are those of the other shards."""

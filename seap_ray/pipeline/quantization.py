@@ -6,7 +6,7 @@ widths of the base, suit a group or do not.
 
 from math import lcm
 
-from seap_ray.config import Config
+from seap_ray.config import Config, QuantizationSection
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.widths import widest_unit
 from seap_ray.errors import ConfigError
@@ -121,17 +121,16 @@ def quantization_note(config: Config, architecture: Architecture) -> str | None:
     )
 
 
-def quantized(export: CheckpointExport, config: Config, covariances: PooledCovariance) -> CheckpointExport:
-    """Return a model as it is to be written: quantised where the config asks for it.
+def quantized(
+    export: CheckpointExport, settings: QuantizationSection, covariances: PooledCovariance
+) -> QuantizedExport:
+    """Return a model as it is to be written, with the moments by which its weights are rounded.
 
     Args:
         export: The model after cut and repair.
-        config: The run's configuration, from ``with_quantization``.
+        settings: ``export.quantization``, from ``with_quantization``.
         covariances: Those of the model's tasks, each with its weight.
     """
-    settings = config.export.quantization
-    if settings.scheme is None:
-        return export
     is_gptq = settings.rounding == "gptq"
     return QuantizedExport(
         export.base,
