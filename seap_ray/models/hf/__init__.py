@@ -13,7 +13,7 @@ FILES = tuple(Path(__file__).with_name(name) for name in ("configuration_seap.py
 """Code that is written beside the weights of a compacted checkpoint."""
 
 # Classes of models are made, and register themselves, with the first configuration of their family.
-configuration_seap.LayerWidths.register_models = staticmethod(modeling_seap.register_classes)
+configuration_seap.LayerWidths.register_models = staticmethod(modeling_seap.register_classes)  # type: ignore[method-assign]
 for family in FAMILIES.values():
     config_class = getattr(configuration_seap, family.config_class)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

@@ -11,9 +11,8 @@ Every family of transformers has a class here, made when it is first asked for: 
 This file travels with every checkpoint and needs transformers alone.
 """
 
-from collections.abc import Callable
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import transformers
 from huggingface_hub.dataclasses import strict
@@ -37,9 +36,12 @@ EXPERT_COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 class LayerWidths:
     """Mixed into a family's configuration: who walks over all keys meets those alone that layers share."""
 
-    register_models: ClassVar[Callable[[Any], None]] = staticmethod(lambda config_class: None)
-    """Called with the class of every configuration that is made, before there can be a model of it. In a process that
-    has seap_ray it lets transformers' auto classes build the family's models."""
+    @staticmethod
+    def register_models(config_class: Any) -> None:
+        """Prepare for models of a configuration that is being made; seap_ray puts another function in its place.
+
+        That lets transformers' auto classes build the family's models without code from the checkpoint's folder.
+        """
 
     def __post_init__(self, **kwargs: Any):
         """Finish a configuration as its family does."""
@@ -106,7 +108,7 @@ def config_class_named(name: str) -> type[PreTrainedConfig]:
         **defaults,
         **ATTRIBUTES.get(name, {}),
     }
-    config_class = strict(type(name, (LayerWidths, family_config), content))
+    config_class: Any = strict(type(name, (LayerWidths, family_config), content))
     # Found under its name from now on, also by pickle.
     globals()[name] = config_class
     return config_class

@@ -100,7 +100,8 @@ def _narrow(attention: nn.Module, layer_config: PreTrainedConfig) -> None:
     rows = {"q_proj": heads, "k_proj": groups, "v_proj": groups, "query_key_value": 3 * heads}
 
     # A list, since setattr changes the children.
-    for name, linear in list(attention.named_children()):
+    children: list[tuple[str, Any]] = list(attention.named_children())
+    for name, linear in children:
         if name in rows:
             narrowed = nn.Linear(linear.in_features, rows[name] * head_dim, bias=linear.bias is not None)
         elif name in ("o_proj", "out_proj", "dense"):
@@ -258,7 +259,8 @@ def __getattr__(name: str) -> type[PreTrainedModel]:
     """Make the classes of a family when one of them is first asked for, as an attribute of this module."""
     for end in AUTO_CLASSES:
         if name.startswith("Seap") and name.endswith(end):
-            register_classes(config_class_named(f"{name.removesuffix(end)}Config"))
+            config_class: Any = config_class_named(f"{name.removesuffix(end)}Config")
+            register_classes(config_class)
             break
     if name in globals():
         return globals()[name]
@@ -266,7 +268,7 @@ def __getattr__(name: str) -> type[PreTrainedModel]:
 
 
 @cache
-def register_classes(config_class: type[PreTrainedConfig]) -> None:
+def register_classes(config_class: Any) -> None:
     """Make the classes of a family; let the auto classes build them, and ``save_pretrained`` write this file with them.
 
     Args:
