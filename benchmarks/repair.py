@@ -70,6 +70,9 @@ class _Worker:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         import torch
 
+        # Imported before anything is timed.
+        import seap_ray.core.reconstruction
+        import seap_ray.models.records  # noqa: F401
         from seap_ray.storage.paths import LocalPath
 
         torch.set_num_threads(1)

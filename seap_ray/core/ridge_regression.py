@@ -143,10 +143,10 @@ class NormalEquations:
         lost_OS = weight_OP.new_empty(len(weight_OP), len(kept_S))
         for first in range(0, len(kept_S), ROWS):
             at = slice(first, first + ROWS)
-            rows_RD = covariance.comoment_DD.index_select(0, kept_S[at]).div_(max(covariance.count, 1))
-            covariance_SS[at] = rows_RD.index_select(1, kept_S)
+            rows_RD = covariance.comoment_DD.index_select(0, kept_S[at]).div_(max(covariance.count, 1)).to(dtype)
+            torch.index_select(rows_RD, 1, kept_S, out=covariance_SS[at])
             # C is symmetric: its rows of kept columns are its columns.
-            lost_OS[:, at] = weight_OP @ rows_RD.index_select(1, cut_P).to(dtype).T
+            torch.mm(weight_OP, rows_RD.index_select(1, cut_P).T, out=lost_OS[:, at])
         return cls(covariance_SS, lost_OS)
 
     def factor(self, ridge_S: Tensor) -> Tensor:
