@@ -244,8 +244,8 @@ class PlanSettings(Section):
     """What makes up for removed columns; null: pruning.compensation."""
     bias: bool | None = None
     """Whether compensation may add biases; null: pruning.bias."""
-    error_correction: Share | None = None
-    """Share of earlier layers' error that is corrected; null: pruning.error_correction."""
+    error_correction: Share | Auto | None = None
+    """Share of earlier layers' error that is corrected, or `auto`; null: pruning.error_correction."""
     attention_unit: AttentionUnit | Auto | None = None
     """What is removed from attention; null: pruning.attention_unit."""
     budget: Budget | None = None
@@ -387,11 +387,11 @@ class PruningSection(Section):
     ridge: Annotated[float, Field(ge=1e-5, le=100)] | Literal["auto"] = "auto"
     """Regularisation of `least_squares` and `obs`, relative to each column's variance. `auto`: chosen for every task,
     layer and site by the error on the task's last shard, which is held out for that."""
-    error_correction: Share = 0
+    error_correction: Share | Auto = 0
     """Share of the error of all layers before that `least_squares` corrects, too, in down_proj of every cut layer; 0:
     none. The dense and the cut model are then run side by side over the calibration's tokens, three forward passes a
-    model. Half of it is a good share where a model has many more tokens than columns of down_proj, all of it fits them
-    too well. For families whose down_proj writes to the residual stream as it is: neither mixtures of experts nor
+    model. `auto`: for each layer the share and the ridge that leave least error on each task's last shard, which is
+    held out for that; few tokens then correct little. For families whose down_proj writes to the residual stream as it is: neither mixtures of experts nor
     Gemma."""
     allocation: AllocationSection = AllocationSection()
     attention_unit: AttentionUnit | Auto = "auto"

@@ -4,7 +4,8 @@ Least squares repairs each module as if its input were the dense model's. In a c
 before come with it, and add up. So the dense and the cut model are run side by side, layer by layer. After a cut layer
 the error of its output, dense less cut, is regressed on the input of its ``down_proj``, and a share of what that says
 goes into weight and bias before the next layer is run. Corrections of the whole error fit the calibration tokens too
-well. GPTAQ (arXiv 2504.02692) corrects quantised models in this way, a module at a time.
+well: the share is a setting, or for each layer the one that leaves least error on held-out tokens. GPTAQ (arXiv
+2504.02692) corrects quantised models in this way, a module at a time.
 
 Letters: T positions, D hidden size, which is the number of outputs O of ``down_proj``; S its kept columns.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from seap_ray.core.architecture import Architecture
+from seap_ray.core.correction import choose_correction
 from seap_ray.core.moments import Covariance, pooled_covariance
 from seap_ray.core.plan import Plan
 from seap_ray.core.reconstruction import error_map
@@ -45,6 +47,8 @@ class Stream:
     batches: Sequence[HiddenBatch]
     weight: float
     """What its tokens count together."""
+    n_held_out: int = 0
+    """Number of batches, the last ones, on which a share is chosen."""
     dense: list[Tensor] = field(init=False)
     """Hidden states of every batch in the dense model, (B, T, D)."""
     cut: list[Tensor] = field(init=False)
@@ -58,7 +62,12 @@ class Stream:
 
 @torch.inference_mode()
 def correct_errors(
-    blocks: Iterator[nn.Module], streams: Sequence[Stream], export: CheckpointExport, *, share: float, ridge: float
+    blocks: Iterator[nn.Module],
+    streams: Sequence[Stream],
+    export: CheckpointExport,
+    *,
+    share: float | None,
+    ridge: float,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Run the dense and the cut model side by side, and yield what corrects each cut layer before the next one is run.
 
@@ -66,8 +75,8 @@ def correct_errors(
         blocks: Decoder layers of the dense model, each of which is done with before the next one is taken.
         streams: Sequences of every task as they come to the first layer.
         export: The cut model, as it would be written without corrections.
-        share: Share of the error that is corrected, from 0 to 1.
-        ridge: Ridge of the regressions, relative to each column's variance.
+        share: Share of the error that is corrected, from 0 to 1; None: for each layer what the held-out batches say.
+        ridge: Ridge of the regressions, relative to each column's variance; chosen with the share where that is None.
 
     Yields:
         A layer's number in the base, and what is added to the ``weight``, (O, S), of its ``down_proj``, and to its
@@ -109,45 +118,89 @@ def _fit(
     layer: int,
     streams: Sequence[Stream],
     export: CheckpointExport,
-    share: float,
+    share: float | None,
     ridge: float,
     device: torch.device,
 ) -> dict[str, Tensor]:
     """Return the correction of a layer, whose parameters are those of the cut model, from what it hands on in both."""
+    joint = _joint_moments(block, layer, streams, export, device)
+    architecture = export.base.architecture
+    n_inputs = export.plan.shapes[layer].channels
+    has_intercept = "bias" in export.plan.compensation.replaces
+    if share is None:
+        # Without held-out tokens nothing says how much of a correction would be noise.
+        share = 0.0
+        if joint.fitted and joint.held_out:
+            ridge, share = choose_correction(joint.fitted, joint.held_out, n_inputs, has_intercept=has_intercept)
+
+    if joint.all_tokens and share:
+        weight_OS, bias_O = error_map(joint.all_tokens, n_inputs, ridge=ridge, has_intercept=has_intercept)
+    else:
+        weight_OS = torch.zeros(architecture.hidden_size, n_inputs)
+        bias_O = torch.zeros(architecture.hidden_size)
+
+    correction = {"weight": weight_OS, "bias": bias_O} if has_intercept else {"weight": weight_OS}
+    return {kind: (share * tensor).float().cpu().contiguous() for kind, tensor in correction.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _JointMoments:
+    """Moments of a layer's kept inputs of ``down_proj`` and, behind them, of its error; None where no token counts."""
+
+    fitted: Covariance | None
+    """Those of the tokens that a share is not chosen on."""
+    held_out: Covariance | None
+    all_tokens: Covariance | None
+
+
+def _joint_moments(
+    block: nn.Module, layer: int, streams: Sequence[Stream], export: CheckpointExport, device: torch.device
+) -> _JointMoments:
+    """Run the cut model's layer over all batches, and return the moments of all tasks by their weights."""
     architecture = export.base.architecture
     down_proj: Any = block.get_submodule(architecture.family.down_proj)
     # Layers of a model over several devices have their own.
     own_device = down_proj.weight.device
     kept_S = kept_indices(export.plan.kept[layer], "channels", architecture.head_dim).to(own_device)
 
-    parts: list[Covariance] = []
-    weights: list[float] = []
+    by_stream: list[list[Covariance | None]] = []
     for stream in streams:
-        total: Covariance | None = None
-        for batch, dense_BTD, cut_BTD in zip(stream.batches, stream.dense, stream.cut, strict=True):
+        n_fitted = len(stream.batches) - stream.n_held_out
+        sums: list[Covariance | None] = [None, None]
+        for number, (batch, dense_BTD, cut_BTD) in enumerate(
+            zip(stream.batches, stream.dense, stream.cut, strict=True)
+        ):
             with _captured_input(down_proj) as captured:
                 after_BTD = batch.run(block, layer, cut_BTD, device)
             error_BTO = (dense_BTD - after_BTD).to(own_device)
             # Attention of some families hands the MLP its tokens without a dimension of batches.
             input_NS = captured[0].index_select(-1, kept_S).reshape(-1, len(kept_S))
             joint_ND = torch.cat([input_NS, error_BTO.flatten(0, 1)], 1)
-            part = Covariance.of(joint_ND, batch.batch.rows_N)
-            total = part if total is None else total + part
-        # A task's sequences may have no token that counts.
-        if total is not None and total.count:
-            parts.append(total)
-            weights.append(stream.weight)
+            part = int(number >= n_fitted)
+            sums[part] = _sum(sums[part], Covariance.of(joint_ND, batch.batch.rows_N))
+        by_stream.append(sums)
 
-    has_intercept = "bias" in export.plan.compensation.replaces
-    if parts:
-        joint = pooled_covariance(parts, weights)
-        weight_OS, bias_O = error_map(joint, len(kept_S), ridge=ridge, has_intercept=has_intercept)
-    else:
-        weight_OS = torch.zeros(architecture.hidden_size, len(kept_S))
-        bias_O = torch.zeros(architecture.hidden_size)
+    weights = [stream.weight for stream in streams]
+    return _JointMoments(
+        _pooled([fitted for fitted, _ in by_stream], weights),
+        _pooled([held_out for _, held_out in by_stream], weights),
+        _pooled([_sum(*sums) for sums in by_stream], weights),
+    )
 
-    correction = {"weight": weight_OS, "bias": bias_O} if has_intercept else {"weight": weight_OS}
-    return {kind: (share * tensor).float().cpu().contiguous() for kind, tensor in correction.items()}
+
+def _sum(first: Covariance | None, second: Covariance | None) -> Covariance | None:
+    """Return the moments of the tokens of both; None where there are none."""
+    if first is None or second is None:
+        return first or second
+    return first + second
+
+
+def _pooled(parts: Sequence[Covariance | None], weights: Sequence[float]) -> Covariance | None:
+    """Return the moments of several tasks by their weights; a task's sequences may have no token that counts."""
+    pairs = [(part, weight) for part, weight in zip(parts, weights, strict=True) if part is not None and part.count]
+    if not pairs:
+        return None
+    return pooled_covariance([part for part, _ in pairs], [weight for _, weight in pairs])
 
 
 @contextmanager

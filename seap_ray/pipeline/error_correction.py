@@ -27,7 +27,7 @@ from seap_ray.storage.artifact import Artifact
 from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of what is fitted; raise it when the numbers change."""
 MAX_TOKENS = 1 << 17
 """Tokens of all tasks of a model that a fit reads at most: their hidden states are in memory twice."""
@@ -64,7 +64,8 @@ class CorrectionFit:
     """Shards of each of the model's statistics."""
     weights: Mapping[str, float]
     """What the tokens of each count together."""
-    share: float
+    share: float | None
+    """None: the share and the ridge of each layer are those that its last shard, which is held out, says."""
     ridge: float
     key: str
 
@@ -74,7 +75,8 @@ class CorrectionFit:
         config = planner.config
         plan = model.export.plan
         weights = model.spec.weights
-        share = model.spec.settings.error_correction or 0.0
+        asked = model.spec.settings.error_correction
+        share = None if asked == "auto" else asked or 0.0
         ridge = DEFAULT_RIDGE if config.pruning.ridge == "auto" else config.pruning.ridge
 
         shards: dict[str, Sequence[Shard]] = {}
@@ -95,17 +97,31 @@ class CorrectionFit:
         """Return the file of corrections."""
         return Artifact(run.correction(self.key[:20]), self.key, TensorFile())
 
-    def sequences(self, run: Run, name: str) -> Sequences:
-        """Read the first sequences of a task, up to the one that reaches its part of ``MAX_TOKENS``."""
-        sequences: list[Any] = []
-        n_tokens = 0
-        for shard in self.shards[name]:
-            for sequence in shard.sequences(run):
-                if n_tokens >= MAX_TOKENS // len(self.shards):
-                    return sequences
-                sequences.append(sequence)
-                n_tokens += len(sequence)
-        return sequences
+    def sequences(self, run: Run, name: str) -> tuple[Sequences, Sequences]:
+        """Read the sequences of a task that are fitted on, and the held-out ones.
+
+        They are the first ones, up to the one that reaches the task's part of ``MAX_TOKENS``. The held-out shard comes
+        first, since there are no more than that of held-out tokens, and a task of a single shard has none.
+        """
+        *others, held_out = self.shards[name]
+        room = MAX_TOKENS // len(self.shards)
+        if not others:
+            return _first_sequences(self.shards[name], run, room), []
+        kept_out = _first_sequences([held_out], run, room // 2)
+        return _first_sequences(others, run, room - sum(map(len, kept_out))), kept_out
+
+
+def _first_sequences(shards: Sequence[Shard], run: Run, n_tokens: int) -> Sequences:
+    """Read the sequences of some shards, up to the one that reaches a number of tokens."""
+    sequences: list[Any] = []
+    n_read = 0
+    for shard in shards:
+        for sequence in shard.sequences(run):
+            if n_read >= n_tokens:
+                return sequences
+            sequences.append(sequence)
+            n_read += len(sequence)
+    return sequences
 
 
 def correct_models(planner: Planner, models: Sequence[PlannedModel], progress: Progress) -> list[PlannedModel]:
@@ -133,7 +149,8 @@ def correct_models(planner: Planner, models: Sequence[PlannedModel], progress: P
 def _corrected(model: PlannedModel, fit: CorrectionFit, run: Run) -> PlannedModel:
     """Return a model with its corrections, which its plan names."""
     plan = model.export.plan
-    about = {"share": fit.share, "ridge": fit.ridge, "fingerprint": fit.key}
+    chosen = {"share": "auto"} if fit.share is None else {"share": fit.share, "ridge": fit.ridge}
+    about = {**chosen, "fingerprint": fit.key}
     plan = replace(plan, provenance={**plan.provenance, "error_correction": about})
     export = replace(model.export, plan=plan, corrections=FileCorrections(fit.artifact(run).path))
     return replace(model, export=export)
@@ -160,7 +177,8 @@ def _fit(config: Config, run: Run, fit: CorrectionFit) -> None:
     layers = OpenedLayers.open(config, fit.export.base)
     streams: list[Stream] = []
     for name, weight in fit.weights.items():
-        streams.append(Stream(layers.embed(fit.sequences(run, name)), weight))
+        fitted, held_out = (layers.embed(sequences) for sequences in fit.sequences(run, name))
+        streams.append(Stream([*fitted, *held_out], weight, len(held_out)))
 
     tensors: dict[str, Tensor] = {}
     corrections = correct_errors(layers.forwards(), streams, fit.export, share=fit.share, ridge=fit.ridge)

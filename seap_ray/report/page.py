@@ -276,7 +276,7 @@ def _method(data: RunData, pruning: Mapping[str, Any]) -> str:
         parts.append(f"{name.replace('_', ' ')} {value}")
     # Nothing of it where it is off, as by default.
     if share := pruning.get("error_correction"):
-        parts.append(f"error correction {share:g}")
+        parts.append(f"error correction {share}")
     return ", ".join(parts)
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from seap_ray.core.architecture import FAMILIES
 from seap_ray.core.compensation import COMPENSATIONS
+from seap_ray.core.correction import CORRECTION_RIDGES
 from seap_ray.core.plan import Kept
 from seap_ray.models.batching import make_batches
 from seap_ray.models.checkpoint import Checkpoint
@@ -58,14 +59,17 @@ def cut_model(
     return CheckpointExport(checkpoint, plan, Covariances(statistics))  # type: ignore[arg-type]
 
 
-def fitted(export: CheckpointExport, share: float, *, skip_first: bool = False) -> dict[int, dict[str, torch.Tensor]]:
+def fitted(
+    export: CheckpointExport, share: float | None, *, skip_first: bool = False, n_held_out: int = 0
+) -> dict[int, dict[str, torch.Tensor]]:
     """Fit corrections in packed batches of several rows."""
     model = load(export.base.folder)
     decoder = model.get_decoder()
     streams: list[Stream] = []
     for sequences, weight in TASKS.values():
         rows = make_batches(decoder, sequences, 64)
-        streams.append(Stream([embed(decoder, each, skip_first, torch.device("cpu")) for each in rows], weight))
+        batches = [embed(decoder, each, skip_first, torch.device("cpu")) for each in rows]
+        streams.append(Stream(batches, weight, n_held_out))
     return dict(correct_errors(decoder.layers, streams, export, share=share, ridge=RIDGE))
 
 
@@ -238,3 +242,33 @@ def test_families_with_something_behind_the_mlp_are_marked() -> None:
         if any(name.rpartition(".")[2].startswith(NORMS_BEHIND) for name, _ in model.named_modules()):
             found[config.model_type] = "a norm"
     assert marked == found
+
+
+def test_a_share_is_chosen_for_each_layer_on_held_out_batches(tmp_path: Path) -> None:
+    export = cut_model(tmp_path / "dense", "llama_gqa")
+    chosen = fitted(export, None, n_held_out=1)
+    whole = {ridge: dict(fitted_with(export, ridge)) for ridge in CORRECTION_RIDGES}
+    first = min(chosen)
+    # Only the first cut layer sees the same model whatever the share; its correction is a part of one ridge's whole.
+    ratios = {}
+    for ridge, corrections in whole.items():
+        ratio = chosen[first]["weight"] / corrections[first]["weight"]
+        ratios[ridge] = (float(ratio.median()), float(ratio.std()))
+    share, spread = min(ratios.values(), key=lambda pair: pair[1])
+    assert spread < 1e-4 and 0 < share < 1
+
+
+def fitted_with(export: CheckpointExport, ridge: float) -> dict[int, dict[str, torch.Tensor]]:
+    """Whole corrections with a ridge."""
+    decoder = load(export.base.folder).get_decoder()
+    streams: list[Stream] = []
+    for sequences, weight in TASKS.values():
+        rows = make_batches(decoder, sequences, 64)
+        streams.append(Stream([embed(decoder, each, False, torch.device("cpu")) for each in rows], weight))
+    return dict(correct_errors(decoder.layers, streams, export, share=1.0, ridge=ridge))
+
+
+def test_without_held_out_batches_nothing_is_corrected_by_itself(tmp_path: Path) -> None:
+    export = cut_model(tmp_path / "dense", "llama_gqa")
+    for correction in fitted(export, None).values():
+        assert not any(tensor.any() for tensor in correction.values())
