@@ -22,6 +22,7 @@ from serve.ingress import Service, make_ingress
 from serve.keys import read_keys
 from serve.llm_config import llm_config
 from serve.prompts import PromptBeginning
+from serve.tools import tool_parser
 
 
 def prepare(config: Config) -> Service:
@@ -35,6 +36,7 @@ def prepare(config: Config) -> Service:
     run = Run.of(config)
     experts = find_experts(config, run)
     check_sharing(config, experts)
+    tool_parser(config, stage(experts[0].folder))  # an unknown one is told before an engine starts
     return Service(
         experts=tuple(experts),
         router=_router_folder(run, experts),

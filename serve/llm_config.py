@@ -13,6 +13,7 @@ from serve.engine import FOLDER, HEALTH_CHECK_S, ExpertServer
 from serve.engines import EngineGroup, is_cpu
 from serve.experts import Expert
 from serve.shared_engine import SHARED_ENGINE, SharedEngineServer
+from serve.tools import tool_parser
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """Largest key-value cache of an engine on a CPU, where serve.engine sets none. vLLM would take all memory."""
@@ -78,6 +79,8 @@ def _engine_arguments(config: Config, group: EngineGroup) -> dict[str, Any]:
         cache_bytes = _kv_cache_bytes(config, group.experts[0])
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": cache_bytes}
 
+    if parser := tool_parser(config, stage(group.experts[0].folder)):
+        arguments |= {"enable_auto_tool_choice": True, "tool_call_parser": parser}
     return arguments | config.serve.engine
 
 

@@ -576,6 +576,9 @@ class ServeSection(Section):
     pack: PackSection = PackSection()
     router: RouterSection = RouterSection()
     guard: GuardSection = GuardSection()
+    tools: str | None = None
+    """How models call tools: the name of vLLM's parser of the calls that they write, such as `hermes`, or `auto` for
+    the one that their chat template tells. null: a request with tools that asks for calls gets status 400."""
     fallback: Literal["all", "auto"] = "all"
     """Which requests the general model answers while an expert is down: `all`, or only those for model `auto`; the
     others then get status 503."""

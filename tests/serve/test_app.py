@@ -360,3 +360,46 @@ def test_prompts_are_routed_by_what_the_job_has_measured(app, run):
     assert kept().by_model == {"general": {"alpha": 0.5, "beta": 0.8}, "alpha": {"alpha": 1.0, "beta": 0.2}}
     rows[2]["quality"]["beta"] = {"error": "lost"}
     assert kept() is None
+
+
+@pytest.mark.parametrize(
+    ("written", "parser"),
+    [
+        ("<tool_call>\n{{ call | tojson }}\n</tool_call>", "hermes"),
+        ("<tool_call><function={{ call.name }}>", "qwen3_coder"),
+        ("<tool_call>{{ call.name }}<arg_key>", "glm45"),
+        ("[TOOL_CALLS]{{ calls | tojson }}", "mistral"),
+        ("<|python_tag|>{{ call | tojson }}", "llama3_json"),
+        ("<function_calls>{{ calls }}</function_calls>", "olmo3"),
+    ],
+)
+def test_calls_of_tools_are_read_in_the_form_that_the_chat_template_writes(app, run, written, parser):
+    from vllm.tool_parsers import ToolParserManager
+
+    from serve.engines import EngineGroup
+    from serve.experts import find_experts
+    from serve.llm_config import llm_config
+
+    assert parser in ToolParserManager.list_registered()
+    for folder in (run / "experts" / "0.20").iterdir():
+        (folder / "chat_template.jinja").write_text("{% for m in messages %}" + written + "{% endfor %}")
+    made = config(run, "serve.device=gpu", "serve.tools=auto")
+    experts = find_experts(made, app.Run.of(made))
+    arguments = llm_config(made, EngineGroup((experts[0],))).engine_kwargs
+    assert (arguments["enable_auto_tool_choice"], arguments["tool_call_parser"]) == (True, parser)
+    told = llm_config(config(run, "serve.device=gpu"), EngineGroup((experts[0],))).engine_kwargs
+    assert "tool_call_parser" not in told
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("serve.tools=nope", r"serve.tools: vLLM has no parser 'nope'; it has .*hermes"),
+        ("serve.tools=auto", r"serve.tools: the chat template of general writes tool calls in no form that auto knows"),
+    ],
+)
+def test_a_parser_that_is_not_there_is_told_before_an_engine_starts(app, run, argument, message):
+    for folder in (run / "experts" / "0.20").iterdir():
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(ConfigError, match=message):
+        app.prepare(config(run, argument))
