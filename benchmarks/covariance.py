@@ -56,7 +56,8 @@ def main(tokens: int) -> None:
         # Covariances lie in files beside the moments.
         report["bytes"] = sum(file.stat().st_size for file in path.with_suffix(".covariances").iterdir())
         for site, module in OUTPUT_MODULES.items():
-            weight_OD = model.layers[0].get_submodule(module).weight.detach()
+            # As large models have them.
+            weight_OD = model.layers[0].get_submodule(module).weight.detach().bfloat16()
             report |= _site_times(path, site, weight_OD)
 
     print(json.dumps(report, indent=2))
