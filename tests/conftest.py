@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,9 +151,17 @@ def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     def layer_norm_of_olmo(self: Any, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.layer_norm(x, self.normalized_shape, eps=1e-5)
 
+    def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Compute a router's product, whose factors are rounded to float32 before."""
+        return torch.nn.functional.linear(x.double(), weight.double())
+
+    functional = SimpleNamespace(**{**vars(torch.nn.functional), "linear": linear})
+
     for family in FAMILIES.values():
-        model_class = class_in_transformers(f"{family.classes}Model")
-        for name, norm in vars(import_module(model_class.__module__)).items():
+        module = import_module(class_in_transformers(f"{family.classes}Model").__module__)
+        if family.has_router_bias:
+            monkeypatch.setattr(module, "F", functional)
+        for name, norm in vars(module).items():
             if name.endswith("RMSNorm"):
                 is_gemmas = "Gemma" in name
                 monkeypatch.setattr(norm, "forward", root_mean_square_of_gemma if is_gemmas else root_mean_square)

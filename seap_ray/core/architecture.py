@@ -37,6 +37,8 @@ FUSED_MLP = {"mlp.gate_up_proj": Rows(("channels", "channels"))}
 """Rows of an MLP whose gate and way up are one matrix."""
 UNGATED_MLP = {"mlp.up_proj": Rows(("channels",))}
 """Rows of an MLP without a gate."""
+MOE_EXPERTS = {"mlp.experts.{e}.gate_proj": Rows(("channels",)), "mlp.experts.{e}.up_proj": Rows(("channels",))}
+"""Rows of the MoE experts of most families."""
 Bias = bool | tuple[str, bool]
 """A family's bias: always there (True), never (False), or the config key that says it and what holds where the key is
 missing: ``("attention_bias", False)``."""
@@ -94,11 +96,17 @@ class Family:
     norms: tuple[int, int] = (2, 0)
     """Weights of a layer's norms, in hidden sizes and in head sizes: (2, 2) for two norms and those of queries and
     keys, (4, 0) for two norms with biases."""
+    head_norms_key: str | None = None
+    """Config key that says whether queries and keys have norms, ``use_qk_norm``; None where all models are as ``norms``
+    says."""
     norms_all_heads: bool = False
     """Whether queries, and keys, pass one norm over all heads together, with a weight for each of their columns: True
     for OLMoE. What such a norm divides by depends on every head, so that none can go."""
     activation_weights: int = 0
     """Numbers that a checkpoint holds of a layer's activation: 4 for Apertus."""
+    is_latent: bool = False
+    """Whether keys and values are made of one latent vector for all heads (MLA): True for DeepSeek V3. Attention then
+    stays whole."""
     channels_key: str = "intermediate_size"
     """Config key of the MLP's width, such as ``ffn_dim``; of a mixture of experts that of an MoE expert's width."""
     is_moe: bool = False
@@ -468,14 +476,84 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(
         classes="SeapQwen3Moe",
         vllm_class="SeapQwen3MoeForCausalLM",
-        rows=SPLIT_ATTENTION
-        | {"mlp.experts.{e}.gate_proj": Rows(("channels",)), "mlp.experts.{e}.up_proj": Rows(("channels",))},
+        rows=SPLIT_ATTENTION | MOE_EXPERTS,
         down_proj="mlp.experts.{e}.down_proj",
         qkv_bias=("attention_bias", False),
         o_bias=("attention_bias", False),
         norms=(2, 2),
         channels_key="moe_intermediate_size",
         is_moe=True,
+        dense_mlp=DenseMlp(),
+    ),
+    "qwen2_moe": Family(
+        classes="SeapQwen2Moe",
+        vllm_class="SeapQwen2MoeForCausalLM",
+        rows=SPLIT_ATTENTION | MOE_EXPERTS,
+        down_proj="mlp.experts.{e}.down_proj",
+        qkv_bias=("qkv_bias", True),
+        channels_key="moe_intermediate_size",
+        is_moe=True,
+        dense_mlp=DenseMlp(),
+        shared_width_keys=("shared_expert_intermediate_size",),
+        has_shared_gate=True,
+        has_head_dim=False,
+    ),
+    "olmoe": Family(
+        classes="SeapOlmoe",
+        vllm_class="SeapOlmoeForCausalLM",
+        rows=SPLIT_ATTENTION | MOE_EXPERTS,
+        down_proj="mlp.experts.{e}.down_proj",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms_all_heads=True,
+        is_moe=True,
+        has_head_dim=False,
+    ),
+    "glm4_moe": Family(
+        classes="SeapGlm4Moe",
+        vllm_class="SeapGlm4MoeForCausalLM",
+        rows=SPLIT_ATTENTION | MOE_EXPERTS,
+        down_proj="mlp.experts.{e}.down_proj",
+        qkv_bias=("attention_bias", False),
+        norms=(2, 2),
+        head_norms_key="use_qk_norm",
+        channels_key="moe_intermediate_size",
+        is_moe=True,
+        dense_mlp=DenseMlp(),
+        n_experts_key="n_routed_experts",
+        shared_width_keys=("moe_intermediate_size", "n_shared_experts"),
+        has_router_bias=True,
+    ),
+    "ernie4_5_moe": Family(
+        classes="SeapErnie4_5_Moe",
+        vllm_class=TRANSFORMERS_BACKEND,
+        rows=SPLIT_ATTENTION | MOE_EXPERTS,
+        down_proj="mlp.experts.{e}.down_proj",
+        channels_key="moe_intermediate_size",
+        is_moe=True,
+        dense_mlp=DenseMlp(),
+        n_experts_key="moe_num_experts",
+        n_chosen_key="moe_k",
+        shared_width_keys=("moe_intermediate_size", "moe_num_shared_experts"),
+        has_router_bias=True,
+        renamed={"mlp.gate.moe_statics": "mlp.moe_statics"},
+        refused={"use_bias": True},
+        ties_embeddings=True,
+    ),
+    "deepseek_v3": Family(
+        classes="SeapDeepseekV3",
+        vllm_class=TRANSFORMERS_BACKEND,
+        rows=MOE_EXPERTS,
+        down_proj="mlp.experts.{e}.down_proj",
+        o_bias=("attention_bias", False),
+        is_latent=True,
+        channels_key="moe_intermediate_size",
+        is_moe=True,
+        dense_mlp=DenseMlp(),
+        n_experts_key="n_routed_experts",
+        shared_width_keys=("moe_intermediate_size", "n_shared_experts"),
+        has_router_bias=True,
+        has_head_dim=False,
     ),
     "opt": Family(
         classes="SeapOPT",
@@ -617,6 +695,12 @@ class Architecture:
     """Width of the experts that every token passes in layers with MoE experts, which stay whole."""
     ties_embeddings: bool = False
     """Whether the head that predicts tokens is the embedding."""
+    n_head_norms: int = 0
+    """Weights of a layer's norms, in head sizes, beside those in hidden sizes."""
+    latent_weights: int = 0
+    """Weights of a layer's latent attention, which stays whole; 0: attention is no such."""
+    latent_cache: int = 0
+    """Numbers that a layer with latent attention caches for a token."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Architecture":
@@ -667,8 +751,7 @@ class Architecture:
             family_name=name,
             layers=tuple(layers),
             hidden_size=_size(config, "hidden_size"),
-            # Configs without a head size leave it to this division.
-            head_dim=_size(config, "head_dim", _size(config, "hidden_size") // _size(config, "num_attention_heads")),
+            head_dim=_head_dim(config, family),
             dense=_layer(config, family, has_experts=family.is_moe).shape,
             qkv_bias=flag(family.qkv_bias),
             o_bias=flag(family.o_bias),
@@ -686,6 +769,9 @@ class Architecture:
             experts_per_token=_size(config, family.n_chosen_key) if family.is_moe else 0,
             dense_channels=0 if all(has_experts_L) or not family.dense_mlp else _dense_channels(config, family),
             shared_channels=_shared_channels(config, family),
+            n_head_norms=family.norms[1] if config.get(family.head_norms_key or "", True) else 0,
+            latent_weights=_latent_weights(config) if family.is_latent else 0,
+            latent_cache=config["kv_lora_rank"] + config["qk_rope_head_dim"] if family.is_latent else 0,
             ties_embeddings=bool(config.get("tie_word_embeddings", family.ties_embeddings)),
         )
 
@@ -704,6 +790,8 @@ class Architecture:
         """Why no head can go; None where heads can."""
         if self.family.norms_all_heads:
             return "its queries and keys pass a norm over all heads together, which a cut would change"
+        if self.family.is_latent:
+            return "its keys and values are made of one latent vector for all heads, and this attention stays whole"
         return None
 
     def modules(self, layer: int) -> dict[Site, str]:
@@ -789,13 +877,15 @@ class Architecture:
         return per_mlp * max(layer.n_experts, 1)
 
     def attention_parameters(self, shape: Shape) -> int:
-        """Return the weights of a layer's attention that its shape decides."""
+        """Return the weights of a layer's attention that its shape decides; of a latent attention they never change."""
+        if self.latent_weights:
+            return self.latent_weights
         return shape.heads * self.head_cost + shape.groups * self.kv_cost
 
     def layer_parameters(self, layer: Layer) -> int:
         """Return all weights of a decoder layer: attention, MLP, biases, norms, router and shared experts."""
         # Vectors as long as the hidden size, and as a head: norms, output biases, and rows of the router.
-        n_hidden, n_head = self.family.norms if self.has_norm_weights else (0, 0)
+        n_hidden, n_head = (self.family.norms[0], self.n_head_norms) if self.has_norm_weights else (0, 0)
         n_hidden += self.o_bias + self.mlp_bias + len(layer.biases) + layer.n_experts
         # Such norms have a weight for each column of queries and keys.
         n_head += (layer.shape.heads + layer.shape.groups) * self.family.norms_all_heads
@@ -866,6 +956,36 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"config.json: {key} is {value!r}, not a whole number above 0")
     return value
+
+
+def _head_dim(config: Mapping[str, Any], family: Family) -> int:
+    """Return the columns of ``o_proj`` that a head has."""
+    # The config's own head size is that of the part of a latent attention's queries that is rotated.
+    if family.is_latent:
+        return _size(config, "v_head_dim")
+    # Configs without a head size leave it to this division.
+    return _size(config, "head_dim", _size(config, "hidden_size") // _size(config, "num_attention_heads"))
+
+
+def _latent_weights(config: Mapping[str, Any]) -> int:
+    """Return the weights of a latent attention with its norms and biases, without the bias of ``o_proj``."""
+    hidden = _size(config, "hidden_size")
+    heads = _size(config, "num_attention_heads")
+    latent = _size(config, "kv_lora_rank")
+    rotated = _size(config, "qk_rope_head_dim")
+    query = _size(config, "qk_nope_head_dim") + rotated
+    value = _size(config, "v_head_dim")
+    has_bias = bool(config.get("attention_bias"))
+
+    # Queries are made of a latent vector of their own, or of the hidden state.
+    query_rank = config.get("q_lora_rank")
+    queries = hidden * heads * query
+    if query_rank:
+        queries = (hidden + has_bias + 1 + heads * query) * query_rank
+
+    keys_and_values = (hidden + has_bias) * (latent + rotated) + latent
+    keys_and_values += latent * heads * (query - rotated + value)
+    return queries + keys_and_values + heads * value * hidden
 
 
 def _n_experts(config: Mapping[str, Any], family: Family) -> int:

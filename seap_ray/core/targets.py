@@ -184,7 +184,10 @@ class StorageCosts:
 
     def cache_bytes(self, index: int, layer: Layer) -> int:
         """Return the bytes of a layer's key-value cache."""
-        return self.head_cache_L[index] * layer.shape.groups if self.head_cache_L else 0
+        if not self.head_cache_L:
+            return 0
+        # A latent attention caches one vector for all heads.
+        return self.head_cache_L[index] * (1 if self.architecture.latent_cache else layer.shape.groups)
 
 
 def head_cache(architecture: Architecture, *, tokens: int, sequences: int, item_bytes: int) -> tuple[int, ...]:
@@ -197,11 +200,13 @@ def head_cache(architecture: Architecture, *, tokens: int, sequences: int, item_
         item_bytes: Bytes of a number.
 
     Returns:
-        sequences x tokens x head size x 2 (key and value) x bytes, for every layer.
+        sequences x tokens x head size x 2 (key and value) x bytes, for every layer; of a latent attention the bytes of
+        the whole layer's cache.
     """
     windows = architecture.windows or (None,) * architecture.n_layers
     held_L = [tokens if window is None else min(tokens, window) for window in windows]
-    return tuple(sequences * held * architecture.head_dim * 2 * item_bytes for held in held_L)
+    numbers = architecture.latent_cache or architecture.head_dim * 2
+    return tuple(sequences * held * numbers * item_bytes for held in held_L)
 
 
 # --- latency ---------------------------------------------------------------------------------------------------------

@@ -315,7 +315,8 @@ class CheckpointExport:
                 "AutoConfig": f"configuration_seap.{family.config_class}",
                 **{auto_class: f"modeling_seap.{name}" for auto_class, name in hf.model_classes(family).items()},
             },
-            "head_dim": architecture.head_dim,
+            # The head size of a latent attention follows from keys that no cut changes.
+            **({} if family.is_latent else {"head_dim": architecture.head_dim}),
             # Generic loaders of the configuration want every key of ``per_layer_config`` at the top level, too.
             **dict.fromkeys(architecture.bias_keys, False),
             # Tools that read a width of the whole model get the dense model's, instead of an error.

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from importlib import import_module
 from inspect import signature
+from math import prod
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.models import ModelRegistry, opt, qwen3, qwen3_moe
-from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.models import ModelRegistry, opt, qwen2_moe, qwen3, qwen3_moe
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer, extract_layer_index
@@ -39,10 +40,12 @@ from seap_ray.models.hf.shapes import compared, declared
 class _UnequalLlamaLayer:
     """Mixin for a decoder layer that vLLM builds as a Llama's: the configuration may be given by name."""
 
-    def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: PreTrainedConfig | None = None):
+    def __init__(
+        self, vllm_config: VllmConfig, prefix: str = "", config: PreTrainedConfig | None = None, **kwargs: Any
+    ):
         # As vLLM's own layer chooses it.
         layer_config = _layer_config(config or vllm_config.model_config.hf_config, prefix)
-        super().__init__(vllm_config, prefix, config=layer_config)  # type: ignore[call-arg]
+        super().__init__(vllm_config, prefix, config=layer_config, **kwargs)  # type: ignore[call-arg]
 
         # A Llama's layer may be a draft model's, whose quantisation is another.
         chosen = getattr(self, "get_quant_config", None)
@@ -75,8 +78,8 @@ class SeapQwen3DecoderLayer(_UnequalLayer, qwen3.Qwen3DecoderLayer):
     """A decoder layer of Qwen 3 with its own widths."""
 
 
-class SeapQwen3MoeDecoderLayer(qwen3_moe.Qwen3MoeDecoderLayer):
-    """A decoder layer of Qwen 3 MoE with its own widths. vLLM's reads its configuration from ``vllm_config``."""
+class _UnequalLayerOfVllmConfig:
+    """Mixin for a family's decoder layer that reads its configuration from ``vllm_config``."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any):
         layer_config = _layer_config(vllm_config.model_config.hf_text_config, prefix)
@@ -84,10 +87,34 @@ class SeapQwen3MoeDecoderLayer(qwen3_moe.Qwen3MoeDecoderLayer):
         # Shallow copies: the other layers keep the whole model's configuration.
         layer_vllm_config = copy.copy(vllm_config)
         layer_vllm_config.model_config = copy.copy(vllm_config.model_config)
+        layer_vllm_config.model_config.hf_config = layer_config
         layer_vllm_config.model_config.hf_text_config = layer_config
 
-        super().__init__(layer_vllm_config, prefix, **kwargs)
+        super().__init__(vllm_config=layer_vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
         _add_biases(self, layer_config, vllm_config.quant_config, prefix)
+
+
+class SeapQwen3MoeDecoderLayer(_UnequalLayerOfVllmConfig, qwen3_moe.Qwen3MoeDecoderLayer):
+    """A decoder layer of Qwen 3 MoE with its own widths."""
+
+
+class SeapQwen2MoeDecoderLayer(_UnequalLayer, qwen2_moe.Qwen2MoeDecoderLayer):
+    """A decoder layer of Qwen 2 MoE with its own widths.
+
+    vLLM's attention computes the size of a head as hidden size / heads. A Llama's with biases computes the same, and is
+    told the size.
+    """
+
+    def _build(self, layer_config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        def attention(dual_chunk_attention_config: Any, rope_parameters: Any, **settings: Any) -> LlamaAttention:
+            """Build the attention; the configuration has the rotary embedding, too."""
+            if dual_chunk_attention_config:
+                raise ValueError("dual_chunk_attention_config is not supported in layers of unequal widths")
+            config: Any = layer_config
+            return LlamaAttention(config=config, bias=config.qkv_bias, **settings)
+
+        with _replaced(qwen2_moe, "Qwen2MoeAttention", attention):
+            super()._build(layer_config, *args, **kwargs)
 
 
 class SeapOPTDecoderLayer(_UnequalLayer, opt.OPTDecoderLayer):
@@ -147,7 +174,8 @@ def _layer_config(model_config: Any, prefix: str) -> Any:
 def _add_biases(layer: Any, layer_config: Any, quant_config: QuantizationConfig | None, prefix: str) -> None:
     """Give ``o_proj`` and ``down_proj`` the output biases that the checkpoint has and vLLM's own layer lacks."""
     family = family_of(layer_config.model_type)
-    o_proj_width = layer_config.num_attention_heads * layer_config.head_dim
+    head_dim = layer_config.v_head_dim if family.is_latent else layer_config.head_dim
+    o_proj_width = layer_config.num_attention_heads * head_dim
 
     # vLLM's Qwen 3 has no bias on o_proj, whatever the family's configuration says.
     has_family_bias = isinstance(family.o_bias, tuple) and getattr(layer_config, family.o_bias[0])
@@ -286,9 +314,31 @@ class _ReplacedLayers(_CheckedModel):
             settings["layer_type"] = self.replacements[0][2]
 
         with ExitStack() as stack:
-            for owner, name, replacement in self.replacements:
+            for owner, name, replacement in (*self.replacements, *self._whole_shared_experts(vllm_config)):
                 stack.enter_context(_replaced(owner, name, replacement))
             super().__init__(**settings)
+
+    def _whole_shared_experts(self, vllm_config: VllmConfig) -> list[tuple[Any, str, Any]]:
+        """Return what else is replaced in a mixture whose shared experts are as wide as follows from the others.
+
+        They stay as wide as the top level of the configuration has it, which is that of the model before it was cut.
+        """
+        config = vllm_config.model_config.hf_config
+        family = family_of(config.model_type)
+        if family.channels_key not in family.shared_width_keys:
+            return []
+
+        top_level = config.to_dict()
+        shared_channels = prod(top_level[key] for key in family.shared_width_keys)
+        owner, _, _ = self.replacements[0]
+        name = _class_in(owner, "MLP")
+        return [(owner, name, partial(_mlp, getattr(owner, name), shared_channels))]
+
+
+def _mlp(mlp_class: Any, shared_channels: int, *, intermediate_size: int, prefix: str, **settings: Any) -> nn.Module:
+    """Build an MLP of vLLM; shared experts as wide as before the cut."""
+    width = shared_channels if prefix.endswith(".shared_experts") else intermediate_size
+    return mlp_class(intermediate_size=width, prefix=prefix, **settings)
 
 
 class SeapQwen3ForCausalLM(_ReplacedLayers, qwen3.Qwen3ForCausalLM):
@@ -309,6 +359,12 @@ class SeapQwen3MoeForCausalLM(_ReplacedLayers, qwen3_moe.Qwen3MoeForCausalLM):
     )
 
 
+class SeapQwen2MoeForCausalLM(_ReplacedLayers, qwen2_moe.Qwen2MoeForCausalLM):
+    """Qwen 2 MoE with layers of unequal widths."""
+
+    replacements = ((qwen2_moe, "Qwen2MoeDecoderLayer", SeapQwen2MoeDecoderLayer),)
+
+
 class SeapOPTForCausalLM(_ReplacedLayers, opt.OPTForCausalLM):
     """OPT with layers of unequal widths."""
 
@@ -326,17 +382,15 @@ def __getattr__(name: str) -> type[nn.Module]:
 
     family = import_module(registered.module_name)  # type: ignore[attr-defined]  # of vLLM's own models
     model_class = getattr(family, registered.class_name)  # type: ignore[attr-defined]
-    # Names that the module has imported are other families' layers.
-    (layer_name,) = (
-        key
-        for key, value in vars(family).items()
-        if key.endswith("DecoderLayer") and value.__module__ == family.__name__
-    )
+    layer_name = _class_in(family, "DecoderLayer")
     layer_class = getattr(family, layer_name)
 
-    is_llamas = "vllm_config" in signature(layer_class).parameters
+    parameters = signature(layer_class).parameters.keys()
+    mixin: type = _UnequalLayer
+    if "vllm_config" in parameters:
+        mixin = _UnequalLlamaLayer if "config" in parameters else _UnequalLayerOfVllmConfig
     about = {"__module__": __name__, "__doc__": f"{layer_name} of vLLM with its own widths."}
-    layer = type(f"Seap{layer_name}", (_UnequalLlamaLayer if is_llamas else _UnequalLayer, layer_class), about)
+    layer = type(f"Seap{layer_name}", (mixin, layer_class), about)
 
     content = {
         "__module__": __name__,
@@ -346,6 +400,13 @@ def __getattr__(name: str) -> type[nn.Module]:
     made = type(name, (_ReplacedLayers, model_class), content)
     globals()[name] = made
     return made
+
+
+def _class_in(module: Any, end: str) -> str:
+    """Return the name of the one class of a module of vLLM that ends so."""
+    # Names that the module has imported are other families' classes.
+    (name,) = (key for key, value in vars(module).items() if key.endswith(end) and value.__module__ == module.__name__)
+    return name
 
 
 def _checked(

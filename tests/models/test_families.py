@@ -23,6 +23,7 @@ from seap_ray.config import PruningSection
 from seap_ray.core.architecture import Architecture, Shape
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.plan import Kept, Plan
+from seap_ray.core.targets import StorageCosts, head_cache
 from seap_ray.core.widths import WidthConstraints, widest_unit
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
@@ -31,6 +32,8 @@ from seap_ray.models.forward import record
 from seap_ray.models.hf.shapes import check_folder
 from seap_ray.models.loading import attention_of
 from tests.support.builders import (
+    CONFIGS,
+    MIXTURES,
     MORE_CONFIGS,
     SHARDS,
     layerwise,
@@ -47,7 +50,7 @@ from tests.support.builders import (
 from tests.support.elsewhere import WITHOUT_SEAP_RAY
 from tests.support.oracles import assert_close, assert_equal, tensors_of, two_pass, with_replaced_activations
 
-NOT_STOCK = ("stablelm", "helium", "cohere2")
+NOT_STOCK = ("stablelm", "helium", "cohere2", "qwen2_moe")
 """Families whose attention is as wide as the hidden size in an ordinary checkpoint."""
 
 
@@ -58,14 +61,16 @@ def cut(base: Checkpoint, seed: int, compensation: str = "mean") -> CheckpointEx
     kept: list[Kept] = []
     for number, layer in enumerate(architecture.layers):
         whole = layer.shape
-        shape = replace(whole, channels=rng.randint(1, max(whole.channels - 1, 1)))
+        # transformers writes an MoE expert of one channel without that dimension.
+        fewest = 2 if layer.n_experts else 1
+        shape = replace(whole, channels=max(rng.randint(1, max(whole.channels - 1, 1)), fewest))
         if not architecture.why_whole_attention:
             shape = replace(
                 shape,
                 groups=rng.randint(1, max(whole.groups - 1, 1)),
                 heads_per_group=rng.randint(1, whole.heads_per_group),
             )
-        kept.append(random_kept(whole, whole if number == 1 else shape, rng))
+        kept.append(random_kept(whole, whole if number == 1 else shape, rng, layer.n_experts))
     plan = Plan("expert", 0.5, COMPENSATIONS[compensation], tuple(kept), {})
     return CheckpointExport(base, plan, random_statistics(architecture, seed))
 
@@ -93,16 +98,69 @@ def test_the_architecture_is_what_transformers_builds(name):
     for content in (config.to_dict(), bare):
         architecture = Architecture.of(content)
         assert architecture.n_layers == len(layers)
-        assert architecture.head_dim == layers[0].self_attn.head_dim
+        attention = layers[0].self_attn
+        assert architecture.head_dim == (attention.v_head_dim if architecture.latent_cache else attention.head_dim)
         sizes = [sum(tensor.numel() for tensor in layer.state_dict().values()) for layer in layers]
         assert [architecture.layer_parameters(layer) for layer in architecture.layers] == sizes
         assert architecture.ties_embeddings == config.tie_word_embeddings or content is not bare
 
     stored = revert_weight_conversion(model, model.state_dict()).keys()
-    named = [*architecture.modules(3).values(), *architecture.family.rows]
+    # The last layer of a mixture has experts, of which each has modules of its own.
+    named = [*architecture.modules(3).values(), *(module.format(e=3) for module in architecture.family.rows)]
     assert {architecture.tensor(3, module) for module in named} <= stored
-    assert [*architecture.modules(3).values()] == [*output_modules(model).values()]
+    for layer in range(4):
+        outputs = [module for module in architecture.modules(layer).values() if ".experts." not in module]
+        assert outputs == [*output_modules(model, layer).values()]
     assert {architecture.family.embedding, architecture.family.head} <= stored
+
+
+DENSE_LAYERS = {
+    "qwen2_moe": ({"mlp_only_layers": [1], "decoder_sparse_step": 2}, [0, 0, 0, 4]),
+    "qwen3_moe": ({"mlp_only_layers": [0, 2]}, [0, 6, 0, 6]),
+    "glm4_moe": ({"first_k_dense_replace": 3}, [0, 0, 0, 4]),
+    "deepseek_v3": ({"first_k_dense_replace": 0}, [4, 4, 4, 4]),
+    "ernie4_5_moe": ({"moe_layer_start_index": 2, "moe_layer_end_index": 2}, [0, 0, 4, 0]),
+}
+"""Config keys that say which layers have no experts, and the experts of every layer."""
+
+
+@pytest.mark.parametrize("name", DENSE_LAYERS)
+def test_layers_without_experts_are_those_that_transformers_builds_without(name):
+    keys, expected = DENSE_LAYERS[name]
+    config = (CONFIGS | MORE_CONFIGS)[name]()
+    for key, value in keys.items():
+        setattr(config, key, value)
+    architecture = Architecture.of(config.to_dict())
+    with torch.device("meta"):
+        layers = AutoModelForCausalLM.from_config(config).get_decoder().layers
+    built = [layer.mlp.experts.num_experts if hasattr(layer.mlp, "experts") else 0 for layer in layers]
+    assert [layer.n_experts for layer in architecture.layers] == built == expected
+    sizes = [sum(tensor.numel() for tensor in layer.state_dict().values()) for layer in layers]
+    assert [architecture.layer_parameters(layer) for layer in architecture.layers] == sizes
+    for layer in range(4):
+        sites = ["attn", *architecture.sites(layer, "mlp")]
+        assert list(architecture.modules(layer)) == sites and len(sites) == 1 + max(built[layer], 1)
+
+
+def test_layers_without_experts_in_a_family_that_has_none_are_refused():
+    content = CONFIGS["mixtral"]().to_dict() | {"mlp_only_layers": [1]}
+    with pytest.raises(ConfigError, match="some layers have no experts, which models of this family always have"):
+        Architecture.of(content)
+
+
+@pytest.mark.parametrize("dropped", [(0,), (1, 2), (2, 3)], ids=str)
+@pytest.mark.parametrize("name", ["qwen2_moe", "glm4_moe", "ernie4_5_moe"])
+def test_dropped_layers_of_a_mixture_leave_the_others_with_their_experts(dense, tmp_path, name, dropped):
+    base = Checkpoint.open(str(dense(name, torch.bfloat16)))
+    kept = tuple(Kept.whole(base.architecture, layer) for layer in range(4) if layer not in dropped)
+    plan = Plan("depth", 0.25, COMPENSATIONS["none"], kept, {}, dropped)
+    skipping = load(base.folder)
+    for layer in reversed(dropped):
+        del skipping.get_decoder().layers[layer]
+    for stock in (False, True):
+        folder = write_compacted(CheckpointExport(base, plan, stock=stock), tmp_path / str(stock))
+        check_folder(folder)
+        assert torch.equal(logits(load(folder), random_ids()), logits(skipping, random_ids()))
 
 
 @pytest.mark.parametrize("name", [name for name in MORE_CONFIGS if MORE_CONFIGS[name]().to_dict().get("layer_types")])
@@ -126,6 +184,18 @@ def test_a_feature_that_no_supported_model_of_the_family_has_is_refused():
         Architecture.of(content)
 
 
+def test_no_head_goes_of_a_latent_attention_whose_cache_is_one_vector():
+    architecture = Architecture.of(MORE_CONFIGS["deepseek_v3"]().to_dict())
+    assert widest_unit(architecture) == "none"
+    with pytest.raises(
+        ConfigError, match="one latent vector for all heads, and this attention stays whole; choose none"
+    ):
+        WidthConstraints.of(architecture, PruningSection(attention_unit="head"), adds_biases=False)
+    cache_L = head_cache(architecture, tokens=10, sequences=3, item_bytes=2)
+    costs = StorageCosts(architecture, 2, cache_L)
+    assert costs.cache_bytes(0, architecture.layers[0]) == 10 * 3 * 2 * (16 + 4)
+
+
 def test_no_head_goes_below_a_norm_over_all_heads():
     architecture = Architecture.of(MORE_CONFIGS["olmo2"]().to_dict())
     assert widest_unit(architecture) == "none"
@@ -142,14 +212,13 @@ def test_moments_are_those_of_two_passes_and_layer_by_layer_the_same_bytes(dense
     folder = dense(name, torch.float64)
     model = load(folder)
     attention = attention_of(Checkpoint.open(str(folder)).config)
-    as_a_job_loads_it = load(folder, attn_implementation=attention) if attention else model
-    layer_by_layer = recorded_by(layerwise(folder, torch.float64))
+    # Grouped products of MoE experts, with which a job computes, are not in float64.
+    dtype = torch.float32 if model.config.model_type in MIXTURES else torch.float64
+    as_a_job_loads_it = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+    layer_by_layer = recorded_by(layerwise(folder, dtype))
     for shard in ("sort/00000", "logic/00000"):
-        recorded = record(model, SHARDS[shard], batch_tokens=40)
-        assert_close(recorded, two_pass(model, SHARDS[shard]))
-        if attention:
-            recorded = record(as_a_job_loads_it, SHARDS[shard], batch_tokens=40)
-        assert_equal(layer_by_layer[shard], recorded)
+        assert_close(record(model, SHARDS[shard], batch_tokens=40), two_pass(model, SHARDS[shard]))
+        assert_equal(layer_by_layer[shard], record(as_a_job_loads_it, SHARDS[shard], batch_tokens=40))
 
 
 # --- cut and reload --------------------------------------------------------------------------------------------------
@@ -186,10 +255,11 @@ def test_a_reload_has_the_written_bits_in_every_class_and_saved_again(dense, tmp
     folder = write_compacted(cut(base, 3), tmp_path / "expert", 20_000)
     written = tensors_of(folder)
     model = load(folder)
-    for key, tensor in model.state_dict().items():
-        if key in written:
-            assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, written[key]), key
-    assert written.keys() <= model.state_dict().keys()
+    # In a mixture a tensor of the model is made of several, and some are kept in float32.
+    reloaded = revert_weight_conversion(model, model.state_dict())
+    for key, tensor in written.items():
+        assert torch.equal(reloaded[key].to(tensor.dtype), tensor), key
+        assert reloaded[key].dtype == torch.bfloat16 or "gate" in key or "e_score_correction_bias" in key
 
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(load(tmp_path / "saved"), random_ids()), logits(model, random_ids()))
@@ -197,10 +267,12 @@ def test_a_reload_has_the_written_bits_in_every_class_and_saved_again(dense, tmp
 
     with torch.no_grad():
         hidden_BTH = model.base_model(random_ids()).last_hidden_state
-        headless = AutoModel.from_pretrained(folder, dtype="auto").eval()
+        # Grouped products of experts would differ in their last bits.
+        settings = {"dtype": "auto", "experts_implementation": "eager"}
+        headless = AutoModel.from_pretrained(folder, **settings).eval()
         assert torch.equal(headless(random_ids()).last_hidden_state, hidden_BTH)
         if "AutoModelForSequenceClassification" in model.config.auto_map:
-            classifier = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto").eval()
+            classifier = AutoModelForSequenceClassification.from_pretrained(folder, **settings).eval()
             assert torch.equal(classifier.base_model(random_ids()).last_hidden_state, hidden_BTH)
 
 
@@ -223,6 +295,10 @@ def test_a_stock_export_computes_what_the_seap_export_computes(dense, tmp_path, 
     if name not in NOT_STOCK and not base.architecture.why_whole_attention:
         shape = Shape(whole.groups // 2, whole.heads_per_group, 50)
     plan = uniform_plan(base.architecture, shape)
+    if base.architecture.is_shared_width_bound:
+        with pytest.raises(ConfigError, match="has shared experts whose width follows from .*; use export.format=seap"):
+            check_stock(plan, base.architecture)
+        plan = uniform_plan(base.architecture, replace(shape, channels=whole.channels))
     check_stock(plan, base.architecture)
 
     stock = write_compacted(CheckpointExport(base, plan, stock=True), tmp_path / "stock")
@@ -258,7 +334,8 @@ torch.set_num_threads(1)
 folders, out = json.loads(sys.argv[1])
 ids_BT, results = load_file(out + "/ids")["ids"], {}
 for name, folder in folders.items():
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
+    settings = {"dtype": "auto", "trust_remote_code": True, "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     assert type(model).__module__.startswith("transformers_modules."), type(model)

@@ -16,12 +16,15 @@ from transformers import (
     Cohere2Config,
     CohereConfig,
     CwmConfig,
+    DeepseekV3Config,
+    Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
     GPTNeoXConfig,
     GraniteConfig,
@@ -38,6 +41,7 @@ from transformers import (
     Olmo2Config,
     Olmo3Config,
     OlmoConfig,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PhiConfig,
@@ -45,6 +49,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SeedOssConfig,
@@ -155,6 +160,15 @@ MINISTRAL_3_ROPE = {
     "mscale": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
+DEEPSEEK_EXPERTS: dict[str, Any] = {
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 MORE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma": lambda: GemmaConfig(**GROUPED, head_dim=8),
     "smollm3": lambda: SmolLM3Config(**GROUPED, head_dim=6),
@@ -190,6 +204,42 @@ MORE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "vaultgemma": lambda: VaultGemmaConfig(**GROUPED, head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
     "jais2": lambda: Jais2Config(**GROUPED),
     "hyperclovax": lambda: HyperCLOVAXConfig(**GROUPED, **MULTIPLIERS),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **GROUPED,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=[2],
+    ),
+    "olmoe": lambda: OlmoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2),
+    "glm4_moe": lambda: Glm4MoeConfig(**GROUPED, **DEEPSEEK_EXPERTS, head_dim=8, use_qk_norm=True),
+    "ernie4_5_moe": lambda: Ernie4_5_MoeConfig(
+        **GROUPED, head_dim=8, moe_intermediate_size=64, moe_num_experts=4, moe_k=2, moe_num_shared_experts=2
+    ),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **SIZES,
+        **DEEPSEEK_EXPERTS,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        q_lora_rank=20,
+        kv_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=6,
+        v_head_dim=10,
+    ),
+    "deepseek_v3_whole_queries": lambda: DeepseekV3Config(  # as Moonlight
+        **SIZES,
+        **DEEPSEEK_EXPERTS,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        q_lora_rank=None,
+        kv_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=6,
+        v_head_dim=10,
+        attention_bias=True,
+    ),
     "ministral3": lambda: Ministral3Config(**GROUPED, head_dim=8, rope_parameters=dict(MINISTRAL_3_ROPE)),
 }
 """Families that go through ``tests/models/test_families.py`` alone: what they are made of is that of some above."""
@@ -212,6 +262,10 @@ def save_dense(folder: Path, name: str, dtype: torch.dtype, max_shard_size: str 
             else:
                 noise = 0.3 * noise + ("norm" in key)
             parameter.copy_(noise)
+        # Some routers have a buffer that is stored.
+        for key, buffer in model.named_buffers():
+            if key in model.state_dict():
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     make_tokenizer().save_pretrained(folder)
@@ -251,7 +305,7 @@ def load(folder: Path, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-MIXTURES = ("mixtral", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "glm4_moe", "ernie4_5_moe", "deepseek_v3")
 OUTPUTS = {
     "opt": ("self_attn.out_proj", "fc2"),
     "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
@@ -354,7 +408,8 @@ def random_plan(architecture: Architecture, seed: int, compensation: str = "none
             shape = whole
         elif layer == architecture.n_layers - 1:
             shape = Shape(whole.groups, whole.heads_per_group, shape.channels)
-        if shape not in shapes:
+        # No two layers are alike, unless layers begin with other widths.
+        if layer == 1 or shape not in shapes:
             shapes.append(shape)
     kept = tuple(
         random_kept(layer.shape, shape, rng, layer.n_experts) for layer, shape in zip(layers, shapes, strict=True)

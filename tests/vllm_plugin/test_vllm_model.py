@@ -21,12 +21,15 @@ from transformers import (
     Cohere2Config,
     CohereConfig,
     CwmConfig,
+    DeepseekV3Config,
+    Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
     GPTNeoXConfig,
     GraniteConfig,
@@ -43,10 +46,12 @@ from transformers import (
     Olmo2Config,
     Olmo3Config,
     OlmoConfig,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PhiConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SeedOssConfig,
@@ -70,6 +75,7 @@ from seap_ray.models.quantization import QuantizedExport
 from seap_ray.vllm_plugin.plugin import ARCHITECTURES, END_WITH_PARENT, check_registered
 from tests.support.builders import (
     CONFIGS,
+    DEEPSEEK_EXPERTS,
     LLAMA_3_ROPE,
     MINISTRAL_3_ROPE,
     MIXTURES,
@@ -173,6 +179,35 @@ MORE_MODELS = {
     "vaultgemma": lambda: VaultGemmaConfig(**GROUPED, sliding_window=32, query_pre_attn_scalar=32),
     "jais2": lambda: Jais2Config(**DIVIDED),
     "hyperclovax": lambda: HyperCLOVAXConfig(**DIVIDED, **MULTIPLIERS),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **GROUPED,
+        moe_intermediate_size=96,
+        shared_expert_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=[2],
+    ),
+    "olmoe": lambda: OlmoeConfig(
+        **SERVABLE, num_attention_heads=3, num_key_value_heads=3, num_experts=4, num_experts_per_tok=2
+    ),
+    "glm4_moe": lambda: Glm4MoeConfig(**GROUPED, **DEEPSEEK_EXPERTS, use_qk_norm=True),
+    "ernie4_5_moe": lambda: Ernie4_5_MoeConfig(
+        **GROUPED, moe_intermediate_size=64, moe_num_experts=4, moe_k=2, moe_num_shared_experts=2
+    ),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **{key: value for key, value in SERVABLE.items() if key != "head_dim"},
+        **DEEPSEEK_EXPERTS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=24,
+        kv_lora_rank=512,
+        qk_rope_head_dim=64,  # vLLM's CPU kernel knows DeepSeek's own latent vector
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        # Keys that transformers does not have, and vLLM reads.
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+    ),
 }
 """Families that are built of what those above are, which SEAP_RAY_TP=1 has vLLM serve: some minutes."""
 NEOX_SERVABLE = {key: value for key, value in SERVABLE.items() if key != "head_dim"}

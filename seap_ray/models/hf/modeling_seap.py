@@ -47,6 +47,7 @@ def resize_layers(
     o_proj: str = "self_attn.o_proj",
     down_proj: str | None = "mlp.down_proj",
     heads_of_hidden_size: bool = False,
+    whole: tuple[str, ...] = (),
 ) -> None:
     """Replace every decoder layer of a model by one of the same class with the layer's own widths and output biases.
 
@@ -58,6 +59,7 @@ def resize_layers(
         down_proj: Name of the MLP's output module; None where it cannot have a bias.
         heads_of_hidden_size: The family builds attention as wide as the hidden size, so that it must be narrowed to
             the layer's heads of the dense model's size.
+        whole: Names of modules that stay as the dense model has them, where a layer has them.
     """
     decoder = model.get_decoder()
     n_heads = model.config.num_attention_heads
@@ -77,6 +79,10 @@ def resize_layers(
         layer = type(decoder.layers[i])(built_from, i)
         if heads_of_hidden_size:
             _narrow(layer.get_submodule(attention), layer_config)
+        dense_modules = dict(decoder.layers[i].named_modules())
+        for path in whole:
+            if path in dense_modules:
+                layer.set_submodule(path, dense_modules[path])
         # set_attn_implementation works on the whole model's config.
         layer.get_submodule(attention).config = config
 
@@ -175,9 +181,12 @@ class CompactedPhi3(LayerConfigs, Compacted):
 
 
 class CompactedMixture(Compacted):
-    """Mixed into a mixture of experts: the biases of compensation are on attention's output alone."""
+    """Mixed into a mixture of experts: the biases of compensation are on attention's output alone.
 
-    resizing = {"down_proj": None}
+    The width of shared experts, which stay whole, follows in some families from that of the others.
+    """
+
+    resizing = {"down_proj": None, "whole": ("mlp.shared_experts",)}
     width_key = "moe_intermediate_size"
     """Key of the width of an MoE expert."""
 
@@ -194,7 +203,7 @@ class CompactedMixture(Compacted):
 
 
 class CompactedMixtral(CompactedMixture):
-    """Mixed into a Mixtral's model."""
+    """Mixed into the model of a Mixtral or an OLMoE."""
 
     width_key = "intermediate_size"
 
@@ -241,6 +250,7 @@ MIXINS: dict[str, type] = {
     "SeapPhi": CompactedPhi,
     "SeapStableLm": CompactedHidden,
     "SeapHelium": CompactedHidden,
+    "SeapOlmoe": CompactedMixtral,
     "SeapOPT": CompactedOPT,
     "SeapGPTNeoX": CompactedGPTNeoX,
 }
