@@ -54,7 +54,7 @@ class Chooser:
     ``router`` is None where no expert is served. An expert answers where the router's confidence is at least
     ``threshold``; where that is None, where ``kept`` expects it to do no worse than the general model, and without
     ``kept`` by the router's fitted threshold.
-    ``reference`` answers for demoted experts, which are those that ``demoted`` returns.
+    ``main`` answers what no expert does, and ``reference`` for demoted experts, which ``demoted`` returns.
     """
 
     def __init__(
@@ -66,9 +66,11 @@ class Chooser:
         threshold: float | None,
         named_falls_back: bool,
         kept: KeptQuality | None = None,
+        main: str = GENERAL,
         reference: str = GENERAL,
         demoted: Callable[[], Collection[str]] = frozenset,
     ):
+        self._main = main
         self._reference = reference
         self._demoted = demoted
         self._models = models
@@ -108,8 +110,8 @@ class Chooser:
         Raises:
             ApiError: 503 when the general model may not answer for it, or is down as well.
         """
-        if decision.model != GENERAL and self._may_fall_back(decision) and self._watch.is_up(GENERAL):
-            return replace(decision, model=GENERAL, reason="expert_down", instead_of=decision.model)
+        if decision.model != self._main and self._may_fall_back(decision) and self._watch.is_up(self._main):
+            return replace(decision, model=self._main, reason="expert_down", instead_of=decision.model)
 
         raise ApiError(503, f"{decision.model} is being started again", code="model_down", retry_after=RESTART_S)
 
@@ -120,7 +122,7 @@ class Chooser:
     def _route(self, prompts: Sequence[Prompt]) -> Decision:
         """Return one model for all prompts of a request: the general one where their tasks differ."""
         if self._router is None:
-            return Decision(GENERAL, "no_router")
+            return Decision(self._main, "no_router")
 
         started = time.perf_counter()
         decisions = [self._route_one(self._router, prompt) for prompt in prompts or [""]]
@@ -128,7 +130,7 @@ class Chooser:
 
         # One request goes to one engine.
         if len({decision.model for decision in decisions}) > 1:
-            return Decision(GENERAL, "mixed")
+            return Decision(self._main, "mixed")
         # The least sure of them speaks for the request.
         return min(decisions, key=lambda decision: decision.confidence or 0)
 
@@ -138,9 +140,9 @@ class Chooser:
         text = prompt if isinstance(prompt, str) else router.decode(prompt[:MAX_PROMPT_CHARACTERS])
         route = router.route(text, threshold=0.0 if self._kept else self.threshold)
         if route.task is None:
-            return Decision(GENERAL, route.reason, None, route.confidence, route.probabilities)
+            return Decision(self._main, route.reason, None, route.confidence, route.probabilities)
         if self._kept and not self._kept.prefers_expert(route.task, route.probabilities):
-            return Decision(GENERAL, "unsure", None, route.confidence, route.probabilities)
+            return Decision(self._main, "unsure", None, route.confidence, route.probabilities)
         if route.task not in self._models:
-            return Decision(GENERAL, "not_served", route.task, route.confidence, route.probabilities)
+            return Decision(self._main, "not_served", route.task, route.confidence, route.probabilities)
         return Decision(route.task, route.reason, route.task, route.confidence, route.probabilities)

@@ -45,7 +45,7 @@ def engine_groups(config: Config, experts: Sequence[Expert]) -> tuple[list[Engin
 
     # With ``shared`` and an obstacle ``check_sharing`` has refused the config before.
     packing = config.serve.packing
-    if packing == "separate" or len(cut) == 1:
+    if packing == "separate" or len(cut) <= 1:
         return separate, "an engine for each model"
     if obstacle := _obstacle(config, experts):
         return separate, f"an engine for each model, since {obstacle}"

@@ -1,7 +1,7 @@
 """Experts: finds the checkpoints of a run that are to be served."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from seap_ray.config import DENSE, GENERAL, Config
@@ -30,6 +30,8 @@ class Expert:
     has_chat_template: bool
     created: int
     """Unix time."""
+    draft: StoragePath | None = None
+    """Folder of the model that drafts for it; None where none does."""
     is_quantised: bool = False
     """Whether its weights are codes, which vLLM packs anew as it loads them."""
     example: str | None = None
@@ -53,6 +55,8 @@ class Expert:
 
 def find_experts(config: Config, run: Run) -> list[Expert]:
     """Return the general model and the experts to serve, and where the config says so the dense model.
+
+    The first of them answers what no expert does. In mode ``speculative`` the dense model is alone, with its draft.
 
     Raises:
         ConfigError: The run, its ratio or an expert is not there, or a folder is damaged. The message names the key.
@@ -79,8 +83,21 @@ def find_experts(config: Config, run: Run) -> list[Expert]:
     # engine starts with the first.
     if GENERAL not in kinds:
         raise ConfigError(f"{folder} holds no whole general model; run jobs/prune.py to its end")
+    if config.serve.mode == "speculative":
+        name = config.serve.draft.model
+        if name not in (GENERAL, *tasks):
+            raise ConfigError(f"serve.draft.model: {folder} holds no {name}; it holds {', '.join([GENERAL, *tasks])}")
+        draft = _expert(config, run, folder / name, kinds[name], manifests[name])
+        return [_drafted(_dense(config), draft)]
+
     served = [_expert(config, run, folder / name, kinds[name], manifests[name]) for name in (GENERAL, *wanted)]
     return [*served, _dense(config)] if config.serve.dense else served
+
+
+def _drafted(dense: Expert, draft: Expert) -> Expert:
+    """Return the dense model with a draft, whose keys and values are kept beside its own."""
+    kv_bytes_per_token = dense.kv_bytes_per_token + draft.kv_bytes_per_token
+    return replace(dense, draft=draft.folder, kv_bytes_per_token=kv_bytes_per_token)
 
 
 def _dense(config: Config) -> Expert:

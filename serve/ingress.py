@@ -18,7 +18,7 @@ from ray.util import metrics
 from starlette.background import BackgroundTask
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from seap_ray.config import AUTO, GENERAL
+from seap_ray.config import AUTO
 from seap_ray.routing.expected_quality import KeptQuality
 from seap_ray.routing.router import Router
 from serve.choice import Chooser, Decision, Prompt
@@ -72,6 +72,11 @@ class Service:
     """What the models keep of the dense one's quality, by which prompts are routed; None where that was not judged."""
 
     @property
+    def main(self) -> str:
+        """Name of the model that answers what no expert does."""
+        return self.experts[0].name
+
+    @property
     def can_chat(self) -> bool:
         """Whether the models have a chat template. They have the dense model's tokenizer, so all or none do."""
         return any(expert.has_chat_template for expert in self.experts)
@@ -121,7 +126,8 @@ class ExpertIngress(OpenAiIngress):
             threshold=service.threshold,
             named_falls_back=service.named_falls_back,
             kept=service.kept,
-            reference=service.guard.reference if service.guard else GENERAL,
+            main=service.main,
+            reference=service.guard.reference if service.guard else service.main,
             demoted=self._judging.demoted if self._judging else frozenset,
         )
         self._calls = ModelCalls(
@@ -297,7 +303,7 @@ class ExpertIngress(OpenAiIngress):
 
         try:
             # All models have the handle of the one engine, so any of them would do.
-            handle = self._default_serve_handles[GENERAL]
+            handle = self._default_serve_handles[self._service.main]
             state = await asyncio.wait_for(handle.residence.remote(), PATIENCE_S)
         except Exception:  # the engine is being started, and cannot answer yet
             return {}
@@ -333,9 +339,9 @@ class ExpertIngress(OpenAiIngress):
         return PlainTextResponse("ok\n")
 
     async def readyz(self) -> JSONResponse:
-        """Answer whether prompts are answered, that is whether the general model is up; 503 while it is not."""
+        """Answer whether prompts are answered, that is whether the model that answers all is up; 503 until it is."""
         self._watch.alarm()  # so that the next request gets a newer state
-        is_ready = self._watch.is_up(GENERAL)
+        is_ready = self._watch.is_up(self._service.main)
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
     async def metrics(self) -> PlainTextResponse:

@@ -79,6 +79,12 @@ def _engine_arguments(config: Config, group: EngineGroup) -> dict[str, Any]:
         cache_bytes = _kv_cache_bytes(config, group.experts[0])
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": cache_bytes}
 
+    if draft := group.experts[0].draft:
+        arguments["speculative_config"] = {
+            "method": "draft_model",
+            "model": str(stage(draft)),
+            "num_speculative_tokens": config.serve.draft.tokens,
+        }
     if parser := tool_parser(config, stage(group.experts[0].folder)):
         arguments |= {"enable_auto_tool_choice": True, "tool_call_parser": parser}
     return arguments | config.serve.engine

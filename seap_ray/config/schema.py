@@ -547,6 +547,16 @@ class GuardSection(Section):
     replies. The same holds for a demoted one that comes back."""
 
 
+class DraftSection(Section):
+    """Speculative decoding: a pruned model drafts, and the dense one answers."""
+
+    model: str = GENERAL
+    """Model that drafts in mode `speculative`: `general`, or a task, whose expert drafts best for that task's prompts.
+    One for all requests, since vLLM cannot change it by request."""
+    tokens: int = Field(default=4, ge=1)
+    """Tokens that it drafts before the dense model checks them in one pass."""
+
+
 class PackSection(Section):
     """Shared engines: several models in one vLLM engine, which holds one of them at a time."""
 
@@ -568,6 +578,10 @@ class ServeSection(Section):
     experts: tuple[str, ...] | None = None
     """Tasks whose experts are served, beside the general model; null: all. Prompts of other tasks go to the general
     model."""
+    mode: Literal["experts", "speculative"] = "experts"
+    """Who answers. `experts`: the expert of the prompt's task. `speculative`: the dense model, with greedy tokens that
+    are its own, and a pruned model drafts them: nothing is lost. No expert then answers by itself."""
+    draft: DraftSection = DraftSection()
     packing: Literal["auto", "shared", "separate"] = "auto"
     """How models share engines. `separate`: an engine for each model. `shared`: one shared engine for all, which must
     have equal shapes. `auto`: shared where shapes are equal and there are more models than accelerators."""

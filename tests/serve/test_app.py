@@ -403,3 +403,34 @@ def test_a_parser_that_is_not_there_is_told_before_an_engine_starts(app, run, ar
         (folder / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(ConfigError, match=message):
         app.prepare(config(run, argument))
+
+
+def test_in_speculative_mode_the_dense_model_is_alone_with_its_draft(app, run, dense):
+    from serve.engines import engine_groups
+    from serve.experts import find_experts
+    from serve.llm_config import llm_config
+
+    made = config(
+        run,
+        f"model.source={dense('llama_gqa')}",
+        *("serve.mode=speculative", "serve.device=cpu", "serve.ratio=0.5", "serve.draft.tokens=3"),
+    )
+    (served,) = find_experts(made, app.Run.of(made))
+    assert (served.name, served.kind, served.draft) == ("dense", "dense", run / "experts/0.50/general")
+    assert served.kv_bytes_per_token > 64, "the draft's keys and values lie beside its own"
+    (group,), _ = engine_groups(made, [served])
+    told = llm_config(made, group)
+    assert told.engine_kwargs["speculative_config"] == {
+        "method": "draft_model",
+        "model": str(run / "experts/0.50/general"),
+        "num_speculative_tokens": 3,
+    }
+    assert told.model_id == "dense"
+    service = app.prepare(made)
+    assert (service.main, service.router, service.guard, service.kept) == ("dense", None, None, None)
+
+
+def test_a_draft_that_is_not_there_is_named(app, run, dense):
+    arguments = [f"model.source={dense('llama_gqa')}", "serve.mode=speculative", "serve.draft.model=gamma"]
+    with pytest.raises(ConfigError, match=r"serve.draft.model: .* holds no gamma; it holds general, alpha, beta"):
+        app.prepare(config(run, *arguments))
