@@ -17,7 +17,7 @@ One-off measurements, run as ``python -m benchmarks.NAME`` (as a script, ``bench
 
     covariance         one layer's covariances: recording, files, least squares, the optimal brain surgeon
     judging            multiple choice by this build, by another checkout and by lm-eval's own loop
-    repair             reading, merging, ridges, weights and scores from covariances, by this build and by another checkout
+    repair             what is made of covariances after calibration, by this build and by another checkout
     layerwise          calibration layer by layer at the shape of a large model
     rows               the draw from one large file, beside counting its lines, and the memory of every process
     scaling            calibration over one to eight nodes
