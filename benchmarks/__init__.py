@@ -24,6 +24,7 @@ One-off measurements, run as ``python -m benchmarks.NAME`` (as a script, ``bench
     profiles           where the time of calibration and of writing goes, by operation
     cost               formulas for every stage's seconds, beside measurements, and for a 70B on GPUs
     latency            checkpoints that a latency target made: tokens per second asked for, planned and measured
+    speculative        what the pruned models of a run are worth as drafts of the dense one; needs vLLM
     faults             the main job under faults of processes, nodes and storage
     shared_engine      experts that share an engine, beside an engine each
     endpoint_overhead  a running service: what routing adds, how many of an engine's tokens pass through HTTP
