@@ -39,6 +39,12 @@ UNGATED_MLP = {"mlp.up_proj": Rows(("channels",))}
 """Rows of an MLP without a gate."""
 MOE_EXPERTS = {"mlp.experts.{e}.gate_proj": Rows(("channels",)), "mlp.experts.{e}.up_proj": Rows(("channels",))}
 """Rows of the MoE experts of most families."""
+BLOCK_SPARSE_EXPERTS = {
+    # w1 is the gate, w3 the way up; w2 is the way down.
+    "block_sparse_moe.experts.{e}.w1": Rows(("channels",)),
+    "block_sparse_moe.experts.{e}.w3": Rows(("channels",)),
+}
+"""Rows of the MoE experts of Mixtral and its like."""
 Bias = bool | tuple[str, bool]
 """A family's bias: always there (True), never (False), or the config key that says it and what holds where the key is
 missing: ``("attention_bias", False)``."""
@@ -464,12 +470,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         classes="SeapMixtral",
         vllm_class="SeapMixtralForCausalLM",
-        rows=SPLIT_ATTENTION
-        | {
-            # w1 is the gate, w3 the way up, w2 the way down.
-            "block_sparse_moe.experts.{e}.w1": Rows(("channels",)),
-            "block_sparse_moe.experts.{e}.w3": Rows(("channels",)),
-        },
+        rows=SPLIT_ATTENTION | BLOCK_SPARSE_EXPERTS,
         down_proj="block_sparse_moe.experts.{e}.w2",
         is_moe=True,
     ),
@@ -554,6 +555,124 @@ FAMILIES: dict[str, Family] = {
         shared_width_keys=("moe_intermediate_size", "n_shared_experts"),
         has_router_bias=True,
         has_head_dim=False,
+    ),
+    "deepseek_v2": Family(
+        classes="SeapDeepseekV2",
+        vllm_class=TRANSFORMERS_BACKEND,
+        rows=MOE_EXPERTS,
+        down_proj="mlp.experts.{e}.down_proj",
+        o_bias=("attention_bias", False),
+        is_latent=True,
+        channels_key="moe_intermediate_size",
+        is_moe=True,
+        dense_mlp=DenseMlp(),
+        n_experts_key="n_routed_experts",
+        shared_width_keys=("moe_intermediate_size", "n_shared_experts"),
+        has_head_dim=False,
+        refused={"mlp_bias": True},
+    ),
+    "glm4_moe_lite": Family(
+        classes="SeapGlm4MoeLite",
+        vllm_class=TRANSFORMERS_BACKEND,
+        rows=MOE_EXPERTS,
+        down_proj="mlp.experts.{e}.down_proj",
+        o_bias=("attention_bias", False),
+        is_latent=True,
+        channels_key="moe_intermediate_size",
+        is_moe=True,
+        dense_mlp=DenseMlp(),
+        n_experts_key="n_routed_experts",
+        shared_width_keys=("moe_intermediate_size", "n_shared_experts"),
+        has_router_bias=True,
+        has_head_dim=False,
+        listed_by_layer="mlp_layer_types",
+    ),
+    "dots1": Family(
+        classes="SeapDots1",
+        vllm_class=TRANSFORMERS_BACKEND,
+        rows=SPLIT_ATTENTION | MOE_EXPERTS,
+        down_proj="mlp.experts.{e}.down_proj",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms=(2, 2),
+        channels_key="moe_intermediate_size",
+        is_moe=True,
+        dense_mlp=DenseMlp(),
+        n_experts_key="n_routed_experts",
+        shared_width_keys=("moe_intermediate_size", "n_shared_experts"),
+        has_router_bias=True,
+    ),
+    "solar_open": Family(
+        classes="SeapSolarOpen",
+        vllm_class=TRANSFORMERS_BACKEND,
+        rows=SPLIT_ATTENTION | MOE_EXPERTS,
+        down_proj="mlp.experts.{e}.down_proj",
+        qkv_bias=("attention_bias", False),
+        channels_key="moe_intermediate_size",
+        is_moe=True,
+        n_experts_key="n_routed_experts",
+        shared_width_keys=("moe_intermediate_size", "n_shared_experts"),
+        has_router_bias=True,
+    ),
+    "exaone_moe": Family(
+        classes="SeapExaoneMoe",
+        vllm_class=TRANSFORMERS_BACKEND,
+        rows=SPLIT_ATTENTION | MOE_EXPERTS,
+        down_proj="mlp.experts.{e}.down_proj",
+        norms=(2, 2),
+        channels_key="moe_intermediate_size",
+        is_moe=True,
+        dense_mlp=DenseMlp(),
+        shared_width_keys=("moe_intermediate_size", "num_shared_experts"),
+        has_router_bias=True,
+        renamed={"mlp.gate.e_score_correction_bias": "mlp.e_score_correction_bias"},
+        mixes_windows=True,
+        window_period=4,
+        listed_by_layer="mlp_layer_types",
+    ),
+    "mellum": Family(
+        classes="SeapMellum",
+        vllm_class=TRANSFORMERS_BACKEND,
+        rows=SPLIT_ATTENTION | MOE_EXPERTS,
+        down_proj="mlp.experts.{e}.down_proj",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms=(2, 2),
+        channels_key="moe_intermediate_size",
+        is_moe=True,
+        dense_mlp=DenseMlp(),
+        listed_by_layer="mlp_layer_types",
+    ),
+    "flex_olmo": Family(
+        classes="SeapFlexOlmo",
+        vllm_class=TRANSFORMERS_BACKEND,
+        rows=SPLIT_ATTENTION | MOE_EXPERTS,
+        down_proj="mlp.experts.{e}.down_proj",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms_all_heads=True,
+        is_moe=True,
+        behind_mlp="a norm",
+    ),
+    "minimax_m2": Family(
+        classes="SeapMiniMaxM2",
+        vllm_class=TRANSFORMERS_BACKEND,
+        rows=SPLIT_ATTENTION | BLOCK_SPARSE_EXPERTS,
+        down_proj="block_sparse_moe.experts.{e}.w2",
+        norms_all_heads=True,
+        is_moe=True,
+        has_router_bias=True,
+    ),
+    "phimoe": Family(
+        classes="SeapPhimoe",
+        vllm_class=TRANSFORMERS_BACKEND,
+        rows=SPLIT_ATTENTION | BLOCK_SPARSE_EXPERTS,
+        down_proj="block_sparse_moe.experts.{e}.w2",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms=(4, 0),
+        is_moe=True,
+        renamed={".router.": ".gate."},
     ),
     "opt": Family(
         classes="SeapOPT",
@@ -1009,10 +1128,16 @@ def _shared_channels(config: Mapping[str, Any], family: Family) -> int:
 def _has_experts(config: Mapping[str, Any], family: Family, n_layers: int) -> tuple[bool, ...]:
     """Return whether each layer has MoE experts, by the keys of all families.
 
-    Raises ConfigError where layers without experts lie between others and the family has none such.
+    Raises ConfigError where no layer has any, or only each so many-th by ``moe_layer_interval``.
     """
-    if not family.is_moe:
-        return (False,) * n_layers
+    # Families that have experts in all layers do not read these keys.
+    if not family.dense_mlp:
+        return (family.is_moe,) * n_layers
+
+    # Newer configs list what every layer has.
+    kinds = config.get("mlp_layer_types") or ()
+    if kinds:
+        return tuple(kind == "sparse" for kind in kinds)
 
     # DeepSeek and GLM count the first layers without; ERNIE names the first and the last layer with experts, Qwen every
     # layer without.
@@ -1028,8 +1153,6 @@ def _has_experts(config: Mapping[str, Any], family: Family, n_layers: int) -> tu
     )
     if not any(has_experts):
         raise ConfigError("config.json: no layer has experts; the model is none of its family's mixtures")
-    if not all(has_experts) and not family.dense_mlp:
-        raise ConfigError("config.json: some layers have no experts, which models of this family always have")
     return has_experts
 
 

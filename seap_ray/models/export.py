@@ -283,7 +283,8 @@ class CheckpointExport:
     def _layers_with_experts(self) -> dict[str, Any]:
         """Return the config keys that say which layers have MoE experts, where whole layers go of a mixture."""
         architecture = self.base.architecture
-        if not self.plan.dropped or not architecture.has_dense_layers:
+        is_listed = architecture.family.listed_by_layer == "mlp_layer_types"
+        if not self.plan.dropped or not architecture.has_dense_layers or is_listed:
             return {}
         n_experts = [architecture.layers[layer].n_experts for layer in self.plan.layers]
         return keys_of_dense_layers(self.base.config, [not n for n in n_experts])

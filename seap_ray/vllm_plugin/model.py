@@ -295,6 +295,11 @@ class SeapTransformersForCausalLM(_CheckedModel, TransformersForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         config = vllm_config.model_config.hf_config
+        if family_of(config.model_type).is_moe:
+            raise ValueError(
+                f"{config.model_type}: vLLM is not taught to serve MoE experts of this family; load the checkpoint with "
+                "transformers, or where a stock one holds the cut, write it with export.format=stock"
+            )
         # Each is checked for the ranks; vLLM's own words would name no layer.
         for layer in range(config.num_hidden_layers):
             _layer_config(config, f"model.layers.{layer}")

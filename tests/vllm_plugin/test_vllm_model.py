@@ -21,8 +21,6 @@ from transformers import (
     Cohere2Config,
     CohereConfig,
     CwmConfig,
-    DeepseekV3Config,
-    Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
@@ -191,23 +189,6 @@ MORE_MODELS = {
         **SERVABLE, num_attention_heads=3, num_key_value_heads=3, num_experts=4, num_experts_per_tok=2
     ),
     "glm4_moe": lambda: Glm4MoeConfig(**GROUPED, **DEEPSEEK_EXPERTS, use_qk_norm=True),
-    "ernie4_5_moe": lambda: Ernie4_5_MoeConfig(
-        **GROUPED, moe_intermediate_size=64, moe_num_experts=4, moe_k=2, moe_num_shared_experts=2
-    ),
-    "deepseek_v3": lambda: DeepseekV3Config(
-        **{key: value for key, value in SERVABLE.items() if key != "head_dim"},
-        **DEEPSEEK_EXPERTS,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        q_lora_rank=24,
-        kv_lora_rank=512,
-        qk_rope_head_dim=64,  # vLLM's CPU kernel knows DeepSeek's own latent vector
-        qk_nope_head_dim=32,
-        v_head_dim=32,
-        # Keys that transformers does not have, and vLLM reads.
-        topk_method="noaux_tc",
-        scoring_func="sigmoid",
-    ),
 }
 """Families that are built of what those above are, which SEAP_RAY_TP=1 has vLLM serve: some minutes."""
 NEOX_SERVABLE = {key: value for key, value in SERVABLE.items() if key != "head_dim"}

@@ -96,7 +96,7 @@ def config_class_named(name: str) -> type[PreTrainedConfig]:
         annotations["down_proj_bias"] = bool
         defaults["down_proj_bias"] = False
     # Some families divide the hidden size by the number of heads, which layers do not share.
-    if "head_dim" not in fields:
+    if "head_dim" not in {*fields, *family_config.attribute_map}:
         annotations["head_dim"] = int | None
         defaults["head_dim"] = None
 

@@ -203,7 +203,7 @@ class CompactedMixture(Compacted):
 
 
 class CompactedMixtral(CompactedMixture):
-    """Mixed into the model of a Mixtral or an OLMoE."""
+    """Mixed into the models of mixtures that have no other MLPs, as Mixtral and OLMoE."""
 
     width_key = "intermediate_size"
 
@@ -251,6 +251,9 @@ MIXINS: dict[str, type] = {
     "SeapStableLm": CompactedHidden,
     "SeapHelium": CompactedHidden,
     "SeapOlmoe": CompactedMixtral,
+    "SeapFlexOlmo": CompactedMixtral,
+    "SeapMiniMaxM2": CompactedMixtral,
+    "SeapPhimoe": CompactedMixtral,
     "SeapOPT": CompactedOPT,
     "SeapGPTNeoX": CompactedGPTNeoX,
 }
