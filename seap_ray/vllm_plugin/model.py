@@ -194,10 +194,11 @@ def _add_biases(layer: Any, layer_config: Any, quant_config: QuantizationConfig 
             layer_config.hidden_size,
             bias=True,
             quant_config=quant_config,
-            # Of parallel blocks the sum alone is reduced over the ranks.
-            reduce_results=layer.get_submodule(name).reduce_results,
             prefix=f"{prefix}.{name}",
         )
+        # Of parallel blocks the sum alone is reduced over the ranks. The first rank alone adds a bias, though vLLM's
+        # constructor takes none together with this.
+        linear.reduce_results = layer.get_submodule(name).reduce_results
         # In place of vLLM's own, before weights arrive.
         layer.set_submodule(name, linear)
 
