@@ -3,6 +3,9 @@
 RECURRENT = "its layers mix tokens by a recurrent state or a convolution, which no row of the table describes yet"
 COMPRESSED = "its queries, keys and values come from compressed ones (MLA), so that heads have no rows of their own"
 MIXTURE = "its mixture of experts has a router, or experts, that no row of the table describes yet"
+FUSED_EXPERTS = (
+    "a checkpoint holds the experts of a layer as one tensor, of which no row of the table can cut each by itself"
+)
 ENCODER = "it is an encoder, or has one; cut are decoders"
 MULTIMODAL = "it reads more than text; cut are checkpoints of a language model alone"
 EMBEDDED = "it is the language model of a multimodal checkpoint, which no row of the table describes yet"
@@ -51,24 +54,26 @@ REASONS: dict[str, tuple[str, ...]] = {
     ),
     MIXTURE: (
         "afmoe",
-        "aria_text",
         "cohere2_moe",
-        "dbrx",
-        "gpt_oss",
-        "granitemoe",
-        "granitemoe_swa",
-        "granitemoeshared",
         "hunyuan_v1_moe",
         "hy_v3",
         "hy_v4",
         "inkling_text",
         "jetmoe",
         "laguna",
-        "llama4",
-        "llama4_text",
         "mimo_v2_flash",
         "minimax_m3_vl_text",
     ),
+    FUSED_EXPERTS: (
+        "aria_text",
+        "dbrx",
+        "granitemoe",
+        "granitemoe_swa",
+        "granitemoeshared",
+        "llama4",
+        "llama4_text",
+    ),
+    f"{FUSED_EXPERTS}; its heads have attention sinks": ("gpt_oss",),
     MULTIMODAL: (
         "emu3",
         "fuyu",

@@ -298,7 +298,7 @@ class SeapTransformersForCausalLM(_CheckedModel, TransformersForCausalLM):
         config = vllm_config.model_config.hf_config
         if family_of(config.model_type).is_moe:
             raise ValueError(
-                f"{config.model_type}: vLLM is not taught to serve MoE experts of this family; load the checkpoint with "
+                f"{config.model_type}: vLLM does not serve MoE experts of this family here; load the checkpoint with "
                 "transformers, or where a stock one holds the cut, write it with export.format=stock"
             )
         # Each is checked for the ranks; vLLM's own words would name no layer.

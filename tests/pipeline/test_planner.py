@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from seap_ray.config import Config
 from seap_ray.core.allocation import choose_shapes
+from seap_ray.core.architecture import Architecture
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.moments import Moments, stream_shares
 from seap_ray.core.plan import Plan
@@ -31,7 +32,7 @@ from seap_ray.pipeline.planner import Planner
 from seap_ray.progress import progress
 from seap_ray.storage.files import read_json
 from seap_ray.storage.run import Run
-from tests.support.builders import load
+from tests.support.builders import MORE_CONFIGS, load
 from tests.support.oracles import ratio_of
 from tests.support.planners import SMALL, TASKS, architecture_of, planner_of, spec_of
 
@@ -47,6 +48,22 @@ LLAMA_3 = architecture_of(
 
 def plan_of(planner: Planner, name: str, ratio: float) -> Plan:
     return planner.plan(spec_of(planner, name), ratio)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "logistic", "global", "standardised"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "glm4_moe", "deepseek_v3"])
+def test_layers_with_and_without_experts_meet_a_ratio_together(name, kind):
+    architecture = Architecture.of(MORE_CONFIGS[name]().to_dict())
+    assert len({layer.n_experts for layer in architecture.layers}) == 2
+    allocation = {"kind": kind, "protect_first": 0, "protect_last": 0}
+    planner = planner_of(architecture, pruning={"attention_unit": "auto", "allocation": allocation})
+    tile = max(map(architecture.channel_cost, architecture.layers)) * architecture.align("auto")
+    for model in ("general", "sort"):
+        plan = plan_of(planner, model, 0.3)
+        assert abs(plan.planned(architecture) - 0.3) * architecture.decoder_parameters <= tile
+        assert [len(kept.channels) for kept in plan.kept] == [max(layer.n_experts, 1) for layer in architecture.layers]
+        # Each expert has a ranking of its own.
+        assert all(len(set(kept.channels)) > 1 for kept in plan.kept if len(kept.channels) > 1 and kept.n_channels < 64)
 
 
 # --- standardised ----------------------------------------------------------------------------------------------------

@@ -44,13 +44,11 @@ def planner_of(architecture: Architecture, checkpoint: Any = None, **config: Any
 
     # Each layer's norms lie about twice as high as those of the layer before.
     generator = torch.Generator().manual_seed(9)
-    widths = {"attn": architecture.dense.heads * architecture.head_dim, "mlp": architecture.dense.channels}
-    norms = {
-        (layer, expert): Norms(*torch.rand(2, n, generator=generator, dtype=torch.float64) * 2.0**layer)
-        for layer in range(architecture.n_layers)
-        for site, n in widths.items()
-        for expert in architecture.sites(layer, site)  # type: ignore[arg-type]
-    }
+    norms: dict[tuple[int, str], Norms] = {}
+    for layer, given in enumerate(architecture.layers):
+        for site in architecture.modules(layer):
+            n = given.shape.heads * architecture.head_dim if site == "attn" else given.shape.channels
+            norms[layer, site] = Norms(*torch.rand(2, n, generator=generator, dtype=torch.float64) * 2.0**layer)
 
     statistics = {task: random_statistics(architecture, seed, n=6) for seed, task in enumerate(TASKS)}
     hashes = dict.fromkeys(TASKS, "hash")
