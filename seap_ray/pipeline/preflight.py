@@ -341,8 +341,13 @@ def family_findings(config: Config) -> list[Finding]:
     else:
         attention = "query heads and key-value heads"
 
-    layers = "transformers'" if architecture.family.vllm_class == TRANSFORMERS_BACKEND else "its own"
-    message = f"{architecture.family_name}: MLP channels can go; {attention}; vLLM serves it by {layers} layers"
+    by_transformers = architecture.family.vllm_class == TRANSFORMERS_BACKEND
+    if by_transformers and architecture.n_experts:
+        served = "vLLM does not serve it"
+    else:
+        layers = "transformers'" if by_transformers else "its own"
+        served = f"vLLM serves it by {layers} layers"
+    message = f"{architecture.family_name}: MLP channels can go; {attention}; {served}"
     return [Finding("ok", "family", message)]
 
 

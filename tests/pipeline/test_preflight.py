@@ -161,6 +161,7 @@ def test_what_of_a_model_can_be_cut_is_told_from_its_config_alone(tmp_path):
 
     told = {
         "olmo2": "attention stays whole, since",
+        "dots1": "query heads and key-value heads; vLLM does not serve it",
         "gemma2": "query heads, equally many",
         "llama_gqa": "query heads and",
     }
