@@ -240,15 +240,8 @@ MORE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         **LATENT,
         q_lora_rank=20,
     ),
-    "deepseek_v3_whole_queries": lambda: DeepseekV3Config(  # as Moonlight
-        **SIZES,
-        **DEEPSEEK_EXPERTS,
-        **LATENT,
-        q_lora_rank=None,
-        attention_bias=True,
-    ),
     "deepseek_v2": lambda: DeepseekV2Config(
-        **SIZES, **DEEPSEEK_EXPERTS, **LATENT, q_lora_rank=None, topk_method="group_limited_greedy"
+        **SIZES, **DEEPSEEK_EXPERTS, **LATENT, q_lora_rank=None, attention_bias=True, topk_method="group_limited_greedy"
     ),
     "glm4_moe_lite": lambda: Glm4MoeLiteConfig(
         **SIZES,
