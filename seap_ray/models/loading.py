@@ -58,6 +58,11 @@ def load_model(config: Config, base: Checkpoint, folder: Path) -> "PreTrainedMod
         attn_implementation=attention_of(base.config),
     )
 
+    # Integers become numbers at the first pass through the whole model. Here parts of it are run alone, too.
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None:
+        compressor.decompress_model(model)
+
     if not is_spread:
         model = model.to(first_device(config.calibration))
     return model.eval()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from seap_ray.config import QuantizationSection
+from seap_ray.config import Config, QuantizationSection
 from seap_ray.core.architecture import Shape
 from seap_ray.core.plan import Plan
 from seap_ray.core.rounding import ErrorFeedback, IntegerGrid, gptq
@@ -17,6 +17,7 @@ from seap_ray.models import quantization
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport
 from seap_ray.models.forward import record
+from seap_ray.models.loading import load_model
 from seap_ray.models.quantization import QuantizedExport, require_compressed_tensors
 from tests.support.builders import load, logits, prompts, random_ids, random_plan, uniform_plan, write_compacted
 from tests.support.oracles import tensors_of
@@ -169,6 +170,20 @@ def test_a_dense_model_can_be_quantised_and_nothing_else(dense: Any, tmp_path: P
 
     expected = rounded_in_memory(load(dense("llama_gqa")), export)
     torch.testing.assert_close(logits(load(folder), random_ids()), logits(expected, random_ids()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a8"])
+def test_a_loaded_model_may_be_run_in_parts(dense: Any, tmp_path: Path, scheme: str) -> None:
+    export = quantised(dense("llama_gqa"), scheme)
+    folder = write_compacted(export, tmp_path / "quantised")
+
+    model = load_model(Config(), export.base, folder)
+
+    ids = random_ids()
+    with torch.no_grad():
+        hidden_BTD = model.get_decoder()(ids).last_hidden_state
+        found = model.get_output_embeddings()(hidden_BTD)
+    assert torch.equal(found, logits(load(folder), ids))
 
 
 def test_layers_behind_one_that_is_dropped_are_rounded_by_their_own_inputs(dense: Any) -> None:
