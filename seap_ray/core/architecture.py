@@ -429,7 +429,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "ministral3": Family(
         classes="SeapMinistral3",
-        vllm_class="SeapMinistral3ForCausalLM",
+        vllm_class=TRANSFORMERS_BACKEND,
     ),
     "cwm": Family(
         classes="SeapCwm",
