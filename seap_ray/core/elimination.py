@@ -69,10 +69,13 @@ class Elimination:
         return self._columns_S[self._stored_columns(places_U)]
 
     def remove(self, places_U: Tensor) -> Tensor:
-        """Take units out, and return what each of their columns adds to the error after those before it, (G,), float64.
+        """Take units out, and return whose squares each of their columns adds to the error after those before it.
 
         Args:
             places_U: Where the units are stored, as ``cheapest`` returns them.
+
+        Returns:
+            Their part in every output, (G, O). All squares together are those of W (C + R) W^T, output by output.
         """
         gone_G = self._stored_columns(places_U)
         n_gone = self._n_gone + len(gone_G)
@@ -95,7 +98,7 @@ class Elimination:
         self._is_left_U[places_U] = False
         if self.n_left < LEFT_OF_STORED * len(self._is_left_U):
             self._forget_gone()
-        return error_GO.double().square().sum(1)
+        return error_GO
 
     def _forget_gone(self) -> None:
         """Copy what is left, so that products are no larger than they must be."""

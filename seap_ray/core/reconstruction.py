@@ -18,6 +18,7 @@ from seap_ray.core.moments import Covariance
 from seap_ray.core.ridge_regression import (
     NormalEquations,
     RidgeRegression,
+    are_accurate_errors,
     first_accurate,
     is_accurate_inverse,
     ridge_diagonal,
@@ -247,18 +248,28 @@ def obs(covariance: Covariance, weight_OD: Tensor, *, block: int, ridge: float, 
             inverse_DD, covariance, ridge_D, mean_D=mean_D, dtype=weight_OD.dtype
         ):
             return None
-        return _greedy_scores(inverse_DD, weight_OD, block, ridge_D)
+
+        scores_U, error_O = _greedy_scores(inverse_DD, weight_OD, block, ridge_D)
+        # What the inverse hardly shows: columns that go last have lost digits to all others.
+        if dtype != torch.float64 and not are_accurate_errors(error_O, weight_OD, covariance, ridge_D, mean_D=mean_D):
+            return None
+        return scores_U
 
     return first_accurate(weight_OD.dtype, attempt)
 
 
-def _greedy_scores(inverse_DD: Tensor, weight_OD: Tensor, block: int, ridge_D: Tensor) -> Tensor:
-    """Take out all units in the greedy order, and return the score that each has by the error it added."""
+def _greedy_scores(inverse_DD: Tensor, weight_OD: Tensor, block: int, ridge_D: Tensor) -> tuple[Tensor, Tensor]:
+    """Take out all units in the greedy order.
+
+    Returns:
+        The score of each unit by the error that it would have added, (U,), and what all added to each output, (O,).
+    """
     n_units = weight_OD.shape[1] // block
     elimination = Elimination(inverse_DD, weight_OD, block=block, at_a_time=max(1, n_units // OBS_STEPS))
     scores = [0.0] * n_units
     reached = 0.0
     error_D = torch.zeros_like(ridge_D)
+    error_O = ridge_D.new_zeros(len(weight_OD))
     while elimination.n_left:
         places_U, added_U = elimination.cheapest()
         columns_G = elimination.columns(places_U)
@@ -267,12 +278,14 @@ def _greedy_scores(inverse_DD: Tensor, weight_OD: Tensor, block: int, ridge_D: T
             # Later scores are above earlier ones, also where rounding says otherwise.
             reached = max(added, reached * (1 + 1e-12))
             scores[unit] = reached
-        error_D[columns_G] = elimination.remove(places_U)
+        error_GO = elimination.remove(places_U).double().square_()
+        error_D[columns_G] = error_GO.sum(1)
+        error_O += error_GO.sum(0)
 
     # All errors are tr(W (C + R) W^T) together: the variance of the output, and what the ridge adds to it.
     norm_D = weight_OD.to(ridge_D).square().sum(0)
     total = (error_D - ridge_D * norm_D).sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return error_D.new_tensor(scores) / total
+    return error_D.new_tensor(scores) / total, error_O
 
 
 BIAS_SCORES = ("obs",)

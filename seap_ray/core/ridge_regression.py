@@ -117,9 +117,10 @@ def _probes(n: int) -> slice:
     return slice(None, None, max(1, n // PROBES))
 
 
-def _times_covariance(rows_ND: Tensor, covariance: Covariance) -> Tensor:
-    """Return Y C for rows Y, float64."""
-    return rows_ND @ covariance.comoment_DD.double() / max(covariance.count, 1)
+def _times_moments(rows_ND: Tensor, covariance: Covariance, mean_D: Tensor | None) -> Tensor:
+    """Return Y C for rows Y, or where the mean is given Y (C + mu mu^T), float64."""
+    product_ND = rows_ND @ covariance.comoment_DD.double() / max(covariance.count, 1)
+    return product_ND if mean_D is None else product_ND.addr_(rows_ND @ mean_D, mean_D)
 
 
 # --- the regression of cut columns on kept ones ----------------------------------------------------------------------
@@ -256,11 +257,8 @@ class RidgeRegression:
         gap_ND = weight_NS.new_empty(len(weight_NS), len(self.kept_S) + len(self.cut_P))
         gap_ND[:, self.kept_S] = -added_NS
         gap_ND[:, self.cut_P] = self.weight_OP[probed].double()
-        residual_ND = _times_covariance(gap_ND, self.covariance)
         mean_D = self.covariance.mean_D
-        if not self.has_intercept:
-            residual_ND.addr_(gap_ND @ mean_D, mean_D)
-
+        residual_ND = _times_moments(gap_ND, self.covariance, None if self.has_intercept else mean_D)
         residual_NS = residual_ND[:, self.kept_S] - added_NS * solution.ridge_S
         step_NS = solve_rows(residual_NS.to(solution.factor_SS.dtype), solution.factor_SS).double()
         if solution.guess_S is not None:
@@ -325,12 +323,31 @@ def is_accurate_inverse(
     """
     probed_N = torch.arange(len(ridge_D), device=ridge_D.device)[_probes(len(ridge_D))]
     rows_ND = inverse_DD.index_select(0, probed_N).double()
-    residual_ND = -_times_covariance(rows_ND, covariance) - rows_ND * ridge_D
-    if mean_D is not None:
-        residual_ND.addr_(rows_ND @ mean_D, mean_D, alpha=-1)
+    residual_ND = -_times_moments(rows_ND, covariance, mean_D) - rows_ND * ridge_D
     # The columns of the identity, less what the inverse makes of them.
     residual_ND.scatter_add_(1, probed_N[:, None], torch.ones_like(residual_ND[:, :1]))
 
     step_N = (residual_ND * rows_ND).sum(1)
     diagonal_N = rows_ND.gather(1, probed_N[:, None])[:, 0]
     return bool((step_N.abs() <= TOLERANCE * torch.finfo(dtype).eps * diagonal_N).all())
+
+
+def are_accurate_errors(
+    error_O: Tensor, weight_OD: Tensor, covariance: Covariance, ridge_D: Tensor, *, mean_D: Tensor | None
+) -> bool:
+    """Return whether errors that have been added up while all columns went are what they must be, for some outputs.
+
+    Args:
+        error_O: By output, the sum of the squares that ``Elimination.remove`` returned, float64.
+        weight_OD: The unpruned weight.
+        covariance: Moments and co-moments of a site's input.
+        ridge_D: Diagonal of R.
+        mean_D: As for ``ridged_inverse``.
+    """
+    probed = _probes(len(weight_OD))
+    weight_ND = weight_OD[probed].to(ridge_D)
+    # W (C + R) W^T: what is left of the output when all columns are gone, and what the ridge adds.
+    product_ND = _times_moments(weight_ND, covariance, mean_D) + weight_ND * ridge_D
+    expected_N = (product_ND * weight_ND).sum(1)
+    tolerance = TOLERANCE * torch.finfo(weight_OD.dtype).eps
+    return bool(((error_O[probed] - expected_N).abs() <= tolerance * expected_N).all())

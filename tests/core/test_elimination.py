@@ -41,7 +41,7 @@ def test_every_step_is_that_of_the_inverse_of_what_is_left(width, block, at_a_ti
         np.testing.assert_allclose(added, [expected[unit] for unit in units], rtol=1e-6)
 
         left = [unit for unit in left if unit not in units]
-        errors.append(float(elimination.remove(places).sum()))
+        errors.append(float(elimination.remove(places).square().sum()))
         after = [unit * block + i for unit in left for i in range(block)]
         lost = W.copy()
         lost[:, after] -= least_squares(C, W, after)

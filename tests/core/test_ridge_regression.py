@@ -16,6 +16,7 @@ from seap_ray.core.reconstruction import (
 )
 from seap_ray.core.ridge_regression import (
     RidgeRegression,
+    are_accurate_errors,
     complement,
     factor_in_place,
     first_accurate,
@@ -187,6 +188,35 @@ def test_greedy_scores_are_computed_in_float64_where_float32_has_too_few_digits(
     scores = obs(covariance, weight(), block=1, ridge=1e-7)
     assert used[0] == torch.float32 and used[-1] == torch.float64
     torch.testing.assert_close(scores, obs(covariance, weight().double(), block=1, ridge=1e-7), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("ridge", [1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
+def test_whatever_the_ridge_no_score_is_off_by_more_than_rounding(used, ridge, dtype):
+    """The columns that go last have lost most digits: where float32 has too few, its scores are not taken."""
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(20, 120, generator=generator, dtype=torch.float64)
+    hidden = torch.randn(1000, 20, generator=generator, dtype=torch.float64)
+    own = 1e-3 * torch.randn(1000, 120, generator=generator, dtype=torch.float64)
+    covariance = Covariance.of(hidden @ mix + own)
+    w = torch.randn(40, 120, generator=generator).to(dtype)
+    scores = obs(covariance, w, block=1, ridge=ridge)
+    if ridge == 1e-6:
+        assert torch.float64 in used
+    torch.testing.assert_close(scores, obs(covariance, w.double(), block=1, ridge=ridge), rtol=5e-3, atol=1e-6)
+
+
+def test_errors_that_do_not_add_up_are_known():
+    covariance = Covariance.of(tokens(2000, seed=1))
+    w = weight()
+    C = covariance.covariance_DD
+    mean_D = covariance.mean_D
+    ridge_D = 0.01 * covariance.var_D
+    for moments_DD, mean in ((C, None), (C + torch.outer(mean_D, mean_D), mean_D)):
+        error_O = torch.einsum("od,de,oe->o", w.double(), moments_DD + torch.diag(ridge_D), w.double())
+        assert are_accurate_errors(error_O, w, covariance, ridge_D, mean_D=mean)
+        assert not are_accurate_errors(1.001 * error_O, w, covariance, ridge_D, mean_D=mean)
+        assert not are_accurate_errors(torch.nan * error_O, w, covariance, ridge_D, mean_D=mean)
 
 
 def test_a_failure_of_float64_is_raised_and_one_of_float32_is_not():
