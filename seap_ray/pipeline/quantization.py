@@ -32,12 +32,12 @@ def with_quantization(config: Config, architecture: Architecture) -> Config:
             mixture of experts; or the package that knows the format is not installed.
     """
     settings = config.export.quantization
-    # Without covariances weights are rounded to nearest, also those of a mixture; but their format is not written yet.
-    if architecture.n_experts and (settings.scheme or config.records_inputs):
-        raise ConfigError(
-            "export.quantization: not for a mixture of experts; quantise its checkpoint by llm-compressor "
-            "(docs/serving.md)"
-        )
+    # Their modules read other inputs than the two that are recorded.
+    is_other = architecture.n_experts or architecture.family.is_latent
+    if is_other and (settings.scheme or config.records_inputs):
+        what = "a mixture of experts" if architecture.n_experts else f"a {architecture.family_name} model"
+        key = "export.quantization" if settings.scheme else "calibration.input_covariances"
+        raise ConfigError(f"{key}: not for {what}; vLLM can quantise it as it loads it (serve.engine)")
     if settings.scheme is None:
         return config
     require_compressed_tensors()
