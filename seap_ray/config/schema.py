@@ -387,7 +387,7 @@ class PruningSection(Section):
     ridge: Annotated[float, Field(ge=1e-5, le=100)] | Literal["auto"] = "auto"
     """Regularisation of `least_squares` and `obs`, relative to each column's variance. `auto`: chosen for every task,
     layer and site by the error on the task's last shard, which is held out for that."""
-    error_correction: Share | Auto = 0
+    error_correction: Share | Auto = 0.0
     """Share of the error of all layers before that `least_squares` corrects, too, in down_proj of every cut layer; 0:
     none. The dense and the cut model are then run side by side over the calibration's tokens, three forward passes a
     model. `auto`: for each layer the share and the ridge that leave least error on each task's last shard, which is
