@@ -33,6 +33,8 @@ DEFAULT_RIDGE = 1e-2
 """Relative ridge where there are no held-out tokens to choose on: near the best from two tokens a column on."""
 OBS_STEPS = 64
 """Steps in which the optimal brain surgeon goes through a site of many columns."""
+MAX_RISES = 2
+"""Ridges in a row that are worse than the best one, after which no smaller one is tried."""
 JUDGED_OUTPUTS = 256
 """Outputs that a ridge is chosen on: the error is a sum over outputs, and a share of them ranks ridges alike."""
 
@@ -156,11 +158,18 @@ def choose_ridge(fitted: Covariance, held_out: Covariance, weight_OD: Tensor) ->
     drift_D = held_out.mean_D - fitted.mean_D
 
     errors: dict[float, float] = {}
-    for ridge in RIDGES:
+    n_rises = 0
+    # From the largest ridge on the error falls to its least and rises after it. Small ridges lose most digits and so
+    # take longest: after two that are worse than the best one, they are left out.
+    for ridge in sorted(RIDGES, reverse=True):
         added_OS = regression.solve(ridge).weight_OS - regression.weight_OS
         offset_O = regression.weight_OP.double() @ drift_D[cut_P] - added_OS @ drift_D[kept_S]
         errors[ridge] = float(test.error(added_OS.to(test.covariance_SS)) + offset_O.square().sum())
-    return min(RIDGES, key=errors.__getitem__)
+        n_rises = n_rises + 1 if errors[ridge] > min(errors.values()) else 0
+        if n_rises == MAX_RISES:
+            break
+    # Of ridges with equal errors the smallest.
+    return min(sorted(errors), key=errors.__getitem__)
 
 
 def error_of(covariance: Covariance, weight_OD: Tensor, kept_S: Tensor, repaired: tuple[Tensor, Tensor]) -> float:

@@ -203,8 +203,9 @@ class RidgeRegression:
         self.weight_OS = weight_OD.to(device).index_select(1, self.kept_S)
         self.weight_OP = weight_OD.to(device).index_select(1, self.cut_P)
         self._equations: dict[torch.dtype, NormalEquations] = {}
-        # The smallest ridge at which float32 was accurate; larger ones are not probed.
+        # Where float32 was accurate it is so for larger ridges, and where it was not it is not for smaller ones.
         self._accurate_from = float("inf")
+        self._inaccurate_up_to = 0.0
 
     def solve(self, ridge: float) -> Solution:
         """Return the map for a ridge relative to each column's variance.
@@ -214,12 +215,18 @@ class RidgeRegression:
 
         def attempt(dtype: torch.dtype) -> Solution | None:
             """Solve in a dtype; None where that has too few digits."""
-            solution = self._solve(ridge, dtype)
-            if dtype == torch.float64 or ridge >= self._accurate_from:
-                return solution
-            if not self._is_accurate(solution):
+            if dtype == torch.float64:
+                # No attempt in float32 has succeeded.
+                self._inaccurate_up_to = max(ridge, self._inaccurate_up_to)
+                return self._solve(ridge, dtype)
+            if ridge <= self._inaccurate_up_to:
                 return None
-            self._accurate_from = ridge
+
+            solution = self._solve(ridge, dtype)
+            if ridge < self._accurate_from:
+                if not self._is_accurate(solution):
+                    return None
+                self._accurate_from = ridge
             return solution
 
         return first_accurate(self.weight_OS.dtype, attempt)

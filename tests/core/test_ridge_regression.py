@@ -15,6 +15,7 @@ from seap_ray.core.reconstruction import (
     obs,
 )
 from seap_ray.core.ridge_regression import (
+    NormalEquations,
     RidgeRegression,
     are_accurate_errors,
     complement,
@@ -166,6 +167,35 @@ def test_a_ridge_above_one_at_which_float32_was_accurate_is_not_probed(monkeypat
     for ridge in (1e-2, 1e-1, 1e-3, 1.0):
         regression.solve(ridge)
     assert probed == pytest.approx([1e-2, 1e-3])
+
+
+def test_after_float32_has_failed_smaller_ridges_are_solved_in_float64_alone(used):
+    regression = RidgeRegression(Covariance.of(nearly_dependent()), weight(), KEPT)
+    regression.solve(1e-7)
+    del used[:]
+    regression.solve(1e-8)
+    assert used == [torch.float64]
+    regression.solve(1.0)
+    assert used[1] == torch.float32
+
+
+@pytest.mark.parametrize(("best", "tried"), [(1.0, 3), (1e-2, 5), (1e-4, 6)])
+def test_no_ridge_is_tried_after_two_that_are_worse_than_the_best(monkeypatch, best, tried):
+    n_solved = 0
+    solve = RidgeRegression.solve
+
+    def counted(self, ridge):
+        nonlocal n_solved
+        n_solved += 1
+        return solve(self, ridge)
+
+    distance = {ridge: abs(np.log(ridge / best)) for ridge in RIDGES}
+    errors = iter([distance[ridge] for ridge in sorted(RIDGES, reverse=True)])
+    monkeypatch.setattr(RidgeRegression, "solve", counted)
+    monkeypatch.setattr(NormalEquations, "error", lambda self, added_OS: torch.tensor(next(errors)))
+    covariance = Covariance.of(tokens(400, seed=1))
+    assert choose_ridge(covariance, covariance, weight()) == best
+    assert n_solved == tried
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
