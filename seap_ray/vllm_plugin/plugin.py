@@ -51,10 +51,11 @@ def _register_latent_families() -> None:
         """vLLM's own reader of configurations, which knows latent attention by a list of model types."""
 
         def is_deepseek_mla(self) -> bool:
+            """Say that attention is latent."""
             return True
 
         def get_per_layer_hf_configs(self) -> None:
-            # Layers differ in their MLPs alone, of which vLLM looks at nothing here.
+            """Say that layers are alike: they differ in their MLPs, of which vLLM looks at nothing here."""
             return None
 
     for name, family in FAMILIES.items():
