@@ -391,8 +391,8 @@ class PruningSection(Section):
     """Share of the error of all layers before that `least_squares` corrects, too, in down_proj of every cut layer; 0:
     none. The dense and the cut model are then run side by side over the calibration's tokens, three forward passes a
     model. `auto`: for each layer the share and the ridge that leave least error on each task's last shard, which is
-    held out for that; few tokens then correct little. For families whose down_proj writes to the residual stream as it is: neither mixtures of experts nor
-    Gemma."""
+    held out for that; few tokens then correct little. For families whose down_proj writes to the residual stream as it
+    is: neither mixtures of experts nor Gemma."""
     allocation: AllocationSection = AllocationSection()
     attention_unit: AttentionUnit | Auto = "auto"
     """What is removed from attention. `group`: key-value heads together with their query heads, which also shrinks the

@@ -1,4 +1,4 @@
-"""Speculative decoding in vLLM: a cut model of other widths in every layer drafts for the model that it was cut from."""
+"""Speculative decoding in vLLM: a cut model of other widths in every layer drafts for the one that it was cut from."""
 
 import pytest
 from transformers import AutoTokenizer
