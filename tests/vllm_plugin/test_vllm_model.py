@@ -217,7 +217,8 @@ def compact(dense: Path, folder: Path, shapes: list[Shape] | None = None) -> Pat
     checkpoint = Checkpoint.open(str(dense))
     architecture = checkpoint.architecture
     plan = random_plan(architecture, seed=3, compensation="mean")
-    if architecture.mixes_windows:  # key-value heads stay, and queries go from each of them
+    if architecture.mixes_windows and not architecture.why_whole_attention:
+        # Key-value heads stay, and queries go from each of them.
         groups, per_group = architecture.dense.groups, architecture.dense.heads_per_group
         shapes = [Shape(groups, 1 + i % per_group, 40 + 30 * i) for i in range(architecture.n_layers)]
     if shapes:
