@@ -383,11 +383,18 @@ def test_an_experts_covariance_is_that_of_the_tokens_that_are_routed_to_it(dense
     with mock.patch.object(torch.nn.functional, "linear", spying), torch.no_grad():
         for ids in sequences:
             model(torch.tensor([ids]))
+    n_compared = 0
     for layer, block in enumerate(model.get_decoder().layers):
-        for expert, weight_OD in enumerate(block.mlp.experts.down_proj):
+        # Some mixtures have layers without experts, and some experts no token.
+        for expert, weight_OD in enumerate(getattr(block.mlp, "experts", SimpleNamespace(down_proj=())).down_proj):
             covariance = recorded[layer, f"mlp.{expert}"]
             assert isinstance(covariance, Covariance)
+            if weight_OD.data_ptr() not in seen:
+                assert covariance.count == 0
+                continue
             assert_is_two_pass(covariance, torch.cat(seen[weight_OD.data_ptr()]), rtol=1e-6)
+            n_compared += 1
+    assert n_compared >= 8
 
 
 def test_streams_count_at_an_expert_by_what_is_routed_there_and_few_tokens_are_believed_less(tmp_path):
