@@ -101,11 +101,8 @@ def _drafted(dense: Expert, draft: Expert) -> Expert:
 
 
 def _dense(config: Config) -> Expert:
-    """Return the dense model to serve. Raises ConfigError where it cannot be read, or vLLM could not load it."""
+    """Return the dense model to serve. Raises ConfigError where it cannot be read."""
     checkpoint = Checkpoint.open(config.model.source, config.model.revision)
-    if not checkpoint.architecture.family.vllm_class:
-        raise ConfigError(f"serve.dense: vLLM has no {checkpoint.architecture.family_name} model")
-
     folder = parse_path(str(checkpoint.folder))
     return Expert(
         name=DENSE,
