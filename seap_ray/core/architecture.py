@@ -527,7 +527,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "ernie4_5_moe": Family(
         classes="SeapErnie4_5_Moe",
-        vllm_class=TRANSFORMERS_BACKEND,
+        vllm_class="SeapErnie4_5_MoeForCausalLM",
         rows=SPLIT_ATTENTION | MOE_EXPERTS,
         down_proj="mlp.experts.{e}.down_proj",
         channels_key="moe_intermediate_size",

@@ -174,8 +174,7 @@ def _layer_config(model_config: Any, prefix: str) -> Any:
 def _add_biases(layer: Any, layer_config: Any, quant_config: QuantizationConfig | None, prefix: str) -> None:
     """Give ``o_proj`` and ``down_proj`` the output biases that the checkpoint has and vLLM's own layer lacks."""
     family = family_of(layer_config.model_type)
-    head_dim = layer_config.v_head_dim if family.is_latent else layer_config.head_dim
-    o_proj_width = layer_config.num_attention_heads * head_dim
+    o_proj_width = layer_config.num_attention_heads * layer_config.head_dim
 
     # vLLM's Qwen 3 has no bias on o_proj, whatever the family's configuration says.
     has_family_bias = isinstance(family.o_bias, tuple) and getattr(layer_config, family.o_bias[0])

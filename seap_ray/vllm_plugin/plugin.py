@@ -33,34 +33,10 @@ def register() -> None:
     import seap_ray.models.hf  # noqa: F401  registers the configurations with transformers
 
     _register_loader()
-    _register_latent_families()
     for architecture, served_by in ARCHITECTURES.items():
         if architecture not in ModelRegistry.get_supported_archs():
             # A name and not a class: importing it would start CUDA in processes that only read configurations.
             ModelRegistry.register_model(architecture, f"seap_ray.vllm_plugin.model:{served_by}")
-
-
-def _register_latent_families() -> None:
-    """Tell vLLM which of our model types have latent attention, whose cache is one vector for all heads."""
-    from vllm.transformers_utils.model_arch_config_convertor import (
-        MODEL_ARCH_CONFIG_CONVERTORS,
-        ModelArchConfigConvertorBase,
-    )
-
-    class LatentConfigConvertor(ModelArchConfigConvertorBase):
-        """vLLM's own reader of configurations, which knows latent attention by a list of model types."""
-
-        def is_deepseek_mla(self) -> bool:
-            """Say that attention is latent."""
-            return True
-
-        def get_per_layer_hf_configs(self) -> None:
-            """Say that layers are alike: they differ in their MLPs, of which vLLM looks at nothing here."""
-            return None
-
-    for name, family in FAMILIES.items():
-        if family.is_latent:
-            MODEL_ARCH_CONFIG_CONVERTORS.setdefault(f"seap_{name}", LatentConfigConvertor)
 
 
 @cache  # vLLM warns when a loader is registered twice
