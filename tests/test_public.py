@@ -47,7 +47,7 @@ def test_the_lock_file_pins_every_dependency_with_hashes_and_names_no_source():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    locked = ("gpu", "eval", "formats", "dev", "docs")
+    locked = ("gpu", "eval", "formats", "quantization", "dev", "docs")
     assert {*extras} == {"cpu", *locked}, "the command in CONTRIBUTING.md names all but cpu"
     named = [dependency for extra in locked for dependency in extras[extra]]
     for dependency in (*project["dependencies"], *named):
