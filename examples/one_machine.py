@@ -32,7 +32,7 @@ statistics = record(model, tokenizer(texts)["input_ids"], batch_tokens=4096)
 scores = []
 for layer in range(architecture.n_layers):
     column_scores = {}
-    for site, module in architecture.modules.items():
+    for site, module in architecture.modules(layer).items():
         norms = Norms.of(base.read(architecture.tensor(layer, module)))
         column_scores[site] = wifv(statistics[layer, site], norms)
     scores.append((head_scores(column_scores["attn"], architecture.head_dim), column_scores["mlp"]))

@@ -18,7 +18,6 @@ from transformers import (
     MixtralConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen3MoeConfig,
 )
 
 import seap_ray
@@ -885,8 +884,3 @@ def test_a_channel_of_a_mixture_costs_one_of_each_expert_and_the_router_stays():
         scores_L=[(head, channel) for head, channel in zip(heads, flat, strict=True)],
     )
     assert ratio_of(shapes, mixture, adds_biases=False) == pytest.approx(0.3, abs=0.01)
-
-
-def test_layers_without_experts_beside_layers_with_them_are_refused():
-    with pytest.raises(ConfigError, match="layers without experts"):
-        Architecture.of({**Qwen3MoeConfig(num_hidden_layers=4).to_dict(), "mlp_only_layers": [0]})

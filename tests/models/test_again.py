@@ -237,7 +237,5 @@ def test_biases_of_an_earlier_compensation_have_no_stock_export_in_a_family_with
 
 
 def test_an_unknown_compacted_family_is_refused():
-    with pytest.raises(
-        ConfigError, match="'seap_gpt2' is not supported: its matrices are"
-    ):
+    with pytest.raises(ConfigError, match="'seap_gpt2' is not supported: its matrices are"):
         Architecture.of({"model_type": "seap_gpt2"})

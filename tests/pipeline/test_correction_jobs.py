@@ -99,7 +99,7 @@ def test_families_whose_errors_cannot_be_corrected_are_refused(tmp_path, family,
         check_config(load_config([*settings, "pruning.error_correction=0.5"]), check_evaluation_rows=False)
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.5, "auto"])
-def test_a_share_is_from_0_to_1(share):
+@pytest.mark.parametrize("share", [-0.1, 1.5, "some"])
+def test_a_share_is_from_0_to_1_or_chosen(share):
     with pytest.raises(ConfigError, match="error_correction"):
         load_config([f"pruning.error_correction={share}"])

@@ -459,9 +459,7 @@ def test_a_model_of_another_family_is_refused_with_those_that_are_supported(tmp_
     GPT2Config().save_pretrained(tmp_path / "gpt2")
     (tmp_path / "gpt2" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     code, line = refused(capsys, arguments(tmp_path, f"model.source={tmp_path / 'gpt2'}"))
-    assert (
-        code == 2 and "model family 'gpt2' is not supported: its matrices are stored" in line
-    )
+    assert code == 2 and "model family 'gpt2' is not supported: its matrices are stored" in line
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,12 @@ import signal, subprocess, sys, time
 from serve.session import enter_own_session
 
 enter_own_session()
+# Before anybody knows that the service has started.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 # Stands for Ray, which any signal ends.
 helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-print("started", helper.pid, flush=True)
 try:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    print("started", helper.pid, flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     time.sleep(0.3)

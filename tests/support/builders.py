@@ -455,7 +455,7 @@ def random_plan(architecture: Architecture, seed: int, compensation: str = "none
         if architecture.why_whole_attention:
             shape = whole if layer == 1 else replace(whole, channels=shape.channels)
         elif layer == 0:
-            shape = Shape(rng.randint(1, whole.groups - 1), shape.heads_per_group, whole.channels)
+            shape = Shape(rng.randint(1, max(1, whole.groups - 1)), shape.heads_per_group, whole.channels)
         elif layer == 1:
             shape = whole
         elif layer == architecture.n_layers - 1:
