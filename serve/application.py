@@ -8,6 +8,7 @@ from ray.serve import Application
 from ray.serve.llm import build_llm_deployment
 
 from seap_ray.config import DENSE, GENERAL, Config
+from seap_ray.errors import ConfigError
 from seap_ray.models.corpus import load_tokenizer
 from seap_ray.report.rows import ModelRow, QualityCell, Results
 from seap_ray.routing.expected_quality import KeptQuality, kept
@@ -50,18 +51,21 @@ def prepare(config: Config) -> Service:
         max_sequences=config.serve.max_sequences,
         timeout_s=config.serve.timeout_s,
         guard=_guard_settings(config, experts),
-        kept=_kept_quality(run, experts),
+        kept=_kept_quality(run, experts) if config.serve.router.rule == "expected_quality" else None,
     )
 
 
-def _kept_quality(run: Run, experts: Sequence[Expert]) -> KeptQuality | None:
-    """Return what the served models keep of the dense one's quality; None where the job has not judged them."""
-    content = read_json(run.results)
-    if not content:
-        return None
+def _kept_quality(run: Run, experts: Sequence[Expert]) -> KeptQuality:
+    """Return what the served models keep of the dense one's quality.
 
-    models = Results.from_json(content).models
-    dense = next(row for row in models if row.kind == DENSE)
+    Raises ConfigError where the job has not judged all of them on all tasks.
+    """
+    content = read_json(run.results)
+    models = Results.from_json(content).models if content else ()
+    dense = next((row for row in models if row.kind == DENSE and row.quality), None)
+    if dense is None:
+        raise ConfigError(f"serve.router.rule: {run.root} has no results of jobs/prune.py with evaluation.samples")
+
     # All that are served have one ratio.
     ratio = experts[0].ratio
     by_model: dict[str, dict[str, float]] = {}
@@ -69,8 +73,10 @@ def _kept_quality(run: Run, experts: Sequence[Expert]) -> KeptQuality | None:
         if row.ratio == ratio and row.kind in ("expert", GENERAL):
             by_model[row.name] = _kept_by_task(row, dense)
     # Models are compared on the tasks that all of them were judged on.
-    is_whole = by_model and all(shares.keys() == dense.quality.keys() for shares in by_model.values())
-    return KeptQuality(by_model) if is_whole and dense.quality else None
+    for name, shares in by_model.items():
+        if shares.keys() != dense.quality.keys():
+            raise ConfigError(f"serve.router.rule: {name} was not judged on every task; run jobs/prune.py again")
+    return KeptQuality(by_model)
 
 
 def _kept_by_task(row: ModelRow, dense: ModelRow) -> dict[str, float]:

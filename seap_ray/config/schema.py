@@ -525,8 +525,11 @@ class RouterSection(Section):
 
     threshold: float | None = Field(default=None, ge=0, le=1)
     """Least probability of a task at which its expert answers a request for `auto`; below it the general model answers.
-    null: whichever of the two is expected to keep more of the dense model's quality, by what the job has measured on
-    every task; where it has not, the value fitted on held-out prompts."""
+    null: the value fitted on held-out prompts."""
+    rule: Literal["threshold", "expected_quality"] = "threshold"
+    """When the likeliest task's expert answers. `threshold`: where its probability is high enough. `expected_quality`:
+    where it is expected to keep at least as much of the dense model's quality as the general model, by what the job has
+    measured of both on every task."""
 
 
 class GuardSection(Section):

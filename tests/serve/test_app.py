@@ -356,10 +356,12 @@ def test_prompts_are_routed_by_what_the_job_has_measured(app, run):
         (run / "results.json").write_text(json.dumps({**about, "models": rows, "router": None}))
         return app._kept_quality(app.Run.of(made), find_experts(made, app.Run.of(made)))
 
-    assert app._kept_quality(app.Run.of(made), find_experts(made, app.Run.of(made))) is None
+    with pytest.raises(ConfigError, match="serve.router.rule: .* has no results of jobs/prune.py"):
+        app._kept_quality(app.Run.of(made), find_experts(made, app.Run.of(made)))
     assert kept().by_model == {"general": {"alpha": 0.5, "beta": 0.8}, "alpha": {"alpha": 1.0, "beta": 0.2}}
     rows[2]["quality"]["beta"] = {"error": "lost"}
-    assert kept() is None
+    with pytest.raises(ConfigError, match="serve.router.rule: alpha was not judged on every task"):
+        kept()
 
 
 @pytest.mark.parametrize(
