@@ -6,7 +6,7 @@ or unknown. The unknown ones are the next rows of ``FAMILIES``, or of ``REASONS`
 
 from collections.abc import Iterable, Mapping
 
-from seap_ray.core.architecture import FAMILIES
+from seap_ray.core.families import FAMILIES
 from seap_ray.core.refused_families import WHY_REFUSED
 
 

@@ -330,8 +330,8 @@ class ExpertIngress(OpenAiIngress):
         standings: dict[str, dict[str, Any]] = {}
         for model, standing in about["experts"].items():
             if standing["judged"]:
-                told = {key: standing[key] for key in ("agreement", "judged", "demoted")}
-                standings[model] = {**told, "reference": about["reference"]}
+                figures = {key: standing[key] for key in ("agreement", "judged", "demoted")}
+                standings[model] = {**figures, "reference": about["reference"]}
         return standings
 
     async def healthz(self) -> PlainTextResponse:

@@ -29,15 +29,15 @@ def tool_parser(config: Config, folder: Path) -> str | None:
     Raises:
         ConfigError: vLLM has no parser of that name, or the template writes calls in no form that is known here.
     """
-    asked = config.serve.tools
-    if asked is None:
+    name = config.serve.tools
+    if name is None:
         return None
 
     known = sorted(ToolParserManager.list_registered())
-    if asked != "auto":
-        if asked not in known:
-            raise ConfigError(f"serve.tools: vLLM has no parser {asked!r}; it has {', '.join(known)}")
-        return asked
+    if name != "auto":
+        if name not in known:
+            raise ConfigError(f"serve.tools: vLLM has no parser {name!r}; it has {', '.join(known)}")
+        return name
 
     template = load_tokenizer(folder).chat_template
     for marks, parser in MARKS:

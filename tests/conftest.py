@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-from seap_ray.core.architecture import FAMILIES
+from seap_ray.core.families import FAMILIES
 from seap_ray.models.hf.configuration_seap import class_in_transformers
 from tests.support.builders import save_dense
 

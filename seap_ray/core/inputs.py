@@ -4,7 +4,7 @@ Calibration records them on demand, beside the inputs of ``o_proj`` and ``down_p
 its weights can be rounded by what it multiplies.
 """
 
-from seap_ray.core.architecture import Family
+from seap_ray.core.families import Family
 from seap_ray.core.moments import Site
 
 INPUTS: tuple[Site, ...] = ("attn_in", "mlp_in")

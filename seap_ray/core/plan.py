@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seap_ray.core.architecture import Architecture, Layer, Shape, Unit
+from seap_ray.core.architecture import Architecture, Layer, Shape
 from seap_ray.core.compensation import Compensation
+from seap_ray.core.families import Unit
 from seap_ray.core.moments import Site
 from seap_ray.core.targets import Target
 

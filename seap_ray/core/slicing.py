@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from seap_ray.core.architecture import Architecture, Rows, Shape, Unit, split_moe_expert
+from seap_ray.core.architecture import Architecture, Shape, split_moe_expert
+from seap_ray.core.families import Rows, Unit
 from seap_ray.core.plan import Kept
 
 PIECE_BYTES = 1 << 20

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seap_ray.core.architecture import family_of
+from seap_ray.core.families import family_of
 from seap_ray.models.sequences import Sequences, counted_of, joined
 
 PADDING_TARGET = 0.02

@@ -20,7 +20,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from seap_ray.core.architecture import FAMILIES, Architecture
+from seap_ray.core.architecture import Architecture
+from seap_ray.core.families import FAMILIES
 from seap_ray.errors import ConfigError
 from seap_ray.models.conversion.form import is_converted
 from seap_ray.models.conversion.recognise import standard_folder

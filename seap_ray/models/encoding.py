@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from seap_ray.config import Config
-    from seap_ray.core.architecture import Family
+    from seap_ray.core.families import Family
 
 Count = Literal["all", "assistant"]
 """Which tokens count in the statistics: ``corpus.count``."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from seap_ray.config import QuantizationSection
-from seap_ray.core.architecture import Family
+from seap_ray.core.families import Family
 from seap_ray.core.inputs import INPUTS, input_modules
 from seap_ray.core.moments import Covariance, Site
 from seap_ray.core.rounding import ErrorFeedback, IntegerGrid, gptq

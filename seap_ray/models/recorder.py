@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn import functional
 
-from seap_ray.core.architecture import Family, family_of
+from seap_ray.core.families import Family, family_of
 from seap_ray.core.inputs import input_modules
 from seap_ray.core.moments import Covariance, Moments, Site, blocks
 from seap_ray.errors import DataError

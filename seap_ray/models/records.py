@@ -215,8 +215,10 @@ def covariance_widths(architecture: Architecture, layer: int) -> list[int]:
 
 def covariance_bytes(architecture: Architecture) -> int:
     """Return the bytes of the co-moments of one layer's sites as full float32 matrices, of the layer with the most."""
-    widths_L = [covariance_widths(architecture, layer) for layer in range(architecture.n_layers)]
-    return 4 * max(sum(width**2 for width in widths) for widths in widths_L)
+    n_numbers_L: list[int] = []
+    for layer in range(architecture.n_layers):
+        n_numbers_L.append(sum(width**2 for width in covariance_widths(architecture, layer)))
+    return 4 * max(n_numbers_L)
 
 
 def task_memory(architecture: Architecture) -> int:

@@ -75,8 +75,8 @@ class CorrectionFit:
         config = planner.config
         plan = model.export.plan
         weights = model.spec.weights
-        asked = model.spec.settings.error_correction
-        share = None if asked == "auto" else asked or 0.0
+        setting = model.spec.settings.error_correction
+        share = None if setting == "auto" else setting or 0.0
         ridge = DEFAULT_RIDGE if config.pruning.ridge == "auto" else config.pruning.ridge
 
         shards: dict[str, Sequence[Shard]] = {}

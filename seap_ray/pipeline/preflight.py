@@ -24,7 +24,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from seap_ray.config import Config
 from seap_ray.core.allocation import check_ratio
-from seap_ray.core.architecture import TRANSFORMERS_BACKEND, Architecture
+from seap_ray.core.architecture import Architecture
+from seap_ray.core.families import TRANSFORMERS_BACKEND
 from seap_ray.core.reconstruction import UNIT_SCORES
 from seap_ray.errors import ConfigError, DataError, IncompleteError, SeapError
 from seap_ray.models.checkpoint import Checkpoint

@@ -31,7 +31,7 @@ from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer, extract_layer_index
 
-from seap_ray.core.architecture import family_of
+from seap_ray.core.families import family_of
 from seap_ray.models.hf.shapes import compared, declared
 
 # --- layers ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import threading
 from functools import cache
 from importlib.metadata import entry_points
 
-from seap_ray.core.architecture import FAMILIES
+from seap_ray.core.families import FAMILIES
 from seap_ray.errors import ConfigError
 
 NAME = "seap_ray"

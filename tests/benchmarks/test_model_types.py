@@ -4,7 +4,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks.families import kinds_of_model, lines
-from seap_ray.core.architecture import FAMILIES
+from seap_ray.core.families import FAMILIES
 from seap_ray.core.refused_families import REASONS, WHY_REFUSED
 
 

@@ -20,7 +20,8 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from seap_ray.config import PruningSection
-from seap_ray.core.architecture import FAMILIES, Architecture, Shape
+from seap_ray.core.architecture import Architecture, Shape
+from seap_ray.core.families import FAMILIES
 from seap_ray.core.refused_families import WHY_REFUSED
 from seap_ray.core.widths import WidthConstraints, widest_unit
 from seap_ray.errors import ConfigError

@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from seap_ray.core.architecture import FAMILIES
+from seap_ray.core.families import FAMILIES
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.conversion import form as form_module

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from seap_ray.config import Config
-from seap_ray.core.architecture import family_of
+from seap_ray.core.families import family_of
 from seap_ray.errors import ConfigError, DataError
 from seap_ray.models.corpus import Item
 from seap_ray.models.encoding import Encoding, bos_warning, prompt_frame, uses_chat, writes_conversations

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from seap_ray.core.architecture import FAMILIES
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.correction import CORRECTION_RIDGES
+from seap_ray.core.families import FAMILIES
 from seap_ray.core.plan import Kept
 from seap_ray.models.batching import make_batches
 from seap_ray.models.checkpoint import Checkpoint

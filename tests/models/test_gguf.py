@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import seap_ray.models.hf  # noqa: F401
-from seap_ray.core.architecture import FAMILIES, Shape
+from seap_ray.core.architecture import Shape
+from seap_ray.core.families import FAMILIES
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint, completed_config
 from seap_ray.models.export import CheckpointExport

@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 
 from safetensors import SafetensorError
 
-from seap_ray.core.architecture import FAMILIES, Architecture, Family
+from seap_ray.core.architecture import Architecture
+from seap_ray.core.families import FAMILIES, Family
 from seap_ray.errors import ConfigError, DataError, IncompleteError, SeapError
 from seap_ray.models.model_sources import GGUF
 from seap_ray.progress import say, size

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from seap_ray.core.architecture import Family
+from seap_ray.core.families import Family
 from seap_ray.errors import ConfigError
 from seap_ray.models.conversion.form import Form, family_of, refusing
 from seap_ray.models.model_sources import (

@@ -88,7 +88,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "opt": (),
     "gpt_neox": ("gptneox",),
 }
-"""Layouts that may hold a family, by the keys of ``seap_ray.core.architecture.FAMILIES``: the first that can is
+"""Layouts that may hold a family, by the keys of ``seap_ray.core.families.FAMILIES``: the first that can is
 taken, so the family's own comes first. None: llama.cpp does not have the family. Of a family that is not here no layout
 is written."""
 

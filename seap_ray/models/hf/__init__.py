@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from seap_ray.core.architecture import FAMILIES, Family
+from seap_ray.core.families import FAMILIES, Family
 from seap_ray.models.hf import configuration_seap, modeling_seap
 
 FILES = tuple(Path(__file__).with_name(name) for name in ("configuration_seap.py", "modeling_seap.py"))
