@@ -19,7 +19,7 @@ from math import prod
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
@@ -303,7 +303,23 @@ class SeapTransformersForCausalLM(_CheckedModel, TransformersForCausalLM):
         # Each is checked for the ranks; vLLM's own words would name no layer.
         for layer in range(config.num_hidden_layers):
             _layer_config(config, f"model.layers.{layer}")
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        with _class_of_vllm_alone(type(config)):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+
+@contextmanager
+def _class_of_vllm_alone(config_class: type[PreTrainedConfig]) -> Iterator[None]:
+    """Have ``AutoModel`` build a subclass of the family's model meanwhile.
+
+    vLLM changes the class that it is given, so that nobody else in the process could build a model of it any more.
+    """
+    model_class = AutoModel._model_mapping[config_class]
+    about = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
+    AutoModel.register(config_class, type(model_class.__name__, (model_class,), about), exist_ok=True)
+    try:
+        yield
+    finally:
+        AutoModel.register(config_class, model_class, exist_ok=True)
 
 
 class _ReplacedLayers(_CheckedModel):

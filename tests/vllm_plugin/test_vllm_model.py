@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
     ApertusConfig,
     ArceeConfig,
     AutoModelForCausalLM,
@@ -312,6 +313,15 @@ def test_greedy_tokens_are_those_of_transformers(expert, name):
     prompts = random_prompts([1, 9, 40])
     with Engine(folder) as engine:
         assert engine.greedy(prompts, 24) == by_transformers(load_float32(folder), prompts, 24)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_process_that_has_served_a_model_still_loads_it_with_transformers(expert):
+    folder = expert("gpt_neox")  # which vLLM has of transformers, and compiles by changing the class
+    with Engine(folder):
+        pass
+    AutoModel.from_pretrained(folder)
 
 
 QUANTISED_FOR = ("arithmetic", "sort", "logic")
