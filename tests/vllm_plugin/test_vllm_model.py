@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModel,
     ApertusConfig,
     ArceeConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     Cohere2Config,
