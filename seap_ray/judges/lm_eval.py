@@ -18,13 +18,14 @@ from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, UndefinedError, meta
+from jinja2 import Environment, TemplateError, UndefinedError, meta
 
 from seap_ray.errors import ConfigError, DataError
 from seap_ray.judges.lm_eval_rows import RowSplit, adapt, evaluation_files, example_files, read
 from seap_ray.models.corpus import judged_rows
 from seap_ray.models.encoding import Encoding
 from seap_ray.models.row_sources import Row, calibration_rows
+from seap_ray.models.templates import RowEnvironment
 from seap_ray.storage.paths import StoragePath
 from seap_ray.tasks import Task, is_perplexity
 
@@ -248,13 +249,16 @@ def _system(task: Task) -> str | None:
     if task.system is None:
         return None
 
-    environment = Environment(keep_trailing_newline=True)
+    environment = RowEnvironment()
     if columns := meta.find_undeclared_variables(environment.parse(task.system)):
         raise ConfigError(
             f"tasks.{task.name}.system: lm-eval has one system message for all rows, and this one is made of "
             f"{', '.join(sorted(columns))}; with lm_eval: null the task's own metric judges it"
         )
-    return environment.from_string(task.system).render().strip() or None
+    try:
+        return environment.from_string(task.system).render().strip() or None
+    except TemplateError as error:
+        raise ConfigError(f"tasks.{task.name}.system: {error}") from None
 
 
 def _load_task(task: Task, num_fewshot: int | None, is_held_out: Callable[[Row], bool] | None = None) -> _LoadedTask:

@@ -539,6 +539,13 @@ def test_a_prompt_of_mere_space_is_the_beginning_token(stories):
     assert context == [BOS] and lm.tok_decode(end) in ("\nParis", "Paris") and lm.prefix_token_id == BOS
 
 
+def test_a_system_message_reaches_nothing_but_texts():
+    with pytest.raises(
+        ConfigError, match=r"^tasks\.piqa\.system: access to attribute '__class__' of 'str' object is unsafe"
+    ):
+        lm_eval.check(local("piqa", system="{{ ''.__class__ }}"))
+
+
 def test_a_system_message_that_depends_on_the_row_is_refused():
     with pytest.raises(
         ConfigError, match=r"^tasks\.piqa\.system: lm-eval has one system message for all rows, and"
