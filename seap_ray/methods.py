@@ -19,18 +19,21 @@ StudyName = Literal[
     "paper",
 ]
 
+CHANNELS = {"mlp_unit": "channel"}
+"""What methods that know no whole experts remove of the MLP."""
 METHODS: Mapping[str, Mapping[str, Any]] = {
     # The settings are the authors' own: Wanda (arXiv 2306.11695) in FLAP's structured form, FLAP (2312.11983).
-    "wanda_sp": {"score": "wanda_sp", "allocation": "uniform", "compensation": "none"},
-    "flap": {"score": "wifv", "allocation": "standardised", "compensation": "mean", "bias": True},
-    "magnitude": {"score": "magnitude", "allocation": "uniform", "compensation": "none"},
-    "random": {"score": "random", "allocation": "uniform", "compensation": "none"},
+    "wanda_sp": {**CHANNELS, "score": "wanda_sp", "allocation": "uniform", "compensation": "none"},
+    "flap": {**CHANNELS, "score": "wifv", "allocation": "standardised", "compensation": "mean", "bias": True},
+    "magnitude": {**CHANNELS, "score": "magnitude", "allocation": "uniform", "compensation": "none"},
+    "random": {**CHANNELS, "score": "random", "allocation": "uniform", "compensation": "none"},
     # ShortGPT (arXiv 2403.03853).
-    "depth": {"allocation": "depth", "compensation": "none"},
+    "depth": {**CHANNELS, "allocation": "depth", "compensation": "none"},
     # SEAP as its paper has it (arXiv 2503.07605): an expert per task, no bias.
-    "seap": {"score": "wifv", "allocation": "logistic", "compensation": "none", "per_task": True},
+    "seap": {**CHANNELS, "score": "wifv", "allocation": "logistic", "compensation": "none", "per_task": True},
     # SEAP's released code: its WIFN, and a schedule that removes less than it says.
     "seap_official": {
+        **CHANNELS,
         "score": "official_wifn",
         "allocation": "logistic",
         "compensation": "none",

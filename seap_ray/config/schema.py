@@ -14,7 +14,9 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from seap_ray.methods import METHODS, StudyName
 from seap_ray.tasks import BUILT_IN, Section, Task, complete
 
-Score = Literal["wifv", "wifn", "wanda_sp", "energy", "official_wifn", "magnitude", "random", "block_wifv", "obs"]
+Score = Literal[
+    "wifv", "wifn", "wanda_sp", "energy", "official_wifn", "magnitude", "random", "block_wifv", "obs", "reap"
+]
 FROM_COVARIANCES = ("block_wifv", "obs", "least_squares")
 """Scores and compensations that need ``calibration.statistics=covariance``."""
 Placement = Literal["auto", "single", "device_map", "stream"]
@@ -22,6 +24,7 @@ Allocation = Literal["uniform", "logistic", "global", "standardised", "measured"
 Budget = Literal["exact", "official"]
 Compensation = Literal["none", "mean", "least_squares"]
 AttentionUnit = Literal["group", "head", "none"]
+MlpUnit = Literal["channel", "expert"]
 TargetKind = Literal["parameters", "weights", "memory", "latency"]
 Auto = Literal["auto"]
 """What is left to be chosen on held-out tokens of the calibration."""
@@ -248,6 +251,8 @@ class PlanSettings(Section):
     """Share of earlier layers' error that is corrected, or `auto`; null: pruning.error_correction."""
     attention_unit: AttentionUnit | Auto | None = None
     """What is removed from attention; null: pruning.attention_unit."""
+    mlp_unit: MlpUnit | None = None
+    """What is removed from the MLP; null: pruning.mlp_unit."""
     budget: Budget | None = None
     """How the ratio is met; null: pruning.budget."""
     k: float | None = Field(default=None, allow_inf_nan=False)
@@ -256,6 +261,11 @@ class PlanSettings(Section):
     """Midpoint of the logistic curve, as a share of the depth; null: pruning.allocation.x0."""
     seed: int | None = None
     """Seed of the score `random`; null: run.seed."""
+
+    @property
+    def cuts_no_module(self) -> bool:
+        """Whether layers or MoE experts go as a whole, so that no module is left that compensation could change."""
+        return self.allocation == "depth" or self.mlp_unit == "expert"
 
 
 class ExpertSettings(PlanSettings):
@@ -374,7 +384,9 @@ class PruningSection(Section):
     activation times squared weight norm, the SEAP paper's default. `obs`: the error that is left after the best repair
     by the others, usually the best and slowest; it and `block_wifv` need statistics `covariance`. These two are for
     use, and `energy` where nothing is compensated; the others are there to compare with. `auto`: wifv, or energy
-    without compensation, whichever is better on held-out tokens. All formulas are in docs/method.md."""
+    without compensation, whichever is better on held-out tokens. `reap`: only for mlp_unit `expert`, and its `auto`:
+    the mean of gate times norm of an expert's output, over the tokens that are routed to it; the scores of channels
+    score an expert by its channels' sum, times its share of the tokens. All formulas are in docs/method.md."""
     compensation: Compensation | Auto = "auto"
     """What makes up for removed columns of o_proj and down_proj. `none`: nothing. `mean`: their mean over the
     calibration tokens, as a bias. `least_squares`: what the kept columns predict of them, in the weight and, unless
@@ -399,6 +411,11 @@ class PruningSection(Section):
     key-value cache. `head`: the same number of query heads from every group. `none`: nothing, the MLP alone is
     pruned. `auto`: `group`, or where no engine serves that `head`, else `none`; under allocation `auto` and `measured`
     `none`, unless cutting is better on held-out tokens beyond the noise."""
+    mlp_unit: MlpUnit = "channel"
+    """What is removed from the MLP. `channel`: its channels, in a mixture those of every expert. `expert`: only for
+    mixtures: whole experts, the same number in every layer that has any, and nothing else; the ratio is met to the
+    nearest number, nothing is compensated, and the router chooses as many for a token as before. With
+    export.format=stock the checkpoint is an ordinary one of its family with fewer experts."""
     held_out_tokens: int = Field(default=1024, ge=1)
     """Tokens of each task, from its last shard, on which `auto` and `measured` judge plans. The statistics that
     compensate these plans leave this shard's covariances out."""
@@ -773,6 +790,26 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _experts_go_alone(self) -> "Config":
+        """Refuse settings that have no meaning where whole MoE experts go, and what cannot hold such a plan."""
+        for name, plan in self._plans().items():
+            settings = self.plan_settings(plan)
+            if settings.mlp_unit == "channel":
+                if settings.score == "reap":
+                    raise ValueError(
+                        f"pruning.{name}: reap scores whole experts; set mlp_unit=expert, or another score"
+                    )
+                continue
+            reason = _why_no_experts(settings)
+            if self.export.format == "gguf":
+                reason = "export.format gguf is not written of it; choose stock, which llama.cpp's own script converts"
+            elif self.export.quantization.scheme:
+                reason = "export.quantization is not for it; quantise a stock checkpoint"
+            if reason:
+                raise ValueError(f"pruning.{name}: mlp_unit expert removes whole experts alone, so {reason}")
+        return self
+
+    @model_validator(mode="after")
     def _inputs_are_there(self) -> "Config":
         """Refuse a quantisation whose covariances are not recorded, and targets that count no quantised weights."""
         quantization = self.export.quantization
@@ -811,8 +848,7 @@ class Config(Section):
         """Refuse plans without biases whose compensation is nothing else."""
         for name, plan in self._plans().items():
             settings = self.plan_settings(plan)
-            is_cut_inside = settings.allocation != "depth"
-            if settings.compensation == "mean" and not settings.bias and is_cut_inside:
+            if settings.compensation == "mean" and not settings.bias and not settings.cuts_no_module:
                 raise ValueError(
                     f"pruning.{name}: compensation mean is a bias, and bias is false; choose least_squares (with "
                     "calibration.statistics=covariance) or none"
@@ -834,8 +870,9 @@ class Config(Section):
         """
         score = self.pruning.score
         compensation = self.pruning.compensation
+        mlp_unit = plan.mlp_unit or self.pruning.mlp_unit
 
-        if isinstance(plan, GeneralSettings):
+        if isinstance(plan, GeneralSettings) and mlp_unit == "channel":
             compensation = plan.compensation or ("none" if compensation == "mean" else compensation)
             score = "energy" if compensation == "none" else score
 
@@ -846,6 +883,7 @@ class Config(Section):
             # ``auto`` is true wherever the checkpoint's format has not decided otherwise.
             bias=self.pruning.bias is not False if plan.bias is None else plan.bias,
             attention_unit=plan.attention_unit or self.pruning.attention_unit,
+            mlp_unit=mlp_unit,
             budget=plan.budget or self.pruning.budget,
             # Numbers may be 0, so ``or`` would not do.
             error_correction=(
@@ -855,6 +893,19 @@ class Config(Section):
             x0=self.pruning.allocation.x0 if plan.x0 is None else plan.x0,
             seed=self.run.seed if plan.seed is None else plan.seed,
         )
+
+
+def _why_no_experts(settings: PlanSettings) -> str | None:
+    """Return which of a model's settings does not go with whole MoE experts that are removed; None where all do."""
+    if settings.allocation not in ("auto", "uniform"):
+        return f"allocation {settings.allocation} is not for it; choose uniform"
+    if settings.attention_unit not in ("auto", "none"):
+        return f"attention_unit {settings.attention_unit} is not for it; choose none"
+    if settings.budget == "official":
+        return "budget official is not for it; choose exact"
+    if settings.score in FROM_COVARIANCES:
+        return f"score {settings.score}, which compares channels, is not for it; choose reap or energy"
+    return None
 
 
 def _task_is_missing(task: str, names: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from itertools import accumulate
 from seap_ray.config import AllocationSection, PruningSection
 from seap_ray.core import sparsity
 from seap_ray.core.architecture import Architecture, Shape
+from seap_ray.core.experts import choose_count, expert_counts, layers_with, removed_share
 from seap_ray.core.measured import measured_shapes
 from seap_ray.core.ranking import RANKING_VALUES, greedy_shapes, ranked_candidates
 from seap_ray.core.reach import (
@@ -159,6 +160,8 @@ def check_ratio(
     # Sizes alone say which ratios are within reach; scores only choose among what may go.
     if pruning.allocation.kind == "depth":
         droppable(architecture, pruning, ratio)
+    elif pruning.mlp_unit == "expert":
+        choose_count(architecture, pruning, ratio=ratio)
     elif pruning.allocation.kind in RANKING_VALUES:
         check_budget(pruning)
         constraints_L = WidthConstraints.of(architecture, pruning, adds_biases=adds_biases, stock=stock)
@@ -222,6 +225,9 @@ def even_ratio(
     Raises:
         ConfigError: The model's heads or channels do not suit the section.
     """
+    if pruning.mlp_unit == "expert":
+        n_experts = choose_count(architecture, pruning, ratio=0.0, target=target)
+        return math.ceil(removed_share(architecture, n_experts) * 1e4) / 1e4
     unit = pruning.attention_unit
     largest = 0.0
     for each in ("none", widest_unit(architecture)) if unit == "auto" else (unit,):
@@ -336,6 +342,9 @@ def _least_cost(
         largest = _largest_ratio(architecture, pruning, adds_biases=adds_biases, stock=stock)
         dropped = choose_dropped(architecture, pruning, ratio=largest, influence_L=even_L)
         return target.cost((i, layer) for i, layer in enumerate(architecture.layers) if i not in dropped)
+    if pruning.mlp_unit == "expert":
+        fewest = expert_counts(architecture, pruning)[-1]
+        return target.cost(enumerate(layers_with(architecture, fewest)))
 
     check_budget(pruning)
     if kind in ("measured", "auto"):

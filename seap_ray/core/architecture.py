@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from seap_ray.core.families import FAMILIES, Bias, DenseMlp, Family, Unit
-from seap_ray.core.moments import Site
+from seap_ray.core.moments import RECORDED, Site
 from seap_ray.core.refused_families import WHY_REFUSED
 from seap_ray.errors import ConfigError
 
@@ -104,6 +104,9 @@ class Architecture:
     """MoE experts of every layer that has any, by the config's top level. 0: no mixture of experts."""
     experts_per_token: int = 0
     """MoE experts that the router chooses for a token."""
+    expert_groups: tuple[int, int] = (1, 1)
+    """Groups, equally large and one after another, of a layer's MoE experts, and how many of them the router chooses
+    from for a token."""
     dense_channels: int = 0
     """Width by the config's top level of the MLP of layers without experts, in a mixture that has such layers."""
     shared_channels: int = 0
@@ -182,6 +185,7 @@ class Architecture:
             n_heads_may_change="short_factor" not in rope and not family.heads_fill_hidden,
             n_experts=_n_experts(config, family) if family.is_moe else 0,
             experts_per_token=_size(config, family.n_chosen_key) if family.is_moe else 0,
+            expert_groups=_expert_groups(config, family),
             dense_channels=0 if all(has_experts_L) or not family.dense_mlp else _dense_channels(config, family),
             shared_channels=_shared_channels(config, family),
             n_head_norms=family.norms[1] if config.get(family.head_norms_key or "", True) else 0,
@@ -219,9 +223,19 @@ class Architecture:
         return {"attn": self.family.o_proj} | {f"mlp.{e}": down_proj.format(e=e) for e in range(n_experts)}
 
     def sites(self, layer: int, site: Site) -> list[Site]:
-        """Return a site of a layer itself, or for ``mlp`` of a layer with MoE experts the sites of all of them."""
+        """Return a site of a layer itself, or for ``mlp`` of a layer with MoE experts the sites of all of them.
+
+        A layer without MoE experts has no site ``experts``.
+        """
         n_experts = self.layers[layer].n_experts
+        if site == "experts":
+            return [site] if n_experts else []
         return [f"mlp.{e}" for e in range(n_experts)] if site == "mlp" and n_experts else [site]
+
+    @property
+    def recorded(self) -> tuple[Site, ...]:
+        """Kinds of sites that calibration records of this model."""
+        return (*RECORDED, "experts") if self.n_experts else RECORDED
 
     @property
     def has_dense_layers(self) -> bool:
@@ -316,20 +330,24 @@ class Architecture:
         """All weights of the decoder layers: what a ratio is a share of."""
         return sum(map(self.layer_parameters, self.layers))
 
-    def resized(self, layer: int, shape: Shape, *, adds_biases: bool) -> Layer:
+    def resized(self, layer: int, shape: Shape, *, adds_biases: bool, n_experts: int | None = None) -> Layer:
         """Return a layer with other widths.
 
         Args:
             layer: Number of the layer.
             shape: Its new widths.
             adds_biases: Whether it gets output biases if its widths change; otherwise it has those that it had.
+            n_experts: Its new number of MoE experts; None: as many as it has.
 
         Returns:
             The layer after the cut.
         """
         original = self.layers[layer]
         gets_biases = adds_biases and shape != original.shape
-        return replace(original, shape=shape, biases=self.bias_keys if gets_biases else original.biases)
+        biases = self.bias_keys if gets_biases else original.biases
+        return replace(
+            original, shape=shape, biases=biases, n_experts=original.n_experts if n_experts is None else n_experts
+        )
 
     def align(self, setting: int | str) -> int:
         """Return the tile that kept channels are a multiple of.
@@ -407,6 +425,12 @@ def _n_experts(config: Mapping[str, Any], family: Family) -> int:
     """Return the number of MoE experts of a layer that has any."""
     # Qwen's own configs say num_experts, those that transformers writes num_local_experts.
     return _size(config, "num_local_experts", config.get(family.n_experts_key))
+
+
+def _expert_groups(config: Mapping[str, Any], family: Family) -> tuple[int, int]:
+    """Return the groups that a layer's MoE experts are in, and how many of them are chosen from for a token."""
+    n_groups, n_chosen = family.expert_groups
+    return _size(config, "n_group", n_groups), _size(config, "topk_group", n_chosen)
 
 
 def _dense_channels(config: Mapping[str, Any], family: Family) -> int:

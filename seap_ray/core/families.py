@@ -41,6 +41,12 @@ BLOCK_SPARSE_EXPERTS = {
     "block_sparse_moe.experts.{e}.w3": Rows(("channels",)),
 }
 """Rows of the MoE experts of Mixtral and its like."""
+ROUTER = ("mlp.gate.weight",)
+"""The router of most mixtures."""
+BLOCK_SPARSE_ROUTER = ("block_sparse_moe.gate.weight",)
+"""The router of Mixtral and its like."""
+BIASED_ROUTER = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
+"""A router with a number for each MoE expert, by which it chooses, beside its weights."""
 Bias = bool | tuple[str, bool]
 """A family's bias: always there (True), never (False), or the config key that says it and what holds where the key is
 missing: ``("attention_bias", False)``."""
@@ -125,8 +131,12 @@ class Family:
     chooses: ``("moe_intermediate_size", "n_shared_experts")``. They stay whole."""
     has_shared_gate: bool = False
     """Whether a row of weights says for each token how much the shared experts count."""
-    has_router_bias: bool = False
-    """Whether the router has a number for each MoE expert beside its weights."""
+    router: tuple[str, ...] = ROUTER
+    """Tensors of a mixture's layer with a row, or a number, for each MoE expert: the router's weights, and where it has
+    such the numbers beside them."""
+    expert_groups: tuple[int, int] = (1, 1)
+    """Groups of MoE experts, and how many of them are chosen from for a token, where the config does not say it
+    (``n_group`` and ``topk_group``): (8, 4) for DeepSeek V3."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Parts of names of modules in transformers that checkpoints have other names for, such as
     ``{"mlp.gate.moe_statics": "mlp.moe_statics"}``; what lies before ``.experts`` need not be here."""
@@ -160,6 +170,11 @@ class Family:
     refused: Mapping[str, bool] = field(default_factory=dict)
     """Config keys with which models of the family are laid out in another way, and are refused if one has this value:
     ``{"qk_layernorm": True}``."""
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether the router has a number for each MoE expert beside its weights."""
+        return len(self.router) > 1
 
     @property
     def config_class(self) -> str:
@@ -468,6 +483,7 @@ FAMILIES: dict[str, Family] = {
         vllm_class="SeapMixtralForCausalLM",
         rows=SPLIT_ATTENTION | BLOCK_SPARSE_EXPERTS,
         down_proj="block_sparse_moe.experts.{e}.w2",
+        router=BLOCK_SPARSE_ROUTER,
         is_moe=True,
     ),
     "qwen3_moe": Family(
@@ -519,7 +535,7 @@ FAMILIES: dict[str, Family] = {
         dense_mlp=DenseMlp(),
         n_experts_key="n_routed_experts",
         shared_width_keys=("moe_intermediate_size", "n_shared_experts"),
-        has_router_bias=True,
+        router=BIASED_ROUTER,
     ),
     "ernie4_5_moe": Family(
         classes="SeapErnie4_5_Moe",
@@ -532,7 +548,7 @@ FAMILIES: dict[str, Family] = {
         n_experts_key="moe_num_experts",
         n_chosen_key="moe_k",
         shared_width_keys=("moe_intermediate_size", "moe_num_shared_experts"),
-        has_router_bias=True,
+        router=(*ROUTER, "mlp.moe_statics.e_score_correction_bias"),
         renamed={"mlp.gate.moe_statics": "mlp.moe_statics"},
         refused={"use_bias": True},
         ties_embeddings=True,
@@ -549,7 +565,8 @@ FAMILIES: dict[str, Family] = {
         dense_mlp=DenseMlp(),
         n_experts_key="n_routed_experts",
         shared_width_keys=("moe_intermediate_size", "n_shared_experts"),
-        has_router_bias=True,
+        router=BIASED_ROUTER,
+        expert_groups=(8, 4),
         has_head_dim=False,
     ),
     "deepseek_v2": Family(
@@ -579,7 +596,7 @@ FAMILIES: dict[str, Family] = {
         dense_mlp=DenseMlp(),
         n_experts_key="n_routed_experts",
         shared_width_keys=("moe_intermediate_size", "n_shared_experts"),
-        has_router_bias=True,
+        router=BIASED_ROUTER,
         has_head_dim=False,
         listed_by_layer="mlp_layer_types",
     ),
@@ -596,7 +613,7 @@ FAMILIES: dict[str, Family] = {
         dense_mlp=DenseMlp(),
         n_experts_key="n_routed_experts",
         shared_width_keys=("moe_intermediate_size", "n_shared_experts"),
-        has_router_bias=True,
+        router=BIASED_ROUTER,
     ),
     "solar_open": Family(
         classes="SeapSolarOpen",
@@ -608,7 +625,7 @@ FAMILIES: dict[str, Family] = {
         is_moe=True,
         n_experts_key="n_routed_experts",
         shared_width_keys=("moe_intermediate_size", "n_shared_experts"),
-        has_router_bias=True,
+        router=BIASED_ROUTER,
     ),
     "exaone_moe": Family(
         classes="SeapExaoneMoe",
@@ -620,7 +637,7 @@ FAMILIES: dict[str, Family] = {
         is_moe=True,
         dense_mlp=DenseMlp(),
         shared_width_keys=("moe_intermediate_size", "num_shared_experts"),
-        has_router_bias=True,
+        router=(*ROUTER, "mlp.e_score_correction_bias"),
         renamed={"mlp.gate.e_score_correction_bias": "mlp.e_score_correction_bias"},
         mixes_windows=True,
         window_period=4,
@@ -657,13 +674,14 @@ FAMILIES: dict[str, Family] = {
         down_proj="block_sparse_moe.experts.{e}.w2",
         norms_all_heads=True,
         is_moe=True,
-        has_router_bias=True,
+        router=(*BLOCK_SPARSE_ROUTER, "block_sparse_moe.e_score_correction_bias"),
     ),
     "phimoe": Family(
         classes="SeapPhimoe",
         vllm_class=TRANSFORMERS_BACKEND,
         rows=SPLIT_ATTENTION | BLOCK_SPARSE_EXPERTS,
         down_proj="block_sparse_moe.experts.{e}.w2",
+        router=BLOCK_SPARSE_ROUTER,
         qkv_bias=("attention_bias", False),
         o_bias=("attention_bias", False),
         norms=(4, 0),

@@ -14,11 +14,13 @@ from torch import Tensor
 Site = str
 """``attn`` is the input of ``o_proj``, ``mlp`` the input of ``down_proj``, of a mixture of experts ``mlp.0``, ``mlp.1``
 and so on, each with the tokens that were routed to it. ``block`` is a decoder layer as a whole; its one column is the
-cosine of what goes in and what comes out."""
+cosine of what goes in and what comes out. ``experts`` is the routing of a layer with MoE experts: its columns are for
+every MoE expert its gate times the norm of its output, 0 for tokens that are not routed to it, and behind these for
+every MoE expert 1 for tokens that are, 0 for others."""
 SITES: tuple[Site, ...] = ("attn", "mlp")
 """Inputs of a weight whose columns can be cut: what has scores, norms and a mean to compensate with."""
 RECORDED: tuple[Site, ...] = (*SITES, "block")
-"""Everything that calibration records."""
+"""What calibration records of every model; of a mixture ``experts``, too."""
 
 
 BLOCK = {"cpu": 1 << 16}

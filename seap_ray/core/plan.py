@@ -1,4 +1,4 @@
-"""Plan: which key-value groups, query heads and channels of every layer stay, or under ``depth`` which layers.
+"""Plan: which key-value groups, query heads, channels and MoE experts of every layer stay, or which layers.
 
 First the widths of every layer are chosen (``seap_ray.core.allocation``), then ``keep`` picks the best units for them.
 
@@ -28,7 +28,9 @@ class Kept:
     heads: tuple[int, ...]
     """Query heads, numbered through all groups of the layer."""
     channels: tuple[tuple[int, ...], ...]
-    """Channels of each MoE expert, equally many; a dense MLP counts as one MoE expert."""
+    """Channels of each MoE expert that stays, equally many; a dense MLP counts as one MoE expert."""
+    experts: tuple[int, ...] = ()
+    """MoE experts that stay, where others go as a whole; empty: all."""
 
     @classmethod
     def whole(cls, architecture: Architecture, layer: int) -> "Kept":
@@ -65,8 +67,18 @@ class Kept:
         return self.groups if unit == "groups" else self.heads
 
     def of_moe_expert(self, expert: int | None) -> "Kept":
-        """Return the same with the channels of one MoE expert alone; None, of a module that is in none: all."""
-        return self if expert is None else replace(self, channels=(self.channels[expert],))
+        """Return the same with the channels of one MoE expert alone; None, of a module that is in none: all.
+
+        Raises ValueError for an MoE expert that goes.
+        """
+        if expert is None:
+            return self
+        place = self.experts.index(expert) if self.experts else expert
+        return replace(self, channels=(self.channels[place],))
+
+    def with_experts(self, experts: tuple[int, ...]) -> "Kept":
+        """Return the same of a whole layer with some of its MoE experts alone."""
+        return replace(self, experts=experts, channels=tuple(self.channels[expert] for expert in experts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +114,18 @@ class Plan:
         return tuple(kept.shape for kept in self.kept)
 
     def cuts(self, layer: int, architecture: Architecture) -> bool:
-        """Return whether a layer of the checkpoint is narrower than the base's layer that it comes from."""
-        return self.kept[layer].shape != architecture.layers[self.layers[layer]].shape
+        """Return whether a layer of the checkpoint has less than the base's layer that it comes from."""
+        kept = self.kept[layer]
+        return bool(kept.experts) or kept.shape != architecture.layers[self.layers[layer]].shape
 
     def layer_after(self, layer: int, architecture: Architecture) -> Layer:
         """Return what a layer of the checkpoint is, with the biases that compensation gives it."""
+        kept = self.kept[layer]
         return architecture.resized(
-            self.layers[layer], self.kept[layer].shape, adds_biases=self.compensation.adds_biases
+            self.layers[layer],
+            kept.shape,
+            adds_biases=self.compensation.adds_biases,
+            n_experts=len(kept.experts) or None,
         )
 
     def layers_after(self, architecture: Architecture) -> list[tuple[int, Layer]]:
@@ -176,6 +193,27 @@ def best_heads(head_H: Tensor, original: Shape, option: tuple[int, int]) -> tupl
     for k in groups:
         heads += [k * original.heads_per_group + head for head in best_KG[k]]
     return groups, tuple(heads)
+
+
+def keep_experts(kept: Kept, n: int, score_E: Tensor, n_groups: int = 1) -> Kept:
+    """Choose the MoE experts with the highest scores of a layer that is whole otherwise.
+
+    Of equal scores the higher number stays.
+
+    Args:
+        kept: The whole layer.
+        n: How many MoE experts stay.
+        score_E: Score of every MoE expert, (E,).
+        n_groups: Groups, one after another, of which equally many stay each.
+
+    Returns:
+        The layer with the MoE experts that stay.
+    """
+    size = len(score_E) // n_groups
+    experts: list[int] = []
+    for group, group_score in enumerate(score_E.split(size)):
+        experts += [group * size + expert for expert in _top(group_score, n // n_groups)]
+    return kept.with_experts(tuple(experts)) if n < len(score_E) else kept
 
 
 def _top(score: Tensor, n: int) -> tuple[int, ...]:

@@ -145,6 +145,37 @@ def column_scores(score: Score, statistics: Statistics, norms: WeightNorms, keys
     return torch.stack([score(moments, norms[key]) for moments, key in zip(experts, keys, strict=True)])
 
 
+def reap(moments: Moments) -> Tensor:
+    """Return REAP's score of MoE experts: the mean, over the tokens that are routed to one, of its gate times the norm
+    of its output (Lasby et al., arXiv 2510.13999).
+
+    Args:
+        moments: Moments of a layer's site ``experts``.
+
+    Returns:
+        Scores, (E,), float64; of an expert without a token, zero.
+    """
+    gated_E, share_E = moments.mean_D.chunk(2)
+    return torch.where(share_E > 0, gated_E / share_E, 0.0)
+
+
+def expert_scores(columns_EC: Tensor, moments: Moments) -> Tensor:
+    """Score MoE experts by their columns: an expert's columns together, times the share of tokens routed to it.
+
+    By ``energy`` this is what the layer's squared error rises by for the expert's removal, as far as its columns do not
+    correlate and its gate is one.
+
+    Args:
+        columns_EC: Scores of the columns of each expert, (E, C).
+        moments: Moments of the layer's site ``experts``.
+
+    Returns:
+        Scores, (E,), float64.
+    """
+    _, share_E = moments.mean_D.chunk(2)
+    return columns_EC.sum(1) * share_E
+
+
 def head_scores(score_D: Tensor, head_dim: int) -> Tensor:
     """Sum each query head's columns (SEAP, arXiv 2503.07605, eq. 13): (H * d,) -> (H,)."""
     return score_D.reshape(-1, head_dim).sum(1)

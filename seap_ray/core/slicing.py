@@ -36,6 +36,11 @@ def slice_tensor(
     Yields:
         Pieces of about ``PIECE_BYTES`` bytes; one below the other they are the sliced tensor.
     """
+    if kept.experts and f"{module}.{kind}" in architecture.family.router:
+        # Numbers beside the weights may have a dimension of one before that of the MoE experts.
+        yield tensor.index_select(0 if kind == "weight" else -1, torch.tensor(kept.experts))
+        return
+
     match _kept_of_dimension(architecture, layer, module, kind, kept):
         case None:
             yield from in_pieces(tensor)
@@ -61,6 +66,8 @@ def sliced_shape(
         The shape after the cut.
     """
     family = architecture.family
+    if kept.experts and f"{module}.{kind}" in family.router:
+        return (len(kept.experts), *shape[1:]) if kind == "weight" else (*shape[:-1], len(kept.experts))
     module, expert = split_moe_expert(module)
     kept = kept.of_moe_expert(expert)
 

@@ -100,9 +100,9 @@ class CheckpointExport:
             layer, module, kind = architecture.split(name)
             if layer is None:
                 outputs.append(OutputTensor(name, info.dtype, info.shape))
-            # The tensors of a dropped layer go with it.
-            elif layer in new_layer:
-                outputs.append(self._sliced(new_layer[layer], module, kind))
+            # The tensors of a dropped layer, or MoE expert, go with it.
+            elif layer in new_layer and (kept_module := self._module_after(new_layer[layer], module)):
+                outputs.append(self._sliced(new_layer[layer], kept_module, kind))
 
         return sorted(outputs + self._new_biases(), key=lambda output: _natural_order(architecture, output.name))
 
@@ -110,12 +110,26 @@ class CheckpointExport:
         """Return a tensor of a layer of the checkpoint that the base has, too."""
         architecture = self.base.architecture
         info = self.base.tensors[self._source(layer, module, kind)]
-        shape = sliced_shape(architecture, module, kind, info.shape, self.plan.kept[layer])
+        shape = sliced_shape(architecture, self._module_before(layer, module), kind, info.shape, self.plan.kept[layer])
         return OutputTensor(architecture.tensor(layer, module, kind), info.dtype, shape)
 
     def _source(self, layer: int, module: str, kind: str = "weight") -> str:
-        """Return the base's name of a tensor: where whole layers are dropped, later ones are renumbered."""
-        return self.base.architecture.tensor(self.plan.layers[layer], module, kind)
+        """Return the base's name of a tensor: where whole layers or MoE experts go, later ones are renumbered."""
+        return self.base.architecture.tensor(self.plan.layers[layer], self._module_before(layer, module), kind)
+
+    def _module_before(self, layer: int, module: str) -> str:
+        """Return the base's name of a module of a layer of the checkpoint."""
+        template, expert = split_moe_expert(module)
+        experts = self.plan.kept[layer].experts
+        return module if expert is None or not experts else template.format(e=experts[expert])
+
+    def _module_after(self, layer: int, module: str) -> str | None:
+        """Return the name of a module of the base in a layer of the checkpoint; None for an MoE expert that goes."""
+        template, expert = split_moe_expert(module)
+        experts = self.plan.kept[layer].experts
+        if expert is None or not experts:
+            return module
+        return template.format(e=experts.index(expert)) if expert in experts else None
 
     def _new_biases(self) -> list[OutputTensor]:
         """Return biases that the base does not have: of compensated layers, and zero ones that a stock family wants."""
@@ -165,6 +179,7 @@ class CheckpointExport:
 
         original_layer = self.plan.layers[layer]
         kept = self.plan.kept[layer]
+        module = self._module_before(layer, module)
         return slice_tensor(architecture, original_layer, module, kind, self.base.read(source), kept)
 
     def compensated(self, layer: int, module: str) -> dict[str, Tensor]:
@@ -246,10 +261,12 @@ class CheckpointExport:
     def _is_carried(self, output: OutputTensor) -> bool:
         """Return whether a tensor is the base's own. In a cut module none is: engines reload modules as a whole."""
         architecture = self.base.architecture
-        layer, module, _ = architecture.split(output.name)
+        layer, module, kind = architecture.split(output.name)
         if layer is None or not (self.stock or self.plan.cuts(layer, architecture)):
             return True
         family = architecture.family
+        if self.plan.kept[layer].experts and f"{module}.{kind}" in family.router:
+            return False
         module, _ = split_moe_expert(module)
         return not (module in family.cut_rows or module in family.columns)
 
@@ -278,7 +295,23 @@ class CheckpointExport:
             if is_by_layer and not key.endswith("_token_id"):
                 shortened[key] = [value[layer] for layer in layers]
 
-        return {**config, **shortened, **self._layers_with_experts(), "num_hidden_layers": len(layers)}
+        config = {**config, **shortened, **self._layers_with_experts(), "num_hidden_layers": len(layers)}
+        return config | self._numbers_of_experts(config)
+
+    def _numbers_of_experts(self, config: Mapping[str, Any]) -> dict[str, int]:
+        """Return the config keys of the number of MoE experts, where some go as a whole: equally many in all layers.
+
+        Raises ConfigError where layers keep different numbers.
+        """
+        numbers = {len(kept.experts) for kept in self.plan.kept if kept.experts}
+        if not numbers:
+            return {}
+        mixed = [layer for _, layer in self.plan.layers_after(self.base.architecture) if layer.n_experts]
+        if len({layer.n_experts for layer in mixed}) > 1:
+            raise ConfigError(f"{self.plan.name}: layers keep different numbers of MoE experts, which no config says")
+        # transformers' own configs and those of the families may name it differently, and some both.
+        key = self.base.architecture.family.n_experts_key
+        return dict.fromkeys({key, "num_local_experts"} & {*config} or {key}, numbers.pop())
 
     def _layers_with_experts(self) -> dict[str, Any]:
         """Return the config keys that say which layers have MoE experts, where whole layers go of a mixture."""

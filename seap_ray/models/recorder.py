@@ -103,18 +103,30 @@ def _experts_hook(
 ) -> Callable[..., None]:
     """Make a hook for the experts of an MoE layer, which are one module in transformers.
 
-    It computes what each expert's ``down_proj`` sees of the tokens that are routed to it.
+    It computes what each expert's ``down_proj`` sees of the tokens that are routed to it, and how much each adds to
+    what the layer gives.
     """
 
     def hook(experts: Any, inputs: tuple[Tensor, ...]) -> None:
         """Add the moments of every expert's hidden activations; K experts are chosen for each token."""
-        x_ND = _counted_tokens(inputs[0], rows_N)
-        chosen_NK = _counted_tokens(inputs[1], rows_N)
+        x_ND, chosen_NK, gates_NK = (_counted_tokens(x, rows_N) for x in inputs)
+        dtype = torch.promote_types(x_ND.dtype, torch.float32)
+        gated_NE = x_ND.new_zeros(len(x_ND), len(experts.gate_up_proj), dtype=dtype)
+        is_chosen_NE = torch.zeros_like(gated_NE)
         # An expert's gate and up projections are one matrix, gate first: J = 2 C rows.
         for expert, gate_up_JD in enumerate(experts.gate_up_proj):
-            routed_ND = x_ND[(chosen_NK == expert).any(1)]
-            gate_NC, up_NC = functional.linear(routed_ND, gate_up_JD).chunk(2, dim=-1)
-            _add(recorded, (layer, f"mlp.{expert}"), statistic.of(experts.act_fn(gate_NC) * up_NC))
+            is_chosen_NK = chosen_NK == expert
+            routed_N = is_chosen_NK.any(1)
+            gate_NC, up_NC = functional.linear(x_ND[routed_N], gate_up_JD).chunk(2, dim=-1)
+            hidden_NC = experts.act_fn(gate_NC) * up_NC
+            _add(recorded, (layer, f"mlp.{expert}"), statistic.of(hidden_NC))
+
+            output_ND = functional.linear(hidden_NC, experts.down_proj[expert])
+            gates_N = gates_NK[is_chosen_NK].to(dtype)
+            gated_NE[routed_N, expert] = gates_N * vector_norm(output_ND, dim=1, dtype=dtype)
+            is_chosen_NE[routed_N, expert] = 1
+
+        _add(recorded, (layer, "experts"), Moments.of(torch.cat([gated_NE, is_chosen_NE], dim=1)))
 
     return hook
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.moments import (
-    RECORDED,
     SITES,
     Covariance,
     Moments,
@@ -128,13 +127,15 @@ def read_moments(file: Any, key: tuple[int, Site]) -> Moments:
     return Moments(int(count), mean, m2)
 
 
-def load_statistics(path: StoragePath, architecture: Architecture, *, sites: Sequence[Site] = RECORDED) -> Statistics:
+def load_statistics(
+    path: StoragePath, architecture: Architecture, *, sites: Sequence[Site] | None = None
+) -> Statistics:
     """Read the moments of every layer.
 
     Args:
         path: A task's statistics, or a shard's record.
         architecture: The model that the moments are of.
-        sites: Kinds of sites to read.
+        sites: Kinds of sites to read; None: all that are recorded of the model.
 
     Returns:
         Moments by (layer, site), means and sums of squares float64 of shape (D,), D the columns of the site. In an MoE
@@ -148,10 +149,15 @@ def load_statistics(path: StoragePath, architecture: Architecture, *, sites: Seq
         return {key: read_moments(file, key) for key in sites_of(architecture, sites)}
 
 
-def sites_of(architecture: Architecture, sites: Sequence[Site] = RECORDED) -> Iterator[tuple[int, Site]]:
-    """Return every (layer, site) of a model; in an MoE model ``mlp`` stands for the sites of its experts."""
+def sites_of(architecture: Architecture, sites: Sequence[Site] | None = None) -> Iterator[tuple[int, Site]]:
+    """Return every (layer, site) of a model; in an MoE model ``mlp`` stands for the sites of its experts.
+
+    Args:
+        architecture: The model.
+        sites: Kinds of sites; None: all that are recorded of the model.
+    """
     for layer in range(architecture.n_layers):
-        for kind in sites:
+        for kind in architecture.recorded if sites is None else sites:
             yield from ((layer, site) for site in architecture.sites(layer, kind))
 
 

@@ -60,6 +60,6 @@ def bias_line(config: Config, architecture: Architecture) -> str | None:
 
 
 def _compensated(config: Config) -> list[ModelSpec]:
-    """Return the models that are compensated, or may be: to layers that go as a whole no bias is added."""
+    """Return the models that are compensated, or may be: where layers or MoE experts go as a whole none is."""
     specs = model_specs(config)
-    return [spec for spec in specs if spec.settings.compensation != "none" and spec.settings.allocation != "depth"]
+    return [spec for spec in specs if spec.settings.compensation != "none" and not spec.settings.cuts_no_module]

@@ -12,7 +12,7 @@ import ray
 
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.inputs import INPUTS
-from seap_ray.core.moments import RECORDED, Covariance, Site, tree_sum
+from seap_ray.core.moments import Covariance, Site, tree_sum
 from seap_ray.core.reconstruction import DEFAULT_RIDGE, choose_ridge
 from seap_ray.errors import DataError
 from seap_ray.models.checkpoint import Checkpoint
@@ -179,8 +179,11 @@ def _check_counts(merged: SiteMoments, architecture: Architecture, n_tokens: int
         raise DataError(f"tasks.{task}: no token counts, by corpus.count and calibration.skip_first_token")
 
     for layer in range(architecture.n_layers):
-        for site in RECORDED:
+        for site in architecture.recorded:
             experts = architecture.sites(layer, site)
+            # Layers of a mixture that have no MoE experts have no site of their routing.
+            if not experts:
+                continue
             count = sum(merged[layer, expert].count for expert in experts)
             # In an MoE model a token goes to several experts.
             times = architecture.experts_per_token if len(experts) > 1 else 1

@@ -77,13 +77,13 @@ def assumed_specs(config: Config) -> list[ModelSpec]:
 def _assumed(config: Config, settings: PlanSettings) -> PlanSettings:
     assumed: dict[str, str] = {}
     if settings.score == "auto":
-        assumed["score"] = "wifv"
+        assumed["score"] = "reap" if settings.mlp_unit == "expert" else "wifv"
     if settings.compensation == "auto":
         fitted = "mean" if settings.bias else "none"
         if config.calibration.statistics == "covariance":
             fitted = "least_squares"
-        # What makes up for columns is nothing to layers that go as a whole.
-        assumed["compensation"] = "none" if settings.allocation == "depth" else fitted
+        # What makes up for columns is nothing to layers or MoE experts that go as a whole.
+        assumed["compensation"] = "none" if settings.cuts_no_module else fitted
     return settings.model_copy(update=assumed)
 
 
@@ -94,7 +94,7 @@ def compensation_for(settings: PlanSettings) -> Compensation:
 
 def pruning_section(config: Config, settings: PlanSettings) -> PruningSection:
     """Return the pruning section with one model's settings, which leave nothing out (``Config.plan_settings``)."""
-    names = {"score", "compensation", "bias", "error_correction", "attention_unit", "budget"}
+    names = {"score", "compensation", "bias", "error_correction", "attention_unit", "mlp_unit", "budget"}
     replaced = settings.model_dump(include=names)
     curve = settings.model_dump(include={"k", "x0"})
 

@@ -128,6 +128,10 @@ class PlanChooser:
 
     def _decided(self, spec: ModelSpec, ratio: float) -> Decision:
         settings = spec.settings
+        if settings.mlp_unit == "expert":
+            score = "reap" if settings.score == "auto" else settings.score
+            whole = {"score": score, "compensation": "none", "allocation": "uniform", "attention_unit": "none"}
+            return Decision(settings.model_copy(update=whole))
         if settings.allocation == "depth" or not ratio:
             # Nothing is cut that a score would rank or a compensation make up for.
             closed = self._with_unit(_closed(settings, *REPAIRS[-1]))
@@ -177,7 +181,7 @@ class PlanChooser:
     def _repair_trials(self, spec: ModelSpec, ratio: float) -> list[PooledTrial]:
         """Return what is measured to close a model's score and compensation."""
         settings = spec.settings
-        if settings.allocation == "depth" or not ratio or "auto" not in (settings.score, settings.compensation):
+        if settings.cuts_no_module or not ratio or "auto" not in (settings.score, settings.compensation):
             return []
         plans = [plan for plan, _ in self._repair_plans(spec, ratio)]
         return [self._trial(spec, plans)] if len(plans) > 1 else []
@@ -329,7 +333,7 @@ class PlanChooser:
 def passes_of_choice(config: Config, spec: ModelSpec) -> int:
     """Return how many forward passes of its held-out tokens the choice of a model's plan takes at a ratio, at most."""
     settings = spec.settings
-    if settings.allocation == "depth":
+    if settings.cuts_no_module:
         return 0
     n_repairs = len(REPAIRS) if "auto" in (settings.score, settings.compensation) else 0
     follows_general = spec.kind == "expert" and config.pruning.allocation.shared

@@ -14,18 +14,22 @@ from seap_ray.storage.paths import StoragePath
 def save_plan(plan: Plan, architecture: Architecture, path: StoragePath) -> None:
     """Write ``<name>.json`` for people and ``<name>.safetensors`` with the kept indices, int32.
 
-    A channel of an MoE expert has the number that it would have if all MoE experts lay one after another.
+    A channel of an MoE expert has the number that it would have if all MoE experts lay one after another. Where whole
+    MoE experts go, those that stay are named, too.
     """
     indices: dict[str, torch.Tensor] = {}
     for layer, kept in _by_layer(plan).items():
         width = architecture.layers[layer].shape.channels
         channels: list[int] = []
-        for expert, kept_channels in enumerate(kept.channels):
+        experts = kept.experts or range(len(kept.channels))
+        for expert, kept_channels in zip(experts, kept.channels, strict=True):
             channels += [expert * width + channel for channel in kept_channels]
 
         indices[f"layers.{layer}.groups"] = torch.tensor(kept.groups, dtype=torch.int32)
         indices[f"layers.{layer}.heads"] = torch.tensor(kept.heads, dtype=torch.int32)
         indices[f"layers.{layer}.channels"] = torch.tensor(channels, dtype=torch.int32)
+        if kept.experts:
+            indices[f"layers.{layer}.experts"] = torch.tensor(kept.experts, dtype=torch.int32)
 
     # The JSON comes last, when the indices are there.
     with atomic_write(path.with_suffix(".safetensors")) as temporary:
@@ -44,10 +48,11 @@ def _by_layer(plan: Plan) -> dict[int, Kept]:
 
 def describe_plan(plan: Plan, architecture: Architecture) -> dict[str, Any]:
     """Return what a plan does, without its indices; ``layers`` has the widths of every layer of the base."""
-    widths = [
-        {"heads": len(kept.heads), "kv_heads": len(kept.groups), "channels": kept.n_channels}
-        for kept in _by_layer(plan).values()
-    ]
+    widths: list[dict[str, int]] = []
+    for kept in _by_layer(plan).values():
+        # A layer that keeps all of its MoE experts says nothing of them.
+        experts = {"experts": len(kept.experts)} if kept.experts else {}
+        widths.append({"heads": len(kept.heads), "kv_heads": len(kept.groups), "channels": kept.n_channels, **experts})
 
     # Plans that drop no layer say nothing of them.
     kept_layers = {"kept_layers": list(plan.layers)} if plan.dropped else {}

@@ -16,8 +16,9 @@ from seap_ray.config import Config, PruningSection
 from seap_ray.core.allocation import choose_dropped, choose_shapes
 from seap_ray.core.architecture import Shape
 from seap_ray.core.compensation import COMPENSATIONS, Compensation
+from seap_ray.core.experts import choose_count
 from seap_ray.core.moments import SITES, Moments, Site, Statistics, pooled_statistics
-from seap_ray.core.plan import Kept, Plan, keep
+from seap_ray.core.plan import Kept, Plan, keep, keep_experts
 from seap_ray.core.reconstruction import BIAS_SCORES, UNIT_SCORES
 from seap_ray.core.scores import (
     SCORES,
@@ -25,8 +26,10 @@ from seap_ray.core.scores import (
     Norms,
     WeightNorms,
     column_scores,
+    expert_scores,
     head_scores,
     random_score,
+    reap,
     standardised,
 )
 from seap_ray.core.sensitivity import Sensitivities
@@ -131,6 +134,8 @@ class Planner:
         pruning = pruning_section(self.config, spec.settings)
         if pruning.allocation.kind == "depth":
             plan = self._depth_plan(spec, pruning, ratio)
+        elif pruning.mlp_unit == "expert":
+            plan = self._expert_plan(spec, pruning, ratio)
         else:
             plan = self._width_plan(spec, pruning, ratio, shapes)
 
@@ -215,6 +220,43 @@ class Planner:
         dropped = choose_dropped(architecture, pruning, ratio=ratio, influence_L=influence_L, target=self.target)
         kept = tuple(Kept.whole(architecture, i) for i in range(architecture.n_layers) if i not in dropped)
         return Plan(spec.name, ratio, COMPENSATIONS["none"], kept, self._provenance(spec, pruning, score=None), dropped)
+
+    def _expert_plan(self, spec: ModelSpec, pruning: PruningSection, ratio: float) -> Plan:
+        """Remove whole MoE experts, equally many of every layer that has any; there is nothing to compensate."""
+        architecture = self.checkpoint.architecture
+        n_experts = choose_count(architecture, pruning, ratio=ratio, target=self.target)
+        n_groups, _ = architecture.expert_groups
+        kept: list[Kept] = []
+        for number, layer in enumerate(architecture.layers):
+            whole = Kept.whole(architecture, number)
+            if layer.n_experts:
+                whole = keep_experts(whole, n_experts, self._expert_scores(spec, number), n_groups)
+            kept.append(whole)
+
+        provenance = self._provenance(
+            spec, pruning, score=pruning.score, **self._score_provenance(spec, pruning), mlp_unit="expert"
+        )
+        return Plan(spec.name, ratio, COMPENSATIONS["none"], tuple(kept), provenance)
+
+    def _expert_scores(self, spec: ModelSpec, layer: int) -> torch.Tensor:
+        """Return scores of a layer's MoE experts, (E,)."""
+        if spec.settings.score == "random":
+            n_experts = self.checkpoint.architecture.layers[layer].n_experts
+            return random_score(n_experts, spec.settings.seed or 0, layer=layer, site="experts")
+        if spec.pooling == "pooled":
+            return self._expert_score(spec, self.pooled_moments(spec), layer)
+        scores = [
+            weight * self._expert_score(spec, self.statistics[task], layer) for task, weight in spec.weights.items()
+        ]
+        return torch.stack(scores).sum(0)
+
+    def _expert_score(self, spec: ModelSpec, moments: Statistics, layer: int) -> torch.Tensor:
+        """Return scores of a layer's MoE experts from the moments of some tokens."""
+        routing = moments[layer, "experts"]
+        if spec.settings.score == "reap":
+            return reap(routing)
+        columns_EC = self._score(SCORES[spec.settings.score or ""], moments, layer, "mlp")
+        return expert_scores(columns_EC, routing)
 
     def _provenance(self, spec: ModelSpec, pruning: PruningSection, **scored: Any) -> dict[str, Any]:
         """Return what a plan is made from and how, as plans and manifests on disk say it."""

@@ -101,8 +101,7 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
         if check_evaluation_rows:
             check_evaluation(task)
 
-    if checkpoint.architecture.n_experts:
-        _check_mixture(config)
+    _check_experts(config, checkpoint.architecture)
     _check_correction(config, checkpoint.architecture)
     if is_uri(config.run.storage) and parse_size(config.export.max_shard_size) > MAX_S3_COPY_BYTES:
         raise ConfigError("export.max_shard_size: in a bucket 5GB at most, since larger files cannot be renamed there")
@@ -121,9 +120,16 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
     return checkpoint
 
 
-def _check_mixture(config: Config) -> None:
-    """Raise ConfigError for a score that mixtures of experts do not have."""
+def _check_experts(config: Config, architecture: Architecture) -> None:
+    """Raise ConfigError for whole experts to go of a model that has none, and for a score that mixtures do not have."""
     for spec in model_specs(config):
+        if spec.settings.mlp_unit == "expert" and not architecture.n_experts:
+            raise ConfigError(
+                f"pruning.mlp_unit: expert is for mixtures of experts ({spec.name}), and this "
+                f"{architecture.family_name} has one MLP in every layer; choose channel"
+            )
+        if not architecture.n_experts:
+            continue
         if spec.settings.score in UNIT_SCORES and spec.settings.allocation != "depth":
             raise ConfigError(
                 f"pruning.score: {spec.settings.score} does not compare the channels of several MoE experts "

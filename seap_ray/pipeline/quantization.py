@@ -98,8 +98,8 @@ def _attention_units(config: Config, architecture: Architecture) -> set[str]:
         return units
     for spec in model_specs(config):
         section = pruning_section(config, spec.settings)
-        # Whole layers go with their heads.
-        if section.allocation.kind != "depth":
+        # Whole layers go with their heads, and whole MoE experts have none.
+        if not spec.settings.cuts_no_module:
             unit = section.attention_unit
             units.add(widest_unit(architecture) if unit == "auto" else unit)
     return units - {"none"}

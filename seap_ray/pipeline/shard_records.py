@@ -12,7 +12,7 @@ import ray
 
 from seap_ray.config import Config
 from seap_ray.core.architecture import Architecture
-from seap_ray.core.moments import RECORDED
+from seap_ray.core.moments import RECORDED, Site
 from seap_ray.errors import IncompleteError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.input_records import inputs_file
@@ -48,6 +48,8 @@ class Calibration:
     inputs: bool = False
     """Whether covariances of a layer's other inputs are recorded, too, in files of their own."""
     schema: int = SCHEMA
+    sites: tuple[Site, ...] = RECORDED
+    """Kinds of sites that are recorded."""
 
     @classmethod
     def of(cls, config: Config, checkpoint: Checkpoint) -> "Calibration":
@@ -60,6 +62,7 @@ class Calibration:
             settings.batch_tokens,
             settings.statistics == "covariance",
             config.records_inputs,
+            sites=checkpoint.architecture.recorded,
         )
 
     def fingerprint(self, shard: Shard) -> str:
@@ -67,7 +70,7 @@ class Calibration:
         # The order is part of the key: another one would make all records of older runs again. Covariances are no
         # part of it: with or without them the moments are the same.
         parts = (self.model, self.dtype, self.skip_first_token, self.batch_tokens, self.schema)
-        return fingerprint(parts, shard.sha256, RECORDED)
+        return fingerprint(parts, shard.sha256, self.sites)
 
     def n_tokens(self, shard: Shard) -> int:
         """Return the number of a shard's tokens that count in its record."""

@@ -274,7 +274,9 @@ def _method(data: RunData, pruning: Mapping[str, Any]) -> str:
     for name, setting in settings.items():
         value = _chosen(data, name) if setting == "auto" else setting
         parts.append(f"{name.replace('_', ' ')} {value}")
-    # Nothing of it where it is off, as by default.
+    # Nothing of these where they are off, as by default.
+    if pruning.get("mlp_unit") == "expert":
+        parts.append("mlp unit expert")
     if share := pruning.get("error_correction"):
         parts.append(f"error correction {share}")
     return ", ".join(parts)

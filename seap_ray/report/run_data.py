@@ -79,9 +79,14 @@ class StoredPlan:
         return self.kept[f"layers.{layer}.{unit}"]
 
     def removed_shares(self, unit: str, architecture: Architecture) -> list[float]:
-        """Return the share of the units that goes from every layer."""
-        pairs = zip(self.metadata["layers"], architecture.layers, strict=True)
-        return [1 - kept[unit] / getattr(original.shape, unit) for kept, original in pairs]
+        """Return the share of the units that goes from every layer; channels go with their MoE experts."""
+        shares: list[float] = []
+        for kept, original in zip(self.metadata["layers"], architecture.layers, strict=True):
+            kept_share = kept[unit] / getattr(original.shape, unit)
+            if unit == "channels" and "experts" in kept:
+                kept_share *= kept["experts"] / original.n_experts
+            shares.append(1 - kept_share)
+        return shares
 
 
 @dataclass(frozen=True)
@@ -188,8 +193,10 @@ def _architecture(results: Results) -> Architecture | None:
         if config and model.kind == "dense":
             return Architecture.of(config)
         if folder and config and config["model_type"].startswith("seap_"):
-            source = (read_json(folder / "seap.json") or {}).get("source", {})
-            is_of_dense = not source.get("model_type", "").startswith("seap_")
+            manifest = read_json(folder / "seap.json") or {}
+            is_of_dense = not manifest.get("source", {}).get("model_type", "").startswith("seap_")
+            # No key of a config says how many MoE experts there were.
+            is_of_dense &= manifest.get("plan", {}).get("mlp_unit") != "expert"
             return Architecture.of({**config, "per_layer_config": None}) if is_of_dense else None
 
     return None

@@ -341,6 +341,7 @@ def test_what_a_plan_leaves_out_comes_from_the_pruning_section(empty):
         "bias": True,
         "error_correction": 0.0,
         "attention_unit": "auto",
+        "mlp_unit": "channel",
         "budget": "exact",
         "k": 2,
         "x0": 0.3,

@@ -49,7 +49,7 @@ def test_score_equals_numpy(name):
 
 def test_scores_of_the_config_are_the_scores_there_are():
     assert set(SCORES) == set(EXPECTED)
-    assert {*SCORES, *UNIT_SCORES, "random"} == set(get_args(Score))
+    assert {*SCORES, *UNIT_SCORES, "random", "reap"} == set(get_args(Score))
 
 
 def test_random_scores_are_uniform_and_each_sites_own():

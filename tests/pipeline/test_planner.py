@@ -1,5 +1,6 @@
 """The planner: each plan's own settings, from statistics to units, against rankings of our own."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from seap_ray.config import Config
 from seap_ray.core.allocation import choose_shapes
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.compensation import COMPENSATIONS
-from seap_ray.core.moments import Moments, stream_shares
+from seap_ray.core.moments import Moments, pooled_statistics, stream_shares
 from seap_ray.core.plan import Plan
+from seap_ray.core.scores import column_scores, energy
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.pipeline.checkpoint_writer import (
     PendingCheckpoint,
@@ -31,8 +33,9 @@ from seap_ray.pipeline.plan_files import save_plan
 from seap_ray.pipeline.planner import Planner
 from seap_ray.progress import progress
 from seap_ray.storage.files import read_json
+from seap_ray.storage.paths import storage_path
 from seap_ray.storage.run import Run
-from tests.support.builders import MORE_CONFIGS, load
+from tests.support.builders import CONFIGS, MORE_CONFIGS, load
 from tests.support.oracles import ratio_of
 from tests.support.planners import SMALL, TASKS, architecture_of, planner_of, spec_of
 
@@ -379,3 +382,57 @@ def test_a_mixture_of_tasks_counts_an_experts_tokens_by_how_much_of_a_task_is_ro
     assert stream_shares(parts, [2.0, 3.0], (0, "attn")) == [2.0, 3.0]
     none = Moments(0, torch.zeros(1), torch.zeros(1))
     assert stream_shares([{**part, (0, "mlp.0"): none} for part in parts], [2.0, 3.0], (0, "mlp.0")) == [2.0, 3.0]
+
+
+# --- whole MoE experts -----------------------------------------------------------------------------------------------
+
+
+MIXTURE = Architecture.of(CONFIGS["qwen3_moe"]().to_dict())
+
+
+def expert_planner(**pruning: Any) -> Planner:
+    """A planner of a mixture whose experts go as a whole."""
+    settings = {"mlp_unit": "expert", "score": "reap", "compensation": "none", "attention_unit": "none", **pruning}
+    return planner_of(MIXTURE, pruning={**settings, "allocation": {"kind": "uniform"}})
+
+
+@pytest.mark.parametrize("pooling", ["pooled", "score_average"])
+@pytest.mark.parametrize("score", ["reap", "energy", "random"])
+def test_the_experts_that_stay_have_the_best_scores_of_the_tasks(score, pooling):
+    planner = expert_planner(score=score, general={"pooling": pooling})
+    spec = spec_of(planner, "general")
+    plan = planner.plan(spec, 0.4)
+    n_kept = {len(kept.experts) for kept in plan.kept}
+    assert len(n_kept) == 1 and 2 <= n_kept.pop() < 6
+    assert plan.planned(MIXTURE) == pytest.approx(0.4, abs=0.06)
+    assert plan.provenance["mlp_unit"] == "expert" and plan.compensation.name == "none"
+    for layer, kept in enumerate(plan.kept):
+        assert kept.shape == MIXTURE.layers[layer].shape
+        parts = [planner.statistics[task] for task in spec.weights]
+        if pooling == "pooled":
+            parts = [pooled_statistics(parts, list(spec.weights.values()))]
+        weights = [1.0] if pooling == "pooled" else [*spec.weights.values()]
+        score_E = [0.0] * 6
+        for weight, part in zip(weights, parts, strict=True):
+            gated_E, share_E = part[layer, "experts"].mean_D.chunk(2)
+            columns = column_scores(energy, part, planner.norms, [(layer, f"mlp.{e}") for e in range(6)])
+            for e in range(6):
+                # Random statistics may have a share below zero, of which the score is no mean.
+                reap = float(gated_E[e] / share_E[e]) if share_E[e] > 0 else 0.0
+                score_E[e] += weight * (reap if score == "reap" else float(columns[e].sum() * share_E[e]))
+        if score != "random":
+            assert kept.experts == tuple(sorted(sorted(range(6), key=lambda e: score_E[e])[-len(kept.experts) :]))
+
+
+def test_a_plan_of_whole_experts_is_stored_with_their_numbers_and_the_channels_of_those_that_stay(tmp_path):
+    planner = expert_planner()
+    plan = planner.plan(spec_of(planner, "general"), 0.4)
+    save_plan(plan, MIXTURE, storage_path(tmp_path / "plan.json"))
+    indices = load_file(tmp_path / "plan.safetensors")
+    width = MIXTURE.layers[0].shape.channels
+    for layer, kept in enumerate(plan.kept):
+        assert tuple(indices[f"layers.{layer}.experts"].tolist()) == kept.experts
+        of_expert = {channel // width for channel in indices[f"layers.{layer}.channels"].tolist()}
+        assert of_expert == {*kept.experts}
+    layers = json.loads((tmp_path / "plan.json").read_text())["layers"]
+    assert [layer["experts"] for layer in layers] == [len(kept.experts) for kept in plan.kept]

@@ -63,6 +63,12 @@ def only(findings) -> Finding:
 # --- nodes -----------------------------------------------------------------------------------------------------------
 
 
+def test_whole_experts_of_a_model_that_has_none_are_refused(dense):
+    settings = {"model": {"source": str(dense("llama_gqa"))}, "tasks": ["sort"], "pruning": {"mlp_unit": "expert"}}
+    with pytest.raises(ConfigError, match=r"pruning.mlp_unit: expert is for mixtures of experts \(general\), .* llama"):
+        check_config(Config.model_validate(settings), check_evaluation_rows=False)
+
+
 def test_a_mixture_has_covariances_but_no_scores_of_units(dense, tmp_path):
     settings = {
         "model": {"source": str(dense("mixtral"))},

@@ -71,7 +71,7 @@ from transformers.utils import logging as transformers_logging
 
 from seap_ray.core.architecture import Architecture, Shape
 from seap_ray.core.compensation import COMPENSATIONS
-from seap_ray.core.moments import RECORDED, Covariance, Moments, Statistics
+from seap_ray.core.moments import Covariance, Moments, Statistics
 from seap_ray.core.plan import Kept, Plan
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport, finish, write_tensors
@@ -282,12 +282,19 @@ MORE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 # --- dense models ----------------------------------------------------------------------------------------------------
 
 
-def save_dense(folder: Path, name: str, dtype: torch.dtype, max_shard_size: str = "5GB") -> None:
+def save_dense(
+    folder: Path, name: str, dtype: torch.dtype, max_shard_size: str = "5GB", settings: Mapping[str, Any] = {}
+) -> None:
     """Write a random model of ``CONFIGS`` with a tokenizer, a chat template and a generation config.
+
+    ``settings`` are keys of its config with other values.
 
     No weight is left as it is initialised: biases would be zero and norms one, and hide what a cut does to them.
     """
-    model = AutoModelForCausalLM.from_config((MORE_CONFIGS | CONFIGS)[name](), dtype=dtype)
+    config = (MORE_CONFIGS | CONFIGS)[name]()
+    for key, value in settings.items():
+        setattr(config, key, value)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -488,7 +495,8 @@ def random_statistics(architecture: Architecture, seed: int, n: int = 20) -> Sta
     statistics = {}
     for layer, given in enumerate(architecture.layers):
         widths = {"attn": given.shape.heads * architecture.head_dim, "mlp": given.shape.channels, "block": 1}
-        for kind in RECORDED:
+        widths["experts"] = 2 * given.n_experts
+        for kind in architecture.recorded:
             for site in architecture.sites(layer, kind):
                 scale_D = torch.randn(widths[kind], generator=generator, dtype=torch.float64)
                 shift_D = torch.randn(widths[kind], generator=generator, dtype=torch.float64)

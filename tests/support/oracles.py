@@ -62,11 +62,23 @@ def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: b
             seen[of_expert[weight.data_ptr()]].append(x.double())
         return linear(x, weight, bias)
 
+    mixtures = {
+        layer: block.mlp.experts
+        for layer, block in enumerate(decoder.layers)
+        if model.config.model_type in MIXTURES and hasattr(block.mlp, "experts")
+    }
+    routed: dict[int, Any] = {}
+    for layer, module in mixtures.items():
+        handles.append(
+            module.register_forward_pre_hook(lambda _module, inputs, layer=layer: routed.update({layer: inputs}))
+        )
     handles.append(norm.register_forward_pre_hook(lambda _module, inputs: last.append(inputs[0])))
     for sequence in sequences:
         with mock.patch.object(torch.nn.functional, "linear", spying):
             ids_BT = torch.tensor([sequence], device=model.device)
             shown = model(ids_BT, output_hidden_states=True).hidden_states
+        for layer, inputs in {**routed}.items():
+            seen.setdefault((layer, "experts"), []).append(contributions(mixtures[layer], *inputs))
         states = [state[0].double() for state in (*shown[:-1], last.pop())]
         assert len(states) == len(decoder.layers) + 1
         for layer, (x_TD, y_TD) in enumerate(pairwise(states)):
@@ -80,6 +92,20 @@ def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: b
         mean_D = x_ND.mean(0) if len(x_ND) else torch.zeros(x_ND.shape[1], dtype=torch.float64)
         reference[key] = (x_ND.shape[0], mean_D, (x_ND - mean_D).square().sum(0))
     return reference
+
+
+def contributions(experts: Any, x_TD: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
+    """Return the norm of what each expert adds for each token, by the experts' own module with that expert alone.
+
+    Behind these columns are those that say which tokens are routed to it, (T, 2 E).
+    """
+    norms_TE = torch.zeros(len(x_TD), len(experts.down_proj), dtype=torch.float64)
+    for expert in range(norms_TE.shape[1]):
+        for chosen_T, gates_T in zip(chosen_TK.T, gates_TK.T, strict=True):
+            tokens = (chosen_T == expert).nonzero().flatten()
+            alone = experts(x_TD[tokens], torch.full((len(tokens), 1), expert), gates_T[tokens, None])
+            norms_TE[tokens, expert] = alone.double().norm(dim=1)
+    return torch.cat([norms_TE, (norms_TE > 0).double()], dim=1)
 
 
 def assert_close(moments: dict, reference: dict, tolerance: float = 1e-9) -> None:

@@ -84,8 +84,10 @@ def _computed_scores(data: RunData, architecture: Architecture, plan: StoredPlan
     """Compute scores from the run's statistics, as the planner does."""
     metadata = plan.metadata
     paths = [data.run.statistics(name) for name in (*metadata["tasks"], "weight_norms")]
-    # Other scores are no function of the moments alone: ``random``, and those from covariances.
-    if metadata["score"] not in SCORES or not all(path.is_file() for path in paths):
+    # Other scores are no function of the moments alone: ``random``, and those from covariances. Where whole MoE experts
+    # go, no score of a column decides.
+    is_by_column = metadata["score"] in SCORES and metadata.get("mlp_unit") != "expert"
+    if not is_by_column or not all(path.is_file() for path in paths):
         return None
 
     *task_paths, norms_path = paths

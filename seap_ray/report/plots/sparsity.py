@@ -60,8 +60,8 @@ def _requested_shares(data: RunData, architecture: Architecture, plan: StoredPla
     """Return the allocation's share of every layer; nothing where it depends on the scores."""
     metadata = plan.metadata
     allocation = AllocationSection.model_validate(metadata["allocation"])
-    # A target is met by a ratio of each model's own.
-    if "target" in metadata or metadata.get("budget", "exact") != "exact":
+    # A target is met by a ratio of each model's own, and a ratio to the nearest number of whole MoE experts.
+    if "target" in metadata or metadata.get("budget", "exact") != "exact" or metadata.get("mlp_unit") == "expert":
         return []
     if allocation.kind not in ("uniform", "logistic"):
         return []

@@ -1,0 +1,145 @@
+"""Whole MoE experts that go: what is left computes what the dense model does without them, by its family's class."""
+
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from seap_ray.core.architecture import Architecture
+from seap_ray.core.compensation import COMPENSATIONS
+from seap_ray.core.plan import Kept, Plan
+from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.export import CheckpointExport, check_stock
+from seap_ray.models.hf.shapes import check_folder
+from tests.support.builders import (
+    CONFIGS,
+    MIXTURES,
+    MORE_CONFIGS,
+    load,
+    logits,
+    random_ids,
+    save_dense,
+    write_compacted,
+)
+from tests.support.oracles import tensors_of
+
+N_EXPERTS = 8
+GONE = (1, 2, 4, 7)
+"""Two of each half, which are the groups of families that have such."""
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """Return a function that makes a mixture with eight MoE experts in a layer."""
+
+    def make(name: str) -> Checkpoint:
+        folder = tmp_path_factory.mktemp(name)
+        # Whatever a family calls their number; transformers' configs know the others by none of these names.
+        save_dense(folder, name, torch.float32, settings=dict.fromkeys(n_experts_keys(name), N_EXPERTS))
+        return Checkpoint.open(str(folder))
+
+    return make
+
+
+def n_experts_keys(name: str) -> list[str]:
+    """Return the keys of a family's config that are the number of MoE experts."""
+    known = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return [key for key in known if key in (CONFIGS | MORE_CONFIGS)[name]().to_dict()]
+
+
+def without(architecture: Architecture, gone: tuple[int, ...] = GONE) -> Plan:
+    """Return a plan by which the same MoE experts of every layer go, in each layer others by one place."""
+    kept: list[Kept] = []
+    for number, layer in enumerate(architecture.layers):
+        whole = Kept.whole(architecture, number)
+        # An even shift inside of each half, so that equally many of both go.
+        half = N_EXPERTS // 2
+        shifted = {expert // half * half + (expert + number) % half for expert in gone}
+        experts = tuple(expert for expert in range(N_EXPERTS) if expert not in shifted)
+        kept.append(whole.with_experts(experts) if layer.n_experts else whole)
+    return Plan("expert", 0.5, COMPENSATIONS["none"], tuple(kept), {})
+
+
+def logits_with_closed_routers(model: nn.Module, plan: Plan) -> torch.Tensor:
+    """Run the dense model with the router's logits of the MoE experts that go at minus infinity."""
+    closed: dict[int, list[int]] = {}
+    for block, kept in zip(model.get_decoder().layers, plan.kept, strict=True):
+        if kept.experts:
+            gone = [expert for expert in range(N_EXPERTS) if expert not in kept.experts]
+            for key, tensor in block.mlp.state_dict(keep_vars=True).items():
+                if "e_score_correction_bias" in key:
+                    tensor.data[..., gone] = -torch.inf
+                elif key in ("gate.weight", "router.weight"):
+                    closed[tensor.data_ptr()] = gone
+    linear = functional.linear
+
+    def closing(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return a router's logits with those of the MoE experts that go at minus infinity."""
+        y = linear(x, weight, bias)
+        return y.index_fill(-1, torch.tensor(closed.get(weight.data_ptr(), []), dtype=torch.int64), -torch.inf)
+
+    assert len(closed) == sum(bool(kept.experts) for kept in plan.kept)
+    with mock.patch.object(functional, "linear", closing):
+        return logits(model, random_ids())
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_model_without_experts_is_the_dense_one_whose_router_never_chooses_them(mixture, tmp_path, name):
+    base = mixture(name)
+    plan = without(base.architecture)
+    check_stock(plan, base.architecture)
+    dense = load(base.folder)
+    before = logits(dense, random_ids())
+    expected = logits_with_closed_routers(dense, plan)
+    assert (expected - before).abs().max() > 1e-2
+
+    # That our own format computes the same needs no proof by every family.
+    formats = (True, False) if name in ("qwen3_moe", "deepseek_v3", "ernie4_5_moe") else (True,)
+    for stock in formats:
+        folder = write_compacted(CheckpointExport(base, plan, stock=stock), tmp_path / str(stock))
+        check_folder(folder)
+        model = load(folder)
+        assert type(model).__module__.startswith("transformers.models.") == stock
+        assert (logits(model, random_ids()) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+    after = Checkpoint.open(str(tmp_path / "True")).architecture
+    assert {layer.n_experts for layer in after.layers} - {0} == {4}
+    assert after.experts_per_token == base.architecture.experts_per_token
+    assert after.decoder_parameters == round(
+        (1 - plan.planned(base.architecture)) * base.architecture.decoder_parameters
+    )
+    assert not any(file.suffix == ".py" for file in (tmp_path / "True").iterdir())
+
+
+def test_the_experts_that_stay_keep_their_bits_and_are_numbered_anew(mixture, tmp_path):
+    base = mixture("qwen3_moe")
+    plan = without(base.architecture)
+    folder = write_compacted(CheckpointExport(base, plan, stock=True), tmp_path)
+    written, given = tensors_of(folder), tensors_of(base.folder)
+    for layer, kept in enumerate(plan.kept):
+        prefix = f"model.layers.{layer}.mlp."
+        assert torch.equal(written[f"{prefix}gate.weight"], given[f"{prefix}gate.weight"][list(kept.experts)])
+        for new, old in enumerate(kept.experts):
+            for module in ("gate_proj", "up_proj", "down_proj"):
+                name = f"{prefix}experts.{{}}.{module}.weight"
+                assert torch.equal(written[name.format(new)], given[name.format(old)])
+    assert not any(".experts.4." in name for name in written)
+    others = {name for name in given if ".mlp." not in name}
+    assert all(torch.equal(written[name], given[name]) for name in others)
+
+
+def test_a_model_without_experts_is_cut_again(mixture, tmp_path):
+    base = mixture("mixtral")
+    once = Checkpoint.open(str(write_compacted(CheckpointExport(base, without(base.architecture)), tmp_path / "once")))
+    kept = tuple(Kept.whole(once.architecture, layer).with_experts((0, 3)) for layer in range(4))
+    again = Plan("expert", 0.5, COMPENSATIONS["none"], kept, {})
+    folder = write_compacted(CheckpointExport(once, again, stock=True), tmp_path / "again")
+    first = without(base.architecture)
+    chosen = [(k.experts[0], k.experts[3]) for k in first.kept]
+    direct = tuple(Kept.whole(base.architecture, layer).with_experts(experts) for layer, experts in enumerate(chosen))
+    expected = CheckpointExport(base, Plan("expert", 0.5, COMPENSATIONS["none"], direct, {}), stock=True)
+    assert torch.equal(
+        logits(load(folder), random_ids()), logits(load(write_compacted(expected, tmp_path / "direct")), random_ids())
+    )
