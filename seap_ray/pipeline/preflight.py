@@ -354,7 +354,8 @@ def family_findings(config: Config) -> list[Finding]:
     else:
         layers = "transformers'" if by_transformers else "its own"
         served = f"vLLM serves it by {layers} layers"
-    message = f"{architecture.family_name}: MLP channels can go; {attention}; {served}"
+    units = "channels or whole experts" if architecture.n_experts else "MLP channels"
+    message = f"{architecture.family_name}: {units} can go; {attention}; {served}"
     return [Finding("ok", "family", message)]
 
 

@@ -59,6 +59,10 @@ CHECKS: Mapping[StudyName, Callable[[Config], None]] = {
 """What a study needs of a config besides what all need; raises ConfigError before any work."""
 
 
+ABOUT_WIDTHS = ("table", "allocation", "curve", "reconstruction", "paper")
+"""Studies whose models lose channels in many ways, and have no meaning where whole MoE experts go."""
+
+
 def run_study(config: Config) -> None:
     """Calibrate where that is not done, run ``config.study``, print its table; write JSON, CSV and the report.
 
@@ -74,6 +78,11 @@ def check(config: Config) -> None:
     """Raise ConfigError, before any work, for what would leave a study without an answer."""
     if config.evaluation.samples == 0:
         raise ConfigError("evaluation.samples: 0 leaves a study nothing to judge; null takes all rows")
+    if config.pruning.mlp_unit == "expert" and config.study in ABOUT_WIDTHS:
+        raise ConfigError(
+            f"study={config.study} compares how channels are cut; set pruning.mlp_unit=channel, and a baseline "
+            "{mlp_unit: expert} beside it"
+        )
     if config.study in CHECKS:
         CHECKS[config.study](config)
 

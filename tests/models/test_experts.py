@@ -10,13 +10,17 @@ from torch.nn import functional
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.plan import Kept, Plan
+from seap_ray.core.scores import reap
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport, check_stock
+from seap_ray.models.forward import record
 from seap_ray.models.hf.shapes import check_folder
+from seap_ray.models.recorder import added
 from tests.support.builders import (
     CONFIGS,
     MIXTURES,
     MORE_CONFIGS,
+    RAGGED,
     load,
     logits,
     random_ids,
@@ -111,6 +115,35 @@ def test_a_model_without_experts_is_the_dense_one_whose_router_never_chooses_the
         (1 - plan.planned(base.architecture)) * base.architecture.decoder_parameters
     )
     assert not any(file.suffix == ".py" for file in (tmp_path / "True").iterdir())
+
+
+def test_reap_is_the_mean_contribution_of_an_expert_to_the_tokens_that_it_serves(mixture):
+    base = mixture("qwen3_moe")
+    model = load(base.folder)
+    # Two parts that are merged, as shards are.
+    parts = [record(model, RAGGED[:5], batch_tokens=40), record(model, RAGGED[5:], batch_tokens=40)]
+    seen: dict[int, list[tuple[torch.Tensor, ...]]] = {}
+    for layer, block in enumerate(model.model.layers):
+        block.mlp.experts.register_forward_pre_hook(
+            lambda _module, inputs, layer=layer: seen.setdefault(layer, []).append(inputs)
+        )
+    for sequence in RAGGED:
+        logits(model, torch.tensor([sequence]))
+
+    for layer, block in enumerate(model.model.layers):
+        moments = added(*parts)[layer, "experts"]
+        assert moments.count == sum(map(len, RAGGED))
+        gains: dict[int, list[float]] = {expert: [] for expert in range(N_EXPERTS)}
+        for x_TD, chosen_TK, gates_TK in [*seen[layer]]:
+            for x_D, chosen_K, gates_K in zip(x_TD, chosen_TK.tolist(), gates_TK.tolist(), strict=True):
+                for expert, gate in zip(chosen_K, gates_K, strict=True):
+                    only_E = torch.tensor([[expert]])
+                    output_D = block.mlp.experts.forward(x_D[None], only_E, torch.ones(1, 1)).detach()
+                    gains[expert].append(gate * float(output_D.norm()))
+        expected = [sum(gain) / len(gain) if gain else 0.0 for gain in gains.values()]
+        assert reap(moments).tolist() == pytest.approx(expected, rel=1e-5)
+        shares = [len(gain) / moments.count for gain in gains.values()]
+        assert moments.mean_D[N_EXPERTS:].tolist() == pytest.approx(shares, rel=1e-12)
 
 
 def test_the_experts_that_stay_keep_their_bits_and_are_numbered_anew(mixture, tmp_path):

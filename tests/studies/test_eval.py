@@ -350,6 +350,7 @@ def test_cells_that_cannot_be_judged_say_why_and_cost_no_others(finished, tmp_pa
         ("tasks=[sort, sortt]", "tasks.1.path: Field required; built-in tasks are"),
         ("study=tabel", "study: "),
         ("evaluation.samples=0", "evaluation.samples: 0 leaves a study nothing to judge"),
+        ("pruning={mlp_unit: expert}", "compares how channels are cut; set pruning.mlp_unit=channel"),
         ("tasks=[{name: piqa, lm_eval: piqua}]", "tasks.piqa.lm_eval: lm-eval has no task 'piqua'; near it are piqa"),
         (
             "tasks=[sort, {name: logic, path: 'demo:logik'}]",
