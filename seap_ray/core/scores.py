@@ -176,6 +176,27 @@ def expert_scores(columns_EC: Tensor, moments: Moments) -> Tensor:
     return columns_EC.sum(1) * share_E
 
 
+def scores_of_experts(
+    name: str, statistics: Statistics, norms: WeightNorms, keys: Sequence[tuple[int, Site]]
+) -> Tensor:
+    """Score the MoE experts of one layer.
+
+    Args:
+        name: ``reap``, or one of ``SCORES``, by whose columns they are scored (``expert_scores``).
+        statistics: Moments by (layer, site).
+        norms: Weight norms by (layer, site).
+        keys: Keys of the sites of all MoE experts of the layer.
+
+    Returns:
+        Scores, (E,), float64.
+    """
+    layer, _ = keys[0]
+    routing = statistics[layer, "experts"]
+    if name == "reap":
+        return reap(routing)
+    return expert_scores(column_scores(SCORES[name], statistics, norms, keys), routing)
+
+
 def head_scores(score_D: Tensor, head_dim: int) -> Tensor:
     """Sum each query head's columns (SEAP, arXiv 2503.07605, eq. 13): (H * d,) -> (H,)."""
     return score_D.reshape(-1, head_dim).sum(1)

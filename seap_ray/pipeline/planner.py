@@ -26,10 +26,9 @@ from seap_ray.core.scores import (
     Norms,
     WeightNorms,
     column_scores,
-    expert_scores,
     head_scores,
     random_score,
-    reap,
+    scores_of_experts,
     standardised,
 )
 from seap_ray.core.sensitivity import Sensitivities
@@ -252,11 +251,8 @@ class Planner:
 
     def _expert_score(self, spec: ModelSpec, moments: Statistics, layer: int) -> torch.Tensor:
         """Return scores of a layer's MoE experts from the moments of some tokens."""
-        routing = moments[layer, "experts"]
-        if spec.settings.score == "reap":
-            return reap(routing)
-        columns_EC = self._score(SCORES[spec.settings.score or ""], moments, layer, "mlp")
-        return expert_scores(columns_EC, routing)
+        keys = [(layer, site) for site in self.checkpoint.architecture.sites(layer, "mlp")]
+        return scores_of_experts(spec.settings.score or "", moments, self.norms, keys)
 
     def _provenance(self, spec: ModelSpec, pruning: PruningSection, **scored: Any) -> dict[str, Any]:
         """Return what a plan is made from and how, as plans and manifests on disk say it."""

@@ -75,7 +75,9 @@ class StoredPlan:
         return by_unit
 
     def indices(self, layer: int, unit: str) -> np.ndarray:
-        """Return the indices of the units that stay in a layer."""
+        """Return the indices of the units that stay in a layer; none where a plan keeps all of its MoE experts."""
+        if unit == "experts":
+            return self.kept.get(f"layers.{layer}.{unit}", np.empty(0, dtype=np.int32))
         return self.kept[f"layers.{layer}.{unit}"]
 
     def removed_shares(self, unit: str, architecture: Architecture) -> list[float]:

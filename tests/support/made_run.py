@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +50,12 @@ ARCHITECTURE = Architecture.of(CONFIGS["llama_gqa"]().to_dict())
 
 
 def make_run(
-    root: Path, *, model: str = "llama_gqa", studies: tuple[str, ...] = (), ratios: tuple[float, ...] = RATIOS
+    root: Path,
+    *,
+    model: str = "llama_gqa",
+    studies: tuple[str, ...] = (),
+    ratios: tuple[float, ...] = RATIOS,
+    pruning: Mapping[str, Any] = {},
 ) -> Run:
     run = Run(root)
     config = Config.model_validate(
@@ -63,6 +69,7 @@ def make_run(
                 "allocation": {"kind": "logistic"},
                 "attention_unit": "group",
                 "baselines": {"uniform": {"allocation": "uniform", "score": "energy"}},
+                **pruning,
             },
         }
     )

@@ -80,3 +80,30 @@ def test_a_picture_needs_its_files_and_no_others(tmp_path, gone, parts):
     data = RunData.of(run)
     makers = (sparsity_section, overlap_section, clusters_section, scores_section)
     assert [section.key for make in makers if (section := make(data))] == parts
+
+
+WHOLE_EXPERTS = {
+    "mlp_unit": "expert",
+    "score": "reap",
+    "allocation": {"kind": "uniform"},
+    "attention_unit": "none",
+    "baselines": {},
+}
+
+
+@pytest.mark.parametrize("score", ["reap", "energy"])
+def test_where_whole_experts_go_their_scores_and_shares_are_shown(tmp_path, score):
+    data = RunData.of(make_run(tmp_path / "demo", model="qwen3_moe", pruning={**WHOLE_EXPERTS, "score": score}))
+    architecture = data.architecture
+    for plan in data.plans[0.4]:
+        experts = unit_scores(data, architecture, plan)["experts"]
+        for layer, score_E in enumerate(experts):
+            kept = plan.indices(layer, "experts")
+            assert 2 <= len(kept) < 6 and set(np.argsort(score_E, kind="stable")[-len(kept) :]) == set(kept)
+            assert plan.removed_shares("channels", architecture)[layer] == pytest.approx(1 - len(kept) / 6)
+    section = scores_section(data)
+    assert [panel.title for panel in section.figure.panels] == [
+        f"{n}: experts" for n in ("general", TASKS[0], TASKS[-1])
+    ]
+    assert "of its experts in general" in section.finding
+    assert sparsity_section(data) is not None and overlap_section(data) is not None
