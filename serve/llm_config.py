@@ -7,6 +7,7 @@ import ray
 from ray.serve.llm import LLMConfig
 
 from seap_ray.config import Config
+from seap_ray.models.multimodal import language_config
 from seap_ray.storage.files import read_json, stage
 from seap_ray.vllm_plugin.plugin import END_WITH_PARENT, LOAD_FORMAT
 from serve.engine import FOLDER, HEALTH_CHECK_S, ExpertServer
@@ -95,7 +96,7 @@ def _kv_cache_bytes(config: Config, expert: Expert) -> int:
     # Without a limit of its own a model takes requests as long as its context.
     longest = config.serve.engine.get("max_model_len")
     if not longest:
-        longest = read_json(expert.folder / "config.json")["max_position_embeddings"]
+        longest = language_config(read_json(expert.folder / "config.json"))["max_position_embeddings"]
 
     # Twice, since the cache may be of a wider type than the checkpoint.
     needed = 2 * config.serve.max_ongoing_requests * longest * expert.kv_bytes_per_token

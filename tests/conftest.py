@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-from seap_ray.core.families import FAMILIES
+from seap_ray.core.families import FAMILIES, MULTIMODAL
 from seap_ray.models.hf.configuration_seap import class_in_transformers
 from tests.support.builders import save_dense
 
@@ -157,9 +157,10 @@ def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 
     functional = SimpleNamespace(**{**vars(torch.nn.functional), "linear": linear})
 
-    for family in FAMILIES.values():
-        module = import_module(class_in_transformers(f"{family.classes}Model").__module__)
-        if family.is_moe:
+    mixtures = [family.model_class for family in FAMILIES.values() if family.is_moe]
+    for model_class in [row.model_class for row in (*FAMILIES.values(), *MULTIMODAL.values())]:
+        module = import_module(class_in_transformers(model_class).__module__)
+        if model_class in mixtures:
             monkeypatch.setattr(module, "F", functional, raising=False)
         for name, norm in vars(module).items():
             if name.endswith("RMSNorm"):

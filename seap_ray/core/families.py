@@ -728,3 +728,36 @@ FAMILIES: dict[str, Family] = {
 def family_of(model_type: str) -> Family:
     """Return the row of ``FAMILIES`` for the ``model_type`` of a dense or a compacted model."""
     return FAMILIES[model_type.removeprefix("seap_")]
+
+
+@dataclass(frozen=True)
+class Multimodal:
+    """A kind of checkpoint that holds a language model and what reads pictures for it.
+
+    The language model is cut as one of its family; all else is carried as it is.
+    """
+
+    classes: str
+    """Beginning of the names of its classes in ``seap_ray.models.hf``, as in ``Family``."""
+    texts: Mapping[str, str]
+    """The language model's key of ``FAMILIES``, by the ``model_type`` of ``text_config``; the first where that has
+    none."""
+
+    @property
+    def config_class(self) -> str:
+        """Class in ``seap_ray.models.hf.configuration_seap`` that holds a compacted checkpoint's configuration."""
+        return f"{self.classes}MultimodalConfig"
+
+    @property
+    def model_class(self) -> str:
+        """Class in ``seap_ray.models.hf.modeling_seap`` that loads a compacted checkpoint."""
+        return f"{self.classes}ForConditionalGeneration"
+
+
+MULTIMODAL: dict[str, Multimodal] = {
+    "gemma3": Multimodal("SeapGemma3", {"gemma3_text": "gemma3_text"}),
+    "mistral3": Multimodal("SeapMistral3", {"mistral": "mistral", "ministral3": "ministral3"}),
+    # Behind pictures alone Qwen 3 VL has other positions than Qwen 3, three for a token.
+    "qwen3_vl": Multimodal("SeapQwen3VL", {"qwen3_vl_text": "qwen3"}),
+}
+"""Rows by the ``model_type`` of config.json, whose ``text_config`` holds the language model's."""

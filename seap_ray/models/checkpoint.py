@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.families import FAMILIES
 from seap_ray.errors import ConfigError
+from seap_ray.models.configurations import CONFIG_ERRORS, made_config, refused_config
 from seap_ray.models.conversion.form import is_converted
 from seap_ray.models.conversion.recognise import standard_folder
 from seap_ray.models.model_sources import (
@@ -34,7 +34,7 @@ from seap_ray.models.model_sources import (
     parse_model_source,
     refuse_pointers,
 )
-from seap_ray.models.quick_imports import quick_imports
+from seap_ray.models.multimodal import KEY_MAPPING, language_config, multimodal_of, plain_name
 from seap_ray.storage.files import read_json
 
 BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
@@ -43,17 +43,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 """Types of weights that can be cut, by the names that safetensors has for them."""
 HEADS = ("lm_head.weight", "embed_out.weight")
 """Names of a head, which may be the embedding."""
-CONFIG_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
-"""What a value that nobody expects leads to, in transformers' checks of a config.json or while the model is built."""
 OTHER_WEIGHTS = {
     ".onnx": "an ONNX graph",
     ".h5": "weights of TensorFlow",
@@ -83,6 +72,8 @@ class TensorInfo:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    stored_as: str
+    """Its name in the file."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +83,16 @@ class Checkpoint:
     folder: Path
     """This node's folder with the model's files."""
     config: dict[str, Any]
-    """Content of config.json."""
+    """Content of config.json; of a multimodal checkpoint its language model's, as ``language_config`` returns it."""
     tensors: dict[str, TensorInfo]
-    """Every weight by its name."""
+    """Every weight by its name; of a multimodal checkpoint its language model's by ``plain_name``."""
     source: ModelSource
     files: tuple[Path, ...] = ()
     """The weight files, those that transformers loads."""
     surplus: frozenset[str] = field(default=frozenset(), repr=False)
     """Names of tensors in the files that the model does not have; they are left out of ``tensors``."""
+    whole_config: dict[str, Any] | None = None
+    """Content of config.json where a language model is nested in it; None elsewhere."""
 
     @classmethod
     def open(cls, source: str, revision: str | None = None) -> "Checkpoint":
@@ -159,7 +152,15 @@ class Checkpoint:
             raise ConfigError(f"model.source: {folder}: weights cannot be read ({error})") from None
 
         weights = {name: info for name, info in tensors.items() if not name.endswith(BUFFERS)}
-        return cls(folder, _read_json_object(config_path), weights, source, tuple(files))
+        config = _read_json_object(config_path)
+        if multimodal_of(config) is None:
+            return cls(folder, config, weights, source, tuple(files))
+        named = {plain_name(stored) or stored: info for stored, info in weights.items()}
+        language = language_config(config)
+        # Where nothing says it, transformers makes a head the embedding unless another one is stored.
+        if config.get("tie_word_embeddings") is None and HEADS[0] in named:
+            language["tie_word_embeddings"] = False
+        return cls(folder, language, named, source, tuple(files), whole_config=config)
 
     # --- what is checked ---------------------------------------------------------------------------------------------
 
@@ -175,7 +176,8 @@ class Checkpoint:
         _ = self.dtype
         declared = self._declared_shapes()
 
-        for name, shape in declared.items():
+        carried = {name: info.shape for name, info in self.tensors.items() if self._is_carried(name)}
+        for name, shape in (declared | carried).items():
             if name not in self.tensors:
                 raise ConfigError(f"model.source: {self.folder} has no tensor {name}{self._reason_of_absence(name)}")
             if self.tensors[name].dtype not in DTYPES:
@@ -183,13 +185,17 @@ class Checkpoint:
             if self.tensors[name].shape != shape:
                 raise self._wrong_shape(name, shape)
 
-        unread = self.tensors.keys() - declared.keys()
+        unread = self.tensors.keys() - declared.keys() - carried.keys()
         if self._config_value("tie_word_embeddings"):
             # A head that is the embedding may be stored a second time.
             for head in unread & set(HEADS):
                 self._refuse_untied_head(head, architecture.family.embedding)
             unread -= set(HEADS)
         return self._without(frozenset(unread))
+
+    def _is_carried(self, name: str) -> bool:
+        """Return whether a tensor is no part of the language model of a multimodal checkpoint."""
+        return self.whole_config is not None and plain_name(self.tensors[name].stored_as) is None
 
     def _refuse_ambiguous(self) -> None:
         """Raise ConfigError where it depends on the program, or on what is installed, which weights are loaded."""
@@ -205,16 +211,19 @@ class Checkpoint:
             )
 
     def _declared_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of all tensors that config.json declares, by their names in a checkpoint."""
+        """Return the shapes of all tensors that config.json declares, by their names in a checkpoint.
+
+        Of a multimodal checkpoint those of its language model: what else it needs is transformers' to say.
+        """
         from transformers import AutoConfig
 
         # It also registers the classes of compacted models.
         from seap_ray.models.hf.shapes import declared
 
         try:
-            return declared(AutoConfig.from_pretrained(self.folder))
+            return declared(self.nested_settings.get("config") or AutoConfig.from_pretrained(self.folder))
         except CONFIG_ERRORS as error:
-            raise _refused_config(error) from None
+            raise refused_config(error) from None
 
     def _reason_of_absence(self, name: str) -> str:
         """Return what config.json has to do with a tensor that is missing."""
@@ -275,6 +284,16 @@ class Checkpoint:
         """Whether every node has a copy of its own: of the hub or a bucket, or a conversion."""
         return self.source.is_copied or is_converted(self.folder)
 
+    @property
+    def nested_settings(self) -> dict[str, Any]:
+        """Arguments with which ``from_pretrained`` loads the language model of the folder alone; none where it is all.
+
+        Raises ConfigError for a config that transformers refuses.
+        """
+        if self.whole_config is None:
+            return {}
+        return {"config": made_config(self.config), "key_mapping": KEY_MAPPING}
+
     # --- what it is --------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -325,7 +344,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Hash of the configuration and the weight files (a sample of each large one)."""
         # The same model has the same fingerprint in any folder, so paths are left out.
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.whole_config or self.config, sort_keys=True).encode())
         for file in sorted(self.files):
             digest.update(_file_hash(file))
 
@@ -333,8 +352,18 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """Read one tensor, in the type and shape that it is stored in."""
-        with safe_open(self.tensors[name].file, "pt") as file:
-            return file.get_tensor(name)
+        info = self.tensors[name]
+        with safe_open(info.file, "pt") as file:
+            return file.get_tensor(info.stored_as)
+
+    def stored_name(self, name: str) -> str:
+        """Return the name under which the checkpoint stores a tensor, or would store it."""
+        if name in self.tensors:
+            return self.tensors[name].stored_as
+        # As it stores another one of the decoder layers.
+        layers = self.architecture.family.layers
+        other = next(plain for plain in self.tensors if plain.startswith(layers))
+        return self.tensors[other].stored_as.removesuffix(other.removeprefix(layers)) + name.removeprefix(layers)
 
     def read_bias(self, layer: int, module: str) -> Tensor | None:
         """Read the bias of a layer's module, None where it has none."""
@@ -358,27 +387,10 @@ def completed_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if model_type.removeprefix("seap_") not in FAMILIES:
         return dict(config)
 
-    with quick_imports():
-        from transformers import CONFIG_MAPPING
-
-        import seap_ray.models.hf  # noqa: F401  registers the model types of compacted models
-
-    try:
-        # The type of the weights is looked at elsewhere.
-        known = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
-        defaults = CONFIG_MAPPING[model_type].from_dict(known).to_dict()
-    except CONFIG_ERRORS as error:
-        raise _refused_config(error) from None
+    # The type of the weights is looked at elsewhere.
+    known = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    defaults = made_config(known).to_dict()
     return {**defaults, **{key: value for key, value in config.items() if value is not None}}
-
-
-def _refused_config(error: Exception) -> ConfigError:
-    """Return the error of a config.json that transformers does not read, in one line."""
-    # Its own errors tell the field first and the fault after it.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ConfigError(
-        f"model.source: transformers refuses config.json ({' '.join(lines[:2]) or type(error).__name__})"
-    )
 
 
 def _weight_files(folder: Path, source: ModelSource) -> list[Path]:
@@ -422,7 +434,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         for name in tensors.keys():
             # A slice knows type and shape, and reads no data.
             stored = tensors.get_slice(name)
-            infos[name] = TensorInfo(file, stored.get_dtype(), tuple(stored.get_shape()))
+            infos[name] = TensorInfo(file, stored.get_dtype(), tuple(stored.get_shape()), name)
     return infos
 
 

@@ -27,6 +27,7 @@ from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import DTYPES, Checkpoint
 from seap_ray.models.gguf import layouts
 from seap_ray.models.model_sources import COMPANION_FILES, INDEX
+from seap_ray.models.multimodal import nested_config
 from seap_ray.models.records import PooledCovariance
 from seap_ray.storage.files import atomic_write, write_json
 from seap_ray.storage.paths import StoragePath
@@ -272,7 +273,8 @@ class CheckpointExport:
 
     def config(self) -> dict[str, Any]:
         """Return the content of the checkpoint's ``config.json``."""
-        return self._stock_config() if self.stock else self._seap_config()
+        config = self._stock_config() if self.stock else self._seap_config()
+        return nested_config(self.base.whole_config, config) if self.base.whole_config else config
 
     def _dense_config(self) -> dict[str, Any]:
         """Return the base's config without the layers that go as a whole."""
@@ -540,7 +542,7 @@ def _chunks(export: CheckpointExport, outputs: list[OutputTensor]) -> Iterator[A
 
     Raises ValueError where a tensor is not as large as the header says.
     """
-    yield _header(outputs)
+    yield _header({export.base.stored_name(output.name): output for output in outputs})
     for output in outputs:
         n_bytes = 0
         for piece in export.pieces(output):
@@ -551,12 +553,16 @@ def _chunks(export: CheckpointExport, outputs: list[OutputTensor]) -> Iterator[A
             raise ValueError(f"{output.name}: made {n_bytes} bytes, planned {output.shape}")
 
 
-def _header(outputs: Iterable[OutputTensor]) -> bytes:
-    """Return length and JSON of a safetensors file, padded so that the data start at a multiple of 64 bytes."""
+def _header(outputs: Mapping[str, OutputTensor]) -> bytes:
+    """Return length and JSON of a safetensors file, padded so that the data start at a multiple of 64 bytes.
+
+    Args:
+        outputs: Its tensors, in order, by the names that they are stored under.
+    """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for output in outputs:
-        entries[output.name] = {
+    for name, output in outputs.items():
+        entries[name] = {
             "dtype": output.dtype,
             "shape": list(output.shape),
             "data_offsets": [start, start + output.n_bytes],
@@ -598,7 +604,7 @@ def write_companions(export: CheckpointExport, folder: StoragePath, files: dict[
     # A single file needs no index.
     if [*files] != ["model.safetensors"]:
         total = sum(output.n_bytes for outputs in files.values() for output in outputs)
-        names = {output.name: file for file, outputs in files.items() for output in outputs}
+        names = {export.base.stored_name(output.name): file for file, outputs in files.items() for output in outputs}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
     write_json(folder / "config.json", export.config())
 
@@ -626,7 +632,7 @@ def _tokenizer_config(export: CheckpointExport) -> dict[str, Any] | None:
     alone and must name the class that the base's tokenizer really has.
     """
     base = export.base
-    if export.config()["model_type"] == base.config["model_type"]:
+    if export.config()["model_type"] == (base.whole_config or base.config)["model_type"]:
         return None
 
     file = base.folder / TOKENIZER_CONFIG

@@ -85,7 +85,9 @@ class LayerwiseModel:
 
         import seap_ray.models.hf  # noqa: F401  the checkpoint may be cut already
 
-        config = AutoConfig.from_pretrained(self.checkpoint.folder, trust_remote_code=self.trust_remote_code)
+        config = self.checkpoint.nested_settings.get("config") or AutoConfig.from_pretrained(
+            self.checkpoint.folder, trust_remote_code=self.trust_remote_code
+        )
         if attention := attention_of(self.checkpoint.config):
             # As load_model does, so that both compute the same.
             config._attn_implementation = attention

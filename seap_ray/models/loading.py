@@ -1,7 +1,8 @@
 """Loading: a checkpoint's model in memory, on one device or over several, and the type that it computes in."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,14 +50,17 @@ def load_model(config: Config, base: Checkpoint, folder: Path) -> "PreTrainedMod
         # The empty name stands for the whole model.
         device_map = "auto" if config.calibration.num_gpus else {"": "cpu"}
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=model_dtype(config.model, base),
-        trust_remote_code=config.model.trust_remote_code,
-        use_safetensors=True,
-        device_map=device_map,
-        attn_implementation=attention_of(base.config),
-    )
+    nested_settings = Checkpoint.at(folder).nested_settings
+    with _without_load_report(is_wanted=not nested_settings):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=model_dtype(config.model, base),
+            trust_remote_code=config.model.trust_remote_code,
+            use_safetensors=True,
+            device_map=device_map,
+            attn_implementation=attention_of(base.config),
+            **nested_settings,
+        )
 
     # Integers become numbers at the first pass through the whole model. Here parts of it are run alone, too.
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
@@ -66,6 +70,18 @@ def load_model(config: Config, base: Checkpoint, folder: Path) -> "PreTrainedMod
     if not is_spread:
         model = model.to(first_device(config.calibration))
     return model.eval()
+
+
+@contextmanager
+def _without_load_report(*, is_wanted: bool) -> Iterator[None]:
+    """Keep transformers from listing, unless wanted, all tensors that are no part of the language model."""
+    level = transformers_logging.get_verbosity()
+    if not is_wanted:
+        transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def prepare_process(settings: CalibrationSection) -> None:

@@ -17,9 +17,9 @@ from seap_ray.storage.paths import BucketPath, LocalPath, StoragePath, parse_pat
 
 COMPANION_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
-    "generation_config.json", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "generation_config.json", "*processor_config.json", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-"""Files of a base model, tokenizer and terms of use, that go with every task expert."""
+"""Files of a base model, tokenizer, preprocessors of pictures and terms of use, that go with every task expert."""
 MODEL_FILES = ("*.safetensors", "*.json", *COMPANION_FILES)
 """Files of a model that are copied from the hub or a bucket."""
 PICKLED_FILES = ("pytorch_model*.bin", "adapter_model.bin")

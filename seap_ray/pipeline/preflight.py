@@ -33,6 +33,7 @@ from seap_ray.models.corpus import check_evaluation, check_source, load_tokenize
 from seap_ray.models.encoding import Encoding, bos_warning, uses_chat
 from seap_ray.models.export import parse_size
 from seap_ray.models.model_sources import parse_model_source
+from seap_ray.models.multimodal import language_config, multimodal_of
 from seap_ray.models.row_formats import FORMATS, recognise
 from seap_ray.models.row_sources import calibration_rows
 from seap_ray.pipeline.biases import bias_line, with_bias
@@ -102,6 +103,8 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
             check_evaluation(task)
 
     _check_experts(config, checkpoint.architecture)
+    if checkpoint.whole_config:
+        _check_multimodal(config)
     _check_correction(config, checkpoint.architecture)
     if is_uri(config.run.storage) and parse_size(config.export.max_shard_size) > MAX_S3_COPY_BYTES:
         raise ConfigError("export.max_shard_size: in a bucket 5GB at most, since larger files cannot be renamed there")
@@ -135,6 +138,20 @@ def _check_experts(config: Config, architecture: Architecture) -> None:
                 f"pruning.score: {spec.settings.score} does not compare the channels of several MoE experts "
                 f"({spec.name}); use wifv or energy, which go with least_squares as well"
             )
+
+
+def _check_multimodal(config: Config) -> None:
+    """Raise ConfigError for a form of export that has no place for what reads pictures."""
+    if config.export.format == "gguf":
+        raise ConfigError(
+            "export.format: gguf holds a language model alone, and model.source reads pictures, too; use "
+            "export.format=seap or stock"
+        )
+    if config.export.quantization.scheme:
+        raise ConfigError(
+            "export.quantization: not for a model that reads pictures, too; vLLM can quantise it as it loads it "
+            "(serve.engine)"
+        )
 
 
 def _check_correction(config: Config, architecture: Architecture) -> None:
@@ -311,7 +328,7 @@ def needs_findings(config: Config, run: Run) -> list[Finding]:
     if content is None:
         return []
 
-    model = ModelSize.from_config(content)
+    model = ModelSize.from_config(language_config(content))
     findings: list[Finding] = []
     if line := bias_line(config, model.architecture):
         findings.append(Finding("ok", "bias", line))
@@ -340,7 +357,7 @@ def family_findings(config: Config) -> list[Finding]:
     if content is None:
         return []
 
-    architecture = Architecture.of(content)
+    architecture = Architecture.of(language_config(content))
     if architecture.why_whole_attention:
         attention = f"attention stays whole, since {architecture.why_whole_attention}"
     elif architecture.mixes_windows:
@@ -355,8 +372,11 @@ def family_findings(config: Config) -> list[Finding]:
         layers = "transformers'" if by_transformers else "its own"
         served = f"vLLM serves it by {layers} layers"
     units = "channels or whole experts" if architecture.n_experts else "MLP channels"
-    message = f"{architecture.family_name}: {units} can go; {attention}; {served}"
-    return [Finding("ok", "family", message)]
+    findings = [Finding("ok", "family", f"{architecture.family_name}: {units} can go; {attention}; {served}")]
+    if multimodal_of(content):
+        message = f"{content['model_type']}: its language model is cut, all else is carried as it is"
+        findings.insert(0, Finding("ok", "family", message))
+    return findings
 
 
 def corpus_sizes(config: Config, model: ModelSize, run: Run) -> dict[str, CorpusSize]:

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from seap_ray.core.architecture import Architecture
 from seap_ray.errors import ConfigError
 from seap_ray.methods import STUDIES, StudyName
+from seap_ray.models.multimodal import language_config
 from seap_ray.report.rows import ModelRow, QualityCell, Results, StudyTable
 from seap_ray.report.table import mean_quality
 from seap_ray.storage.files import read_json, stage
@@ -193,13 +194,13 @@ def _architecture(results: Results) -> Architecture | None:
         folder = parse_path(model.folder) if model.folder else None
         config = read_json(folder / "config.json") if folder else None
         if config and model.kind == "dense":
-            return Architecture.of(config)
+            return Architecture.of(language_config(config))
         if folder and config and config["model_type"].startswith("seap_"):
             manifest = read_json(folder / "seap.json") or {}
             is_of_dense = not manifest.get("source", {}).get("model_type", "").startswith("seap_")
             # No key of a config says how many MoE experts there were.
             is_of_dense &= manifest.get("plan", {}).get("mlp_unit") != "expert"
-            return Architecture.of({**config, "per_layer_config": None}) if is_of_dense else None
+            return Architecture.of({**language_config(config), "per_layer_config": None}) if is_of_dense else None
 
     return None
 

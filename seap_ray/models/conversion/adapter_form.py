@@ -110,4 +110,10 @@ def _base_folder(name: str, revision: str | None) -> Path:
 
     if (parse_model_source(name, revision).fetch() / ADAPTER_CONFIG).is_file():
         raise ConfigError(f"model.source: {name} is an adapter itself; merge them one after the other with peft")
-    return Checkpoint.open(name, revision).folder
+    base = Checkpoint.open(name, revision)
+    if base.whole_config:
+        raise ConfigError(
+            f"model.source: {name} reads pictures, too, and adapters of such models are not merged here: merge it with "
+            "peft, and name the folder of the result"
+        )
+    return base.folder

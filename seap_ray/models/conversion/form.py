@@ -25,6 +25,7 @@ from seap_ray.core.architecture import Architecture
 from seap_ray.core.families import FAMILIES, Family
 from seap_ray.errors import ConfigError, DataError, IncompleteError, SeapError
 from seap_ray.models.model_sources import GGUF
+from seap_ray.models.multimodal import multimodal_of
 from seap_ray.progress import say, size
 from seap_ray.storage.files import writable
 from seap_ray.storage.paths import LocalPath, cache_folder, make_once
@@ -178,6 +179,11 @@ def family_of(config: Any) -> Family | None:
 
 def refuse_other_family(config: Any) -> None:
     """Raise ConfigError for a model of a family that is not supported, before it is converted for nothing."""
+    if isinstance(config, dict) and multimodal_of(config):
+        raise ConfigError(
+            f"model.source: a {config['model_type']} is read from safetensors alone; save it by transformers' "
+            "save_pretrained"
+        )
     if isinstance(config, dict) and family_of(config) is None:
         # It says which families there are.
         Architecture.of(config)

@@ -6,16 +6,16 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from seap_ray.core.families import FAMILIES, Family
+from seap_ray.core.families import FAMILIES, MULTIMODAL, Family
 from seap_ray.models.hf import configuration_seap, modeling_seap
 
 FILES = tuple(Path(__file__).with_name(name) for name in ("configuration_seap.py", "modeling_seap.py"))
 """Code that is written beside the weights of a compacted checkpoint."""
 
 # Classes of models are made, and register themselves, with the first configuration of their family.
-configuration_seap.LayerWidths.register_models = staticmethod(modeling_seap.register_classes)  # type: ignore[method-assign]
-for family in FAMILIES.values():
-    config_class = getattr(configuration_seap, family.config_class)
+configuration_seap.SeapConfiguration.register_models = staticmethod(modeling_seap.register_classes)  # type: ignore[method-assign]
+for row in (*FAMILIES.values(), *MULTIMODAL.values()):
+    config_class = getattr(configuration_seap, row.config_class)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 

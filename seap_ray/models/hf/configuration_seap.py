@@ -29,12 +29,19 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
     "SeapQwen2Config": {"qkv_bias": True},
 }
 """Class attributes that a family's configuration has beside those of all."""
+TEXT_CONFIGS = {
+    "seap_gemma3_text": "SeapGemma3Config",
+    "seap_mistral": "SeapMistralConfig",
+    "seap_ministral3": "SeapMinistral3Config",
+    "seap_qwen3_vl_text": "SeapQwen3VLTextConfig",
+}
+"""Classes of the language models of multimodal checkpoints, by their ``model_type``."""
 EXPERT_COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 """Fields of which a mixture of experts has one."""
 
 
-class LayerWidths:
-    """Mixed into a family's configuration: who walks over all keys meets those alone that layers share."""
+class SeapConfiguration:
+    """Mixed into a family's configuration: transformers learns of its models when one is made."""
 
     @staticmethod
     def register_models(config_class: Any) -> None:
@@ -53,6 +60,21 @@ class LayerWidths:
         self.register_models(type(self))
         self.__dict__.update(state)
 
+
+class MultimodalConfiguration(SeapConfiguration):
+    """Mixed into the configuration of a multimodal checkpoint: its language model is a compacted one."""
+
+    def __post_init__(self, **kwargs: Any):
+        """Make the language model's configuration by its own class."""
+        if isinstance(self.text_config, dict):
+            text_class: Any = config_class_named(TEXT_CONFIGS[self.text_config["model_type"]])
+            self.text_config = text_class(**self.text_config)
+        super().__post_init__(**kwargs)
+
+
+class LayerWidths(SeapConfiguration):
+    """Mixed into a family's configuration: who walks over all keys meets those alone that layers share."""
+
     def __iter__(self):
         """Yield the keys that have one value for all layers; of the others transformers warns who reads them."""
         differing = self.per_layer_attributes or ()  # type: ignore[attr-defined]  # the family's
@@ -70,7 +92,7 @@ def class_in_transformers(name: str) -> type[Any]:
 
     Raises AttributeError where this transformers has none.
     """
-    return getattr(transformers, TRANSFORMERS_NAMES.get(name, name.removeprefix("Seap")))
+    return getattr(transformers, TRANSFORMERS_NAMES.get(name, name.removeprefix("Seap").replace("Multimodal", "")))
 
 
 def __getattr__(name: str) -> type[PreTrainedConfig]:
@@ -87,6 +109,9 @@ def config_class_named(name: str) -> type[PreTrainedConfig]:
     Raises AttributeError where this transformers does not have the family.
     """
     family_config = class_in_transformers(name)
+    if name.endswith("MultimodalConfig"):
+        return _named(name, MultimodalConfiguration, family_config, {})
+
     fields = family_config.__dataclass_fields__
     annotations: dict[str, Any] = {"o_proj_bias": bool}
     defaults: dict[str, Any] = {"o_proj_bias": False}
@@ -100,15 +125,17 @@ def config_class_named(name: str) -> type[PreTrainedConfig]:
         annotations["head_dim"] = int | None
         defaults["head_dim"] = None
 
-    content = {
+    content = {"__annotations__": annotations, **defaults, **ATTRIBUTES.get(name, {})}
+    return _named(name, LayerWidths, family_config, content)
+
+
+def _named(name: str, mixin: type, family_config: Any, content: dict[str, Any]) -> type[PreTrainedConfig]:
+    """Make a configuration class and have it found under its name, also by pickle."""
+    about = {
         "__module__": __name__,
         "__doc__": f"The configuration of a compacted {family_config.__name__.removesuffix('Config')}.",
-        "__annotations__": annotations,
         "model_type": f"seap_{family_config.model_type}",
-        **defaults,
-        **ATTRIBUTES.get(name, {}),
     }
-    config_class: Any = strict(type(name, (LayerWidths, family_config), content))
-    # Found under its name from now on, also by pickle.
+    config_class: Any = strict(type(name, (mixin, family_config), about | content))
     globals()[name] = config_class
     return config_class

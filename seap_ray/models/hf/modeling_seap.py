@@ -15,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedConfig,
@@ -154,6 +155,23 @@ class Classifier:
         super().__init__(config)  # type: ignore[call-arg]  # the family's
 
 
+class Multimodal:
+    """Mixed into a model that reads pictures, too, whose language model transformers builds from its configuration."""
+
+    def __init__(self, config: PreTrainedConfig):
+        if config._attn_implementation == "vllm":
+            raise ValueError(
+                "without the plugin of seap_ray, vLLM does not serve a compacted model that reads pictures: install "
+                "seap_ray beside vLLM"
+            )
+        text_config: Any = config.text_config
+        register_classes(type(text_config))
+        prefix = type(text_config).__name__.removesuffix("Config")
+        # Every folder that is loaded brings a class of its own for its configuration.
+        AutoModel.register(type(text_config), globals()[f"{prefix}Model"], exist_ok=True)
+        super().__init__(config)  # type: ignore[call-arg]  # the family's
+
+
 class LayerConfigs:
     """Mixed into a Phi-3: every attention has its own layer's configuration, whose heads say where the queries end."""
 
@@ -266,13 +284,16 @@ AUTO_CLASSES = {
     "ForTokenClassification": AutoModelForTokenClassification,
 }
 """Ends of the names of a family's classes, and the auto classes that build them."""
+MULTIMODAL_CLASSES = {"ForConditionalGeneration": AutoModelForImageTextToText}
+"""The same of a multimodal checkpoint, whose configuration's name ends in ``MultimodalConfig``."""
 
 
 def __getattr__(name: str) -> type[PreTrainedModel]:
     """Make the classes of a family when one of them is first asked for, as an attribute of this module."""
-    for end in AUTO_CLASSES:
+    for end in (*AUTO_CLASSES, *MULTIMODAL_CLASSES):
         if name.startswith("Seap") and name.endswith(end):
-            config_class: Any = config_class_named(f"{name.removesuffix(end)}Config")
+            kind = "Multimodal" if end in MULTIMODAL_CLASSES else ""
+            config_class: Any = config_class_named(f"{name.removesuffix(end)}{kind}Config")
             register_classes(config_class)
             break
     if name in globals():
@@ -290,8 +311,9 @@ def register_classes(config_class: Any) -> None:
     config_class.register_for_auto_class()
     _copy_conversion(config_class.model_type, config_class.model_type.removeprefix("seap_"))
 
+    is_multimodal = config_class.__name__.endswith("MultimodalConfig")
     # The model without a head comes first: classifiers are built with it.
-    for end, auto_class in AUTO_CLASSES.items():
+    for end, auto_class in (MULTIMODAL_CLASSES if is_multimodal else AUTO_CLASSES).items():
         model_class = _make_class(config_class, end)
         if model_class is not None:
             globals()[model_class.__name__] = model_class
@@ -301,7 +323,7 @@ def register_classes(config_class: Any) -> None:
 
 def _make_class(config_class: type[PreTrainedConfig], end: str) -> type[PreTrainedModel] | None:
     """Make the class of a family whose name ends so; None where transformers has none: not all classify."""
-    prefix = config_class.__name__.removesuffix("Config")
+    prefix = config_class.__name__.removesuffix("Config").removesuffix("Multimodal")
     name = f"{prefix}{end}"
     try:
         family_class = class_in_transformers(name)
@@ -311,8 +333,10 @@ def _make_class(config_class: type[PreTrainedConfig], end: str) -> type[PreTrain
     is_mixture = not hasattr(config_class, "down_proj_bias")
     mixin = MIXINS.get(prefix, CompactedMixture if is_mixture else Compacted)
     content = {"__module__": __name__, "__doc__": f"A compacted {family_class.__name__}.", "config_class": config_class}
+    if end in MULTIMODAL_CLASSES:
+        mixin = Multimodal
     # What is inside of such a classifier transformers builds from the configuration.
-    if issubclass(family_class, (GenericForSequenceClassification, GenericForTokenClassification)):
+    elif issubclass(family_class, (GenericForSequenceClassification, GenericForTokenClassification)):
         mixin = ClassifierPhi3 if issubclass(mixin, LayerConfigs) else Classifier
         content["base_class"] = globals()[f"{prefix}Model"]
 

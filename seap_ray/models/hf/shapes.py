@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from seap_ray.errors import ConfigError
+from seap_ray.models.configurations import made_config
+from seap_ray.models.multimodal import language_config, multimodal_of, plain_name
 
 Shape = tuple[int, ...]
 
@@ -94,8 +96,14 @@ def check_folder(folder: Path) -> None:
     try:
         config = AutoConfig.from_pretrained(folder)
         is_quantized = getattr(config, "quantization_config", None) is not None
+        headers = _headers(folder)
+        content = config.to_dict()
+        if multimodal_of(content):
+            # What is carried beside the language model is the base's own.
+            config = made_config(language_config(content))
+            headers = ((plain, shape) for name, shape in headers if (plain := plain_name(name)))
         # Names are compared as they are taken.
-        for _ in compared(_headers(folder), config, declared(config), is_quantized=is_quantized):
+        for _ in compared(headers, config, declared(config), is_quantized=is_quantized):
             pass
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{folder}: {str(error).strip().splitlines()[0]}") from None

@@ -1,0 +1,378 @@
+"""Multimodal checkpoints: the language model is cut as one of its family, all else is carried byte for byte."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Mistral3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3VLConfig,
+)
+
+from seap_ray.config import Config, ExportSection, ModelSection
+from seap_ray.core.architecture import Shape
+from seap_ray.core.families import MULTIMODAL
+from seap_ray.errors import ConfigError
+from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.export import CheckpointExport, check_stock
+from seap_ray.models.forward import record
+from seap_ray.models.hf.shapes import check_folder
+from seap_ray.models.loading import load_model
+from seap_ray.pipeline.preflight import check_config, family_findings
+from tests.models.test_families import cut
+from tests.support.builders import (
+    SHARDS,
+    layerwise,
+    make_tokenizer,
+    random_ids,
+    random_statistics,
+    recorded_by,
+    uniform_plan,
+    write_compacted,
+)
+from tests.support.oracles import assert_close, assert_equal, tensors_of, two_pass, with_replaced_activations
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 120,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "vocab_size": 60,
+    "max_position_embeddings": 64,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+QWEN_VISION = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 48,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+IMAGE_TOKEN = 59
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "gemma3": lambda: Gemma3Config(
+        text_config={**SIZES, "sliding_window": 16, "query_pre_attn_scalar": 8},
+        vision_config=VISION,
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE_TOKEN,
+        boi_token_index=57,
+        eoi_token_index=58,
+    ),
+    "mistral3": lambda: Mistral3Config(
+        text_config={"model_type": "mistral", **SIZES, "sliding_window": None},
+        vision_config={"model_type": "pixtral", "head_dim": 8, **VISION},
+        image_token_index=IMAGE_TOKEN,
+        tie_word_embeddings=False,
+    ),
+    "qwen3_vl": lambda: Qwen3VLConfig(
+        text_config={**SIZES, "rope_parameters": MROPE},
+        vision_config=QWEN_VISION,
+        image_token_id=IMAGE_TOKEN,
+        tie_word_embeddings=True,
+    ),
+}
+each_kind = pytest.mark.parametrize("name", CONFIGS)
+
+
+def picture(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return a prompt with a picture as the model takes it: token ids and pixels, by the names of its arguments."""
+    generator = torch.Generator().manual_seed(7)
+    n_image_tokens = 4
+    ids_BT = random_ids(1, 20)
+    ids_BT[0, 5 : 5 + n_image_tokens] = IMAGE_TOKEN
+    inputs: dict[str, torch.Tensor] = {"input_ids": ids_BT}
+    if name == "gemma3":
+        inputs["token_type_ids"] = (ids_BT == IMAGE_TOKEN).long()
+    if name == "qwen3_vl":
+        # 16 patches of two pictures in time, 3 colours and 4 x 4 pixels.
+        inputs["pixel_values"] = torch.randn(16, 3 * 2 * 4 * 4, generator=generator).to(dtype)
+        inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]])
+        inputs["mm_token_type_ids"] = (ids_BT == IMAGE_TOKEN).long()
+    else:
+        inputs["pixel_values"] = torch.randn(1, 3, 16, 16, generator=generator).to(dtype)
+    if name == "mistral3":
+        inputs["image_sizes"] = torch.tensor([[16, 16]])
+    return inputs
+
+
+def save_dense(folder: Path, name: str, dtype: torch.dtype) -> Path:
+    """Write a random model with the files that go with it."""
+    model = AutoModelForImageTextToText.from_config(CONFIGS[name](), dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if parameter.ndim == 2:
+                noise *= 1.5 if "embed" in key else 1.5 * parameter.shape[1] ** -0.5
+            else:
+                noise = 0.3 * noise + ("norm" in key)
+            parameter.copy_(noise)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    for companion in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
+        (folder / companion).write_text(json.dumps({"made_for": name}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """Return the folder of a random model, which is written once for each type."""
+    folders: dict[tuple, Path] = {}
+
+    def get(name: str, dtype: torch.dtype = torch.float64) -> Path:
+        key = (name, dtype)
+        if key not in folders:
+            folders[key] = save_dense(tmp_path_factory.mktemp(name) / "dense", name, dtype)
+        return folders[key]
+
+    return get
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """Load a model by the class of transformers' own or of ours, with its weights copied (see ``builders.load``)."""
+    return copied(AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval())
+
+
+def load_alone(folder: Path) -> PreTrainedModel:
+    """Load the language model as a job does."""
+    return copied(load_model(Config(), Checkpoint.at(folder), folder))
+
+
+def copied(model: PreTrainedModel) -> PreTrainedModel:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
+@torch.no_grad()
+def answers(model: PreTrainedModel, name: str) -> dict[str, torch.Tensor]:
+    """Return the logits of texts, and of a prompt with a picture."""
+    # Texts first: a Qwen 3 VL remembers the positions of its last picture.
+    return {
+        "text": model(input_ids=random_ids()).logits,
+        "picture": model(**picture(name, model.dtype)).logits,
+    }
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------
+
+
+@each_kind
+def test_the_language_model_alone_computes_what_it_does_in_the_whole(dense, name):
+    folder = dense(name)
+    checkpoint = Checkpoint.open(str(folder))
+    whole = load(folder)
+    parameters = sum(parameter.numel() for parameter in whole.model.language_model.parameters())
+    architecture = checkpoint.architecture
+    assert architecture.decoder_parameters < parameters < checkpoint.parameters == sum(
+        tensor.numel() for tensor in tensors_of(folder).values()
+    )
+    assert architecture.ties_embeddings == whole.config.tie_word_embeddings
+
+    alone = load_alone(folder)
+    assert type(alone).__name__.endswith("ForCausalLM")
+    assert torch.equal(alone(input_ids=random_ids()).logits, whole(input_ids=random_ids()).logits)
+
+
+@each_kind
+def test_moments_are_those_of_two_passes_of_the_whole_and_layer_by_layer_the_same_bytes(dense, name, float64_norms):
+    folder = dense(name)
+    whole = load(folder)
+    alone = load_alone(folder)
+    layer_by_layer = recorded_by(layerwise(folder, torch.float64))
+    for shard in ("sort/00000", "logic/00000"):
+        recorded = record(alone, SHARDS[shard], batch_tokens=40)
+        assert_close(recorded, two_pass(whole, SHARDS[shard]))
+        assert_equal(layer_by_layer[shard], recorded)
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+@each_kind
+def test_a_cut_model_answers_a_picture_as_the_dense_one_with_replaced_activations(dense, tmp_path, name, float64_norms):
+    base = Checkpoint.open(str(dense(name)))
+    whole = load(base.folder)
+    blank = picture(name, torch.float64)
+    blank["pixel_values"] = torch.zeros_like(blank["pixel_values"])
+    with torch.no_grad():
+        assert (answers(whole, name)["picture"] - whole(**blank).logits).abs().max() > 1e-3
+
+    for step, seed in (("once", 1), ("again", 2)):
+        export = cut(base, seed)
+        folder = write_compacted(export, tmp_path / step)
+        check_folder(folder)
+        model = load(folder)
+        assert type(model).__name__ == MULTIMODAL[name].model_class
+
+        given = answers(load(base.folder), name)
+        expected = answers(with_replaced_activations(load(base.folder), export), name)
+        for prompt, logits_BTV in answers(model, name).items():
+            assert (logits_BTV - expected[prompt]).abs().max() < 1e-12
+            assert (expected[prompt] - given[prompt]).abs().max() > 1e-3
+        alone = load_alone(folder)
+        assert torch.equal(alone(input_ids=random_ids()).logits, load(folder)(input_ids=random_ids()).logits)
+
+        base = Checkpoint.open(str(folder))
+        assert base.architecture.decoder_parameters == sum(
+            parameter.numel() for parameter in model.model.language_model.layers.parameters()
+        )
+
+
+@each_kind
+def test_all_but_the_language_model_is_carried_byte_for_byte(dense, tmp_path, name):
+    source = dense(name, torch.bfloat16)
+    folder = write_compacted(cut(Checkpoint.open(str(source)), 3), tmp_path / "expert", 20_000)
+    given, written = tensors_of(source), tensors_of(folder)
+    carried = [key for key in given if "language_model" not in key and key != "lm_head.weight"]
+    assert len(carried) > 10
+    assert {key for key in written if "language_model" not in key and key != "lm_head.weight"} == {*carried}
+    assert all(torch.equal(written[key], given[key]) for key in carried)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == written.keys()
+
+    for companion in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
+        assert (folder / companion).read_bytes() == (source / companion).read_bytes()
+    outside = {"model_type", "architectures", "auto_map", "text_config", "tie_word_embeddings"}
+    before, after = (json.loads((path / "config.json").read_text()) for path in (source, folder))
+    assert {key: value for key, value in before.items() if key not in outside} == {
+        key: value for key, value in after.items() if key not in outside
+    }
+
+    model = load(folder)
+    model.save_pretrained(tmp_path / "saved")
+    given, again = answers(model, name), answers(load(tmp_path / "saved"), name)
+    assert all(torch.equal(again[prompt], logits_BTV) for prompt, logits_BTV in given.items())
+    assert Checkpoint.open(str(tmp_path / "saved")).architecture == Checkpoint.open(str(folder)).architecture
+
+
+@each_kind
+def test_cutting_nothing_is_the_identity(dense, tmp_path, name):
+    base = Checkpoint.open(str(dense(name, torch.bfloat16)))
+    plan = uniform_plan(base.architecture, base.architecture.dense, "mean")
+    folder = write_compacted(CheckpointExport(base, plan, random_statistics(base.architecture, 0)), tmp_path)
+    given, written = tensors_of(base.folder), tensors_of(folder)
+    assert written.keys() == given.keys() and all(torch.equal(written[key], given[key]) for key in given)
+    expected = answers(load(base.folder), name)
+    assert all(torch.equal(answer, expected[prompt]) for prompt, answer in answers(load(folder), name).items())
+
+
+@each_kind
+def test_a_stock_export_is_a_checkpoint_of_transformers_own_class(dense, tmp_path, name):
+    base = Checkpoint.open(str(dense(name)))
+    whole = base.architecture.dense
+    plan = uniform_plan(base.architecture, Shape(whole.groups // 2, whole.heads_per_group, 50))
+    check_stock(plan, base.architecture)
+    model = load(write_compacted(CheckpointExport(base, plan, stock=True), tmp_path / "stock"))
+    assert type(model).__module__.startswith("transformers.models.")
+    assert model.config.model_type == name
+    seap = answers(load(write_compacted(CheckpointExport(base, plan), tmp_path / "seap")), name)
+    assert all(torch.equal(answer, seap[prompt]) for prompt, answer in answers(model, name).items())
+
+
+def test_a_stock_mistral_with_added_biases_is_a_llama_inside(dense, tmp_path):
+    base = Checkpoint.open(str(dense("mistral3")))
+    plan = uniform_plan(base.architecture, Shape(4, 2, 50), "mean")
+    statistics = random_statistics(base.architecture, 0)
+    check_stock(plan, base.architecture)
+    model = load(write_compacted(CheckpointExport(base, plan, statistics, stock=True), tmp_path / "stock"))
+    assert type(model.model.language_model).__name__ == "LlamaModel"
+    seap = answers(load(write_compacted(CheckpointExport(base, plan, statistics), tmp_path / "seap")), "mistral3")
+    for prompt, answer in answers(model, "mistral3").items():
+        assert (answer - seap[prompt]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3"])
+def test_both_ways_to_store_a_model_are_read_and_kept(dense, tmp_path, name):
+    """transformers wrote from 4.52 to 4.57 what comes first in a name behind ``model.``."""
+    folder = tmp_path / "renamed"
+    shutil.copytree(dense(name), folder)
+    renamed = {}
+    for key, tensor in tensors_of(folder).items():
+        inside = key.replace("language_model.model.", "language_model.").replace("language_model.lm_head.", "lm_head.")
+        renamed[inside if inside.startswith("lm_head.") else f"model.{inside}"] = tensor
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+
+    base = Checkpoint.open(str(folder))
+    written = write_compacted(cut(base, 1), tmp_path / "expert")
+    # Biases of compensation are new.
+    assert {key for key in tensors_of(written) if not key.endswith("_proj.bias")} == {
+        key for key in renamed if not key.endswith("_proj.bias")
+    }
+    plain = write_compacted(cut(Checkpoint.open(str(dense(name))), 1), tmp_path / "plain")
+    expected = answers(load(plain), name)
+    assert all(torch.equal(answer, expected[prompt]) for prompt, answer in answers(load(written), name).items())
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["own head", "tied"])
+def test_where_nothing_says_whether_the_head_is_the_embedding_a_stored_one_counts(dense, tmp_path, stored):
+    folder = tmp_path / "silent"
+    shutil.copytree(dense("mistral3"), folder)
+    content = json.loads((folder / "config.json").read_text())
+    del content["tie_word_embeddings"], content["text_config"]["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(content))
+    if not stored:
+        tensors = tensors_of(folder)
+        del tensors["language_model.lm_head.weight"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    base = Checkpoint.open(str(folder))
+    assert base.architecture.ties_embeddings != stored
+    model = load(write_compacted(cut(base, 1), tmp_path / "expert"))
+    expected = answers(with_replaced_activations(load(folder), cut(base, 1)), "mistral3")
+    assert (answers(model, "mistral3")["picture"] - expected["picture"]).abs().max() < 1e-5
+    assert model.config.tie_word_embeddings != stored
+
+
+def test_a_language_model_of_another_family_is_refused_with_the_reason(tmp_path):
+    content = CONFIGS["mistral3"]().to_dict()
+    content["text_config"]["model_type"] = "mamba"
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="a mistral3 is not supported whose text_config is a 'mamba': its layers mix"):
+        family_findings(Config(model=ModelSection(source=str(tmp_path))))
+
+
+@pytest.mark.parametrize(
+    ("export", "message"),
+    [({"format": "gguf"}, "export.format: gguf holds"), ({"quantization": {"scheme": "w8a8", "rounding": "nearest"}}, "export.quantization")],
+    ids=["gguf", "quantised"],
+)
+def test_exports_without_a_place_for_pictures_are_refused_before_any_work(dense, export, message):
+    config = Config(model=ModelSection(source=str(dense("gemma3"))), export=ExportSection(**export))
+    with pytest.raises(ConfigError, match=message):
+        check_config(config, check_evaluation_rows=False)
+
+
+@each_kind
+def test_the_doctor_tells_from_a_config_alone_what_is_cut(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]().to_dict()))
+    first, second = family_findings(Config(model=ModelSection(source=str(tmp_path))))
+    assert first.message == f"{name}: its language model is cut, all else is carried as it is"
+    assert second.message.startswith(f"{[*MULTIMODAL[name].texts.values()][0]}: MLP channels can go; query heads")
