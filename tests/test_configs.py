@@ -13,20 +13,12 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-import torch
-from transformers import (
-    Gemma3Config,
-    Gemma3ForCausalLM,
-    Gemma3ForConditionalGeneration,
-    PreTrainedTokenizerFast,
-    set_seed,
-)
 
 from seap_ray.config import Config, load_config
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.scores import Norms
 from seap_ray.errors import ConfigError
-from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.multimodal import language_config
 from seap_ray.pipeline.model_specs import ModelSpec, assumed_specs
 from seap_ray.pipeline.needs import ModelSize, assumed_rates, needs
 from seap_ray.pipeline.planner import Planner
@@ -44,7 +36,7 @@ class Model(NamedTuple):
 
     config: Mapping[str, Any]
     parameters: int
-    """All weights; of Gemma those of the text model, without the model of pictures and what joins the two."""
+    """All weights; of Gemma those of its language model."""
 
 
 LLAMA_2 = {
@@ -90,24 +82,23 @@ QWEN_3 = {
     "torch_dtype": "bfloat16",
 }
 GEMMA_3 = {
-    "model_type": "gemma3_text",
-    "hidden_size": 2560,
-    "num_hidden_layers": 34,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "intermediate_size": 10240,
-    "vocab_size": 262208,
-    "max_position_embeddings": 131072,
-    "sliding_window": 1024,
-    "sliding_window_pattern": 6,
+    "model_type": "gemma3",
+    "text_config": {
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "num_hidden_layers": 34,
+        "intermediate_size": 10240,
+        "sliding_window": 1024,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    },
+    "vision_config": {"hidden_size": 1152, "num_hidden_layers": 27, "image_size": 896, "patch_size": 14},
     "torch_dtype": "bfloat16",
 }
 MODELS = {
     "llama-2-7b-paper": Model(LLAMA_2, 6_738_415_616),
     "llama-3.1-8b": Model(LLAMA_3_1, 8_030_261_248),
     "qwen3-8b": Model(QWEN_3, 8_190_735_360),
-    "gemma-3-4b": Model(GEMMA_3, 3_880_263_168),
+    "gemma-3-4b": Model(language_config(GEMMA_3), 3_880_263_168),
 }
 
 each_recipe = pytest.mark.parametrize("name", RECIPES)
@@ -186,7 +177,7 @@ def test_a_ratio_beyond_reach_is_refused_before_any_work(name):
 
 
 def test_gemmas_key_value_heads_are_not_cut_since_its_layers_mix_windows():
-    architecture = Architecture.of(GEMMA_3)
+    architecture = Architecture.of(MODELS["gemma-3-4b"].config)
     assert architecture.mixes_windows
     check_ratios(recipe("gemma-3-4b", "pruning.attention_unit=head"), architecture)
     with pytest.raises(ConfigError, match=r"pruning\.attention_unit"):
@@ -272,36 +263,3 @@ def test_a_recipes_engine_settings_are_vllms(name):
         ReasoningParserManager.get_reasoning_parser(parser)
     if parser := engine.get("tool_call_parser"):
         ToolParserManager.get_tool_parser(parser)
-
-
-# --- Gemma's text model ----------------------------------------------------------------------------------------------
-
-
-def test_the_lines_of_gemmas_recipe_write_a_text_model_with_the_weights_of_the_whole(tmp_path, monkeypatch):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4}
-    text = {**sizes, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 92, "sliding_window": 8}
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Gemma3Config(
-        text_config=text, vision_config={**vision, "image_size": 8, "patch_size": 4}, mm_tokens_per_image=4
-    )
-    set_seed(0)
-    whole = Gemma3ForConditionalGeneration(config).to(torch.bfloat16)
-    monkeypatch.chdir(tmp_path)
-    whole.save_pretrained("whole")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(ROOT / "seap_ray" / "demo" / "model" / "tokenizer.json"))
-    tokenizer.save_pretrained("whole")
-    with pytest.raises(ConfigError, match="model family 'gemma3' is not supported"):
-        Checkpoint.open("whole")
-
-    lines = re.findall(r"^#     (.*)$", (CONFIGS / "gemma-3-4b.yaml").read_text(), re.MULTILINE)
-    exec("\n".join(lines).replace("google/gemma-3-4b-it", "whole"), {})
-
-    folder = recipe("gemma-3-4b").model.source
-    assert Checkpoint.open(folder).architecture.family_name == GEMMA_3["model_type"]
-    written = Gemma3ForCausalLM.from_pretrained(folder)
-    assert written.dtype == torch.bfloat16 and (tmp_path / folder / "tokenizer.json").is_file()
-    ids = torch.arange(1, 20)[None]
-    # Read again, since `to` has rounded its buffers as well.
-    whole = Gemma3ForConditionalGeneration.from_pretrained("whole")
-    with torch.no_grad():
-        assert torch.equal(written(ids).logits, whole(input_ids=ids).logits)

@@ -1,4 +1,4 @@
-"""Configurations: the content of a config.json in, transformers' configuration of it out, or one line why there is none."""
+"""Configurations: the content of a config.json in, transformers' configuration of it out, or why there is none."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -40,7 +40,7 @@ def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
         config: Content of a config.json, of any family.
 
     Returns:
-        The content itself where nothing is nested in it.
+        The config, with transformers' defaults for missing keys; the content itself where nothing is nested in it.
 
     Raises:
         ConfigError: The language model is of a family that is not supported, or transformers refuses the config.
@@ -60,8 +60,8 @@ def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
         )
 
     family = kind.texts[plain_type]
-    if plain_type == model_type != family:
-        # The defaults of the two may differ.
+    if model_type == plain_type:
+        # Published ones leave most keys out, and the defaults of the family may be others.
         text = made_config({**text, "model_type": model_type}).to_dict()
     outside = {key: config[key] for key in FROM_OUTSIDE if config.get(key) is not None}
     return {

@@ -44,13 +44,14 @@ from tests.support.oracles import assert_close, assert_equal, tensors_of, two_pa
 SIZES: dict[str, Any] = {
     "hidden_size": 48,
     "intermediate_size": 120,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 8,
     "vocab_size": 60,
     "max_position_embeddings": 64,
 }
+LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 VISION: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -75,7 +76,7 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 
 IMAGE_TOKEN = 59
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma3": lambda: Gemma3Config(
-        text_config={**SIZES, "sliding_window": 16, "query_pre_attn_scalar": 8},
+        text_config={**SIZES, "sliding_window": 16, "query_pre_attn_scalar": 8, "layer_types": LAYER_TYPES},
         vision_config=VISION,
         mm_tokens_per_image=4,
         image_token_index=IMAGE_TOKEN,
@@ -188,8 +189,11 @@ def test_the_language_model_alone_computes_what_it_does_in_the_whole(dense, name
     whole = load(folder)
     parameters = sum(parameter.numel() for parameter in whole.model.language_model.parameters())
     architecture = checkpoint.architecture
-    assert architecture.decoder_parameters < parameters < checkpoint.parameters == sum(
-        tensor.numel() for tensor in tensors_of(folder).values()
+    assert (
+        architecture.decoder_parameters
+        < parameters
+        < checkpoint.parameters
+        == sum(tensor.numel() for tensor in tensors_of(folder).values())
     )
     assert architecture.ties_embeddings == whole.config.tie_word_embeddings
 
@@ -361,7 +365,10 @@ def test_a_language_model_of_another_family_is_refused_with_the_reason(tmp_path)
 
 @pytest.mark.parametrize(
     ("export", "message"),
-    [({"format": "gguf"}, "export.format: gguf holds"), ({"quantization": {"scheme": "w8a8", "rounding": "nearest"}}, "export.quantization")],
+    [
+        ({"format": "gguf"}, "export.format: gguf holds"),
+        ({"quantization": {"scheme": "w8a8", "rounding": "nearest"}}, "export.quantization"),
+    ],
     ids=["gguf", "quantised"],
 )
 def test_exports_without_a_place_for_pictures_are_refused_before_any_work(dense, export, message):
