@@ -1,12 +1,12 @@
 """python -m benchmarks.families
 
 Reads transformers' list of causal language models and prints, for each, whether it is supported, refused with a reason,
-or unknown. The unknown ones are the next rows of ``FAMILIES``, or of ``REASONS``.
+or unknown. The unknown ones are the next rows of ``FAMILIES`` or ``MULTIMODAL``, or of ``REASONS``.
 """
 
 from collections.abc import Iterable, Mapping
 
-from seap_ray.core.families import FAMILIES
+from seap_ray.core.families import FAMILIES, MULTIMODAL
 from seap_ray.core.refused_families import WHY_REFUSED
 
 
@@ -21,7 +21,7 @@ def kinds_of_model(model_types: Iterable[str]) -> dict[str, list[str]]:
     """
     kinds: dict[str, list[str]] = {"supported": [], "refused": [], "unknown": []}
     for model_type in sorted(model_types):
-        if model_type in FAMILIES:
+        if model_type in FAMILIES or model_type in MULTIMODAL:
             kinds["supported"].append(model_type)
         else:
             kinds["refused" if model_type in WHY_REFUSED else "unknown"].append(model_type)

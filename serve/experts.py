@@ -8,6 +8,7 @@ from seap_ray.config import DENSE, GENERAL, Config
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.hf.shapes import check_folder
+from seap_ray.models.multimodal import multimodal_of
 from seap_ray.models.row_sources import calibration_rows
 from seap_ray.pipeline.checkpoint_writer import kv_bytes
 from seap_ray.storage.files import read_json, readable, stage
@@ -134,6 +135,12 @@ def _ratio(config: Config, run: Run) -> float:
 def _expert(config: Config, run: Run, folder: StoragePath, kind: str, manifest: dict[str, Any]) -> Expert:
     """Return one checkpoint to serve, checked. Raises ConfigError where vLLM could not load it."""
     check_folder(stage(folder))
+    content = read_json(folder / "config.json")
+    if multimodal_of(content) and content["model_type"].startswith("seap_"):
+        raise ConfigError(
+            f"{folder} reads pictures, too, and vLLM does not serve layers of unequal widths in such a model; prune "
+            "with export.format=stock"
+        )
     return Expert(
         name=folder.name,
         kind=kind,

@@ -366,7 +366,9 @@ def family_findings(config: Config) -> list[Finding]:
         attention = "query heads and key-value heads"
 
     by_transformers = architecture.family.vllm_class == TRANSFORMERS_BACKEND
-    if by_transformers and architecture.n_experts:
+    if multimodal_of(content):
+        served = "vLLM serves a stock export"
+    elif by_transformers and architecture.n_experts:
         served = "vLLM does not serve it"
     else:
         layers = "transformers'" if by_transformers else "its own"

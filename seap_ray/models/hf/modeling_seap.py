@@ -161,8 +161,8 @@ class Multimodal:
     def __init__(self, config: PreTrainedConfig):
         if config._attn_implementation == "vllm":
             raise ValueError(
-                "without the plugin of seap_ray, vLLM does not serve a compacted model that reads pictures: install "
-                "seap_ray beside vLLM"
+                "vLLM does not serve a compacted model that reads pictures: load the checkpoint with transformers, or "
+                "write it with export.format=stock"
             )
         text_config: Any = config.text_config
         register_classes(type(text_config))
