@@ -132,15 +132,20 @@ def _ratio(config: Config, run: Run) -> float:
     return config.serve.ratio
 
 
-def _expert(config: Config, run: Run, folder: StoragePath, kind: str, manifest: dict[str, Any]) -> Expert:
-    """Return one checkpoint to serve, checked. Raises ConfigError where vLLM could not load it."""
+def check_servable(folder: StoragePath) -> None:
+    """Raise ConfigError where vLLM could not load a checkpoint, whose headers are read."""
     check_folder(stage(folder))
     content = read_json(folder / "config.json")
     if multimodal_of(content) and content["model_type"].startswith("seap_"):
         raise ConfigError(
-            f"{folder} reads pictures, too, and vLLM does not serve layers of unequal widths in such a model; prune "
+            f"{folder} reads pictures, too, and layers of unequal widths are not served by vLLM in such a model; prune "
             "with export.format=stock"
         )
+
+
+def _expert(config: Config, run: Run, folder: StoragePath, kind: str, manifest: dict[str, Any]) -> Expert:
+    """Return one checkpoint to serve, checked. Raises ConfigError where vLLM could not load it."""
+    check_servable(folder)
     return Expert(
         name=folder.name,
         kind=kind,

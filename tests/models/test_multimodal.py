@@ -28,6 +28,8 @@ from seap_ray.models.forward import record
 from seap_ray.models.hf.shapes import check_folder
 from seap_ray.models.loading import load_model
 from seap_ray.pipeline.preflight import check_config, family_findings
+from seap_ray.storage.paths import parse_path
+from serve.experts import check_servable
 from tests.models.test_families import cut
 from tests.support.builders import (
     SHARDS,
@@ -375,6 +377,16 @@ def test_exports_without_a_place_for_pictures_are_refused_before_any_work(dense,
     config = Config(model=ModelSection(source=str(dense("gemma3"))), export=ExportSection(**export))
     with pytest.raises(ConfigError, match=message):
         check_config(config, check_evaluation_rows=False)
+
+
+def test_an_expert_with_unequal_widths_is_not_deployed_and_a_stock_one_is(dense, tmp_path):
+    base = Checkpoint.open(str(dense("mistral3")))
+    write_compacted(cut(base, 1), tmp_path / "seap")
+    with pytest.raises(ConfigError, match=r"seap reads pictures, too, .*; prune with export\.format=stock"):
+        check_servable(parse_path(str(tmp_path / "seap")))
+    plan = uniform_plan(base.architecture, Shape(4, 2, 50))
+    write_compacted(CheckpointExport(base, plan, stock=True), tmp_path / "stock")
+    check_servable(parse_path(str(tmp_path / "stock")))
 
 
 @each_kind
