@@ -1,14 +1,17 @@
 """Multimodal checkpoints: the language model is cut as one of its family, all else is carried byte for byte."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
@@ -41,6 +44,7 @@ from tests.support.builders import (
     uniform_plan,
     write_compacted,
 )
+from tests.support.elsewhere import WITHOUT_SEAP_RAY
 from tests.support.oracles import assert_close, assert_equal, tensors_of, two_pass, with_replaced_activations
 
 SIZES: dict[str, Any] = {
@@ -332,6 +336,49 @@ def test_both_ways_to_store_a_model_are_read_and_kept(dense, tmp_path, name):
     plain = write_compacted(cut(Checkpoint.open(str(dense(name))), 1), tmp_path / "plain")
     expected = answers(load(plain), name)
     assert all(torch.equal(answer, expected[prompt]) for prompt, answer in answers(load(written), name).items())
+
+
+ELSEWHERE = (
+    WITHOUT_SEAP_RAY
+    + """
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+torch.set_num_threads(1)
+folders, out = json.loads(sys.argv[1])
+results = {}
+for name, folder in folders.items():
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    with torch.no_grad():
+        results[name] = model(**load_file(f"{out}/{name}")).logits
+assert not [name for name in sys.modules if name.split(".")[0] == "seap_ray"]
+save_file(results, out + "/results")
+"""
+)
+
+
+def test_a_process_without_seap_ray_computes_the_same_with_the_code_in_the_folder(dense, tmp_path):
+    folders = {}
+    for name in CONFIGS:
+        base = Checkpoint.open(str(dense(name, torch.bfloat16)))
+        folders[name] = write_compacted(cut(base, 3), tmp_path / f"{name}_expert")
+        save_file(picture(name, torch.bfloat16), tmp_path / name)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ELSEWHERE, json.dumps([{k: str(v) for k, v in folders.items()}, str(tmp_path)])],
+        cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    results = load_file(tmp_path / "results")
+    for name, folder in folders.items():
+        assert torch.equal(results[name], answers(load(folder), name)["picture"]), name
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ FILES = tuple(Path(__file__).with_name(name) for name in ("configuration_seap.py
 
 # Classes of models are made, and register themselves, with the first configuration of their family.
 configuration_seap.SeapConfiguration.register_models = staticmethod(modeling_seap.register_classes)  # type: ignore[method-assign]
-for row in (*FAMILIES.values(), *MULTIMODAL.values()):
-    config_class = getattr(configuration_seap, row.config_class)
+names = [family.config_class for family in FAMILIES.values()] + [kind.config_class for kind in MULTIMODAL.values()]
+for name in names:
+    config_class = getattr(configuration_seap, name)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 

@@ -64,6 +64,8 @@ class SeapConfiguration:
 class MultimodalConfiguration(SeapConfiguration):
     """Mixed into the configuration of a multimodal checkpoint: its language model is a compacted one."""
 
+    text_config: Any
+
     def __post_init__(self, **kwargs: Any):
         """Make the language model's configuration by its own class."""
         if isinstance(self.text_config, dict):

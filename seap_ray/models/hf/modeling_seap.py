@@ -164,11 +164,11 @@ class Multimodal:
                 "vLLM does not serve a compacted model that reads pictures: load the checkpoint with transformers, or "
                 "write it with export.format=stock"
             )
-        text_config: Any = config.text_config
-        register_classes(type(text_config))
-        prefix = type(text_config).__name__.removesuffix("Config")
+        text_class: Any = type(config.text_config)
+        register_classes(text_class)
+        prefix = text_class.__name__.removesuffix("Config")
         # Every folder that is loaded brings a class of its own for its configuration.
-        AutoModel.register(type(text_config), globals()[f"{prefix}Model"], exist_ok=True)
+        AutoModel.register(text_class, globals()[f"{prefix}Model"], exist_ok=True)
         super().__init__(config)  # type: ignore[call-arg]  # the family's
 
 
