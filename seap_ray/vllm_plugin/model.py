@@ -313,7 +313,7 @@ def _class_of_vllm_alone(config_class: type[PreTrainedConfig]) -> Iterator[None]
 
     vLLM changes the class that it is given, so that nobody else in the process could build a model of it any more.
     """
-    model_class = AutoModel._model_mapping[config_class]
+    model_class: Any = AutoModel._model_mapping[config_class]
     about = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
     AutoModel.register(config_class, type(model_class.__name__, (model_class,), about), exist_ok=True)
     try:
