@@ -76,6 +76,11 @@ def choose_shapes(
     allocation = pruning.allocation
     constraints_L = WidthConstraints.of(architecture, pruning, adds_biases=adds_biases, stock=stock)
     check_budget(pruning)
+    if pruning.budget == "official" and (architecture.family.mixer or architecture.why_whole_attention):
+        raise ConfigError(
+            f"pruning.budget: official cuts every layer's attention and MLP by one share, and layers of a "
+            f"{architecture.family_name} model have parts that stay whole; use exact"
+        )
     if target is None and ratio == 0 and pruning.budget == "exact":
         return [constraints.original for constraints in constraints_L]
     if allocation.kind == "measured":

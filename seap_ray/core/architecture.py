@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from seap_ray.core.families import FAMILIES, Bias, DenseMlp, Family, Unit
+from seap_ray.core.hybrids import Parts, mixer_weights, parts_of, shrunk_channels
 from seap_ray.core.moments import RECORDED, Site
 from seap_ray.core.refused_families import WHY_REFUSED
 from seap_ray.errors import ConfigError
@@ -21,11 +22,11 @@ class Shape:
     """Widths of one decoder layer."""
 
     groups: int
-    """Key-value heads."""
+    """Key-value heads; 0 of a layer without attention."""
     heads_per_group: int
-    """Query heads of each key-value head."""
+    """Query heads of each key-value head; 0 of a layer without attention."""
     channels: int
-    """MLP width."""
+    """MLP width; 0 of a layer without an MLP."""
 
     @property
     def heads(self) -> int:
@@ -65,6 +66,18 @@ class Layer:
     """Config keys of output biases that its family does not have: an earlier compensation put them there."""
     n_experts: int = 0
     """MoE experts of its MLP, whose channels are then the width of each. 0: the MLP is no mixture."""
+    has_mixer: bool = False
+    """Whether it has a mixer with a state, which stays whole."""
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether it has attention."""
+        return self.shape.groups > 0
+
+    @property
+    def has_mlp(self) -> bool:
+        """Whether it has an MLP."""
+        return self.shape.channels > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +132,8 @@ class Architecture:
     """Weights of a layer's latent attention, which stays whole; 0: attention is no such."""
     latent_cache: int = 0
     """Numbers that a layer with latent attention caches for a token."""
+    mixer_weights: int = 0
+    """Weights of a layer's mixer, in layers that have one."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Architecture":
@@ -156,11 +171,14 @@ class Architecture:
 
         # A compacted model's layers differ from its top level.
         overrides = config.get("per_layer_config") or {}
-        n_layers = _size(config, "num_hidden_layers")
+        # A Nemotron-H's config may have the layers' kinds alone.
+        n_layers = _size(config, "num_hidden_layers", len(config.get("layers_block_type") or ()) or None)
         has_experts_L = _has_experts(config, family, n_layers)
+        parts_L = parts_of(config, family, n_layers)
         layers: list[Layer] = []
-        for layer, has_experts in enumerate(has_experts_L):
-            layers.append(_layer({**config, **overrides.get(str(layer), {})}, family, has_experts=has_experts))
+        for layer, (has_experts, parts) in enumerate(zip(has_experts_L, parts_L, strict=True)):
+            own = {**config, **overrides.get(str(layer), {})}
+            layers.append(_layer(own, family, parts, has_experts=has_experts))
 
         # Older configs name the parameters of RoPE rope_scaling.
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -170,7 +188,7 @@ class Architecture:
             layers=tuple(layers),
             hidden_size=_size(config, "hidden_size"),
             head_dim=_head_dim(config, family),
-            dense=_layer(config, family, has_experts=family.is_moe).shape,
+            dense=_layer(config, family, Parts(attention=True, mlp=True), has_experts=family.is_moe).shape,
             qkv_bias=flag(family.qkv_bias),
             o_bias=flag(family.o_bias),
             mlp_bias=flag(family.mlp_bias),
@@ -191,6 +209,7 @@ class Architecture:
             n_head_norms=family.norms[1] if config.get(family.head_norms_key or "", True) else 0,
             latent_weights=_latent_weights(config) if family.is_latent else 0,
             latent_cache=config["kv_lora_rank"] + config["qk_rope_head_dim"] if family.is_latent else 0,
+            mixer_weights=mixer_weights(config, family),
             ties_embeddings=bool(config.get("tie_word_embeddings", family.ties_embeddings)),
         )
 
@@ -213,24 +232,49 @@ class Architecture:
             return "its keys and values are made of one latent vector for all heads, and this attention stays whole"
         return None
 
+    @property
+    def needs_equal_groups(self) -> bool:
+        """Whether all attention must have equally many key-value heads: engines pool its cache with others.
+
+        Those are of layers with another window, or the states of mixers.
+        """
+        return self.mixes_windows or self.family.mixer is not None
+
+    @property
+    def has_unlike_layers(self) -> bool:
+        """Whether some layers have parts that others have not."""
+        parts = {(layer.has_attention, layer.has_mlp, layer.has_mixer) for layer in self.layers}
+        return self.has_dense_layers or len(parts) > 1
+
     def modules(self, layer: int) -> dict[Site, str]:
-        """Return the module whose input each site of a layer is; attention first, then its MLP or every MoE expert."""
-        n_experts = self.layers[layer].n_experts
-        if not n_experts:
-            dense_mlp = self.family.dense_mlp
-            return {"attn": self.family.o_proj, "mlp": dense_mlp.down_proj if dense_mlp else self.family.down_proj}
-        down_proj = self.family.down_proj
-        return {"attn": self.family.o_proj} | {f"mlp.{e}": down_proj.format(e=e) for e in range(n_experts)}
+        """Return the module whose input each site of a layer is; attention first, then its MLP or every MoE expert.
+
+        A site that the layer does not have is left out.
+        """
+        own = self.layers[layer]
+        dense_mlp = self.family.dense_mlp
+        modules: dict[Site, str] = {"attn": self.family.o_proj} if own.has_attention else {}
+        if own.n_experts:
+            modules |= {f"mlp.{e}": self.family.down_proj.format(e=e) for e in range(own.n_experts)}
+        elif own.has_mlp:
+            modules["mlp"] = dense_mlp.down_proj if dense_mlp else self.family.down_proj
+        return modules
+
+    @property
+    def first_output(self) -> str:
+        """Name of the first output module's weight, whose type stands for that of all that can be cut."""
+        return next(self.tensor(i, module) for i in range(self.n_layers) for module in self.modules(i).values())
 
     def sites(self, layer: int, site: Site) -> list[Site]:
         """Return a site of a layer itself, or for ``mlp`` of a layer with MoE experts the sites of all of them.
 
-        A layer without MoE experts has no site ``experts``.
+        The list is empty where the layer has no such site, as one without MoE experts has no ``experts``.
         """
-        n_experts = self.layers[layer].n_experts
-        if site == "experts":
-            return [site] if n_experts else []
-        return [f"mlp.{e}" for e in range(n_experts)] if site == "mlp" and n_experts else [site]
+        own = self.layers[layer]
+        if site == "mlp" and own.n_experts:
+            return [f"mlp.{e}" for e in range(own.n_experts)]
+        has_site = {"attn": own.has_attention, "mlp": own.has_mlp, "experts": own.n_experts > 0}
+        return [site] if has_site.get(site, True) else []
 
     @property
     def recorded(self) -> tuple[Site, ...]:
@@ -270,6 +314,11 @@ class Architecture:
         missing = {"o_proj_bias": not self.o_bias, "down_proj_bias": not self.mlp_bias and not self.n_experts}
         return tuple(key for key, is_missing in missing.items() if is_missing)
 
+    def bias_keys_of(self, layer: Layer) -> tuple[str, ...]:
+        """Return the config keys of the biases that compensation adds to one layer."""
+        has_module = {"o_proj_bias": layer.has_attention, "down_proj_bias": layer.has_mlp}
+        return tuple(key for key in self.bias_keys if has_module[key])
+
     @property
     def has_added_biases(self) -> bool:
         """Whether layers have output biases already that their family does not have."""
@@ -285,7 +334,8 @@ class Architecture:
     def head_cost(self) -> int:
         """Weights of one query head: its rows of q_proj and columns of o_proj."""
         # The bias of o_proj is as long as the hidden size, so no head has a part of it.
-        return self.head_dim * (2 * self.hidden_size + self.qkv_bias)
+        times = self.family.query_times
+        return self.head_dim * ((times + 1) * self.hidden_size + times * self.qkv_bias)
 
     @property
     def kv_cost(self) -> int:
@@ -315,14 +365,16 @@ class Architecture:
         """Return all weights of a decoder layer: attention, MLP, biases, norms, router and shared experts."""
         # Vectors as long as the hidden size, and as a head: norms, output biases, and rows of the router.
         n_hidden, n_head = (self.family.norms[0], self.n_head_norms) if self.has_norm_weights else (0, 0)
-        n_hidden += self.o_bias + self.mlp_bias + len(layer.biases) + layer.n_experts
+        n_hidden += self.o_bias * layer.has_attention + self.mlp_bias * layer.has_mlp
+        n_hidden += len(layer.biases) + layer.n_experts
+        n_head *= layer.has_attention
         # Such norms have a weight for each column of queries and keys.
         n_head += (layer.shape.heads + layer.shape.groups) * self.family.norms_all_heads
         if layer.n_experts:
             # Gate, way up and way down of the shared experts.
             n_hidden += 3 * self.shared_channels + self.family.has_shared_gate
         fixed = self.hidden_size * n_hidden + self.head_dim * n_head + self.family.activation_weights
-        fixed += layer.n_experts * self.family.has_router_bias
+        fixed += layer.n_experts * self.family.has_router_bias + self.mixer_weights * layer.has_mixer
         return self.attention_parameters(layer.shape) + layer.shape.channels * self.channel_cost(layer) + fixed
 
     @property
@@ -344,7 +396,7 @@ class Architecture:
         """
         original = self.layers[layer]
         gets_biases = adds_biases and shape != original.shape
-        biases = self.bias_keys if gets_biases else original.biases
+        biases = self.bias_keys_of(original) if gets_biases else original.biases
         return replace(
             original, shape=shape, biases=biases, n_experts=original.n_experts if n_experts is None else n_experts
         )
@@ -492,7 +544,7 @@ def keys_of_dense_layers(config: Mapping[str, Any], is_dense: Sequence[bool]) ->
     return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
 
 
-def _layer(config: Mapping[str, Any], family: Family, *, has_experts: bool) -> Layer:
+def _layer(config: Mapping[str, Any], family: Family, parts: Parts, *, has_experts: bool) -> Layer:
     """Read a layer from the config that holds for it."""
     heads = _size(config, "num_attention_heads")
     # A missing number of key-value heads, or none, means one for every query head.
@@ -505,8 +557,10 @@ def _layer(config: Mapping[str, Any], family: Family, *, has_experts: bool) -> L
         channels = _size(config, family.channels_key)
     else:
         channels = _dense_channels(config, family)
+    channels = shrunk_channels(config, channels)
     n_experts = _n_experts(config, family) if has_experts else 0
-    return Layer(Shape(groups, heads // groups, channels), biases, n_experts)
+    attention = (groups, heads // groups) if parts.attention else (0, 0)
+    return Layer(Shape(*attention, channels * parts.mlp), biases, n_experts, parts.mixer)
 
 
 def split_moe_expert(module: str) -> tuple[str, int | None]:
@@ -530,7 +584,8 @@ def _has_windows(config: Mapping[str, Any], family: Family) -> bool:
 
 def _mixes_windows(config: Mapping[str, Any], family: Family) -> bool:
     """Return whether some layers attend to a sliding window and others to everything."""
-    layer_types = config.get("layer_types")
+    # There they tell which layers have attention at all.
+    layer_types = None if family.mixer else config.get("layer_types")
     # Newer configs list what every layer attends to. In older ones Qwen's switch gives windows to
     # some layers only.
     if layer_types:

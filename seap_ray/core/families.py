@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Unit = Literal["heads", "groups", "channels"]
 """What is cut: query heads, key-value heads (groups), MLP channels."""
@@ -27,6 +27,8 @@ SPLIT_ATTENTION = {
     "self_attn.v_proj": Rows(("groups",)),
 }
 """Rows of a Llama's queries, keys and values."""
+GATED_ATTENTION = SPLIT_ATTENTION | {"self_attn.q_proj": Rows(("heads",), times=2)}
+"""The same with a gate on the attention's output: a head's query and its gate lie together."""
 GATED_MLP = {"mlp.gate_proj": Rows(("channels",)), "mlp.up_proj": Rows(("channels",))}
 """Rows of a Llama's MLP."""
 FUSED_MLP = {"mlp.gate_up_proj": Rows(("channels", "channels"))}
@@ -158,6 +160,19 @@ class Family:
     """Layers from one that attends to everything to the next, where the config does not say it: 2 for Gemma 2."""
     behind_mlp: str | None = None
     """What comes between ``down_proj`` and the residual stream: ``a norm`` in Gemma 2 and 3."""
+    mixer: str | None = None
+    """What mixes tokens by a state in place of attention or beside it, a row of ``hybrids.MIXERS``. It stays whole."""
+    attention_period: int | None = None
+    """Layers from one with attention to the next, where the config does not list them: 4 for Qwen3-Next."""
+    has_both: bool = False
+    """Whether each layer has both attention and a mixer: True for Falcon-H1."""
+    has_single_parts: bool = False
+    """Whether each layer is attention, a mixer or an MLP alone: True for Nemotron-H."""
+    returns_tuples: bool = False
+    """Whether layers in transformers return a tuple, of which the decoder takes the first: True for Falcon-H1."""
+    settled: Mapping[str, Any] = field(default_factory=dict)
+    """Config keys that a cut checkpoint has with this value, or with None has not, since a cut settles what they say:
+    ``{"block_auto_adjust_ff_dim": False}`` in LFM2, whose config may give a width before it is rounded."""
     supports_packing: bool = True
     """Whether transformers keeps sequences that share a row apart, by their positions: False for OPT."""
     needs_bos: bool = False
@@ -185,6 +200,16 @@ class Family:
     def model_class(self) -> str:
         """Class in ``seap_ray.models.hf.modeling_seap`` that loads a compacted checkpoint."""
         return f"{self.classes}ForCausalLM"
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether several sequences may share a row: a mixer's state would pass from one to the next."""
+        return self.supports_packing and not self.mixer
+
+    @property
+    def query_times(self) -> int:
+        """Rows that a query head has, in head sizes: 2 where a gate on the attention's output lies beside it."""
+        return self.rows["self_attn.q_proj"].times if "self_attn.q_proj" in self.rows else 1
 
     @property
     def columns(self) -> dict[str, Unit]:
@@ -687,6 +712,93 @@ FAMILIES: dict[str, Family] = {
         norms=(4, 0),
         is_moe=True,
         renamed={".router.": ".gate."},
+    ),
+    "qwen3_5_text": Family(
+        classes="SeapQwen3_5",
+        vllm_class="SeapQwen3_5ForCausalLM",
+        rows=GATED_ATTENTION | GATED_MLP,
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms=(2, 2),
+        mixer="gated delta net",
+        attention_period=4,
+        listed_by_layer="layer_types",
+    ),
+    "qwen3_next": Family(
+        classes="SeapQwen3Next",
+        vllm_class="SeapQwen3NextForCausalLM",
+        rows=GATED_ATTENTION | MOE_EXPERTS,
+        down_proj="mlp.experts.{e}.down_proj",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms=(2, 2),
+        channels_key="moe_intermediate_size",
+        is_moe=True,
+        dense_mlp=DenseMlp(),
+        shared_width_keys=("shared_expert_intermediate_size",),
+        has_shared_gate=True,
+        mixer="gated delta net",
+        attention_period=4,
+        listed_by_layer="layer_types",
+    ),
+    "lfm2": Family(
+        classes="SeapLfm2",
+        vllm_class="SeapLfm2ForCausalLM",
+        rows=SPLIT_ATTENTION | {"feed_forward.w1": Rows(("channels",)), "feed_forward.w3": Rows(("channels",))},
+        o_proj="self_attn.out_proj",
+        down_proj="feed_forward.w2",
+        norms=(2, 2),
+        ties_embeddings=True,
+        mixer="short convolution",
+        listed_by_layer="layer_types",
+        settled={"block_auto_adjust_ff_dim": False, "block_ff_dim": None},
+    ),
+    "granitemoehybrid": Family(
+        classes="SeapGraniteMoeHybrid",
+        vllm_class="SeapGraniteMoeHybridForCausalLM",
+        rows=SPLIT_ATTENTION | {"shared_mlp.input_linear": Rows(("channels", "channels"))},
+        down_proj="shared_mlp.output_linear",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        channels_key="shared_intermediate_size",
+        behind_mlp="a multiplier",
+        mixer="mamba 2 of granite",
+        listed_by_layer="layer_types",
+        refused={"num_local_experts": True},
+    ),
+    "falcon_h1": Family(
+        classes="SeapFalconH1",
+        vllm_class="SeapFalconH1ForCausalLM",
+        rows=SPLIT_ATTENTION
+        | {"feed_forward.gate_proj": Rows(("channels",)), "feed_forward.up_proj": Rows(("channels",))},
+        down_proj="feed_forward.down_proj",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        mlp_bias=("mlp_bias", False),
+        behind_mlp="a multiplier",
+        mixer="mamba 2 of falcon",
+        has_both=True,
+        returns_tuples=True,
+    ),
+    "nemotron_h": Family(
+        classes="SeapNemotronH",
+        vllm_class="SeapNemotronHForCausalLM",
+        layers="backbone.layers.",
+        embedding="backbone.embeddings.weight",
+        rows={
+            "mixer.q_proj": Rows(("heads",)),
+            "mixer.k_proj": Rows(("groups",)),
+            "mixer.v_proj": Rows(("groups",)),
+            "mixer.up_proj": Rows(("channels",)),
+        },
+        o_proj="mixer.o_proj",
+        down_proj="mixer.down_proj",
+        mlp_bias=("mlp_bias", False),
+        norms=(1, 0),
+        mixer="mamba 2 of nemotron",
+        has_single_parts=True,
+        listed_by_layer="layers_block_type",
+        settled={"hybrid_override_pattern": None},
     ),
     "opt": Family(
         classes="SeapOPT",

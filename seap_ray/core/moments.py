@@ -302,10 +302,10 @@ def stream_shares(parts: Sequence[Statistics], weights: Sequence[float], key: tu
 
     At a site of an MoE expert a stream counts by how much of it is routed there.
     """
-    layer, _ = key
-    # Attention sees every token, an MoE expert those that are routed to it; at all other sites the
-    # quotient is 1.
-    routed = [w * part[key].count / part[layer, "attn"].count for w, part in zip(weights, parts, strict=True)]
+    # Attention and blocks see every token, in whichever layer they are, an MoE expert those that are routed to it; at
+    # all other sites the quotient is 1.
+    tokens = [next(moments.count for (_, site), moments in part.items() if site in ("attn", "block")) for part in parts]
+    routed = [w * part[key].count / n for w, part, n in zip(weights, parts, tokens, strict=True)]
     # Where no stream is routed to the expert, all of these are 0.
     return routed if sum(routed) else list(weights)
 

@@ -56,7 +56,8 @@ class Kept:
     @property
     def shape(self) -> Shape:
         """Widths of the cut layer."""
-        return Shape(len(self.groups), len(self.heads) // len(self.groups), self.n_channels)
+        # A layer without attention has no group.
+        return Shape(len(self.groups), len(self.heads) // max(len(self.groups), 1), self.n_channels)
 
     def units(self, unit: Unit) -> tuple[int, ...]:
         """Return the indices of the kept units of one kind, channels of the one MoE expert that this is of."""
@@ -182,6 +183,8 @@ def best_heads(head_H: Tensor, original: Shape, option: tuple[int, int]) -> tupl
         Indices of the groups and of the heads, ascending.
     """
     n_groups, n_heads = option
+    if not n_groups:
+        return (), ()
     score_KG = head_H.reshape(original.groups, original.heads_per_group)
     # Every group's best heads first, then the groups whose best heads are worth most.
     best_KG = [_top(score_G, n_heads) for score_G in score_KG]

@@ -1,6 +1,6 @@
 """Refused families: why models of other kinds are not cut, by their ``model_type``. Data beside ``FAMILIES``."""
 
-RECURRENT = "its layers mix tokens by a recurrent state or a convolution, which no row of the table describes yet"
+RECURRENT = "its layers mix tokens by a recurrent state or a convolution that no row of the table describes yet"
 COMPRESSED = "its queries, keys and values come from compressed ones (MLA), so that heads have no rows of their own"
 MIXTURE = "its mixture of experts has a router, or experts, that no row of the table describes yet"
 FUSED_EXPERTS = (
@@ -18,27 +18,20 @@ REASONS: dict[str, tuple[str, ...]] = {
     RECURRENT: (
         "bailing_hybrid",
         "bamba",
-        "falcon_h1",
         "falcon_mamba",
-        "granitemoehybrid",
         "inkling2_loop_text",
         "inkling2_text",
         "jamba",
         "kimi_linear",
         "lara_mini",
-        "lfm2",
         "lfm2_moe",
         "lfm3",
         "mamba",
         "mamba2",
         "minimax",
-        "nemotron_h",
         "olmo_hybrid",
-        "qwen3_5",
-        "qwen3_5_text",
         "qwen3_5_moe",
         "qwen3_5_moe_text",
-        "qwen3_next",
         "qwen4_exp",
         "qwen4_exp_text",
         "recurrent_gemma",
@@ -100,6 +93,7 @@ REASONS: dict[str, tuple[str, ...]] = {
         "phi4_multimodal",
         "qwen2_vl",
         "qwen2_5_vl",
+        "qwen3_5",
         "qwen3_vl_moe",
     ),
     ENCODER: (

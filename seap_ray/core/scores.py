@@ -136,8 +136,10 @@ def column_scores(score: Score, statistics: Statistics, norms: WeightNorms, keys
         keys: The site's key; of a mixture's ``mlp`` those of all its MoE experts.
 
     Returns:
-        Scores, (D,), float64; with several keys (E, C), of shrunk moments.
+        Scores, (D,), float64; with several keys (E, C), of shrunk moments; none of a layer without the site.
     """
+    if not keys:
+        return torch.zeros(0, dtype=torch.float64)
     if len(keys) == 1:
         return score(statistics[keys[0]], norms[keys[0]])
     # An MoE expert sees the tokens that are routed to it alone, at times few.
@@ -205,6 +207,7 @@ def head_scores(score_D: Tensor, head_dim: int) -> Tensor:
 def normalised(score: Tensor) -> Tensor:
     """Divide scores by their mean, so that layers and sites can be compared; all zeros stay zeros."""
     mean = score.mean()
+    # Of a layer without the site there are none, and no mean.
     return score / mean if mean > 0 else torch.zeros_like(score)
 
 

@@ -299,7 +299,7 @@ def even_cuts(constraints_L: Sequence[WidthConstraints], site: Site, ratio: floa
     shapes: list[Shape] = []
     for constraints in constraints_L:
         share = 0.0
-        if site == "mlp":
+        if site == "mlp" and constraints.original.channels:
             mlp_weights = constraints.original.channels * constraints.channel_cost
             share = min(ratio * constraints.size / mlp_weights, LARGEST_EVEN_SHARE)
         # The nearest narrower width; none of a layer that has no narrower one.

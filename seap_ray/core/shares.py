@@ -63,7 +63,7 @@ def official_shapes(architecture: Architecture, allocation: AllocationSection, r
 
 def _less_share(n: int, share: float) -> int:
     """Return how many of ``n`` are left without a share of them, rounded down; one stays."""
-    return n - min(int(n * share), n - 1)
+    return n - min(int(n * share), n - 1) if n else 0
 
 
 # --- rounding ---------------------------------------------------------------------------------------------------------

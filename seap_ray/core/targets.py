@@ -448,6 +448,11 @@ def make_target(
     if kind == "weights":
         return Target(architecture, kind, "bytes", settings.weights or 0, outside, StorageCosts(architecture, weight))
 
+    if architecture.family.mixer:
+        raise ConfigError(
+            f"pruning.target.memory: not for a {architecture.family_name} model, whose mixers hold states beside the "
+            "key-value cache, which are not counted; use pruning.target.weights"
+        )
     memory = settings.memory
     cache_L = head_cache(architecture, tokens=memory.tokens, sequences=memory.sequences, item_bytes=weight)
     costs = StorageCosts(architecture, weight, cache_L)
@@ -456,10 +461,11 @@ def make_target(
 
 
 def _latency_target(settings: TargetSection, architecture: Architecture, table: WidthTable) -> Target:
-    if architecture.has_dense_layers:
+    if architecture.has_unlike_layers:
+        what = "attention, a mixer or an MLP" if architecture.family.mixer else "MoE experts"
         raise ConfigError(
-            "pruning.target.latency: a table has times of layers that are all alike, and some of this model have MoE "
-            "experts and others none; use pruning.target.weights or memory"
+            f"pruning.target.latency: a table has times of layers that are all alike, and some of this model have "
+            f"{what} and others none; use pruning.target.weights{'' if architecture.family.mixer else ' or memory'}"
         )
     latency = settings.latency
     table.check(architecture, batch=latency.batch, prompt_tokens=latency.prompt_tokens)

@@ -45,7 +45,7 @@ class WidthConstraints:
 
         Raises:
             ConfigError: A layer's heads or channels cannot be split over ``tensor_parallel`` ranks, groups would differ
-                beside sliding windows that some layers have, or no head of the family can go.
+                beside sliding windows or states that some layers have, or no head of the family can go.
         """
         unit = widest_unit(architecture) if pruning.attention_unit == "auto" else pruning.attention_unit
         if unit != "none" and architecture.why_whole_attention:
@@ -154,6 +154,8 @@ class WidthConstraints:
     def channels(self, wanted: float) -> int:
         """Return the allowed channel count nearest to ``wanted``."""
         full = self.original.channels
+        if not full:
+            return 0
         # One tile stays; the full width is allowed whether or not it is a multiple.
         tiled = min(max(round(wanted / self.tile), 1) * self.tile, full)
         return full if abs(full - wanted) < abs(tiled - wanted) else tiled
@@ -172,7 +174,8 @@ class WidthConstraints:
         option = min(self.options, key=lambda option: abs(self.attention_cost(option) - (1 - share) * attention))
 
         # Biases that compensation will add must be saved elsewhere; channels give what attention does not.
-        n_added = len(architecture.bias_keys) - len(architecture.layers[self.layer].biases)
+        layer = architecture.layers[self.layer]
+        n_added = len(architecture.bias_keys_of(layer)) - len(layer.biases)
         added = architecture.hidden_size * n_added * self.adds_biases
         cut = share * self.size + carry + added - (attention - self.attention_cost(option))
         return Shape(*option, self.channels(original.channels - cut / self.channel_cost))
@@ -186,11 +189,11 @@ def widest_unit(architecture: Architecture) -> AttentionUnit:
 
     Returns:
         ``group``. ``head`` where there is one group alone, or layers' groups must be equally many because some have
-        sliding windows; ``none`` where a group has one head as well, or no head can go.
+        sliding windows or states; ``none`` where a group has one head as well, or no head can go.
     """
     if architecture.why_whole_attention:
         return "none"
-    if architecture.dense.groups > 1 and not architecture.mixes_windows:
+    if architecture.dense.groups > 1 and not architecture.needs_equal_groups:
         return "group"
     return "head" if architecture.dense.heads_per_group > 1 else "none"
 
@@ -204,7 +207,8 @@ def _attention_options(original: Shape, dense: Shape, unit: str) -> Sequence[tup
     groups = original.groups
     heads = original.heads_per_group
 
-    if unit == "none":
+    # A layer without attention stays without.
+    if unit == "none" or not groups:
         return [(groups, heads)]
     if unit == "head" and dense.heads_per_group > 1:
         return [(groups, n) for n in range(heads, 0, -1)]
@@ -213,15 +217,16 @@ def _attention_options(original: Shape, dense: Shape, unit: str) -> Sequence[tup
 
 def _check_equal_groups(architecture: Architecture, unit: str, options_L: Sequence[Sequence[tuple[int, int]]]) -> None:
     """Raise ConfigError where layers could get unequal numbers of groups in a model that mixes kinds of attention."""
-    group_counts = {groups for groups, _ in chain.from_iterable(options_L)}
-    if not architecture.mixes_windows or len(group_counts) == 1:
+    # A layer without attention has no groups.
+    group_counts = {groups for groups, _ in chain.from_iterable(options_L)} - {0}
+    if not architecture.needs_equal_groups or len(group_counts) <= 1:
         return
 
     alternatives = "head or none" if architecture.dense.heads_per_group > 1 else "none"
     raise ConfigError(
         f"pruning.attention_unit: {unit} leaves layers with unequal numbers of key-value "
-        f"heads, which no engine serves beside the sliding windows that some layers of this "
-        f"{architecture.family_name} have; choose {alternatives}"
+        f"heads, which no engine serves beside the {'states' if architecture.family.mixer else 'sliding windows'} "
+        f"that some layers of this {architecture.family_name} have; choose {alternatives}"
     )
 
 
@@ -239,7 +244,7 @@ def _allowed(
     allowed = tuple(
         (groups, heads)
         for groups, heads in options
-        if _splits(groups, heads, ranks) and not (stock and architecture.hidden_size % (groups * heads))
+        if _splits(groups, heads, ranks) and not (stock and groups and architecture.hidden_size % (groups * heads))
     )
 
     # A layer may also stay as it is, so what it has must split, too.

@@ -23,11 +23,12 @@ PADDING_TARGET = 0.02
 def make_batches(decoder: Any, sequences: Sequences, batch_tokens: int) -> list[list[Sequences]]:
     """Return batches, each a list of rows, each row the sequences that stand one after another in it.
 
-    Sequences share a row only where the decoder keeps them apart, which code that is not transformers' own may not do.
+    Sequences share a row only where the decoder keeps them apart, which code that is not transformers' own may not do,
+    and mixers do not: their states run through a whole row.
     """
     lengths = [len(sequence) for sequence in sequences]
 
-    is_packable = family_of(decoder.config.model_type).supports_packing
+    is_packable = family_of(decoder.config.model_type).shares_rows
     if is_packable and type(decoder).__module__.startswith("transformers."):
         batches = pack_sequences(lengths, batch_tokens)
     else:

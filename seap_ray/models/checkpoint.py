@@ -387,9 +387,10 @@ def completed_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if model_type.removeprefix("seap_") not in FAMILIES:
         return dict(config)
 
-    # The type of the weights is looked at elsewhere.
-    known = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
-    defaults = made_config(known).to_dict()
+    # The type of the weights is looked at elsewhere. An infinity is in a form that transformers decodes in files alone,
+    # and is no size of anything.
+    skipped = {"dtype", "torch_dtype", *(key for key, value in config.items() if "__float__" in str(value))}
+    defaults = made_config({key: value for key, value in config.items() if key not in skipped}).to_dict()
     return {**defaults, **{key: value for key, value in config.items() if value is not None}}
 
 

@@ -35,9 +35,10 @@ PASSES = 3
 def is_correctable(plan: Plan, architecture: Architecture) -> bool:
     """Return whether a plan's errors can be corrected, in the weights that least squares makes anyway.
 
-    ``down_proj`` must be one for all tokens, and its output must go to the residual stream as it is.
+    ``down_proj`` must be one for all tokens, in every layer, and its output must go to the residual stream as it is.
     """
-    return "weight" in plan.compensation.replaces and not architecture.n_experts and not architecture.family.behind_mlp
+    is_other = architecture.n_experts or architecture.family.behind_mlp or architecture.family.has_single_parts
+    return "weight" in plan.compensation.replaces and not is_other
 
 
 @dataclass

@@ -139,7 +139,10 @@ class CheckpointExport:
         new: list[OutputTensor] = []
         adds_biases = self.plan.compensation.adds_biases
         for layer in range(len(self.plan.kept)):
-            modules = list(architecture.compensable_modules) if adds_biases and self.compensates(layer) else []
+            modules: list[str] = []
+            if adds_biases and self.compensates(layer):
+                own = architecture.modules(self.plan.layers[layer]).values()
+                modules = [module for module in architecture.compensable_modules if module in own]
             # A stock Llama's biases are all there or none.
             if self.stock and _has_biases(self.plan, architecture):
                 modules = [*architecture.family.cut_rows, *architecture.family.columns]
@@ -278,9 +281,10 @@ class CheckpointExport:
 
     def _dense_config(self) -> dict[str, Any]:
         """Return the base's config without the layers that go as a whole."""
+        architecture = self.base.architecture
         config = self.base.config
         layers = self.plan.layers
-        if self.plan.dropped and (missing := self._lists_by_place()):
+        if (self.plan.dropped or architecture.family.mixer) and (missing := self._lists_by_place()):
             from transformers import AutoConfig
 
             import seap_ray.models.hf  # noqa: F401  the base may be compacted itself
@@ -292,13 +296,16 @@ class CheckpointExport:
         # A list as long as the model, like Qwen2's ``layer_types``, has an entry for each layer.
         shortened: dict[str, Any] = {}
         for key, value in config.items():
-            is_by_layer = isinstance(value, list) and len(value) == self.base.architecture.n_layers
+            is_by_layer = isinstance(value, list) and len(value) == architecture.n_layers
             # A list of end tokens may happen to be as long.
             if is_by_layer and not key.endswith("_token_id"):
                 shortened[key] = [value[layer] for layer in layers]
 
-        config = {**config, **shortened, **self._layers_with_experts(), "num_hidden_layers": len(layers)}
-        return config | self._numbers_of_experts(config)
+        changed = {**config, **shortened, **self._layers_with_experts(), "num_hidden_layers": len(layers)}
+        changed |= self._numbers_of_experts(changed)
+        settled = architecture.family.settled
+        kept = {key: value for key, value in changed.items() if key not in settled}
+        return kept | {key: value for key, value in settled.items() if value is not None}
 
     def _numbers_of_experts(self, config: Mapping[str, Any]) -> dict[str, int]:
         """Return the config keys of the number of MoE experts, where some go as a whole: equally many in all layers.
@@ -364,8 +371,11 @@ class CheckpointExport:
     def _widths(self, shape: Shape, channels_key: str) -> dict[str, int]:
         """Return the family's config keys for the widths of a layer."""
         family = self.base.architecture.family
-        groups = {family.groups_key: shape.groups} if family.groups_key else {}
-        return {"num_attention_heads": shape.heads, **groups, channels_key: shape.channels}
+        # A layer without attention, or without an MLP, has no such width.
+        heads = {"num_attention_heads": shape.heads} if shape.heads else {}
+        groups = {family.groups_key: shape.groups} if shape.groups and family.groups_key else {}
+        channels = {channels_key: shape.channels} if shape.channels else {}
+        return heads | groups | channels
 
     def _layer_overrides(self, layer: int) -> dict[str, Any]:
         """Return the config keys in which a layer of the checkpoint differs from the top level."""
@@ -428,16 +438,19 @@ def check_stock(plan: Plan, architecture: Architecture) -> None:
         ConfigError: Widths differ between layers (the message names the first), heads or the hidden size do not suit
             the family, or it has no biases to compensate with.
     """
-    first = plan.shapes[0]
-    # The first layer with MoE experts, and the first without, by the config key of their widths.
-    first_of_kind: dict[str, tuple[int, Shape]] = {}
+    first = next(shape for shape in plan.shapes if shape.heads)
+    # The first layer with attention, with MoE experts, and with an MLP of its own, by the config key of the widths.
+    first_with: dict[str, tuple[int, tuple[int, ...]]] = {}
     for number, (_, layer) in enumerate(plan.layers_after(architecture)):
-        other, expected = first_of_kind.setdefault(architecture.channels_key(layer), (number, layer.shape))
-        if layer.shape != expected or layer.shape.heads != first.heads:
-            raise ConfigError(
-                f"export.format: stock needs equal widths, but layer {number} of {plan.name} has {layer.shape} and "
-                f"layer {other} {expected}; use pruning.allocation.kind=uniform, or export.format=seap"
-            )
+        shape = layer.shape
+        parts = {"heads": (shape.groups, shape.heads_per_group), architecture.channels_key(layer): (shape.channels,)}
+        for part, width in parts.items():
+            other, expected = first_with.setdefault(part, (number, width)) if any(width) else (number, width)
+            if width != expected:
+                raise ConfigError(
+                    f"export.format: stock needs equal widths, but layer {number} of {plan.name} has {shape} and "
+                    f"layer {other} {plan.shapes[other]}; use pruning.allocation.kind=uniform, or export.format=seap"
+                )
         is_cut = layer.shape.channels != architecture.whole_channels(layer)
         if layer.n_experts and is_cut and architecture.is_shared_width_bound:
             raise ConfigError(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seap_ray.core.families import family_of
 from seap_ray.models.batching import Batch
 from seap_ray.models.sequences import Sequences
 
@@ -57,29 +58,43 @@ def _move(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
     return value
 
 
-class _Catcher(nn.Module):
+class Placeholder(nn.Module):
+    """Stands for a decoder layer, of which it has what the decoder of some hybrids reads to choose a mask."""
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        if hasattr(layer, "block_type"):
+            self.block_type = layer.block_type
+
+
+class _Catcher(Placeholder):
     """Stands for a decoder layer: keeps what it is given, and hands it on."""
 
     hidden_BTD: Tensor
     arguments: dict[str, Any]
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+    def __init__(self, layer: Any, returns_tuples: bool):
+        super().__init__(layer)
+        self.returns_tuples = returns_tuples
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Any:
         """Keep the input and the arguments; return the input, which the next catcher is given."""
         self.hidden_BTD = hidden_states
         self.arguments = arguments
-        return hidden_states
+        return (hidden_states,) if self.returns_tuples else hidden_states
 
 
-class _Replay(nn.Module):
+class _Replay(Placeholder):
     """Stands for all decoder layers: returns hidden states that were computed before."""
 
-    def __init__(self, hidden_BTD: Tensor):
-        super().__init__()
+    def __init__(self, layer: Any, hidden_BTD: Tensor, returns_tuples: bool):
+        super().__init__(layer)
         self.hidden_BTD = hidden_BTD
+        self.returns_tuples = returns_tuples
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Any:
         """Return the hidden states, whatever comes in."""
-        return self.hidden_BTD
+        return (self.hidden_BTD,) if self.returns_tuples else self.hidden_BTD
 
 
 @contextmanager
@@ -107,7 +122,8 @@ def embed(decoder: Any, rows: Sequence[Sequences], skip_first: bool, device: tor
         Hidden states (B, T, D) in the decoder's dtype, with the arguments of every layer; a graph may begin with them.
     """
     batch = Batch.of(rows, skip_first, device)
-    catchers = [_Catcher() for _ in decoder.layers]
+    returns_tuples = family_of(decoder.config.model_type).returns_tuples
+    catchers = [_Catcher(layer, returns_tuples) for layer in decoder.layers]
     with _layers_replaced(decoder, catchers):
         decoder(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False)
     return HiddenBatch(batch, rows, catchers[0].hidden_BTD, [catcher.arguments for catcher in catchers])
@@ -128,7 +144,9 @@ def head_logits(model: Any, batch: Batch, hidden_BTD: Tensor, positions_P: Tenso
         Logits, (B, P, V), float32.
     """
     decoder = model.get_decoder()
-    with _layers_replaced(decoder, [_Replay(hidden_BTD.to(batch.ids_BT.device))]):
+    returns_tuples = family_of(decoder.config.model_type).returns_tuples
+    replay = _Replay(decoder.layers[0], hidden_BTD.to(batch.ids_BT.device), returns_tuples)
+    with _layers_replaced(decoder, [replay]):
         output = model(
             input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False, logits_to_keep=positions_P
         )

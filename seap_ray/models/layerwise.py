@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from seap_ray.errors import ConfigError
 from seap_ray.models.batching import make_batches
 from seap_ray.models.checkpoint import Checkpoint
-from seap_ray.models.hidden_states import HiddenBatch, embed
+from seap_ray.models.hidden_states import HiddenBatch, Placeholder, embed
 from seap_ray.models.loading import attention_of
 from seap_ray.models.recorder import SiteMoments, added, error_context, on_cpu, recording_layer
 from seap_ray.models.sequences import Sequences
@@ -106,6 +106,9 @@ class LayerwiseModel:
         for module in model.modules():
             for name in module._non_persistent_buffers_set:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        # A Falcon-H1's decoder fills the buffers of its layers.
+        for module in model.modules():
+            if module is model.get_decoder() or module._non_persistent_buffers_set:
                 model._init_weights(module)
         return model
 
@@ -113,7 +116,7 @@ class LayerwiseModel:
         """Return the model with all its weights but those of the decoder layers, which cannot be run."""
         model = self._skeleton_model()
         decoder = model.get_decoder()
-        decoder.layers = nn.ModuleList(nn.Identity() for _ in decoder.layers)
+        decoder.layers = nn.ModuleList(map(Placeholder, decoder.layers))
         family = self.checkpoint.architecture.family
         self._load_weights(decoder, family.layers.removesuffix(LAYERS_PREFIX))
 
@@ -144,7 +147,7 @@ class LayerwiseModel:
         waiting_device = self._waiting_device(batches_by_shard)
 
         # What is left of the decoder, embeddings and masks, runs as in the whole model.
-        decoder.layers = nn.ModuleList(nn.Identity() for _ in skeleton.layers)
+        decoder.layers = nn.ModuleList(map(Placeholder, skeleton.layers))
         # The last norm comes after all layers; nothing reads what it gives.
         decoder.norm = nn.Identity()
         self._load_weights(decoder, self.checkpoint.architecture.family.layers.removesuffix(LAYERS_PREFIX))

@@ -67,8 +67,11 @@ def recording_layer(
             "attn": family.o_proj,
             "mlp": dense_mlp.down_proj if dense_mlp else family.down_proj,
         }
+        # Layers of hybrids have some of these modules, and others others.
+        present = dict(block.named_modules())
+        modules = {site: module for site, module in modules.items() if module in present}
         if family.is_moe and hasattr(block.mlp, "experts"):
-            del modules["mlp"]  # each expert is a site of its own
+            modules.pop("mlp", None)  # each expert is a site of its own
             experts_hook = _experts_hook(recorded, layer, rows_N, statistic)
             hooks.callback(block.get_submodule("mlp.experts").register_forward_pre_hook(experts_hook).remove)
 

@@ -216,7 +216,8 @@ MERGED_MEMORY_FACTOR = 3
 def covariance_widths(architecture: Architecture, layer: int) -> list[int]:
     """Return the columns of every site of a layer, those of each MoE expert included."""
     shape = architecture.layers[layer].shape
-    return [shape.heads * architecture.head_dim] + [shape.channels] * len(architecture.sites(layer, "mlp"))
+    attention = [shape.heads * architecture.head_dim] * len(architecture.sites(layer, "attn"))
+    return attention + [shape.channels] * len(architecture.sites(layer, "mlp"))
 
 
 def covariance_bytes(architecture: Architecture) -> int:
@@ -338,7 +339,7 @@ class PooledCovariance:
         parts: list[Statistics] = []
         for source in self.sources:
             with open_tensors(source) as file:
-                parts.append({each: read_moments(file, each) for each in (key, (layer, "attn"))})
+                parts.append({each: read_moments(file, each) for each in (key, (layer, "block"))})
         shares = stream_shares(parts, self.weights, key)
         # A stream without a token there has nothing to add.
         counting = [(source, share) for source, share in zip(self.sources, shares, strict=True) if share]

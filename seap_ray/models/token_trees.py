@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seap_ray.core.families import family_of
 from seap_ray.models.batching import group_by_length, pack_by_cost
 
 MASKED_ATTENTION = ("sdpa", "eager")
@@ -134,8 +135,8 @@ def make_tree_batches(decoder: Any, sequences: Sequence[list[int]], batch_tokens
     """Yield batches in which every sequence that is not empty is once.
 
     Sequences share a tree, and trees a row, only where the decoder takes the masks that keep them apart. Code that is
-    not transformers' own may not do so, and other attention implementations have no such masks: there each sequence has
-    a row of its own.
+    not transformers' own may not do so, other attention implementations have no such masks, and mixers with a state
+    read none: there each sequence has a row of its own.
 
     Args:
         decoder: A model's decoder.
@@ -143,7 +144,9 @@ def make_tree_batches(decoder: Any, sequences: Sequence[list[int]], batch_tokens
         batch_tokens: Tokens in a batch, padding included.
     """
     is_own_code = type(decoder).__module__.startswith("transformers.")
-    takes_masks = is_own_code and decoder.config._attn_implementation in MASKED_ATTENTION
+    # No mask keeps branches apart in the state of a mixer.
+    has_states = family_of(decoder.config.model_type).mixer is not None
+    takes_masks = is_own_code and not has_states and decoder.config._attn_implementation in MASKED_ATTENTION
 
     for part in _parts(decoder.config, sequences):
         make_batches = _packed if takes_masks else _one_a_row

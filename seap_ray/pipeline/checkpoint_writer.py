@@ -447,7 +447,7 @@ def _n_elements(tensors: Iterable[OutputTensor]) -> int:
 def kv_bytes(shapes: Sequence[Shape], base: Checkpoint) -> int:
     """Return the bytes of key-value cache per token, in the checkpoint's dtype."""
     architecture = base.architecture
-    name = architecture.tensor(0, architecture.family.o_proj)
+    name = architecture.first_output
     itemsize = OutputTensor(name, base.tensors[name].dtype, ()).n_bytes
 
     # Keys and values.

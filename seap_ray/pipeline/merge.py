@@ -181,7 +181,7 @@ def _check_counts(merged: SiteMoments, architecture: Architecture, n_tokens: int
     for layer in range(architecture.n_layers):
         for site in architecture.recorded:
             experts = architecture.sites(layer, site)
-            # Layers of a mixture that have no MoE experts have no site of their routing.
+            # Not every layer has every site.
             if not experts:
                 continue
             count = sum(merged[layer, expert].count for expert in experts)

@@ -322,6 +322,8 @@ class Planner:
         """Return random scores of a site's columns, the same for every task."""
         experts = self.checkpoint.architecture.sites(layer, site)
         scores = [random_score(self.norms[layer, s].l1_D.numel(), seed, layer=layer, site=s) for s in experts]
+        if not scores:
+            return torch.zeros(0, dtype=torch.float64)
         return scores[0] if len(scores) == 1 else torch.stack(scores)
 
     def _score(self, score: ColumnScore, moments: Statistics, layer: int, site: Site) -> torch.Tensor:
@@ -407,7 +409,8 @@ def _score_layer(
     Where whole groups go, a group is a block, and its score is spread evenly over its heads.
     """
     architecture = checkpoint.architecture
-    n_heads = 1 if attention_unit == "head" else architecture.layers[layer].shape.heads_per_group
+    # A layer without attention has no head.
+    n_heads = 1 if attention_unit == "head" else max(architecture.layers[layer].shape.heads_per_group, 1)
 
     block_U = _score_site(checkpoint, streams, score, (layer, "attn"), block=n_heads * architecture.head_dim)
     channel_C = _score_site(checkpoint, streams, score, (layer, "mlp"), block=1)
@@ -420,7 +423,10 @@ def _score_site(
     """Return scores of a site's blocks of columns (U,), summed over the streams by their weights."""
     layer, site = key
     architecture = checkpoint.architecture
-    weight_OD = checkpoint.read(architecture.tensor(layer, architecture.modules(layer)[site]))
+    modules = architecture.modules(layer)
+    if site not in modules:
+        return torch.zeros(0, dtype=torch.float64)
+    weight_OD = checkpoint.read(architecture.tensor(layer, modules[site]))
 
     # One stream is read after another, as each is a matrix of D x D.
     scores = [score(stream[key], weight_OD, block=block, ridge=stream.ridge_of(key)) for stream in streams]

@@ -159,6 +159,8 @@ def _check_correction(config: Config, architecture: Architecture) -> None:
     reason = ""
     if architecture.n_experts:
         reason = "a mixture of experts, whose down_proj differs from token to token"
+    elif architecture.family.has_single_parts:
+        reason = f"a {architecture.family_name} model, in which not every layer has a down_proj"
     elif architecture.family.behind_mlp:
         reason = f"a {architecture.family_name} model, which has {architecture.family.behind_mlp} behind down_proj"
     for spec in assumed_specs(config):
@@ -360,7 +362,7 @@ def family_findings(config: Config) -> list[Finding]:
     architecture = Architecture.of(language_config(content))
     if architecture.why_whole_attention:
         attention = f"attention stays whole, since {architecture.why_whole_attention}"
-    elif architecture.mixes_windows:
+    elif architecture.needs_equal_groups:
         attention = "query heads, equally many of each key-value head"
     else:
         attention = "query heads and key-value heads"

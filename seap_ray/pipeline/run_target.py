@@ -36,7 +36,7 @@ def stored_sizes(checkpoint: Checkpoint) -> StoredSizes:
     """Return what the weights of a checkpoint take in its files."""
     architecture = checkpoint.architecture
     # Weights that a cut removes are of one type; norms and the like may be of another.
-    dtype = checkpoint.tensors[architecture.tensor(0, architecture.family.o_proj)].dtype
+    dtype = checkpoint.tensors[architecture.first_output].dtype
     return StoredSizes(checkpoint.parameters, checkpoint.n_bytes, DTYPES[dtype].itemsize)
 
 

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,8 +64,9 @@ def cut(base: Checkpoint, seed: int, compensation: str = "mean") -> CheckpointEx
         whole = layer.shape
         # transformers writes an MoE expert of one channel without that dimension.
         fewest = 2 if layer.n_experts else 1
-        shape = replace(whole, channels=max(rng.randint(1, max(whole.channels - 1, 1)), fewest))
-        if not architecture.why_whole_attention:
+        channels = max(rng.randint(1, max(whole.channels - 1, 1)), fewest)
+        shape = replace(whole, channels=channels if layer.has_mlp else 0)
+        if layer.has_attention and not architecture.why_whole_attention:
             shape = replace(
                 shape,
                 groups=rng.randint(1, max(whole.groups - 1, 1)),
@@ -73,6 +75,12 @@ def cut(base: Checkpoint, seed: int, compensation: str = "mean") -> CheckpointEx
         kept.append(random_kept(whole, whole if number == 1 else shape, rng, layer.n_experts))
     plan = Plan("expert", 0.5, COMPENSATIONS[compensation], tuple(kept), {})
     return CheckpointExport(base, plan, random_statistics(architecture, seed))
+
+
+def attention_in(layer: Any) -> Any:
+    """Return the attention of a decoder layer; None where it has none."""
+    attention = getattr(layer, "self_attn", None) or getattr(layer, "mixer", None)
+    return attention if hasattr(attention, "q_proj") or hasattr(attention, "kv_a_proj_with_mqa") else None
 
 
 def sizes_of(folder: Path, prefix: str) -> list[int]:
@@ -94,11 +102,14 @@ def test_the_architecture_is_what_transformers_builds(name):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     layers = model.get_decoder().layers
-    bare = {key: value for key, value in config.to_dict().items() if key not in ("layer_types", "tie_word_embeddings")}
+    left_out = ["tie_word_embeddings"]
+    # A Granite hybrid is nothing without the list.
+    left_out += ["layer_types"] if name != "granitemoehybrid" else []
+    bare = {key: value for key, value in config.to_dict().items() if key not in left_out}
     for content in (config.to_dict(), bare):
         architecture = Architecture.of(content)
         assert architecture.n_layers == len(layers)
-        attention = layers[0].self_attn
+        attention = next(attention for layer in layers if (attention := attention_in(layer)) is not None)
         assert architecture.head_dim == (attention.v_head_dim if architecture.latent_cache else attention.head_dim)
         sizes = [sum(tensor.numel() for tensor in layer.state_dict().values()) for layer in layers]
         assert [architecture.layer_parameters(layer) for layer in architecture.layers] == sizes
@@ -106,8 +117,12 @@ def test_the_architecture_is_what_transformers_builds(name):
 
     stored = revert_weight_conversion(model, model.state_dict()).keys()
     # The last layer of a mixture has experts, of which each has modules of its own.
-    named = [*architecture.modules(3).values(), *(module.format(e=3) for module in architecture.family.rows)]
-    assert {architecture.tensor(3, module) for module in named} <= stored
+    named = [(3, module) for module in architecture.modules(3).values()]
+    for module, rows in architecture.family.rows.items():
+        # The last layer with that part: Nemotron-H's have one each.
+        site = "mlp" if "channels" in rows.units else "attn"
+        named.append((max(i for i in range(4) if architecture.sites(i, site)), module.format(e=3)))
+    assert {architecture.tensor(layer, module) for layer, module in named} <= stored
     for layer in range(4):
         outputs = [module for module in architecture.modules(layer).values() if ".experts." not in module]
         assert outputs == [*output_modules(model, layer).values()]
@@ -172,7 +187,7 @@ def test_windows_are_those_that_transformers_lists(name):
     listed = tuple(16 if kind == "sliding_attention" else None for kind in content["layer_types"])
     assert Architecture.of(content).windows == listed
     # The own configs of these list them always.
-    if name not in ("ministral", "cwm", "mellum"):
+    if name not in ("ministral", "cwm", "mellum", "granitemoehybrid"):
         assert Architecture.of({**content, "layer_types": None}).windows == listed
 
 

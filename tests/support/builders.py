@@ -23,6 +23,7 @@ from transformers import (
     Ernie4_5Config,
     Exaone4Config,
     ExaoneMoeConfig,
+    FalconH1Config,
     FlexOlmoConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -33,10 +34,12 @@ from transformers import (
     GlmConfig,
     GPTNeoXConfig,
     GraniteConfig,
+    GraniteMoeHybridConfig,
     HeliumConfig,
     HunYuanDenseV1Config,
     HyperCLOVAXConfig,
     Jais2Config,
+    Lfm2Config,
     LlamaConfig,
     MellumConfig,
     MiniMaxM2Config,
@@ -45,6 +48,7 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     NemotronConfig,
+    NemotronHConfig,
     Olmo2Config,
     Olmo3Config,
     OlmoConfig,
@@ -58,8 +62,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SeedOssConfig,
     SmolLM3Config,
     SolarOpenConfig,
@@ -186,6 +192,14 @@ LATENT: dict[str, Any] = {
     "qk_nope_head_dim": 6,
     "v_head_dim": 10,
 }
+GATED_DELTA: dict[str, Any] = {
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 8,
+}
+MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_state": 6, "mamba_n_groups": 2, "mamba_chunk_size": 8}
 MORE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma": lambda: GemmaConfig(**GROUPED, head_dim=8),
     "smollm3": lambda: SmolLM3Config(**GROUPED, head_dim=6),
@@ -276,6 +290,47 @@ MORE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         **GROUPED, num_local_experts=4, num_experts_per_tok=2, attention_bias=True, lm_head_bias=True
     ),
     "ministral3": lambda: Ministral3Config(**GROUPED, head_dim=8, rope_parameters=dict(MINISTRAL_3_ROPE)),
+    "qwen3_5_text": lambda: Qwen3_5TextConfig(**GROUPED, **GATED_DELTA),
+    "qwen3_next": lambda: Qwen3NextConfig(
+        **GROUPED,
+        **GATED_DELTA,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=[1],
+    ),
+    "lfm2": lambda: Lfm2Config(**GROUPED | {"intermediate_size": 110}, block_multiple_of=8, full_attn_idxs=[1, 3]),
+    "granitemoehybrid": lambda: GraniteMoeHybridConfig(
+        **GROUPED,
+        **MAMBA,
+        **MULTIPLIERS,
+        shared_intermediate_size=80,
+        num_local_experts=0,
+        layer_types=["mamba", "attention"] * 2,
+        attention_bias=True,
+    ),
+    "falcon_h1": lambda: FalconH1Config(
+        **GROUPED,
+        **MAMBA,
+        mamba_d_ssm=40,
+        mamba_rms_norm=True,
+        mlp_multipliers=[0.7, 0.4],
+        ssm_multipliers=[0.4, 0.5, 0.6, 0.7, 0.8],
+        key_multiplier=0.8,
+        attention_out_multiplier=0.6,
+        lm_head_multiplier=0.5,
+        embedding_multiplier=2.0,
+    ),
+    "nemotron_h": lambda: NemotronHConfig(
+        **{**GROUPED, "layers_block_type": ["mlp", "linear_attention", "mlp", "full_attention"]},
+        head_dim=8,
+        mamba_num_heads=6,
+        mamba_head_dim=8,
+        ssm_state_size=6,
+        n_groups=2,
+        chunk_size=8,
+    ),
 }
 """Families that go through ``tests/models/test_families.py`` alone: what they are made of is that of some above."""
 
@@ -364,22 +419,30 @@ MIXTURES = (
     "flex_olmo",
     "minimax_m2",
     "phimoe",
+    "qwen3_next",
 )
 OUTPUTS = {
     "opt": ("self_attn.out_proj", "fc2"),
     "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
     "starcoder2": ("self_attn.o_proj", "mlp.c_proj"),
     "phi": ("self_attn.dense", "mlp.fc2"),
+    "lfm2": ("self_attn.out_proj", "feed_forward.w2"),
+    "granitemoehybrid": ("self_attn.o_proj", "shared_mlp.output_linear"),
+    "falcon_h1": ("self_attn.o_proj", "feed_forward.down_proj"),
+    "nemotron_h": ("mixer.o_proj", "mixer.down_proj"),
 }
 
 
 def output_modules(model: Any, layer: int = 0) -> dict[str, str]:
     """Return the modules whose inputs are a layer's sites, written out family by family; with experts attention's."""
     family = model.config.model_type.removeprefix("seap_")
-    if family in MIXTURES and hasattr(model.get_decoder().layers[layer].mlp, "experts"):
-        return {"attn": "self_attn.o_proj"}
-    named = OUTPUTS.get(family, ("self_attn.o_proj", "mlp.down_proj"))
-    return dict(zip(("attn", "mlp"), named, strict=True))
+    block = model.get_decoder().layers[layer]
+    named = dict(zip(("attn", "mlp"), OUTPUTS.get(family, ("self_attn.o_proj", "mlp.down_proj")), strict=True))
+    if family in MIXTURES and hasattr(block.mlp, "experts"):
+        del named["mlp"]
+    # Layers of hybrids lack some.
+    present = dict(block.named_modules())
+    return {site: module for site, module in named.items() if module in present}
 
 
 def random_ids(n: int = 3, length: int = 17, seed: int = 0) -> torch.Tensor:
@@ -485,7 +548,8 @@ def uniform_plan(architecture: Architecture, shape: Shape, compensation: str = "
     kept: list[Kept] = []
     for layer in architecture.layers:
         channels = shape.channels * layer.shape.channels // architecture.dense.channels
-        kept.append(random_kept(layer.shape, replace(shape, channels=channels), rng, layer.n_experts))
+        groups, heads = (shape.groups, shape.heads_per_group) if layer.has_attention else (0, 0)
+        kept.append(random_kept(layer.shape, Shape(groups, heads, channels), rng, layer.n_experts))
     return Plan("expert", 0.5, COMPENSATIONS[compensation], tuple(kept), {})
 
 

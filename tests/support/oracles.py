@@ -21,7 +21,7 @@ from tests.support.builders import MIXTURES, output_modules
 # --- moments ---------------------------------------------------------------------------------------------------------
 
 
-FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm")
+FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "embedding_norm", "norm_f")
 """Names of the norm behind the last layer."""
 
 

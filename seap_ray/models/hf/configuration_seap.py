@@ -22,6 +22,9 @@ TRANSFORMERS_NAMES = {
     "SeapGemma3Config": "Gemma3TextConfig",
     "SeapGemma3Model": "Gemma3TextModel",
     "SeapGemma3ForSequenceClassification": "Gemma3TextForSequenceClassification",
+    "SeapQwen3_5Config": "Qwen3_5TextConfig",
+    "SeapQwen3_5Model": "Qwen3_5TextModel",
+    "SeapQwen3_5ForSequenceClassification": "Qwen3_5TextForSequenceClassification",
 }
 """Classes of transformers by the names of ours, where these are not the same with ``Seap`` before them."""
 ATTRIBUTES: dict[str, dict[str, Any]] = {
@@ -38,6 +41,8 @@ TEXT_CONFIGS = {
 """Classes of the language models of multimodal checkpoints, by their ``model_type``."""
 EXPERT_COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 """Fields of which a mixture of experts has one."""
+DENSE = ("SeapGraniteMoeHybridConfig", "SeapNemotronHConfig")
+"""Configurations that have such a field, and are supported without experts alone."""
 
 
 class SeapConfiguration:
@@ -119,7 +124,7 @@ def config_class_named(name: str) -> type[PreTrainedConfig]:
     defaults: dict[str, Any] = {"o_proj_bias": False}
 
     # Compensation gives MoE experts no biases.
-    if not EXPERT_COUNTS & fields.keys():
+    if name in DENSE or not EXPERT_COUNTS & fields.keys():
         annotations["down_proj_bias"] = bool
         defaults["down_proj_bias"] = False
     # Some families divide the hidden size by the number of heads, which layers do not share.

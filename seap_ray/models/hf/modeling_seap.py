@@ -84,8 +84,9 @@ def resize_layers(
         for path in whole:
             if path in dense_modules:
                 layer.set_submodule(path, dense_modules[path])
-        # set_attn_implementation works on the whole model's config.
-        layer.get_submodule(attention).config = config
+        # set_attn_implementation works on the whole model's config. Layers of hybrids may have no attention.
+        if attention in dense_modules:
+            layer.get_submodule(attention).config = config
 
         biases = {o_proj: layer_config.o_proj_bias, down_proj: getattr(layer_config, "down_proj_bias", False)}
         for name, has_bias in biases.items():
@@ -261,6 +262,40 @@ class CompactedHidden(Compacted):
     resizing = {"heads_of_hidden_size": True}
 
 
+class CompactedLfm2(Compacted):
+    """Mixed into an LFM2's model."""
+
+    resizing = {"o_proj": "self_attn.out_proj", "down_proj": "feed_forward.w2"}
+
+
+class CompactedGraniteMoeHybrid(Compacted):
+    """Mixed into the model of a Granite hybrid without MoE experts."""
+
+    resizing = {"down_proj": "shared_mlp.output_linear"}
+
+
+class CompactedFalconH1(Compacted):
+    """Mixed into a Falcon-H1's model, which gives its mixers a buffer when they are built."""
+
+    resizing = {"down_proj": "feed_forward.down_proj", "whole": ("mamba",)}
+
+    def initialize_weights(self):
+        """Fill what no checkpoint holds, as transformers does, and the mixers' buffers.
+
+        The family's decoder fills these, and transformers passes it over in a class that is not its own, since it has
+        no tensor itself.
+        """
+        super().initialize_weights()  # type: ignore[misc]  # the family's
+        decoder = self.get_decoder()  # type: ignore[attr-defined]  # the family's
+        decoder._init_weights(decoder)
+
+
+class CompactedNemotronH(Compacted):
+    """Mixed into a Nemotron-H's model, whose layers are attention, a mixer or an MLP alone."""
+
+    resizing = {"attention": "mixer", "o_proj": "mixer.o_proj", "down_proj": "mixer.down_proj"}
+
+
 MIXINS: dict[str, type] = {
     "SeapPhi3": CompactedPhi3,
     "SeapMixtral": CompactedMixtral,
@@ -272,6 +307,10 @@ MIXINS: dict[str, type] = {
     "SeapFlexOlmo": CompactedMixtral,
     "SeapMiniMaxM2": CompactedMixtral,
     "SeapPhimoe": CompactedMixtral,
+    "SeapLfm2": CompactedLfm2,
+    "SeapGraniteMoeHybrid": CompactedGraniteMoeHybrid,
+    "SeapFalconH1": CompactedFalconH1,
+    "SeapNemotronH": CompactedNemotronH,
     "SeapOPT": CompactedOPT,
     "SeapGPTNeoX": CompactedGPTNeoX,
 }
