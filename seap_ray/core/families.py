@@ -179,6 +179,10 @@ class Family:
     """Whether models lose most of their quality where a text has no beginning token: True for Gemma."""
     ties_embeddings: bool = False
     """Whether the head is the input embedding, where the config does not say it: True for Gemma."""
+    logits_times: str | None = None
+    """Config key of a number that logits are multiplied by: ``logit_scale`` in Command R."""
+    logits_over: str | None = None
+    """Config key of a number that logits are divided by: ``logits_scaling`` in Granite."""
     listed_by_layer: str | None = None
     """Config key of a list with an entry for each layer, which transformers makes by the layers' numbers where it is
     missing: ``no_rope_layers`` in SmolLM3. Beside it ``layer_types`` is one in every family."""
@@ -306,6 +310,7 @@ FAMILIES: dict[str, Family] = {
         o_bias=("attention_bias", False),
         mlp_bias=("mlp_bias", False),
         behind_mlp="a multiplier",
+        logits_over="logits_scaling",
     ),
     "olmo": Family(
         classes="SeapOlmo",
@@ -425,6 +430,7 @@ FAMILIES: dict[str, Family] = {
         norms=(1, 0),
         ties_embeddings=True,
         refused={"use_qk_norm": True},
+        logits_times="logit_scale",
     ),
     "cohere2": Family(
         classes="SeapCohere2",
@@ -436,6 +442,7 @@ FAMILIES: dict[str, Family] = {
         window_period=4,
         has_head_dim=False,
         ties_embeddings=True,
+        logits_times="logit_scale",
     ),
     "ernie4_5": Family(
         classes="SeapErnie4_5",
@@ -502,6 +509,7 @@ FAMILIES: dict[str, Family] = {
         norms=(4, 0),
         behind_mlp="a norm",
         refused={"use_post_norm": False},
+        logits_times="logits_scaling",
     ),
     "mixtral": Family(
         classes="SeapMixtral",
@@ -715,7 +723,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_5_text": Family(
         classes="SeapQwen3_5",
-        vllm_class="SeapQwen3_5ForCausalLM",
+        vllm_class=TRANSFORMERS_BACKEND,
         rows=GATED_ATTENTION | GATED_MLP,
         qkv_bias=("attention_bias", False),
         o_bias=("attention_bias", False),
@@ -726,7 +734,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_next": Family(
         classes="SeapQwen3Next",
-        vllm_class="SeapQwen3NextForCausalLM",
+        vllm_class=TRANSFORMERS_BACKEND,
         rows=GATED_ATTENTION | MOE_EXPERTS,
         down_proj="mlp.experts.{e}.down_proj",
         qkv_bias=("attention_bias", False),
@@ -743,7 +751,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "lfm2": Family(
         classes="SeapLfm2",
-        vllm_class="SeapLfm2ForCausalLM",
+        vllm_class=TRANSFORMERS_BACKEND,
         rows=SPLIT_ATTENTION | {"feed_forward.w1": Rows(("channels",)), "feed_forward.w3": Rows(("channels",))},
         o_proj="self_attn.out_proj",
         down_proj="feed_forward.w2",
@@ -755,7 +763,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "granitemoehybrid": Family(
         classes="SeapGraniteMoeHybrid",
-        vllm_class="SeapGraniteMoeHybridForCausalLM",
+        vllm_class=TRANSFORMERS_BACKEND,
         rows=SPLIT_ATTENTION | {"shared_mlp.input_linear": Rows(("channels", "channels"))},
         down_proj="shared_mlp.output_linear",
         qkv_bias=("attention_bias", False),
@@ -765,10 +773,11 @@ FAMILIES: dict[str, Family] = {
         mixer="mamba 2 of granite",
         listed_by_layer="layer_types",
         refused={"num_local_experts": True},
+        logits_over="logits_scaling",
     ),
     "falcon_h1": Family(
         classes="SeapFalconH1",
-        vllm_class="SeapFalconH1ForCausalLM",
+        vllm_class=TRANSFORMERS_BACKEND,
         rows=SPLIT_ATTENTION
         | {"feed_forward.gate_proj": Rows(("channels",)), "feed_forward.up_proj": Rows(("channels",))},
         down_proj="feed_forward.down_proj",
@@ -779,10 +788,11 @@ FAMILIES: dict[str, Family] = {
         mixer="mamba 2 of falcon",
         has_both=True,
         returns_tuples=True,
+        logits_times="lm_head_multiplier",
     ),
     "nemotron_h": Family(
         classes="SeapNemotronH",
-        vllm_class="SeapNemotronHForCausalLM",
+        vllm_class=TRANSFORMERS_BACKEND,
         layers="backbone.layers.",
         embedding="backbone.embeddings.weight",
         rows={

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from seap_ray.core.families import family_of
 from seap_ray.models.token_trees import TreeBatch, make_tree_batches
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def _score_predictions(
 ) -> tuple[list[float], list[bool]]:
     """Return the log-probability of each predicted token, and whether it is the likeliest at its place."""
     head: Any = model.get_output_embeddings()
-    # Gemma 2 caps its logits in its own forward, which is not run here.
+    # Some families scale logits in their own forward, which is not run here, and Gemma 2 caps them.
+    scale = _logit_scale(model.config)
     cap = getattr(model.config, "final_logit_softcapping", None)
 
     places, targets, _ = zip(*predictions, strict=True)
@@ -99,12 +101,12 @@ def _score_predictions(
         first = int(chunk_P[0])
         chosen_N = unique_N[first : int(chunk_P[-1]) + 1].to(hidden_ND.device)
         logits_NV = head(hidden_ND[chosen_N])
-        log_total_N, likeliest_N = _totals(logits_NV, cap)
+        log_total_N, likeliest_N = _totals(logits_NV, scale, cap)
 
         # With a device map the head may be on another GPU than the decoder's output.
         row_P = (chunk_P - first).to(logits_NV.device)
         chunk_target_P = target_P[chunk].to(logits_NV.device)
-        chosen_P = _capped(logits_NV[row_P, chunk_target_P].float(), cap)
+        chosen_P = _finished(logits_NV[row_P, chunk_target_P], scale, cap)
         log_probabilities += (chosen_P - log_total_N[row_P]).tolist()
         is_first += (likeliest_N[row_P] == chunk_target_P).tolist()
 
@@ -120,16 +122,25 @@ def _chunks(place_P: Tensor, size: int) -> Iterator[slice]:
             yield slice(first, behind)
 
 
-def _totals(logits_NV: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+def _totals(logits_NV: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor]:
     """Return the logarithm of the sum over each place's exponentials, and its likeliest token, the first of equals."""
     log_totals: list[Tensor] = []
     likeliest: list[Tensor] = []
     for block_NV in logits_NV.split(max(1, BLOCK_LOGITS // logits_NV.shape[1])):
-        block_NV = _capped(block_NV.float(), cap)
+        block_NV = _finished(block_NV, scale, cap)
         log_totals.append(block_NV.logsumexp(-1))
         likeliest.append(block_NV.argmax(-1))
     return torch.cat(log_totals), torch.cat(likeliest)
 
 
-def _capped(logits: Tensor, cap: float | None) -> Tensor:
-    return cap * (logits / cap).tanh() if cap else logits
+def _logit_scale(config: Any) -> float:
+    """Return what a family's forward multiplies logits by, 1 where it leaves them as the head makes them."""
+    family = family_of(config.model_type)
+    times = getattr(config, family.logits_times) if family.logits_times else 1.0
+    return times / getattr(config, family.logits_over) if family.logits_over else times
+
+
+def _finished(logits: Tensor, scale: float, cap: float | None) -> Tensor:
+    """Return logits as the family's forward gives them, float32."""
+    scaled = logits.float() if scale == 1 else logits.float() * scale
+    return cap * (scaled / cap).tanh() if cap else scaled

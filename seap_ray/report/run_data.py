@@ -82,10 +82,11 @@ class StoredPlan:
         return self.kept[f"layers.{layer}.{unit}"]
 
     def removed_shares(self, unit: str, architecture: Architecture) -> list[float]:
-        """Return the share of the units that goes from every layer; channels go with their MoE experts."""
+        """Return the share of the units that goes from every layer, 0 of one without; channels go with MoE experts."""
         shares: list[float] = []
         for kept, original in zip(self.metadata["layers"], architecture.layers, strict=True):
-            kept_share = kept[unit] / getattr(original.shape, unit)
+            n_units = getattr(original.shape, unit)
+            kept_share = kept[unit] / n_units if n_units else 1.0
             if unit == "channels" and "experts" in kept:
                 kept_share *= kept["experts"] / original.n_experts
             shares.append(1 - kept_share)

@@ -295,9 +295,11 @@ class SeapTransformersForCausalLM(_CheckedModel, TransformersForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         config = vllm_config.model_config.hf_config
-        if family_of(config.model_type).is_moe:
+        family = family_of(config.model_type)
+        if family.is_moe or family.mixer:
+            what = "layers with states" if family.mixer else "MoE experts"
             raise ValueError(
-                f"{config.model_type}: vLLM does not serve MoE experts of this family here; load the checkpoint with "
+                f"{config.model_type}: vLLM does not serve {what} of this family here; load the checkpoint with "
                 "transformers, or where a stock one holds the cut, write it with export.format=stock"
             )
         # Each is checked for the ranks; vLLM's own words would name no layer.

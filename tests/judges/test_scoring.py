@@ -10,7 +10,7 @@ from seap_ray.judges import scoring
 from seap_ray.judges.scoring import Continuation, score
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport
-from tests.support.builders import CONFIGS, PHI_3_ROPE, SIZES, load, random_plan, write_compacted
+from tests.support.builders import CONFIGS, HYBRIDS, PHI_3_ROPE, SIZES, load, random_plan, write_compacted
 
 LONGEST = 48
 """Tokens of the longest sequences: longer than the sliding windows of ``CONFIGS``, which are 16."""
@@ -66,6 +66,11 @@ def test_scores_are_those_of_each_sequence_alone(name, attention, dense):
     model = load(dense(name), attn_implementation="eager" if name == "gemma2" else attention)
     for seed, batch_tokens in enumerate((4096, 100, 1)):
         check(model, random_items(seed), batch_tokens)
+
+
+@pytest.mark.parametrize("name", [*HYBRIDS, "granite", "cohere", "cohere2", "hyperclovax", "vaultgemma"])
+def test_scores_are_those_of_each_sequence_alone_where_logits_are_scaled_or_layers_have_states(name, dense):
+    check(load(dense(name)), random_items(1)[:20], batch_tokens=128)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -421,6 +421,8 @@ MIXTURES = (
     "phimoe",
     "qwen3_next",
 )
+HYBRIDS = ("qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid", "falcon_h1", "nemotron_h")
+"""Families whose layers mix tokens by a state, in place of attention or beside it."""
 OUTPUTS = {
     "opt": ("self_attn.out_proj", "fc2"),
     "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),

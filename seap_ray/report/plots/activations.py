@@ -24,10 +24,11 @@ def clusters_section(data: RunData) -> Section | None:
         return None
 
     # Standardised over all shards, as channels differ in scale by orders of magnitude.
-    last = data.architecture.n_layers - 1
+    with_mlp = [layer for layer in range(data.architecture.n_layers) if data.architecture.sites(layer, "mlp")]
     panels = []
     shares = []
-    for layer in dict.fromkeys((0, (last + 1) // 2, last)):  # of a shallow model they may be the same
+    # Of a shallow model they may be the same.
+    for layer in dict.fromkeys((with_mlp[0], with_mlp[len(with_mlp) // 2], with_mlp[-1])):
         keys = [(layer, site) for site in data.architecture.sites(layer, "mlp")]
         x_PD = standardised(np.array([_mean_activations(path, keys) for path in records]))
         panels.append(_scatter_chart(layer, x_PD, tasks))

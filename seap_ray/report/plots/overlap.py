@@ -40,7 +40,8 @@ class Overlap:
             # Intersections are sums over all groups, so that a large layer counts more.
             size_M = kept_MU.sum(1)
             both_MM += kept_MU @ kept_MU.T
-            expected_MM += np.outer(size_M, size_M) / width
+            # A layer without such units has nothing to share.
+            expected_MM += np.outer(size_M, size_M) / max(width, 1)
             n_M += size_M
 
         # The union is both sizes less the intersection.

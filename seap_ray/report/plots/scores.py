@@ -155,6 +155,7 @@ def _score_chart(plan: StoredPlan, unit: str, scores: Sequence[np.ndarray]) -> C
     # A logarithmic axis has no place for zero: it is drawn at the smallest positive score.
     positive = np.concatenate([score_U[score_U > 0] for score_U in scores])
     floor = positive.min() if len(positive) else 1.0
+    # Layers of hybrids may have no attention, or no MLP.
     layers = [layer for layer, score_U in enumerate(scores) if len(score_U)]
     quantiles_LQ = np.array([np.quantile(np.maximum(scores[layer], floor), QUANTILES) for layer in layers])
     low, below, median, above, high = quantiles_LQ.T.tolist()
@@ -176,7 +177,7 @@ def _score_chart(plan: StoredPlan, unit: str, scores: Sequence[np.ndarray]) -> C
 def _share_of_best_tenth(scores: Sequence[np.ndarray]) -> float:
     """Return the share of a layer's sum that its best tenth has, on average over the layers."""
     shares = []
-    for score_U in scores:
+    for score_U in filter(len, scores):
         n_best = max(len(score_U) // 10, 1)
         # Sorted upwards, so the best are the last.
         best = np.sort(score_U)[-n_best:].sum()
