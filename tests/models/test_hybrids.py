@@ -125,7 +125,10 @@ def test_dropped_layers_leave_the_others_what_they_are(dense, tmp_path, name, dr
     for stock in (False, True):
         folder = write_compacted(CheckpointExport(base, plan, stock=stock), tmp_path / str(stock))
         check_folder(folder)
-        assert torch.equal(logits(load(folder), random_ids()), logits(skipping, random_ids()))
+        # Without a cache, which goes by the numbers that the layers of the whole model have.
+        with torch.no_grad():
+            expected = skipping(random_ids(), use_cache=False).logits
+            assert torch.equal(load(folder)(random_ids(), use_cache=False).logits, expected)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -142,7 +145,7 @@ def test_key_value_heads_are_equally_many_beside_states(name):
 def test_what_counts_states_or_likens_layers_is_refused():
     architecture = architecture_of("lfm2")
     stored = StoredSizes(architecture.decoder_parameters, 2 * architecture.decoder_parameters, 2)
-    memory = TargetSection(memory={"total": 10**5, "tokens": 10, "sequences": 1})
+    memory = TargetSection(memory={"total": 10**10})
     with pytest.raises(ConfigError, match="mixers hold states beside the key-value cache, which are not counted"):
         make_target(memory, architecture, stored)
     official = PruningSection(budget="official", allocation=AllocationSection(kind="uniform"))

@@ -28,7 +28,9 @@ def decoder_of(module: str, attention: str = "sdpa", **config) -> SimpleNamespac
     """Return what batches are made by: a decoder's class, configuration and device."""
     kind = type("Decoder", (), {"__module__": module})
     decoder = kind()
-    decoder.config = SimpleNamespace(_attn_implementation=attention, hidden_size=500, **config)
+    decoder.config = SimpleNamespace(
+        _attn_implementation=attention, **{"model_type": "llama", "hidden_size": 500, **config}
+    )
     decoder.device = CPU
     return decoder
 
