@@ -19,7 +19,7 @@ from seap_ray.models.cut_layer import cut_parameters
 from seap_ray.models.divergence import measure_divergence
 from seap_ray.models.export import CheckpointExport
 from seap_ray.models.forward import OpenedLayers
-from tests.support.builders import CONFIGS, load, prompts, random_plan, random_statistics, save_dense
+from tests.support.builders import CONFIGS, HYBRIDS, load, prompts, random_plan, random_statistics, save_dense
 
 SEQUENCES = prompts([3, 17, 30, 9, 2, 24], seed=1)
 STEP = 0.004
@@ -29,8 +29,8 @@ def opened(folder: Path, name: str) -> Checkpoint:
     """Write a random model and open it; tokens go to all experts, since a slope tells of no change of experts."""
     save_dense(folder, name, torch.float32)
     config = json.loads((folder / "config.json").read_text())
-    if "num_experts_per_tok" in config:
-        config["num_experts_per_tok"] = config.get("num_local_experts") or config["num_experts"]
+    if n_experts := config.get("num_local_experts") or config.get("num_experts"):
+        config["num_experts_per_tok"] = n_experts
         (folder / "config.json").write_text(json.dumps(config))
     return Checkpoint.open(str(folder))
 
@@ -71,7 +71,7 @@ def set_parameters(block: Any, parameters: dict[str, Tensor]) -> None:
         setattr(block.get_submodule(module), kind, torch.nn.Parameter(tensor, requires_grad=False))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *HYBRIDS])
 def test_the_cost_of_a_cut_is_half_the_slope_of_the_divergence_towards_the_whole_site(
     name: str, tmp_path: Path
 ) -> None:
@@ -94,17 +94,19 @@ def test_the_cost_of_a_cut_is_half_the_slope_of_the_divergence_towards_the_whole
     assert found.divergence.rise.mean == pytest.approx(divergence_between(dense, changed), rel=1e-3)
 
     costs = found.costs()
+    # Divergences curve more where states carry a change on.
+    step = STEP / 4 if name in HYBRIDS else STEP
     for (layer, site), cost in costs.items():
         is_here = {path: (path.rpartition(".")[0] == family.o_proj) == (site == "attn") for path in cuts[layer]}
         ends: list[float] = []
-        for alpha in (STEP, -STEP):
+        for alpha in (step, -step):
             nearer: dict[str, Tensor] = {}
             for path, here in is_here.items():
                 nearer[path] = torch.lerp(cuts[layer][path], wholes[layer][path], alpha * here)
             set_parameters(changed.get_decoder().layers[layer], nearer)
             ends.append(divergence_between(dense, changed))
         set_parameters(changed.get_decoder().layers[layer], cuts[layer])
-        slope = (ends[0] - ends[1]) / (2 * STEP)
+        slope = (ends[0] - ends[1]) / (2 * step)
         assert cost.mean == pytest.approx(-slope / 2, rel=0.03, abs=2e-4 * found.divergence.rise.mean + 1e-7)
     assert costs, "something is cut"
 
@@ -130,7 +132,7 @@ def test_the_costs_of_all_sites_add_up_to_the_divergence_of_small_cuts(tmp_path:
     assert sum(cost.mean for cost in costs.values()) == pytest.approx(found.divergence.rise.mean, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "gemma3", "mixtral", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama_gqa", "gemma3", "mixtral", "gpt_neox", "falcon_h1", "nemotron_h"])
 def test_a_streamed_model_gives_the_same_costs_and_divergences(name: str, tmp_path: Path) -> None:
     checkpoint = opened(tmp_path, name)
     export = compensated_plan(checkpoint)

@@ -521,6 +521,10 @@ def random_plan(architecture: Architecture, seed: int, compensation: str = "none
     while len(shapes) < architecture.n_layers:
         layer = len(shapes)
         whole = layers[layer].shape
+        if architecture.family.mixer:
+            # Every layer loses half of the parts that it has.
+            shapes.append(Shape(whole.groups, -(-whole.heads_per_group // 2), whole.channels // 2))
+            continue
         shape = Shape(
             rng.randint(1, whole.groups), rng.randint(1, whole.heads_per_group), rng.randint(1, whole.channels - 1)
         )
