@@ -86,7 +86,7 @@ def _score_predictions(
     """Return the log-probability of each predicted token, and whether it is the likeliest at its place."""
     head: Any = model.get_output_embeddings()
     # Some families scale logits in their own forward, which is not run here, and Gemma 2 caps them.
-    scale = _logit_scale(model.config)
+    scale = _logit_scale(model.get_decoder().config)
     cap = getattr(model.config, "final_logit_softcapping", None)
 
     places, targets, _ = zip(*predictions, strict=True)
