@@ -215,13 +215,12 @@ class Checkpoint:
 
         Of a multimodal checkpoint those of its language model: what else it needs is transformers' to say.
         """
-        from transformers import AutoConfig
-
         # It also registers the classes of compacted models.
         from seap_ray.models.hf.shapes import declared
 
+        nested = self.nested_settings.get("config")
         try:
-            return declared(self.nested_settings.get("config") or AutoConfig.from_pretrained(self.folder))
+            return declared(nested) if nested else {**_declared_in(self.folder, json.dumps(self.config))}
         except CONFIG_ERRORS as error:
             raise refused_config(error) from None
 
@@ -392,6 +391,19 @@ def completed_config(config: Mapping[str, Any]) -> dict[str, Any]:
     skipped = {"dtype", "torch_dtype", *(key for key, value in config.items() if "__float__" in str(value))}
     defaults = made_config({key: value for key, value in config.items() if key not in skipped}).to_dict()
     return {**defaults, **{key: value for key, value in config.items() if value is not None}}
+
+
+@cache
+def _declared_in(folder: Path, config: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors that a folder's config.json, which has this content, declares.
+
+    A job opens its model many times, and each time the model would be built from its classes.
+    """
+    from transformers import AutoConfig
+
+    from seap_ray.models.hf.shapes import declared
+
+    return declared(AutoConfig.from_pretrained(folder))
 
 
 def _weight_files(folder: Path, source: ModelSource) -> list[Path]:

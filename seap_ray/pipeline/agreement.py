@@ -17,6 +17,7 @@ from seap_ray.models.agreement import NEW_TOKENS, Reply, agreements, write_repli
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.encoding import Encoding
 from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint
+from seap_ray.pipeline.cluster import remote_task
 from seap_ray.pipeline.evaluate import EvalTask, Failure, load_with_tokenizer, opened
 from seap_ray.progress import Progress, say
 from seap_ray.storage.artifact import Artifact, JsonFile
@@ -105,7 +106,7 @@ def _line(expert: PendingCheckpoint, shares: Shares) -> str:
 def _measure_all(config: Config, comparisons: Sequence[_Comparison]) -> Iterator[int]:
     """Yield 1 for each expert that is compared, or cannot be."""
     settings = config.calibration
-    task = ray.remote(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)(_measure)
+    task = remote_task(_measure, num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)
     pending = {task.remote(config, comparison): comparison for comparison in comparisons}
     while pending:
         (done,), _ = ray.wait(list(pending), num_returns=1)

@@ -18,7 +18,7 @@ from seap_ray.models.forward import make_runner
 from seap_ray.models.input_records import input_files_bytes, inputs_file
 from seap_ray.models.recorder import SiteMoments
 from seap_ray.models.records import save_covariances, save_moments, task_memory
-from seap_ray.pipeline.cluster import working_nodes
+from seap_ray.pipeline.cluster import need_cluster, working_nodes
 from seap_ray.pipeline.merge import TaskStatistics, find_unmerged, merge_all
 from seap_ray.pipeline.needs import covariance_files_bytes
 from seap_ray.pipeline.placement import workers_that_fit
@@ -170,6 +170,8 @@ def make_records(
     Raises ConfigError where no node could work on the covariances, IncompleteError where they do not fit the disk.
     """
     missing = records.missing(shards)
+    if not missing and not n_merged:
+        return
 
     # Before the model runs: what cannot be merged or stored is refused while it has cost nothing.
     if records.calibration.covariance:
@@ -214,6 +216,7 @@ def check_disk(run: Run, architecture: Architecture, *, n_files: int, inputs: bo
 
 def _measure_all(config: Config, records: ShardRecords, missing: list[Shard]) -> Iterator[int]:
     """Yield the tokens of each group of shards as their records are done."""
+    need_cluster()
     settings = config.calibration
     workers = n_workers(config, len(missing))
 

@@ -27,7 +27,7 @@ from seap_ray.models.gguf.companions import modelfile
 from seap_ray.models.gguf.layouts import layout_of_plan
 from seap_ray.models.quantization import QuantizedExport
 from seap_ray.models.records import task_memory
-from seap_ray.pipeline.cluster import work_task
+from seap_ray.pipeline.cluster import all_checked, work_task
 from seap_ray.pipeline.gguf_files import write_gguf, write_preset
 from seap_ray.pipeline.model_specs import ModelSpec
 from seap_ray.pipeline.plan_choice import PlannedModel
@@ -154,21 +154,14 @@ def _export_settings(settings: ExportSection) -> dict[str, Any]:
 def _not_whole(checkpoints: list[PendingCheckpoint]) -> list[PendingCheckpoint]:
     """Return those that are missing, made in another way, or damaged.
 
-    Ray tasks read every file to its end, but only where all sizes are right.
+    Every file is read to its end, but only where all sizes are right.
     """
-    check = work_task(_is_made)
-
     # Manifests and sizes are looked at here, at once; hashing a checkpoint takes as long as reading it.
     likely = [checkpoint for checkpoint in checkpoints if checkpoint.has_sizes()]
-    checks = [check.remote(checkpoint.artifact) for checkpoint in likely]
-    whole = {checkpoint.target for checkpoint, is_made in zip(likely, ray.get(checks), strict=True) if is_made}
+    answers = all_checked(Artifact.is_made, [checkpoint.artifact for checkpoint in likely])
+    whole = {checkpoint.target for checkpoint, is_made in zip(likely, answers, strict=True) if is_made}
 
     return [checkpoint for checkpoint in checkpoints if checkpoint.target not in whole]
-
-
-def _is_made(artifact: Artifact[Any]) -> bool:
-    """Check an artifact in a Ray task."""
-    return artifact.is_made()
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

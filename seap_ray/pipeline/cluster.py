@@ -7,7 +7,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -25,6 +26,10 @@ IDLE_WORKER_S = 120
 """Seconds that a cluster which is started here keeps an idle worker process, when it has more of them than CPUs."""
 
 
+class ClusterNeeded(BaseException):
+    """Work is left to do, and no cluster is connected. It is no error, so no handler of errors may take it."""
+
+
 def connect(address: str | None = None) -> None:
     """Join the cluster of RAY_ADDRESS, which ``ray job submit`` sets, or start one on this machine.
 
@@ -38,10 +43,20 @@ def connect(address: str | None = None) -> None:
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(1000 * IDLE_WORKER_S))
 
         with _silent_stderr():
-            ray.init(address, logging_level=logging.ERROR, log_to_driver=bool(os.environ.get("RAY_LOG_TO_DRIVER")))
+            ray.init(
+                address,
+                include_dashboard=False,  # of a cluster that ends with the job; it takes five processes
+                logging_level=logging.ERROR,
+                log_to_driver=bool(os.environ.get("RAY_LOG_TO_DRIVER")),
+            )
         # A daemon, so that it does not keep a finished job alive.
         threading.Thread(target=_watch_head, args=(ray.get_runtime_context().gcs_address,), daemon=True).start()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # after ray.init, which sets its own
+
+
+def would_start_cluster() -> bool:
+    """Return whether ``connect`` would most likely start a cluster on this machine, which takes seconds."""
+    return not ray.is_initialized() and "RAY_ADDRESS" not in os.environ
 
 
 def connect_driver() -> None:
@@ -57,12 +72,25 @@ def connect_driver() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
+def need_cluster() -> None:
+    """Raise ClusterNeeded where no cluster is connected; Ray by itself would start one, unchecked."""
+    if not ray.is_initialized():
+        raise ClusterNeeded
+
+
+def remote_task(function: Callable[..., Any], **options: Any) -> Any:
+    """Return a Ray task, as ``ray.remote`` does. Raises ClusterNeeded where no cluster is connected."""
+    need_cluster()
+    return ray.remote(**options)(function)
+
+
 def work_task(function: Callable[..., Any], **options: Any) -> Any:
     """Return a Ray task, one CPU and one thread each, for work on weights or records.
 
     It runs on the head, which holds the cluster together, only where no other node has a CPU.
     """
-    return ray.remote(num_cpus=1, label_selector=_not_on_head(ray.nodes()), **options)(_on_one_thread(function))
+    need_cluster()
+    return remote_task(_on_one_thread(function), num_cpus=1, label_selector=_not_on_head(ray.nodes()), **options)
 
 
 def _on_one_thread(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,6 +105,20 @@ def _on_one_thread(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*arguments, **named)
 
     return run
+
+
+def all_checked(check: Callable[[Any], bool], items: Sequence[Any]) -> list[bool]:
+    """Return what ``check``, which reads files, says of every item; on several nodes by a Ray task for each.
+
+    On one node threads of this process read them: another process would first import torch, which takes seconds.
+    """
+    if ray.is_initialized() and len(working_nodes()) > 1:
+        task = work_task(check)
+        return ray.get([task.remote(item) for item in items])
+
+    # Hashing lets other threads run.
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+        return list(threads.map(check, items))
 
 
 def working_nodes() -> list[Mapping[str, Any]]:

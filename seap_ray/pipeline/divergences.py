@@ -24,6 +24,7 @@ from seap_ray.models.forward import OpenedLayers
 from seap_ray.models.hidden_states import HiddenBatch
 from seap_ray.models.records import PooledCovariance
 from seap_ray.models.sequences import Sequences
+from seap_ray.pipeline.cluster import remote_task
 from seap_ray.pipeline.repairs import with_repairs
 from seap_ray.pipeline.shard_records import ShardRecords
 from seap_ray.pipeline.shards import Shard
@@ -167,7 +168,7 @@ def _measure_missing(config: Config, run: Run, trials: Sequence[Trial]) -> Itera
     """Yield the number of models of each trial as it is measured."""
     # As much of a node as a worker of the calibration took.
     settings = config.calibration
-    task = ray.remote(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)(_measure)
+    task = remote_task(_measure, num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)
 
     # Models are repaired once for the tokens of all tasks.
     repaired: dict[tuple[int, ...], tuple[CheckpointExport, ...]] = {}

@@ -36,6 +36,7 @@ from seap_ray.models.corpus import (
 )
 from seap_ray.models.row_files import RowPart
 from seap_ray.models.row_sources import Row, calibration_rows
+from seap_ray.pipeline.cluster import need_cluster
 from seap_ray.tasks import Task
 
 COUNTED_KEYS = 2**16
@@ -304,6 +305,7 @@ def _draw_parts(parts: Sequence[RowPart], selection: Selection) -> _PartDraw:
     if not rows:
         return drawn
 
+    need_cluster()
     pickled = ray.data.from_items(rows, override_num_blocks=len(rows))
     # One after another, so that this process holds the draw of one part beside the whole.
     for reference in pickled.map_batches(read, batch_format="pyarrow", batch_size=1).to_arrow_refs():

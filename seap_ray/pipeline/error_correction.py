@@ -18,6 +18,7 @@ from seap_ray.models.export import CheckpointExport
 from seap_ray.models.forward import OpenedLayers
 from seap_ray.models.records import TensorFile, open_tensors, save_tensors
 from seap_ray.models.sequences import Sequences
+from seap_ray.pipeline.cluster import remote_task
 from seap_ray.pipeline.plan_choice import PlannedModel
 from seap_ray.pipeline.planner import Planner
 from seap_ray.pipeline.repairs import with_repairs
@@ -159,7 +160,7 @@ def _corrected(model: PlannedModel, fit: CorrectionFit, run: Run) -> PlannedMode
 def _fit_missing(config: Config, run: Run, fits: Sequence[CorrectionFit]) -> Iterator[int]:
     """Yield 1 for each model that is fitted."""
     settings = config.calibration
-    task = ray.remote(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)(_fit)
+    task = remote_task(_fit, num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)
 
     pending: list[Any] = []
     for fit in fits:

@@ -32,6 +32,7 @@ from seap_ray.models.corpus import (
 from seap_ray.models.encoding import Encoding
 from seap_ray.models.loading import load_model
 from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, write_temporarily
+from seap_ray.pipeline.cluster import remote_task
 from seap_ray.pipeline.draw import Draw, draw_judged, judged_text
 from seap_ray.pipeline.shards import Manifest
 from seap_ray.progress import Progress
@@ -308,7 +309,7 @@ def _judge_all(
     """Yield the number of results of each model as they are there; what failed is added to ``failures``."""
     # Judges take as much of a node as workers of the calibration did.
     settings = config.calibration
-    judge = ray.remote(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)(_judge)
+    judge = remote_task(_judge, num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)
     # Each task's rows are in the object store once, whatever the number of models.
     stored = {name: ray.put(task) for name, task in eval_tasks.items() if isinstance(task, EvalTask)}
 

@@ -4,8 +4,10 @@ preflight -> shards -> calibrate, merge -> planner -> plan_choice -> error_corre
 evaluate -> agreement -> results -> report
 """
 
+import io
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +15,13 @@ from transformers.utils import logging as transformers_logging
 
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, IncompleteError, error_by_code
-from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.checkpoint import Checkpoint, versions
 from seap_ray.models.corpus import rows_lines
 from seap_ray.pipeline.agreement import measure_agreements
 from seap_ray.pipeline.biases import say_bias, with_bias
 from seap_ray.pipeline.calibrate import calibrate, make_records, n_workers
 from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, target_lines, write_checkpoints
-from seap_ray.pipeline.cluster import connect_driver
+from seap_ray.pipeline.cluster import ClusterNeeded, connect_driver, would_start_cluster
 from seap_ray.pipeline.divergences import held_out_shard
 from seap_ray.pipeline.error_correction import correct_models
 from seap_ray.pipeline.evaluate import EvalTask, eval_target, eval_task, evaluate
@@ -46,9 +48,12 @@ from seap_ray.report.page import write_report
 from seap_ray.report.rows import ModelRow
 from seap_ray.report.table import table
 from seap_ray.routing.fitting import fit
+from seap_ray.storage.artifact import JsonFile
 from seap_ray.storage.files import write_json
-from seap_ray.storage.run import Run
+from seap_ray.storage.run import Run, fingerprint
 
+Work = Callable[[Config, Checkpoint, Run], None]
+"""What a job does while no other works on its run: makes what the run does not have yet."""
 MIN_TOKENS_PER_COLUMN = 2
 """Tokens for each column of a layer below which a fit over its columns is of little use."""
 
@@ -87,7 +92,7 @@ def _run_steps(config: Config, checkpoint: Checkpoint, run: Run) -> None:
 # --- before the steps ------------------------------------------------------------------------------------------------
 
 
-def on_cluster(config: Config, work: Callable[[Config, Checkpoint, Run], None], *, check_evaluation_rows: bool) -> None:
+def on_cluster(config: Config, work: Work, *, check_evaluation_rows: bool) -> None:
     """Do ``work`` on the cluster at hand, after everything that can be refused was.
 
     Args:
@@ -120,12 +125,35 @@ def on_cluster(config: Config, work: Callable[[Config, Checkpoint, Run], None], 
     # One job at a time writes to a run, and its config stays with it for life.
     with run.locked():
         run.claim(config)
-        connect_driver()
-        with unwrap_ray_errors():
-            n_workers(config, 1)  # refuses a cluster that holds none
-            raise_on_error(cluster_checks(config, checkpoint, run))
-            work(with_placement(config, checkpoint), checkpoint, run)
+        command = fingerprint(config.model_dump(mode="json"), work.__module__, checkpoint.fingerprint, versions())
+        # A cluster takes seconds to start, and one that is there already costs none.
+        is_likely_finished = would_start_cluster() and JsonFile().is_whole(run.finished, command)
+        if not (is_likely_finished and _is_finished(config, checkpoint, run, work)):
+            connect_driver()
+            with unwrap_ray_errors():
+                n_workers(config, 1)  # refuses a cluster that holds none
+                raise_on_error(cluster_checks(config, checkpoint, run))
+                work(with_placement(config, checkpoint), checkpoint, run)
+            write_json(run.finished, {"fingerprint": command})
     say(f"{run.root} is complete, {time.monotonic() - started:.0f} s")
+
+
+def _is_finished(config: Config, checkpoint: Checkpoint, run: Run, work: Work) -> bool:
+    """Go through the work without a cluster; return False as soon as it needs one. What is said is kept back till then.
+
+    All files are looked at as always, so what was removed or damaged since is found, and made again on a cluster.
+    """
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said):
+            work(config, checkpoint, run)
+    except ClusterNeeded:
+        # It will be said again, from the beginning.
+        said = io.StringIO()
+        return False
+    finally:
+        print(said.getvalue(), end="", flush=True)
+    return True
 
 
 # --- calibration -----------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from seap_ray.models.records import (
     sites_of,
     task_memory,
 )
-from seap_ray.pipeline.cluster import work_task
+from seap_ray.pipeline.cluster import all_checked, work_task
 from seap_ray.pipeline.shard_records import ShardRecords, all_made
 from seap_ray.pipeline.shards import Shard
 from seap_ray.storage.artifact import Artifact
@@ -84,16 +84,9 @@ class TaskStatistics:
 
 
 def find_unmerged(statistics: Sequence[TaskStatistics]) -> list[TaskStatistics]:
-    """Return those that are not there, not of these shards, or damaged. A Ray task for each reads its files."""
-    check = work_task(_is_whole)
-    checks = [check.remote(task_statistics) for task_statistics in statistics]
-    answers = zip(statistics, ray.get(checks), strict=True)
+    """Return those that are not there, not of these shards, or damaged. Every file is read."""
+    answers = zip(statistics, all_checked(TaskStatistics.is_whole, statistics), strict=True)
     return [task_statistics for task_statistics, is_whole in answers if not is_whole]
-
-
-def _is_whole(statistics: TaskStatistics) -> bool:
-    """Check a task's statistics in a Ray task."""
-    return statistics.is_whole()
 
 
 def merge_all(statistics: Sequence[TaskStatistics], checkpoint: Checkpoint) -> None:

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 from seap_ray.config import Config
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.moments import RECORDED, Site
@@ -18,7 +16,7 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.input_records import inputs_file
 from seap_ray.models.loading import model_dtype
 from seap_ray.models.records import TensorFile, covariance_file
-from seap_ray.pipeline.cluster import work_task
+from seap_ray.pipeline.cluster import all_checked
 from seap_ray.pipeline.shards import Shard
 from seap_ray.storage.artifact import Artifact
 from seap_ray.storage.files import atomic_write, writable
@@ -125,10 +123,9 @@ class ShardRecords:
         return [Artifact(path, key, file_format) for path in paths]
 
     def missing(self, shards: Sequence[Shard]) -> list[Shard]:
-        """Return the shards without a whole record. Ray tasks read every file to its end, a task for each shard."""
-        check = work_task(_is_whole)
-        checks = [check.remote(self, shard) for shard in shards]
-        return [shard for shard, is_whole in zip(shards, ray.get(checks), strict=True) if not is_whole]
+        """Return the shards without a whole record. Every file is read to its end."""
+        answers = zip(shards, all_checked(self.is_whole, shards), strict=True)
+        return [shard for shard, is_whole in answers if not is_whole]
 
     def absent(self, shards: Sequence[Shard]) -> list[Shard]:
         """Return the shards of whose records a file is not even there. No file is read."""
@@ -186,11 +183,6 @@ class ShardRecords:
         marker = self.attempt_marker(shard)
         with writable(marker):
             marker.unlink(missing_ok=True)
-
-
-def _is_whole(records: ShardRecords, shard: Shard) -> bool:
-    """Check a record in a Ray task."""
-    return records.is_whole(shard)
 
 
 def all_made(artifacts: Sequence[Artifact[Any]]) -> bool:

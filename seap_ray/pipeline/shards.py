@@ -9,7 +9,7 @@ and sha256 of every shard.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from seap_ray.models.corpus import Item, content_key, judged_rows, listed, load_
 from seap_ray.models.encoding import Count, Encoding, RenderedText, uses_chat
 from seap_ray.models.row_sources import calibration_rows
 from seap_ray.models.sequences import CountedSequence, Sequences, counted_of, n_counted
+from seap_ray.pipeline.cluster import remote_task
 from seap_ray.pipeline.draw import Draw, draw_corpus
 from seap_ray.pipeline.synthesis import synthesis_state, synthesise
 from seap_ray.storage.artifact import Artifact, has_hash
@@ -223,7 +224,7 @@ def _write_all(config: Config, checkpoint: Checkpoint, run: Run, tasks: Sequence
     """Draw each corpus with Ray Data, then tokenise and write it in a Ray task of its own."""
     corpus = config.corpus
     is_official = corpus.prompt_format == "official"
-    write: Any = ray.remote(_write_task)
+    write = remote_task(_write_task)
 
     # Each is written while the next one is drawn; where the model adds texts, all rows are drawn first.
     pending = []

@@ -16,6 +16,7 @@ from seap_ray.models.corpus import Item, load_tokenizer
 from seap_ray.models.encoding import Encoding
 from seap_ray.models.loading import load_model
 from seap_ray.models.synthesis import Prompt, write_texts
+from seap_ray.pipeline.cluster import remote_task
 from seap_ray.progress import progress
 from seap_ray.storage.artifact import Artifact, JsonFile
 from seap_ray.storage.files import write_json
@@ -102,7 +103,7 @@ def _batches(config: Config, checkpoint: Checkpoint, task: Task, shards: Sequenc
 def _write_missing(config: Config, run: Run, batches: Sequence[TextBatch]) -> Iterator[int]:
     """Yield the number of texts of each batch as it is written."""
     settings = config.calibration
-    task = ray.remote(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)(_write)
+    task = remote_task(_write, num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)
 
     pending = {task.remote(config, run, batch): batch for batch in batches}
     while pending:

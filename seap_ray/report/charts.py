@@ -2,18 +2,18 @@
 
 A chart can be read on light and dark pages, narrow screens and grey paper: text and axes take the colour of the text
 around them, every series has a marker and a line style besides its colour, and every cell of a heat map its number.
+Matplotlib is imported only where something is drawn: it takes most of a second, and most charts are drawn already.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.lines import Line2D
 
 LineStyle = Literal["-", "none"] | tuple[float, Sequence[float]]
 """A solid line, none at all, or dashes as Matplotlib has them: an offset and the lengths of dashes and gaps."""
@@ -42,8 +42,10 @@ class SeriesStyle:
     ring: bool = False
     """Whether the marker goes around that of another series."""
 
-    def line_2d(self, x: Numbers, y: Numbers) -> Line2D:
+    def line_2d(self, x: Numbers, y: Numbers) -> "Line2D":
         """Return a line, or points, in this style."""
+        from matplotlib.lines import Line2D
+
         # A dash is wide and thick; an outline is larger than what may lie below it.
         size = 5.5
         edge_width = 0.8
@@ -101,7 +103,7 @@ class Series:
     bands: tuple[Range, ...] = ()
     """Areas around the line, the widest first."""
 
-    def draw(self, axes: Axes) -> None:
+    def draw(self, axes: "Axes") -> None:
         """Draw bands, error bars and the line, each over the one before."""
         colour = self.style.colour
         for low, high in self.bands:
@@ -139,8 +141,10 @@ class Chart:
         """The style of every labelled series."""
         return {series.label: series.style for series in self.series if series.label}
 
-    def draw(self, axes: Axes) -> None:
+    def draw(self, axes: "Axes") -> None:
         """Draw the series, then the axes around them."""
+        from matplotlib.ticker import MaxNLocator
+
         # The scale comes first: a change of it would reset ticks and limits.
         axes.set_xscale("log" if self.x_log else "linear")
         axes.set_yscale("log" if self.y_log else "linear")
@@ -212,8 +216,10 @@ class DotPlot:
         values = self._values()
         return min(values) > 0 and max(values) > 10 * min(values)
 
-    def draw(self, axes: Axes) -> None:
+    def draw(self, axes: "Axes") -> None:
         """Draw the points of every series with their error bars, then the axes around them."""
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
+
         axes.set_xscale("log" if self.x_log else "linear")
         low, high = self._limits()
         axes.set(xlim=(low, high), ylim=(len(self.rows) - 0.4, -0.6), xlabel=self.x_label)
@@ -237,7 +243,7 @@ class DotPlot:
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.xaxis.set_major_formatter(FuncFormatter(_plain_number))
 
-    def _draw_dots(self, axes: Axes, dots: Dots, shift: float, low: float) -> None:
+    def _draw_dots(self, axes: "Axes", dots: Dots, shift: float, low: float) -> None:
         colour = dots.style.colour
         for row, (value, error) in enumerate(zip(dots.values, dots.errors, strict=True)):
             if value is None:
@@ -313,7 +319,7 @@ class HeatMap:
         width = 40 + 7 * max(map(len, self.rows)) + 46 * len(self.columns) + beside
         return max(width, 9 * len(self.title)), 56 + 28 * len(self.rows) + above
 
-    def draw(self, axes: Axes) -> None:
+    def draw(self, axes: "Axes") -> None:
         """Draw the cells, then the names of rows and columns."""
         for row, values in enumerate(self.values):
             for column, value in enumerate(values):
@@ -335,7 +341,9 @@ class HeatMap:
         axes.tick_params(length=0)  # names need no tick marks
         axes.spines[:].set_visible(False)
 
-    def _draw_cell(self, axes: Axes, row: int, column: int, value: float) -> None:
+    def _draw_cell(self, axes: "Axes", row: int, column: int, value: float) -> None:
+        from matplotlib.patches import Rectangle
+
         low, high = self.scale
         # A value outside of the scale has the colour of its nearer end.
         # Where all numbers are equal, none is stronger.
@@ -376,11 +384,13 @@ class Figure:
 # --- logarithmic axes ------------------------------------------------------------------------------------------------
 
 
-def _set_log_ticks(axis: Axis, limits: tuple[float, float]) -> None:
+def _set_log_ticks(axis: "Axis", limits: tuple[float, float]) -> None:
     """Put ticks at round numbers within one decade, at 1, 2 and 5 within a few, else at powers of ten.
 
     Labels are plain text, for Matplotlib's formulas bring fonts along.
     """
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
     low, high = limits
     n_decades = math.log10(high / low)
 
@@ -397,6 +407,8 @@ def _set_log_ticks(axis: Axis, limits: tuple[float, float]) -> None:
 
 
 def _round_ticks(low: float, high: float) -> list[float]:
+    from matplotlib.ticker import MaxNLocator
+
     # The locator also returns the next round numbers outside of the limits.
     ticks: Iterable[float] = MaxNLocator(5, steps=(1, 2, 5, 10)).tick_values(low, high)
     return [tick for tick in ticks if low <= tick <= high]

@@ -1,7 +1,11 @@
 """Page: a run's report as one HTML file with all that it needs inside. What the run has no files for is left out."""
 
+import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +38,10 @@ from seap_ray.report.plots.transfer import transfer_section
 from seap_ray.report.rows import FailedCell, ModelRow, QualityCell, TaskRow
 from seap_ray.report.run_data import RunData, compared, mean_of, percent
 from seap_ray.report.section import Section, Table
-from seap_ray.report.svg import figure_svg, legend_key_svg, panel_svg
+from seap_ray.storage.artifact import Artifact, KeyedFile
 from seap_ray.storage.files import atomic_write, read_json
 from seap_ray.storage.paths import StoragePath
-from seap_ray.storage.run import Run
+from seap_ray.storage.run import Run, fingerprint
 from seap_ray.tasks import is_perplexity
 
 SECTIONS = (
@@ -64,6 +68,8 @@ SECTIONS = (
 """In the order of the page."""
 
 
+PAGE_FILE = KeyedFile()
+"""Format of the page, whose key stands for all that it shows."""
 CUT = "cut"
 """Key of the number of texts that are cut, among the reasons of ``corpus.REASONS``."""
 SUMMARY_CAPTION = (
@@ -72,20 +78,39 @@ SUMMARY_CAPTION = (
 
 
 def write_report(run: Run) -> StoragePath:
-    """Write ``report.html`` and return its path.
+    """Write ``report.html`` and return its path; a page that shows the same already stays.
 
     Raises:
         ConfigError: Nothing was measured with the run.
     """
-    # The whole page is made before a file is touched.
-    page = render(RunData.of(run))
-    with atomic_write(run.report) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return run.report
+    content = PageContent.of(RunData.of(run))
+    key = fingerprint(repr(content), _drawn_by())
+
+    def build() -> None:
+        # The whole page is made before a file is touched.
+        page = render(content)
+        with atomic_write(run.report) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+        PAGE_FILE.save_key(run.report, key)
+
+    return Artifact(run.report, key, PAGE_FILE).get(build)
+
+
+@cache
+def _drawn_by() -> str:
+    """Return a hash of what turns content into a page: the files of this folder, and Matplotlib's version."""
+    digest = hashlib.sha256(version("matplotlib").encode())
+    for file in sorted(Path(__file__).parent.rglob("*.[pj]*")):
+        if file.suffix in (".py", ".jinja"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def save_figures(run: Run, folder: StoragePath) -> list[StoragePath]:
     """Write every figure of the report as an SVG file of its own, and return their paths."""
+    # It imports Matplotlib, which a page that stays does without.
+    from seap_ray.report.svg import figure_svg
+
     paths = []
     for section in sections(RunData.of(run)):
         if section.figure:
@@ -307,8 +332,29 @@ def commands(data: RunData) -> list[str]:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def render(data: RunData) -> str:
+@dataclass(frozen=True, slots=True)
+class PageContent:
+    """All that a page shows."""
+
+    name: str
+    """Name of the run."""
+    facts: Mapping[str, str]
+    commands: Sequence[str]
+    tables: Sequence[Table]
+    sections: Sequence[Section]
+
+    @classmethod
+    def of(cls, data: RunData) -> "PageContent":
+        """Collect what the run has files for."""
+        tables = [table for table in (summary_table(data), tasks_table(data), rows_table(data)) if table.groups]
+        return cls(data.run.root.name, facts(data), commands(data), tables, sections(data))
+
+
+def render(content: PageContent) -> str:
     """Return the page as HTML."""
+    # It imports Matplotlib, which a page that stays does without.
+    from seap_ray.report.svg import legend_key_svg, panel_svg
+
     # StrictUndefined: a name that the template does not get is an error, not an empty text.
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -324,11 +370,11 @@ def render(data: RunData) -> str:
         return Markup(_with_id_prefix(svg, f"p{n_drawn}-"))
 
     return template.render(
-        name=data.run.root.name,
-        facts=facts(data),
-        commands=commands(data),
-        tables=[table for table in (summary_table(data), tasks_table(data), rows_table(data)) if table.groups],
-        sections=sections(data),
+        name=content.name,
+        facts=content.facts,
+        commands=content.commands,
+        tables=content.tables,
+        sections=content.sections,
         draw=draw,
     )
 

@@ -140,8 +140,27 @@ class ChecksummedFile:
         write_json(checksum_path(path), digest)
 
 
+@dataclass(frozen=True, slots=True)
+class KeyedFile:
+    """A file with its key and its sha256 in a hidden file beside it."""
+
+    def is_whole(self, path: StoragePath, key: str) -> bool:
+        """Return whether the file has the key, and the bytes that were hashed when it was written."""
+        about = read_json(checksum_path(path))
+        has_key = isinstance(about, dict) and about.get("fingerprint") == key
+        return has_key and has_hash(path, about["sha256"])
+
+    def load(self, path: StoragePath) -> StoragePath:
+        """Return the path: the file is for others to read."""
+        return path
+
+    def save_key(self, path: StoragePath, key: str) -> None:
+        """Mark the file as whole."""
+        write_json(checksum_path(path), {"fingerprint": key, "sha256": sha256_of(path)})
+
+
 def checksum_path(path: StoragePath) -> StoragePath:
-    """Return where the sha256 of a file lies while its folder is not whole yet."""
+    """Return where the sha256 of a file lies that no manifest names."""
     return path.with_name(f".{path.name}.sha256")
 
 

@@ -114,6 +114,11 @@ class Run:
         return self.root / "results" / f"{name}.json"
 
     @property
+    def finished(self) -> StoragePath:
+        """Names the last command that left nothing to do. It promises nothing: files may have changed since."""
+        return self.root / ".finished.json"
+
+    @property
     def report(self) -> StoragePath:
         """The page of the run."""
         return self.root / "report.html"

@@ -24,6 +24,7 @@ from seap_ray.models.model_sources import parse_model_source
 from seap_ray.models.records import load_statistics
 from seap_ray.pipeline.calibrate import make_records
 from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, prepare_checkpoint
+from seap_ray.pipeline.cluster import remote_task
 from seap_ray.pipeline.divergences import held_out_shard
 from seap_ray.pipeline.error_correction import correct_models
 from seap_ray.pipeline.evaluate import EvalResult, EvalTarget, EvalTask, Failure, eval_target, eval_task, evaluate
@@ -270,7 +271,7 @@ class StudyRunner:
 
         dense = self.calibrated.checkpoint.config
         # In a task, as large as a worker's, so that the driver needs no GPU.
-        measure = ray.remote(num_cpus=calibration.num_cpus, num_gpus=calibration.num_gpus)(_measure_in_worker)
+        measure = remote_task(_measure_in_worker, num_cpus=calibration.num_cpus, num_gpus=calibration.num_gpus)
         speeds = ray.get(
             measure.remote(
                 # The speed-ups are those over the dense model, which has to be measured too.

@@ -422,6 +422,38 @@ def test_the_same_command_on_a_finished_run_does_nothing(finished, capsys):
     assert not any(word in output for word in ("reading", "calibrating", "writing", "evaluating"))
 
 
+WITHOUT_CLUSTER = """
+import pathlib, runpy, sys
+import ray
+
+def init(*_args, **_named):
+    raise SystemExit("starts a cluster")
+
+ray.init = init
+main = runpy.run_path("jobs/prune.py")["main"]
+file, *arguments = sys.argv[1:]
+assert main(arguments) == 0
+pathlib.Path(file).unlink()
+main(arguments)
+"""
+
+
+def test_a_finished_run_starts_a_cluster_only_when_something_is_missing(finished):
+    run = run_of(finished)
+    models = json.loads(run.results.read_text())["models"]
+    file = next(run.cells.glob("logic-*.json"))
+    content = file.read_bytes()
+
+    command = [sys.executable, "-c", WITHOUT_CLUSTER, str(file), *arguments(finished)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    file.write_bytes(content)
+
+    # All that was said before a cluster was needed is said once.
+    assert done.stderr.strip().splitlines()[-1] == "starts a cluster"
+    assert done.stdout.count("is complete") == done.stdout.count("report: ") == 1
+    assert json.loads(run.results.read_text())["models"] == models
+
+
 def refused(capsys, arguments: list[str]) -> tuple[int, str]:
     code = main(arguments)
     lines = capsys.readouterr().err.strip().splitlines()
