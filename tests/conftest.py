@@ -195,6 +195,12 @@ def ordered_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no page after a job: seconds for what ``tests/report`` looks at. Fixtures of a module draw theirs."""
+    monkeypatch.setattr("seap_ray.pipeline.job.write_report", lambda run: run.report)
+
+
 @pytest.fixture(scope="session")
 def served_run(cluster, tmp_path_factory):
     """The run that the tests of the service share."""

@@ -153,7 +153,8 @@ def calibrate(
     unmerged = find_unmerged(statistics)
     shards = [shard for task_statistics in unmerged for shard in task_statistics.shards]
     make_records(config, records, shards, progress, n_merged=len(unmerged))
-    merge_all(unmerged, checkpoint)
+    if unmerged:
+        merge_all(unmerged, checkpoint)
     return {manifest.task: run.statistics(manifest.task) for manifest in manifests}
 
 

@@ -14,7 +14,7 @@ TWO_NODES = """
 import os
 import ray
 from ray.cluster_utils import Cluster
-from seap_ray.pipeline.cluster import connect, work_task
+from seap_ray.pipeline.cluster import all_checked, connect, work_task
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
 node = cluster.add_node(num_cpus=1)
@@ -23,7 +23,9 @@ os.environ["RAY_ADDRESS"] = cluster.address
 connect()
 where = work_task(lambda: ray.get_runtime_context().get_node_id())
 found = set(ray.get([where.remote() for _ in range(8)]))
-print(found == {node.node_id}, flush=True)
+head = ray.get_runtime_context().get_node_id()
+checked = all_checked(lambda item: ray.get_runtime_context().get_node_id() == item, [node.node_id, head])
+print(found == {node.node_id}, checked == [True, False], flush=True)
 ray.shutdown()
 cluster.shutdown()
 """
@@ -51,7 +53,7 @@ def test_work_stays_off_a_head_where_other_nodes_have_cpus(nodes, selector):
 @pytest.mark.ray
 def test_on_a_real_cluster_no_work_reaches_the_head():
     done = subprocess.run([sys.executable, "-c", TWO_NODES], cwd=ROOT, capture_output=True, text=True, timeout=180)
-    assert done.stdout.strip().splitlines()[-1:] == ["True"], done.stdout + done.stderr
+    assert done.stdout.strip().splitlines()[-1:] == ["True True"], done.stdout + done.stderr
 
 
 @pytest.mark.ray

@@ -40,7 +40,7 @@ from seap_ray.routing.router import Router
 from seap_ray.storage.run import Run
 from tests.support import DATA, NOTHING_TO_JUDGE, ROOT
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("undrawn")]
 
 WIKITEXT = DATA / "tasks" / "wikitext2"
 REAL = {

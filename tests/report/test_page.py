@@ -1,6 +1,7 @@
 """The page: its text and structure by a parser, its looks in a real Chromium."""
 
 import hashlib
+import json
 import re
 from html import unescape
 from html.parser import HTMLParser
@@ -8,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from seap_ray.errors import ConfigError
-from seap_ray.report.page import facts, save_figures, sections, write_report
+from seap_ray.report.page import facts, render, save_figures, sections, write_report
 from seap_ray.report.run_data import RunData
 from seap_ray.storage.run import Run
 from tests.support.browser import MISSING, chromium
@@ -243,6 +244,27 @@ def test_the_same_run_gives_the_same_page(studied):
     first = hashlib.sha256(studied.report.read_bytes()).hexdigest()
     second = hashlib.sha256(write_report(studied).read_bytes()).hexdigest()
     assert first == second
+
+
+def test_a_page_is_drawn_again_only_where_it_is_damaged_or_would_differ(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "demo")
+    page = write_report(run).read_bytes()
+    drawn = []
+
+    def render_again(content):
+        drawn.append(content)
+        return render(content)
+
+    monkeypatch.setattr("seap_ray.report.page.render", render_again)
+    assert write_report(run).read_bytes() == page and not drawn
+
+    run.report.write_bytes(page[:1000])
+    assert write_report(run).read_bytes() == page and len(drawn) == 1
+
+    results = json.loads(run.results.read_text())
+    results["models"][0]["parameters"] += 1
+    run.results.write_text(json.dumps(results))
+    assert write_report(run).read_bytes() != page and len(drawn) == 2
 
 
 def test_the_page_asks_for_nothing_and_runs_nothing(studied):
