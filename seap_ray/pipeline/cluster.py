@@ -81,7 +81,7 @@ def need_cluster() -> None:
 def remote_task(function: Callable[..., Any], **options: Any) -> Any:
     """Return a Ray task, as ``ray.remote`` does. Raises ClusterNeeded where no cluster is connected."""
     need_cluster()
-    return ray.remote(**options)(function)
+    return ray.remote(**options)(function) if options else ray.remote(function)
 
 
 def work_task(function: Callable[..., Any], **options: Any) -> Any:
@@ -112,7 +112,8 @@ def all_checked(check: Callable[[Any], bool], items: Sequence[Any]) -> list[bool
 
     On one node threads of this process read them: another process would first import torch, which takes seconds.
     """
-    if ray.is_initialized() and len(working_nodes()) > 1:
+    n_nodes = sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1
+    if n_nodes > 1:
         task = work_task(check)
         return ray.get([task.remote(item) for item in items])
 
