@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -24,6 +24,7 @@ from seap_ray.config import Config
 from seap_ray.core.architecture import Architecture
 from seap_ray.pipeline.checkpoint_writer import write_checkpoints
 from seap_ray.pipeline.cluster import connect
+from seap_ray.pipeline.plan_choice import PlanChooser
 
 SUITE = "compact"
 LAYERS = 4
@@ -47,7 +48,8 @@ def rows(config: Config) -> Iterator[Row]:
 
         def write(is_synced: bool = False) -> None:
             """Write both checkpoints by the job's own tasks."""
-            write_checkpoints(planner.plan_all(), pruning.export, run, lambda steps, *_: steps)
+            models = PlanChooser(planner, _without_lines).plan_all()
+            write_checkpoints(models, pruning.export, run, _without_lines)
             if is_synced:
                 _sync(Path(str(experts)))
 
@@ -81,6 +83,11 @@ def rows(config: Config) -> Iterator[Row]:
     name = f"two models of {settings.shape.upper()} shape, {LAYERS} layers, at 0.5, {n_bytes / 1e9:.1f} GB"
     yield from _rate_rows(name, timings, n_bytes)
     yield _memory_row(peak, checkpoint.architecture)
+
+
+def _without_lines(steps: Iterable[int], *_: object) -> Iterable[int]:
+    """Go through steps without a word of their progress."""
+    return steps
 
 
 def _rate_rows(name: str, timings: Rounds, n_bytes: int) -> Iterator[Row]:

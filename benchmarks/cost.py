@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.merge import random_statistics
+from benchmarks.plan import FIXED_SETTINGS
 from benchmarks.shapes import LLAMA_3_70B
 from seap_ray.config import Config
 from seap_ray.core.moments import Moments
@@ -42,9 +43,11 @@ from seap_ray.pipeline.checkpoint_writer import prepare_checkpoint
 from seap_ray.pipeline.merge import RECORDS_HELD, TaskStatistics, merge_moments
 from seap_ray.pipeline.model_specs import model_specs
 from seap_ray.pipeline.needs import H100, ModelSize, moments_bytes, token_flops
+from seap_ray.pipeline.plan_choice import PlanChooser
 from seap_ray.pipeline.planner import Planner, _layer_norms
 from seap_ray.pipeline.shard_records import Calibration, ShardRecords
 from seap_ray.pipeline.shards import Shard
+from seap_ray.progress import progress
 from seap_ray.storage.run import Run
 
 # What is measured: layers, head size, vocabulary, tokens of a sequence, records to merge, ratio of the cut.
@@ -311,7 +314,7 @@ def compare(hidden_size: int, machine: Machine, folder: Path) -> dict[str, Any]:
     architecture = checkpoint.architecture
     n_tokens = BATCH_TOKENS_BY_HIDDEN_SIZE[hidden_size]
     settings = {"run": {"name": "run", "storage": str(folder)}, "model": {"source": checkpoint.source.name}}
-    config = Config.model_validate({**settings, "tasks": ["sort"], "pruning": {"ratio": RATIO}})
+    config = Config.model_validate({**settings, "tasks": ["sort"], "pruning": {"ratio": RATIO, **FIXED_SETTINGS}})
     run = Run.of(config)
 
     records = ShardRecords(Calibration("", "", skip_first_token=False, batch_tokens=n_tokens), run, architecture)
@@ -324,7 +327,7 @@ def compare(hidden_size: int, machine: Machine, folder: Path) -> dict[str, Any]:
     sequences = torch.randint(VOCABULARY, (n_tokens // SEQUENCE, SEQUENCE)).tolist()
     planner = _planner(config, checkpoint, run)
     spec = model_specs(config)[1]
-    pending = prepare_checkpoint(planner.plan_model(spec, RATIO), config.export, run)
+    pending = prepare_checkpoint(PlanChooser(planner, progress).plan_model(spec, RATIO), config.export, run)
     # What is the base's is in a file of its own in a run; here all of it is written.
     tensors = [tensor for file in pending.files.values() for tensor in file]
     written = folder / "expert.safetensors"
@@ -378,7 +381,7 @@ def _planner(config: Config, checkpoint: Checkpoint, run: Run) -> Planner:
         for site, norms_of_site in _layer_norms(checkpoint, layer).items():
             norms[layer, site] = norms_of_site
     statistics = {"sort": random_statistics(checkpoint.architecture, seed=0)}
-    return Planner(config, checkpoint, statistics, norms, {"sort": ""}, {}, run)
+    return Planner(config, checkpoint, statistics, norms, {"sort": ""}, {}, run, held_out={})
 
 
 def _compared(predicted: float, measured: float) -> dict[str, float]:

@@ -94,7 +94,7 @@ def sequences(run: Run, task: Task) -> list[list[int]]:
     """Return the token ids of a task's calibration texts."""
     manifest = Manifest.read(run.shards(task.name))
     if manifest is None:
-        raise ConfigError(f"run.name={run.folder}: no shards of {task.name}; run jobs/prune.py first")
+        raise ConfigError(f"run.name={run.root.name}: no shards of {task.name}; run jobs/prune.py first")
     return [list(sequence) for shard in manifest.shards for sequence in shard.sequences(run)]
 
 

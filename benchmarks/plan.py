@@ -22,6 +22,13 @@ SUITE = "plan"
 TASK = "sort"
 RATIO = 0.35
 BFLOAT16_BYTES = 2
+FIXED_SETTINGS: dict[str, object] = {
+    "score": "wifv",
+    "compensation": "mean",
+    "allocation": {"kind": "logistic"},
+    "attention_unit": "group",
+}
+"""Settings of plans that leave nothing to be judged on held-out tokens, of which random statistics have none."""
 
 
 def rows(config: Config) -> Iterator[Row]:
@@ -89,7 +96,7 @@ def large_run(source: Path, folder: Path, **sections: dict[str, object]) -> tupl
             "run": {"name": "run", "storage": str(folder)},
             "model": {"source": str(source), "dtype": "bfloat16"},
             "tasks": [TASK],
-            "pruning": {"ratio": 0.5, "general": {"score": "energy"}},
+            "pruning": {"ratio": 0.5, **FIXED_SETTINGS, "general": {"score": "energy"}},
             **sections,
         }
     )
@@ -101,4 +108,4 @@ def large_run(source: Path, folder: Path, **sections: dict[str, object]) -> tupl
 
 def planner_of(config: Config, checkpoint: Checkpoint, run: Run) -> Planner:
     """Return the planner of a run of ``large_run``."""
-    return make_planner(config, checkpoint, run, {TASK: run.statistics(TASK)})
+    return make_planner(config, checkpoint, run, {TASK: run.statistics(TASK)}, held_out={})
