@@ -881,5 +881,6 @@ MULTIMODAL: dict[str, Multimodal] = {
     "mistral3": Multimodal("SeapMistral3", {"mistral": "mistral", "ministral3": "ministral3"}),
     # Behind pictures alone Qwen 3 VL has other positions than Qwen 3, three for a token.
     "qwen3_vl": Multimodal("SeapQwen3VL", {"qwen3_vl_text": "qwen3"}),
+    "qwen3_5": Multimodal("SeapQwen3_5", {"qwen3_5_text": "qwen3_5_text"}),
 }
 """Rows by the ``model_type`` of config.json, whose ``text_config`` holds the language model's."""

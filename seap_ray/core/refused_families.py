@@ -93,7 +93,6 @@ REASONS: dict[str, tuple[str, ...]] = {
         "phi4_multimodal",
         "qwen2_vl",
         "qwen2_5_vl",
-        "qwen3_5",
         "qwen3_vl_moe",
     ),
     ENCODER: (

@@ -18,6 +18,7 @@ from transformers import (
     Mistral3Config,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen3_5Config,
     Qwen3VLConfig,
 )
 
@@ -35,6 +36,7 @@ from seap_ray.storage.paths import parse_path
 from serve.experts import check_servable
 from tests.models.test_families import cut
 from tests.support.builders import (
+    GATED_DELTA,
     SHARDS,
     layerwise,
     make_tokenizer,
@@ -79,6 +81,8 @@ QWEN_VISION = {
     "deepstack_visual_indexes": [0],
 }
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+WHOLE_MROPE = {**MROPE, "partial_rotary_factor": 1.0}
+GATED_LAYERS = ["linear_attention", "full_attention", "linear_attention"]
 IMAGE_TOKEN = 59
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma3": lambda: Gemma3Config(
@@ -101,6 +105,11 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         image_token_id=IMAGE_TOKEN,
         tie_word_embeddings=True,
     ),
+    "qwen3_5": lambda: Qwen3_5Config(
+        text_config={**SIZES, **GATED_DELTA, "layer_types": GATED_LAYERS, "rope_parameters": WHOLE_MROPE},
+        vision_config={key: value for key, value in QWEN_VISION.items() if key != "deepstack_visual_indexes"},
+        image_token_id=IMAGE_TOKEN,
+    ),
 }
 each_kind = pytest.mark.parametrize("name", CONFIGS)
 
@@ -114,7 +123,7 @@ def picture(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     inputs: dict[str, torch.Tensor] = {"input_ids": ids_BT}
     if name == "gemma3":
         inputs["token_type_ids"] = (ids_BT == IMAGE_TOKEN).long()
-    if name == "qwen3_vl":
+    if name in ("qwen3_vl", "qwen3_5"):
         # 16 patches of two pictures in time, 3 colours and 4 x 4 pixels.
         inputs["pixel_values"] = torch.randn(16, 3 * 2 * 4 * 4, generator=generator).to(dtype)
         inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]])

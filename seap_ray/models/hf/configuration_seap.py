@@ -37,6 +37,7 @@ TEXT_CONFIGS = {
     "seap_mistral": "SeapMistralConfig",
     "seap_ministral3": "SeapMinistral3Config",
     "seap_qwen3_vl_text": "SeapQwen3VLTextConfig",
+    "seap_qwen3_5_text": "SeapQwen3_5Config",
 }
 """Classes of the language models of multimodal checkpoints, by their ``model_type``."""
 EXPERT_COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
