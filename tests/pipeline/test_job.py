@@ -431,9 +431,10 @@ def init(*_args, **_named):
 
 ray.init = init
 main = runpy.run_path("jobs/prune.py")["main"]
-file, *arguments = sys.argv[1:]
+cells, *arguments = sys.argv[1:]
 assert main(arguments) == 0
-pathlib.Path(file).unlink()
+for cell in pathlib.Path(cells).glob("logic-*.json"):
+    cell.unlink()
 main(arguments)
 """
 
@@ -441,12 +442,12 @@ main(arguments)
 def test_a_finished_run_starts_a_cluster_only_when_something_is_missing(finished):
     run = run_of(finished)
     models = json.loads(run.results.read_text())["models"]
-    file = next(run.cells.glob("logic-*.json"))
-    content = file.read_bytes()
+    cells = {cell: cell.read_bytes() for cell in run.cells.glob("logic-*.json")}
 
-    command = [sys.executable, "-c", WITHOUT_CLUSTER, str(file), *arguments(finished)]
+    command = [sys.executable, "-c", WITHOUT_CLUSTER, str(run.cells), *arguments(finished)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    file.write_bytes(content)
+    for cell, content in cells.items():
+        cell.write_bytes(content)
 
     # All that was said before a cluster was needed is said once.
     assert done.stderr.strip().splitlines()[-1] == "starts a cluster"

@@ -480,7 +480,7 @@ def test_a_client_that_leaves_ends_its_generation(service, leaves):
     before = generated(service, "general")
     asyncio.run(clients())
     tokens, whole = generated(service, "general") - before, 8 * 16 * 120
-    assert 0 < tokens < whole / 2 if leaves else tokens >= 0.99 * whole, (tokens, whole)
+    assert 0 < tokens < 0.9 * whole if leaves else tokens >= 0.99 * whole, (tokens, whole)
 
 
 def test_metrics_tell_where_prompts_went(service):
