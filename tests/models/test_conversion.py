@@ -542,4 +542,4 @@ def test_a_fault_of_ours_in_a_conversion_is_no_error_of_the_user(dense, tmp_path
 
 
 def test_families_are_told_apart_by_their_first_word():
-    assert {family.layers.partition(".")[0] for family in FAMILIES.values()} == {"model", "gpt_neox"}
+    assert {family.layers.partition(".")[0] for family in FAMILIES.values()} == {"model", "gpt_neox", "backbone"}

@@ -402,7 +402,8 @@ def test_streams_count_at_an_expert_by_what_is_routed_there_and_few_tokens_are_b
     sizes = {"attn": (100, 50), "mlp.0": (40, 10), "mlp.1": (0, 20), "mlp.2": (0, 0)}
     made = []
     for i, path in enumerate(paths):
-        made.append(saved(path, {site: drawn(n[i], 6, i, offset=i) for site, n in sizes.items()}))
+        every_token = {"block": drawn(sizes["attn"][i], 1, i)}
+        made.append(saved(path, every_token | {site: drawn(n[i], 6, i, offset=i) for site, n in sizes.items()}))
     pooled_files = PooledCovariance(paths, weights, ridge=0.1)
     # Of the first stream two fifths are routed there, of the second one fifth.
     expected = pooled_covariance([part["mlp.0"] for part in made], [3.0 * 0.4, 2.0 * 0.2])

@@ -237,7 +237,7 @@ def test_families_with_something_behind_the_mlp_are_marked() -> None:
     for config in [make() for make in (MORE_CONFIGS | CONFIGS).values()]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        if hasattr(config, "residual_multiplier"):
+        if hasattr(config, "residual_multiplier") or hasattr(config, "mlp_multipliers"):
             found[config.model_type] = "a multiplier"
         if any(name.rpartition(".")[2].startswith(NORMS_BEHIND) for name, _ in model.named_modules()):
             found[config.model_type] = "a norm"
