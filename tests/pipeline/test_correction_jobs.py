@@ -43,10 +43,14 @@ def written(run: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in files}
 
 
+def correction_file(run: Path, name: str) -> Path:
+    """The file of what is added to a model, which its plan names."""
+    plan = json.loads((run / f"plans/0.40/{name}.json").read_text())
+    return run / "corrections" / f"{plan['error_correction']['fingerprint'][:20]}.safetensors"
+
+
 def general_correction(run: Path) -> dict[str, torch.Tensor]:
-    """What is added to the general model, by the file that its plan names."""
-    plan = json.loads((run / "plans/0.40/general.json").read_text())
-    return load_file(run / "corrections" / f"{plan['error_correction']['fingerprint'][:20]}.safetensors")
+    return load_file(correction_file(run, "general"))
 
 
 @pytest.mark.ray
@@ -75,8 +79,8 @@ def test_models_by_least_squares_are_corrected_once_and_for_each_share(cluster, 
     assert written(run) == times
 
     # What is lost is made again, byte for byte; another share is another file, and other weights.
-    next(iter(before)).unlink()
     half = general_correction(run)
+    correction_file(run, "logic").unlink()
     assert main(arguments(tmp_path, "pruning.error_correction=0.5", "pruning.general={error_correction: 0.25}")) == 0
     output = capsys.readouterr().out
     assert "correcting errors 2 models" in output
