@@ -304,10 +304,14 @@ def stream_shares(parts: Sequence[Statistics], weights: Sequence[float], key: tu
     """
     # Attention and blocks see every token, in whichever layer they are, an MoE expert those that are routed to it; at
     # all other sites the quotient is 1.
-    tokens = [next(moments.count for (_, site), moments in part.items() if site in ("attn", "block")) for part in parts]
-    routed = [w * part[key].count / n for w, part, n in zip(weights, parts, tokens, strict=True)]
+    routed = [w * part[key].count / _n_tokens(part) for w, part in zip(weights, parts, strict=True)]
     # Where no stream is routed to the expert, all of these are 0.
     return routed if sum(routed) else list(weights)
+
+
+def _n_tokens(statistics: Statistics) -> int:
+    """Return how many tokens statistics are of."""
+    return next(moments.count for (_, site), moments in statistics.items() if site in ("attn", "block"))
 
 
 def pooled_covariance(parts: Iterable[Covariance], weights: Sequence[float]) -> Covariance:

@@ -42,6 +42,7 @@ from tests.support.builders import (
     make_tokenizer,
     random_ids,
     random_statistics,
+    randomise,
     recorded_by,
     uniform_plan,
     write_compacted,
@@ -138,15 +139,7 @@ def picture(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def save_dense(folder: Path, name: str, dtype: torch.dtype) -> Path:
     """Write a random model with the files that go with it."""
     model = AutoModelForImageTextToText.from_config(CONFIGS[name](), dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if parameter.ndim == 2:
-                noise *= 1.5 if "embed" in key else 1.5 * parameter.shape[1] ** -0.5
-            else:
-                noise = 0.3 * noise + ("norm" in key)
-            parameter.copy_(noise)
+    randomise(model, torch.Generator().manual_seed(0))
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     for companion in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):

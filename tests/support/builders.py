@@ -337,6 +337,18 @@ MORE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 # --- dense models ----------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
+    """Draw all weights of a model anew, norms around one."""
+    for key, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if parameter.ndim == 2:
+            noise *= 1.5 if "embed" in key else 1.5 * parameter.shape[1] ** -0.5
+        else:
+            noise = 0.3 * noise + ("norm" in key)
+        parameter.copy_(noise)
+
+
 def save_dense(
     folder: Path, name: str, dtype: torch.dtype, max_shard_size: str = "5GB", settings: Mapping[str, Any] = {}
 ) -> None:
@@ -352,13 +364,7 @@ def save_dense(
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if parameter.ndim == 2:
-                noise *= 1.5 if "embed" in key else 1.5 * parameter.shape[1] ** -0.5
-            else:
-                noise = 0.3 * noise + ("norm" in key)
-            parameter.copy_(noise)
+        randomise(model, generator)
         # Some routers have a buffer that is stored.
         for key, buffer in model.named_buffers():
             if key in model.state_dict():
