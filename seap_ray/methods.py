@@ -63,7 +63,8 @@ STUDIES: Mapping[StudyName, Study] = {
     "ratio": Study(
         "Ratio sweep",
         "How does quality fall with the pruning ratio?",
-        {"pruning.ratio": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]},
+        # Baselines are the built-in methods, and those that the command line names.
+        {"pruning.ratio": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], "pruning.baselines": {}},
     ),
     "corpus": Study(
         "Corpus size",
