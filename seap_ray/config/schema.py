@@ -528,6 +528,9 @@ class EvaluationSection(Section):
     """Tokens of each window of the metric window_perplexity; null: corpus.sequence_length."""
     num_fewshot: int | None = Field(default=0, ge=0)
     """Solved examples before each question of a task that lm-eval judges; null: as many as lm-eval sets for it."""
+    cells: str | None = None
+    """Folder, or one in a bucket, that keeps each model's result on each task and may be shared by runs or carried to
+    another machine: what it has is not judged again. null: `cells` in the run's folder."""
     agreement: AtLeastZero = 64
     """Held-out prompts of each task that its expert answers, to see how many of its tokens the dense and the general
     model would have chosen, too: what the service holds it to (serve.guard). 0: not measured."""

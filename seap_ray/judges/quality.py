@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from seap_ray.errors import DataError
@@ -53,8 +53,10 @@ class Quality:
 
     @classmethod
     def stored(cls, values: dict[str, Any]) -> "Quality":
-        """Read the JSON of ``dataclasses.asdict``."""
-        return cls(**{**values, "values": tuple(values["values"]), "weights": tuple(values["weights"])})
+        """Read the JSON of ``dataclasses.asdict``; what else a result's file has is passed over."""
+        names = [field.name for field in fields(cls)]
+        stored = {name: values[name] for name in names}
+        return cls(**{**stored, "values": tuple(values["values"]), "weights": tuple(values["weights"])})
 
 
 def measure(

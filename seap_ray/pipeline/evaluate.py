@@ -5,6 +5,7 @@ stands for the weights and the rows, so the same command resumes an evaluation t
 fails costs no other its result.
 """
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -34,10 +35,12 @@ from seap_ray.models.loading import load_model
 from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, write_temporarily
 from seap_ray.pipeline.cluster import remote_task
 from seap_ray.pipeline.draw import Draw, draw_judged, judged_text
+from seap_ray.pipeline.placement import workers_that_fit
 from seap_ray.pipeline.shards import Manifest
-from seap_ray.progress import Progress
+from seap_ray.progress import Progress, say
 from seap_ray.storage.artifact import Artifact, JsonFile
 from seap_ray.storage.files import stage, write_json
+from seap_ray.storage.paths import StoragePath, parse_path
 from seap_ray.storage.run import Run, fingerprint
 from seap_ray.tasks import Task, is_perplexity
 
@@ -269,17 +272,26 @@ def evaluate(
     return results
 
 
+def cells_folder(config: Config, run: Run) -> StoragePath:
+    """Return the folder of results, the run's own or one that runs share. Raises ConfigError for no valid name."""
+    try:
+        return parse_path(config.evaluation.cells).storage_root() if config.evaluation.cells else run.cells
+    except ConfigError as error:
+        raise ConfigError(f"evaluation.cells: {error}") from None
+
+
 def _result_files(
     config: Config, run: Run, target: EvalTarget, eval_tasks: Mapping[str, EvalTask | Failure]
 ) -> dict[str, ResultFile]:
     """Return the result file of each task that can be judged."""
+    folder = cells_folder(config, run)
     files = {}
     for task in target.tasks:
         judged = eval_tasks[task]
         if isinstance(judged, EvalTask):
             key = fingerprint(target.fingerprint, judged.fingerprint, config.model.dtype)
             # 20 hexadecimal digits are 80 bits, enough that no two keys share a name.
-            path = run.cells / f"{judged.task.name}-{key[:20]}.json"
+            path = folder / f"{judged.task.name}-{key[:20]}.json"
             files[task] = Artifact(path, key, JsonFile(key_in_name=True))
     return files
 
@@ -307,6 +319,7 @@ def _judge_all(
     failures: dict[tuple[str, str], Failure],
 ) -> Iterator[int]:
     """Yield the number of results of each model as they are there; what failed is added to ``failures``."""
+    started = time.monotonic()
     # Judges take as much of a node as workers of the calibration did.
     settings = config.calibration
     judge = remote_task(_judge, num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)
@@ -330,7 +343,24 @@ def _judge_all(
 
         for task, failure in failed.items():
             failures[results.target.fingerprint, task] = failure
+        # The first model to be done, the dense one as a rule, shows what each of its tasks takes.
+        if len(pending) == len(missing) - 1:
+            _say_duration(results, missing, time.monotonic() - started, config)
         yield len(results.files)
+
+
+def _say_duration(done: _MissingResults, missing: Sequence[_MissingResults], elapsed: float, config: Config) -> None:
+    """Say how long all models will take by the seconds of one, where that has made a result of every task."""
+    seconds = {task: file.load()["seconds"] for task, file in done.files.items() if file.is_made()}
+    tasks = [task for results in missing for task in results.files]
+    if len(missing) == 1 or not seconds.keys() >= set(tasks):
+        return
+
+    # Writing and loading a model is all that its process did besides judging.
+    total = sum(seconds[task] for task in tasks) + len(missing) * max(elapsed - sum(seconds.values()), 0)
+    n_judges = min(workers_that_fit(ray.cluster_resources(), config.calibration), len(missing))
+    minutes = total / n_judges / 60
+    say(f"evaluating {len(missing)} models takes about {minutes:.0f} min, {n_judges} at a time")
 
 
 def _judge(
@@ -346,9 +376,10 @@ def _judge(
         with opened(source) as folder:
             model, tokenizer = load_with_tokenizer(config, folder)
             for task, file in files.items():
+                started = time.monotonic()
                 try:
                     quality = _judge_task(config, model, tokenizer, ray.get(eval_tasks[task]))
-                    write_json(file.path, asdict(quality))
+                    write_json(file.path, {**asdict(quality), "seconds": time.monotonic() - started})
                 except Exception as error:
                     failures[task] = Failure.of(error)
     except Exception as error:  # the model itself cannot be written or loaded

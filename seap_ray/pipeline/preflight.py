@@ -38,6 +38,7 @@ from seap_ray.models.row_formats import FORMATS, recognise
 from seap_ray.models.row_sources import calibration_rows
 from seap_ray.pipeline.biases import bias_line, with_bias
 from seap_ray.pipeline.calibrate import check_memory
+from seap_ray.pipeline.evaluate import cells_folder
 from seap_ray.pipeline.gguf_files import check_gguf_base, gguf_item_bytes, is_uniform
 from seap_ray.pipeline.model_specs import assumed_specs, compensation_for, model_specs, pruning_section
 from seap_ray.pipeline.needs import CorpusSize, DiskNeeds, ModelSize, Needs, disk_needs, largest_corpora, needs
@@ -102,6 +103,8 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
         if check_evaluation_rows:
             check_evaluation(task)
 
+    if config.evaluation.cells:
+        _check_cells(config)
     _check_experts(config, checkpoint.architecture)
     if checkpoint.whole_config:
         _check_multimodal(config)
@@ -121,6 +124,15 @@ def check_config(config: Config, *, check_evaluation_rows: bool) -> Checkpoint:
     if not config.pruning.target.kinds:
         check_ratios(config, checkpoint.architecture)
     return checkpoint
+
+
+def _check_cells(config: Config) -> None:
+    """Make the folder of results that runs share. Raises ConfigError where that cannot be."""
+    folder = cells_folder(config, Run.of(config))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"evaluation.cells: {folder} cannot be written ({error.strerror or error})") from None
 
 
 def _check_experts(config: Config, architecture: Architecture) -> None:
