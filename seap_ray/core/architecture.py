@@ -332,10 +332,10 @@ class Architecture:
 
     @property
     def head_cost(self) -> int:
-        """Weights of one query head: its rows of q_proj and columns of o_proj."""
+        """Weights of one query head: its rows of q_proj and columns of o_proj, and its sink."""
         # The bias of o_proj is as long as the hidden size, so no head has a part of it.
         times = self.family.query_times
-        return self.head_dim * ((times + 1) * self.hidden_size + times * self.qkv_bias)
+        return self.head_dim * ((times + 1) * self.hidden_size + times * self.qkv_bias) + bool(self.family.sinks)
 
     @property
     def kv_cost(self) -> int:
@@ -365,7 +365,7 @@ class Architecture:
         """Return all weights of a decoder layer: attention, MLP, biases, norms, router and shared experts."""
         # Vectors as long as the hidden size, and as a head: norms, output biases, and rows of the router.
         n_hidden, n_head = (self.family.norms[0], self.n_head_norms) if self.has_norm_weights else (0, 0)
-        n_hidden += self.o_bias * layer.has_attention + self.mlp_bias * layer.has_mlp
+        n_hidden += self.o_bias * layer.has_attention + self.mlp_bias * layer.has_mlp * max(layer.n_experts, 1)
         n_hidden += len(layer.biases) + layer.n_experts
         n_head *= layer.has_attention
         # Such norms have a weight for each column of queries and keys.

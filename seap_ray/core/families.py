@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Unit = Literal["heads", "groups", "channels"]
@@ -56,6 +56,20 @@ missing: ``("attention_bias", False)``."""
 
 TRANSFORMERS_BACKEND = "SeapTransformersForCausalLM"
 """Class in ``seap_ray.vllm_plugin.model`` that serves a family by transformers' own layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class FusedExperts:
+    """What a tensor is that holds those of all MoE experts of a layer, one expert after another."""
+
+    modules: tuple[str, ...]
+    """Modules of an MoE expert that lie in it together, ``{e}`` for the expert's number: gate and way up."""
+    kind: str = "weight"
+    """Kind of the modules' tensors, ``weight`` or ``bias``."""
+    is_transposed: bool = False
+    """Whether rows of the modules are its columns."""
+    alternates: bool = False
+    """Whether a row of each module follows one of the other; if not, all rows of one module come first."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +153,17 @@ class Family:
     expert_groups: tuple[int, int] = (1, 1)
     """Groups of MoE experts, and how many of them are chosen from for a token, where the config does not say it
     (``n_group`` and ``topk_group``): (8, 4) for DeepSeek V3."""
+    has_transposed_experts: bool = False
+    """Whether tensors that hold all MoE experts of a layer have an expert's rows as columns: True for gpt-oss."""
+    has_alternating_experts: bool = False
+    """Whether rows of gate and way up alternate in such tensors, beside all of the gate coming first: True for
+    gpt-oss."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Parts of names of modules in transformers that checkpoints have other names for, such as
     ``{"mlp.gate.moe_statics": "mlp.moe_statics"}``; what lies before ``.experts`` need not be here."""
+    sinks: str | None = None
+    """Tensor with a number for each query head, to which tokens may attend in place of others:
+    ``self_attn.sinks``."""
     groups_key: str | None = "num_key_value_heads"
     """Config key of the number of key-value heads; None where every query head has its own, as in OPT."""
     has_head_dim: bool = True
@@ -158,6 +180,9 @@ class Family:
     A ``sliding_window`` of null says that there are none."""
     window_period: int = 1
     """Layers from one that attends to everything to the next, where the config does not say it: 2 for Gemma 2."""
+    has_windows_by_place: bool = False
+    """Whether vLLM gives windows to the layers of an ordinary checkpoint by their numbers, whatever the config lists:
+    True for gpt-oss."""
     behind_mlp: str | None = None
     """What comes between ``down_proj`` and the residual stream: ``a norm`` in Gemma 2 and 3."""
     mixer: str | None = None
@@ -174,7 +199,7 @@ class Family:
     """Config keys that a cut checkpoint has with this value, or with None has not, since a cut settles what they say:
     ``{"block_auto_adjust_ff_dim": False}`` in LFM2, whose config may give a width before it is rounded."""
     supports_packing: bool = True
-    """Whether transformers keeps sequences that share a row apart, by their positions: False for OPT."""
+    """Whether transformers keeps sequences that share a row apart, by their positions: False for OPT and gpt-oss."""
     needs_bos: bool = False
     """Whether models lose most of their quality where a text has no beginning token: True for Gemma."""
     ties_embeddings: bool = False
@@ -194,6 +219,22 @@ class Family:
     def has_router_bias(self) -> bool:
         """Whether the router has a number for each MoE expert beside its weights."""
         return len(self.router) > 1
+
+    @property
+    def fused_experts(self) -> dict[str, FusedExperts]:
+        """Tensors that hold those of all MoE experts of a layer, by their names: transformers' own modules have such.
+
+        So do some checkpoints.
+        """
+        if not self.is_moe:
+            return {}
+        # The rows of a family come gate first, as transformers has them in one matrix.
+        before = tuple(module for module in self.rows if "{e}" in module)
+        gate_up = FusedExperts(before, "weight", self.has_transposed_experts, self.has_alternating_experts)
+        down = FusedExperts((self.down_proj,), "weight", self.has_transposed_experts)
+        fused = {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down}
+        biases = {f"{name}_bias": replace(tensor, kind="bias") for name, tensor in fused.items()}
+        return fused | (biases if self.mlp_bias else {})
 
     @property
     def config_class(self) -> str:
@@ -720,6 +761,24 @@ FAMILIES: dict[str, Family] = {
         norms=(4, 0),
         is_moe=True,
         renamed={".router.": ".gate."},
+    ),
+    "gpt_oss": Family(
+        classes="SeapGptOss",
+        vllm_class="SeapGptOssForCausalLM",
+        rows=SPLIT_ATTENTION | MOE_EXPERTS,
+        down_proj="mlp.experts.{e}.down_proj",
+        qkv_bias=("attention_bias", True),
+        o_bias=("attention_bias", True),
+        mlp_bias=True,
+        is_moe=True,
+        has_transposed_experts=True,
+        has_alternating_experts=True,
+        router=("mlp.router.weight", "mlp.router.bias"),
+        sinks="self_attn.sinks",
+        mixes_windows=True,
+        window_period=2,
+        has_windows_by_place=True,
+        supports_packing=False,
     ),
     "qwen3_5_text": Family(
         classes="SeapQwen3_5",

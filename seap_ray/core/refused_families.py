@@ -77,7 +77,6 @@ REASONS: dict[str, tuple[str, ...]] = {
         "llama4",
         "llama4_text",
     ),
-    f"{FUSED_EXPERTS}; its heads have attention sinks": ("gpt_oss",),
     MULTIMODAL: (
         "dots3_note",
         "emu3",

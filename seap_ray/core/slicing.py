@@ -68,6 +68,8 @@ def sliced_shape(
     family = architecture.family
     if kept.experts and f"{module}.{kind}" in family.router:
         return (len(kept.experts), *shape[1:]) if kind == "weight" else (*shape[:-1], len(kept.experts))
+    if f"{module}.{kind}" == family.sinks:
+        return (len(kept.heads),)
     module, expert = split_moe_expert(module)
     kept = kept.of_moe_expert(expert)
 
@@ -142,6 +144,8 @@ def _kept_of_dimension(
 ) -> tuple[int, Tensor] | None:
     """Return the dimension in which a layer's tensor is cut, and the indices that stay; None where it is not."""
     family = architecture.family
+    if f"{module}.{kind}" == family.sinks:
+        return 0, torch.tensor(kept.heads)
     module, expert = split_moe_expert(module)
     kept = kept.of_moe_expert(expert)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from seap_ray.core.architecture import Architecture
 from seap_ray.core.families import FAMILIES
+from seap_ray.core.fused_experts import Place, single_experts, single_shapes
 from seap_ray.errors import ConfigError
 from seap_ray.models.configurations import CONFIG_ERRORS, made_config, refused_config
 from seap_ray.models.conversion.form import is_converted
@@ -74,6 +75,8 @@ class TensorInfo:
     shape: tuple[int, ...]
     stored_as: str
     """Its name in the file."""
+    place: Place | None = None
+    """Where it lies in that tensor, of which it is a part: one MoE expert's of all."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class Checkpoint:
     config: dict[str, Any]
     """Content of config.json; of a multimodal checkpoint its language model's, as ``language_config`` returns it."""
     tensors: dict[str, TensorInfo]
-    """Every weight by its name; of a multimodal checkpoint its language model's by ``plain_name``."""
+    """Every weight by its name; of a multimodal checkpoint its language model's by ``plain_name``. A tensor of all MoE
+    experts of a layer is seen as those of each."""
     source: ModelSource
     files: tuple[Path, ...] = ()
     """The weight files, those that transformers loads."""
@@ -154,13 +158,13 @@ class Checkpoint:
         weights = {name: info for name, info in tensors.items() if not name.endswith(BUFFERS)}
         config = _read_json_object(config_path)
         if multimodal_of(config) is None:
-            return cls(folder, config, weights, source, tuple(files))
+            return cls(folder, config, _taken_apart(config, weights), source, tuple(files))
         named = {plain_name(stored) or stored: info for stored, info in weights.items()}
         language = language_config(config)
         # Where nothing says it, transformers makes a head the embedding unless another one is stored.
         if config.get("tie_word_embeddings") is None and HEADS[0] in named:
             language["tie_word_embeddings"] = False
-        return cls(folder, language, named, source, tuple(files), whole_config=config)
+        return cls(folder, language, _taken_apart(language, named), source, tuple(files), whole_config=config)
 
     # --- what is checked ---------------------------------------------------------------------------------------------
 
@@ -220,9 +224,10 @@ class Checkpoint:
 
         nested = self.nested_settings.get("config")
         try:
-            return declared(nested) if nested else {**_declared_in(self.folder, json.dumps(self.config))}
+            shapes = declared(nested) if nested else _declared_in(self.folder, json.dumps(self.config))
         except CONFIG_ERRORS as error:
             raise refused_config(error) from None
+        return single_shapes(self.architecture.family, shapes)
 
     def _reason_of_absence(self, name: str) -> str:
         """Return what config.json has to do with a tensor that is missing."""
@@ -353,6 +358,9 @@ class Checkpoint:
         """Read one tensor, in the type and shape that it is stored in."""
         info = self.tensors[name]
         with safe_open(info.file, "pt") as file:
+            if info.place:
+                # One MoE expert's data alone.
+                return info.place.take(file.get_slice(info.stored_as)[info.place.expert]).contiguous()
             return file.get_tensor(info.stored_as)
 
     def stored_name(self, name: str) -> str:
@@ -361,8 +369,13 @@ class Checkpoint:
             return self.tensors[name].stored_as
         # As it stores another one of the decoder layers.
         layers = self.architecture.family.layers
-        other = next(plain for plain in self.tensors if plain.startswith(layers))
+        other = next(plain for plain, info in self.tensors.items() if plain.startswith(layers) and not info.place)
         return self.tensors[other].stored_as.removesuffix(other.removeprefix(layers)) + name.removeprefix(layers)
+
+    @cached_property
+    def has_fused_experts(self) -> bool:
+        """Whether it stores tensors that hold all MoE experts of a layer."""
+        return any(info.place for info in self.tensors.values())
 
     def read_bias(self, layer: int, module: str) -> Tensor | None:
         """Read the bias of a layer's module, None where it has none."""
@@ -449,6 +462,22 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
             stored = tensors.get_slice(name)
             infos[name] = TensorInfo(file, stored.get_dtype(), tuple(stored.get_shape()), name)
     return infos
+
+
+def _taken_apart(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return the tensors with those of single MoE experts in place of one that holds all of a layer."""
+    family = FAMILIES.get(str(config.get("model_type")).removeprefix("seap_"))
+    if family is None:
+        return dict(infos)
+
+    apart: dict[str, TensorInfo] = {}
+    for name, info in infos.items():
+        single = single_experts(family, name, info.shape)
+        for part, (shape, place) in single.items():
+            apart[part] = replace(info, shape=shape, place=place)
+        if not single:
+            apart[name] = info
+    return apart
 
 
 def _file_hash(path: Path) -> bytes:

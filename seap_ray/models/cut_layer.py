@@ -54,8 +54,9 @@ def cut_parameters(block: Any, export: CheckpointExport, layer: int) -> dict[str
 
 
 def _cut_experts(block: Any, export: CheckpointExport, new_layer: int) -> Tensor:
-    """Return the output weights of all MoE experts, (E, O, D), with zeros in the columns that go."""
-    own_EOD = block.get_submodule("mlp.experts").down_proj
+    """Return the output weights of all MoE experts, as their module has them, with zeros in the columns that go."""
+    experts = block.get_submodule("mlp.experts")
+    own_EOD = experts.down_proj.mT if experts.is_transposed else experts.down_proj
     weight_EOD = torch.zeros_like(own_EOD)
     down_proj = export.base.architecture.family.down_proj
     for expert, channels in enumerate(export.plan.kept[new_layer].channels):
@@ -63,7 +64,7 @@ def _cut_experts(block: Any, export: CheckpointExport, new_layer: int) -> Tensor
         compensated = export.compensated(new_layer, down_proj.format(e=expert))
         weight_OS = compensated.get("weight", own_EOD[expert][:, kept_S])
         weight_EOD[expert][:, kept_S] = weight_OS.to(own_EOD)
-    return weight_EOD
+    return weight_EOD.mT if experts.is_transposed else weight_EOD
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from seap_ray.core.architecture import Architecture, Shape, keys_of_dense_layers, split_moe_expert
 from seap_ray.core.compensation import OutputModule
+from seap_ray.core.families import FusedExperts
+from seap_ray.core.fused_experts import fused_shape, joined
 from seap_ray.core.moments import Statistics
 from seap_ray.core.plan import Plan
 from seap_ray.core.slicing import in_pieces, kept_indices, slice_tensor, sliced_shape
@@ -56,6 +58,8 @@ class OutputTensor:
     dtype: str
     """As a safetensors file names it."""
     shape: tuple[int, ...]
+    parts: tuple["OutputTensor", ...] = ()
+    """Tensors of single MoE experts that it holds, one expert after another; none of most tensors."""
 
     @property
     def n_bytes(self) -> int:
@@ -105,7 +109,47 @@ class CheckpointExport:
             elif layer in new_layer and (kept_module := self._module_after(new_layer[layer], module)):
                 outputs.append(self._sliced(new_layer[layer], kept_module, kind))
 
-        return sorted(outputs + self._new_biases(), key=lambda output: _natural_order(architecture, output.name))
+        outputs = self._with_fused_experts(outputs + self._new_biases())
+        return sorted(outputs, key=lambda output: _natural_order(architecture, output.name))
+
+    def _with_fused_experts(self, outputs: Iterable[OutputTensor]) -> list[OutputTensor]:
+        """Put tensors of MoE experts together that lie in one tensor in the base."""
+        architecture = self.base.architecture
+        others: list[OutputTensor] = []
+        parts_by_name: dict[str, dict[tuple[int, int], OutputTensor]] = {}
+
+        for output in outputs:
+            layer, module, kind = architecture.split(output.name)
+            template, expert = split_moe_expert(module)
+            if layer is None or expert is None or not self.base.has_fused_experts:
+                others.append(output)
+                continue
+            stored, number = self._fused_places[template, kind]
+            name = f"{architecture.family.layers}{layer}.{stored}"
+            parts_by_name.setdefault(name, {})[expert, number] = output
+
+        return others + [self._fused(name, parts) for name, parts in parts_by_name.items()]
+
+    def _fused(self, name: str, parts: Mapping[tuple[int, int], OutputTensor]) -> OutputTensor:
+        """Return a tensor of all MoE experts of a layer; ``parts`` are by the expert and the module's number in it."""
+        fused = self._fused_row(name)
+        first = next(iter(parts.values()))
+        shape = fused_shape(fused, len(parts) // len(fused.modules), first.shape)
+        return OutputTensor(name, first.dtype, shape, tuple(parts[place] for place in sorted(parts)))
+
+    def _fused_row(self, name: str) -> FusedExperts:
+        """Return what a tensor of all MoE experts of a layer is, by its name."""
+        _, module, kind = self.base.architecture.split(name)
+        return self.base.architecture.family.fused_experts[f"{module}.{kind}"]
+
+    @cached_property
+    def _fused_places(self) -> dict[tuple[str, str], tuple[str, int]]:
+        """Names of fused tensors, and the number of a module in them, by the module and the kind of its tensor."""
+        places: dict[tuple[str, str], tuple[str, int]] = {}
+        for name, fused in self.base.architecture.family.fused_experts.items():
+            for number, module in enumerate(fused.modules):
+                places[module, fused.kind] = (name, number)
+        return places
 
     def _sliced(self, layer: int, module: str, kind: str) -> OutputTensor:
         """Return a tensor of a layer of the checkpoint that the base has, too."""
@@ -143,8 +187,8 @@ class CheckpointExport:
             if adds_biases and self.compensates(layer):
                 own = architecture.modules(self.plan.layers[layer]).values()
                 modules = [module for module in architecture.compensable_modules if module in own]
-            # A stock Llama's biases are all there or none.
-            if self.stock and _has_biases(self.plan, architecture):
+            # A stock Llama's biases are all there or none; other families have their own.
+            if self.stock and architecture.family.like_llama and _has_biases(self.plan, architecture):
                 modules = [*architecture.family.cut_rows, *architecture.family.columns]
             for module in modules:
                 weight = self._sliced(layer, module, "weight")
@@ -167,6 +211,9 @@ class CheckpointExport:
         Returns:
             Blocks of rows, in order.
         """
+        if output.parts:
+            return self._fused_pieces(output)
+
         architecture = self.base.architecture
         layer, module, kind = architecture.split(output.name)
         if layer is None:
@@ -185,6 +232,14 @@ class CheckpointExport:
         kept = self.plan.kept[layer]
         module = self._module_before(layer, module)
         return slice_tensor(architecture, original_layer, module, kind, self.base.read(source), kept)
+
+    def _fused_pieces(self, output: OutputTensor) -> Iterator[Tensor]:
+        """Yield the data of a tensor of all MoE experts of a layer, one expert after another."""
+        fused = self._fused_row(output.name)
+        n_modules = len(fused.modules)
+        for first in range(0, len(output.parts), n_modules):
+            parts = output.parts[first : first + n_modules]
+            yield joined(fused, [torch.cat([*self.pieces(part)]) for part in parts])
 
     def compensated(self, layer: int, module: str) -> dict[str, Tensor]:
         """Return the tensors of a layer's module that compensation makes, by kind; none of most modules."""
@@ -264,11 +319,16 @@ class CheckpointExport:
 
     def _is_carried(self, output: OutputTensor) -> bool:
         """Return whether a tensor is the base's own. In a cut module none is: engines reload modules as a whole."""
+        if output.parts:
+            return all(map(self._is_carried, output.parts))
+
         architecture = self.base.architecture
         layer, module, kind = architecture.split(output.name)
         if layer is None or not (self.stock or self.plan.cuts(layer, architecture)):
             return True
         family = architecture.family
+        if f"{module}.{kind}" == family.sinks:
+            return False
         if self.plan.kept[layer].experts and f"{module}.{kind}" in family.router:
             return False
         module, _ = split_moe_expert(module)
@@ -459,6 +519,13 @@ def check_stock(plan: Plan, architecture: Architecture) -> None:
             )
 
     family = architecture.family
+    windows = tuple(architecture.windows[layer] for layer in plan.layers)
+    if family.has_windows_by_place and windows != architecture.windows[: len(windows)]:
+        raise ConfigError(
+            f"export.format: vLLM gives layers of a stock {architecture.family_name} their windows by their numbers, "
+            f"which dropped layers change ({plan.name}); drop no layers, or use export.format=seap"
+        )
+
     biased = _has_biases(plan, architecture)
     # Without a head size in its config, the family divides the hidden size by the number of heads.
     if first.heads != architecture.dense.heads and not (family.has_head_dim and architecture.n_heads_may_change):

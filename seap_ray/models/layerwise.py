@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seap_ray.core.families import FusedExperts
+from seap_ray.core.fused_experts import joined
 from seap_ray.errors import ConfigError
 from seap_ray.models.batching import make_batches
 from seap_ray.models.checkpoint import Checkpoint
@@ -253,23 +255,18 @@ class LayerwiseModel:
         if not family.is_moe or not name.startswith("mlp."):
             return self.checkpoint.read(prefix + name)
 
-        # Checkpoints have a matrix for each expert, and other names before ``experts``.
-        stored_modules = {
-            "mlp.experts.gate_up_proj": [module for module in family.rows if "{e}" in module],
-            "mlp.experts.down_proj": [family.down_proj],
-        }
-        if name in stored_modules:
+        if fused := family.fused_experts.get(name):
             n_experts = self.checkpoint.architecture.n_experts
-            # The rows of a family come gate first, as transformers has them in one matrix.
-            return torch.stack([self._read_expert(prefix, stored_modules[name], e) for e in range(n_experts)])
+            return torch.stack([self._read_expert(prefix, fused, e) for e in range(n_experts)])
 
+        # Checkpoints have other names before ``experts``.
         stem = family.down_proj.partition(".experts")[0]
         stored = f"{stem}{name.removeprefix('mlp')}"
         for of_module, of_checkpoint in family.renamed.items():
             stored = stored.replace(of_module, of_checkpoint)
         return self.checkpoint.read(f"{prefix}{stored}")
 
-    def _read_expert(self, prefix: str, modules: Sequence[str], expert: int) -> Tensor:
-        """Read the weights of some modules of an MoE expert, one below the other."""
-        names = [f"{prefix}{module.format(e=expert)}.weight" for module in modules]
-        return torch.cat([self.checkpoint.read(name) for name in names])
+    def _read_expert(self, prefix: str, fused: FusedExperts, expert: int) -> Tensor:
+        """Read what a tensor of all MoE experts holds of one."""
+        names = [f"{prefix}{module.format(e=expert)}.{fused.kind}" for module in fused.modules]
+        return joined(fused, [self.checkpoint.read(name) for name in names])

@@ -116,15 +116,15 @@ def _experts_hook(
         dtype = torch.promote_types(x_ND.dtype, torch.float32)
         gated_NE = x_ND.new_zeros(len(x_ND), len(experts.gate_up_proj), dtype=dtype)
         is_chosen_NE = torch.zeros_like(gated_NE)
-        # An expert's gate and up projections are one matrix, gate first: J = 2 C rows.
-        for expert, gate_up_JD in enumerate(experts.gate_up_proj):
+        for expert in range(len(experts.gate_up_proj)):
             is_chosen_NK = chosen_NK == expert
             routed_N = is_chosen_NK.any(1)
-            gate_NC, up_NC = functional.linear(x_ND[routed_N], gate_up_JD).chunk(2, dim=-1)
-            hidden_NC = experts.act_fn(gate_NC) * up_NC
+            # An expert's gate and up projections are one matrix of J = 2 C rows.
+            gate_up_NJ = _product(experts, "gate_up_proj", expert, x_ND[routed_N])
+            hidden_NC = experts._apply_gate(gate_up_NJ)
             _add(recorded, (layer, f"mlp.{expert}"), statistic.of(hidden_NC))
 
-            output_ND = functional.linear(hidden_NC, experts.down_proj[expert])
+            output_ND = _product(experts, "down_proj", expert, hidden_NC)
             gates_N = gates_NK[is_chosen_NK].to(dtype)
             gated_NE[routed_N, expert] = gates_N * vector_norm(output_ND, dim=1, dtype=dtype)
             is_chosen_NE[routed_N, expert] = 1
@@ -132,6 +132,13 @@ def _experts_hook(
         _add(recorded, (layer, "experts"), Moments.of(torch.cat([gated_NE, is_chosen_NE], dim=1)))
 
     return hook
+
+
+def _product(experts: Any, name: str, expert: int, x_ND: Tensor) -> Tensor:
+    """Return what a projection of one MoE expert gives, as transformers computes it."""
+    weight = getattr(experts, name)[expert]
+    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+    return functional.linear(x_ND, weight.mT if experts.is_transposed else weight, bias)
 
 
 def _block_hook(recorded: SiteMoments, key: tuple[int, Site], rows_N: Tensor | None) -> Callable[..., None]:

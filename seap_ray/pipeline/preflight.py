@@ -29,6 +29,7 @@ from seap_ray.core.families import TRANSFORMERS_BACKEND
 from seap_ray.core.reconstruction import UNIT_SCORES
 from seap_ray.errors import ConfigError, DataError, IncompleteError, SeapError
 from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.conversion.mxfp4_form import dequantised_config, is_mxfp4
 from seap_ray.models.corpus import check_evaluation, check_source, load_tokenizer, tokenizer_warning
 from seap_ray.models.encoding import Encoding, bos_warning, uses_chat
 from seap_ray.models.export import parse_size
@@ -342,7 +343,7 @@ def needs_findings(config: Config, run: Run) -> list[Finding]:
     if content is None:
         return []
 
-    model = ModelSize.from_config(language_config(content))
+    model = ModelSize.from_config(language_config(dequantised_config(content)))
     findings: list[Finding] = []
     if line := bias_line(config, model.architecture):
         findings.append(Finding("ok", "bias", line))
@@ -371,7 +372,7 @@ def family_findings(config: Config) -> list[Finding]:
     if content is None:
         return []
 
-    architecture = Architecture.of(language_config(content))
+    architecture = Architecture.of(language_config(dequantised_config(content)))
     if architecture.why_whole_attention:
         attention = f"attention stays whole, since {architecture.why_whole_attention}"
     elif architecture.needs_equal_groups:
@@ -392,6 +393,9 @@ def family_findings(config: Config) -> list[Finding]:
     if multimodal_of(content):
         message = f"{content['model_type']}: its language model is cut, all else is carried as it is"
         findings.insert(0, Finding("ok", "family", message))
+    if is_mxfp4(content):
+        message = "its experts are in MXFP4: a copy in each node's cache has the same numbers in bfloat16"
+        findings.append(Finding("ok", "family", message))
     return findings
 
 

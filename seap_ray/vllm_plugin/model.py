@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from importlib import import_module
 from inspect import signature
+from itertools import groupby
 from math import prod
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.models import ModelRegistry, opt, qwen2_moe, qwen3, qwen3_moe
+from vllm.model_executor.models import ModelRegistry, gpt_oss, opt, qwen2_moe, qwen3, qwen3_moe
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 from vllm.model_executor.models.transformers import TransformersForCausalLM
@@ -83,13 +84,7 @@ class _UnequalLayerOfVllmConfig:
 
     def __init__(self, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any):
         layer_config = _layer_config(vllm_config.model_config.hf_text_config, prefix)
-
-        # Shallow copies: the other layers keep the whole model's configuration.
-        layer_vllm_config = copy.copy(vllm_config)
-        layer_vllm_config.model_config = copy.copy(vllm_config.model_config)
-        layer_vllm_config.model_config.hf_config = layer_config
-        layer_vllm_config.model_config.hf_text_config = layer_config
-
+        layer_vllm_config = _vllm_config_with(vllm_config, layer_config)
         super().__init__(vllm_config=layer_vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
         _add_biases(self, layer_config, vllm_config.quant_config, prefix)
 
@@ -115,6 +110,49 @@ class SeapQwen2MoeDecoderLayer(_UnequalLayer, qwen2_moe.Qwen2MoeDecoderLayer):
 
         with _replaced(qwen2_moe, "Qwen2MoeAttention", attention):
             super()._build(layer_config, *args, **kwargs)
+
+
+class SeapGptOssAttention(gpt_oss.OAIAttention):
+    """gpt-oss's attention with the window that the configuration lists, in place of one for every layer of even number.
+
+    Layers have other numbers where earlier ones have gone.
+    """
+
+    def _build_attention(self, config: Any, *args: Any, **settings: Any) -> Attention:
+        is_sliding = config.layer_types[self.layer_idx] == "sliding_attention"
+        self.layer_idx = 0 if is_sliding else 1
+        return super()._build_attention(config, *args, **settings)
+
+
+class SeapGptOssDecoderLayer(gpt_oss.TransformerBlock):
+    """A decoder layer of gpt-oss with its own widths; its attention always has a bias on ``o_proj``."""
+
+    attention_cls = SeapGptOssAttention
+
+    def __init__(self, vllm_config: VllmConfig, quant_config: Any, prefix: str = ""):
+        layer_config = _layer_config(vllm_config.model_config.hf_config, prefix)
+        super().__init__(_vllm_config_with(vllm_config, layer_config), quant_config, prefix)
+
+
+class SeapGptOssModel(gpt_oss.GptOssModel):
+    """gpt-oss without its head, with layers of unequal widths."""
+
+    block_cls = SeapGptOssDecoderLayer
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load tensors, those of each layer by its own widths."""
+        loaded: set[str] = set()
+        for layer, of_layer in groupby(weights, lambda weight: _layer_of(weight[0])):
+            config = self.config if layer is None else self.config.per_layer_config[layer]
+            with _replaced(self, "config", config):
+                loaded |= super().load_weights(of_layer)
+        return loaded
+
+
+def _layer_of(name: str) -> int | None:
+    """Return the number of the decoder layer that a tensor of a model is of; None for one of no layer."""
+    beginning, _, rest = name.partition(".")
+    return int(rest.partition(".")[0]) if beginning == "layers" else None
 
 
 class SeapOPTDecoderLayer(_UnequalLayer, opt.OPTDecoderLayer):
@@ -158,6 +196,16 @@ class SeapOPTAttention(opt.OPTAttention):
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
         )
+
+
+def _vllm_config_with(vllm_config: VllmConfig, layer_config: PreTrainedConfig) -> VllmConfig:
+    """Return vLLM's configuration with a layer's own in place of the whole model's."""
+    # Shallow copies: the other layers keep the whole model's configuration.
+    layer_vllm_config = copy.copy(vllm_config)
+    layer_vllm_config.model_config = copy.copy(vllm_config.model_config)
+    layer_vllm_config.model_config.hf_config = layer_config
+    layer_vllm_config.model_config.hf_text_config = layer_config
+    return layer_vllm_config
 
 
 def _layer_config(model_config: Any, prefix: str) -> Any:
@@ -386,6 +434,26 @@ class SeapQwen2MoeForCausalLM(_ReplacedLayers, qwen2_moe.Qwen2MoeForCausalLM):
     """Qwen 2 MoE with layers of unequal widths."""
 
     replacements = ((qwen2_moe, "Qwen2MoeDecoderLayer", SeapQwen2MoeDecoderLayer),)
+
+
+class SeapGptOssForCausalLM(_ReplacedLayers, gpt_oss.GptOssForCausalLM):
+    """gpt-oss with layers of unequal widths."""
+
+    replacements = ((gpt_oss, "GptOssModel", SeapGptOssModel),)
+    fixed: ClassVar[dict[str, Any]] = {
+        "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
+        "rms_norm_eps": 1e-5,
+        "attention_bias": True,
+    }
+    """Values with which vLLM computes whatever the configuration says."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        config = vllm_config.model_config.hf_config
+        for key, value in self.fixed.items():
+            if (own := getattr(config, key, value)) != value:
+                raise ValueError(f"vLLM computes every gpt-oss with {key} {value}, and this one has {own}")
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
 
 
 class SeapOPTForCausalLM(_ReplacedLayers, opt.OPTForCausalLM):

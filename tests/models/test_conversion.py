@@ -20,15 +20,18 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from seap_ray.config import Config
 from seap_ray.core.families import FAMILIES
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.conversion import form as form_module
 from seap_ray.models.conversion.form import Form
 from seap_ray.models.conversion.rewritten_form import plain_name
+from seap_ray.pipeline.preflight import family_findings
 from tests.support import ROOT
-from tests.support.builders import CONFIGS, load, logits, random_ids
+from tests.support.builders import CONFIGS, load, logits, random_ids, save_dense
 from tests.support.gguf_files import save_llama, write_gguf
+from tests.support.oracles import tensors_of
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +72,72 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# --- MXFP4 ------------------------------------------------------------------------------------------------------------
+
+FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+"""Numbers of MXFP4's lower eight codes; the upper ones are the same, negative (OCP Microscaling Formats, 5.3.3)."""
+
+
+def save_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
+    """Write a gpt-oss as it is published, in two files; return what its experts' tensors are, (E, columns, rows)."""
+    settings = {"hidden_size": 64, "intermediate_size": 32}
+    save_dense(folder, "gpt_oss", torch.bfloat16, settings=settings)
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    expected: dict[str, torch.Tensor] = {}
+
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        n_experts, n_columns, n_rows = tensors.pop(name).shape
+        codes = torch.randint(16, (n_experts, n_rows, n_columns // 32, 32), generator=generator)
+        exponents = torch.randint(122, 126, (n_experts, n_rows, n_columns // 32), generator=generator)
+        numbers = torch.tensor(FP4 + [-number for number in FP4])[codes] * 2.0 ** (exponents[..., None] - 127)
+        expected[name] = numbers.flatten(2).mT
+        # The even number of a pair is in a byte's lower half.
+        tensors[f"{name}_blocks"] = (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8)
+        tensors[f"{name}_scales"] = exponents.to(torch.uint8)
+
+    # What belongs together may be in two files.
+    second = {name for name in tensors if name.endswith("_scales") or name == "model.norm.weight"}
+    files = {name: f"model-0000{1 + (name in second)}-of-00002.safetensors" for name in tensors}
+    for file in sorted({*files.values()}):
+        part = {name: tensor.contiguous() for name, tensor in tensors.items() if files[name] == file}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / "model.safetensors").unlink()
+    edit_json(folder / "config.json", quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": []})
+    return expected
+
+
+def test_experts_in_mxfp4_become_the_same_numbers_in_bfloat16(in_process, tmp_path):
+    expected = save_mxfp4(tmp_path)
+    opened = Checkpoint.open(str(tmp_path))
+    written = tensors_of(opened.folder)
+    for name, tensor in expected.items():
+        assert torch.equal(written[name].float(), tensor) and written[name].dtype == torch.bfloat16
+    assert not any(name.endswith(("_blocks", "_scales")) for name in written)
+    assert "quantization_config" not in json.loads((opened.folder / "config.json").read_text())
+    assert opened.architecture.n_experts == 4 and opened.is_copied and not opened.warnings
+    assert torch.isfinite(logits(load(opened.folder), random_ids())).all()
+
+
+def test_doctor_says_of_mxfp4_what_becomes_of_it(tmp_path):
+    save_mxfp4(tmp_path)
+    findings = family_findings(Config.model_validate({"model": {"source": str(tmp_path)}}))
+    assert [finding.level for finding in findings] == ["ok", "ok"]
+    assert "channels or whole experts can go" in findings[0].message
+    assert "its experts are in MXFP4" in findings[1].message and "in bfloat16" in findings[1].message
+
+
+def test_mxfp4_without_its_scales_is_refused(in_process, tmp_path):
+    save_mxfp4(tmp_path)
+    file = tmp_path / "model-00002-of-00002.safetensors"
+    tensors = load_file(file)
+    missing = min(tensors)
+    del tensors[missing]
+    save_file(tensors, file)
+    assert f"has no tensor {missing}, without which MXFP4 is no numbers" in refusal(tmp_path)
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------------------

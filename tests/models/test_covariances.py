@@ -55,7 +55,7 @@ from tests.support.builders import (
     random_plan,
     write_compacted,
 )
-from tests.support.oracles import tensors_of
+from tests.support.oracles import InputsOf, by_columns, tensors_of
 
 often = settings(max_examples=40, deadline=None)
 LENGTHS = ([4, 19, 2], [7, 11], [1, 30, 6, 6])
@@ -373,27 +373,23 @@ def test_an_experts_covariance_is_that_of_the_tokens_that_are_routed_to_it(dense
     model = load(dense(name, torch.float64))
     sequences = [ids.tolist() for ids in random_ids(4, 30, seed=4)]
     recorded = record(model, sequences, batch_tokens=50, covariances=range(4))
-    seen: dict[int, list[torch.Tensor]] = {}
-    linear = torch.nn.functional.linear
-
-    def spying(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        seen.setdefault(weight.data_ptr(), []).append(x)
-        return linear(x, weight, bias)
-
-    with mock.patch.object(torch.nn.functional, "linear", spying), torch.no_grad():
+    # Some mixtures have layers without experts.
+    blocks = {layer: block for layer, block in enumerate(model.get_decoder().layers) if hasattr(block.mlp, "experts")}
+    weights = {(layer, e): w for layer, block in blocks.items() for e, w in enumerate(by_columns(block.mlp.experts))}
+    with InputsOf(weights.values()) as spy, torch.no_grad():
         for ids in sequences:
             model(torch.tensor([ids]))
     n_compared = 0
-    for layer, block in enumerate(model.get_decoder().layers):
-        # Some mixtures have layers without experts, and some experts no token.
-        for expert, weight_OD in enumerate(getattr(block.mlp, "experts", SimpleNamespace(down_proj=())).down_proj):
-            covariance = recorded[layer, f"mlp.{expert}"]
-            assert isinstance(covariance, Covariance)
-            if weight_OD.data_ptr() not in seen:
-                assert covariance.count == 0
-                continue
-            assert_is_two_pass(covariance, torch.cat(seen[weight_OD.data_ptr()]), rtol=1e-6)
-            n_compared += 1
+    for (layer, expert), weight_OD in weights.items():
+        covariance = recorded[layer, f"mlp.{expert}"]
+        assert isinstance(covariance, Covariance)
+        seen = spy.by_place[weight_OD.data_ptr()]
+        # Some experts have no token.
+        if not seen:
+            assert covariance.count == 0
+            continue
+        assert_is_two_pass(covariance, torch.cat(seen), rtol=1e-6)
+        n_compared += 1
     assert n_compared >= 8
 
 

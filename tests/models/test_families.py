@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -53,6 +54,8 @@ from tests.support.oracles import assert_close, assert_equal, tensors_of, two_pa
 
 NOT_STOCK = ("stablelm", "helium", "cohere2", "qwen2_moe")
 """Families whose attention is as wide as the hidden size in an ordinary checkpoint."""
+FUSED = ("gpt_oss",)
+"""Mixtures whose MoE experts are no tensors of their own in a checkpoint."""
 
 
 def cut(base: Checkpoint, seed: int, compensation: str = "mean") -> CheckpointExport:
@@ -122,6 +125,8 @@ def test_the_architecture_is_what_transformers_builds(name):
         # The last layer with that part: Nemotron-H's have one each.
         site = "mlp" if "channels" in rows.units else "attn"
         named.append((max(i for i in range(4) if architecture.sites(i, site)), module.format(e=3)))
+    if name in FUSED:
+        named = [(layer, module) for layer, module in named if ".experts." not in module]
     assert {architecture.tensor(layer, module) for layer, module in named} <= stored
     for layer in range(4):
         outputs = [module for module in architecture.modules(layer).values() if ".experts." not in module]
@@ -312,18 +317,30 @@ def test_a_stock_export_computes_what_the_seap_export_computes(dense, tmp_path, 
     shape = replace(whole, channels=50)
     if name not in NOT_STOCK and not base.architecture.why_whole_attention:
         shape = Shape(whole.groups // 2, whole.heads_per_group, 50)
-    plan = uniform_plan(base.architecture, shape)
+    # A family with biases of its own on its outputs can hold those of compensation.
+    compensation = "none" if base.architecture.bias_keys else "mean"
+    plan = uniform_plan(base.architecture, shape, compensation)
     if base.architecture.is_shared_width_bound:
         with pytest.raises(ConfigError, match="has shared experts whose width follows from .*; use export.format=seap"):
             check_stock(plan, base.architecture)
         plan = uniform_plan(base.architecture, replace(shape, channels=whole.channels))
     check_stock(plan, base.architecture)
 
-    stock = write_compacted(CheckpointExport(base, plan, stock=True), tmp_path / "stock")
+    statistics = random_statistics(base.architecture, 0)
+    stock = write_compacted(CheckpointExport(base, plan, statistics, stock=True), tmp_path / "stock")
     model = load(stock)
     assert type(model).__module__.startswith("transformers.models.")
-    seap = load(write_compacted(CheckpointExport(base, plan), tmp_path / "seap"))
+    seap = load(write_compacted(CheckpointExport(base, plan, statistics), tmp_path / "seap"))
     assert torch.equal(logits(model, random_ids()), logits(seap, random_ids()))
+
+
+@pytest.mark.parametrize(("dropped", "is_refused"), [((0, 1), False), ((1,), True)])
+def test_a_stock_gpt_oss_keeps_every_other_window_by_which_vllm_counts(dropped, is_refused):
+    architecture = Architecture.of(MORE_CONFIGS["gpt_oss"]().to_dict())
+    kept = tuple(Kept.whole(architecture, layer) for layer in range(4) if layer not in dropped)
+    plan = Plan("depth", 0.25, COMPENSATIONS["none"], kept, {}, dropped)
+    with pytest.raises(ConfigError, match="windows by their numbers") if is_refused else nullcontext():
+        check_stock(plan, architecture)
 
 
 def test_layers_without_rope_go_with_their_places(dense, tmp_path):

@@ -33,6 +33,7 @@ from transformers import (
     Glm4MoeLiteConfig,
     GlmConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     GraniteMoeHybridConfig,
     HeliumConfig,
@@ -175,6 +176,15 @@ MINISTRAL_3_ROPE = {
     "mscale": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
+GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+}
 DEEPSEEK_EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 64,
     "n_routed_experts": 4,
@@ -288,6 +298,15 @@ MORE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "minimax_m2": lambda: MiniMaxM2Config(**GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
     "phimoe": lambda: PhimoeConfig(
         **GROUPED, num_local_experts=4, num_experts_per_tok=2, attention_bias=True, lm_head_bias=True
+    ),
+    "gpt_oss": lambda: GptOssConfig(
+        **GROUPED,
+        head_dim=8,
+        sliding_window=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        swiglu_limit=0.5,
+        rope_parameters=dict(GPT_OSS_ROPE),
     ),
     "ministral3": lambda: Ministral3Config(**GROUPED, head_dim=8, rope_parameters=dict(MINISTRAL_3_ROPE)),
     "qwen3_5_text": lambda: Qwen3_5TextConfig(**GROUPED, **GATED_DELTA),
@@ -425,6 +444,7 @@ MIXTURES = (
     "flex_olmo",
     "minimax_m2",
     "phimoe",
+    "gpt_oss",
     "qwen3_next",
 )
 HYBRIDS = ("qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid", "falcon_h1", "nemotron_h")

@@ -1,15 +1,15 @@
 """Oracles: slow and plain computations that results are compared with."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 import seap_ray.models.hf  # noqa: F401  (registers the classes that load a cut checkpoint)
 from seap_ray.core.architecture import Architecture, Shape
@@ -23,6 +23,19 @@ from tests.support.builders import MIXTURES, output_modules
 
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "embedding_norm", "norm_f")
 """Names of the norm behind the last layer."""
+
+
+class InputsOf(TorchFunctionMode):
+    """Keeps what some weights are multiplied with inside, by ``linear`` or by ``@``, by the place of their memory."""
+
+    def __init__(self, weights: Iterable[torch.Tensor]):
+        super().__init__()
+        self.by_place: dict[int, list[torch.Tensor]] = {weight.data_ptr(): [] for weight in weights}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (functional.linear, torch.Tensor.matmul) and args[1].data_ptr() in self.by_place:
+            self.by_place[args[1].data_ptr()].append(args[0].detach())
+        return function(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
@@ -49,19 +62,9 @@ def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: b
         (layer, e, weight)
         for layer, block in enumerate(decoder.layers)
         if model.config.model_type in MIXTURES and hasattr(block.mlp, "experts")
-        for e, weight in enumerate(block.mlp.experts.down_proj)
+        for e, weight in enumerate(by_columns(block.mlp.experts))
     ]
-    of_expert = {weight.data_ptr(): (layer, f"mlp.{e}") for layer, e, weight in experts}
-    for layer, e, weight in experts:
-        seen[layer, f"mlp.{e}"] = [torch.empty(0, weight.shape[1], dtype=torch.float64)]
-    linear = torch.nn.functional.linear
-
-    def spying(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Keep what the down projection of an MoE expert is given."""
-        if weight.data_ptr() in of_expert:
-            seen[of_expert[weight.data_ptr()]].append(x.double())
-        return linear(x, weight, bias)
-
+    spy = InputsOf(weight for _, _, weight in experts)
     mixtures = {
         layer: block.mlp.experts
         for layer, block in enumerate(decoder.layers)
@@ -74,7 +77,7 @@ def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: b
         )
     handles.append(norm.register_forward_pre_hook(lambda _module, inputs: last.append(inputs[0])))
     for sequence in sequences:
-        with mock.patch.object(torch.nn.functional, "linear", spying):
+        with spy:
             ids_BT = torch.tensor([sequence], device=model.device)
             shown = model(ids_BT, output_hidden_states=True).hidden_states
         for layer, inputs in {**routed}.items():
@@ -86,12 +89,20 @@ def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: b
             seen.setdefault((layer, "block"), []).append(cosine_T[:, None])
     for handle in handles:
         handle.remove()
+    for layer, e, weight in experts:
+        none = torch.empty(0, weight.shape[1], dtype=torch.float64)
+        seen[layer, f"mlp.{e}"] = [none, *(x_ND.double() for x_ND in spy.by_place[weight.data_ptr()])]
     reference = {}
     for key, parts in seen.items():
         x_ND = torch.cat([part.cpu()[int(skip_first) :] for part in parts])
         mean_D = x_ND.mean(0) if len(x_ND) else torch.zeros(x_ND.shape[1], dtype=torch.float64)
         reference[key] = (x_ND.shape[0], mean_D, (x_ND - mean_D).square().sum(0))
     return reference
+
+
+def by_columns(experts: Any) -> torch.Tensor:
+    """Return the down projections of all MoE experts, (E, O, D), whichever way round the family has them; a view."""
+    return experts.down_proj.mT if type(experts).__name__ == "GptOssExperts" else experts.down_proj
 
 
 def contributions(experts: Any, x_TD: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
@@ -172,8 +183,15 @@ def experts_of(model: Any, plan: Plan) -> Iterator[tuple[Any, list[list[int]]]]:
 def narrow_experts(model: Any, plan: Plan) -> None:
     """Leave the kept channels of every expert."""
     for experts, kept in experts_of(model, plan):
-        gates, ups = experts.gate_up_proj.chunk(2, dim=1)
         numbers = range(len(kept))
+        if type(experts).__name__ == "GptOssExperts":
+            pairs = [[2 * channel + i for channel in channels for i in (0, 1)] for channels in kept]
+            for name in ("gate_up_proj", "gate_up_proj_bias"):
+                narrowed = [getattr(experts, name)[e][..., pairs[e]] for e in numbers]
+                setattr(experts, name, nn.Parameter(torch.stack(narrowed)))
+            experts.down_proj = nn.Parameter(torch.stack([experts.down_proj[e][kept[e]] for e in numbers]))
+            continue
+        gates, ups = experts.gate_up_proj.chunk(2, dim=1)
         gate_ups = [torch.cat([gates[e][kept[e]], ups[e][kept[e]]]) for e in numbers]
         experts.gate_up_proj = nn.Parameter(torch.stack(gate_ups))
         experts.down_proj = nn.Parameter(torch.stack([experts.down_proj[e][:, kept[e]] for e in numbers]))
@@ -202,10 +220,11 @@ def with_replaced_activations(model: Any, export: CheckpointExport) -> Any:
 
         linear.register_forward_pre_hook(replace)
     for experts, kept in experts_of(model, export.plan):  # whose cut channels give nothing
-        cut = torch.ones_like(experts.down_proj, dtype=torch.bool)
+        weight_EOD = by_columns(experts).detach()
+        cut = torch.ones_like(weight_EOD, dtype=torch.bool)
         for e, channels in enumerate(kept):
             cut[e, :, channels] = False
-        experts.down_proj.data[cut] = 0
+        weight_EOD[cut] = 0
     return model
 
 

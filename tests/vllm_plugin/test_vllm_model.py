@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -32,6 +33,7 @@ from transformers import (
     Glm4MoeConfig,
     GlmConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     HeliumConfig,
     HunYuanDenseV1Config,
@@ -78,6 +80,7 @@ from seap_ray.vllm_plugin.plugin import ARCHITECTURES, END_WITH_PARENT, check_re
 from tests.support.builders import (
     CONFIGS,
     DEEPSEEK_EXPERTS,
+    GPT_OSS_ROPE,
     LLAMA_3_ROPE,
     MINISTRAL_3_ROPE,
     MIXTURES,
@@ -193,6 +196,14 @@ MORE_MODELS = {
         **SERVABLE, num_attention_heads=3, num_key_value_heads=3, num_experts=4, num_experts_per_tok=2
     ),
     "glm4_moe": lambda: Glm4MoeConfig(**GROUPED, **DEEPSEEK_EXPERTS, use_qk_norm=True),
+    "gpt_oss": lambda: GptOssConfig(
+        **GROUPED,
+        sliding_window=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        # vLLM's rotary embedding ends where the factor ends: at 512.
+        rope_parameters=GPT_OSS_ROPE | {"original_max_position_embeddings": 128},
+    ),
     "ernie4_5_moe": lambda: Ernie4_5_MoeConfig(
         **GROUPED, moe_intermediate_size=64, moe_num_experts=4, moe_k=2, moe_num_shared_experts=2
     ),
@@ -236,9 +247,9 @@ def compact(dense: Path, folder: Path, shapes: list[Shape] | None = None) -> Pat
     architecture = checkpoint.architecture
     plan = random_plan(architecture, seed=3, compensation="mean")
     if architecture.mixes_windows and not architecture.why_whole_attention:
-        # Key-value heads stay, and queries go from each of them.
+        # Key-value heads stay, and queries go from each of them. On a CPU vLLM wants multiples of 32 in gpt-oss.
         groups, per_group = architecture.dense.groups, architecture.dense.heads_per_group
-        shapes = [Shape(groups, 1 + i % per_group, 40 + 30 * i) for i in range(architecture.n_layers)]
+        shapes = [Shape(groups, 1 + i % per_group, 32 + 32 * i) for i in range(architecture.n_layers)]
     if shapes:
         rng = random.Random(3)
         pairs = zip(architecture.layers, shapes, strict=True)
@@ -310,11 +321,29 @@ def test_greedy_tokens_are_those_of_transformers(expert, name):
     layers = AutoModelForCausalLM.from_pretrained(folder).config.per_layer_config
     keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size", "ffn_dim")
     assert len({tuple(getattr(layer, key, None) for key in keys) for layer in layers}) == 4
-    if name not in ("opt", "llama_biased", "gpt_neox", "starcoder2", "phi", "jais2"):  # which have biases everywhere
+    if name not in (
+        "opt",
+        "llama_biased",
+        "gpt_neox",
+        "starcoder2",
+        "phi",
+        "jais2",
+        "gpt_oss",
+    ):  # which have biases everywhere
         assert any(layer.o_proj_bias for layer in layers)
     prompts = random_prompts([1, 9, 40])
     with Engine(folder) as engine:
         assert engine.greedy(prompts, 24) == by_transformers(load_float32(folder), prompts, 24)
+
+
+@pytest.mark.vllm
+def test_a_gpt_oss_that_vllm_would_compute_otherwise_is_refused():
+    from seap_ray.vllm_plugin.model import SeapGptOssForCausalLM
+
+    config = GptOssConfig(swiglu_limit=5.0)
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=config))
+    with pytest.raises(ValueError, match="vLLM computes every gpt-oss with swiglu_limit 7.0, and this one has 5.0"):
+        SeapGptOssForCausalLM(vllm_config=vllm_config)
 
 
 @pytest.mark.parametrize("stock", [True, False], ids=["stock", "seap"])

@@ -11,6 +11,7 @@ from seap_ray.errors import ConfigError
 from seap_ray.models.conversion.adapter_form import adapter_form
 from seap_ray.models.conversion.form import Form, family_of, refuse_other_family
 from seap_ray.models.conversion.gguf_form import GgufForm
+from seap_ray.models.conversion.mxfp4_form import Mxfp4Form, is_mxfp4
 from seap_ray.models.conversion.rewritten_form import RewrittenForm, plain_name
 from seap_ray.models.model_sources import (
     ADAPTER_CONFIG,
@@ -54,7 +55,7 @@ def form_of(path: Path, source: ModelSource) -> Form | None:
         return adapter_form(path, source)
 
     if has_weights:
-        return _renamed_form(path, source)
+        return Mxfp4Form(source.name, path) if is_mxfp4(read_json(path / CONFIG_FILE)) else _renamed_form(path, source)
     # transformers reads a pickled file where there is no other.
     is_pickled = (path / PICKLED_WEIGHTS).is_file() or (path / PICKLED_INDEX).is_file()
     if is_pickled and (path / CONFIG_FILE).is_file():

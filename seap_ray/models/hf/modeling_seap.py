@@ -307,6 +307,7 @@ MIXINS: dict[str, type] = {
     "SeapFlexOlmo": CompactedMixtral,
     "SeapMiniMaxM2": CompactedMixtral,
     "SeapPhimoe": CompactedMixtral,
+    "SeapGptOss": CompactedMixtral,
     "SeapLfm2": CompactedLfm2,
     "SeapGraniteMoeHybrid": CompactedGraniteMoeHybrid,
     "SeapFalconH1": CompactedFalconH1,
