@@ -1,0 +1,41 @@
+"""Quantise an expert by llm-compressor, calibrated on the texts that its task was pruned with.
+
+python examples/llm_compressor.py [SCHEME] [EXPERT] [FOLDER]
+
+llm-compressor pins other versions than seap_ray, so this runs in an environment of its own, without seap_ray:
+pip install llmcompressor
+"""
+
+import sys
+from pathlib import Path
+
+from datasets import load_dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+scheme = sys.argv[1] if len(sys.argv) > 1 else "W8A8"
+expert = Path(sys.argv[2] if len(sys.argv) > 2 else "runs/demo/experts/0.50/arithmetic").resolve()
+folder = sys.argv[3] if len(sys.argv) > 3 else f"runs/{expert.name}-{scheme}"
+
+# <run>/experts/<ratio>/<task>, and its texts as token ids in <run>/shards/<task>.
+shards = sorted(map(str, expert.parents[2].glob(f"shards/{expert.name}/[0-9]*.parquet")))
+texts = load_dataset("parquet", data_files=shards, split="train").select_columns("ids").rename_column("ids", "input_ids")
+
+# The folder's own code, which knows that each layer has its own widths.
+model = AutoModelForCausalLM.from_pretrained(expert, dtype="auto", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(expert)
+
+# FP8 needs no texts: weights are rounded to nearest, activations as they come.
+needs_texts = not scheme.startswith("FP8")
+modifier = (GPTQModifier if needs_texts else QuantizationModifier)(scheme=scheme, targets="Linear", ignore=["lm_head"])
+oneshot(
+    model=model,
+    tokenizer=tokenizer,
+    trust_remote_code_model=True,
+    recipe=modifier,
+    output_dir=folder,
+    **({"dataset": texts, "num_calibration_samples": len(texts), "max_seq_length": 256} if needs_texts else {}),
+)
+print(f"{expert.name} in {scheme}: {folder}")
