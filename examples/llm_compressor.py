@@ -21,7 +21,8 @@ folder = sys.argv[3] if len(sys.argv) > 3 else f"runs/{expert.name}-{scheme}"
 
 # <run>/experts/<ratio>/<task>, and its texts as token ids in <run>/shards/<task>.
 shards = sorted(map(str, expert.parents[2].glob(f"shards/{expert.name}/[0-9]*.parquet")))
-texts = load_dataset("parquet", data_files=shards, split="train").select_columns("ids").rename_column("ids", "input_ids")
+texts = load_dataset("parquet", data_files=shards, split="train")
+texts = texts.select_columns("ids").rename_column("ids", "input_ids")
 
 # The folder's own code, which knows that each layer has its own widths.
 model = AutoModelForCausalLM.from_pretrained(expert, dtype="auto", trust_remote_code=True)
