@@ -768,6 +768,21 @@ FAMILIES: dict[str, Family] = {
         attention_period=4,
         listed_by_layer="layer_types",
     ),
+    "qwen3_5_moe_text": replace(
+        MIXTURE,
+        classes="SeapQwen3_5Moe",
+        vllm_class=TRANSFORMERS_BACKEND,
+        rows=GATED_ATTENTION | MOE_EXPERTS,
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        norms=(2, 2),
+        dense_mlp=None,
+        shared_width_keys=("shared_expert_intermediate_size",),
+        has_shared_gate=True,
+        mixer="gated delta net",
+        attention_period=4,
+        listed_by_layer="layer_types",
+    ),
     "lfm2": Family(
         classes="SeapLfm2",
         vllm_class=TRANSFORMERS_BACKEND,
@@ -901,5 +916,6 @@ MULTIMODAL: dict[str, Multimodal] = {
     # Behind pictures alone Qwen 3 VL has other positions than Qwen 3, three for a token.
     "qwen3_vl": Multimodal("SeapQwen3VL", {"qwen3_vl_text": "qwen3"}),
     "qwen3_5": Multimodal("SeapQwen3_5", {"qwen3_5_text": "qwen3_5_text"}),
+    "qwen3_5_moe": Multimodal("SeapQwen3_5Moe", {"qwen3_5_moe_text": "qwen3_5_moe_text"}),
 }
 """Rows by the ``model_type`` of config.json, whose ``text_config`` holds the language model's."""

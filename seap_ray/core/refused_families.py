@@ -30,8 +30,6 @@ REASONS: dict[str, tuple[str, ...]] = {
         "mamba2",
         "minimax",
         "olmo_hybrid",
-        "qwen3_5_moe",
-        "qwen3_5_moe_text",
         "qwen4_exp",
         "qwen4_exp_text",
         "recurrent_gemma",

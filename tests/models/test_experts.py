@@ -1,9 +1,11 @@
 """Whole MoE experts that go: what is left computes what the dense model does without them, by its family's class."""
 
+import shutil
 from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
@@ -24,6 +26,7 @@ from tests.support.builders import (
     load,
     logits,
     random_ids,
+    random_plan,
     save_dense,
     write_compacted,
 )
@@ -161,6 +164,29 @@ def test_the_experts_that_stay_keep_their_bits_and_are_numbered_anew(mixture, tm
     assert not any(".experts.4." in name for name in written)
     others = {name for name in given if ".mlp." not in name}
     assert all(torch.equal(written[name], given[name]) for name in others)
+
+
+def test_experts_that_are_stored_as_one_tensor_stay_so_and_are_cut_as_others(mixture, tmp_path):
+    base = mixture("qwen3_5_moe_text")
+    fused = tmp_path / "fused"
+    shutil.copytree(base.folder, fused)
+    tensors = tensors_of(fused)
+    for layer in range(4):
+        names = [f"model.layers.{layer}.mlp.experts.{e}.{{}}_proj.weight" for e in range(N_EXPERTS)]
+        parts = {m: [tensors.pop(name.format(m)) for name in names] for m in ("gate", "up", "down")}
+        gate_ups = [torch.cat(pair) for pair in zip(parts["gate"], parts["up"], strict=True)]
+        tensors[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = torch.stack(gate_ups)
+        tensors[f"model.layers.{layer}.mlp.experts.down_proj"] = torch.stack(parts["down"])
+    save_file(tensors, fused / "model.safetensors", {"format": "pt"})
+    opened = Checkpoint.open(str(fused))
+    assert opened.tensors.keys() == base.tensors.keys() and opened.parameters == base.parameters
+
+    for number, plan in enumerate((without(base.architecture), random_plan(base.architecture, 5))):
+        folder = write_compacted(CheckpointExport(opened, plan), tmp_path / f"fused_{number}")
+        check_folder(folder)
+        assert tensors_of(folder).keys() == tensors.keys()
+        single = write_compacted(CheckpointExport(base, plan), tmp_path / f"single_{number}")
+        assert torch.equal(logits(load(folder), random_ids()), logits(load(single), random_ids()))
 
 
 def test_a_model_without_experts_is_cut_again(mixture, tmp_path):

@@ -23,6 +23,7 @@ CPU = torch.device("cpu")
 PARTS = {
     "qwen3_5_text": (["mixer+mlp"] * 3) + ["attention+mlp"],
     "qwen3_next": (["mixer+mlp"] * 3) + ["attention+mlp"],
+    "qwen3_5_moe_text": (["mixer+mlp"] * 3) + ["attention+mlp"],
     "lfm2": ["mixer+mlp", "attention+mlp"] * 2,
     "granitemoehybrid": ["mixer+mlp", "attention+mlp"] * 2,
     "falcon_h1": ["attention+mixer+mlp"] * 4,

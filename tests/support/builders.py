@@ -63,6 +63,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -319,6 +320,14 @@ MORE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         num_experts_per_tok=2,
         mlp_only_layers=[1],
     ),
+    "qwen3_5_moe_text": lambda: Qwen3_5MoeTextConfig(
+        **GROUPED,
+        **GATED_DELTA,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+    ),
     "lfm2": lambda: Lfm2Config(**GROUPED | {"intermediate_size": 110}, block_multiple_of=8, full_attn_idxs=[1, 3]),
     "granitemoehybrid": lambda: GraniteMoeHybridConfig(
         **GROUPED,
@@ -446,8 +455,9 @@ MIXTURES = (
     "phimoe",
     "gpt_oss",
     "qwen3_next",
+    "qwen3_5_moe_text",
 )
-HYBRIDS = ("qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid", "falcon_h1", "nemotron_h")
+HYBRIDS = ("qwen3_5_text", "qwen3_next", "qwen3_5_moe_text", "lfm2", "granitemoehybrid", "falcon_h1", "nemotron_h")
 """Families whose layers mix tokens by a state, in place of attention or beside it."""
 OUTPUTS = {
     "opt": ("self_attn.out_proj", "fc2"),
@@ -461,12 +471,17 @@ OUTPUTS = {
 }
 
 
+def has_experts(block: Any) -> bool:
+    """Return whether a decoder layer's MLP is a mixture of experts."""
+    return hasattr(getattr(block, "mlp", None), "experts")
+
+
 def output_modules(model: Any, layer: int = 0) -> dict[str, str]:
     """Return the modules whose inputs are a layer's sites, written out family by family; with experts attention's."""
     family = model.config.model_type.removeprefix("seap_")
     block = model.get_decoder().layers[layer]
     named = dict(zip(("attn", "mlp"), OUTPUTS.get(family, ("self_attn.o_proj", "mlp.down_proj")), strict=True))
-    if family in MIXTURES and hasattr(block.mlp, "experts"):
+    if has_experts(block):
         del named["mlp"]
     # Layers of hybrids lack some.
     present = dict(block.named_modules())

@@ -16,7 +16,7 @@ from seap_ray.core.architecture import Architecture, Shape
 from seap_ray.core.moments import Moments
 from seap_ray.core.plan import Plan
 from seap_ray.models.export import CheckpointExport
-from tests.support.builders import MIXTURES, output_modules
+from tests.support.builders import has_experts, output_modules
 
 # --- moments ---------------------------------------------------------------------------------------------------------
 
@@ -61,15 +61,11 @@ def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: b
     experts = [
         (layer, e, weight)
         for layer, block in enumerate(decoder.layers)
-        if model.config.model_type in MIXTURES and hasattr(block.mlp, "experts")
+        if has_experts(block)
         for e, weight in enumerate(by_columns(block.mlp.experts))
     ]
     spy = InputsOf(weight for _, _, weight in experts)
-    mixtures = {
-        layer: block.mlp.experts
-        for layer, block in enumerate(decoder.layers)
-        if model.config.model_type in MIXTURES and hasattr(block.mlp, "experts")
-    }
+    mixtures = {layer: block.mlp.experts for layer, block in enumerate(decoder.layers) if has_experts(block)}
     routed: dict[int, Any] = {}
     for layer, module in mixtures.items():
         handles.append(

@@ -25,6 +25,8 @@ TRANSFORMERS_NAMES = {
     "SeapQwen3_5Config": "Qwen3_5TextConfig",
     "SeapQwen3_5Model": "Qwen3_5TextModel",
     "SeapQwen3_5ForSequenceClassification": "Qwen3_5TextForSequenceClassification",
+    "SeapQwen3_5MoeConfig": "Qwen3_5MoeTextConfig",
+    "SeapQwen3_5MoeModel": "Qwen3_5MoeTextModel",
 }
 """Classes of transformers by the names of ours, where these are not the same with ``Seap`` before them."""
 ATTRIBUTES: dict[str, dict[str, Any]] = {
@@ -38,6 +40,7 @@ TEXT_CONFIGS = {
     "seap_ministral3": "SeapMinistral3Config",
     "seap_qwen3_vl_text": "SeapQwen3VLTextConfig",
     "seap_qwen3_5_text": "SeapQwen3_5Config",
+    "seap_qwen3_5_moe_text": "SeapQwen3_5MoeConfig",
 }
 """Classes of the language models of multimodal checkpoints, by their ``model_type``."""
 EXPERT_COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}

@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
+from seap_ray.core.families import family_of
+from seap_ray.core.fused_experts import single_shapes
 from seap_ray.errors import ConfigError
 from seap_ray.models.configurations import made_config
 from seap_ray.models.multimodal import language_config, multimodal_of, plain_name
@@ -60,11 +62,15 @@ def compared(
     if is_quantized:
         expected = {name: shape for name, shape in expected.items() if name.endswith(".bias")}
 
+    # Experts may be stored one by one or all together, whatever transformers would write.
+    family = family_of(config.model_type)
+    expected = single_shapes(family, expected)
     missing = set(expected)
     for name, shape in stored:
-        if not (_is_ignored(name, config) or is_quantized and not name.endswith(".bias")):
-            _compare(name, shape, expected)
-        missing.discard(name)
+        for part, part_shape in single_shapes(family, {name: shape}).items():
+            if not (_is_ignored(part, config) or is_quantized and not part.endswith(".bias")):
+                _compare(part, part_shape, expected)
+            missing.discard(part)
         yield name
 
     if missing and are_all:
