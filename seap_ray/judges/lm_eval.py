@@ -257,7 +257,7 @@ def _system(task: Task) -> str | None:
         )
     try:
         return environment.from_string(task.system).render().strip() or None
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:
         raise ConfigError(f"tasks.{task.name}.system: {error}") from None
 
 

@@ -14,6 +14,7 @@ from seap_ray.errors import ConfigError, DataError
 from seap_ray.models.quick_imports import quick_imports
 from seap_ray.models.row_formats import NotTextError, as_messages
 from seap_ray.models.row_sources import Row, RowSource, calibration_rows, evaluation_rows
+from seap_ray.models.template_limits import TemplateLimitError, limit_chat_templates
 from seap_ray.models.templates import RowEnvironment, WholeValueError, without_missing
 from seap_ray.storage.run import fingerprint
 from seap_ray.tasks import MULTIPLE_CHOICE, Task
@@ -107,6 +108,8 @@ class Renderer:
             return environment.from_string(source)
         except TemplateSyntaxError as error:
             raise DataError(f"tasks.{self.task.name}.{name}: not valid Jinja ({error.message})") from None
+        except RecursionError:
+            raise DataError(f"tasks.{self.task.name}.{name}: nested too deeply") from None
 
     @property
     def undefined(self) -> list[str]:
@@ -179,7 +182,11 @@ class Renderer:
             return fill(context)
         except NotTextError:
             raise
-        # Before TemplateError, which is its base class.
+        except RecursionError:
+            raise DataError(f"tasks.{task}.{name}: calls itself without end, or meets a row of such depth") from None
+        # Before TemplateError, the base class of the next two.
+        except TemplateLimitError as error:
+            raise DataError(f"tasks.{task}.{name}: {error} for the row {_short(row)}") from None
         except UndefinedError as error:
             raise DataError(f"tasks.{task}.{name}: {error} in the row {_short(row)}") from None
         except WholeValueError as error:
@@ -559,9 +566,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrai
 
         import seap_ray.models.hf  # noqa: F401  the model may be cut already
 
+    limit_chat_templates()
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.source: {folder} has no usable tokenizer ({reason})") from None
 

@@ -22,6 +22,7 @@ from jinja2 import TemplateError
 from seap_ray.errors import ConfigError, DataError
 from seap_ray.models.corpus import Item, Message
 from seap_ray.models.sequences import CountedSequence
+from seap_ray.models.template_limits import TemplateLimitError
 from seap_ray.tasks import Task
 
 if TYPE_CHECKING:
@@ -234,12 +235,20 @@ class Encoding:
         return False
 
     def _apply(self, messages: Sequence[Message], *, as_parts: bool, is_prompt: bool = False) -> str:
-        """Return what the template writes. Raises what the template raises, one of ``REFUSALS``."""
+        """Return what the template writes.
+
+        Raises what the template raises, one of ``REFUSALS``, and ConfigError where it goes beyond the limits.
+        """
         conversation: list[dict[str, Any]] = [*messages]
         if as_parts:
             conversation = [_with_parts(message) for message in messages]
 
-        text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=is_prompt)
+        try:
+            text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=is_prompt)
+        except (TemplateLimitError, RecursionError) as error:
+            # Not a conversation that it does not take, which would be left out, but a template to stay away from.
+            raise ConfigError(f"model.source: the tokenizer's chat template is refused ({error})") from None
+
         assert isinstance(text, str), "one conversation without tokenising is one text"
         return text
 

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 from jinja2 import ChainableUndefined, pass_eval_context
 from jinja2.exceptions import SecurityError
-from jinja2.filters import do_float, do_int, do_join
+from jinja2.filters import do_float, do_int, make_attrgetter
 from jinja2.nodes import EvalContext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from seap_ray.models.row_sources import Row
+from seap_ray.models.template_limits import LimitedEnvironment, join_within_limits
 
 
 class WholeValueError(ValueError):
@@ -61,7 +61,7 @@ class Missing(ChainableUndefined):
         return hash(None)
 
 
-class RowEnvironment(ImmutableSandboxedEnvironment):
+class RowEnvironment(LimitedEnvironment):
     """Jinja as tasks use it; each environment remembers what its templates used and rows lacked."""
 
     def __init__(self) -> None:
@@ -133,7 +133,8 @@ def _printable(value: Any) -> Any:
 @pass_eval_context
 def _join(context: EvalContext, values: Iterable[Any], separator: str = "", attribute: str | int | None = None) -> str:
     """Join the texts of a list, in which null is an empty one."""
-    return do_join(context, ("" if value is None else value for value in values), separator, attribute)
+    values = values if attribute is None else map(make_attrgetter(context.environment, attribute), values)
+    return join_within_limits(separator, ["" if value is None else str(value) for value in values])
 
 
 def _to_json(

@@ -23,7 +23,10 @@ END_WITH_PARENT = "SEAP_RAY_END_WITH_PARENT"
 
 
 def register() -> None:
-    """Register every compacted family and the loader with vLLM. A second call changes nothing."""
+    """Register every compacted family and the loader with vLLM, and limit its chat templates.
+
+    A second call changes nothing.
+    """
     # vLLM calls this in every process of an engine, so it is the place for what each of them should do at its start.
     if os.environ.get(END_WITH_PARENT):
         _end_with_parent()
@@ -31,7 +34,9 @@ def register() -> None:
     from vllm import ModelRegistry
 
     import seap_ray.models.hf  # noqa: F401  registers the configurations with transformers
+    from seap_ray.models.template_limits import limit_chat_templates
 
+    limit_chat_templates()
     _register_loader()
     for architecture, served_by in ARCHITECTURES.items():
         if architecture not in ModelRegistry.get_supported_archs():

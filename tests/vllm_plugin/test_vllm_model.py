@@ -70,12 +70,14 @@ from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.plan import Kept, Plan
 from seap_ray.demo import skills
 from seap_ray.errors import ConfigError
+from seap_ray.models import template_limits
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport
 from seap_ray.models.forward import record
 from seap_ray.models.hf.shapes import check_folder
 from seap_ray.models.loading import attention_of
 from seap_ray.models.quantization import QuantizedExport
+from seap_ray.models.template_limits import TemplateLimitError
 from seap_ray.vllm_plugin.plugin import ARCHITECTURES, END_WITH_PARENT, check_registered
 from tests.support.builders import (
     CONFIGS,
@@ -714,6 +716,17 @@ def test_the_plugin_is_installed_and_its_architectures_are_known():
 
     check_registered()
     assert set(ARCHITECTURES) <= set(ModelRegistry.get_supported_archs())
+
+
+@pytest.mark.vllm
+def test_an_engine_renders_chat_templates_within_the_limits(monkeypatch):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    check_registered()
+    monkeypatch.setattr(template_limits, "MAX_CHARACTERS", 100)
+    chat = [{"role": "user", "content": "abc"}]
+    with pytest.raises(TemplateLimitError, match="makes more than 100 characters"):
+        render_jinja_template([chat], chat_template="{{ messages[0]['content'] * 200 }}")
 
 
 def test_a_missing_installation_is_named(monkeypatch):
