@@ -86,10 +86,11 @@ def to_api_error(error: Exception, request_id: str, *, is_parsed: bool = True) -
 
         where = _place(first["loc"], error.body)
         return ApiError(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)
+    # FastAPI and cloudpickle make errors of their own of it.
+    if isinstance(error, RecursionError | PicklingError) or isinstance(error.__cause__, RecursionError):
+        return ApiError(400, "the request is nested too deeply")
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
-    if isinstance(error, RecursionError | PicklingError):  # cloudpickle turns the former into the latter
-        return ApiError(400, "the request is nested too deeply")
     if isinstance(error, VLLMClientError):
         return ApiError(400, str(error).splitlines()[0], param=getattr(error, "parameter", None))
 

@@ -18,6 +18,8 @@ from serve.keys import KEYS_VARIABLE, ApiKeys, KeyRing
 
 PROXY_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 """Ray Serve's variable with the middleware of its proxies, which read it when they start."""
+MAX_HEAD_BYTES = 1 << 16
+"""Bytes of a request's path and headers; browsers and clients send some thousand at most."""
 OPEN_PATHS = ("/healthz", "/readyz")
 """Paths that are answered without a key."""
 FORWARDED_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
@@ -78,7 +80,8 @@ class Gate:
             await refusal.response(scope, receive, send_and_note)
 
     def _admit(self, scope: Scope) -> None:
-        """Raise ApiError 401, 403 or 415 for a request that may not pass, from its headers alone."""
+        """Raise ApiError 401, 403, 415 or 431 for a request that may not pass, from its headers alone."""
+        _check_size_of_head(scope)
         if _path(scope) in OPEN_PATHS and scope["method"] in ("GET", "HEAD"):
             return
 
@@ -120,6 +123,14 @@ class Gate:
                 break
 
         return b"".join(chunks)
+
+
+def _check_size_of_head(scope: Scope) -> None:
+    """Raise ApiError 431 for a path and headers that are too large; not every server in front has a limit."""
+    n_bytes = len(scope["path"]) + len(scope.get("query_string", b""))
+    n_bytes += sum(len(name) + len(value) for name, value in scope["headers"])
+    if n_bytes > MAX_HEAD_BYTES:
+        raise ApiError(431, f"path and headers are larger than {MAX_HEAD_BYTES:,} bytes")
 
 
 def _path(scope: Scope) -> str:

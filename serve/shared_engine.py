@@ -20,7 +20,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from seap_ray.errors import ConfigError
 from seap_ray.storage.artifact import has_hash
 from seap_ray.storage.files import read_json, stage
-from seap_ray.storage.paths import parse_path
+from seap_ray.storage.paths import inside, parse_path
 from serve.engine import HEALTH_CHECK_S, ExpertServer
 from serve.errors import DeadlyRequestError, ModelDownError
 from serve.replies import error_in, is_engine_death, joined
@@ -284,7 +284,7 @@ def _is_intact(folder: Path) -> bool:
     manifest = read_json(folder / "seap.json") or {}
     files = manifest.get("files", {})
     # A manifest that names no file vouches for none.
-    return bool(files) and all(has_hash(folder / name, about["sha256"]) for name, about in files.items())
+    return bool(files) and all(has_hash(inside(folder, name, folder), about["sha256"]) for name, about in files.items())
 
 
 async def _until_engine_death(replies: AsyncGenerator[Any, None]) -> AsyncIterator[Any]:

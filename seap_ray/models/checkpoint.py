@@ -32,6 +32,7 @@ from seap_ray.models.model_sources import (
     INDEX,
     WEIGHTS,
     ModelSource,
+    indexed_files,
     parse_model_source,
     refuse_pointers,
 )
@@ -429,11 +430,7 @@ def _weight_files(folder: Path, source: ModelSource) -> list[Path]:
     if whole.is_file() or not index.is_file():
         files = [whole]
     else:
-        # The index maps every tensor to its file, so that files come many times.
-        names = set(_read_json_object(index).get("weight_map", {}).values())
-        files = sorted(folder / name for name in names)
-        if not files:
-            raise ConfigError(f"model.source: {index} names no weight files")
+        files = indexed_files(index)
 
     for file in files:
         if not file.is_file():

@@ -1,5 +1,6 @@
 """Configurations: the content of a config.json in, transformers' configuration of it out, or why there is none."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,11 +22,34 @@ CONFIG_ERRORS = (
 """What a value that nobody expects leads to, in transformers' checks of a config.json or while the model is built."""
 
 
+COUNT = re.compile(r"(layers?|experts)$")
+"""End of a key that says how many parts of a kind a model has: each is an object, wherever its weights are."""
+MAX_COUNT = 10_000
+"""Layers, or experts of a layer, that a model may have."""
+MAX_DEPTH = 50
+"""Levels of a config.json; those of transformers have three or four."""
+
+
+def check_values(config: Mapping[str, Any], depth: int = 1) -> None:
+    """Raise ConfigError for a config.json that asks for more memory than any model, before it gets some."""
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"model.source: config.json is nested more than {MAX_DEPTH} levels deep")
+
+    for key, value in config.items():
+        if isinstance(value, int) and value > MAX_COUNT and COUNT.search(str(key)):
+            raise ConfigError(f"model.source: config.json says {key} {value}, and {MAX_COUNT} is the most")
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping):
+            check_values(value, depth + 1)
+
+
 def made_config(config: Mapping[str, Any]) -> Any:
     """Return transformers' configuration for the content of a config.json, of a family of its own or of ours.
 
-    Raises ConfigError for a value that transformers refuses.
+    Raises ConfigError for a value that transformers refuses, or that no model has.
     """
+    check_values(config)
     with quick_imports():
         from transformers import CONFIG_MAPPING
 

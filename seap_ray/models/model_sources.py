@@ -13,7 +13,7 @@ from typing import Any
 
 from seap_ray.errors import ConfigError
 from seap_ray.storage.files import read_json, stage
-from seap_ray.storage.paths import BucketPath, LocalPath, StoragePath, parse_path
+from seap_ray.storage.paths import BucketPath, LocalPath, StoragePath, inside, parse_path
 
 COMPANION_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
@@ -222,6 +222,20 @@ class GgufFile(ModelSource):
 def _json_object(path: StoragePath | Path) -> dict[str, Any] | None:
     content = read_json(path)
     return content if isinstance(content, dict) else None
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """Return the weight files that an index names, sorted; whether they are there is not looked at.
+
+    Raises ConfigError for an index that names none, or one outside of its folder.
+    """
+    content = _json_object(index) or {}
+    named = content.get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise ConfigError(f"model.source: {index} names no weight files")
+
+    # The index maps every tensor to its file, so that files come many times.
+    return sorted({inside(index.parent, name, f"model.source: {index}") for name in named.values()})
 
 
 def parse_model_source(name: str, revision: str | None = None) -> ModelSource:

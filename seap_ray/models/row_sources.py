@@ -18,7 +18,7 @@ from seap_ray.errors import DataError
 from seap_ray.models.row_files import RowPart, cut_file, is_row_file, part_type
 from seap_ray.models.row_values import Row, arrow_rows
 from seap_ray.storage.files import read_json
-from seap_ray.storage.paths import StoragePath, is_uri, parse_path
+from seap_ray.storage.paths import StoragePath, inside, is_uri, parse_path
 from seap_ray.tasks import BUILT_IN, Task
 
 DEMO_PREFIX = "demo:"
@@ -236,9 +236,10 @@ def _saved_files(task: str, folder: StoragePath) -> list[StoragePath]:
     state = read_json(folder / SAVED_STATE)
     # A file that is not JSON, or of another program, lacks keys or is no mapping.
     try:
-        return [folder / file["filename"] for file in state["_data_files"]]
+        names = [file["filename"] for file in state["_data_files"]]
     except (TypeError, KeyError):
         raise DataError(f"tasks.{task}: {folder / SAVED_STATE} does not name the files of the data set") from None
+    return [inside(folder, name, f"tasks.{task}: {folder / SAVED_STATE}") for name in names]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from seap_ray.pipeline.draw import Draw, draw_corpus
 from seap_ray.pipeline.synthesis import synthesis_state, synthesise
 from seap_ray.storage.artifact import Artifact, has_hash
 from seap_ray.storage.files import atomic_write, read_json, sha256_of, stage, write_json
-from seap_ray.storage.paths import StoragePath
+from seap_ray.storage.paths import StoragePath, inside
 from seap_ray.storage.run import Run, fingerprint
 from seap_ray.tasks import Task
 
@@ -157,7 +157,7 @@ class ShardFolder:
             return False
 
         # Last, since it reads every byte.
-        return all(has_hash(path / name, digest) for name, digest in manifest.hashes().items())
+        return all(has_hash(inside(path, name, path), digest) for name, digest in manifest.hashes().items())
 
     def load(self, path: StoragePath) -> Manifest:
         """Read the manifest of shards that are whole."""

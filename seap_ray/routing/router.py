@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from seap_ray.errors import ConfigError
 from seap_ray.storage.artifact import ManifestFolder
 from seap_ray.storage.files import atomic_write, read_json, sha256_of, stage, write_json
-from seap_ray.storage.paths import StoragePath
+from seap_ray.storage.paths import StoragePath, inside
 
 MAX_PROMPT_CHARACTERS = 4096
 """Only the beginning of a prompt is read, so many characters."""
@@ -97,7 +97,7 @@ class Router:
 
         try:
             for name, digest in manifest["files"].items():
-                if sha256_of(folder / name) != digest:
+                if sha256_of(inside(folder, name, folder / MANIFEST_FILE)) != digest:
                     raise ValueError("a file is not the one that it was fitted with")
 
             # JSON has no infinity: a task without a bound has null.

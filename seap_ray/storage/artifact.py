@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from seap_ray.errors import IncompleteError
 from seap_ray.storage.files import read_json, sha256_of, write_json
-from seap_ray.storage.paths import StoragePath, storage_path
+from seap_ray.storage.paths import StoragePath, inside, storage_path
 
 Content = TypeVar("Content")
 Loaded = TypeVar("Loaded", covariant=True)
@@ -100,7 +100,8 @@ class ManifestFolder:
         if content is None:
             return False
 
-        return all(has_size(path / name, n_bytes) for name, n_bytes in self.sizes(content).items())
+        manifest = path / self.manifest
+        return all(has_size(inside(path, name, manifest), n_bytes) for name, n_bytes in self.sizes(content).items())
 
     def is_whole(self, path: StoragePath, key: str) -> bool:
         """Return whether the manifest has the key and every file the bytes that the manifest states."""
@@ -109,7 +110,8 @@ class ManifestFolder:
             return False
 
         # The manifest is written last, so one that is there promises all files. Only their bytes can have changed.
-        return all(has_hash(path / name, digest) for name, digest in self.hashes(content).items())
+        manifest = path / self.manifest
+        return all(has_hash(inside(path, name, manifest), digest) for name, digest in self.hashes(content).items())
 
     def _content_with_key(self, path: StoragePath, key: str) -> Mapping[str, Any] | None:
         content = read_json(path / self.manifest)

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from seap_ray.errors import IncompleteError
+from seap_ray.errors import DataError, IncompleteError
 from seap_ray.storage.paths import LocalPath, StoragePath, storage_path
 
 
@@ -80,12 +80,19 @@ def write_json(path: StoragePath | Path, value: Any) -> None:
 
 
 def read_json(path: StoragePath | Path) -> Any:
-    """Return the content of a JSON file, or None when it is missing or incomplete. Raises IncompleteError."""
+    """Return the content of a JSON file, or None when it is missing or incomplete.
+
+    Raises:
+        IncompleteError: A bucket or disk does not answer.
+        DataError: It is nested deeper than Python can read.
+    """
     try:
         with readable(path):
             return json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
         return None
+    except RecursionError:
+        raise DataError(f"{path}: JSON that is nested too deeply") from None
 
 
 def sha256_of(path: StoragePath | Path) -> str:

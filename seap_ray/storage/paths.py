@@ -22,7 +22,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path, PosixPath, PurePath, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import IO, Literal
+from typing import IO, Literal, TypeVar
 
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 
@@ -35,6 +35,7 @@ BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]+(/|$)")
 CACHE_VARIABLE = "SEAP_RAY_CACHE"
 """Environment variable that names the folder of this node's copies."""
 PARALLEL_DOWNLOADS = 8
+Folder = TypeVar("Folder", bound=PurePath)
 
 
 class LocalPath(PosixPath):
@@ -306,7 +307,7 @@ class BucketPath(PurePosixPath):
         # ``choose`` looks for patterns in a folder on a disk, as it does for data that lie on one.
         with TemporaryDirectory() as names:
             for file, _ in self.below():
-                empty = Path(names) / file.relative_to(self)
+                empty = inside(Path(names), str(file.relative_to(self)), self)
                 empty.parent.mkdir(parents=True, exist_ok=True)
                 empty.touch()
             return [self / file.relative_to(names) for file in choose(Path(names))]
@@ -372,10 +373,12 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _copy(path: BucketPath, files: list[BucketPath], copy: LocalPath) -> None:
-    """Download files below ``path`` to ``copy``."""
+    """Download files below ``path`` to ``copy``. Raises ConfigError for one whose name leads out of it."""
+    # Whoever may write to the bucket has chosen the names.
+    targets = {file: inside(copy, str(file.relative_to(path)), path) if file != path else copy for file in files}
 
     def fetch(file: BucketPath) -> None:
-        target = copy / file.relative_to(path) if file != path else copy
+        target = targets[file]
         target.parent.mkdir(parents=True, exist_ok=True)
         file.download(target)
 
@@ -405,6 +408,22 @@ def parse_path(text: str) -> StoragePath:
     if not BUCKET.match(rest):
         raise ConfigError(f"{text}: names no bucket; write {scheme}://BUCKET/FOLDER, the bucket in small letters")
     return BucketPath(text)
+
+
+def inside(folder: Folder, name: object, named_by: object) -> Folder:
+    """Return the path of a file by its name in a manifest, an index or a bucket.
+
+    Args:
+        folder: The folder that it is to lie in, or below.
+        name: Its name, which others may have made.
+        named_by: What names it, for the error.
+
+    Raises:
+        ConfigError: The name is no text, or leads out of the folder.
+    """
+    if not isinstance(name, str) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ConfigError(f"{named_by}: names the file {name!r}, which does not lie in its folder")
+    return folder / name
 
 
 def storage_path(path: PurePath) -> StoragePath:

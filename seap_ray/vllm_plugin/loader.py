@@ -4,7 +4,6 @@ Checkpoints of one base and one shape share the files whose names begin with ``S
 leaves a module alone when no tensor of it arrives, so these files need not be read again.
 """
 
-import json
 import logging
 from collections.abc import Generator, Iterator
 from dataclasses import replace
@@ -17,7 +16,7 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import DefaultModelLoader
 
 from seap_ray.models.export import SHARED
-from seap_ray.models.model_sources import INDEX
+from seap_ray.models.model_sources import INDEX, indexed_files
 
 
 class ExpertLoader(DefaultModelLoader):
@@ -61,4 +60,4 @@ def _weight_files(folder: Path) -> frozenset[str]:
     index = folder / INDEX
     if not index.is_file():
         return frozenset({"model.safetensors"})
-    return frozenset(json.loads(index.read_text())["weight_map"].values())
+    return frozenset(str(file.relative_to(folder)) for file in indexed_files(index))

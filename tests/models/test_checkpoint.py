@@ -945,6 +945,29 @@ def test_a_torn_index_is_refused(base, text):
     assert "model.safetensors.index.json" in refused(base)
 
 
+@pytest.mark.parametrize("name", ["../other.safetensors", "/other.safetensors", "a/../../other.safetensors", None])
+def test_an_index_that_names_a_file_outside_of_the_folder_is_refused(base, name):
+    shutil.move(base / "model.safetensors", base.parent / "other.safetensors")
+    index = {"weight_map": {"model.norm.weight": name}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert f"model.safetensors.index.json: names the file {name!r}, which does not lie in its folder" in refused(base)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        struct.pack("<Q", 1 << 40) + b"{}",
+        struct.pack("<Q", (1 << 64) - 1) + b"{}",
+        struct.pack("<Q", 1000) + b'{"a":' + b"[" * 200 + b"]" * 200 + b"}" + b" " * 594,
+        b'\x62\0\0\0\0\0\0\0{"model.norm.weight":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}',
+    ],
+    ids=["longer than the file", "longer than any file", "nested", "a tensor larger than the file"],
+)
+def test_a_safetensors_header_that_the_file_cannot_hold_is_refused(base, header):
+    (base / "model.safetensors").write_bytes(header)
+    assert "weights cannot be read" in refused(base)
+
+
 @pytest.mark.parametrize("length", [0, 4, 100, -1])
 def test_truncated_weights_are_refused(base, length):
     path = base / "model.safetensors"

@@ -17,6 +17,7 @@ from starlette.responses import PlainTextResponse
 
 from seap_ray.config import ServeSection, load_config
 from seap_ray.errors import ConfigError
+from serve import gate
 from serve.errors import add_handlers
 from serve.gate import OPEN_PATHS, Gate, proxy_middleware
 from serve.keys import LOOK_EVERY_S, read_keys
@@ -319,6 +320,30 @@ def test_a_body_beyond_the_limit_is_refused_whether_it_says_so_or_not(keyed, dec
     response = post(keyed, content=b"x" * 1500 if declared else pieces())
     assert (response.status_code, keyed.state.reached) == (413, [])
     assert "larger than 1,000 bytes" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("path", ["/x", "/healthz"])
+def test_headers_and_paths_beyond_the_limit_are_refused(keyed, monkeypatch, path):
+    monkeypatch.setattr(gate, "MAX_HEAD_BYTES", 400)
+    key = bearer("alpha-key-of-team-a")
+    assert call(keyed, "GET", path, headers=key).status_code == 200
+    keyed.state.reached.clear()
+    for response in (
+        call(keyed, "GET", path, headers={**key, "x-more": "a" * 400}),
+        call(keyed, "GET", path, headers={**key, **{f"x-{i}": "a" for i in range(100)}}),
+        call(keyed, "GET", path + "?q=" + "a" * 400, headers=key),
+    ):
+        assert (response.status_code, keyed.state.reached) == (431, [])
+        assert "larger than 400 bytes" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("body", ["[" * 50_000 + "]" * 50_000, '{"a":' * 50_000 + "1" + "}" * 50_000])
+@pytest.mark.parametrize("more", ["", ', "b": "\\ud83d\\ude00"'], ids=["plain", "with an escape"])
+def test_a_body_that_is_nested_too_deeply_is_400(monkeypatch, body, more):
+    target = app(keys_of("alpha-key-of-team-a"), max_body_bytes=1 << 20)
+    response = post(target, content=f'{{"text": {body}{more}}}')
+    assert (response.status_code, target.state.reached) == (400, [])
+    assert error_of(response)["message"] == "the request is nested too deeply"
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", "application/jsonx"])

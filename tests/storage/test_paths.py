@@ -6,8 +6,9 @@ from pathlib import Path, PosixPath, PurePosixPath
 
 import pytest
 
+from seap_ray.errors import ConfigError
 from seap_ray.storage.files import stage
-from seap_ray.storage.paths import BucketPath, LocalPath, StoragePath, parse_path, storage_path
+from seap_ray.storage.paths import BucketPath, LocalPath, Status, StoragePath, inside, parse_path, storage_path
 
 
 @pytest.fixture(params=["disk", "bucket"])
@@ -38,6 +39,26 @@ def test_a_local_path_is_pathlibs_and_keeps_its_type():
     assert {type(each) for each in made} == {LocalPath}
     assert path == Path("/a/b.txt") and hash(path) == hash(Path("/a/b.txt")) and {path: 1}[Path("/a/b.txt")] == 1
     assert sorted([path, Path("/a/a")]) == [Path("/a/a"), path]
+
+
+@pytest.mark.parametrize("name", ["../b", "a/../../b", "/etc/b", "..", 1, None])
+def test_a_name_that_leads_out_of_its_folder_is_refused_with_what_names_it(name):
+    for folder in (LocalPath("/runs/a"), BucketPath("s3://lab/a")):
+        with pytest.raises(ConfigError, match="^seap.json: names the file .*, which does not lie in its folder$"):
+            inside(folder, name, "seap.json")
+        assert inside(folder, "b/c..d", "seap.json") == folder / "b/c..d"
+
+
+def test_a_bucket_whose_names_lead_out_of_the_copy_is_not_copied(monkeypatch, tmp_path):
+    run = BucketPath("s3://lab/run")
+    monkeypatch.setenv("SEAP_RAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(BucketPath, "is_file", lambda self: False)
+    monkeypatch.setattr(BucketPath, "below", lambda self: [(run / "a", Status(1, 1)), (run / "../../b", Status(1, 1))])
+    monkeypatch.setattr(BucketPath, "download", lambda self, target: target.write_text("x"))
+    for read in (run.stage, lambda: run.select_files(lambda folder: [])):
+        with pytest.raises(ConfigError, match=r"^s3://lab/run: names the file '../../b', which does not lie"):
+            read()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".lock"]
 
 
 def test_what_a_folder_lists_keeps_its_type(tmp_path):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from seap_ray.errors import ConfigError
 from seap_ray.models.conversion.form import Form, refuse_other_family, refusing
+from seap_ray.models.conversion.gguf_header import check_header
 from seap_ray.storage.files import writable
 
 
@@ -35,6 +36,7 @@ class GgufForm(Form):
         import transformers
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+        check_header(self.path)
         folder = str(self.path.parent)
         file = self.path.name
         # By default weights stay packed where there are kernels for that.

@@ -22,6 +22,7 @@ from seap_ray.models.model_sources import (
     PICKLED_INDEX,
     PICKLED_WEIGHTS,
     WEIGHTS,
+    indexed_files,
 )
 from seap_ray.storage.files import read_json, writable, write_json
 
@@ -52,12 +53,7 @@ class RewrittenForm(Form):
         if whole.is_file():
             return [whole]
 
-        content = read_json(index)
-        named = content.get("weight_map") if isinstance(content, dict) else None
-        if not named:
-            raise ConfigError(f"model.source: {index} names no weight files")
-        # The index maps every tensor to its file, so that files come many times.
-        files = sorted(self.path / name for name in set(named.values()))
+        files = indexed_files(index)
         for file in files:
             if not file.is_file():
                 raise ConfigError(f"model.source: {file} is missing, which {index.name} names; copy it there")

@@ -14,8 +14,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from seap_ray.core.families import family_of
 from seap_ray.core.fused_experts import single_shapes
 from seap_ray.errors import ConfigError
-from seap_ray.models.configurations import made_config
+from seap_ray.models.configurations import check_values, made_config
 from seap_ray.models.multimodal import language_config, multimodal_of, plain_name
+from seap_ray.storage.files import read_json
 
 Shape = tuple[int, ...]
 
@@ -100,6 +101,7 @@ def check_folder(folder: Path) -> None:
         ConfigError: Something cannot be read, or is not as declared.
     """
     try:
+        check_values(read_json(folder / "config.json") or {})
         config = AutoConfig.from_pretrained(folder)
         is_quantized = getattr(config, "quantization_config", None) is not None
         headers = _headers(folder)
@@ -111,7 +113,7 @@ def check_folder(folder: Path) -> None:
         # Names are compared as they are taken.
         for _ in compared(headers, config, declared(config), is_quantized=is_quantized):
             pass
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, RecursionError) as error:
         raise ConfigError(f"{folder}: {str(error).strip().splitlines()[0]}") from None
 
 
