@@ -20,7 +20,7 @@ from serve.engines import EngineGroup, check_sharing
 from serve.experts import Expert, find_experts
 from serve.guard_server import GuardServer, GuardSettings
 from serve.ingress import Service, make_ingress
-from serve.keys import read_keys
+from serve.keys import read_keys, read_operator_keys
 from serve.llm_config import llm_config
 from serve.prompts import PromptBeginning
 from serve.tools import tool_parser
@@ -34,6 +34,7 @@ def prepare(config: Config) -> Service:
     """
     # Cheapest first: without keys no bucket need be read.
     keys = read_keys(config.serve)
+    operators = read_operator_keys(config.serve)
     run = Run.of(config)
     experts = find_experts(config, run)
     check_sharing(config, experts)
@@ -47,6 +48,7 @@ def prepare(config: Config) -> Service:
         named_falls_back=config.serve.fallback == "all",
         has_one_replica=config.serve.max_replicas == 1,
         keys=keys,
+        operators=operators,
         max_body_bytes=config.serve.max_body_bytes,
         max_sequences=config.serve.max_sequences,
         timeout_s=config.serve.timeout_s,
@@ -128,8 +130,7 @@ def application(config: Config, service: Service, groups: Sequence[EngineGroup])
 
     running = config.serve.max_ongoing_requests * config.serve.max_replicas
     per_model = running + config.serve.max_queued_requests
-    ingress = serve.deployment(
-        make_ingress(service),
+    deploy_ingress = serve.deployment(
         name="ExpertIngress",
         num_replicas=config.serve.ingress_replicas,
         ray_actor_options={"num_cpus": 0},  # all CPUs of the cluster are for engines
@@ -140,6 +141,7 @@ def application(config: Config, service: Service, groups: Sequence[EngineGroup])
         graceful_shutdown_timeout_s=config.serve.drain_timeout_s,
     )
     cards = dict.fromkeys(deployments)
+    ingress = deploy_ingress(make_ingress(service))
     return ingress.bind(llm_deployments=deployments, model_cards=cards, service=service, guard=guard)
 
 
@@ -147,14 +149,13 @@ def _guard_deployment(service: Service) -> Application | None:
     """Return the deployment of the guard; None where no expert is judged."""
     if service.guard is None:
         return None
-    deployment = serve.deployment(
-        GuardServer,
+    deploy_guard = serve.deployment(
         name="Guard",
         num_replicas=1,  # one process knows who is demoted, however many take requests
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=1000,
     )
-    return deployment.bind(settings=service.guard)
+    return deploy_guard(GuardServer).bind(settings=service.guard)
 
 
 def _router_folder(run: Run, experts: list[Expert]) -> StoragePath | None:

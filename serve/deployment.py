@@ -9,7 +9,7 @@ import time
 
 import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, IncompleteError
@@ -132,7 +132,7 @@ def _await_ready(engines: list[str]) -> None:
         now = time.monotonic()
         for name, deployment in status.deployments.items():
             model = name.partition(":")[2]  # an engine's deployment is LLMServer:NAME; the ingress has no colon
-            if model and model not in up and deployment.replica_states.get("RUNNING"):
+            if model and model not in up and deployment.replica_states.get(ReplicaState.RUNNING):
                 up.add(model)
                 last_line_at = now
                 print(f"  {model} is up, {now - started:.0f} s ({len(up)}/{len(engines)})", flush=True)

@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from typing import Any
 
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
-from ray.serve.llm import LLMServer
+from ray.serve.llm import LLMServer, ModelLoadingConfig
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from seap_ray.errors import ConfigError
@@ -31,7 +31,9 @@ class Engine(VLLMEngine):
 
         The expert is on this node by now, and the task would import vLLM for seconds to return its path.
         """
-        self.llm_config.get_or_create_callback().ctx.run_init_node = False
+        callback = self.llm_config.get_or_create_callback()
+        assert callback is not None, "Ray makes one where the config names none"
+        callback.ctx.run_init_node = False
         await super().start()
 
     def _start_async_llm_engine(self, engine_args: Any, engine_config: Any, placement_group: Any) -> Any:
@@ -46,7 +48,10 @@ class Engine(VLLMEngine):
 class ExpertServer(LLMServer):
     """A replica that ends when its engine dies: Serve then starts another at once, not after three health checks."""
 
-    _default_engine_cls = Engine
+    _default_engine_cls: Any = Engine
+    _engine_cls: type[Engine]
+    engine: Engine
+    """The engine; it is there from ``start`` on."""
 
     async def start(self) -> None:
         """Start the engine from this node's copy of the expert, and watch it.
@@ -63,9 +68,12 @@ class ExpertServer(LLMServer):
             )
 
         copy = str(stage(folder))
-        self._llm_config.model_loading_config.model_source = copy
+        loading = self._llm_config.model_loading_config
+        assert isinstance(loading, ModelLoadingConfig), "it has been validated"
+        loading.model_source = copy
         # The engine's config was made on the driver, with the path of the driver's copy.
-        self._llm_config.get_engine_config().hf_model_id = copy
+        engine_config: Any = self._llm_config.get_engine_config()
+        engine_config.hf_model_id = copy
         await super().start()
         # Kept, since Python's loop holds tasks weakly: one that nobody refers to may vanish.
         self._watching = asyncio.create_task(self._watch_engine())
@@ -108,7 +116,7 @@ class ExpertServer(LLMServer):
         logger.error(f"the vLLM engine is dead ({error}); its replica ends, and Serve starts another")
         os._exit(1)  # `sys.exit` would end this task alone
 
-    def __del__(self) -> None:
+    def __del__(self) -> None:  # type: ignore[override]  # Ray's own is a coroutine, which Python itself never awaits
         """End vLLM's processes, which would be orphans otherwise. Serve calls this after the last request."""
         # Attributes may be missing: Python also calls this after a constructor that has failed.
         if watching := getattr(self, "_watching", None):

@@ -71,7 +71,7 @@ def find_experts(config: Config, run: Run) -> list[Expert]:
 
     # A checkpoint's manifest is written last, so one without is still being written and is not served.
     folder = run.experts(_ratio(config, run))
-    manifests = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/seap.json"))}
+    manifests = {path.parent.name: read_json(path) for path in folder.sorted_glob("*/seap.json")}
     kinds = {name: manifest["plan"]["kind"] for name, manifest in manifests.items() if manifest}
     # Baselines are there to be compared with, not to be served.
     tasks = [name for name, kind in kinds.items() if kind == "expert"]

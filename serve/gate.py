@@ -10,6 +10,7 @@ import uuid
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from seap_ray.config import LOOPBACK
@@ -40,9 +41,10 @@ def close_environment() -> None:
 class Gate:
     """Outermost ASGI middleware: nothing behind it sees a request without a valid key."""
 
-    def __init__(self, app: ASGIApp, *, keys: ApiKeys | None, max_body_bytes: int):
+    def __init__(self, app: ASGIApp, *, keys: ApiKeys | None, operators: ApiKeys | None = None, max_body_bytes: int):
         self.app = app
         self.key_ring = KeyRing(keys) if keys else None
+        self.operator_ring = KeyRing(operators) if operators else None
         self.max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,15 +82,22 @@ class Gate:
             await refusal.response(scope, receive, send_and_note)
 
     def _admit(self, scope: Scope) -> None:
-        """Raise ApiError 401, 403, 415 or 431 for a request that may not pass, from its headers alone."""
+        """Raise ApiError 401, 403, 415 or 431 for a request that may not pass, from its headers alone.
+
+        The request's state has whether it may change how experts stand: see ``check_operator``.
+        """
         _check_size_of_head(scope)
         if _path(scope) in OPEN_PATHS and scope["method"] in ("GET", "HEAD"):
             return
 
         headers = Headers(scope=scope)
+        authorization = headers.get("authorization", "")
+        is_operator = self.operator_ring is None or _has_key(self.operator_ring, authorization)
+        scope.setdefault("state", {})["is_operator"] = is_operator
         if self.key_ring is None:
             _admit_local(scope, headers)
-        elif not _has_key(self.key_ring, headers.get("authorization", "")):
+        # An operator's key is an API key, too.
+        elif not _has_key(self.key_ring, authorization) and not (self.operator_ring and is_operator):
             message = "a valid API key is needed: Authorization: Bearer KEY"
             # A browser that opens the playground asks for a password (the key), and then sends it by itself.
             basic = 'Basic realm="seap_ray: the API key is the password", charset="UTF-8"'
@@ -131,6 +140,12 @@ def _check_size_of_head(scope: Scope) -> None:
     n_bytes += sum(len(name) + len(value) for name, value in scope["headers"])
     if n_bytes > MAX_HEAD_BYTES:
         raise ApiError(431, f"path and headers are larger than {MAX_HEAD_BYTES:,} bytes")
+
+
+def check_operator(request: Request) -> None:
+    """Raise ApiError 403 for a request whose key is not an operator's, where there are such keys."""
+    if not request.state.is_operator:
+        raise ApiError(403, "this needs the key of an operator (serve.guard.operator_keys_file)")
 
 
 def _path(scope: Scope) -> str:

@@ -21,10 +21,11 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from seap_ray.config import AUTO
 from seap_ray.routing.expected_quality import KeptQuality
 from seap_ray.routing.router import Router
+from seap_ray.storage.paths import StoragePath
 from serve.choice import Chooser, Decision, Prompt
 from serve.errors import ApiError, add_handlers
 from serve.experts import Expert
-from serve.gate import Gate
+from serve.gate import Gate, check_operator
 from serve.guard import State
 from serve.guard_server import GuardSettings
 from serve.judging import Judging, call_whole
@@ -49,7 +50,7 @@ class Service:
     """Settings of the ingress."""
 
     experts: tuple[Expert, ...]
-    router: Path | None
+    router: StoragePath | None
     """Folder of the router; None where no expert is served."""
     threshold: float | None
     """The value of ``serve.router.threshold``; None for the router's fitted one."""
@@ -70,6 +71,8 @@ class Service:
     """What experts are judged by; None where none is."""
     kept: KeptQuality | None = None
     """What the models keep of the dense one's quality, by which prompts are routed; None where that was not judged."""
+    operators: ApiKeys | None = None
+    """The keys of those who may demote experts; None where every key may."""
 
     @property
     def main(self) -> str:
@@ -142,7 +145,7 @@ class ExpertIngress(OpenAiIngress):
 
     # --- answering ---------------------------------------------------------------------------------------------------
 
-    async def chat(self, body: ChatRequest, request: Request) -> Response:
+    async def answer_chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a chat completion with OpenAI's and vLLM's parameters; `model` may be `auto`."""
         request.state.is_parsed = True  # from here on an error is ours: see ``to_api_error``
         if body.chat_template:
@@ -153,9 +156,9 @@ class ExpertIngress(OpenAiIngress):
 
         return await self._answer("chat", body, request, [first_user_text(body.messages)])
 
-    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+    async def answer_completion(self, body: CompletionRequest, request: Request) -> Response:
         """Answer a text completion with OpenAI's and vLLM's parameters; `model` may be `auto`."""
-        request.state.is_parsed = True  # as in ``chat``
+        request.state.is_parsed = True  # as in ``answer_chat``
         if body.prompt_embeds:
             raise ApiError(400, "prompt_embeds: prompts are texts or token ids here", param="prompt_embeds")
 
@@ -251,8 +254,9 @@ class ExpertIngress(OpenAiIngress):
         handle = self._known_guard()
         return JSONResponse(await handle.to_json.remote())
 
-    async def put_guard(self, body: GuardRequest) -> JSONResponse:
+    async def put_guard(self, body: GuardRequest, request: Request) -> JSONResponse:
         """Demote an expert, bring it back, or let its replies decide again."""
+        check_operator(request)
         handle = self._known_guard()
         experts = self._service.guard.floors if self._service.guard else {}
         if body.model not in experts:
@@ -266,11 +270,11 @@ class ExpertIngress(OpenAiIngress):
             raise ApiError(404, "experts are not judged here: serve.guard.share is 0, or no expert is served")
         return self._guard
 
-    async def models(self) -> JSONResponse:
+    async def list_models(self) -> JSONResponse:
         """List all models, and `auto`, in OpenAI's form."""
         return JSONResponse({"object": "list", "data": list((await self._cards()).values())})
 
-    async def model_data(self, model: str) -> JSONResponse:
+    async def show_model(self, model: str) -> JSONResponse:
         """Return one model in OpenAI's form."""
         cards = await self._cards()
         if model not in cards:
@@ -362,10 +366,10 @@ def _card(name: str, created: int, metadata: dict[str, Any]) -> dict[str, Any]:
 
 ENDPOINTS = {
     # Method of ExpertIngress -> its route.
-    "chat": lambda app: app.post("/v1/chat/completions"),
-    "completions": lambda app: app.post("/v1/completions"),
-    "models": lambda app: app.get("/v1/models"),
-    "model_data": lambda app: app.get("/v1/models/{model:path}"),
+    "answer_chat": lambda app: app.post("/v1/chat/completions"),
+    "answer_completion": lambda app: app.post("/v1/completions"),
+    "list_models": lambda app: app.get("/v1/models"),
+    "show_model": lambda app: app.get("/v1/models/{model:path}"),
     "route": lambda app: app.post("/v1/route"),
     "guard": lambda app: app.get("/v1/guard"),
     "put_guard": lambda app: app.post("/v1/guard"),
@@ -381,5 +385,5 @@ def make_ingress(service: Service) -> type:
     # FastAPI's pages of documentation would load scripts from another site.
     app = FastAPI(title="seap_ray", docs_url=None, redoc_url=None)
     add_handlers(app)
-    app.add_middleware(Gate, keys=service.keys, max_body_bytes=service.max_body_bytes)
+    app.add_middleware(Gate, keys=service.keys, operators=service.operators, max_body_bytes=service.max_body_bytes)
     return make_fastapi_ingress(ExpertIngress, endpoint_map=ENDPOINTS, app=app)

@@ -52,7 +52,7 @@ class Judging:
         is_demoted = decision.reason == "demoted"
         expert = decision.instead_of if is_demoted else decision.model
         share = self._settings.share * (MORE_OFTEN if is_demoted else 1)
-        if expert not in self._settings.floors or random.random() >= share:
+        if expert is None or expert not in self._settings.floors or random.random() >= share:
             return None
         return Sample.of(expert, method, body)
 

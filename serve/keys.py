@@ -13,6 +13,7 @@ from seap_ray.errors import ConfigError
 logger = logging.getLogger("ray.serve")
 
 KEYS_VARIABLE = "SEAP_API_KEYS"
+KEYS_SETTING = "serve.api_keys_file"
 MIN_KEY_LENGTH = 16
 """Least characters of a key: a shorter one can be guessed."""
 LOOK_EVERY_S = 1.0
@@ -27,6 +28,8 @@ class ApiKeys:
     """SHA-256 of every key."""
     file: Path | None = None
     """File that they were read from."""
+    setting: str = KEYS_SETTING
+    """Key of the configuration that names the file."""
 
 
 def read_keys(config: ServeSection) -> ApiKeys | None:
@@ -42,12 +45,26 @@ def read_keys(config: ServeSection) -> ApiKeys | None:
         return ApiKeys(_hashes(KEYS_VARIABLE, os.environ.get(KEYS_VARIABLE, "").replace(",", "\n")))
     # Where both are set the file counts. Other processes may have another folder.
     path = Path(config.api_keys_file).expanduser().absolute()
-    return ApiKeys(_hashes_in(path), path)
+    return ApiKeys(_hashes_in(path, KEYS_SETTING), path)
 
 
-def _hashes_in(path: Path) -> tuple[bytes, ...]:
+def read_operator_keys(config: ServeSection) -> ApiKeys | None:
+    """Read the keys of those who may demote experts; None where every key may.
+
+    Raises:
+        ConfigError: The file cannot be read, has no key, or one that is too short.
+    """
+    if not config.guard.operator_keys_file:
+        return None
+
+    path = Path(config.guard.operator_keys_file).expanduser().absolute()
+    setting = "serve.guard.operator_keys_file"
+    return ApiKeys(_hashes_in(path, setting), path, setting)
+
+
+def _hashes_in(path: Path, setting: str) -> tuple[bytes, ...]:
     """Return the hash of every key in a file. Raises ConfigError for one that cannot be read or has none."""
-    where = f"serve.api_keys_file: {path}"
+    where = f"{setting}: {path}"
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -87,6 +104,7 @@ class KeyRing:
     def __init__(self, keys: ApiKeys):
         self._hashes = keys.hashes
         self._file = keys.file
+        self._setting = keys.setting
         self._looked_at = 0.0
         # Of the file's content that was read last; the first look reads it.
         self._state: tuple[int, int, int] | None = None
@@ -110,6 +128,6 @@ class KeyRing:
 
         self._state = state
         try:
-            self._hashes = _hashes_in(file)
+            self._hashes = _hashes_in(file, self._setting)
         except ConfigError as error:
             logger.warning(f"{error}; the keys from before stay valid")

@@ -25,10 +25,12 @@ STATUS_REQUESTS = 100
 def llm_config(config: Config, group: EngineGroup) -> LLMConfig:
     """Return how ``ray.serve.llm`` runs an engine. Every limit is set: Ray's own default is 10^9 requests."""
     expert = group.experts[0]
+    # The classes that it is made into are not public.
+    accelerator: Any = {"kind": "cpu" if is_cpu(config) else "gpu"}
     return LLMConfig(
         model_loading_config={"model_id": group.name, "model_source": str(stage(expert.folder))},
         experimental_configs=_experimental_configs(config, group),
-        accelerator_config={"kind": "cpu" if is_cpu(config) else "gpu"},
+        accelerator_config=accelerator,
         placement_group_config={"bundle_per_worker": _resources(config)},
         engine_kwargs=_engine_arguments(config, group),
         runtime_env={"env_vars": _environment(config)},

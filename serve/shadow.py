@@ -53,7 +53,7 @@ class Sample:
         """The request by which the expert answers again."""
         wanted = {"max_tokens": NEW_TOKENS, "temperature": 0, "return_token_ids": True}
         request = ChatRequest if self.method == "chat" else CompletionRequest
-        return request(**self.fields, **wanted)
+        return request.model_validate({**self.fields, **wanted})
 
 
 async def judge(sample: Sample, reference: str, call: Call) -> Agreement | None:
@@ -76,7 +76,8 @@ async def judge(sample: Sample, reference: str, call: Call) -> Agreement | None:
 
 async def _predicted(call: Call, model: str, ids: Sequence[int], start: int) -> Logprobs:
     """Return what a model expects at each place of some token ids from ``start`` on, given those before."""
-    request = CompletionRequest(prompt=list(ids), max_tokens=1, temperature=0, prompt_logprobs=LIKELIEST)
+    wanted = {"prompt": list(ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": LIKELIEST}
+    request = CompletionRequest.model_validate(wanted)
     reply = await call("completions", model, request)
     return reply.choices[0].prompt_logprobs[start:]
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 
 from ray import serve
+from ray.serve.schema import ReplicaState
 
 logger = logging.getLogger("ray.serve")
 
@@ -75,5 +76,5 @@ class Watch:
         """Read the state of every model from Serve."""
         status = serve.status().applications[self._app_name].deployments
         replicas = {model: status[name].replica_states for model, name in self._deployments.items() if name in status}
-        self._down = frozenset(model for model, states in replicas.items() if not states.get("RUNNING"))
-        self._gone = frozenset(model for model in self._down if not replicas[model].get("STOPPING"))
+        self._down = frozenset(model for model, states in replicas.items() if not states.get(ReplicaState.RUNNING))
+        self._gone = frozenset(model for model in self._down if not replicas[model].get(ReplicaState.STOPPING))

@@ -568,6 +568,9 @@ class GuardSection(Section):
     error_probability: float = Field(default=0.001, gt=0, lt=1)
     """Probability that an expert at its floor is ever demoted, however long it serves; a smaller one needs more
     replies. The same holds for a demoted one that comes back."""
+    operator_keys_file: str | None = None
+    """File with one API key a line, whose holders may demote experts and bring them back (`POST /v1/guard`); all other
+    keys then get status 403 there. null: every API key may."""
 
 
 class DraftSection(Section):
@@ -666,6 +669,8 @@ class ServeSection(Section):
             raise ValueError(f"auth=none is for the hosts {', '.join(LOOPBACK)} only, not {self.host}")
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas={self.min_replicas} is more than max_replicas={self.max_replicas}")
+        if self.guard.operator_keys_file and self.auth == "none":
+            raise ValueError("guard.operator_keys_file needs auth=keys: without keys nobody can be told from others")
         if self.guard.reference == "dense" and not self.dense:
             raise ValueError("guard.reference=dense needs dense=true, so that the dense model is served")
         if refused := sorted({*NOT_FOR_ENGINES} & {*self.engine}):

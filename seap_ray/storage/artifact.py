@@ -7,6 +7,7 @@ artifact that is whole is never made again, and one that is missing, damaged or 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from seap_ray.errors import IncompleteError
@@ -166,7 +167,7 @@ def checksum_path(path: StoragePath) -> StoragePath:
     return path.with_name(f".{path.name}.sha256")
 
 
-def has_hash(path: StoragePath, digest: str) -> bool:
+def has_hash(path: StoragePath | Path, digest: str) -> bool:
     """Return whether a file is there and its bytes have this sha256.
 
     Raises:

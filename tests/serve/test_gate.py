@@ -19,8 +19,8 @@ from seap_ray.config import ServeSection, load_config
 from seap_ray.errors import ConfigError
 from serve import gate
 from serve.errors import add_handlers
-from serve.gate import OPEN_PATHS, Gate, proxy_middleware
-from serve.keys import LOOK_EVERY_S, read_keys
+from serve.gate import OPEN_PATHS, Gate, check_operator, proxy_middleware
+from serve.keys import LOOK_EVERY_S, read_keys, read_operator_keys
 
 KEYS = "alpha-key-of-team-a, beta-key-of-team-b"
 ONE, TWO = "the-first-key-there-is", "the-second-key-there-is"
@@ -36,16 +36,21 @@ class Body(BaseModel):
         return [][number] if number else 0  # as vLLM's validators do at values nobody thought of
 
 
-def app(keys, max_body_bytes=1000):
+def app(keys, max_body_bytes=1000, operators=None):
     made = FastAPI(docs_url=None, redoc_url=None)
     add_handlers(made)
-    made.add_middleware(Gate, keys=keys, max_body_bytes=max_body_bytes)
+    made.add_middleware(Gate, keys=keys, operators=operators, max_body_bytes=max_body_bytes)
     made.state.reached = []
 
     @made.get("/{path:path}")
     async def read(path: str):
         made.state.reached.append(path)
         return PlainTextResponse("read")
+
+    @made.post("/guard")
+    async def guard(request: Request):
+        check_operator(request)
+        return PlainTextResponse("done")
 
     @made.post("/write/completions")
     async def write(body: Body, request: Request):
@@ -242,6 +247,40 @@ def test_a_file_that_changes_rotates_the_keys_and_one_that_is_wrong_takes_none_a
     file.unlink()
     now[0] += LOOK_EVERY_S
     assert valid() == [ONE, TWO], "a node may not have the file"
+
+
+def test_where_there_are_keys_of_operators_no_other_key_may_change_how_experts_stand(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEAP_API_KEYS", KEYS)
+    (tmp_path / "operators").write_text(ONE)
+    config = ServeSection(guard={"operator_keys_file": str(tmp_path / "operators")})
+    target = app(read_keys(config), operators=read_operator_keys(config))
+
+    def ask(method, path, key):
+        return call(target, method, path, headers={**bearer(key), "content-type": "application/json"})
+
+    refused = ask("POST", "/guard", "alpha-key-of-team-a")
+    assert refused.status_code == 403 and error_of(refused)["type"] == "permission_error"
+    assert ask("POST", "/guard", ONE).text == "done"
+    assert ask("POST", "/guard", TWO).status_code == 401
+    assert [ask("GET", "/x", key).status_code for key in ("alpha-key-of-team-a", ONE, TWO)] == [200, 200, 401]
+
+
+def test_without_keys_of_operators_every_key_is_one(keyed):
+    reply = call(keyed, "POST", "/guard", headers={**bearer(KEYS[:19]), "content-type": "application/json"})
+    assert reply.text == "done"
+
+
+def test_keys_of_operators_that_cannot_be_used_are_refused_by_the_name_of_their_key(tmp_path):
+    def read(file):
+        return read_operator_keys(ServeSection(guard={"operator_keys_file": str(tmp_path / file)}))
+
+    with pytest.raises(ConfigError, match="^serve.guard.operator_keys_file: .*/none cannot be read"):
+        read("none")
+    (tmp_path / "short").write_text("hunter2")
+    with pytest.raises(ConfigError, match="^serve.guard.operator_keys_file: .*/short: key 1 has under 16"):
+        read("short")
+    with pytest.raises(ConfigError, match="guard.operator_keys_file needs auth=keys"):
+        load_config(["config=ray_config.yaml", "serve.auth=none", "serve.guard.operator_keys_file=keys"])
 
 
 def test_keys_travel_as_hashes_only():

@@ -96,7 +96,7 @@ def refusal(method: str, body: Any, *, can_chat: bool = True) -> ApiError:
 def test_a_chat_with_models_that_have_no_template_is_told_where_to_go():
     from serve.messages import ChatRequest
 
-    error = refusal("chat", ChatRequest(messages=[ASK]), can_chat=False)
+    error = refusal("answer_chat", ChatRequest(messages=[ASK]), can_chat=False)
     assert error.message == "the models have no chat template, so they continue texts alone: use /v1/completions"
 
 
@@ -105,8 +105,8 @@ def test_a_template_or_embeddings_of_the_requests_own_are_refused_by_name():
 
     from serve.messages import ChatRequest
 
-    assert refusal("chat", ChatRequest(messages=[ASK], chat_template="{{ messages }}")).param == "chat_template"
-    assert refusal("completions", CompletionRequest(prompt_embeds="AAAA")).param == "prompt_embeds"
+    assert refusal("answer_chat", ChatRequest(messages=[ASK], chat_template="{{ messages }}")).param == "chat_template"
+    assert refusal("answer_completion", CompletionRequest(prompt_embeds="AAAA")).param == "prompt_embeds"
 
 
 def test_models_chat_where_one_has_a_template():
@@ -143,7 +143,7 @@ def replies_to(prompts: list[Any], *, is_stream: bool) -> list[Any]:
     async def ask() -> list[Any]:
         from ray.serve.llm.openai_api_models import CompletionRequest
 
-        return [await ingress.completions(CompletionRequest(prompt=prompt), request) for prompt in prompts]
+        return [await ingress.answer_completion(CompletionRequest(prompt=prompt), request) for prompt in prompts]
 
     return asyncio.run(ask())
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from seap_ray.models.template_limits import limit_chat_templates
+
 LONGEST_CONTEXT = 8192
 """Tokens that Ollama keeps a cache for at most, where the model could have more; a user may raise it."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
@@ -39,6 +41,7 @@ def modelfile(file: str, folder: Path, longest: int) -> str:
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    limit_chat_templates()
     try:
         return AutoTokenizer.from_pretrained(folder)
     # No tokenizer, or one that needs a package or code: refused elsewhere where it matters.
@@ -66,7 +69,7 @@ def ollama_template(tokenizer: Any) -> str | None:
         (first, answer) = _around(tokenizer, "user")
         (_, again, between, last) = _around(tokenizer, "user", "assistant", "user")
         (_, _, after) = _around(tokenizer, "user", "assistant", generates=False)
-    except (TemplateError, ValueError):
+    except (TemplateError, ValueError, RecursionError):
         return None
 
     # What comes after an answer belongs to it, the rest before a question.
