@@ -155,7 +155,12 @@ def float64_norms(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
         """Compute a router's product, whose factors are rounded to float32 before."""
         return torch.nn.functional.linear(x.double(), weight.double())
 
+    def softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Compute an attention's softmax, which is rounded to float32."""
+        return torch.nn.functional.softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype)
+
     functional = SimpleNamespace(**{**vars(torch.nn.functional), "linear": linear})
+    functional_of_granite = SimpleNamespace(**{**vars(torch.nn.functional), "softmax": softmax})
 
     # The routers of these round no factor, and would hand float64 to layers of a float32 model.
     unrounded = ("SeapQwen3NextForCausalLM", "SeapQwen3_5MoeForCausalLM", "SeapGptOssForCausalLM")
@@ -165,6 +170,8 @@ def float64_norms(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
         module = import_module(class_in_transformers(model_class).__module__)
         if model_class in mixtures:
             monkeypatch.setattr(module, "F", functional, raising=False)
+        if model_class == "SeapGraniteSWAForCausalLM":
+            monkeypatch.setattr(module, "F", functional_of_granite)
         for name, norm in vars(module).items():
             if name.endswith("RMSNorm"):
                 is_gemmas = name.startswith(("Gemma", "VaultGemma", "Qwen3_5", "Qwen3Next"))

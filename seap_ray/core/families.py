@@ -370,6 +370,18 @@ FAMILIES: dict[str, Family] = {
         behind_mlp="a multiplier",
         logits_over="logits_scaling",
     ),
+    "granite_swa": Family(
+        classes="SeapGraniteSWA",
+        vllm_class=TRANSFORMERS_BACKEND,
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        mlp_bias=("mlp_bias", False),
+        sinks="self_attn.sinks",
+        mixes_windows=True,
+        behind_mlp="a multiplier",
+        ties_embeddings=True,
+        logits_over="logits_scaling",
+    ),
     "olmo": Family(
         classes="SeapOlmo",
         vllm_class=TRANSFORMERS_BACKEND,

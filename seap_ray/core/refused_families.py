@@ -4,7 +4,7 @@ RECURRENT = "its layers mix tokens by a recurrent state or a convolution that no
 COMPRESSED = "its queries, keys and values come from compressed ones (MLA), so that heads have no rows of their own"
 MIXTURE = "its mixture of experts has a router, or experts, that no row of the table describes yet"
 FUSED_EXPERTS = (
-    "a checkpoint holds the experts of a layer as one tensor, of which no row of the table can cut each by itself"
+    "a checkpoint holds the experts of a layer as one tensor, in a form that no row of the table describes yet"
 )
 ENCODER = "it is an encoder, or has one; cut are decoders"
 MULTIMODAL = "it reads more than text; cut are checkpoints of a language model alone"
@@ -72,8 +72,6 @@ REASONS: dict[str, tuple[str, ...]] = {
         "granitemoe",
         "granitemoe_swa",
         "granitemoeshared",
-        "llama4",
-        "llama4_text",
     ),
     MULTIMODAL: (
         "dots3_note",
@@ -137,11 +135,14 @@ REASONS: dict[str, tuple[str, ...]] = {
     "its attention has a mask that every head learns": ("doge",),
     "heads come in pairs, whose difference is the attention": ("diffllama",),
     "its layers run several times in a forward pass": ("dory", "hrm_text"),
-    "each of its heads has an attention sink": ("granite_swa",),
-    "its layers share keys and values, and have inputs of their own beside the residual stream": (
-        "gemma3n_text",
+    "its layers share keys and values, and have inputs of their own beside the residual stream": ("gemma3n_text",),
+    "its layers share keys and values, have heads of two sizes and inputs of their own beside the residual stream": (
         "gemma4_text",
         "gemma4_unified_text",
+    ),
+    "its router weighs what MoE experts read, and not what they give, and attention sees chunks of a text": (
+        "llama4",
+        "llama4_text",
     ),
     "it drafts for another model, whose hidden states it reads": ("gemma4_assistant", "gemma4_unified_assistant"),
     EMBEDDED: ("apertus1p5_text", "cohere_compass_text", "dots3_note_text"),

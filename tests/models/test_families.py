@@ -192,7 +192,7 @@ def test_windows_are_those_that_transformers_lists(name):
     listed = tuple(16 if kind == "sliding_attention" else None for kind in content["layer_types"])
     assert Architecture.of(content).windows == listed
     # The own configs of these list them always.
-    if name not in ("ministral", "cwm", "mellum", "granitemoehybrid"):
+    if name not in ("ministral", "cwm", "mellum", "granitemoehybrid", "granite_swa"):
         assert Architecture.of({**content, "layer_types": None}).windows == listed
 
 

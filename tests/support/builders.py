@@ -36,6 +36,7 @@ from transformers import (
     GptOssConfig,
     GraniteConfig,
     GraniteMoeHybridConfig,
+    GraniteSWAConfig,
     HeliumConfig,
     HunYuanDenseV1Config,
     HyperCLOVAXConfig,
@@ -215,6 +216,9 @@ MORE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma": lambda: GemmaConfig(**GROUPED, head_dim=8),
     "smollm3": lambda: SmolLM3Config(**GROUPED, head_dim=6),
     "granite": lambda: GraniteConfig(**GROUPED, **MULTIPLIERS),
+    "granite_swa": lambda: GraniteSWAConfig(
+        **GROUPED, **MULTIPLIERS, sliding_window=16, layer_rope_theta=[10000.0, 0, 500.0, 10000.0]
+    ),
     "olmo": lambda: OlmoConfig(**GROUPED, clip_qkv=1.0),
     "olmo2": lambda: Olmo2Config(**GROUPED),
     "olmo3": lambda: Olmo3Config(**GROUPED, sliding_window=16),

@@ -35,6 +35,7 @@ from transformers import (
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
+    GraniteSWAConfig,
     HeliumConfig,
     HunYuanDenseV1Config,
     HyperCLOVAXConfig,
@@ -160,6 +161,9 @@ MORE_MODELS = {
     "gemma": lambda: GemmaConfig(**GROUPED),
     "smollm3": lambda: SmolLM3Config(**DIVIDED),
     "granite": lambda: GraniteConfig(**DIVIDED, **MULTIPLIERS),
+    "granite_swa": lambda: GraniteSWAConfig(
+        **DIVIDED, **MULTIPLIERS, sliding_window=32, layer_rope_theta=[10000.0, 0, 500.0, 10000.0]
+    ),
     "olmo": lambda: OlmoConfig(**DIVIDED),
     "olmo2": lambda: Olmo2Config(**DIVIDED),
     "olmo3": lambda: Olmo3Config(**DIVIDED, sliding_window=32),
