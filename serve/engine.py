@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from typing import Any
 
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
-from ray.serve.llm import LLMServer, ModelLoadingConfig
+from ray.serve.llm import LLMServer
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from seap_ray.errors import ConfigError
@@ -68,8 +68,8 @@ class ExpertServer(LLMServer):
             )
 
         copy = str(stage(folder))
-        loading = self._llm_config.model_loading_config
-        assert isinstance(loading, ModelLoadingConfig), "it has been validated"
+        # Of a class that is not public.
+        loading: Any = self._llm_config.model_loading_config
         loading.model_source = copy
         # The engine's config was made on the driver, with the path of the driver's copy.
         engine_config: Any = self._llm_config.get_engine_config()
