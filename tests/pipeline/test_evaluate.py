@@ -11,7 +11,17 @@ from seap_ray.errors import DataError
 from seap_ray.judges import lm_eval
 from seap_ray.models.corpus import Item, Renderer, content_key, load_tokenizer
 from seap_ray.models.encoding import Encoding
-from seap_ray.pipeline.evaluate import EvalTask, _judge_task, _taken_by_template, eval_task
+from seap_ray.pipeline.evaluate import (
+    EvalTarget,
+    EvalTask,
+    _judge_task,
+    _MissingResults,
+    _say_duration,
+    _taken_by_template,
+    eval_task,
+)
+from seap_ray.storage.artifact import Artifact, JsonFile
+from seap_ray.storage.paths import storage_path
 from seap_ray.storage.run import Run
 from seap_ray.tasks import Task
 from tests.support import DATA
@@ -114,3 +124,24 @@ def test_conversations_that_the_template_does_not_take_cost_no_other_its_judgeme
         DataError, match=r"^tasks.chat: .* \(No system role\); it takes none of the 2 rows to judge on$"
     ):
         _taken_by_template(Encoding(tokenizer, is_chat=True), task, [odd, odd])
+
+
+def test_the_first_model_says_how_long_all_take(tmp_path, monkeypatch, capsys):
+    def missing(name: str, *tasks: str) -> _MissingResults:
+        files = {
+            task: Artifact(storage_path(tmp_path / f"{name}-{task}.json"), "key", JsonFile(True)) for task in tasks
+        }
+        return _MissingResults(EvalTarget(name, name, tasks, None), files)
+
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2})
+    dense, expert = missing("dense", "piqa", "boolq"), missing("expert", "piqa")
+    for task, seconds in (("piqa", 60), ("boolq", 240)):
+        dense.files[task].path.write_text(json.dumps({"seconds": seconds}))
+
+    # 60 + 240 + 60 seconds of judging, and for each of the two models 30 of writing and loading, by two judges.
+    _say_duration(dense, [dense, expert], 330.0, Config())
+    assert capsys.readouterr().out == "evaluating 2 models takes about 4 min, 2 at a time\n"
+    # A model that was judged on some of the tasks says nothing of the others.
+    expert.files["piqa"].path.write_text(json.dumps({"seconds": 60}))
+    _say_duration(expert, [dense, expert], 90.0, Config())
+    assert capsys.readouterr().out == ""
