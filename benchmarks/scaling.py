@@ -31,7 +31,7 @@ from seap_ray.pipeline.calibrate import Calibrator, make_records
 from seap_ray.pipeline.cluster import connect_driver
 from seap_ray.pipeline.shard_records import ShardRecords
 from seap_ray.pipeline.shards import Shard
-from seap_ray.storage.files import sha256_of
+from seap_ray.storage.digests import digest_of_file
 from seap_ray.storage.run import Run
 
 WORKERS = (1, 2, 4, 8)
@@ -128,7 +128,7 @@ def _write_shard(run: Run, number: int, tokens: int) -> Shard:
     path = Path(str(shard.path(run)))
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"ids": pa.array([[1] * tokens], pa.list_(pa.int32()))}), path)
-    return Shard(TASK, shard.shard, 1, tokens, sha256_of(path))
+    return Shard(TASK, shard.shard, 1, tokens, digest_of_file(path))
 
 
 if __name__ == "__main__":

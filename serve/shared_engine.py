@@ -18,7 +18,7 @@ from ray.util import metrics
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from seap_ray.errors import ConfigError
-from seap_ray.storage.artifact import has_hash
+from seap_ray.storage.digests import has_digest, stated_digest
 from seap_ray.storage.files import read_json, stage
 from seap_ray.storage.paths import inside, parse_path
 from serve.engine import HEALTH_CHECK_S, ExpertServer
@@ -280,11 +280,13 @@ def _settle(granted: Any, error: Exception | None = None) -> None:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Return whether all files of a checkpoint have the hashes that its manifest states."""
+    """Return whether all files of a checkpoint have the digests that its manifest states."""
     manifest = read_json(folder / "seap.json") or {}
     files = manifest.get("files", {})
     # A manifest that names no file vouches for none.
-    return bool(files) and all(has_hash(inside(folder, name, folder), about["sha256"]) for name, about in files.items())
+    return bool(files) and all(
+        has_digest(inside(folder, name, folder), stated_digest(about)) for name, about in files.items()
+    )
 
 
 async def _until_engine_death(replies: AsyncGenerator[Any, None]) -> AsyncIterator[Any]:

@@ -31,6 +31,7 @@ from seap_ray.models.gguf import layouts
 from seap_ray.models.model_sources import COMPANION_FILES, INDEX
 from seap_ray.models.multimodal import nested_config
 from seap_ray.models.records import PooledCovariance
+from seap_ray.storage.digests import digest_of, new_hasher
 from seap_ray.storage.files import atomic_write, write_json
 from seap_ray.storage.paths import StoragePath
 
@@ -588,7 +589,7 @@ def write_tensors(export: CheckpointExport, outputs: list[OutputTensor], path: S
         path: Where the file gets its name when it is whole.
 
     Returns:
-        The file's sha256.
+        The file's digest.
     """
     return write_chunks(_chunks(export, outputs), path)
 
@@ -601,20 +602,20 @@ def write_chunks(chunks: Iterable[Any], path: StoragePath) -> str:
         path: Where the file gets its name when it is whole.
 
     Returns:
-        The file's sha256.
+        The file's digest.
     """
-    digest = hashlib.sha256()
-    with atomic_write(path) as temporary, temporary.open("wb") as file, ThreadPoolExecutor(1) as hasher:
+    hasher = new_hasher()
+    with atomic_write(path) as temporary, temporary.open("wb") as file, ThreadPoolExecutor(1) as pool:
         # A thread hashes a piece while it is written and the next one is made.
-        hashed = hasher.submit(digest.update, b"")
+        hashed = pool.submit(hasher.update, b"")
         for chunk in chunks:
             # One piece at a time, in order; an error in the thread is raised here.
             hashed.result()
-            hashed = hasher.submit(digest.update, chunk)
+            hashed = pool.submit(hasher.update, chunk)
             file.write(chunk)
 
     # Leaving the block has waited for the last piece.
-    return digest.hexdigest()
+    return digest_of(hasher)
 
 
 def _chunks(export: CheckpointExport, outputs: list[OutputTensor]) -> Iterator[Any]:

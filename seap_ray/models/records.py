@@ -4,7 +4,6 @@ The covariances of ``<name>.safetensors`` lie in the folder ``<name>.covariances
 model are never in memory together.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from seap_ray.core.moments import (
 )
 from seap_ray.core.scores import PRIOR_TOKENS, Norms, WeightNorms
 from seap_ray.errors import IncompleteError
+from seap_ray.storage.digests import PREFIX, digest_of, new_hasher, stated_digest
 from seap_ray.storage.files import atomic_write, stage
 from seap_ray.storage.paths import StoragePath, storage_path
 
@@ -37,7 +37,7 @@ from seap_ray.storage.paths import StoragePath, storage_path
 def save_tensors(path: StoragePath, tensors: dict[str, Tensor], **metadata: Any) -> None:
     """Write tensors with JSON-able metadata and a hash of their bytes; equal tensors and metadata give equal files."""
     # One metadata key: the library writes several in an order that differs from process to process.
-    text = json.dumps({**metadata, "sha256": _hash(tensors)}, sort_keys=True)
+    text = json.dumps({**metadata, "digest": _digest(tensors)}, sort_keys=True)
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={"about": text})
 
@@ -48,32 +48,33 @@ def open_tensors(path: StoragePath) -> Any:
 
 
 def read_metadata(path: StoragePath) -> dict[str, Any]:
-    """Return the metadata that ``save_tensors`` was given, and the ``sha256`` of the tensors' bytes."""
+    """Return the metadata that ``save_tensors`` was given, and the ``digest`` of the tensors' bytes."""
     with open_tensors(path) as file:
         return json.loads((file.metadata() or {}).get("about", "{}"))
 
 
-def _hash(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], like: str = PREFIX) -> str:
+    hasher = new_hasher(like)
     for name in sorted(tensors):  # whatever the order in the dictionary
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        hasher.update(name.encode())
+        hasher.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest_of(hasher)
 
 
 def is_whole(path: StoragePath, **expected: Any) -> bool:
-    """Return whether a file of tensors is there, carries ``expected`` in its metadata, and bytes that match its hash.
+    """Return whether a file of tensors is there, carries ``expected`` in its metadata, and bytes that match its digest.
 
     Raises:
         IncompleteError: That cannot be seen: a network that fails has damaged nothing.
     """
     try:
         metadata = read_metadata(path)
-        # The cheap check first: the header is small, the hash reads everything.
+        # The cheap check first: the header is small, the digest reads everything.
         if any(metadata.get(key) != value for key, value in expected.items()):
             return False
         with open_tensors(path) as file:
-            return metadata["sha256"] == _hash({name: file.get_tensor(name) for name in file.keys()})
+            digest = stated_digest(metadata)
+            return digest == _digest({name: file.get_tensor(name) for name in file.keys()}, like=digest)
     except (FileNotFoundError, SafetensorError, KeyError, ValueError):
         return False
     except OSError as error:

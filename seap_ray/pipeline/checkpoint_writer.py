@@ -34,6 +34,7 @@ from seap_ray.pipeline.plan_choice import PlannedModel
 from seap_ray.pipeline.plan_files import describe_plan, save_plan
 from seap_ray.progress import Progress
 from seap_ray.storage.artifact import Artifact, ChecksummedFile, ManifestFolder, checksum_path
+from seap_ray.storage.digests import stated_digest
 from seap_ray.storage.files import atomic_write, link, writable
 from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint
@@ -42,9 +43,9 @@ MANIFEST = "seap.json"
 """File of a checkpoint that says what the checkpoint is made from; written last."""
 
 
-def _manifest_hashes(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Return the sha256 of every weight file."""
-    return {name: about["sha256"] for name, about in manifest["files"].items()}
+def _manifest_digests(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return the digest of every weight file."""
+    return {name: stated_digest(about) for name, about in manifest["files"].items()}
 
 
 def _manifest_sizes(manifest: Mapping[str, Any]) -> dict[str, int]:
@@ -52,7 +53,7 @@ def _manifest_sizes(manifest: Mapping[str, Any]) -> dict[str, int]:
     return {name: about["bytes"] for name, about in manifest["files"].items()}
 
 
-CHECKPOINT_FOLDER = ManifestFolder(MANIFEST, _manifest_hashes, _manifest_sizes)
+CHECKPOINT_FOLDER = ManifestFolder(MANIFEST, _manifest_digests, _manifest_sizes)
 """Format of a finished checkpoint."""
 MODELFILE = "Modelfile"
 """File by which Ollama imports a GGUF file beside it."""
@@ -232,7 +233,7 @@ def _write_all(checkpoints: list[PendingCheckpoint], files: list[PendingFile]) -
     pending = _start_writing(checkpoints, files)
 
     # By checkpoint, its files that are written; a file that several share counts for each.
-    hashes: dict[StoragePath, dict[str, str]] = {checkpoint.target: {} for checkpoint in checkpoints}
+    digests: dict[StoragePath, dict[str, str]] = {checkpoint.target: {} for checkpoint in checkpoints}
     # GGUF files are made of whole checkpoints, each as soon as its weights are there.
     converting: dict[Any, PendingCheckpoint] = {}
     while pending or converting:
@@ -240,15 +241,15 @@ def _write_all(checkpoints: list[PendingCheckpoint], files: list[PendingFile]) -
         (done,), _ = ray.wait([*pending, *converting], num_returns=1)
         if done in converting:
             checkpoint = converting.pop(done)
-            hashes[checkpoint.target][checkpoint.gguf_file] = ray.get(done)
-            _finish(checkpoint, hashes[checkpoint.target])
+            digests[checkpoint.target][checkpoint.gguf_file] = ray.get(done)
+            _finish(checkpoint, digests[checkpoint.target])
             continue
         file = pending.pop(done)
         digest = ray.get(done)
 
         for checkpoint in file.checkpoints:
             file.link_into(checkpoint)
-            written = hashes[checkpoint.target]
+            written = digests[checkpoint.target]
             written[file.name] = digest
             if len(written) < len(checkpoint.files):
                 continue
@@ -295,7 +296,7 @@ def _start_writing(checkpoints: list[PendingCheckpoint], files: list[PendingFile
 
 
 def _write_file(export: CheckpointExport, tensors: list[OutputTensor], path: StoragePath) -> str:
-    """Write one file, or keep it when an earlier attempt at the same plan finished it; return its sha256."""
+    """Write one file, or keep it when an earlier attempt at the same plan finished it; return its digest."""
 
     def build() -> None:
         """Write the file, then its checksum, which makes it whole."""
@@ -314,17 +315,17 @@ def write_temporarily(checkpoint: PendingCheckpoint) -> StoragePath:
     if checkpoint.has_sizes():
         return checkpoint.target
 
-    hashes = {
+    digests = {
         name: _write_file(checkpoint.export, tensors, checkpoint.partial / name)
         for name, tensors in checkpoint.files.items()
     }
-    _complete_partial(checkpoint, hashes)
+    _complete_partial(checkpoint, digests)
     return checkpoint.partial
 
 
-def _finish(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> None:
+def _finish(checkpoint: PendingCheckpoint, digests: dict[str, str]) -> None:
     """Complete the hidden folder, give it its name and remove what earlier attempts left."""
-    _complete_partial(checkpoint, hashes)
+    _complete_partial(checkpoint, digests)
     with writable(checkpoint.target):
         checkpoint.partial.move_folder(checkpoint.target, last=MANIFEST)
 
@@ -333,20 +334,20 @@ def _finish(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> None:
         leftover.remove()
 
 
-def _complete_partial(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> None:
+def _complete_partial(checkpoint: PendingCheckpoint, digests: dict[str, str]) -> None:
     """Add everything but the weights to the hidden folder, the manifest last."""
-    # The manifest says the hashes from here on; files beside the weights are no part of a checkpoint.
-    for name in hashes:
+    # The manifest says the digests from here on; files beside the weights are no part of a checkpoint.
+    for name in digests:
         with writable(checkpoint.partial):
             checksum_path(checkpoint.partial / name).unlink(missing_ok=True)
 
-    finish(checkpoint.export, checkpoint.partial, checkpoint.files, _manifest(checkpoint, hashes))
+    finish(checkpoint.export, checkpoint.partial, checkpoint.files, _manifest(checkpoint, digests))
 
 
 # --- manifest ---------------------------------------------------------------------------------------------------------
 
 
-def _manifest(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> dict[str, Any]:
+def _manifest(checkpoint: PendingCheckpoint, digests: dict[str, str]) -> dict[str, Any]:
     """Return the content of ``seap.json``."""
     base = checkpoint.export.base
     return {
@@ -362,11 +363,11 @@ def _manifest(checkpoint: PendingCheckpoint, hashes: dict[str, str]) -> dict[str
         **_target_met(checkpoint),
         "plan": describe_plan(checkpoint.export.plan, base.architecture),
         "files": {
-            name: {"sha256": hashes[name], "bytes": (checkpoint.partial / name).stat().st_size}
+            name: {"digest": digests[name], "bytes": (checkpoint.partial / name).stat().st_size}
             # In the checkpoint's order, whichever was written first.
-            for name in sorted(hashes, key=[*checkpoint.files, checkpoint.gguf_file].index)
+            for name in sorted(digests, key=[*checkpoint.files, checkpoint.gguf_file].index)
         },
-        **_gguf_file(checkpoint, hashes),
+        **_gguf_file(checkpoint, digests),
         **_quantization(checkpoint.export),
         "versions": versions(),
     }
@@ -393,9 +394,9 @@ def checkpoint_sizes(checkpoint: PendingCheckpoint) -> dict[str, Any]:
     }
 
 
-def _gguf_file(checkpoint: PendingCheckpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
+def _gguf_file(checkpoint: PendingCheckpoint, digests: Mapping[str, str]) -> dict[str, Any]:
     """Return what the manifest says of the GGUF file; nothing where there is none."""
-    if checkpoint.gguf_file not in hashes:
+    if checkpoint.gguf_file not in digests:
         return {}
     base = checkpoint.export.base
     layout = layout_of_plan(checkpoint.export.plan, completed_config(base.config), base.architecture)

@@ -101,7 +101,7 @@ class Trial:
         cuts = [(export.plan.compensation.name, export.plan.kept, export.plan.dropped) for export in exports]
         statistics = [_statistics_of(export) for export in exports]
         model = exports[0].base.fingerprint, config.model.dtype, settings.batch_tokens, settings.skip_first_token
-        key = fingerprint(SCHEMA, model, shard.sha256, n_tokens, cuts, statistics, by_site)
+        key = fingerprint(SCHEMA, model, shard.digest, n_tokens, cuts, statistics, by_site)
         return cls(tuple(exports), shard, n_tokens, by_site, key)
 
     def artifact(self, run: Run) -> Artifact[dict[str, Any]]:

@@ -85,7 +85,7 @@ class CorrectionFit:
         for name in weights:
             held_out = planner.held_out[name]
             shards[name] = (*held_out.others, held_out.shard)
-            hashes[name] = [shard.sha256 for shard in shards[name]]
+            hashes[name] = [shard.digest for shard in shards[name]]
 
         settings = config.calibration
         base = model.export.base.fingerprint

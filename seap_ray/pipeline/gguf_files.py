@@ -97,7 +97,7 @@ def gguf_item_bytes(config: Config) -> float:
 
 
 def write_gguf(folder: StoragePath, type_: str, name: str, path: StoragePath) -> str:
-    """Write the GGUF file of a checkpoint whose other files are there; return its sha256.
+    """Write the GGUF file of a checkpoint whose other files are there; return its digest.
 
     Args:
         folder: The checkpoint's folder.

@@ -54,6 +54,7 @@ from seap_ray.pipeline.model_specs import ModelSpec, compensation_for, pruning_s
 from seap_ray.pipeline.quantization import quantized
 from seap_ray.pipeline.run_target import checkpoint_target
 from seap_ray.storage.artifact import Artifact
+from seap_ray.storage.digests import stated_digest
 from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run, fingerprint
 
@@ -393,7 +394,7 @@ def make_planner(
 ) -> Planner:
     """Read the statistics and the weight norms; norms are computed once per run, in Ray tasks."""
     # The hash of the numbers, not the key of what they were merged from: equal statistics give equal plans.
-    keys = {task: read_metadata(path)["sha256"] for task, path in statistics.items()}
+    keys = {task: stated_digest(read_metadata(path)) for task, path in statistics.items()}
     loaded = {task: load_statistics(path, checkpoint.architecture) for task, path in statistics.items()}
     return Planner(config, checkpoint, loaded, _weight_norms(checkpoint, run), keys, statistics, run, held_out)
 

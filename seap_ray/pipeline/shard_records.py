@@ -68,7 +68,7 @@ class Calibration:
         # The order is part of the key: another one would make all records of older runs again. Covariances are no
         # part of it: with or without them the moments are the same.
         parts = (self.model, self.dtype, self.skip_first_token, self.batch_tokens, self.schema)
-        return fingerprint(parts, shard.sha256, self.sites)
+        return fingerprint(parts, shard.digest, self.sites)
 
     def n_tokens(self, shard: Shard) -> int:
         """Return the number of a shard's tokens that count in its record."""

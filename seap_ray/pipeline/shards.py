@@ -3,13 +3,13 @@
 ``shards/<task>/00017.parquet`` holds one sequence a row: ``ids`` (int32 list), ``text`` and, where not all tokens count
 in the statistics, ``counted`` (bool list). ``prompts.parquet`` holds what a user would ask of every drawn row, and
 ``rows.json`` the content key of each, so that none is judged on. ``manifest.json``, written last, holds the token count
-and sha256 of every shard.
+and digest of every shard.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +27,9 @@ from seap_ray.models.sequences import CountedSequence, Sequences, counted_of, n_
 from seap_ray.pipeline.cluster import remote_task
 from seap_ray.pipeline.draw import Draw, draw_corpus
 from seap_ray.pipeline.synthesis import synthesis_state, synthesise
-from seap_ray.storage.artifact import Artifact, has_hash
-from seap_ray.storage.files import atomic_write, read_json, sha256_of, stage, write_json
+from seap_ray.storage.artifact import Artifact
+from seap_ray.storage.digests import digest_of_file, has_digest, stated_digest
+from seap_ray.storage.files import atomic_write, read_json, stage, write_json
 from seap_ray.storage.paths import StoragePath, inside
 from seap_ray.storage.run import Run, fingerprint
 from seap_ray.tasks import Task
@@ -50,7 +51,7 @@ UNUSED_FIELDS = {"metric", "lm_eval", "weight", "choices", "evaluation_path", "e
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One shard file, as the manifest has it: name, number of sequences and tokens, sha256 of its bytes."""
+    """One shard file, as the manifest has it: name, number of sequences and tokens, digest of its bytes."""
 
     task: str
     shard: str
@@ -58,13 +59,19 @@ class Shard:
     the dense model has written it."""
     n_sequences: int
     n_tokens: int
-    sha256: str
+    digest: str
     n_uncounted: int = 0
     """Tokens that do not count in the statistics."""
     n_uncounted_first: int = 0
     """First tokens of sequences among them."""
     is_synthetic: bool = False
     """Whether the dense model has written the texts."""
+
+    @classmethod
+    def from_json(cls, about: Mapping[str, Any]) -> "Shard":
+        """Return the shard that a manifest's entry states. Raises TypeError or KeyError where a field is missing."""
+        fields = {name: value for name, value in about.items() if name != "sha256"}
+        return cls(**{**fields, "digest": stated_digest(about)})
 
     def path(self, run: Run) -> StoragePath:
         """Return where the shard lies."""
@@ -95,9 +102,9 @@ class Manifest:
     n_cut: int
     """Texts cut at the longest sequence."""
     prompts: str
-    """sha256 of the file of prompts."""
+    """Digest of the file of prompts."""
     rows: str
-    """sha256 of the file of content keys."""
+    """Digest of the file of content keys."""
     counts: dict[str, int] = field(default_factory=dict)
     """Rows that are left out, or worth a look, by ``corpus.REASONS``. Duplicates are estimated where more than
     ``draw.COUNTED_KEYS`` rows are distinct."""
@@ -133,22 +140,22 @@ class Manifest:
         content = read_json(folder / MANIFEST_FILE)
         # A file that is not there, not JSON or of another version lacks keys or is no mapping.
         try:
-            shards = tuple(Shard(**shard) for shard in content["shards"])
+            shards = tuple(Shard.from_json(shard) for shard in content["shards"])
             return cls(**{**content, "shards": shards})
         except (TypeError, KeyError):
             return None
 
-    def hashes(self) -> dict[str, str]:
-        """Return the sha256 of every other file in the folder, by its name."""
-        hashes = {f"{shard.shard}.parquet": shard.sha256 for shard in self.shards}
-        hashes[PROMPTS_FILE] = self.prompts
-        hashes[ROWS_FILE] = self.rows
-        return hashes
+    def digests(self) -> dict[str, str]:
+        """Return the digest of every other file in the folder, by its name."""
+        digests = {f"{shard.shard}.parquet": shard.digest for shard in self.shards}
+        digests[PROMPTS_FILE] = self.prompts
+        digests[ROWS_FILE] = self.rows
+        return digests
 
 
 @dataclass(frozen=True, slots=True)
 class ShardFolder:
-    """The format of a task's shards as an artifact: a folder whose manifest holds the key and every file's sha256."""
+    """The format of a task's shards as an artifact: a folder whose manifest holds the key and every file's digest."""
 
     def is_whole(self, path: StoragePath, key: str) -> bool:
         """Return whether the manifest has the key and every file the bytes that the manifest states."""
@@ -157,7 +164,7 @@ class ShardFolder:
             return False
 
         # Last, since it reads every byte.
-        return all(has_hash(inside(path, name, path), digest) for name, digest in manifest.hashes().items())
+        return all(has_digest(inside(path, name, path), digest) for name, digest in manifest.digests().items())
 
     def load(self, path: StoragePath) -> Manifest:
         """Read the manifest of shards that are whole."""
@@ -404,17 +411,17 @@ def _within_budget(rows: list[_EncodedRow], max_tokens: int | None) -> list[_Enc
 
 
 def _write_prompts(run: Run, task: str, prompts: list[str]) -> str:
-    """Write the file of prompts and return its sha256."""
+    """Write the file of prompts and return its digest."""
     with atomic_write(run.shards(task) / PROMPTS_FILE) as temporary:
         pq.write_table(pa.table({"prompt": pa.array(prompts, pa.string())}), temporary)
-        return sha256_of(temporary)
+        return digest_of_file(temporary)
 
 
 def _write_row_keys(run: Run, task: str, items: Sequence[Item]) -> str:
-    """Write the file of content keys and return its sha256."""
+    """Write the file of content keys and return its digest."""
     path = run.shards(task) / ROWS_FILE
     write_json(path, [content_key(item).hex() for item in items])
-    return sha256_of(stage(path))
+    return digest_of_file(stage(path))
 
 
 def _write_shard(run: Run, task: str, shard: str, pairs: Sequence[tuple[Sequence[int], str]]) -> Shard:
@@ -431,7 +438,7 @@ def _write_shard(run: Run, task: str, shard: str, pairs: Sequence[tuple[Sequence
     path = run.shards(task) / f"{shard}.parquet"
     with atomic_write(path) as temporary:
         pq.write_table(table, temporary)
-        digest = sha256_of(temporary)
+        digest = digest_of_file(temporary)
 
     sequences = [ids for ids, _ in pairs]
     n_tokens = sum(map(len, sequences))

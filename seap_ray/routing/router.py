@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 
 from seap_ray.errors import ConfigError
 from seap_ray.storage.artifact import ManifestFolder
-from seap_ray.storage.files import atomic_write, read_json, sha256_of, stage, write_json
+from seap_ray.storage.digests import digest_of_file, has_digest
+from seap_ray.storage.files import atomic_write, read_json, stage, write_json
 from seap_ray.storage.paths import StoragePath, inside
 
 MAX_PROMPT_CHARACTERS = 4096
@@ -32,13 +33,13 @@ MANIFEST_FILE = "router.json"
 Arrays = dict[str, np.ndarray]
 
 
-def _file_hashes(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Return the sha256 that a manifest states for every file; an empty one where it states none, as no file has it."""
-    hashes = manifest.get("files", {})
-    return {name: hashes.get(name, "") for name in (TOKENIZER_FILE, ARRAYS_FILE)}
+def _file_digests(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return the digest that a manifest states for every file; an empty one where it states none, as no file has it."""
+    digests = manifest.get("files", {})
+    return {name: digests.get(name, "") for name in (TOKENIZER_FILE, ARRAYS_FILE)}
 
 
-ROUTER_FOLDER = ManifestFolder(MANIFEST_FILE, _file_hashes)
+ROUTER_FOLDER = ManifestFolder(MANIFEST_FILE, _file_digests)
 """How a router lies in storage."""
 
 
@@ -97,7 +98,7 @@ class Router:
 
         try:
             for name, digest in manifest["files"].items():
-                if sha256_of(inside(folder, name, folder / MANIFEST_FILE)) != digest:
+                if not has_digest(inside(folder, name, folder / MANIFEST_FILE), digest):
                     raise ValueError("a file is not the one that it was fitted with")
 
             # JSON has no infinity: a task without a bound has null.
@@ -141,7 +142,7 @@ class Router:
             "temperature": self.temperature,
             "weight": self.weight,
             "unlike": dict(zip(self.tasks, bounds, strict=True)),
-            "files": {name: sha256_of(folder / name) for name in (TOKENIZER_FILE, ARRAYS_FILE)},
+            "files": {name: digest_of_file(folder / name) for name in (TOKENIZER_FILE, ARRAYS_FILE)},
             "report": report,
         }
         if self.frame:

@@ -7,12 +7,11 @@ artifact that is whole is never made again, and one that is missing, damaged or 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from seap_ray.errors import IncompleteError
-from seap_ray.storage.files import read_json, sha256_of, write_json
-from seap_ray.storage.paths import StoragePath, inside, storage_path
+from seap_ray.storage.digests import digest_of_file, has_digest, stated_digest
+from seap_ray.storage.files import read_json, write_json
+from seap_ray.storage.paths import StoragePath, inside
 
 Content = TypeVar("Content")
 Loaded = TypeVar("Loaded", covariant=True)
@@ -83,12 +82,12 @@ def _no_sizes(manifest: Mapping[str, Any]) -> Mapping[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class ManifestFolder:
-    """A folder with a JSON manifest, written last, that holds the key and the sha256 of every other file."""
+    """A folder with a JSON manifest, written last, that holds the key and the digest of every other file."""
 
     manifest: str
     """Name of the manifest."""
-    hashes: Callable[[Mapping[str, Any]], Mapping[str, str]]
-    """Names and sha256 of the files, from the manifest's content."""
+    digests: Callable[[Mapping[str, Any]], Mapping[str, str]]
+    """Names and digests of the files, from the manifest's content."""
     sizes: Callable[[Mapping[str, Any]], Mapping[str, int]] = _no_sizes
     """Names and bytes of the files, from the manifest's content."""
 
@@ -112,7 +111,7 @@ class ManifestFolder:
 
         # The manifest is written last, so one that is there promises all files. Only their bytes can have changed.
         manifest = path / self.manifest
-        return all(has_hash(inside(path, name, manifest), digest) for name, digest in self.hashes(content).items())
+        return all(has_digest(inside(path, name, manifest), digest) for name, digest in self.digests(content).items())
 
     def _content_with_key(self, path: StoragePath, key: str) -> Mapping[str, Any] | None:
         content = read_json(path / self.manifest)
@@ -126,16 +125,16 @@ class ManifestFolder:
 
 @dataclass(frozen=True, slots=True)
 class ChecksummedFile:
-    """A file with its sha256 in a hidden file beside it; its folder's name carries the key."""
+    """A file with its digest in a hidden file beside it; its folder's name carries the key."""
 
     def is_whole(self, path: StoragePath, key: str) -> bool:
         """Return whether the file has the bytes that were hashed when it was written."""
         # The checksum is written after the file, so a file without one may be incomplete.
         digest = read_json(checksum_path(path))
-        return digest is not None and has_hash(path, digest)
+        return digest is not None and has_digest(path, digest)
 
     def load(self, path: StoragePath) -> str:
-        """Read the sha256."""
+        """Read the digest."""
         return read_json(checksum_path(path))
 
     def save_checksum(self, path: StoragePath, digest: str) -> None:
@@ -145,13 +144,13 @@ class ChecksummedFile:
 
 @dataclass(frozen=True, slots=True)
 class KeyedFile:
-    """A file with its key and its sha256 in a hidden file beside it."""
+    """A file with its key and its digest in a hidden file beside it."""
 
     def is_whole(self, path: StoragePath, key: str) -> bool:
         """Return whether the file has the key, and the bytes that were hashed when it was written."""
         about = read_json(checksum_path(path))
         has_key = isinstance(about, dict) and about.get("fingerprint") == key
-        return has_key and has_hash(path, about["sha256"])
+        return has_key and has_digest(path, stated_digest(about))
 
     def load(self, path: StoragePath) -> StoragePath:
         """Return the path: the file is for others to read."""
@@ -159,28 +158,12 @@ class KeyedFile:
 
     def save_key(self, path: StoragePath, key: str) -> None:
         """Mark the file as whole."""
-        write_json(checksum_path(path), {"fingerprint": key, "sha256": sha256_of(path)})
+        write_json(checksum_path(path), {"fingerprint": key, "digest": digest_of_file(path)})
 
 
 def checksum_path(path: StoragePath) -> StoragePath:
-    """Return where the sha256 of a file lies that no manifest names."""
-    return path.with_name(f".{path.name}.sha256")
-
-
-def has_hash(path: StoragePath | Path, digest: str) -> bool:
-    """Return whether a file is there and its bytes have this sha256.
-
-    Raises:
-        IncompleteError: A bucket does not answer, which says nothing about the file.
-    """
-    try:
-        return sha256_of(path) == digest
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        if not storage_path(path).is_remote:  # a disk that cannot read a file has a damaged one
-            return False
-        raise IncompleteError(f"{path}: cannot be read ({error}); fix that and run the same command again") from error
+    """Return where the digest of a file lies that no manifest names."""
+    return path.with_name(f".{path.name}.digest")
 
 
 def has_size(path: StoragePath, n_bytes: int) -> bool:

@@ -1,6 +1,5 @@
-"""Files: writes that end whole or leave nothing, JSON, hashes and a node's copies, on a disk or in a bucket."""
+"""Files: writes that end whole or leave nothing, JSON and a node's copies, on a disk or in a bucket."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -93,13 +92,6 @@ def read_json(path: StoragePath | Path) -> Any:
         return None
     except RecursionError:
         raise DataError(f"{path}: JSON that is nested too deeply") from None
-
-
-def sha256_of(path: StoragePath | Path) -> str:
-    """Return the sha256 of a file's bytes in hexadecimal. Raises OSError."""
-    with path.open("rb") as file:
-        content: Any = file  # a bucket's file has what file_digest needs, but not the declared type
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def stage(path: StoragePath | Path, patterns: tuple[str, ...] = ("*",)) -> LocalPath:

@@ -43,7 +43,7 @@ from seap_ray.pipeline.calibrate import Calibrator
 from seap_ray.pipeline.merge import TaskStatistics, merge_covariances, merge_moments
 from seap_ray.pipeline.shard_records import ShardRecords
 from seap_ray.pipeline.shards import Shard
-from seap_ray.storage.files import sha256_of
+from seap_ray.storage.digests import digest_of_file
 from seap_ray.storage.run import Run
 from tests.support.builders import (
     CONFIGS,
@@ -244,7 +244,7 @@ def save_shards(run: Run) -> list[Shard]:
         shard = Shard("sort", f"{i:05d}", len(ids), sum(lengths), "")
         shard.path(run).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"ids": pa.array(ids, pa.list_(pa.int32()))}), shard.path(run))
-        shards.append(replace(shard, sha256=sha256_of(shard.path(run))))
+        shards.append(replace(shard, digest=digest_of_file(shard.path(run))))
     return shards
 
 
@@ -259,7 +259,7 @@ def measure(config: Config, checkpoint: Checkpoint) -> tuple[ShardRecords, list[
 
 def files_of(records: ShardRecords, shard: Shard) -> dict[str, str]:
     record = records.path(shard)
-    return {path.name: sha256_of(path) for path in (record, *record.with_suffix(".covariances").iterdir())}
+    return {path.name: digest_of_file(path) for path in (record, *record.with_suffix(".covariances").iterdir())}
 
 
 def test_passes_over_the_layers_give_the_same_bytes_and_the_moments_of_a_run_without(dense, tmp_path):
@@ -276,7 +276,7 @@ def test_passes_over_the_layers_give_the_same_bytes_and_the_moments_of_a_run_wit
         if name != "moments":
             found.append([files_of(records, shard) for shard in shards])
             assert len(found[-1][0]) == 1 + checkpoint.architecture.n_layers
-        moments = [sha256_of(records.path(shard)) for shard in shards]
+        moments = [digest_of_file(records.path(shard)) for shard in shards]
         found_moments = [files[records.path(s).name] for files, s in zip(found[0], shards, strict=True)]
         assert moments == found_moments
     assert found[0] == found[1] == found[2] == found[3]

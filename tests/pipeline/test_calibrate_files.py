@@ -29,7 +29,7 @@ from seap_ray.pipeline.calibrate import Calibrator
 from seap_ray.pipeline.merge import TaskStatistics, merge_covariances, merge_input_covariances, merge_moments
 from seap_ray.pipeline.shard_records import Calibration, ShardRecords
 from seap_ray.pipeline.shards import Manifest, Shard, _write_shard
-from seap_ray.storage.files import sha256_of
+from seap_ray.storage.digests import digest_of_file
 from seap_ray.storage.run import Run
 from tests.support import ROOT
 from tests.support.builders import CONFIGS, load
@@ -145,7 +145,7 @@ def test_moments_come_back_exactly_with_what_was_said_about_them(tmp_path):
         assert torch.equal(back[key].m2_D, moments.m2_D) and back[key].m2_D.dtype == torch.float64
 
     about = read_metadata(path)
-    assert (about["task"], about["made_of"], len(about["sha256"])) == ("t", "x", 64)
+    assert (about["task"], about["made_of"], len(about["digest"])) == ("t", "x", 71)
 
 
 def test_a_count_beyond_float32_comes_back_exactly(tmp_path):
@@ -220,7 +220,7 @@ def test_a_record_has_another_name_when_anything_that_its_numbers_depend_on_chan
     for change in ({"model": "other"}, {"dtype": "torch.float16"}, {"skip_first_token": True}, {"batch_tokens": 99}):
         paths.add(records_of(run, replace(CALIBRATION, **change)).path(shard))
     paths.add(records_of(run, replace(CALIBRATION, schema=CALIBRATION.schema + 1)).path(shard))
-    paths.add(records_of(run).path(replace(shard, sha256="other")))
+    paths.add(records_of(run).path(replace(shard, digest="other")))
     assert len(paths) == 7
     assert {path.parent for path in paths} == {run.records("arithmetic")}
     assert {path.name[:6] for path in paths} == {"00000-"}
@@ -270,7 +270,7 @@ def test_statistics_are_the_same_bytes_whatever_was_done_first(tmp_path):
             statistics = statistics_of(activations(shard.n_tokens, seed=int(shard.shard)))
             save_record(run, shard, statistics)
             save_record(run, shard, statistics)  # delivered twice: replaced, not added
-        digests.add(sha256_of(merge(run, manifest)))
+        digests.add(digest_of_file(merge(run, manifest)))
     assert len(digests) == 1
 
 
@@ -289,14 +289,14 @@ def test_a_merge_is_done_once_and_again_when_its_records_are_others(tmp_path):
     manifest = manifest_of()
     make_records(run, manifest)
     path = merge(run, manifest)
-    before = (path.stat().st_mtime_ns, path.stat().st_ino, sha256_of(path))
+    before = (path.stat().st_mtime_ns, path.stat().st_ino, digest_of_file(path))
     made_of = read_metadata(path)["made_of"]
     shutil.rmtree(run.records("arithmetic"))
     assert merge(run, manifest) == path  # not a record is read
-    assert (path.stat().st_mtime_ns, path.stat().st_ino, sha256_of(path)) == before
+    assert (path.stat().st_mtime_ns, path.stat().st_ino, digest_of_file(path)) == before
 
     # One shard of other content: its record is missing, and the merge has to be made again.
-    shards = (replace(manifest.shards[0], sha256="other"), *manifest.shards[1:])
+    shards = (replace(manifest.shards[0], digest="other"), *manifest.shards[1:])
     other = replace(manifest, shards=shards)
     with pytest.raises(IncompleteError):
         merge(run, other)
@@ -310,9 +310,9 @@ def test_damaged_statistics_are_made_again(tmp_path):
     manifest = manifest_of()
     make_records(run, manifest)
     path = merge(run, manifest)
-    digest = sha256_of(path)
+    digest = digest_of_file(path)
     flipped(path, -1)
-    assert sha256_of(merge(run, manifest)) == digest
+    assert digest_of_file(merge(run, manifest)) == digest
 
 
 def test_a_count_that_is_not_the_manifests_is_refused(tmp_path):
@@ -380,7 +380,7 @@ def save_shards(run: Run, sequences: list[list[list[int]]]) -> Manifest:
         shard = Shard("sort", f"{i:05d}", len(ids), sum(map(len, ids)), "")
         shard.path(run).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"ids": pa.array(ids, pa.list_(pa.int32()))}), shard.path(run))
-        shards.append(replace(shard, sha256=sha256_of(shard.path(run))))
+        shards.append(replace(shard, digest=digest_of_file(shard.path(run))))
     return Manifest("sort", "print", tuple(shards), n_rows=len(sequences), n_cut=0, prompts="", rows="")
 
 
@@ -473,7 +473,7 @@ def test_a_record_is_the_same_bytes_again(dense, tmp_path):
         manifest = save_shards(run, [[[5, 6, 7], [9] * 20]])
         records = ShardRecords.of(config, Checkpoint.open(str(source)), run)
         Calibrator(config, records)(table_of(manifest.shards))
-        digests.add(sha256_of(records.path(manifest.shards[0])))
+        digests.add(digest_of_file(records.path(manifest.shards[0])))
     assert len(digests) == 1
 
 

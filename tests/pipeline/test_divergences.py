@@ -43,10 +43,10 @@ SEQUENCES = {"sort": prompts([9, 3, 14, 5], seed=1), "facts": prompts([6, 11, 2,
 # --- which tokens ----------------------------------------------------------------------------------------------------
 
 
-def shard_of(run: Run, task: str = "sort", sha256: str = "bytes") -> Shard:
+def shard_of(run: Run, task: str = "sort", digest: str = "bytes") -> Shard:
     """Write a shard of ``SEQUENCES``."""
     rows = SEQUENCES[task]
-    shard = Shard(task, "00001", len(rows), sum(map(len, rows)), sha256)
+    shard = Shard(task, "00001", len(rows), sum(map(len, rows)), digest)
     Path(str(shard.path(run))).parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"ids": rows}), str(shard.path(run)))
     return shard
@@ -102,7 +102,7 @@ def test_another_key_for_all_that_changes_the_figures_and_the_same_for_what_does
         return replace(planned(compensation=COMPENSATIONS["least_squares"]), statistics=pooled)
 
     others = [
-        trial_of([export], replace(shard, sha256="other bytes")),
+        trial_of([export], replace(shard, digest="other bytes")),
         trial_of([export], shard, by_site=True),
         trial_of([export], shard, pruning={"held_out_tokens": 5}),
         trial_of([export], shard, model={"dtype": "bfloat16"}),

@@ -12,7 +12,7 @@ COLUMNS = max(DEMO.architecture.widths)
 
 
 def manifest(*, n_tokens: int, n_uncounted: int = 0) -> Manifest:
-    shard = Shard("sort", "00000", n_sequences=10, n_tokens=n_tokens, sha256="", n_uncounted=n_uncounted)
+    shard = Shard("sort", "00000", n_sequences=10, n_tokens=n_tokens, digest="", n_uncounted=n_uncounted)
     return Manifest("sort", "key", (shard,), n_rows=10, n_cut=0, prompts="", rows="")
 
 

@@ -24,7 +24,7 @@ from seap_ray.pipeline.model_specs import ModelSpec
 from seap_ray.pipeline.needs import ModelSize, disk_needs, largest_corpora
 from seap_ray.pipeline.plan_choice import PlannedModel
 from seap_ray.pipeline.preflight import check_config
-from seap_ray.storage.files import sha256_of
+from seap_ray.storage.digests import digest_of_file
 from seap_ray.storage.run import Run
 from tests.support.builders import random_plan, random_statistics
 from tests.support.llama_cpp import LlamaCpp, greedy
@@ -66,7 +66,7 @@ def test_experts_are_gguf_files_too_by_which_llama_cpp_answers_alike(cluster, tm
     file = folder / "model-F32.gguf"
     manifest = json.loads((folder / "seap.json").read_text())
     assert manifest["gguf"] == {"file": file.name, "architecture": "deci", "type": "F32"}
-    assert manifest["files"][file.name] == {"sha256": sha256_of(file), "bytes": file.stat().st_size}
+    assert manifest["files"][file.name] == {"digest": digest_of_file(file), "bytes": file.stat().st_size}
     assert (folder / "Modelfile").read_text().startswith("FROM ./model-F32.gguf\nPARAMETER num_ctx 256\n")
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     preset = (tmp_path / "experts" / "llama-server.ini").read_text()

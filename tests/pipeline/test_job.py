@@ -186,7 +186,7 @@ def test_the_manifest_of_an_expert_tells_source_plan_ratios_and_hashes(finished)
     assert manifest["plan"]["tasks"] == {"logic": 1.0}
     assert set(manifest["plan"]["statistics"]) == {"logic"}
     assert set(manifest["versions"]) >= {"torch", "transformers", "ray", "seap-ray"}
-    assert all(len(about["sha256"]) == 64 for about in manifest["files"].values())
+    assert all(about["digest"].startswith("blake3:") for about in manifest["files"].values())
 
 
 def files_of(expert):

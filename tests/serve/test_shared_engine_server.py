@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from seap_ray.errors import ConfigError
-from seap_ray.storage.files import sha256_of
+from seap_ray.storage.digests import digest_of_file
 from serve.errors import DeadlyRequestError, ModelDownError
 from serve.schedule import QueueFullError
 
@@ -82,7 +82,7 @@ def folders(tmp_path):
     for name in EXPERTS:
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_text(name)
-        files = {"model.safetensors": {"sha256": sha256_of(tmp_path / name / "model.safetensors")}}
+        files = {"model.safetensors": {"digest": digest_of_file(tmp_path / name / "model.safetensors")}}
         (tmp_path / name / "seap.json").write_text(json.dumps({"files": files}))
     return {name: str(tmp_path / name) for name in EXPERTS}
 

@@ -1,6 +1,5 @@
 """Artifacts: what is whole is read, and what is missing, torn, damaged or of other inputs is built again, once."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,13 +8,14 @@ import pytest
 
 from seap_ray.errors import IncompleteError
 from seap_ray.storage.artifact import Artifact, ChecksummedFile, JsonFile, ManifestFolder, checksum_path
-from seap_ray.storage.files import atomic_write, read_json, sha256_of, write_json
+from seap_ray.storage.digests import digest_of_file
+from seap_ray.storage.files import atomic_write, read_json, write_json
 from seap_ray.storage.paths import BucketPath, LocalPath, StoragePath
 
 FILES = {"a.bin": b"some bytes", "b.bin": b"other bytes"}
 FOLDER = ManifestFolder(
     "manifest.json",
-    hashes=lambda manifest: {name: about["sha256"] for name, about in manifest["files"].items()},
+    digests=lambda manifest: {name: about["digest"] for name, about in manifest["files"].items()},
     sizes=lambda manifest: {name: about["bytes"] for name, about in manifest["files"].items()},
 )
 
@@ -28,13 +28,13 @@ def write_file(path: StoragePath, content: bytes) -> None:
 def write_folder(path: StoragePath, key: str) -> None:
     for name, content in FILES.items():
         write_file(path / name, content)
-    files = {name: {"sha256": hashlib.sha256(c).hexdigest(), "bytes": len(c)} for name, c in FILES.items()}
+    files = {name: {"digest": digest_of_file(path / name), "bytes": len(c)} for name, c in FILES.items()}
     write_json(path / "manifest.json", {"fingerprint": key, "files": files})
 
 
 def write_checksummed(path: StoragePath, _key: str) -> None:
     write_file(path, FILES["a.bin"])
-    ChecksummedFile().save_checksum(path, sha256_of(path))
+    ChecksummedFile().save_checksum(path, digest_of_file(path))
 
 
 @dataclass
@@ -131,9 +131,9 @@ def test_a_key_in_the_files_name_needs_none_inside(tmp_path):
 
 def test_a_checksum_lies_hidden_beside_its_file_and_one_without_it_is_not_whole(tmp_path):
     maker = Maker(KINDS["checksum"], LocalPath(tmp_path) / "model.safetensors")
-    assert maker.get() == hashlib.sha256(FILES["a.bin"]).hexdigest()
+    assert maker.get() == digest_of_file(maker.artifact.path)
     hidden = checksum_path(maker.artifact.path)
-    assert hidden.name == ".model.safetensors.sha256" and read_json(hidden) == maker.get()
+    assert hidden.name == ".model.safetensors.digest" and read_json(hidden) == maker.get()
     hidden.unlink()
     assert not maker.artifact.is_made() and maker.artifact.path.is_file()
 
@@ -143,7 +143,7 @@ def test_sizes_are_looked_at_without_reading_a_file(tmp_path, monkeypatch):
     assert not FOLDER.has_sizes(path, "k")
     write_folder(path, "k")
     damage(path / "a.bin")
-    monkeypatch.setattr("seap_ray.storage.artifact.sha256_of", lambda _: pytest.fail("a file was read"))
+    monkeypatch.setattr("seap_ray.storage.digests.digest_of_file", lambda _: pytest.fail("a file was read"))
     assert FOLDER.has_sizes(path, "k") and not FOLDER.has_sizes(path, "other")
     (path / "a.bin").write_bytes(b"short")
     assert not FOLDER.has_sizes(path, "k")

@@ -1,6 +1,5 @@
 """Storage on a real S3 server on this machine (moto's, over HTTP), and the main job with all of its files there."""
 
-import hashlib
 import json
 import os
 import pickle
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 
 from seap_ray.errors import ConfigError, DataError, IncompleteError
 from seap_ray.models import model_sources
@@ -25,7 +25,8 @@ from seap_ray.models.records import is_whole, save_tensors
 from seap_ray.models.row_sources import RowFiles, calibration_rows
 from seap_ray.storage import lock as lock_module
 from seap_ray.storage import paths as paths_module
-from seap_ray.storage.files import atomic_write, read_json, sha256_of, stage, write_json
+from seap_ray.storage.digests import digest_of_file
+from seap_ray.storage.files import atomic_write, read_json, stage, write_json
 from seap_ray.storage.lock import lock
 from seap_ray.storage.paths import BucketPath, parse_path
 from tests.support import ROOT
@@ -65,7 +66,7 @@ def test_a_file_in_a_bucket_is_there_once_it_is_whole(bucket):
         assert not path.exists()
     assert path.is_file() and path.read_text() == "whole" and path.stat().st_size == 5
     assert bucket.is_dir() and not bucket.is_file() and bucket.bytes_below() == 5
-    assert sha256_of(path) == hashlib.sha256(b"whole").hexdigest()
+    assert digest_of_file(path) == f"blake3:{blake3(b'whole').hexdigest()}"
     assert not list(paths_module.cache_folder().glob(".*.tmp")), "nothing stays on this machine"
     path.unlink()
     path.unlink(missing_ok=True)
@@ -374,13 +375,13 @@ def test_a_job_with_model_corpora_and_run_in_a_bucket_gives_the_bytes_of_one_on_
         assert main([*arguments(tmp_path, "demo"), "evaluation.samples=0"]) == 0  # results are not compared
         kinds = ("statistics", "divergences", "plans", "experts", "shards")
         local = {
-            str(file.relative_to(tmp_path / "runs" / "run")): sha256_of(file)
+            str(file.relative_to(tmp_path / "runs" / "run")): digest_of_file(file)
             for kind in kinds
             for file in (tmp_path / "runs" / "run" / kind).rglob("*")
             if file.suffix in (".safetensors", ".parquet") or (kind == "divergences" and file.is_file())
         }
         there = {
-            str(file.relative_to(bucket / "runs" / "run")): sha256_of(file)
+            str(file.relative_to(bucket / "runs" / "run")): digest_of_file(file)
             for kind in kinds
             for file, _ in (bucket / "runs" / "run" / kind).below()
             if file.suffix in (".safetensors", ".parquet") or kind == "divergences"

@@ -4,7 +4,8 @@ import gguf
 
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.pipeline.gguf_files import write_gguf, write_preset
-from seap_ray.storage.files import sha256_of, stage, write_json
+from seap_ray.storage.digests import digest_of_file
+from seap_ray.storage.files import stage, write_json
 from seap_ray.storage.run import Run
 
 
@@ -16,7 +17,7 @@ def test_a_checkpoint_in_a_bucket_becomes_a_file_beside_it(bucket):
 
     path = folder / "model-Q4_0.gguf"
     digest = write_gguf(folder, "Q4_0", "demo logic 0.20", path)
-    assert sha256_of(path) == digest
+    assert digest_of_file(path) == digest
     reader = gguf.GGUFReader(stage(path))
     assert reader.fields["general.name"].contents() == "demo logic 0.20" and len(reader.tensors) == 75
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from seap_ray.config import Config, load_config
 from seap_ray.errors import ConfigError, IncompleteError
-from seap_ray.storage.files import atomic_write, read_json, sha256_of, write_json
+from seap_ray.storage.files import atomic_write, read_json, write_json
 from seap_ray.storage.run import Run, fingerprint, ratio_name
 from tests.support import ROOT
 
@@ -126,12 +126,6 @@ def test_a_missing_or_torn_json_file_is_none(tmp_path, contents):
         (tmp_path / "file.json").write_bytes(contents)
     assert read_json(tmp_path / "file.json") is None
     assert read_json(tmp_path / "file.json" / "below.json") is None
-
-
-def test_hashes_are_those_of_sha256(tmp_path):
-    (tmp_path / "file").write_bytes(b"abc")
-    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert sha256_of(tmp_path / "file") == known
 
 
 def test_fingerprints_are_equal_for_equal_values_alone():

@@ -80,7 +80,7 @@ def make_run(
         for spec in model_specs(config):
             save_plan(planner.plan(spec, ratio), planner.checkpoint.architecture, run.plan(ratio, spec.name))
     for task in TASKS:
-        shard = {"task": task, "shard": "00000", "n_sequences": 64, "n_tokens": 1234, "sha256": ""}
+        shard = {"task": task, "shard": "00000", "n_sequences": 64, "n_tokens": 1234, "digest": ""}
         write_json(run.shards(task) / "manifest.json", {"task": task, "shards": [shard] * N_SHARDS})
     write_json(run.results, results(config, root / "model"))
     for name in studies:

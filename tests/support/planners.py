@@ -65,7 +65,7 @@ def open_planner_of(architecture: Architecture, checkpoint: Any = None, **config
 
     files = {task: storage_path(Path("nowhere") / f"{task}.safetensors") for task in TASKS}
     held_out = {
-        task: HeldOutShard(Shard(task, "00001", 4, 40, f"sha256 of {task}"), file.with_suffix(".record"))
+        task: HeldOutShard(Shard(task, "00001", 4, 40, f"digest of {task}"), file.with_suffix(".record"))
         for task, file in files.items()
     }
     return replace(planner, statistics_files=files, held_out=held_out)

@@ -64,7 +64,7 @@ class GgufExport:
             path: Where it gets its name when it is whole.
 
         Returns:
-            Its sha256.
+            Its digest.
 
         Raises:
             ConfigError: llama.cpp does not have the model's architecture or its tokenizer.
