@@ -1,5 +1,6 @@
 """The vLLM plugin against Hugging Face: same checkpoint, same greedy tokens, in float32; and what it must refuse."""
 
+import gc
 import json
 import os
 import random
@@ -272,6 +273,7 @@ class Engine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
 
+        gc.freeze()  # vLLM collects garbage several times an engine, seconds each among all that it imports
         settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "block_size": 32}
         if torch.cuda.is_available():  # which several processes of tests may share
             settings["gpu_memory_utilization"] = 0.2
@@ -283,7 +285,7 @@ class Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self.llm  # vLLM then cleans up by itself, and collects garbage twice, half a second each
+        del self.llm
 
     def greedy(self, prompts: list[list[int]], n: int, **kwargs: object) -> list[list[int]]:
         from vllm import SamplingParams
