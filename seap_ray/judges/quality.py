@@ -51,6 +51,19 @@ class Quality:
 
         return cls(metric, math.exp(mean) if is_perplexity(metric) else mean, stderr, total, tuple(values), weights)
 
+    def against(self, other: "Quality") -> tuple[float, float] | None:
+        """Return how far this is from another model's quality on the same items, and the standard error of that.
+
+        Of accuracies it is the difference, of perplexities the quotient, whose standard error is that of its logarithm.
+        The standard error is that of the items' differences: what is hard for both models does not widen it. None where
+        the two were not measured over the same tokens or as many items, as of models with different tokenizers.
+        """
+        if self.metric != other.metric or self.weights != other.weights or not self.values:
+            return None
+        differences = [mine - others for mine, others in zip(self.values, other.values, strict=True)]
+        difference = Quality.of(self.metric, differences, self.weights)
+        return difference.value, difference.stderr
+
     @classmethod
     def stored(cls, values: dict[str, Any]) -> "Quality":
         """Read the JSON of ``dataclasses.asdict``; what else a result's file has is passed over."""

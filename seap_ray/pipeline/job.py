@@ -276,7 +276,8 @@ def _evaluate(
 
     results = evaluate(config, run, targets, eval_tasks, progress)
     # The dense model comes first among the rows and among the targets, then the checkpoints in their order.
-    judged = [replace(row, quality=quality_cells(by_task)) for row, by_task in zip(rows, results, strict=True)]
+    dense = results[0]
+    judged = [replace(row, quality=quality_cells(by_task, dense)) for row, by_task in zip(rows, results, strict=True)]
     return eval_tasks, judged
 
 

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from seap_ray.config import Config
+from seap_ray.judges.quality import Quality
 from seap_ray.models.checkpoint import Checkpoint, versions
 from seap_ray.models.loading import model_dtype
 from seap_ray.pipeline.checkpoint_writer import PendingCheckpoint, checkpoint_sizes, kv_bytes
@@ -15,15 +16,21 @@ from seap_ray.report.rows import Cell, FailedCell, ModelRow, QualityCell, Result
 from seap_ray.tasks import COLUMN_HEADS, Task
 
 
-def quality_cells(results: Mapping[str, EvalResult]) -> dict[str, Cell]:
-    """Return the cell of each task: what the results file keeps of a result, without each item's part in it."""
-    return {task: _cell(result) for task, result in results.items()}
+def quality_cells(results: Mapping[str, EvalResult], dense: Mapping[str, EvalResult] | None = None) -> dict[str, Cell]:
+    """Return the cell of each task: what the results file keeps of a result, without each item's part in it.
+
+    Args:
+        results: The model's, by task.
+        dense: Those of the dense model, where it was judged beside it.
+    """
+    return {task: _cell(result, (dense or {}).get(task)) for task, result in results.items()}
 
 
-def _cell(result: EvalResult) -> Cell:
+def _cell(result: EvalResult, dense: EvalResult | None) -> Cell:
     if isinstance(result, Failure):
         return FailedCell(result.error, result.exit_code)
-    return QualityCell(result.metric, result.value, result.stderr, result.n)
+    difference = result.against(dense) if isinstance(dense, Quality) else None
+    return QualityCell(result.metric, result.value, result.stderr, result.n, *(difference or ()))
 
 
 def dense_row(checkpoint: Checkpoint) -> ModelRow:

@@ -21,10 +21,24 @@ class QualityCell:
     """Standard error of the value; for a perplexity that of its logarithm, so relative."""
     n: int | None = None
     """Number of items, or for a perplexity of tokens."""
+    against_dense: float | None = None
+    """Difference to the dense model's value, of a perplexity the quotient; None where it is not known."""
+    against_dense_stderr: float | None = None
+    """Standard error of that, from the differences item by item."""
+
+    @property
+    def difference(self) -> "QualityCell | None":
+        """The difference to the dense model as a cell of its own; None where it is not known."""
+        if self.against_dense is None or self.against_dense_stderr is None:
+            return None
+        return QualityCell(self.metric, self.against_dense, self.against_dense_stderr, self.n)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the cell as a results file holds it."""
-        return asdict(self)
+        """Return the cell as a results file holds it, without a difference that is not known."""
+        content = asdict(self)
+        if self.difference is None:
+            del content["against_dense"], content["against_dense_stderr"]
+        return content
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +62,8 @@ def cell_from_json(content: Mapping[str, Any]) -> Cell:
     """Read a cell of a results file."""
     if "error" in content:
         return FailedCell(content["error"])
-    return QualityCell(content["metric"], content["value"], content["stderr"], content.get("n"))
+    known = {name: content[name] for name in ("n", "against_dense", "against_dense_stderr") if name in content}
+    return QualityCell(content["metric"], content["value"], content["stderr"], **known)
 
 
 @dataclass(frozen=True, slots=True)

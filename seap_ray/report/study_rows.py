@@ -168,6 +168,31 @@ class ModelComparisonRow(StudyRow):
 
 
 @dataclass(frozen=True, slots=True)
+class TaskQualityRow(StudyRow):
+    """A model's quality on one task, or on all of its tasks on average, beside the dense model's on the same items."""
+
+    COLUMNS = (
+        *("model", "ratio", "realised", "parameters", "task", "metric", "value", "stderr", "n"),
+        *("against dense", "against dense stderr"),
+    )
+
+    model: str
+    ratio: float | None
+    realised: float | None
+    parameters: int | None
+    task: str
+    """A task, or ``mean acc`` or ``mean ppl`` for the mean over the model's tasks."""
+    metric: str
+    value: float | None
+    stderr: float | None
+    n: int | None
+    against_dense: float | None
+    """Difference of accuracies, or quotient of perplexities."""
+    against_dense_stderr: float | None
+    """From the items' differences; of a quotient that of its logarithm."""
+
+
+@dataclass(frozen=True, slots=True)
 class PoolingRow(StudyRow):
     """A model with the number of tokens that it was calibrated on, and all that ``ModelComparisonRow`` has."""
 

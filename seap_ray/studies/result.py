@@ -1,13 +1,13 @@
 """Result: what a study has found, as models and as typed rows of its table."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
 from seap_ray.pipeline.results import own_task_rows
 from seap_ray.report.rows import Cell, ModelRow, QualityCell
-from seap_ray.report.study_rows import Estimate, ModelComparisonRow, StudyRow
+from seap_ray.report.study_rows import Estimate, ModelComparisonRow, StudyRow, TaskQualityRow
 from seap_ray.studies.runner import EvaluatedModel, StudyRunner
 
 
@@ -18,6 +18,8 @@ class StudyResult:
     models: Sequence[EvaluatedModel]
     columns: Sequence[str]
     rows: Sequence[StudyRow]
+    by_task: Sequence[TaskQualityRow] = ()
+    """Every model on every task beside the dense model, in studies whose rows are models."""
 
     @property
     def cells(self) -> list[list[Any]]:
@@ -69,9 +71,35 @@ class SeedMean:
 
 
 def compare_models(runner: StudyRunner, models: Sequence[EvaluatedModel]) -> StudyResult:
-    """Return a table of models; below them, for every method with a model for each task, these as one row."""
+    """Return a table of models, the dense one first; below them a row for every method with a model for each task."""
+    beside = [model.beside(models[0]) for model in models]
     columns = ModelComparisonRow.columns(runner.mean_head, runner.task_names)
-    return StudyResult(models, columns, comparison_rows(models, runner.task_names))
+    return StudyResult(beside, columns, comparison_rows(beside, runner.task_names), task_rows(beside, runner.mean_head))
+
+
+def task_rows(models: Sequence[EvaluatedModel], mean_head: str) -> list[TaskQualityRow]:
+    """Return a row for every task that a model was judged on, and one for the mean over its tasks."""
+    rows = [model.row for model in models]
+    return [task_row for row in [*rows, *own_task_rows(rows)] for task_row in _task_rows(row, mean_head)]
+
+
+def _task_rows(row: ModelRow, mean_head: str) -> Iterator[TaskQualityRow]:
+    about = row.name, row.ratio, row.realised_ratio, row.parameters
+    cells = {task: cell for task, cell in row.quality.items() if isinstance(cell, QualityCell)}
+    differences = {task: cell.difference for task, cell in cells.items()}
+
+    for task, cell in cells.items():
+        yield TaskQualityRow(
+            *about, task, cell.metric, cell.value, cell.stderr, cell.n, cell.against_dense, cell.against_dense_stderr
+        )
+    # A task of an expert alone is its own mean, and one over some of the tasks compares with no other.
+    if len(row.quality) > 1 and len(cells) == len(row.quality):
+        overall = Estimate.mean(cells.values())
+        known = [difference for difference in differences.values() if difference]
+        against = Estimate.mean(known) if len(known) == len(cells) else Estimate()
+        yield TaskQualityRow(
+            *about, mean_head, mean_head.split()[-1], overall.value, overall.stderr, None, against.value, against.stderr
+        )
 
 
 def comparison_rows(models: Sequence[EvaluatedModel], tasks: Sequence[str]) -> list[ModelComparisonRow]:

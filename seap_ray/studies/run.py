@@ -1,9 +1,10 @@
 """Run of a study: a config in; models, a table, files and the report out. ``methods.STUDIES`` says what there is."""
 
 import csv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 from seap_ray.config import Config
 from seap_ray.errors import ConfigError, DataError, IncompleteError, error_by_code
@@ -15,9 +16,11 @@ from seap_ray.pipeline.results import make_results
 from seap_ray.progress import say
 from seap_ray.report.page import write_report
 from seap_ray.report.rows import Results, StudyTable
+from seap_ray.report.study_rows import TaskQualityRow
 from seap_ray.report.table import table as models_table
 from seap_ray.report.table import text_table
 from seap_ray.storage.files import atomic_write, write_json
+from seap_ray.storage.paths import StoragePath
 from seap_ray.storage.run import Run
 from seap_ray.studies import (
     allocation,
@@ -109,6 +112,9 @@ def _run(config: Config, checkpoint: Checkpoint, run: Run) -> None:
     results = make_results(config, checkpoint, runner.eval_tasks, rows, router)
     study_table = StudyTable(config.study, study.title, study.question, result.columns, result.cells)
     _write_files(run, replace(results, table=study_table))
+    if result.by_task:
+        path = run.study(config.study).with_name(f"{config.study}_by_task.csv")
+        _write_csv(path, [TaskQualityRow.columns(), *(row.to_json() for row in result.by_task)])
 
     # Where rows are models, a table made for these is easier to read than all columns.
     is_about_models = config.study in ("table", "ratio")
@@ -136,6 +142,10 @@ def _write_files(run: Run, results: Results) -> None:
     json_path = run.study(table.study)
     write_json(json_path, results.to_json())
 
+    _write_csv(json_path.with_suffix(".csv"), [table.columns, *table.rows])
+
+
+def _write_csv(path: StoragePath, lines: Iterable[Iterable[Any]]) -> None:
     # The csv module writes line ends of its own.
-    with atomic_write(json_path.with_suffix(".csv")) as path, path.open("w", newline="") as file:
-        csv.writer(file).writerows([table.columns, *table.rows])
+    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file).writerows(lines)

@@ -78,6 +78,10 @@ class EvaluatedModel:
         """Add the results to a row that has none yet."""
         return cls(replace(row, quality=quality_cells(results)), config, results)
 
+    def beside(self, dense: "EvaluatedModel") -> "EvaluatedModel":
+        """Add the differences to the dense model."""
+        return replace(self, row=replace(self.row, quality=quality_cells(self.results, dense.results)))
+
 
 @dataclass(frozen=True)
 class StudyRunner:

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from seap_ray.demo import skills
 from seap_ray.errors import DataError
-from seap_ray.judges.quality import _cut, _is_right, measure
+from seap_ray.judges.quality import Quality, _cut, _is_right, measure
 from seap_ray.judges.scoring import Scored, score
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import Item, Renderer, load_tokenizer
@@ -206,6 +207,38 @@ def test_a_token_that_the_model_has_no_embedding_for_is_one_line_with_the_task(d
     wider.add_tokens(["zebra"])
     with pytest.raises(DataError, match=r"^tasks.sort: the tokenizer has token 'zebra' as number \d+, but"):
         measure(model, Encoding(wider), BUILT_IN["sort"], [Item("a zebra", "a", "zebra", [])], batch_tokens=4096)
+
+
+def test_a_difference_is_of_the_same_items_and_its_error_of_their_differences():
+    dense = Quality.of("accuracy", [1, 1, 0, 1, 0, 1, 0, 1])
+    cut = Quality.of("accuracy", [1, 0, 0, 1, 0, 1, 1, 0])
+    difference, error = cut.against(dense)
+    parts = [mine - others for mine, others in zip(cut.values, dense.values, strict=True)]
+    assert difference == pytest.approx(mean(parts)) == pytest.approx(cut.value - dense.value)
+    assert error == pytest.approx(stdev(parts) / math.sqrt(len(parts)))
+    assert dense.against(dense) == (0, 0)
+
+
+def test_a_difference_of_perplexities_is_their_quotient_and_what_is_hard_for_both_does_not_widen_it():
+    losses, tokens = [3.0, 40.0, 8.0], [2, 10, 4]
+    dense = Quality.of("perplexity", losses, tokens)
+    cut = Quality.of("perplexity", [loss + 0.1 * n for loss, n in zip(losses, tokens, strict=True)], tokens)
+    quotient, error = cut.against(dense)
+    assert quotient == pytest.approx(cut.value / dense.value) == pytest.approx(math.exp(0.1))
+    assert error == pytest.approx(0, abs=1e-9) and cut.stderr > 0.1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Quality.of("perplexity", [3.0, 40.0], [2, 11]),  # another tokenizer
+        Quality.of("perplexity", [3.0], [2]),
+        Quality.of("accuracy", [1, 0]),
+        Quality("perplexity", 2.0, 0.1, 12),  # its items are not known
+    ],
+)
+def test_what_was_measured_over_other_items_has_no_difference(other):
+    assert Quality.of("perplexity", [3.0, 40.0], [2, 10]).against(other) is None
 
 
 def test_held_out_questions_are_never_training_questions():

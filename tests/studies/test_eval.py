@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from transformers import AutoTokenizer
@@ -109,6 +110,32 @@ def test_a_study_leaves_one_table_as_json_and_csv_with_its_command(finished, stu
         head, *rows = csv.reader(file)
     assert head == results["columns"]
     assert rows == [["" if value is None else str(value) for value in row] for row in results["rows"]]
+
+
+@pytest.mark.parametrize("study", ["table", "ratio"])
+def test_studies_of_models_leave_every_model_beside_the_dense_one_by_task(finished, study):
+    path = Run(finished / "run").study(study)
+    with path.with_name(f"{study}_by_task.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    models = json.loads(path.read_text())["models"]
+    qualities = {(m["name"], str(m["ratio"] or "")): m["quality"] for m in models}
+    dense = qualities["dense", ""]
+    judged = [(*model, task) for model, quality in qualities.items() for task in quality]
+    assert [(r["model"], r["ratio"], r["task"]) for r in rows if r["task"] != "mean acc"] == judged
+
+    for row in rows:
+        quality, value = qualities[row["model"], row["ratio"]], float(row["value"])
+        if row["task"] == "mean acc":
+            tasks = [task for task, cell in quality.items() if "perplexity" not in cell["metric"]]
+            assert value == pytest.approx(mean(quality[task]["value"] for task in tasks))
+            others = mean(dense[task]["value"] for task in tasks)
+        else:
+            assert value == quality[row["task"]]["value"]
+            others = dense[row["task"]]["value"]
+        against = value / others if "perplexity" in row["metric"] else value - others
+        assert float(row["against dense"]) == pytest.approx(against)
+        if row["model"] == "dense":
+            assert float(row["against dense stderr"]) == 0
 
 
 def test_reconstruction_has_every_compensation_over_seeds_that_draw_anew(finished):
