@@ -272,7 +272,10 @@ class Engine:
     def __init__(self, folder: Path, **kwargs: object):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
+        from vllm.model_executor.models import registry
 
+        if not torch.cuda.is_available():  # lest CUDA begin here, another process looks at each class of models
+            registry._run_in_subprocess = lambda look: look()
         gc.freeze()  # vLLM collects garbage several times an engine, seconds each among all that it imports
         settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "block_size": 32}
         if torch.cuda.is_available():  # which several processes of tests may share
