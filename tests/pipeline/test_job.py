@@ -239,16 +239,6 @@ def test_a_finished_expert_is_pruned_again_by_every_allocation_and_stream_finds_
     assert statistics(streamed) == statistics(whole)
 
 
-def test_two_workers_give_byte_equal_statistics_plans_and_weights(finished, tmp_path):
-    assert main(arguments(tmp_path, "calibration.workers=2", UNJUDGED)) == 0
-    assert statistics(tmp_path) == statistics(finished)
-    for ratio_and_name in ("0.50/general", "0.50/arithmetic", "0.50/logic"):
-        first, second = (folder / "run" / "experts" / ratio_and_name for folder in (finished, tmp_path))
-        assert files_of(first) == files_of(second) and len(files_of(first)) == 3
-        plan = f"plans/{ratio_and_name}.safetensors"
-        assert (finished / "run" / plan).read_bytes() == (tmp_path / "run" / plan).read_bytes()
-
-
 def test_what_experts_have_of_the_base_is_on_the_disk_once(finished):
     files = [*(finished / "run" / "experts").glob(f"*/*/{BASE_FILES}*")]
     assert len(files) > 2 and {file.stat().st_ino for file in files} == {
@@ -281,13 +271,20 @@ def kill_workers() -> list[int]:
     return killed
 
 
-def test_killed_workers_lose_nothing_but_the_shard_in_flight(finished, tmp_path):
+def test_two_workers_that_are_killed_give_byte_equal_statistics_plans_and_weights(finished, tmp_path):
+    """Nothing is lost but the shards in flight, and the number of workers changes no byte."""
     killed: list[int] = []
     watcher = when_records(tmp_path, 2, lambda: killed.extend(kill_workers()))
-    assert main(arguments(tmp_path, UNJUDGED)) == 0
+    assert main(arguments(tmp_path, "calibration.workers=2", UNJUDGED)) == 0
     watcher.join(10)
     assert killed
+
     assert statistics(tmp_path) == statistics(finished)
+    for ratio_and_name in ("0.50/general", "0.50/arithmetic", "0.50/logic"):
+        first, second = (folder / "run" / "experts" / ratio_and_name for folder in (finished, tmp_path))
+        assert files_of(first) == files_of(second) and len(files_of(first)) == 3
+        plan = f"plans/{ratio_and_name}.safetensors"
+        assert (finished / "run" / plan).read_bytes() == (tmp_path / "run" / plan).read_bytes()
 
 
 def test_a_shard_that_kills_every_worker_is_given_up_named_and_costs_no_other(finished, tmp_path, capsys, monkeypatch):
