@@ -138,16 +138,18 @@ def summary_table(data: RunData) -> Table:
     notes: list[str] = []
     models = [model for model in results.models if model.kind == "expert" or compared([model])]
 
-    # A task that no model was evaluated on has no column, and a kind of mean that no model has neither.
+    # A task that no model was evaluated on has no column, and a mean over one task neither: it is that task's own.
     judged = {task for model in models for task in model.quality}
     tasks = [task for task in results.tasks if task in judged]
-    means = []
+    means = {}
     for perplexity in MEAN_NAMES:
-        if any(mean_of(model, perplexity=perplexity) for model in models):
-            means.append(perplexity)
+        averaged = [task for task in tasks if is_perplexity(results.tasks[task].metric) == perplexity]
+        if len(averaged) > 1 and any(mean_of(model, perplexity=perplexity) for model in models):
+            means[perplexity] = averaged
 
-    columns = ["model", "removed", "parameters", *(MEAN_NAMES[perplexity] for perplexity in means)]
-    columns += [f"{task} {results.tasks[task].short}" for task in tasks]
+    # Metrics stand below the tasks, so that a table of eight tasks fits a window of 1280 pixels.
+    columns = ["model", "removed", "parameters", *(MEAN_NAMES[perplexity].replace(" ", "\n") for perplexity in means)]
+    columns += [f"{task}\n{results.tasks[task].short}" for task in tasks]
 
     # The dense model has no ratio and is first.
     groups = []
@@ -158,7 +160,7 @@ def summary_table(data: RunData) -> Table:
     return Table(SUMMARY_CAPTION, columns, groups, notes)
 
 
-def _summary_row(model: ModelRow, means: list[bool], tasks: list[str], notes: list[str]) -> list[str]:
+def _summary_row(model: ModelRow, means: Mapping[bool, Sequence[str]], tasks: list[str], notes: list[str]) -> list[str]:
     is_planned = model.ratio is not None and model.realised_ratio is not None
     # A dense model has no ratio, and a model that could not be made has no realised one.
     row = [
@@ -167,8 +169,10 @@ def _summary_row(model: ModelRow, means: list[bool], tasks: list[str], notes: li
         "" if model.parameters is None else count(model.parameters),
     ]
 
-    for perplexity in means:
-        mean = mean_of(model, perplexity=perplexity)
+    for perplexity, averaged in means.items():
+        # A mean over some of the tasks does not compare with one over all.
+        is_whole = {*averaged} <= model.quality.keys()
+        mean = mean_of(model, perplexity=perplexity) if is_whole else None
         row.append(_with_error(*mean, perplexity=perplexity) if mean else "")
 
     # Last, for their cells number the notes in the order of the page.
@@ -200,7 +204,10 @@ def _cell(model: ModelRow, task: str, notes: list[str]) -> str:
 
 def _with_error(value: float, stderr: float, *, perplexity: bool) -> str:
     """Return a value with its standard error; that of a perplexity is stored as that of its logarithm, so relative."""
-    return f"{value:.2f} ± {value * stderr:.2f}" if perplexity else f"{value:.3f} ± {stderr:.3f}"
+    # Perplexities of models that are lost have no digits worth a column's width.
+    digits = 3 if not perplexity else 2 if value < 1000 else 0
+    error = value * stderr if perplexity else stderr
+    return Markup("{:.{}f} <small>±{:.{}f}</small>").format(value, digits, error, digits)
 
 
 def tasks_table(data: RunData) -> Table:

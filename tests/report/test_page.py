@@ -82,6 +82,7 @@ def test_the_numbers_are_those_of_the_results(run):
     data = RunData.of(run)
     page = page_of(run)
     head, *rows = page.tables[0]
+    head = [" ".join(name.split()) for name in head]
     names = [row[0] for row in rows if len(row) > 1]
     models = data.main.models
     assert sorted(names) == sorted(model.name for model in models)
@@ -95,10 +96,28 @@ def test_the_numbers_are_those_of_the_results(run):
     for model in models:
         row = by_ratio[model.name, model.ratio]
         for task, cell in model.quality.items():
-            assert row[f"{task} em"] == f"{cell.value:.3f} ± {cell.stderr:.3f}"
+            assert row[f"{task} em"] == f"{cell.value:.3f} ±{cell.stderr:.3f}"
         mean = sum(cell.value for cell in model.quality.values()) / len(model.quality)
         assert row["mean accuracy"].split(" ±")[0] == f"{mean:.3f}"
         assert row["removed"] == ("" if model.ratio is None else f"{model.realised_ratio:.4f}")
+
+
+def test_a_mean_is_over_all_tasks_of_its_kind_and_over_more_than_one(tmp_path):
+    run = make_run(tmp_path / "demo")
+    content = json.loads(run.results.read_text())
+    content["tasks"]["prose"] |= {"metric": "perplexity", "short": "ppl"}
+    for model in content["models"]:
+        model["quality"]["prose"] |= {"metric": "perplexity", "value": 1234.5, "stderr": 0.1}
+        if model["name"] == "sort":
+            del model["quality"]["arithmetic"]
+    run.results.write_text(json.dumps(content))
+
+    head, *rows = page_of(run).tables[0]
+    head = [" ".join(name.split()) for name in head]
+    assert head == ["model", "removed", "parameters", "mean accuracy", "arithmetic em", "sort em", "prose ppl"]
+    cells = {row[0]: dict(zip(head, row, strict=True)) for row in rows if len(row) > 1}
+    assert cells["sort"]["mean accuracy"] == "" != cells["arithmetic"]["mean accuracy"]
+    assert cells["sort"]["prose ppl"] == "1234 ±123", "a model that is lost has no digits"
 
 
 def test_the_facts_of_the_run_are_told(run):
