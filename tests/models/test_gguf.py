@@ -1,6 +1,5 @@
 """GGUF files of dense and cut models: llama.cpp itself loads them and computes what transformers does."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -218,7 +218,7 @@ def test_a_file_is_written_in_pieces_and_hashed(tmp_path, monkeypatch):
     folder = Checkpoint.open("demo").folder
     whole = tmp_path / "whole.gguf"
     digest = GgufExport.of(folder, "Q8_0", "demo").write(storage_path(whole))
-    assert digest == hashlib.sha256(whole.read_bytes()).hexdigest()
+    assert digest == f"blake3:{blake3(whole.read_bytes()).hexdigest()}"
 
     monkeypatch.setattr("seap_ray.core.slicing.PIECE_BYTES", 1000)
     pieces = tmp_path / "pieces.gguf"

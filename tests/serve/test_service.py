@@ -2,7 +2,6 @@
 
 import asyncio
 import concurrent.futures
-import hashlib
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import seap_ray.models.hf  # noqa: F401
 from seap_ray.demo import skills
+from seap_ray.storage.digests import digest_of_file
 from tests.support.browser import open_page, send
 from tests.support.served import (
     KEY,
@@ -680,7 +680,7 @@ def _spoil(folder):
         for tensor in (tensor for key, tensor in tensors.items() if key.endswith("down_proj.weight")):
             tensor.neg_()
         save_file(tensors, folder / name, metadata={"format": "pt"})
-        about["sha256"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        about["digest"] = digest_of_file(folder / name)
         about["bytes"] = (folder / name).stat().st_size
     (folder / "seap.json").write_text(json.dumps(manifest))
 
