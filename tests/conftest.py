@@ -160,6 +160,12 @@ def float64_norms(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
         return torch.nn.functional.softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype)
 
     functional = SimpleNamespace(**{**vars(torch.nn.functional), "linear": linear})
+
+    def one_hot(places: torch.Tensor, n: int) -> torch.Tensor:
+        """Return the weights by which Gemma 4 averages patches of a picture, which are rounded to float32."""
+        return torch.nn.functional.one_hot(places, n).double()
+
+    functional_of_gemma4 = SimpleNamespace(**{**vars(torch.nn.functional), "one_hot": one_hot})
     functional_of_granite = SimpleNamespace(**{**vars(torch.nn.functional), "softmax": softmax})
 
     # The routers of these round no factor, and would hand float64 to layers of a float32 model.
@@ -172,8 +178,11 @@ def float64_norms(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
             monkeypatch.setattr(module, "F", functional, raising=False)
         if model_class == "SeapGraniteSWAForCausalLM":
             monkeypatch.setattr(module, "F", functional_of_granite)
+        if model_class == "SeapGemma4ForConditionalGeneration":
+            monkeypatch.setattr(module, "F", functional_of_gemma4)
         for name, norm in vars(module).items():
-            if name.endswith("RMSNorm"):
+            # Gemma 4's has no float32 but by ``float``, below.
+            if name.endswith("RMSNorm") and name != "Gemma4RMSNorm":
                 is_gemmas = name.startswith(("Gemma", "VaultGemma", "Qwen3_5", "Qwen3Next"))
                 monkeypatch.setattr(norm, "forward", root_mean_square_of_gemma if is_gemmas else root_mean_square)
             elif name in ("CohereLayerNorm", "Cohere2LayerNorm"):

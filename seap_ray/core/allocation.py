@@ -127,8 +127,13 @@ def choose_dropped(
         Numbers of the layers, ascending.
 
     Raises:
-        ConfigError: Protection leaves too few layers.
+        ConfigError: Protection leaves too few layers, or none can go.
     """
+    if architecture.family.whole_attention:
+        raise ConfigError(
+            f"pruning.allocation.kind: depth is not for a {architecture.family_name} model, whose layers take keys and "
+            "values from others, and inputs by their numbers; choose another kind"
+        )
     if target is not None:
         return _least_dropped(target, architecture, pruning, influence_L)
     relative_size_L, may_go = droppable(architecture, pruning, ratio)
@@ -173,12 +178,23 @@ def check_ratio(
         check_reach(constraints_L, pruning.allocation, ratio)
     # Of what ``auto`` judges, ``measured`` reaches farthest.
     elif pruning.allocation.kind in ("measured", "auto"):
+        if pruning.allocation.kind == "measured":
+            check_measurable(architecture)
         check_budget(pruning)
         constraints_L = WidthConstraints.of(architecture, pruning, adds_biases=adds_biases, stock=stock)
         check_measured_reach(constraints_L, pruning.allocation, ratio, stock)
     else:
         # These allocations read no scores, so the choice itself is the check.
         choose_shapes(architecture, pruning, ratio=ratio, adds_biases=adds_biases, scores_L=(), stock=stock)
+
+
+def check_measurable(architecture: Architecture) -> None:
+    """Raise ConfigError where what cuts cost cannot be measured: gradients go from layer to layer alone."""
+    if architecture.family.whole_attention:
+        raise ConfigError(
+            f"pruning.allocation.kind: measured is not for a {architecture.family_name} model, whose layers also share "
+            "keys and values; use auto, global or uniform"
+        )
 
 
 # --- targets instead of ratios ----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from seap_ray.core.families import FAMILIES, Bias, DenseMlp, Family, Unit
-from seap_ray.core.hybrids import Parts, mixer_weights, parts_of, shrunk_channels
+from seap_ray.core.hybrids import Parts, kept_whole, own_values, parts_of, shrunk_channels
 from seap_ray.core.moments import RECORDED, Site
 from seap_ray.core.refused_families import WHY_REFUSED
 from seap_ray.errors import ConfigError
@@ -66,8 +66,15 @@ class Layer:
     """Config keys of output biases that its family does not have: an earlier compensation put them there."""
     n_experts: int = 0
     """MoE experts of its MLP, whose channels are then the width of each. 0: the MLP is no mixture."""
-    has_mixer: bool = False
-    """Whether it has a mixer with a state, which stays whole."""
+    weights_kept_whole: int = 0
+    """Weights of its mixer, or of attention that is not looked at, which stay whole; 0: it has neither."""
+    settings: tuple[tuple[str, Any], ...] = ()
+    """Config keys, with values, in which the family's own layer differs from the top level: ``Family.layer_keys``."""
+
+    @property
+    def has_mixer(self) -> bool:
+        """Whether it has a mixer, or attention that is not looked at."""
+        return self.weights_kept_whole > 0
 
     @property
     def has_attention(self) -> bool:
@@ -132,8 +139,6 @@ class Architecture:
     """Weights of a layer's latent attention, which stays whole; 0: attention is no such."""
     latent_cache: int = 0
     """Numbers that a layer with latent attention caches for a token."""
-    mixer_weights: int = 0
-    """Weights of a layer's mixer, in layers that have one."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Architecture":
@@ -170,15 +175,20 @@ class Architecture:
             return bool(config.get(*value)) if isinstance(value, tuple) else value
 
         # A compacted model's layers differ from its top level.
-        overrides = config.get("per_layer_config") or {}
         # A Nemotron-H's config may have the layers' kinds alone.
         n_layers = _size(config, "num_hidden_layers", len(config.get("layers_block_type") or ()) or None)
         has_experts_L = _has_experts(config, family, n_layers)
         parts_L = parts_of(config, family, n_layers)
+        own_L = own_values(config, family, n_layers)
         layers: list[Layer] = []
-        for layer, (has_experts, parts) in enumerate(zip(has_experts_L, parts_L, strict=True)):
-            own = {**config, **overrides.get(str(layer), {})}
-            layers.append(_layer(own, family, parts, has_experts=has_experts))
+        for number, (has_experts, parts, own) in enumerate(zip(has_experts_L, parts_L, own_L, strict=True)):
+            of_layer = {**config, **own}
+            layer = _layer(of_layer, family, parts, has_experts=has_experts)
+            whole = kept_whole(of_layer, family, number) if parts.mixer else 0
+            settings = tuple(
+                (key, own[key]) for key in family.layer_keys if own.get(key, config.get(key)) != config.get(key)
+            )
+            layers.append(replace(layer, weights_kept_whole=whole, settings=settings))
 
         # Older configs name the parameters of RoPE rope_scaling.
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -209,7 +219,6 @@ class Architecture:
             n_head_norms=family.norms[1] if config.get(family.head_norms_key or "", True) else 0,
             latent_weights=_latent_weights(config) if family.is_latent else 0,
             latent_cache=config["kv_lora_rank"] + config["qk_rope_head_dim"] if family.is_latent else 0,
-            mixer_weights=mixer_weights(config, family),
             ties_embeddings=bool(config.get("tie_word_embeddings", family.ties_embeddings)),
         )
 
@@ -228,6 +237,8 @@ class Architecture:
         """Why no head can go; None where heads can."""
         if self.family.norms_all_heads:
             return "its queries and keys pass a norm over all heads together, which a cut would change"
+        if self.family.whole_attention:
+            return self.family.whole_attention
         if self.family.is_latent:
             return "its keys and values are made of one latent vector for all heads, and this attention stays whole"
         return None
@@ -374,7 +385,7 @@ class Architecture:
             # Gate, way up and way down of the shared experts.
             n_hidden += 3 * self.shared_channels + self.family.has_shared_gate
         fixed = self.hidden_size * n_hidden + self.head_dim * n_head + self.family.activation_weights
-        fixed += layer.n_experts * self.family.has_router_bias + self.mixer_weights * layer.has_mixer
+        fixed += layer.n_experts * self.family.has_router_bias + layer.weights_kept_whole
         return self.attention_parameters(layer.shape) + layer.shape.channels * self.channel_cost(layer) + fixed
 
     @property
@@ -413,8 +424,8 @@ class Architecture:
         return min(128, 2 ** max(least, int(math.log2(self.dense.channels / 16))))
 
     def tensor(self, layer: int, module: str, kind: str = "weight") -> str:
-        """Return the checkpoint's name of a decoder layer's tensor."""
-        return f"{self.family.layers}{layer}.{module}.{kind}"
+        """Return the checkpoint's name of a decoder layer's tensor; one of no module is the layer's own."""
+        return f"{self.family.layers}{layer}.{module}{'.' if module else ''}{kind}"
 
     def split(self, name: str) -> tuple[int | None, str, str]:
         """Split a tensor's name: ``model.layers.3.mlp.up_proj.weight`` -> (3, ``mlp.up_proj``, ``weight``).
@@ -560,7 +571,7 @@ def _layer(config: Mapping[str, Any], family: Family, parts: Parts, *, has_exper
     channels = shrunk_channels(config, channels)
     n_experts = _n_experts(config, family) if has_experts else 0
     attention = (groups, heads // groups) if parts.attention else (0, 0)
-    return Layer(Shape(*attention, channels * parts.mlp), biases, n_experts, parts.mixer)
+    return Layer(Shape(*attention, channels * parts.mlp), biases, n_experts)
 
 
 def split_moe_expert(module: str) -> tuple[str, int | None]:

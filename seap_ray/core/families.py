@@ -185,6 +185,9 @@ class Family:
     True for gpt-oss."""
     behind_mlp: str | None = None
     """What comes between ``down_proj`` and the residual stream: ``a norm`` in Gemma 2 and 3."""
+    whole_attention: str | None = None
+    """Why attention of every layer stays whole, and is not looked at, where its heads are not those of this table:
+    Gemma 4. ``hybrids.kept_whole`` counts it."""
     mixer: str | None = None
     """What mixes tokens by a state in place of attention or beside it, a row of ``hybrids.MIXERS``. It stays whole."""
     attention_period: int | None = None
@@ -211,6 +214,9 @@ class Family:
     listed_by_layer: str | None = None
     """Config key of a list with an entry for each layer, which transformers makes by the layers' numbers where it is
     missing: ``no_rope_layers`` in SmolLM3. Beside it ``layer_types`` is one in every family."""
+    layer_keys: tuple[str, ...] = ()
+    """Config keys of attention that differ by layer in ``per_layer_config`` of the family's own models:
+    ``("head_dim", "num_key_value_heads")`` in Gemma 4."""
     refused: Mapping[str, bool] = field(default_factory=dict)
     """Config keys with which models of the family are laid out in another way, and are refused if one has this value:
     ``{"qk_layernorm": True}``."""
@@ -259,8 +265,14 @@ class Family:
     @property
     def columns(self) -> dict[str, Unit]:
         """Modules whose columns are cut, and the unit that they are made of; attention first."""
-        columns: dict[str, Unit] = {self.o_proj: "heads", self.down_proj: "channels"}
+        columns: dict[str, Unit] = {} if self.whole_attention else {self.o_proj: "heads"}
+        columns[self.down_proj] = "channels"
         return columns | ({self.dense_mlp.down_proj: "channels"} if self.dense_mlp else {})
+
+    @property
+    def has_other_parts(self) -> bool:
+        """Whether layers mix tokens by something that stays whole and that neither engines nor targets know here."""
+        return bool(self.mixer or self.whole_attention)
 
     @property
     def cut_rows(self) -> Mapping[str, Rows]:
@@ -334,6 +346,20 @@ FAMILIES: dict[str, Family] = {
         window_period=6,
         needs_bos=True,
         ties_embeddings=True,
+    ),
+    "gemma4_text": Family(
+        classes="SeapGemma4",
+        vllm_class=TRANSFORMERS_BACKEND,
+        rows=GATED_MLP,
+        norms=(4, 0),
+        behind_mlp="a norm",
+        mixes_windows=True,
+        whole_attention="its heads are of two sizes, and layers share keys and values",
+        layer_keys=("head_dim", "num_key_value_heads"),
+        needs_bos=True,
+        ties_embeddings=True,
+        refused={"enable_moe_block": True},
+        settled={"use_double_wide_mlp": False},
     ),
     "gemma": Family(
         classes="SeapGemma",
@@ -924,6 +950,7 @@ class Multimodal:
 
 MULTIMODAL: dict[str, Multimodal] = {
     "gemma3": Multimodal("SeapGemma3", {"gemma3_text": "gemma3_text"}),
+    "gemma4": Multimodal("SeapGemma4", {"gemma4_text": "gemma4_text"}),
     "mistral3": Multimodal("SeapMistral3", {"mistral": "mistral", "ministral3": "ministral3"}),
     # Behind pictures alone Qwen 3 VL has other positions than Qwen 3, three for a token.
     "qwen3_vl": Multimodal("SeapQwen3VL", {"qwen3_vl_text": "qwen3"}),

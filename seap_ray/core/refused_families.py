@@ -78,7 +78,6 @@ REASONS: dict[str, tuple[str, ...]] = {
         "emu3",
         "fuyu",
         "gemma3n",
-        "gemma4",
         "gemma4_unified",
         "git",
         "got_ocr2",
@@ -137,7 +136,6 @@ REASONS: dict[str, tuple[str, ...]] = {
     "its layers run several times in a forward pass": ("dory", "hrm_text"),
     "its layers share keys and values, and have inputs of their own beside the residual stream": ("gemma3n_text",),
     "its layers share keys and values, have heads of two sizes and inputs of their own beside the residual stream": (
-        "gemma4_text",
         "gemma4_unified_text",
     ),
     "its router weighs what MoE experts read, and not what they give, and attention sees chunks of a text": (

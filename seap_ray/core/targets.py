@@ -448,10 +448,13 @@ def make_target(
     if kind == "weights":
         return Target(architecture, kind, "bytes", settings.weights or 0, outside, StorageCosts(architecture, weight))
 
-    if architecture.family.mixer:
+    if architecture.family.has_other_parts:
+        held = (
+            "mixers hold states beside the key-value cache, which" if architecture.family.mixer else "key-value caches"
+        )
         raise ConfigError(
-            f"pruning.target.memory: not for a {architecture.family_name} model, whose mixers hold states beside the "
-            "key-value cache, which are not counted; use pruning.target.weights"
+            f"pruning.target.memory: not for a {architecture.family_name} model, whose {held} are not counted; use "
+            "pruning.target.weights"
         )
     memory = settings.memory
     cache_L = head_cache(architecture, tokens=memory.tokens, sequences=memory.sequences, item_bytes=weight)
@@ -461,6 +464,11 @@ def make_target(
 
 
 def _latency_target(settings: TargetSection, architecture: Architecture, table: WidthTable) -> Target:
+    if architecture.family.whole_attention:
+        raise ConfigError(
+            f"pruning.target.latency: not for a {architecture.family_name} model, whose attention is not that of the "
+            "table's layers; use pruning.target.weights"
+        )
     if architecture.has_unlike_layers:
         what = "attention, a mixer or an MLP" if architecture.family.mixer else "MoE experts"
         raise ConfigError(

@@ -107,7 +107,7 @@ class CheckpointExport:
             if layer is None:
                 outputs.append(OutputTensor(name, info.dtype, info.shape))
             # The tensors of a dropped layer, or MoE expert, go with it.
-            elif layer in new_layer and (kept_module := self._module_after(new_layer[layer], module)):
+            elif layer in new_layer and (kept_module := self._module_after(new_layer[layer], module)) is not None:
                 outputs.append(self._sliced(new_layer[layer], kept_module, kind))
 
         outputs = self._with_fused_experts(outputs + self._new_biases())
@@ -446,7 +446,7 @@ class CheckpointExport:
         top_level = self._widths(replace(architecture.dense, channels=architecture.whole_channels(after)), channels_key)
         widths = self._widths(after.shape, channels_key)
         different = {key: width for key, width in widths.items() if width != top_level[key]}
-        return different | dict.fromkeys(after.biases, True)
+        return dict(after.settings) | different | dict.fromkeys(after.biases, True)
 
     def _stock_config(self) -> dict[str, Any]:
         """Return the config of an ordinary family's model type."""
@@ -462,6 +462,10 @@ class CheckpointExport:
 
         if family.has_head_dim:
             config["head_dim"] = architecture.head_dim
+        if family.layer_keys:
+            layers = [layer for _, layer in self.plan.layers_after(architecture)]
+            own = {str(i): dict(layer.settings) for i, layer in enumerate(layers) if layer.settings}
+            config["per_layer_config"] = own
         # With biases in all modules, Mistral and Qwen2 are a Llama that computes the same.
         if _has_biases(self.plan, architecture) and family.like_llama:
             config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -499,7 +503,8 @@ def check_stock(plan: Plan, architecture: Architecture) -> None:
         ConfigError: Widths differ between layers (the message names the first), heads or the hidden size do not suit
             the family, or it has no biases to compensate with.
     """
-    first = next(shape for shape in plan.shapes if shape.heads)
+    # A model whose attention is not looked at has none.
+    first = next((shape for shape in plan.shapes if shape.heads), architecture.dense)
     # The first layer with attention, with MoE experts, and with an MLP of its own, by the config key of the widths.
     first_with: dict[str, tuple[int, tuple[int, ...]]] = {}
     for number, (_, layer) in enumerate(plan.layers_after(architecture)):

@@ -3,17 +3,24 @@
 Letters: B rows, T positions, of which P are asked for, D hidden size, L layers, V vocabulary.
 """
 
+from collections import UserDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from seap_ray.core.families import family_of
 from seap_ray.models.batching import Batch
 from seap_ray.models.sequences import Sequences
+
+POSITIONAL = "*"
+"""Key of the arguments without names behind the hidden states: Gemma 4's inputs of a layer's own."""
+SHARED = "shared_kv_states"
+"""Argument in which layers of Gemma 4 leave keys and values for later ones."""
 
 
 @dataclass
@@ -27,13 +34,22 @@ class HiddenBatch:
     """Hidden states before the next layer."""
     arguments_L: list[dict[str, Any]]
     """Keyword arguments that the decoder gives each layer: masks and rotary embeddings, made once and shared."""
+    shared: Any = field(default_factory=WeakTensorKeyDictionary)
+    """Keys and values that later layers take from earlier ones, by the hidden states that they lead to: those of a
+    cut model are others than the dense model's."""
 
     def run(self, block: nn.Module, layer: int, hidden_BTD: Tensor, device: torch.device) -> Tensor:
         """Return what a layer makes of hidden states of this batch, on the device where these wait."""
         arguments = _move_all(self.arguments_L[layer], device, {})
-        output = block(hidden_BTD.to(device), **arguments)
-        after_BTD = output[0] if isinstance(output, tuple) else output
-        return after_BTD.to(hidden_BTD.device)
+        positional = arguments.pop(POSITIONAL, ())
+        shares = SHARED in arguments
+        if shares:
+            arguments[SHARED] = UserDict(self.shared.get(hidden_BTD, {}))
+        output = block(hidden_BTD.to(device), *positional, **arguments)
+        after_BTD = (output[0] if isinstance(output, tuple) else output).to(hidden_BTD.device)
+        if shares:
+            self.shared[after_BTD] = arguments[SHARED]
+        return after_BTD
 
     def to(self, device: torch.device) -> "HiddenBatch":
         """Copy hidden states and arguments to a device; a tensor that layers share stays one tensor."""
@@ -77,10 +93,10 @@ class _Catcher(Placeholder):
         super().__init__(layer)
         self.returns_tuples = returns_tuples
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *positional: Any, **arguments: Any) -> Any:
         """Keep the input and the arguments; return the input, which the next catcher is given."""
         self.hidden_BTD = hidden_states
-        self.arguments = arguments
+        self.arguments = arguments | ({POSITIONAL: positional} if positional else {})
         return (hidden_states,) if self.returns_tuples else hidden_states
 
 
@@ -92,7 +108,7 @@ class _Replay(Placeholder):
         self.hidden_BTD = hidden_BTD
         self.returns_tuples = returns_tuples
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *positional: Any, **arguments: Any) -> Any:
         """Return the hidden states, whatever comes in."""
         return (self.hidden_BTD,) if self.returns_tuples else self.hidden_BTD
 

@@ -62,10 +62,9 @@ def recording_layer(
     """Add every forward pass of one decoder layer that happens inside to ``recorded``, as ``recording`` does."""
     statistic = Covariance if covariance else Moments
     with ExitStack() as hooks:
-        dense_mlp = family.dense_mlp
+        # Of a mixture's layers without experts the last one is theirs.
         modules: dict[Site, str] = {
-            "attn": family.o_proj,
-            "mlp": dense_mlp.down_proj if dense_mlp else family.down_proj,
+            "attn" if unit == "heads" else "mlp": module for module, unit in family.columns.items()
         }
         # Layers of hybrids have some of these modules, and others others.
         present = dict(block.named_modules())

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from seap_ray.config import Config, PlanSettings
-from seap_ray.core.allocation import check_ratio, check_target
+from seap_ray.core.allocation import check_measurable, check_ratio, check_target
 from seap_ray.core.architecture import Shape
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.moments import SITES, Site
@@ -269,6 +269,7 @@ class PlanChooser:
 
         Raises ConfigError where floors, caps and protection do not allow the ratio.
         """
+        check_measurable(self.planner.checkpoint.architecture)
         sensitivities = self._measured_sensitivities(spec, ratio)
         self._sensitivities[_sensitivities_key(spec, ratio)] = sensitivities
         return self.planner.shapes(spec, ratio, self.planner.scores(spec), sensitivities)

@@ -383,7 +383,7 @@ def family_findings(config: Config) -> list[Finding]:
     by_transformers = architecture.family.vllm_class == TRANSFORMERS_BACKEND
     if multimodal_of(content):
         served = "vLLM serves a stock export"
-    elif by_transformers and (architecture.n_experts or architecture.family.mixer):
+    elif by_transformers and (architecture.n_experts or architecture.family.has_other_parts):
         served = "vLLM does not serve it"
     else:
         layers = "transformers'" if by_transformers else "its own"

@@ -33,7 +33,7 @@ def with_quantization(config: Config, architecture: Architecture) -> Config:
     """
     settings = config.export.quantization
     # Their modules read other inputs than the two that are recorded.
-    is_other = architecture.n_experts or architecture.family.is_latent or architecture.family.mixer
+    is_other = architecture.n_experts or architecture.family.is_latent or architecture.family.has_other_parts
     if is_other and (settings.scheme or config.records_inputs):
         what = "a mixture of experts" if architecture.n_experts else f"a {architecture.family_name} model"
         key = "export.quantization" if settings.scheme else "calibration.input_covariances"

@@ -344,8 +344,9 @@ class SeapTransformersForCausalLM(_CheckedModel, TransformersForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         config = vllm_config.model_config.hf_config
         family = family_of(config.model_type)
-        if family.is_moe or family.mixer:
-            what = "layers with states" if family.mixer else "MoE experts"
+        if family.is_moe or family.has_other_parts:
+            other_parts = "layers with states" if family.mixer else "attention with heads of two sizes"
+            what = other_parts if family.has_other_parts else "MoE experts"
             raise ValueError(
                 f"{config.model_type}: vLLM does not serve {what} of this family here; load the checkpoint with "
                 "transformers, or where a stock one holds the cut, write it with export.format=stock"

@@ -22,6 +22,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.core_model_loading import revert_weight_conversion
 
 from seap_ray.config import PruningSection
+from seap_ray.core.allocation import check_measurable, choose_dropped
 from seap_ray.core.architecture import Architecture, Shape
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.plan import Kept, Plan
@@ -54,6 +55,8 @@ from tests.support.oracles import assert_close, assert_equal, tensors_of, two_pa
 
 NOT_STOCK = ("stablelm", "helium", "cohere2", "qwen2_moe")
 """Families whose attention is as wide as the hidden size in an ordinary checkpoint."""
+NEEDS_LIST = ("granitemoehybrid", "gemma4", "gemma4_sharing")
+"""Families whose config has to list the layers' kinds."""
 FUSED = ("gpt_oss",)
 """Mixtures whose MoE experts are no tensors of their own in a checkpoint."""
 
@@ -106,8 +109,8 @@ def test_the_architecture_is_what_transformers_builds(name):
         model = AutoModelForCausalLM.from_config(config)
     layers = model.get_decoder().layers
     left_out = ["tie_word_embeddings"]
-    # A Granite hybrid is nothing without the list.
-    left_out += ["layer_types"] if name != "granitemoehybrid" else []
+    # A Granite hybrid and a Gemma 4 are nothing without the list.
+    left_out += ["layer_types"] if name not in NEEDS_LIST else []
     bare = {key: value for key, value in config.to_dict().items() if key not in left_out}
     for content in (config.to_dict(), bare):
         architecture = Architecture.of(content)
@@ -162,6 +165,37 @@ def test_layers_without_experts_are_those_that_transformers_builds_without(name)
         assert list(architecture.modules(layer)) == sites and len(sites) == 1 + max(built[layer], 1)
 
 
+def test_widths_of_layers_are_read_as_transformers_writes_their_numbers_in_deep_models():
+    config = {**CONFIGS["llama_gqa"]().to_dict(), "model_type": "seap_llama", "num_hidden_layers": 12}
+    architecture = Architecture.of({**config, "per_layer_config": {"03": {"intermediate_size": 7}}})
+    assert [layer.shape.channels for layer in architecture.layers] == [80] * 3 + [7] + [80] * 8
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_heads_of_a_gemma4_are_read_from_older_configs_as_well(listed):
+    content = MORE_CONFIGS["gemma4"]().to_dict()
+    full = {"head_dim": 12, "num_key_value_heads": 2}
+    assert content["per_layer_config"]["1"] == full
+    if not listed:
+        del content["per_layer_config"]
+        content |= {"global_head_dim": 12, "num_global_key_value_heads": 2}
+    architecture = Architecture.of(content)
+    assert [dict(layer.settings) for layer in architecture.layers] == [{}, full, {}, full]
+
+
+def test_what_a_gemma4_cannot_have_is_refused_with_the_reason():
+    content = MORE_CONFIGS["gemma4"]().to_dict()
+    with pytest.raises(ConfigError, match="enable_moe_block is True"):
+        Architecture.of(content | {"enable_moe_block": True})
+    architecture = Architecture.of(content)
+    with pytest.raises(ConfigError, match="heads are of two sizes, and layers share keys and values; choose none"):
+        WidthConstraints.of(architecture, PruningSection(attention_unit="head"), adds_biases=False)
+    with pytest.raises(ConfigError, match="depth is not for a gemma4_text"):
+        choose_dropped(architecture, PruningSection(), ratio=0.25, influence_L=[1.0] * 4)
+    with pytest.raises(ConfigError, match="measured is not for a gemma4_text"):
+        check_measurable(architecture)
+
+
 def test_a_mixture_without_any_experts_is_refused():
     content = MORE_CONFIGS["glm4_moe"]().to_dict() | {"first_k_dense_replace": 4}
     with pytest.raises(ConfigError, match="no layer has experts"):
@@ -192,7 +226,7 @@ def test_windows_are_those_that_transformers_lists(name):
     listed = tuple(16 if kind == "sliding_attention" else None for kind in content["layer_types"])
     assert Architecture.of(content).windows == listed
     # The own configs of these list them always.
-    if name not in ("ministral", "cwm", "mellum", "granitemoehybrid", "granite_swa"):
+    if name not in ("ministral", "cwm", "mellum", "granite_swa", *NEEDS_LIST):
         assert Architecture.of({**content, "layer_types": None}).windows == listed
 
 
@@ -324,6 +358,10 @@ def test_a_stock_export_computes_what_the_seap_export_computes(dense, tmp_path, 
         with pytest.raises(ConfigError, match="has shared experts whose width follows from .*; use export.format=seap"):
             check_stock(plan, base.architecture)
         plan = uniform_plan(base.architecture, replace(shape, channels=whole.channels))
+    if name == "gemma4_sharing":
+        with pytest.raises(ConfigError, match="stock needs equal widths, but layer 2"):
+            check_stock(plan, base.architecture)
+        return
     check_stock(plan, base.architecture)
 
     statistics = random_statistics(base.architecture, 0)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
+    Gemma4Config,
     Mistral3Config,
     PreTrainedConfig,
     PreTrainedModel,
@@ -95,6 +96,21 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         boi_token_index=57,
         eoi_token_index=58,
     ),
+    "gemma4": lambda: Gemma4Config(
+        text_config={
+            **SIZES,
+            "global_head_dim": 12,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "num_kv_shared_layers": 1,
+            "hidden_size_per_layer_input": 6,
+            "vocab_size_per_layer_input": 60,
+        },
+        vision_config={**VISION, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16},
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=57,
+        audio_token_id=58,
+    ),
     "mistral3": lambda: Mistral3Config(
         text_config={"model_type": "mistral", **SIZES, "sliding_window": None},
         vision_config={"model_type": "pixtral", "head_dim": 8, **VISION},
@@ -144,6 +160,11 @@ def picture(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         inputs["pixel_values"] = torch.randn(16, 3 * 2 * 4 * 4, generator=generator).to(dtype)
         inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]])
         inputs["mm_token_type_ids"] = (ids_BT == IMAGE_TOKEN).long()
+    elif name == "gemma4":
+        # 6 x 6 patches of 3 colours and 4 x 4 pixels, of which 3 x 3 are a token.
+        inputs["pixel_values"] = torch.rand(1, 36, 3 * 4 * 4, generator=generator).to(dtype)
+        places = torch.arange(36)
+        inputs["image_position_ids"] = torch.stack([places % 6, places // 6], 1)[None]
     else:
         inputs["pixel_values"] = torch.randn(1, 3, 16, 16, generator=generator).to(dtype)
     if name == "mistral3":
@@ -272,7 +293,7 @@ def test_a_cut_model_answers_a_picture_as_the_dense_one_with_replaced_activation
 
         base = Checkpoint.open(str(folder))
         assert base.architecture.decoder_parameters == sum(
-            parameter.numel() for parameter in model.model.language_model.layers.parameters()
+            tensor.numel() for tensor in model.model.language_model.layers.state_dict().values()
         )
 
 
@@ -465,4 +486,5 @@ def test_the_doctor_tells_from_a_config_alone_what_is_cut(tmp_path, name):
     first, second = family_findings(Config(model=ModelSection(source=str(tmp_path))))
     assert first.message == f"{name}: its language model is cut, all else is carried as it is"
     units = "channels or whole experts" if name == "qwen3_5_moe" else "MLP channels"
-    assert second.message.startswith(f"{[*MULTIMODAL[name].texts.values()][0]}: {units} can go; query heads")
+    attention = "attention stays whole" if name == "gemma4" else "query heads"
+    assert second.message.startswith(f"{[*MULTIMODAL[name].texts.values()][0]}: {units} can go; {attention}")

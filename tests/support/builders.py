@@ -27,6 +27,7 @@ from transformers import (
     FlexOlmoConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     Glm4Config,
     Glm4MoeConfig,
@@ -212,7 +213,25 @@ GATED_DELTA: dict[str, Any] = {
     "linear_value_head_dim": 8,
 }
 MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_state": 6, "mamba_n_groups": 2, "mamba_chunk_size": 8}
+GEMMA_4: dict[str, Any] = {
+    "head_dim": 8,
+    "global_head_dim": 12,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "vocab_size_per_layer_input": SIZES["vocab_size"],
+}
 MORE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "gemma4": lambda: Gemma4TextConfig(  # as the 31B
+        **GROUPED,
+        **GEMMA_4,
+        hidden_size_per_layer_input=0,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=2,
+        final_logit_softcapping=30.0,
+    ),
+    "gemma4_sharing": lambda: Gemma4TextConfig(  # as the E2B
+        **GROUPED, **GEMMA_4, hidden_size_per_layer_input=6, num_kv_shared_layers=2, use_double_wide_mlp=True
+    ),
     "gemma": lambda: GemmaConfig(**GROUPED, head_dim=8),
     "smollm3": lambda: SmolLM3Config(**GROUPED, head_dim=6),
     "granite": lambda: GraniteConfig(**GROUPED, **MULTIPLIERS),
@@ -472,6 +491,8 @@ OUTPUTS = {
     "granitemoehybrid": ("self_attn.o_proj", "shared_mlp.output_linear"),
     "falcon_h1": ("self_attn.o_proj", "feed_forward.down_proj"),
     "nemotron_h": ("mixer.o_proj", "mixer.down_proj"),
+    "gemma4_text": ("none that is looked at", "mlp.down_proj"),
+    "gemma4": ("none that is looked at", "mlp.down_proj"),
 }
 
 

@@ -22,6 +22,8 @@ TRANSFORMERS_NAMES = {
     "SeapGemma3Config": "Gemma3TextConfig",
     "SeapGemma3Model": "Gemma3TextModel",
     "SeapGemma3ForSequenceClassification": "Gemma3TextForSequenceClassification",
+    "SeapGemma4Config": "Gemma4TextConfig",
+    "SeapGemma4Model": "Gemma4TextModel",
     "SeapQwen3_5Config": "Qwen3_5TextConfig",
     "SeapQwen3_5Model": "Qwen3_5TextModel",
     "SeapQwen3_5ForSequenceClassification": "Qwen3_5TextForSequenceClassification",
@@ -36,6 +38,7 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
 """Class attributes that a family's configuration has beside those of all."""
 TEXT_CONFIGS = {
     "seap_gemma3_text": "SeapGemma3Config",
+    "seap_gemma4_text": "SeapGemma4Config",
     "seap_mistral": "SeapMistralConfig",
     "seap_ministral3": "SeapMinistral3Config",
     "seap_qwen3_vl_text": "SeapQwen3VLTextConfig",
@@ -45,7 +48,7 @@ TEXT_CONFIGS = {
 """Classes of the language models of multimodal checkpoints, by their ``model_type``."""
 EXPERT_COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 """Fields of which a mixture of experts has one."""
-DENSE = ("SeapGraniteMoeHybridConfig", "SeapNemotronHConfig")
+DENSE = ("SeapGraniteMoeHybridConfig", "SeapNemotronHConfig", "SeapGemma4Config")
 """Configurations that have such a field, and are supported without experts alone."""
 
 

@@ -32,11 +32,17 @@ from .configuration_seap import class_in_transformers, config_class_named
 ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
 
 
-def dense_twin(config: ConfigT) -> ConfigT:
-    """Return a configuration without what differs by layer, from which a family's own model can be built."""
+def dense_twin(config: ConfigT, layer_keys: tuple[str, ...] = ()) -> ConfigT:
+    """Return a configuration from which a family's own model can be built, without what a cut makes differ by layer.
+
+    Args:
+        config: The compacted model's configuration.
+        layer_keys: Keys that differ by layer in the family's own models as well.
+    """
     # A shallow copy: one key alone is set anew.
     twin = copy.copy(config)
-    twin.per_layer_config = None
+    own_L = [{key: getattr(layer, key) for key in layer_keys} for layer in config.per_layer_config]
+    twin.per_layer_config = dict(enumerate(own_L)) if layer_keys else None
     return twin
 
 
@@ -130,6 +136,8 @@ class Compacted:
 
     resizing: ClassVar[dict[str, Any]] = {}
     """Keyword arguments of ``resize_layers`` for the family."""
+    layer_keys: ClassVar[tuple[str, ...]] = ()
+    """Configuration keys that differ by layer in the family's own models as well."""
 
     def __init__(self, config: PreTrainedConfig):
         differing = config.per_layer_attributes or ()
@@ -140,7 +148,7 @@ class Compacted:
                 "export.format=stock"
             )
 
-        super().__init__(dense_twin(config))  # type: ignore[call-arg]  # the family's
+        super().__init__(dense_twin(config, self.layer_keys))  # type: ignore[call-arg]  # the family's
         resize_layers(self, config, **self.resizing)  # type: ignore[arg-type]
 
 
@@ -262,6 +270,12 @@ class CompactedHidden(Compacted):
     resizing = {"heads_of_hidden_size": True}
 
 
+class CompactedGemma4(Compacted):
+    """Mixed into a Gemma 4's model, whose heads are of two sizes."""
+
+    layer_keys = ("head_dim", "num_key_value_heads")
+
+
 class CompactedLfm2(Compacted):
     """Mixed into an LFM2's model."""
 
@@ -308,6 +322,7 @@ MIXINS: dict[str, type] = {
     "SeapMiniMaxM2": CompactedMixtral,
     "SeapPhimoe": CompactedMixtral,
     "SeapGptOss": CompactedMixtral,
+    "SeapGemma4": CompactedGemma4,
     "SeapLfm2": CompactedLfm2,
     "SeapGraniteMoeHybrid": CompactedGraniteMoeHybrid,
     "SeapFalconH1": CompactedFalconH1,
