@@ -129,11 +129,7 @@ def choose_dropped(
     Raises:
         ConfigError: Protection leaves too few layers, or none can go.
     """
-    if architecture.family.whole_attention:
-        raise ConfigError(
-            f"pruning.allocation.kind: depth is not for a {architecture.family_name} model, whose layers take keys and "
-            "values from others, and inputs by their numbers; choose another kind"
-        )
+    check_droppable(architecture)
     if target is not None:
         return _least_dropped(target, architecture, pruning, influence_L)
     relative_size_L, may_go = droppable(architecture, pruning, ratio)
@@ -169,6 +165,7 @@ def check_ratio(
 
     # Sizes alone say which ratios are within reach; scores only choose among what may go.
     if pruning.allocation.kind == "depth":
+        check_droppable(architecture)
         droppable(architecture, pruning, ratio)
     elif pruning.mlp_unit == "expert":
         choose_count(architecture, pruning, ratio=ratio)
@@ -186,6 +183,15 @@ def check_ratio(
     else:
         # These allocations read no scores, so the choice itself is the check.
         choose_shapes(architecture, pruning, ratio=ratio, adds_biases=adds_biases, scores_L=(), stock=stock)
+
+
+def check_droppable(architecture: Architecture) -> None:
+    """Raise ConfigError where no whole layer can go: others need what it makes, or are given inputs by its number."""
+    if architecture.family.whole_attention:
+        raise ConfigError(
+            f"pruning.allocation.kind: depth is not for a {architecture.family_name} model, whose layers take keys and "
+            "values from others, and inputs by their numbers; choose another kind"
+        )
 
 
 def check_measurable(architecture: Architecture) -> None:

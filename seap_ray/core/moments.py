@@ -311,7 +311,8 @@ def stream_shares(parts: Sequence[Statistics], weights: Sequence[float], key: tu
 
 def _n_tokens(statistics: Statistics) -> int:
     """Return how many tokens statistics are of."""
-    return next(moments.count for (_, site), moments in statistics.items() if site in ("attn", "block"))
+    # An MoE expert counts those of its tokens alone.
+    return max(moments.count for moments in statistics.values())
 
 
 def pooled_covariance(parts: Iterable[Covariance], weights: Sequence[float]) -> Covariance:

@@ -174,7 +174,7 @@ def test_an_unknown_family_is_refused_with_the_list_of_known_ones(name):
         Architecture.of({"model_type": name})
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", "mamba", "gemma4_text"])
+@pytest.mark.parametrize("name", ["gpt2", "t5", "mamba", "gemma4_unified_text"])
 def test_a_family_that_is_known_to_be_another_kind_of_model_is_refused_with_the_reason(name):
     with pytest.raises(ConfigError, match=f"{name!r} is not supported: it.*; supported are llama, mistral, ") as error:
         Architecture.of({"model_type": name})

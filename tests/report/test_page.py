@@ -202,6 +202,12 @@ def test_what_was_not_measured_leaves_no_heading_behind(run, studied):
     ]
 
 
+def test_a_model_whose_attention_is_not_looked_at_has_a_page(tmp_path):
+    run = make_run(tmp_path / "demo", model="gemma4", pruning={"attention_unit": "none"})
+    page = page_of(run)
+    assert "How unequal are the scores?" in page.text
+
+
 def test_a_run_of_one_study_alone_has_a_page(run, tmp_path):
     alone = make_run(tmp_path / "demo", studies=("pooling",))
     for path in (alone.results, *alone.root.glob("plans/*/*")):

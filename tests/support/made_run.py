@@ -36,7 +36,7 @@ from seap_ray.storage.files import write_json
 from seap_ray.storage.run import Run
 from seap_ray.studies.reconstruction import MODEL_GROUPS, SCORES, WAYS
 from seap_ray.studies.synthesis import CORPORA
-from tests.support.builders import CONFIGS, random_statistics
+from tests.support.builders import CONFIGS, MORE_CONFIGS, random_statistics
 
 TASKS = ("arithmetic", "sort", "prose")
 RATIOS = (0.2, 0.4)
@@ -74,7 +74,7 @@ def make_run(
         }
     )
     write_json(run.config, config.model_dump(mode="json"))
-    write_json(root / "model" / "config.json", CONFIGS[model]().to_dict())
+    write_json(root / "model" / "config.json", (CONFIGS | MORE_CONFIGS)[model]().to_dict())
     planner = make_planner(config, run, model)
     for ratio in ratios:
         for spec in model_specs(config):
@@ -90,7 +90,7 @@ def make_run(
 
 def make_planner(config: Config, run: Run, model: str = "llama_gqa") -> Planner:
     """A planner, and the files that it reads: shards of one task are alike, those of different tasks are not."""
-    architecture = Architecture.of(CONFIGS[model]().to_dict())
+    architecture = Architecture.of((CONFIGS | MORE_CONFIGS)[model]().to_dict())
     statistics: dict[str, Statistics] = {}
     for i, task in enumerate(TASKS):
         shards = [_near(random_statistics(architecture, seed=i), seed=10 * i + n) for n in range(N_SHARDS)]

@@ -49,7 +49,10 @@ def scores_section(data: RunData) -> Section | None:
 
     panels = []
     for unit in UNITS_SHOWN:
-        panels += [_score_chart(plan, unit, scores[unit]) for plan, scores in scored if unit in scores]
+        # A model whose attention is not looked at has no scores of heads.
+        panels += [
+            _score_chart(plan, unit, scores[unit]) for plan, scores in scored if any(map(len, scores.get(unit, ())))
+        ]
 
     return Section(
         "scores",
