@@ -103,8 +103,8 @@ def _rate_rows(name: str, timings: Rounds, n_bytes: int) -> Iterator[Row]:
             limit=copied,
             limit_name="copy of the same files, as many at a time",
             target="ratio >= 0.6",
-            why="a copy computes nothing: here are biases from means, rows and columns that are picked, and a digest of "
-            "every byte; more cores than the disk needs would close it",
+            why="a copy computes nothing: here are biases from means, rows and columns that are picked, and a digest "
+            "of every byte; more cores than the disk needs would close it",
         )
 
 
