@@ -174,11 +174,11 @@ class Architecture:
             """Return whether there is a bias: the family's constant, or what the config says."""
             return bool(config.get(*value)) if isinstance(value, tuple) else value
 
-        # A compacted model's layers differ from its top level.
         # A Nemotron-H's config may have the layers' kinds alone.
         n_layers = _size(config, "num_hidden_layers", len(config.get("layers_block_type") or ()) or None)
         has_experts_L = _has_experts(config, family, n_layers)
         parts_L = parts_of(config, family, n_layers)
+        # A compacted model's layers differ from its top level.
         own_L = own_values(config, family, n_layers)
         layers: list[Layer] = []
         for number, (has_experts, parts, own) in enumerate(zip(has_experts_L, parts_L, own_L, strict=True)):

@@ -41,9 +41,15 @@ def dense_twin(config: ConfigT, layer_keys: tuple[str, ...] = ()) -> ConfigT:
     """
     # A shallow copy: one key alone is set anew.
     twin = copy.copy(config)
-    own_L = [{key: getattr(layer, key) for key in layer_keys} for layer in config.per_layer_config]
-    twin.per_layer_config = dict(enumerate(own_L)) if layer_keys else None
+    twin.per_layer_config = None
+    if layer_keys:
+        twin.per_layer_config = {i: _values(layer, layer_keys) for i, layer in enumerate(config.per_layer_config)}
     return twin
+
+
+def _values(config: PreTrainedConfig, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Return what a layer's configuration has for some keys."""
+    return {key: getattr(config, key) for key in keys}
 
 
 def resize_layers(
