@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from seap_ray.core import gemma4
 from seap_ray.core.families import Family
 from seap_ray.errors import ConfigError
 
@@ -190,15 +191,12 @@ def kept_whole(config: Mapping[str, Any], family: Family, layer: int) -> int:
     """
     try:
         if family.whole_attention:
-            return _attention_of_gemma4(config, layer)
+            return gemma4.attention_weights(config, layer)
         if not family.mixer:
             return 0
         return MIXERS[family.mixer](config)
     except KeyError as error:
         raise ConfigError(f"config.json has no {error.args[0]}") from None
-
-
-# --- Gemma 4 ---------------------------------------------------------------------------------------------------------
 
 
 def own_values(config: Mapping[str, Any], family: Family, n_layers: int) -> list[dict[str, Any]]:
@@ -209,44 +207,7 @@ def own_values(config: Mapping[str, Any], family: Family, n_layers: int) -> list
     # transformers fills numbers of layers up with zeros: 03.
     listed = {int(layer): own for layer, own in (config.get("per_layer_config") or {}).items()}
     own_L = [dict(listed.get(layer, {})) for layer in range(n_layers)]
-    if not family.whole_attention:
-        return own_L
-
-    kinds = config.get("layer_types")
-    if not kinds or len(kinds) != n_layers:
-        raise ConfigError("config.json has no layer_types, with a kind for each layer")
-    for layer, own in enumerate(own_L):
-        if config.get("per_layer_config") is None and kinds[layer] == "full_attention":
-            own["head_dim"] = config.get("global_head_dim", 512)
-            groups = config.get("num_global_key_value_heads") if config.get("attention_k_eq_v") else None
-            own |= {"num_key_value_heads": groups} if groups is not None else {}
-        if config.get("use_double_wide_mlp") and _shares_keys(config, layer):
-            own["intermediate_size"] = 2 * own.get("intermediate_size", config["intermediate_size"])
-    return own_L
-
-
-def _shares_keys(config: Mapping[str, Any], layer: int) -> bool:
-    """Return whether a layer of a Gemma 4 takes keys and values from an earlier one."""
-    return layer >= config["num_hidden_layers"] - (config.get("num_kv_shared_layers") or 0)
-
-
-def _attention_of_gemma4(config: Mapping[str, Any], layer: int) -> int:
-    """Return the weights of a Gemma 4's layer beside its MLP and the four norms around its parts."""
-    hidden = config["hidden_size"]
-    head_dim = config["head_dim"]
-    queries = config["num_attention_heads"] * head_dim
-    has_bias = bool(config.get("attention_bias"))
-
-    # Queries with their norm, and the way out.
-    weights = queries * (2 * hidden + has_bias) + hidden * has_bias + head_dim
-    if not _shares_keys(config, layer):
-        # Layers that attend to everything may make values of the keys' matrix.
-        is_one = config.get("attention_k_eq_v") and config["layer_types"][layer] == "full_attention"
-        weights += (1 if is_one else 2) * config["num_key_value_heads"] * head_dim * (hidden + has_bias) + head_dim
-
-    # Inputs of the layer's own: a gate, the way to the residual stream, a norm. A number scales what the layer gives.
-    inputs = config.get("hidden_size_per_layer_input") or 0
-    return weights + (2 * inputs + 1) * hidden * bool(inputs) + 1
+    return gemma4.own_values(config, own_L) if family.whole_attention else own_L
 
 
 def shrunk_channels(config: Mapping[str, Any], channels: int) -> int:
