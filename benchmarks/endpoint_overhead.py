@@ -34,7 +34,7 @@ from seap_ray.storage.run import Run
 from serve.application import application, prepare
 from serve.deployment import NAME, _await_ready
 from serve.engines import engine_groups
-from serve.gate import close_environment
+from serve.gate import prepare_environment
 
 KEY = "a-key-of-the-benchmark"
 PAIRS = 300
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
     os.environ["SEAP_API_KEYS"] = KEY
     service = prepare(config)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    close_environment()
+    prepare_environment()
     connect("local")
     # The same steps as in a deployment, but this process goes on.
     groups, _ = engine_groups(config, service.experts)

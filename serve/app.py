@@ -31,7 +31,7 @@ def build(args: Mapping[str, Any]) -> Application:
         # These import vLLM. Where it is missing, the check above says so in one line, and an import would not.
         from serve.application import application, prepare
         from serve.engines import engine_groups
-        from serve.gate import close_environment
+        from serve.gate import prepare_environment
 
         service = prepare(config)
     except SeapError as error:
@@ -40,7 +40,7 @@ def build(args: Mapping[str, Any]) -> Application:
         raise SystemExit(f"error: {error}") from None
 
     if not ray.is_initialized():  # `serve run` starts or joins a cluster after this
-        close_environment()
+        prepare_environment()
 
     groups, reason = engine_groups(config, service.experts)
     print(reason, flush=True)

@@ -16,7 +16,7 @@ from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.pipeline.cluster import connect
 from serve.application import application, prepare
 from serve.engines import engine_groups, is_cpu, n_ranks
-from serve.gate import close_environment
+from serve.gate import prepare_environment
 from serve.keys import KEYS_VARIABLE
 from serve.watch import PERIOD_S
 
@@ -45,7 +45,7 @@ def deploy(config: Config) -> None:
     models = [expert.name for expert in service.experts]
     address = os.environ.get("RAY_ADDRESS", "local")
     # Before Ray starts, since its processes inherit the environment.
-    close_environment()
+    prepare_environment()
     connect(address)
     has_started = False
     try:

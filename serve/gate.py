@@ -29,12 +29,14 @@ UNROUTED = b"Ping http://.../-/routes for available routes."
 """Text in the 404 of Serve's own proxy."""
 
 
-def close_environment() -> None:
+def prepare_environment() -> None:
     """Prepare the environment of a cluster that starts here.
 
-    Its proxies get ``ProxyGate``, and none of its processes inherits the API keys.
+    Its proxies get ``ProxyGate`` and a minute to start, and none of its processes inherits the API keys.
     """
     os.environ.setdefault(PROXY_VARIABLE, "serve.gate:proxy_middleware")
+    # Serve ends a proxy that is not up in five seconds, in which a busy machine has not even imported it.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     os.environ.pop(KEYS_VARIABLE, None)
 
 
