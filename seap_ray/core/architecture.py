@@ -522,18 +522,27 @@ def _has_experts(config: Mapping[str, Any], family: Family, n_layers: int) -> tu
     if kinds:
         return tuple(kind == "sparse" for kind in kinds)
 
+    # Llama 4 names every layer with experts, where a step does not.
+    with_experts = config.get("moe_layers")
+    if with_experts is not None:
+        return _some_experts(tuple(layer in with_experts for layer in range(n_layers)))
+
     # DeepSeek and GLM count the first layers without; ERNIE names the first and the last layer with experts, Qwen every
     # layer without.
     first = config.get("first_k_dense_replace") or config.get("moe_layer_start_index") or 0
     last = config.get("moe_layer_end_index", -1)
     last = n_layers - 1 if last in (None, -1) else last
-    step = config.get("decoder_sparse_step") or 1
+    step = config.get("decoder_sparse_step") or config.get("interleave_moe_layer_step") or 1
     if config.get("moe_layer_interval", 1) not in (None, 1):
         raise ConfigError("config.json: moe_layer_interval is not 1, as no published model has it")
     without = config.get("mlp_only_layers") or ()
-    has_experts = tuple(
-        first <= layer <= last and (layer + 1) % step == 0 and layer not in without for layer in range(n_layers)
+    return _some_experts(
+        tuple(first <= layer <= last and (layer + 1) % step == 0 and layer not in without for layer in range(n_layers))
     )
+
+
+def _some_experts(has_experts: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Return what is given; raise ConfigError where no layer has MoE experts."""
     if not any(has_experts):
         raise ConfigError("config.json: no layer has experts; the model is none of its family's mixtures")
     return has_experts
@@ -547,11 +556,13 @@ def keys_of_dense_layers(config: Mapping[str, Any], is_dense: Sequence[bool]) ->
         is_dense: Whether each layer is to have none.
     """
     dense = [layer for layer, without in enumerate(is_dense) if without]
+    with_experts = [layer for layer, without in enumerate(is_dense) if not without]
     if config.get("first_k_dense_replace") is not None:
         return {"first_k_dense_replace": len(dense)}
     if config.get("moe_layer_start_index") is not None:
-        with_experts = [layer for layer, without in enumerate(is_dense) if not without]
         return {"moe_layer_start_index": with_experts[0], "moe_layer_end_index": with_experts[-1]}
+    if "interleave_moe_layer_step" in config or "moe_layers" in config:
+        return {"moe_layers": with_experts}
     return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
 
 

@@ -136,6 +136,10 @@ class Family:
     is_moe: bool = False
     """Whether the MLP is a mixture of experts. ``{e}`` in names of modules then stands for an MoE expert's number:
     ``mlp.experts.{e}.up_proj``."""
+    mixture: str = "mlp"
+    """Module in transformers that holds a layer's router and MoE experts, whatever checkpoints call it."""
+    weighs_inputs: bool = False
+    """Whether the router weighs what MoE experts read, and not what they give: True for Llama 4."""
     dense_mlp: DenseMlp | None = None
     """The MLP of a mixture's layers without experts; None where all layers have them."""
     n_experts_key: str = "num_experts"
@@ -222,6 +226,11 @@ class Family:
     ``{"qk_layernorm": True}``."""
 
     @property
+    def experts(self) -> str:
+        """Module in transformers that holds all MoE experts of a layer."""
+        return f"{self.mixture}.experts"
+
+    @property
     def has_router_bias(self) -> bool:
         """Whether the router has a number for each MoE expert beside its weights."""
         return len(self.router) > 1
@@ -238,7 +247,7 @@ class Family:
         before = tuple(module for module in self.rows if "{e}" in module)
         gate_up = FusedExperts(before, "weight", self.has_transposed_experts, self.has_alternating_experts)
         down = FusedExperts((self.down_proj,), "weight", self.has_transposed_experts)
-        fused = {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down}
+        fused = {f"{self.experts}.gate_up_proj": gate_up, f"{self.experts}.down_proj": down}
         biases = {f"{name}_bias": replace(tensor, kind="bias") for name, tensor in fused.items()}
         return fused | (biases if self.mlp_bias else {})
 
@@ -781,6 +790,34 @@ FAMILIES: dict[str, Family] = {
         channels_key="intermediate_size",
         dense_mlp=None,
     ),
+    "llama4_text": Family(
+        classes="SeapLlama4",
+        vllm_class=TRANSFORMERS_BACKEND,
+        rows=SPLIT_ATTENTION
+        | {
+            "feed_forward.experts.{e}.gate_proj": Rows(("channels",)),
+            "feed_forward.experts.{e}.up_proj": Rows(("channels",)),
+        },
+        down_proj="feed_forward.experts.{e}.down_proj",
+        qkv_bias=("attention_bias", False),
+        o_bias=("attention_bias", False),
+        is_moe=True,
+        mixture="feed_forward",
+        weighs_inputs=True,
+        dense_mlp=DenseMlp(
+            rows={
+                "feed_forward.gate_proj": Rows(("channels",)),
+                "feed_forward.up_proj": Rows(("channels",)),
+            },
+            down_proj="feed_forward.down_proj",
+            channels_key="intermediate_size_mlp",
+        ),
+        shared_width_keys=("intermediate_size",),
+        router=("feed_forward.router.weight",),
+        has_transposed_experts=True,
+        supports_packing=False,
+        listed_by_layer="no_rope_layers",
+    ),
     "qwen3_5_text": Family(
         classes="SeapQwen3_5",
         vllm_class=TRANSFORMERS_BACKEND,
@@ -951,6 +988,7 @@ class Multimodal:
 MULTIMODAL: dict[str, Multimodal] = {
     "gemma3": Multimodal("SeapGemma3", {"gemma3_text": "gemma3_text"}),
     "gemma4": Multimodal("SeapGemma4", {"gemma4_text": "gemma4_text"}),
+    "llama4": Multimodal("SeapLlama4", {"llama4_text": "llama4_text"}),
     "mistral3": Multimodal("SeapMistral3", {"mistral": "mistral", "ministral3": "ministral3"}),
     # Behind pictures alone Qwen 3 VL has other positions than Qwen 3, three for a token.
     "qwen3_vl": Multimodal("SeapQwen3VL", {"qwen3_vl_text": "qwen3"}),

@@ -138,10 +138,6 @@ REASONS: dict[str, tuple[str, ...]] = {
     "its layers share keys and values, have heads of two sizes and inputs of their own beside the residual stream": (
         "gemma4_unified_text",
     ),
-    "its router weighs what MoE experts read, and not what they give, and attention sees chunks of a text": (
-        "llama4",
-        "llama4_text",
-    ),
     "it drafts for another model, whose hidden states it reads": ("gemma4_assistant", "gemma4_unified_assistant"),
     EMBEDDED: ("apertus1p5_text", "cohere_compass_text", "dots3_note_text"),
     LATER: ("exaone", "internlm3", "iquestcoder"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seap_ray.core.families import family_of
+from seap_ray.models.loading import decoder_of
 from seap_ray.models.token_trees import TreeBatch, make_tree_batches
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def score(model: "PreTrainedModel", continuations: Sequence[Continuation], *, ba
 
     log_likelihoods = [0.0] * len(continuations)
     is_greedy = [True] * len(continuations)
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     for batch in make_tree_batches(decoder, read, batch_tokens):
         hidden_BTD = decoder(**batch.inputs(decoder.config, model.dtype), use_cache=False).last_hidden_state
         predictions = _predictions(batch, continuations)
@@ -86,7 +87,7 @@ def _score_predictions(
     """Return the log-probability of each predicted token, and whether it is the likeliest at its place."""
     head: Any = model.get_output_embeddings()
     # Some families scale logits in their own forward, which is not run here, and Gemma 2 caps them.
-    scale = _logit_scale(model.get_decoder().config)
+    scale = _logit_scale(decoder_of(model).config)
     cap = getattr(model.config, "final_logit_softcapping", None)
 
     places, targets, _ = zip(*predictions, strict=True)

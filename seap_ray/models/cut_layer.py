@@ -49,22 +49,22 @@ def cut_parameters(block: Any, export: CheckpointExport, layer: int) -> dict[str
             parameters[f"{module}.bias"] = compensated["bias"].to(own_OD)
 
     if architecture.layers[layer].n_experts:
-        parameters["mlp.experts.down_proj"] = _cut_experts(block, export, new_layer)
+        parameters[f"{architecture.family.experts}.down_proj"] = _cut_experts(block, export, new_layer)
     return parameters
 
 
 def _cut_experts(block: Any, export: CheckpointExport, new_layer: int) -> Tensor:
     """Return the output weights of all MoE experts, as their module has them, with zeros in the columns that go."""
-    experts = block.get_submodule("mlp.experts")
-    own_EOD = experts.down_proj.mT if experts.is_transposed else experts.down_proj
+    family = export.base.architecture.family
+    experts = block.get_submodule(family.experts)
+    own_EOD = experts.down_proj.mT if family.has_transposed_experts else experts.down_proj
     weight_EOD = torch.zeros_like(own_EOD)
-    down_proj = export.base.architecture.family.down_proj
     for expert, channels in enumerate(export.plan.kept[new_layer].channels):
         kept_S = torch.tensor(channels, device=own_EOD.device)
-        compensated = export.compensated(new_layer, down_proj.format(e=expert))
+        compensated = export.compensated(new_layer, family.down_proj.format(e=expert))
         weight_OS = compensated.get("weight", own_EOD[expert][:, kept_S])
         weight_EOD[expert][:, kept_S] = weight_OS.to(own_EOD)
-    return weight_EOD.mT if experts.is_transposed else weight_EOD
+    return weight_EOD.mT if family.has_transposed_experts else weight_EOD
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.hidden_states import HiddenBatch, embed
 from seap_ray.models.input_records import input_covariance_bytes
 from seap_ray.models.layerwise import LayerwiseModel
-from seap_ray.models.loading import first_device, free_memory, load_model, model_dtype, prepare_process
+from seap_ray.models.loading import decoder_of, first_device, free_memory, load_model, model_dtype, prepare_process
 from seap_ray.models.recorder import SiteMoments, added, error_context, on_cpu, recording
 from seap_ray.models.records import covariance_bytes
 from seap_ray.models.sequences import Sequences
@@ -150,7 +150,7 @@ def record(
     # Nothing is copied to the CPU, and so nothing waits for the device, before the last batch.
     total: SiteMoments = {}
 
-    for rows in make_batches(model.get_decoder(), sequences, batch_tokens):
+    for rows in make_batches(decoder_of(model), sequences, batch_tokens):
         total = added(total, _run_halving(model, rows, skip_first_token, covariances, inputs))
     return on_cpu(total)
 
@@ -187,7 +187,7 @@ def _forward(
     model: "PreTrainedModel", rows: list[Sequences], skip_first: bool, covariances: Container[int], inputs: bool
 ) -> SiteMoments:
     batch = Batch.of(rows, skip_first, model.device)
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
 
     with recording(decoder, batch.rows_N, covariances=covariances, inputs=inputs) as recorded:
         decoder(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False)
@@ -254,7 +254,7 @@ class OpenedLayers:
             return cls(layerwise.without_layers(), layerwise.read_layers, config.calibration)
 
         model = load_model(config, checkpoint, checkpoint.folder)
-        layers = model.get_decoder().layers
+        layers = decoder_of(model).layers
         return cls(model.requires_grad_(False), lambda numbers: (layers[i] for i in numbers), config.calibration)
 
     def forwards(self) -> Iterator[nn.Module]:
@@ -267,7 +267,7 @@ class OpenedLayers:
 
     def embed(self, sequences: Sequences) -> list[HiddenBatch]:
         """Return the sequences in batches as they come to the first layer."""
-        decoder = self.model.get_decoder()
+        decoder = decoder_of(self.model)
         device = self.model.get_input_embeddings().weight.device
         batches = make_batches(decoder, sequences, self.settings.batch_tokens)
         return [embed(decoder, rows, self.settings.skip_first_token, device) for rows in batches]

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from seap_ray.core.families import family_of
 from seap_ray.models.batching import Batch
+from seap_ray.models.loading import decoder_of
 from seap_ray.models.sequences import Sequences
 
 POSITIONAL = "*"
@@ -159,7 +160,7 @@ def head_logits(model: Any, batch: Batch, hidden_BTD: Tensor, positions_P: Tenso
     Returns:
         Logits, (B, P, V), float32.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     returns_tuples = family_of(decoder.config.model_type).returns_tuples
     replay = _Replay(decoder.layers[0], hidden_BTD.to(batch.ids_BT.device), returns_tuples)
     with _layers_replaced(decoder, [replay]):

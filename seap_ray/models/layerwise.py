@@ -20,7 +20,7 @@ from seap_ray.errors import ConfigError
 from seap_ray.models.batching import make_batches
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.hidden_states import HiddenBatch, Placeholder, embed
-from seap_ray.models.loading import attention_of
+from seap_ray.models.loading import attention_of, decoder_of
 from seap_ray.models.recorder import SiteMoments, added, error_context, on_cpu, recording_layer
 from seap_ray.models.sequences import Sequences
 
@@ -79,7 +79,7 @@ class LayerwiseModel:
 
     def _skeleton(self) -> Any:
         """Build the decoder without weights, but with the buffers that no checkpoint holds and that are computed."""
-        return self._skeleton_model().get_decoder()
+        return decoder_of(self._skeleton_model())
 
     def _skeleton_model(self) -> Any:
         """Build the whole model as ``_skeleton`` builds its decoder."""
@@ -110,14 +110,14 @@ class LayerwiseModel:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
         # A Falcon-H1's decoder fills the buffers of its layers.
         for module in model.modules():
-            if module is model.get_decoder() or module._non_persistent_buffers_set:
+            if module is decoder_of(model) or module._non_persistent_buffers_set:
                 model._init_weights(module)
         return model
 
     def without_layers(self) -> Any:
         """Return the model with all its weights but those of the decoder layers, which cannot be run."""
         model = self._skeleton_model()
-        decoder = model.get_decoder()
+        decoder = decoder_of(model)
         decoder.layers = nn.ModuleList(map(Placeholder, decoder.layers))
         family = self.checkpoint.architecture.family
         self._load_weights(decoder, family.layers.removesuffix(LAYERS_PREFIX))
@@ -252,7 +252,7 @@ class LayerwiseModel:
     def _read_weight(self, prefix: str, name: str) -> Tensor:
         """Read a weight by its name in a module; in transformers' MoE layers the experts' matrices are one tensor."""
         family = self.checkpoint.architecture.family
-        if not family.is_moe or not name.startswith("mlp."):
+        if not family.is_moe or not name.startswith(f"{family.mixture}."):
             return self.checkpoint.read(prefix + name)
 
         if fused := family.fused_experts.get(name):
@@ -261,7 +261,7 @@ class LayerwiseModel:
 
         # Checkpoints have other names before ``experts``.
         stem = family.down_proj.partition(".experts")[0]
-        stored = f"{stem}{name.removeprefix('mlp')}"
+        stored = f"{stem}{name.removeprefix(family.mixture)}"
         for of_module, of_checkpoint in family.renamed.items():
             stored = stored.replace(of_module, of_checkpoint)
         return self.checkpoint.read(f"{prefix}{stored}")

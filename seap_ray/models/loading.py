@@ -72,6 +72,13 @@ def load_model(config: Config, base: Checkpoint, folder: Path) -> "PreTrainedMod
     return model.eval()
 
 
+def decoder_of(model: Any) -> Any:
+    """Return a causal language model without its head; that of a model without a head is the model itself."""
+    decoder = model.get_decoder()
+    # transformers looks for a Llama 4's under another name, and then returns the whole model.
+    return decoder if hasattr(decoder, "layers") else decoder.model
+
+
 @contextmanager
 def _without_load_report(*, is_wanted: bool) -> Iterator[None]:
     """Keep transformers from listing, unless wanted, all tensors that are no part of the language model."""

@@ -5,6 +5,7 @@ Letters in names of tensors: B sequences, T positions, N real tokens, D columns 
 
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,10 +70,10 @@ def recording_layer(
         # Layers of hybrids have some of these modules, and others others.
         present = dict(block.named_modules())
         modules = {site: module for site, module in modules.items() if module in present}
-        if family.is_moe and hasattr(block.mlp, "experts"):
+        if family.is_moe and family.experts in present:
             modules.pop("mlp", None)  # each expert is a site of its own
-            experts_hook = _experts_hook(recorded, layer, rows_N, statistic)
-            hooks.callback(block.get_submodule("mlp.experts").register_forward_pre_hook(experts_hook).remove)
+            experts_hook = _experts_hook(recorded, family, layer, rows_N, statistic)
+            hooks.callback(present[family.experts].register_forward_pre_hook(experts_hook).remove)
 
         for site, module in modules.items():
             input_hook = _input_hook(recorded, (layer, site), rows_N, statistic)
@@ -101,7 +102,7 @@ def _input_hook(
 
 
 def _experts_hook(
-    recorded: SiteMoments, layer: int, rows_N: Tensor | None, statistic: type[Moments]
+    recorded: SiteMoments, family: Family, layer: int, rows_N: Tensor | None, statistic: type[Moments]
 ) -> Callable[..., None]:
     """Make a hook for the experts of an MoE layer, which are one module in transformers.
 
@@ -110,34 +111,73 @@ def _experts_hook(
     """
 
     def hook(experts: Any, inputs: tuple[Tensor, ...]) -> None:
-        """Add the moments of every expert's hidden activations; K experts are chosen for each token."""
-        x_ND, chosen_NK, gates_NK = (_counted_tokens(x, rows_N) for x in inputs)
-        dtype = torch.promote_types(x_ND.dtype, torch.float32)
-        gated_NE = x_ND.new_zeros(len(x_ND), len(experts.gate_up_proj), dtype=dtype)
-        is_chosen_NE = torch.zeros_like(gated_NE)
-        for expert in range(len(experts.gate_up_proj)):
-            is_chosen_NK = chosen_NK == expert
-            routed_N = is_chosen_NK.any(1)
+        """Add the moments of every expert's hidden activations."""
+        n_experts = len(experts.gate_up_proj)
+        routed_E = (_weighed_inputs if family.weighs_inputs else _chosen_inputs)(inputs, n_experts, rows_N)
+        gated_EN: list[Tensor] = []
+        is_chosen_EN: list[Tensor] = []
+        for expert, routed in enumerate(routed_E):
             # An expert's gate and up projections are one matrix of J = 2 C rows.
-            gate_up_NJ = _product(experts, "gate_up_proj", expert, x_ND[routed_N])
-            hidden_NC = experts._apply_gate(gate_up_NJ)
-            _add(recorded, (layer, f"mlp.{expert}"), statistic.of(hidden_NC))
+            gate_up_RJ = _product(experts, family, "gate_up_proj", expert, routed.x_RD)
+            hidden_RC = _gated(experts, gate_up_RJ)
+            _add(recorded, (layer, f"mlp.{expert}"), statistic.of(hidden_RC))
 
-            output_ND = _product(experts, "down_proj", expert, hidden_NC)
-            gates_N = gates_NK[is_chosen_NK].to(dtype)
-            gated_NE[routed_N, expert] = gates_N * vector_norm(output_ND, dim=1, dtype=dtype)
-            is_chosen_NE[routed_N, expert] = 1
+            output_RD = _product(experts, family, "down_proj", expert, hidden_RC)
+            dtype = torch.promote_types(output_RD.dtype, torch.float32)
+            norms_R = vector_norm(output_RD, dim=1, dtype=dtype)
+            gated_N = norms_R.new_zeros(len(routed.is_chosen_N))
+            gated_N[routed.is_chosen_N] = norms_R if routed.gates_R is None else routed.gates_R.to(dtype) * norms_R
+            gated_EN.append(gated_N)
+            is_chosen_EN.append(routed.is_chosen_N.to(dtype))
 
-        _add(recorded, (layer, "experts"), Moments.of(torch.cat([gated_NE, is_chosen_NE], dim=1)))
+        _add(recorded, (layer, "experts"), Moments.of(torch.stack([*gated_EN, *is_chosen_EN], dim=1)))
 
     return hook
 
 
-def _product(experts: Any, name: str, expert: int, x_ND: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _Routed:
+    """The tokens that an MoE expert is given."""
+
+    x_RD: Tensor
+    """What it reads of them."""
+    is_chosen_N: Tensor
+    """Which of the tokens that count they are, (N,), bool."""
+    gates_R: Tensor | None = None
+    """What the router weighs its outputs with; None where it has weighed the inputs."""
+
+
+def _chosen_inputs(inputs: tuple[Tensor, ...], n_experts: int, rows_N: Tensor | None) -> Iterator[_Routed]:
+    """Yield each MoE expert's tokens where the module gets the tokens, and the K experts and gates of each."""
+    x_ND, chosen_NK, gates_NK = (_counted_tokens(x, rows_N) for x in inputs)
+    for expert in range(n_experts):
+        is_chosen_NK = chosen_NK == expert
+        is_chosen_N = is_chosen_NK.any(1)
+        yield _Routed(x_ND[is_chosen_N], is_chosen_N, gates_NK[is_chosen_NK])
+
+
+def _weighed_inputs(inputs: tuple[Tensor, ...], n_experts: int, rows_N: Tensor | None) -> Iterator[_Routed]:
+    """Yield each MoE expert's tokens where the module gets all tokens for every expert, those not chosen as zeros."""
+    for copy in inputs[0].chunk(n_experts):
+        x_ND = _counted_tokens(copy, rows_N)
+        is_chosen_N = x_ND.any(1)
+        yield _Routed(x_ND[is_chosen_N], is_chosen_N)
+
+
+def _gated(experts: Any, gate_up_RJ: Tensor) -> Tensor:
+    """Return what MoE experts make of their gate and way up, as transformers computes it."""
+    if hasattr(experts, "_apply_gate"):
+        return experts._apply_gate(gate_up_RJ)
+    # Llama 4's have no such method.
+    gate_RC, up_RC = gate_up_RJ.chunk(2, dim=-1)
+    return up_RC * experts.act_fn(gate_RC)
+
+
+def _product(experts: Any, family: Family, name: str, expert: int, x_RD: Tensor) -> Tensor:
     """Return what a projection of one MoE expert gives, as transformers computes it."""
     weight = getattr(experts, name)[expert]
-    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
-    return functional.linear(x_ND, weight.mT if experts.is_transposed else weight, bias)
+    bias = getattr(experts, f"{name}_bias")[expert] if family.mlp_bias else None
+    return functional.linear(x_RD, weight.mT if family.has_transposed_experts else weight, bias)
 
 
 def _block_hook(recorded: SiteMoments, key: tuple[int, Site], rows_N: Tensor | None) -> Callable[..., None]:

@@ -27,6 +27,7 @@ from seap_ray.core.widths import WidthConstraints, widest_unit
 from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport
+from seap_ray.models.loading import decoder_of
 from tests.support.builders import CONFIGS, MIXTURES, output_modules, random_plan, random_statistics, write_compacted
 
 LARGE = {
@@ -63,14 +64,14 @@ def narrowed(config: PreTrainedConfig, **widths: int) -> int:
     for key, value in widths.items():
         setattr(config, key, value)
     config.num_hidden_layers = 1
-    return size(meta_model(config).get_decoder().layers[0])
+    return size(decoder_of(meta_model(config)).layers[0])
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_layer_and_decoder_parameters_are_what_the_model_has(name):
     config = ALL[name]()
     architecture, model = Architecture.of(config.to_dict()), meta_model(config)
-    layers = model.get_decoder().layers
+    layers = decoder_of(model).layers
     assert architecture.n_layers == len(layers)
     assert [architecture.layer_parameters(layer) for layer in architecture.layers] == [size(layer) for layer in layers]
     assert architecture.decoder_parameters == size(layers)

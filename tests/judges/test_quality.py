@@ -18,6 +18,7 @@ from seap_ray.judges.scoring import Scored, score
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.corpus import Item, Renderer, load_tokenizer
 from seap_ray.models.encoding import Encoding
+from seap_ray.models.loading import decoder_of
 from seap_ray.pipeline.results import own_task_rows
 from seap_ray.progress import progress
 from seap_ray.report.rows import FailedCell, ModelRow, QualityCell, Results
@@ -311,7 +312,7 @@ def test_scores_are_those_of_the_models_own_logits_with_their_soft_cap(dense):
     (scored,) = score(model, [(ids, 4)], batch_tokens=4096)
     with torch.no_grad():
         own_TV = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-        hidden_TD = model.get_decoder()(torch.tensor([ids])).last_hidden_state[0]
+        hidden_TD = decoder_of(model)(torch.tensor([ids])).last_hidden_state[0]
         uncapped_TV = model.get_output_embeddings()(hidden_TD).double().log_softmax(-1)
     expected, uncapped = (sum(float(of[i - 1, ids[i]]) for i in range(4, 12)) for of in (own_TV, uncapped_TV))
 

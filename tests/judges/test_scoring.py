@@ -10,6 +10,7 @@ from seap_ray.judges import scoring
 from seap_ray.judges.scoring import Continuation, score
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport
+from seap_ray.models.loading import decoder_of
 from tests.support.builders import CONFIGS, HYBRIDS, PHI_3_ROPE, SIZES, load, random_plan, write_compacted
 
 LONGEST = 48
@@ -87,7 +88,7 @@ def test_scores_of_a_compacted_model_are_those_of_each_sequence_alone(name, dens
 def test_scores_are_the_same_where_each_sequence_has_a_row_of_its_own(name, dense, monkeypatch):
     model = load(dense(name))
     # Code that came with a checkpoint.
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     monkeypatch.setattr(type(decoder), "__module__", "custom_code")
     check(model, random_items(4), 256)
 
@@ -134,7 +135,7 @@ def test_of_equally_likely_tokens_the_first_is_the_greedy_one(dense):
 def test_what_begins_alike_is_read_once_and_a_last_token_not_at_all(dense):
     model = load(dense("llama_gqa"))
     read: list[int] = []
-    model.get_decoder().register_forward_pre_hook(
+    decoder_of(model).register_forward_pre_hook(
         lambda _module, _args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     context = [4, 5, 6, 7, 8]

@@ -16,6 +16,7 @@ from seap_ray.errors import ConfigError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport, check_stock
 from seap_ray.models.hf.shapes import check_folder
+from seap_ray.models.loading import decoder_of
 from tests.support.builders import (
     CONFIGS,
     MIXTURES,
@@ -121,7 +122,7 @@ def test_layers_that_go_as_a_whole_take_their_widths_and_biases_with_them(once, 
     check_folder(folder)
     skipping = load(source)
     for layer in (2, 0):
-        del skipping.get_decoder().layers[layer]
+        del decoder_of(skipping).layers[layer]
     assert torch.equal(logits(load(folder), ids_BT), logits(skipping, ids_BT))
     left = [base.architecture.layers[layer] for layer in (1, 3)]
     assert list(Checkpoint.open(str(folder)).architecture.layers) == left

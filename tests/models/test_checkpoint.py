@@ -35,6 +35,7 @@ from seap_ray.models import export as export_module
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import SHARED, CheckpointExport, check_stock, finish, parse_size, write_tensors
 from seap_ray.models.hf.shapes import check_folder
+from seap_ray.models.loading import decoder_of
 from tests.support import ROOT
 from tests.support.builders import (
     CONFIGS,
@@ -109,7 +110,7 @@ def with_smaller_layers(model: Any, export: CheckpointExport) -> Any:
     plan, architecture = export.plan, export.base.architecture
     head_dim = architecture.head_dim
     for layer, site, linear, kept, cut in list(sites(model, plan, head_dim)):
-        block, of = model.get_decoder().layers[layer], plan.kept[layer]
+        block, of = decoder_of(model).layers[layer], plan.kept[layer]
         bias_O = linear.bias
         # In a mixture attention alone gets a bias.
         has_bias = site == "attn" or not architecture.n_experts

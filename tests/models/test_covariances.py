@@ -27,6 +27,7 @@ from seap_ray.errors import ConfigError, IncompleteError
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport
 from seap_ray.models.forward import record
+from seap_ray.models.loading import decoder_of
 from seap_ray.models.records import (
     TILE,
     PooledCovariance,
@@ -50,6 +51,7 @@ from tests.support.builders import (
     MIXTURES,
     load,
     logits,
+    mixture_in,
     output_modules,
     random_ids,
     random_plan,
@@ -374,8 +376,10 @@ def test_an_experts_covariance_is_that_of_the_tokens_that_are_routed_to_it(dense
     sequences = [ids.tolist() for ids in random_ids(4, 30, seed=4)]
     recorded = record(model, sequences, batch_tokens=50, covariances=range(4))
     # Some mixtures have layers without experts.
-    blocks = {layer: block for layer, block in enumerate(model.get_decoder().layers) if hasattr(block.mlp, "experts")}
-    weights = {(layer, e): w for layer, block in blocks.items() for e, w in enumerate(by_columns(block.mlp.experts))}
+    mixtures = {layer: mixture_in(block) for layer, block in enumerate(decoder_of(model).layers)}
+    weights = {
+        (layer, e): w for layer, part in mixtures.items() if part for e, w in enumerate(by_columns(part.experts))
+    }
     with InputsOf(weights.values()) as spy, torch.no_grad():
         for ids in sequences:
             model(torch.tensor([ids]))
@@ -454,7 +458,7 @@ def with_predicted_activations(
     model: Any, plan: Plan, mixture: PooledCovariance, head_dim: int, *, has_bias: bool = True
 ) -> Any:
     """Before ``o_proj`` and ``down_proj`` of the dense model every cut activation gives way to its prediction."""
-    for layer, (block, kept) in enumerate(zip(model.get_decoder().layers, plan.kept, strict=True)):
+    for layer, (block, kept) in enumerate(zip(decoder_of(model).layers, plan.kept, strict=True)):
         heads = [h * head_dim + i for h in kept.heads for i in range(head_dim)]
         kept_of = {"attn": heads, "mlp": list(kept.channels[0])}
         for site, module in output_modules(model).items():
@@ -477,7 +481,7 @@ def with_predicted_activations(
 def with_predicted_channels(model: Any, plan: Plan, mixture: PooledCovariance) -> Iterator[None]:
     """Before ``down_proj`` of every MoE expert cut channels give way to their linear prediction."""
     maps: dict[int, tuple[list[int], list[int], torch.Tensor]] = {}
-    for layer, (block, kept) in enumerate(zip(model.get_decoder().layers, plan.kept, strict=True)):
+    for layer, (block, kept) in enumerate(zip(decoder_of(model).layers, plan.kept, strict=True)):
         for expert, channels in enumerate(kept.channels if len(kept.channels) > 1 else ()):
             weight_OD = block.mlp.experts.down_proj[expert]
             of, key = list(channels), (layer, f"mlp.{expert}")

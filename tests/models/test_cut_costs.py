@@ -19,6 +19,7 @@ from seap_ray.models.cut_layer import cut_parameters
 from seap_ray.models.divergence import measure_divergence
 from seap_ray.models.export import CheckpointExport
 from seap_ray.models.forward import OpenedLayers
+from seap_ray.models.loading import decoder_of
 from tests.support.builders import CONFIGS, HYBRIDS, load, prompts, random_plan, random_statistics, save_dense
 
 SEQUENCES = prompts([3, 17, 30, 9, 2, 24], seed=1)
@@ -84,7 +85,7 @@ def test_the_cost_of_a_cut_is_half_the_slope_of_the_divergence_towards_the_whole
     family = checkpoint.architecture.family
     wholes: list[dict[str, Tensor]] = []
     cuts: list[dict[str, Tensor]] = []
-    for layer, block in enumerate(changed.get_decoder().layers):
+    for layer, block in enumerate(decoder_of(changed).layers):
         is_cut = export.plan.cuts(layer, checkpoint.architecture)
         cut = cut_parameters(block, export, layer) if is_cut else {}
         own = dict(block.named_parameters())
@@ -103,9 +104,9 @@ def test_the_cost_of_a_cut_is_half_the_slope_of_the_divergence_towards_the_whole
             nearer: dict[str, Tensor] = {}
             for path, here in is_here.items():
                 nearer[path] = torch.lerp(cuts[layer][path], wholes[layer][path], alpha * here)
-            set_parameters(changed.get_decoder().layers[layer], nearer)
+            set_parameters(decoder_of(changed).layers[layer], nearer)
             ends.append(divergence_between(dense, changed))
-        set_parameters(changed.get_decoder().layers[layer], cuts[layer])
+        set_parameters(decoder_of(changed).layers[layer], cuts[layer])
         slope = (ends[0] - ends[1]) / (2 * step)
         assert cost.mean == pytest.approx(-slope / 2, rel=0.03, abs=2e-4 * found.divergence.rise.mean + 1e-7)
     assert costs, "something is cut"
@@ -117,7 +118,7 @@ def test_the_costs_of_all_sites_add_up_to_the_divergence_of_small_cuts(tmp_path:
     statistics = random_statistics(architecture, seed=3)
     # Whole widths but for one channel of each layer, whose weights are small.
     model = load(checkpoint.folder)
-    for block in model.get_decoder().layers:
+    for block in decoder_of(model).layers:
         block.mlp.down_proj.weight.data[:, 0] *= 0.05
     model.save_pretrained(checkpoint.folder)
     checkpoint = Checkpoint.open(str(checkpoint.folder))
@@ -181,7 +182,7 @@ def test_modules_with_hooks_of_a_model_spread_over_devices_give_the_same_costs(t
     plain = measured(layers, export)
 
     # What device_map attaches to every module with weights.
-    for block in layers.model.get_decoder().layers:
+    for block in decoder_of(layers.model).layers:
         attach_execution_device_hook(block, "cpu")
     hooked = measured(layers, export)
 

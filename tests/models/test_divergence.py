@@ -13,6 +13,7 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.divergence import Divergence, measure_divergence
 from seap_ray.models.export import CheckpointExport
 from seap_ray.models.hidden_states import embed
+from seap_ray.models.loading import decoder_of
 from tests.support.builders import (
     CONFIGS,
     load,
@@ -37,7 +38,7 @@ def opened(folder: Path, name: str) -> Checkpoint:
 def measured(checkpoint: Checkpoint, exports: list[CheckpointExport]) -> list[Divergence]:
     """Measure cut models on ``SEQUENCES``, in batches of several rows."""
     model = load(checkpoint.folder)
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     device = torch.device("cpu")
     batches = [embed(decoder, rows, False, device) for rows in make_batches(decoder, SEQUENCES, 64)]
     return measure_divergence(model, decoder.layers, batches, exports)

@@ -21,6 +21,7 @@ from seap_ray.models.error_correction import Stream, correct_errors, is_correcta
 from seap_ray.models.export import CheckpointExport, Corrections
 from seap_ray.models.forward import record
 from seap_ray.models.hidden_states import embed
+from seap_ray.models.loading import decoder_of
 from tests.support.builders import (
     CONFIGS,
     MORE_CONFIGS,
@@ -64,7 +65,7 @@ def fitted(
 ) -> dict[int, dict[str, torch.Tensor]]:
     """Fit corrections in packed batches of several rows."""
     model = load(export.base.folder)
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     streams: list[Stream] = []
     for sequences, weight in TASKS.values():
         rows = make_batches(decoder, sequences, 64)
@@ -80,7 +81,7 @@ def with_corrections(export: CheckpointExport, corrections: Corrections) -> Chec
 @torch.no_grad()
 def traced(model: Any, layer: int, sequences: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     """What comes into ``down_proj`` of a layer, and what the layer hands on, of every token of some sequences."""
-    block = model.get_decoder().layers[layer]
+    block = decoder_of(model).layers[layer]
     inputs: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []
     down_proj = block.get_submodule(output_modules(model)["mlp"])
@@ -121,7 +122,7 @@ def correct_on_disk(export: CheckpointExport, folder: Path, share: float) -> Any
         rows = np.concatenate([root_N1 * (x_NS - mean_S), np.diag(np.sqrt(RIDGE * variance_S))])
         wanted = np.concatenate([root_N1 * (error_NO - mean_O), np.zeros((len(mean_S), error_NO.shape[1]))])
         weight_SO = np.linalg.lstsq(rows, wanted, rcond=None)[0]
-        down_proj = cut.get_decoder().layers[layer].get_submodule(output_modules(cut)["mlp"])
+        down_proj = decoder_of(cut).layers[layer].get_submodule(output_modules(cut)["mlp"])
         down_proj.weight += share * torch.tensor(weight_SO.T)
         if export.plan.compensation.adds_biases:
             down_proj.bias += share * torch.tensor(mean_O - weight_SO.T @ mean_S)
@@ -185,7 +186,7 @@ def test_a_corrected_model_is_judged_with_its_corrections_before_it_is_written(t
     export = cut_model(tmp_path / "base", "qwen2", torch.float32)
     corrected = with_corrections(export, fitted(export, 0.5))
     model = load(export.base.folder)
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     sequences = TASKS["short"][0]
     batches = [embed(decoder, rows, False, torch.device("cpu")) for rows in make_batches(decoder, sequences, 64)]
 
@@ -260,7 +261,7 @@ def test_a_share_is_chosen_for_each_layer_on_held_out_batches(tmp_path: Path) ->
 
 def fitted_with(export: CheckpointExport, ridge: float) -> dict[int, dict[str, torch.Tensor]]:
     """Whole corrections with a ridge."""
-    decoder = load(export.base.folder).get_decoder()
+    decoder = decoder_of(load(export.base.folder))
     streams: list[Stream] = []
     for sequences, weight in TASKS.values():
         rows = make_batches(decoder, sequences, 64)

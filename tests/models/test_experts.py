@@ -17,6 +17,7 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport, check_stock
 from seap_ray.models.forward import record
 from seap_ray.models.hf.shapes import check_folder
+from seap_ray.models.loading import decoder_of
 from seap_ray.models.recorder import added
 from tests.support.builders import (
     CONFIGS,
@@ -25,6 +26,7 @@ from tests.support.builders import (
     RAGGED,
     load,
     logits,
+    mixture_in,
     random_ids,
     random_plan,
     save_dense,
@@ -72,10 +74,10 @@ def without(architecture: Architecture, gone: tuple[int, ...] = GONE) -> Plan:
 def logits_with_closed_routers(model: nn.Module, plan: Plan) -> torch.Tensor:
     """Run the dense model with the router's logits of the MoE experts that go at minus infinity."""
     closed: dict[int, list[int]] = {}
-    for block, kept in zip(model.get_decoder().layers, plan.kept, strict=True):
+    for block, kept in zip(decoder_of(model).layers, plan.kept, strict=True):
         if kept.experts:
             gone = [expert for expert in range(N_EXPERTS) if expert not in kept.experts]
-            for key, tensor in block.mlp.state_dict(keep_vars=True).items():
+            for key, tensor in mixture_in(block).state_dict(keep_vars=True).items():
                 if "e_score_correction_bias" in key:
                     tensor.data[..., gone] = -torch.inf
                 elif key in ("gate.weight", "router.weight"):

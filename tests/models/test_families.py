@@ -33,7 +33,7 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport, check_stock
 from seap_ray.models.forward import record
 from seap_ray.models.hf.shapes import check_folder
-from seap_ray.models.loading import attention_of
+from seap_ray.models.loading import attention_of, decoder_of
 from tests.support.builders import (
     CONFIGS,
     MIXTURES,
@@ -57,7 +57,7 @@ NOT_STOCK = ("stablelm", "helium", "cohere2", "qwen2_moe")
 """Families whose attention is as wide as the hidden size in an ordinary checkpoint."""
 NEEDS_LIST = ("granitemoehybrid", "gemma4", "gemma4_sharing")
 """Families whose config has to list the layers' kinds."""
-FUSED = ("gpt_oss",)
+FUSED = ("gpt_oss", "llama4")
 """Mixtures whose MoE experts are no tensors of their own in a checkpoint."""
 
 
@@ -107,7 +107,7 @@ def test_the_architecture_is_what_transformers_builds(name):
     config = MORE_CONFIGS[name]()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    layers = model.get_decoder().layers
+    layers = decoder_of(model).layers
     left_out = ["tie_word_embeddings"]
     # A Granite hybrid and a Gemma 4 are nothing without the list.
     left_out += ["layer_types"] if name not in NEEDS_LIST else []
@@ -155,7 +155,7 @@ def test_layers_without_experts_are_those_that_transformers_builds_without(name)
         setattr(config, key, value)
     architecture = Architecture.of(config.to_dict())
     with torch.device("meta"):
-        layers = AutoModelForCausalLM.from_config(config).get_decoder().layers
+        layers = decoder_of(AutoModelForCausalLM.from_config(config)).layers
     built = [layer.mlp.experts.num_experts if hasattr(layer.mlp, "experts") else 0 for layer in layers]
     assert [layer.n_experts for layer in architecture.layers] == built == expected
     sizes = [sum(tensor.numel() for tensor in layer.state_dict().values()) for layer in layers]
@@ -213,7 +213,7 @@ def test_dropped_layers_of_a_mixture_leave_the_others_with_their_experts(dense, 
     plan = Plan("depth", 0.25, COMPENSATIONS["none"], kept, {}, dropped)
     skipping = load(base.folder)
     for layer in reversed(dropped):
-        del skipping.get_decoder().layers[layer]
+        del decoder_of(skipping).layers[layer]
     for stock in (False, True):
         folder = write_compacted(CheckpointExport(base, plan, stock=stock), tmp_path / str(stock))
         check_folder(folder)
@@ -323,7 +323,7 @@ def test_a_reload_has_the_written_bits_in_every_class_and_saved_again(dense, tmp
     assert Checkpoint.open(str(tmp_path / "saved")).architecture == Checkpoint.open(str(folder)).architecture
 
     with torch.no_grad():
-        hidden_BTH = model.base_model(random_ids()).last_hidden_state
+        hidden_BTH = decoder_of(model)(random_ids()).last_hidden_state
         # Grouped products of experts would differ in their last bits.
         settings = {"dtype": "auto", "experts_implementation": "eager"}
         headless = AutoModel.from_pretrained(folder, **settings).eval()
@@ -390,7 +390,7 @@ def test_layers_without_rope_go_with_their_places(dense, tmp_path):
     assert without_list["no_rope_layers"] == [1, 1, 0]
     folder = write_compacted(CheckpointExport(base, plan), tmp_path)
     skipping = load(base.folder)
-    del skipping.get_decoder().layers[1]
+    del decoder_of(skipping).layers[1]
     assert torch.equal(logits(load(folder), random_ids()), logits(skipping, random_ids()))
 
 

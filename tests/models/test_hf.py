@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport
 from seap_ray.models.hf.shapes import check_folder
+from seap_ray.models.loading import decoder_of
 from tests.support.builders import (
     CONFIGS,
     MIXTURES,
@@ -90,7 +91,7 @@ def test_a_classifier_has_the_experts_layers_and_is_new_in_its_head_alone(expert
     assert missing in ({"score"}, {"classifier"}) and not loading["mismatched_keys"]
     assert set(loading["unexpected_keys"]) <= {"lm_head.weight", "embed_out.weight"}
 
-    layers = model.base_model.get_decoder().layers
+    layers = decoder_of(model.base_model).layers
     expected = [layer.num_attention_heads for layer in AutoConfig.from_pretrained(expert(name)).per_layer_config]
     attentions = [getattr(layer, "attention", None) or layer.self_attn for layer in layers]
     outputs = [getattr(attention, "o_proj", None) or attention.get_submodule(OUTPUTS[name]) for attention in attentions]

@@ -16,6 +16,7 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport
 from seap_ray.models.hf.shapes import check_folder
 from seap_ray.models.hidden_states import embed, head_logits
+from seap_ray.models.loading import decoder_of
 from tests.support.builders import HYBRIDS, MORE_CONFIGS, RAGGED, load, logits, random_ids, write_compacted
 from tests.support.oracles import ratio_of
 
@@ -84,7 +85,7 @@ def test_a_budget_is_met_by_the_layers_that_can_give_and_no_part_appears_or_goes
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_layers_run_one_by_one_on_rows_of_one_sequence_give_the_models_own_logits(dense, name):
     model = load(dense(name, torch.float64))
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     with torch.no_grad():
         for rows in make_batches(decoder, RAGGED, 40):
             assert all(len(row) == 1 for row in rows)
@@ -119,7 +120,7 @@ def test_dropped_layers_leave_the_others_what_they_are(dense, tmp_path, name, dr
     plan = Plan("depth", 0.25, COMPENSATIONS["none"], kept, {}, dropped)
     skipping = load(base.folder)
     for layer in reversed(dropped):
-        del skipping.get_decoder().layers[layer]
+        del decoder_of(skipping).layers[layer]
     kinds = [kind for layer, kind in enumerate(skipping.config.layer_types) if layer not in dropped]
     skipping.config.layer_types = kinds
     skipping.config.num_hidden_layers = len(kinds)

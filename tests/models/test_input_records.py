@@ -11,6 +11,7 @@ from seap_ray.core.moments import Covariance, pooled_covariance
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.forward import record
 from seap_ray.models.input_records import PooledInputs, input_covariance_bytes, inputs_file
+from seap_ray.models.loading import decoder_of
 from seap_ray.models.records import save_covariances, save_moments
 from tests.support.builders import (
     CONFIGS,
@@ -35,7 +36,7 @@ FAMILIES = [name for name in CONFIGS | MORE_CONFIGS if name not in OTHERS]
 def kept(model: Any, modules: list[str], layer: int) -> list[torch.Tensor]:
     """What each of some modules of a layer is given, token by token."""
     seen: dict[str, list[torch.Tensor]] = {module: [] for module in modules}
-    block = model.get_decoder().layers[layer]
+    block = decoder_of(model).layers[layer]
     for module in modules:
         block.get_submodule(module).register_forward_pre_hook(
             lambda _, inputs, module=module: seen[module].append(inputs[0].flatten(0, -2))

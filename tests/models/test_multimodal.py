@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
     Gemma4Config,
+    Llama4Config,
     Mistral3Config,
     PreTrainedConfig,
     PreTrainedModel,
@@ -32,7 +33,7 @@ from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport, check_stock
 from seap_ray.models.forward import record
 from seap_ray.models.hf.shapes import check_folder
-from seap_ray.models.loading import load_model
+from seap_ray.models.loading import decoder_of, load_model
 from seap_ray.pipeline.preflight import check_config, family_findings
 from seap_ray.storage.paths import parse_path
 from serve.experts import check_servable
@@ -111,6 +112,27 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         video_token_id=57,
         audio_token_id=58,
     ),
+    "llama4": lambda: Llama4Config(
+        text_config={
+            **SIZES,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 4,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layer_interval": 3,
+            "attention_chunk_size": 16,
+        },
+        # Four patches are a token.
+        vision_config={
+            **VISION,
+            "intermediate_size": 64,
+            "vision_output_dim": 24,
+            "projector_input_dim": 24,
+            "projector_output_dim": 24,
+        },
+        image_token_index=IMAGE_TOKEN,
+        boi_token_index=57,
+        eoi_token_index=58,
+    ),
     "mistral3": lambda: Mistral3Config(
         text_config={"model_type": "mistral", **SIZES, "sliding_window": None},
         vision_config={"model_type": "pixtral", "head_dim": 8, **VISION},
@@ -143,6 +165,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         image_token_id=IMAGE_TOKEN,
     ),
 }
+MIXTURES = ("llama4", "qwen3_5_moe")
 each_kind = pytest.mark.parametrize("name", CONFIGS)
 
 
@@ -233,7 +256,7 @@ def test_the_language_model_alone_computes_what_it_does_in_the_whole(dense, name
     folder = dense(name)
     checkpoint = Checkpoint.open(str(folder))
     whole = load(folder)
-    parameters = sum(parameter.numel() for parameter in whole.model.language_model.parameters())
+    parameters = sum(parameter.numel() for parameter in decoder_of(whole).parameters())
     architecture = checkpoint.architecture
     assert (
         architecture.decoder_parameters
@@ -257,7 +280,7 @@ def test_moments_are_those_of_two_passes_of_the_whole_and_layer_by_layer_the_sam
         assert_close(record(alone, SHARDS[shard], batch_tokens=40), two_pass(whole, SHARDS[shard]))
 
     # A mixture computes layer by layer as a job does, by grouped products.
-    settings = ModelSection(dtype="float32" if name == "qwen3_5_moe" else "auto")
+    settings = ModelSection(dtype="float32" if name in MIXTURES else "auto")
     as_a_job_loads_it = load_model(Config(model=settings), Checkpoint.at(folder), folder)
     layer_by_layer = recorded_by(layerwise(folder, as_a_job_loads_it.dtype))
     for shard in ("sort/00000", "logic/00000"):
@@ -293,7 +316,7 @@ def test_a_cut_model_answers_a_picture_as_the_dense_one_with_replaced_activation
 
         base = Checkpoint.open(str(folder))
         assert base.architecture.decoder_parameters == sum(
-            tensor.numel() for tensor in model.model.language_model.layers.state_dict().values()
+            tensor.numel() for tensor in decoder_of(model).layers.state_dict().values()
         )
 
 
@@ -339,7 +362,9 @@ def test_cutting_nothing_is_the_identity(dense, tmp_path, name):
 def test_a_stock_export_is_a_checkpoint_of_transformers_own_class(dense, tmp_path, name):
     base = Checkpoint.open(str(dense(name)))
     whole = base.architecture.dense
-    plan = uniform_plan(base.architecture, Shape(whole.groups // 2, whole.heads_per_group, 50))
+    # A Llama 4's shared expert stays whole, and its config has one width for all.
+    channels = whole.channels if base.architecture.is_shared_width_bound else 50
+    plan = uniform_plan(base.architecture, Shape(whole.groups // 2, whole.heads_per_group, channels))
     check_stock(plan, base.architecture)
     model = load(write_compacted(CheckpointExport(base, plan, stock=True), tmp_path / "stock"))
     assert type(model).__module__.startswith("transformers.models.")
@@ -485,6 +510,6 @@ def test_the_doctor_tells_from_a_config_alone_what_is_cut(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]().to_dict()))
     first, second = family_findings(Config(model=ModelSection(source=str(tmp_path))))
     assert first.message == f"{name}: its language model is cut, all else is carried as it is"
-    units = "channels or whole experts" if name == "qwen3_5_moe" else "MLP channels"
+    units = "channels or whole experts" if name in MIXTURES else "MLP channels"
     attention = "attention stays whole" if name == "gemma4" else "query heads"
     assert second.message.startswith(f"{[*MULTIMODAL[name].texts.values()][0]}: {units} can go; {attention}")

@@ -17,7 +17,7 @@ from seap_ray.models import quantization
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport
 from seap_ray.models.forward import record
-from seap_ray.models.loading import load_model
+from seap_ray.models.loading import decoder_of, load_model
 from seap_ray.models.quantization import QuantizedExport, require_compressed_tensors
 from tests.support.builders import load, logits, prompts, random_ids, random_plan, uniform_plan, write_compacted
 from tests.support.oracles import tensors_of
@@ -87,7 +87,7 @@ def rounded_in_memory(model: Any, export: QuantizedExport) -> Any:
     """A cut model whose weights are rounded here, each by the moments of its kept inputs."""
     family = export.base.architecture.family
     scheme = export.settings.scheme or ""
-    for layer, block in enumerate(model.get_decoder().layers):
+    for layer, block in enumerate(decoder_of(model).layers):
         for name in [*family.rows, *family.columns]:
             linear = block.get_submodule(name)
             weight_OD = linear.weight.data
@@ -181,7 +181,7 @@ def test_a_loaded_model_may_be_run_in_parts(dense: Any, tmp_path: Path, scheme: 
 
     ids = random_ids()
     with torch.no_grad():
-        hidden_BTD = model.get_decoder()(ids).last_hidden_state
+        hidden_BTD = decoder_of(model)(ids).last_hidden_state
         found = model.get_output_embeddings()(hidden_BTD)
     assert torch.equal(found, logits(load(folder), ids))
 

@@ -11,6 +11,7 @@ from seap_ray.errors import DataError
 from seap_ray.models import forward, recorder
 from seap_ray.models.batching import counted_rows, group_by_length, make_batches, pack_sequences
 from seap_ray.models.forward import record
+from seap_ray.models.loading import decoder_of
 from seap_ray.models.recorder import recording
 from seap_ray.models.sequences import CountedSequence
 from tests.support.builders import CONFIGS, RAGGED, load, output_modules, prompts
@@ -67,8 +68,8 @@ def test_padding_does_not_count_even_where_it_is_not_a_number(dense):
         for module in output_modules(model).values():
             block.get_submodule(module).register_forward_pre_hook(poison)
             block.get_submodule(module).register_forward_hook(heal)
-    with torch.no_grad(), recording(model.get_decoder(), counted_rows(mask_BT)) as recorded:
-        model.get_decoder()(input_ids=ids_BT, attention_mask=mask_BT)
+    with torch.no_grad(), recording(decoder_of(model), counted_rows(mask_BT)) as recorded:
+        decoder_of(model)(input_ids=ids_BT, attention_mask=mask_BT)
     assert poisoned == 8
     assert_close(recorded, two_pass(load(dense("llama_gqa", torch.float64)), sequences))
 
@@ -201,7 +202,7 @@ def hooks_of(model: nn.Module) -> int:
 def test_hooks_are_there_inside_and_gone_afterwards(dense):
     model = load(dense("llama_gqa"))
     before = hooks_of(model)
-    with recording(model.get_decoder(), torch.ones(1, 3, dtype=torch.bool)):
+    with recording(decoder_of(model), torch.ones(1, 3, dtype=torch.bool)):
         assert hooks_of(model) == before + 12, "three a layer"
     assert hooks_of(model) == before
     record(model, RAGGED[:2], batch_tokens=100)
@@ -211,7 +212,7 @@ def test_hooks_are_there_inside_and_gone_afterwards(dense):
 def test_hooks_are_gone_after_an_exception(dense, monkeypatch):
     model = load(dense("llama_gqa"))
     before = hooks_of(model)
-    with pytest.raises(ZeroDivisionError), recording(model.get_decoder(), torch.ones(1, 3, dtype=torch.bool)):
+    with pytest.raises(ZeroDivisionError), recording(decoder_of(model), torch.ones(1, 3, dtype=torch.bool)):
         raise ZeroDivisionError
 
     def fail(*_args, **_kwargs):

@@ -43,6 +43,7 @@ from transformers import (
     HyperCLOVAXConfig,
     Jais2Config,
     Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     MellumConfig,
     MiniMaxM2Config,
@@ -86,6 +87,7 @@ from seap_ray.core.plan import Kept, Plan
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport, finish, write_tensors
 from seap_ray.models.layerwise import LayerwiseModel
+from seap_ray.models.loading import decoder_of
 from seap_ray.models.sequences import Sequences
 from seap_ray.tasks import Task
 
@@ -332,6 +334,17 @@ MORE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         swiglu_limit=0.5,
         rope_parameters=dict(GPT_OSS_ROPE),
     ),
+    "llama4": lambda: Llama4TextConfig(  # as Maverick, every other layer with experts
+        **GROUPED,
+        head_dim=8,
+        intermediate_size_mlp=96,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=2,
+        no_rope_layer_interval=2,
+        attention_chunk_size=16,
+        floor_scale=4,
+    ),
     "ministral3": lambda: Ministral3Config(**GROUPED, head_dim=8, rope_parameters=dict(MINISTRAL_3_ROPE)),
     "qwen3_5_text": lambda: Qwen3_5TextConfig(**GROUPED, **GATED_DELTA),
     "qwen3_next": lambda: Qwen3NextConfig(
@@ -477,6 +490,7 @@ MIXTURES = (
     "minimax_m2",
     "phimoe",
     "gpt_oss",
+    "llama4",
     "qwen3_next",
     "qwen3_5_moe_text",
 )
@@ -493,20 +507,23 @@ OUTPUTS = {
     "nemotron_h": ("mixer.o_proj", "mixer.down_proj"),
     "gemma4_text": ("none that is looked at", "mlp.down_proj"),
     "gemma4": ("none that is looked at", "mlp.down_proj"),
+    "llama4_text": ("self_attn.o_proj", "feed_forward.down_proj"),
+    "llama4": ("self_attn.o_proj", "feed_forward.down_proj"),
 }
 
 
-def has_experts(block: Any) -> bool:
-    """Return whether a decoder layer's MLP is a mixture of experts."""
-    return hasattr(getattr(block, "mlp", None), "experts")
+def mixture_in(block: Any) -> Any:
+    """Return the module of a decoder layer that holds its router and MoE experts; None where it has none."""
+    modules = (getattr(block, name, None) for name in ("mlp", "feed_forward"))
+    return next((module for module in modules if hasattr(module, "experts")), None)
 
 
 def output_modules(model: Any, layer: int = 0) -> dict[str, str]:
     """Return the modules whose inputs are a layer's sites, written out family by family; with experts attention's."""
     family = model.config.model_type.removeprefix("seap_")
-    block = model.get_decoder().layers[layer]
+    block = decoder_of(model).layers[layer]
     named = dict(zip(("attn", "mlp"), OUTPUTS.get(family, ("self_attn.o_proj", "mlp.down_proj")), strict=True))
-    if has_experts(block):
+    if mixture_in(block) is not None:
         del named["mlp"]
     # Layers of hybrids lack some.
     present = dict(block.named_modules())

@@ -16,7 +16,8 @@ from seap_ray.core.architecture import Architecture, Shape
 from seap_ray.core.moments import Moments
 from seap_ray.core.plan import Plan
 from seap_ray.models.export import CheckpointExport
-from tests.support.builders import has_experts, output_modules
+from seap_ray.models.loading import decoder_of
+from tests.support.builders import mixture_in, output_modules
 
 # --- moments ---------------------------------------------------------------------------------------------------------
 
@@ -35,6 +36,10 @@ class InputsOf(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (functional.linear, torch.Tensor.matmul) and args[1].data_ptr() in self.by_place:
             self.by_place[args[1].data_ptr()].append(args[0].detach())
+        # All of a Llama 4's experts at once: they read zeros of the tokens that are not theirs.
+        if function is torch.bmm and args[1].data_ptr() in self.by_place:
+            for x_ND, weight_DO in zip(args[0].detach(), args[1], strict=True):
+                self.by_place[weight_DO.data_ptr()].append(x_ND[x_ND.any(1)])
         return function(*args, **(kwargs or {}))
 
 
@@ -53,19 +58,14 @@ def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: b
                 inputs[0].flatten(0, -2).double()
             )
         )
-        for layer, block in enumerate(model.get_decoder().layers)
+        for layer, block in enumerate(decoder_of(model).layers)
         for site, module in output_modules(model, layer).items()
     ]
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     norm = next(getattr(decoder, name) for name in FINAL_NORMS if hasattr(decoder, name))
-    experts = [
-        (layer, e, weight)
-        for layer, block in enumerate(decoder.layers)
-        if has_experts(block)
-        for e, weight in enumerate(by_columns(block.mlp.experts))
-    ]
+    mixtures = {layer: mixture.experts for layer, block in enumerate(decoder.layers) if (mixture := mixture_in(block))}
+    experts = [(layer, e, weight) for layer, module in mixtures.items() for e, weight in enumerate(by_columns(module))]
     spy = InputsOf(weight for _, _, weight in experts)
-    mixtures = {layer: block.mlp.experts for layer, block in enumerate(decoder.layers) if has_experts(block)}
     routed: dict[int, Any] = {}
     for layer, module in mixtures.items():
         handles.append(
@@ -98,16 +98,23 @@ def two_pass(model: nn.Module, sequences: Sequence[Sequence[int]], skip_first: b
 
 def by_columns(experts: Any) -> torch.Tensor:
     """Return the down projections of all MoE experts, (E, O, D), whichever way round the family has them; a view."""
-    return experts.down_proj.mT if type(experts).__name__ == "GptOssExperts" else experts.down_proj
+    is_transposed = type(experts).__name__ in ("GptOssExperts", "Llama4TextExperts")
+    return experts.down_proj.mT if is_transposed else experts.down_proj
 
 
-def contributions(experts: Any, x_TD: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
+def contributions(experts: Any, x_TD: torch.Tensor, *routed: torch.Tensor) -> torch.Tensor:
     """Return the norm of what each expert adds for each token, by the experts' own module with that expert alone.
 
     Behind these columns are those that say which tokens are routed to it, (T, 2 E).
     """
-    norms_TE = torch.zeros(len(x_TD), len(experts.down_proj), dtype=torch.float64)
-    for expert in range(norms_TE.shape[1]):
+    n_experts = len(experts.down_proj)
+    if not routed:  # a Llama 4's experts get all tokens once for each of them, weighed already
+        norms_TE = experts(x_TD).double().norm(dim=1).unflatten(0, (n_experts, -1)).T
+        return torch.cat([norms_TE, (norms_TE > 0).double()], dim=1)
+
+    chosen_TK, gates_TK = routed
+    norms_TE = torch.zeros(len(x_TD), n_experts, dtype=torch.float64)
+    for expert in range(n_experts):
         for chosen_T, gates_T in zip(chosen_TK.T, gates_TK.T, strict=True):
             tokens = (chosen_T == expert).nonzero().flatten()
             alone = experts(x_TD[tokens], torch.full((len(tokens), 1), expert), gates_T[tokens, None])
@@ -159,7 +166,7 @@ def columns(units: tuple[int, ...], width: int = 1) -> list[int]:
 
 def sites(model: Any, plan: Plan, head_dim: int) -> Iterator[tuple[int, str, nn.Linear, list[int], list[int]]]:
     """Yield layer, site, module, and the kept and the cut columns of the module's input."""
-    for layer, (block, kept) in enumerate(zip(model.get_decoder().layers, plan.kept, strict=True)):
+    for layer, (block, kept) in enumerate(zip(decoder_of(model).layers, plan.kept, strict=True)):
         modules = output_modules(model, layer)
         kept_columns = {"attn": columns(kept.heads, head_dim), "mlp": list(kept.channels[0])}
         for site, module in modules.items():
@@ -170,9 +177,9 @@ def sites(model: Any, plan: Plan, head_dim: int) -> Iterator[tuple[int, str, nn.
 
 def experts_of(model: Any, plan: Plan) -> Iterator[tuple[Any, list[list[int]]]]:
     """Yield the experts of every MoE layer, and the channels that each of them keeps."""
-    for block, kept in zip(model.get_decoder().layers, plan.kept, strict=True):
+    for block, kept in zip(decoder_of(model).layers, plan.kept, strict=True):
         if len(kept.channels) > 1:
-            yield block.mlp.experts, [list(channels) for channels in kept.channels]
+            yield mixture_in(block).experts, [list(channels) for channels in kept.channels]
 
 
 @torch.no_grad()
@@ -185,6 +192,12 @@ def narrow_experts(model: Any, plan: Plan) -> None:
             for name in ("gate_up_proj", "gate_up_proj_bias"):
                 narrowed = [getattr(experts, name)[e][..., pairs[e]] for e in numbers]
                 setattr(experts, name, nn.Parameter(torch.stack(narrowed)))
+            experts.down_proj = nn.Parameter(torch.stack([experts.down_proj[e][kept[e]] for e in numbers]))
+            continue
+        if type(experts).__name__ == "Llama4TextExperts":
+            gates, ups = experts.gate_up_proj.chunk(2, dim=2)
+            gate_ups = [torch.cat([gates[e][:, kept[e]], ups[e][:, kept[e]]], dim=1) for e in numbers]
+            experts.gate_up_proj = nn.Parameter(torch.stack(gate_ups))
             experts.down_proj = nn.Parameter(torch.stack([experts.down_proj[e][kept[e]] for e in numbers]))
             continue
         gates, ups = experts.gate_up_proj.chunk(2, dim=1)

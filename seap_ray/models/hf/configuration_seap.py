@@ -29,6 +29,8 @@ TRANSFORMERS_NAMES = {
     "SeapQwen3_5ForSequenceClassification": "Qwen3_5TextForSequenceClassification",
     "SeapQwen3_5MoeConfig": "Qwen3_5MoeTextConfig",
     "SeapQwen3_5MoeModel": "Qwen3_5MoeTextModel",
+    "SeapLlama4Config": "Llama4TextConfig",
+    "SeapLlama4Model": "Llama4TextModel",
 }
 """Classes of transformers by the names of ours, where these are not the same with ``Seap`` before them."""
 ATTRIBUTES: dict[str, dict[str, Any]] = {
@@ -44,6 +46,7 @@ TEXT_CONFIGS = {
     "seap_qwen3_vl_text": "SeapQwen3VLTextConfig",
     "seap_qwen3_5_text": "SeapQwen3_5Config",
     "seap_qwen3_5_moe_text": "SeapQwen3_5MoeConfig",
+    "seap_llama4_text": "SeapLlama4Config",
 }
 """Classes of the language models of multimodal checkpoints, by their ``model_type``."""
 EXPERT_COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}

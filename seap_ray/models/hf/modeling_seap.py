@@ -187,6 +187,19 @@ class Multimodal:
         super().__init__(config)  # type: ignore[call-arg]  # the family's
 
 
+class MultimodalLlama4(Multimodal):
+    """Mixed into a Llama 4 that reads pictures, whose language model transformers builds as its own class."""
+
+    def __init__(self, config: PreTrainedConfig):
+        dense = copy.copy(config)
+        dense.text_config = dense_twin(config.text_config)
+        super().__init__(dense)
+
+        self.config = config
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()  # type: ignore[attr-defined]  # the family's
+
+
 class LayerConfigs:
     """Mixed into a Phi-3: every attention has its own layer's configuration, whose heads say where the queries end."""
 
@@ -239,6 +252,16 @@ class CompactedMixtral(CompactedMixture):
     """Mixed into the models of mixtures that have no other MLPs, as Mixtral and OLMoE."""
 
     width_key = "intermediate_size"
+
+
+class CompactedLlama4(CompactedMixtral):
+    """Mixed into a Llama 4's model, whose shared expert is as wide as the dense model's others."""
+
+    resizing = {"down_proj": None, "whole": ("feed_forward.shared_expert",)}
+
+    def get_decoder(self):
+        """Return the model without its head, which transformers looks for under another name."""
+        return self.model if hasattr(self, "model") else self
 
 
 class CompactedOPT(Compacted):
@@ -328,6 +351,7 @@ MIXINS: dict[str, type] = {
     "SeapMiniMaxM2": CompactedMixtral,
     "SeapPhimoe": CompactedMixtral,
     "SeapGptOss": CompactedMixtral,
+    "SeapLlama4": CompactedLlama4,
     "SeapGemma4": CompactedGemma4,
     "SeapLfm2": CompactedLfm2,
     "SeapGraniteMoeHybrid": CompactedGraniteMoeHybrid,
@@ -345,6 +369,8 @@ AUTO_CLASSES = {
     "ForTokenClassification": AutoModelForTokenClassification,
 }
 """Ends of the names of a family's classes, and the auto classes that build them."""
+MULTIMODAL_MIXINS: dict[str, type] = {"SeapLlama4": MultimodalLlama4}
+"""What is mixed into a model that reads pictures, by the beginning of its class's name; ``Multimodal`` into others."""
 MULTIMODAL_CLASSES = {"ForConditionalGeneration": AutoModelForImageTextToText}
 """The same of a multimodal checkpoint, whose configuration's name ends in ``MultimodalConfig``."""
 
@@ -395,7 +421,7 @@ def _make_class(config_class: type[PreTrainedConfig], end: str) -> type[PreTrain
     mixin = MIXINS.get(prefix, CompactedMixture if is_mixture else Compacted)
     content = {"__module__": __name__, "__doc__": f"A compacted {family_class.__name__}.", "config_class": config_class}
     if end in MULTIMODAL_CLASSES:
-        mixin = Multimodal
+        mixin = MULTIMODAL_MIXINS.get(prefix, Multimodal)
     # What is inside of such a classifier transformers builds from the configuration.
     elif issubclass(family_class, (GenericForSequenceClassification, GenericForTokenClassification)):
         mixin = ClassifierPhi3 if issubclass(mixin, LayerConfigs) else Classifier
