@@ -2,7 +2,8 @@
 
 A cost model of the pipeline: seconds of each stage from the model's dimensions, the job, and what a machine does in a
 second. Its predictions beside measurements of the real functions, in one thread here, at three sizes of Llama in
-float32 with random weights; then the same formulas for a Llama-3-70B on GPUs, with the assumptions that stand below.
+float32 with random weights; then the same formulas for Llamas 3 of 8B and 70B on GPUs, with the assumptions that stand
+below. ``benchmarks.raylets`` has its prediction of calibration beside the job's own pipeline on a cluster.
 Bytes and FLOP are by the formulas of ``seap_ray.pipeline.needs``, which the doctor prints.
 
 Seconds measured are of the CPU, all threads together: wall time of an idle machine, whatever else runs on this one.
@@ -11,39 +12,42 @@ Starting processes, and Ray, are not counted.
 
 import json
 import math
-import shutil
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from blake3 import blake3
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.machine import ARRAY_BYTES, HEAD_DIM, SEQUENCE, Machine, measure_machine, usual_seconds, without
 from benchmarks.merge import random_statistics
 from benchmarks.plan import FIXED_SETTINGS
-from benchmarks.shapes import LLAMA_3_70B
+from benchmarks.shapes import LLAMA_3_8B, LLAMA_3_70B
 from seap_ray.config import Config
-from seap_ray.core.moments import Moments
+from seap_ray.core.moments import Covariance
+from seap_ray.core.reconstruction import least_squares
+from seap_ray.judges.scoring import Continuation, score
 from seap_ray.models.checkpoint import Checkpoint
+from seap_ray.models.cut_costs import PASSES_BY_SITE, measure_cut_costs
 from seap_ray.models.export import write_tensors
-from seap_ray.models.forward import record
+from seap_ray.models.forward import OpenedLayers, record
 from seap_ray.models.layerwise import LayerwiseModel
-from seap_ray.models.records import read_moments, save_moments
+from seap_ray.models.records import save_moments
 from seap_ray.pipeline.calibrate import group_shards
 from seap_ray.pipeline.checkpoint_writer import prepare_checkpoint
 from seap_ray.pipeline.merge import RECORDS_HELD, TaskStatistics, merge_moments
 from seap_ray.pipeline.model_specs import model_specs
-from seap_ray.pipeline.needs import H100, ModelSize, moments_bytes, token_flops
-from seap_ray.pipeline.plan_choice import PlanChooser
+from seap_ray.pipeline.needs import (
+    H100,
+    ModelSize,
+    covariance_files_bytes,
+    moments_bytes,
+    token_flops,
+)
+from seap_ray.pipeline.plan_choice import PlanChooser, passes_of_choice
 from seap_ray.pipeline.planner import Planner, _layer_norms
 from seap_ray.pipeline.shard_records import Calibration, ShardRecords
 from seap_ray.pipeline.shards import Shard
@@ -52,19 +56,19 @@ from seap_ray.storage.run import Run
 
 # What is measured: layers, head size, vocabulary, tokens of a sequence, records to merge, ratio of the cut.
 LAYERS = 4
-HEAD_DIM = 64
 VOCABULARY = 1000
-SEQUENCE = 512
 RECORDS = 32
 RATIO = 0.5
 BATCH_TOKENS_BY_HIDDEN_SIZE = {1280: 3584, 2048: 2048, 3072: 1536}
 """So many that a batch's float64 arrays are in fresh pages, as those of large models are."""
-FRESH_PAGES_BYTES = 32 << 20
-"""Size from which glibc has an array's pages from the kernel each time; it may keep those of smaller ones."""
-ARRAY_BYTES = (1 << 18, 1 << 23, 1 << 26)
-"""Sizes of arrays in the core's cache, in the socket's, in memory."""
 SLOW_SECONDS = 3
 """A stage that takes longer is measured once."""
+QUESTIONS = 16
+"""Multiple-choice questions that are judged, of ``CONTEXT`` tokens before each of ``CHOICES`` of ``CHOICE`` tokens."""
+CONTEXT = 96
+CHOICES = 4
+CHOICE = 8
+RIDGE = 0.01
 
 # The job on GPUs. Once the model was read, it is in the nodes' page caches.
 TASKS = 9
@@ -72,7 +76,12 @@ SHARDS_PER_TASK = 2
 SHARD_SEQUENCES = 64
 LONG_SEQUENCE = 2048
 MODELS = 10
-"""One of them without mean bias."""
+"""An expert for each task and the general one, with least squares."""
+JUDGED_REPAIRS = 13
+"""Least squares of plans that are judged for the general model: one repair, four cut models, eight allocations."""
+HELD_OUT_TOKENS = 1024
+ROWS_PER_TASK = 200
+"""Questions that the dense model and every cut one are judged on."""
 STREAM_TOKENS = 262144
 BATCH_TOKENS = 4096
 FILE_BYTES = 5e9
@@ -81,6 +90,8 @@ CORES_PER_NODE = 16
 """A core does what the one here does."""
 GPU_MEMORY_RATE = 0.7 * 3.35e12
 """Bytes that an H100 reads and writes in a second: 70 % of its memory's."""
+GPU_MEMORY = 0.85 * 80e9
+"""Bytes of an H100 for weights."""
 GPU_COPY_RATE = 8e9
 """Bytes from mapped pages to a GPU in a second."""
 GPU_RATES: dict[str, Any] = {
@@ -89,118 +100,8 @@ GPU_RATES: dict[str, Any] = {
     "passes": (GPU_MEMORY_RATE,) * len(ARRAY_BYTES),
     "faults": math.inf,
 }
-
-
-# --- the machine -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What one worker, a thread or a GPU, does in a second."""
-
-    flops: float
-    """FLOP of products of matrices."""
-    attention: float
-    """FLOP of causal attention, the half that is not masked."""
-    passes: tuple[float, ...]
-    """Bytes that an elementwise pass reads and writes, for each of ``ARRAY_BYTES``."""
-    faults: float
-    """Bytes of new pages that the kernel maps and clears."""
-    read: float
-    """Bytes of a safetensors file in the page cache, mapped and read once."""
-    write: float
-    """Bytes of a file that is copied."""
-    hashed: float
-    """Bytes, BLAKE3."""
-    gathered: float
-    """Elements picked from columns by their indices."""
-    sorted: float
-    """Elements, float64."""
-    opened: float
-    """Files of one tensor."""
-    listed: float
-    """Tensors in the header of a file that is opened."""
-    got: float
-    """Moments of one column from an open file."""
-    added: float
-    """Sums of two Moments of one column."""
-    calls: float
-    """Operations of torch on one element."""
-
-    def over(self, elements: float, moved: float, new: float = 0, itemsize: float = 8) -> float:
-        """Return the seconds of passes that move ``moved`` bytes an element, ``new`` of them in arrays just made."""
-        n_bytes = itemsize * elements
-        # The measured size that is nearest to this one, as a ratio.
-        nearest = min(range(len(ARRAY_BYTES)), key=lambda i: abs(math.log(ARRAY_BYTES[i] / n_bytes)))
-        faulting = new / self.faults if n_bytes >= FRESH_PAGES_BYTES else 0
-        return elements * (moved / self.passes[nearest] + faulting)
-
-    def in_blocks(self, read: float, moved: float) -> float:
-        """Return the seconds of an element that is read once from memory, and passed over in a cache."""
-        return read / self.passes[-1] + moved / self.passes[0]
-
-
-def measure_machine(folder: Path) -> Machine:
-    """Measure one thread here; files lie in ``folder``."""
-    side = 2048
-    size = ARRAY_BYTES[-1]
-    x_ND = torch.randn(side, side)
-    odd = torch.arange(0, side, 2).numpy()
-    blocks = [block_ND.numpy() for block_ND in x_ND.split(128)]
-    q_BHTD = torch.randn(4, 16, SEQUENCE, HEAD_DIM)
-    arrays = [torch.rand(n // 8, dtype=torch.float64) for n in ARRAY_BYTES]
-    out = torch.empty_like(arrays[-1])
-    scalar = torch.ones(1)
-    moments = Moments(1, torch.ones(1), torch.zeros(1))
-
-    large = folder / "large"
-    small = folder / "small"
-    copy = folder / "copy"
-    save_file({"x": torch.rand(size // 4)}, large)
-    names = [f"layers.{i}.attn.{part}" for i in range(80) for part in ("mean", "m2", "count")]
-    save_file({name: torch.ones(1) for name in names}, small)
-    weights, records = (safe_open(path, "pt").__enter__() for path in (large, small))
-
-    # Small arrays are squared more often, so that every measurement takes some milliseconds.
-    squares = [_best(lambda x: torch.square(x, out=out[: len(x)]), x, calls=1 + size // 64 // len(x)) for x in arrays]
-    opening = _best(lambda: safe_open(large, "pt").get_tensor("x"), calls=100)
-    listing = _best(lambda: safe_open(small, "pt").get_tensor("layers.0.attn.m2"), calls=100) - opening
-
-    return Machine(
-        flops=2 * side**3 / _best(linear, x_ND, x_ND),
-        attention=2
-        * q_BHTD.numel()
-        * SEQUENCE
-        / _best(lambda: scaled_dot_product_attention(q_BHTD, q_BHTD, q_BHTD, is_causal=True)),
-        passes=tuple(2 * n / seconds for n, seconds in zip(ARRAY_BYTES, squares, strict=True)),
-        faults=size / (_best(torch.square, arrays[-1]) - squares[-1]),
-        read=size / _best(lambda: weights.get_tensor("x").sum()),
-        write=size / _best(lambda: shutil.copyfile(large, _without(copy))),
-        hashed=size / _best(blake3, out.numpy().data),
-        gathered=side**2 / 2 / _best(lambda: [block.take(odd, axis=1) for block in blocks]),
-        sorted=len(arrays[0]) / _best(lambda: arrays[0].sort(stable=True)),
-        opened=1 / opening,
-        listed=(len(names) - 1) / listing,
-        got=1 / _best(read_moments, records, (7, "attn"), calls=100),
-        added=1 / _best(Moments.__add__, moments, moments, calls=100),
-        calls=1 / _best(torch.add, scalar, scalar, calls=1000),
-    )
-
-
-def _best(work: Callable[..., Any], *arguments: Any, rounds: int = 5, calls: int = 1) -> float:
-    """Return the seconds of a call, in the fastest of some rounds."""
-    ends = [time.process_time()]
-    for _ in range(rounds):
-        for _ in range(calls):
-            work(*arguments)
-        ends.append(time.process_time())
-    return min(after - before for before, after in pairwise(ends)) / calls
-
-
-def _without(path: Any) -> Any:
-    """Remove a file, so that it is made anew, and return its path."""
-    path.unlink(missing_ok=True)
-    return path
+Parts = dict[str, float]
+"""Seconds of a stage, part by part."""
 
 
 # --- the stages ------------------------------------------------------------------------------------------------------
@@ -250,6 +151,23 @@ def statistics_seconds(model: ModelSize, machine: Machine) -> float:
     return architecture.n_layers * (sites + cosine)
 
 
+def computing_seconds(model: ModelSize, machine: Machine, batch: int) -> float:
+    """Return the seconds of a token on its way through the model, with its moments."""
+    return forward_seconds(model, machine, SEQUENCE, batch) + statistics_seconds(model, machine)
+
+
+def covariance_seconds(model: ModelSize, machine: Machine, *, products: int = 1) -> float:
+    """Return the seconds of a token: ``Covariance.of`` both sites, beside ``statistics_seconds``.
+
+    ``products`` of all pairs of columns, 2 FLOP each: one in float32 on a CPU, two in bfloat16 on a GPU. In bytes of a
+    column: read (b), made float64 (8), less the mean (16), made float32 (12), put together (8 new).
+    """
+    architecture = model.architecture
+    deviations = sum(architecture.widths) * (machine.in_blocks(model.item_bytes, 36) + 8 / machine.passes[-1])
+    pairs = sum(width**2 for width in architecture.widths)
+    return architecture.n_layers * (deviations + products * 2 * pairs / machine.flops)
+
+
 def reading_seconds(model: ModelSize, machine: Machine) -> float:
     """Return the seconds of ``LayerwiseModel`` reading all but the head: from mapped pages to new arrays."""
     b = model.item_bytes
@@ -289,6 +207,45 @@ def planning_seconds(model: ModelSize, machine: Machine) -> float:
     return model.architecture.n_layers * (1.5 * dense.channels / machine.sorted + 20 * dense.groups / machine.calls)
 
 
+def repair_seconds(model: ModelSize, machine: Machine, ratio: float) -> float:
+    """Return the seconds of ``least_squares`` at both sites of all layers of one model, in float32.
+
+    Of D columns S stay and P go, O outputs each. In FLOP: what is lost 2 O P S, the factor S^3 / 3, two triangular
+    solves O S^2 each. In bytes: the kept rows of a covariance, float64, picked, divided, made float32 and picked from
+    (60 S D), the normal matrix copied (8 S^2), the covariance divided once more to judge the result (16 D^2, half of
+    them in new pages), the solution made float64 and added (40 O S, 16 of them new).
+    """
+    outputs = model.architecture.hidden_size
+    seconds = 0.0
+    for width in model.architecture.widths:
+        kept = (1 - ratio) * width
+        seconds += 2 * outputs * (width - kept) * kept / machine.flops
+        seconds += kept**3 / 3 / machine.factored + 2 * outputs * kept**2 / machine.solved
+        moved = 60 * kept * width + 8 * kept**2 + 16 * width**2 + 40 * outputs * kept
+        seconds += moved / machine.passes[-1] + (8 * width**2 + 16 * outputs * kept) / machine.faults
+    return model.architecture.n_layers * seconds
+
+
+def head_seconds(model: ModelSize, machine: Machine, vocabulary: int, *, gradients: bool = False) -> float:
+    """Return the seconds of a token's logits and their logarithms: 2 H V FLOP, twice with gradients, and 24 V bytes."""
+    flops = 2 * model.architecture.hidden_size * vocabulary * (2 if gradients else 1)
+    return flops / machine.flops + machine.over(vocabulary * SEQUENCE, 24, itemsize=4) / SEQUENCE
+
+
+def costs_seconds(model: ModelSize, machine: Machine, sequence: int, batch: int, vocabulary: int) -> float:
+    """Return the seconds of a held-out token in ``measure_cut_costs``: the passes of a cut model, and two heads."""
+    heads = head_seconds(model, machine, vocabulary) + head_seconds(model, machine, vocabulary, gradients=True)
+    return PASSES_BY_SITE * forward_seconds(model, machine, sequence, batch) + heads
+
+
+def judging_seconds(model: ModelSize, machine: Machine, batch: int, vocabulary: int) -> float:
+    """Return the seconds of a question: its context once, its choices without their last tokens, and their logits."""
+    read = CONTEXT + CHOICES * (CHOICE - 1)
+    predicting = 1 + CHOICES * (CHOICE - 1)  # all first tokens are predicted at one place
+    forward = forward_seconds(model, machine, CONTEXT + CHOICE, batch)
+    return read * forward + predicting * head_seconds(model, machine, vocabulary)
+
+
 def export_seconds(model: ModelSize, machine: Machine, ratio: float, *, repaired: bool) -> float:
     """Return the seconds of ``write_tensors``, one model: kept rows copied, kept columns gathered, all hashed, written.
 
@@ -309,7 +266,7 @@ def export_seconds(model: ModelSize, machine: Machine, ratio: float, *, repaired
 
 def compare(hidden_size: int, machine: Machine, folder: Path) -> dict[str, Any]:
     """Return seconds of each stage, and bytes: predicted, measured, and the one by the other."""
-    checkpoint = _save_model(hidden_size, folder / "base")
+    checkpoint = save_model(hidden_size, folder / "base")
     model = ModelSize.from_checkpoint(checkpoint)
     architecture = checkpoint.architecture
     n_tokens = BATCH_TOKENS_BY_HIDDEN_SIZE[hidden_size]
@@ -325,6 +282,14 @@ def compare(hidden_size: int, machine: Machine, folder: Path) -> dict[str, Any]:
     loaded = LlamaForCausalLM.from_pretrained(checkpoint.folder).eval()
     streamed = LayerwiseModel(checkpoint, torch.float32, torch.device("cpu"), memory_budget=1 << 40)
     sequences = torch.randint(VOCABULARY, (n_tokens // SEQUENCE, SEQUENCE)).tolist()
+    opened = OpenedLayers(
+        loaded.requires_grad_(False), lambda numbers: (loaded.model.layers[i] for i in numbers), config.calibration
+    )
+    questions = _questions()
+    modules = checkpoint.architecture.modules(0).values()
+    covariances = {
+        module: _covariance(checkpoint.tensors[architecture.tensor(0, module)].shape[1]) for module in modules
+    }
     planner = _planner(config, checkpoint, run)
     spec = model_specs(config)[1]
     pending = prepare_checkpoint(PlanChooser(planner, progress).plan_model(spec, RATIO), config.export, run)
@@ -333,16 +298,31 @@ def compare(hidden_size: int, machine: Machine, folder: Path) -> dict[str, Any]:
     written = folder / "expert.safetensors"
     merged = run.statistics("sort")
 
-    computing = n_tokens * (forward_seconds(model, machine, SEQUENCE, n_tokens) + statistics_seconds(model, machine))
+    computing = n_tokens * computing_seconds(model, machine, n_tokens)
     stages: dict[str, tuple[float, Callable[[], Any]]] = {
         "single": (computing, lambda: record(loaded, sequences, batch_tokens=n_tokens)),
         "stream": (
             computing + reading_seconds(model, machine),
             lambda: [*streamed.record({"": sequences}, batch_tokens=n_tokens)],
         ),
+        "covariances": (
+            computing + n_tokens * covariance_seconds(model, machine) / LAYERS,
+            lambda: record(loaded, sequences, batch_tokens=n_tokens, covariances=(0,)),
+        ),
+        "repair": (repair_seconds(model, machine, RATIO) / LAYERS, lambda: _repair(covariances, checkpoint)),
+        "costs": (
+            SEQUENCE * costs_seconds(model, machine, SEQUENCE, SEQUENCE, VOCABULARY),
+            lambda: measure_cut_costs(
+                opened.model, opened.forwards(), opened.backwards(), opened.embed(sequences[:1]), pending.export
+            ),
+        ),
+        "judging": (
+            QUESTIONS * judging_seconds(model, machine, n_tokens, VOCABULARY),
+            lambda: score(loaded, questions, batch_tokens=n_tokens),
+        ),
         "merge": (
             merging_seconds(model, machine, RECORDS),
-            lambda: merge_moments(TaskStatistics(records, shards, _without(merged))),
+            lambda: merge_moments(TaskStatistics(records, shards, without(merged))),
         ),
         "norms": (
             norms_seconds(model, machine),
@@ -351,18 +331,19 @@ def compare(hidden_size: int, machine: Machine, folder: Path) -> dict[str, Any]:
         "plan": (planning_seconds(model, machine), lambda: planner.plan(spec, RATIO)),
         "writing": (
             export_seconds(model, machine, RATIO, repaired=True),
-            lambda: write_tensors(pending.export, tensors, _without(written)),
+            lambda: write_tensors(pending.export, tensors, without(written)),
         ),
     }
     compared = {}
     for stage, (predicted, work) in stages.items():
-        compared[stage] = _compared(predicted, _best(work, rounds=1 if predicted > SLOW_SECONDS else 5))
+        compared[stage] = _compared(predicted, usual_seconds(work, rounds=1 if predicted > SLOW_SECONDS else 5))
     compared["bytes of a record"] = _compared(moments_bytes(architecture), records.path(shards[0]).stat().st_size)
     compared["bytes of an expert"] = _compared(pruned_bytes(model, RATIO), written.stat().st_size)
     return compared
 
 
-def _save_model(hidden_size: int, folder: Path) -> Checkpoint:
+def save_model(hidden_size: int, folder: Path) -> Checkpoint:
+    """Write a Llama with random weights, and open it."""
     config = LlamaConfig(
         hidden_size=hidden_size,
         num_hidden_layers=LAYERS,
@@ -372,6 +353,28 @@ def _save_model(hidden_size: int, folder: Path) -> Checkpoint:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return Checkpoint.open(str(folder))
+
+
+def _repair(covariances: Mapping[str, Covariance], checkpoint: Checkpoint) -> None:
+    """Repair the first layer's output modules in bfloat16, for the columns of even numbers."""
+    for module, covariance in covariances.items():
+        weight_OD = checkpoint.read(checkpoint.architecture.tensor(0, module)).bfloat16()
+        least_squares(covariance, weight_OD, torch.arange(0, weight_OD.shape[1], 2), ridge=RIDGE)
+
+
+def _covariance(width: int) -> Covariance:
+    """Return a covariance that never was: columns with a variance of one and a little in common."""
+    x_ND = torch.randn(64, width)
+    comoment_DD = torch.addmm(torch.eye(width), x_ND.T, x_ND, alpha=1 / width).double()
+    return Covariance(1, torch.zeros(width, dtype=torch.float64), comoment_DD.diagonal().clone(), comoment_DD)
+
+
+def _questions() -> list[Continuation]:
+    """Return random questions, each with its choices, as ``score`` takes them."""
+    questions: list[Continuation] = []
+    for context in torch.randint(VOCABULARY, (QUESTIONS, CONTEXT)).tolist():
+        questions += [(context + choice, CONTEXT) for choice in torch.randint(VOCABULARY, (CHOICES, CHOICE)).tolist()]
+    return questions
 
 
 def _planner(config: Config, checkpoint: Checkpoint, run: Run) -> Planner:
@@ -391,58 +394,154 @@ def _compared(predicted: float, measured: float) -> dict[str, float]:
 # --- on GPUs ---------------------------------------------------------------------------------------------------------
 
 
-def predict_on_gpus(model: ModelSize, core: Machine, gpus: int) -> dict[str, Any]:
-    """Return the seconds of each stage of the job, the longest one, and what they consist of."""
-    gpu = replace(core, **GPU_RATES)
-    nodes = -(-gpus // GPUS_PER_NODE)
-    cores = nodes * CORES_PER_NODE
+@dataclass(frozen=True)
+class GpuJob:
+    """A job on GPUs: the model, what a core here does, and how many GPUs there are."""
 
-    shards = [Shard("", "", SHARD_SEQUENCES, SHARD_SEQUENCES * LONG_SEQUENCE, "")] * (TASKS * SHARDS_PER_TASK)
-    workers = min(gpus, len(shards))
-    groups = group_shards(shards, STREAM_TOKENS, workers)
-    rounds = -(-len(groups) // workers)
-    n_tokens = max(map(len, groups)) * SHARD_SEQUENCES * LONG_SEQUENCE
-    computing = n_tokens * forward_seconds(model, gpu, LONG_SEQUENCE, BATCH_TOKENS)
-    recording = n_tokens * statistics_seconds(model, gpu)
-    # The first pass reads from shared storage, the others from the page cache.
-    reads = [streamed_bytes(model) / rate for rate in (H100.read_bytes_per_s, *[GPU_COPY_RATE] * (rounds - 1))]
+    model: ModelSize
+    vocabulary: int
+    core: Machine
+    gpus: int
 
-    written = MODELS * pruned_bytes(model, RATIO)
-    writers = min(cores, MODELS * math.ceil(written / MODELS / FILE_BYTES))
-    cutting = sum(export_seconds(model, core, RATIO, repaired=i > 0) for i in range(MODELS)) / writers
-    n_layers = model.architecture.n_layers
-    seconds = {
-        "calibration": rounds * (computing + recording) + sum(reads),  # one CUDA stream copies and computes
-        "merge": -(-TASKS // cores) * merging_seconds(model, core, SHARDS_PER_TASK),
-        "norms": -(-n_layers // cores) * norms_seconds(model, core) / n_layers,
-        "plans": MODELS * planning_seconds(model, core),
-        "writing": max(cutting, written / nodes / H100.write_bytes_per_s),
-    }
-    parts = {
-        "calibration: workers, passes of each": [workers, rounds],
-        "calibration: forward": rounds * computing,
-        "calibration: statistics": rounds * recording,
-        "calibration: reading": sum(reads),
-        "calibration, if it read meanwhile": sum(max(computing + recording, read) for read in reads),
-        "writing: cores": cutting,
-    }
-    return {"longest": max(seconds, key=lambda stage: seconds[stage])} | seconds | parts
+    @property
+    def gpu(self) -> Machine:
+        """What a GPU does; files, and what else a core does for it, as here."""
+        return replace(self.core, **GPU_RATES)
+
+    @property
+    def nodes(self) -> int:
+        """Nodes, each with storage of its own rate."""
+        return -(-self.gpus // GPUS_PER_NODE)
+
+    @property
+    def cores(self) -> int:
+        """Cores of all nodes."""
+        return self.nodes * CORES_PER_NODE
+
+    @property
+    def gpus_of_a_model(self) -> int:
+        """GPUs that hold the dense model."""
+        return math.ceil(self.model.n_bytes / GPU_MEMORY)
+
+    @property
+    def reads(self) -> float:
+        """Bytes that all nodes read from storage in a second."""
+        return self.nodes * H100.read_bytes_per_s
+
+    @property
+    def writes(self) -> float:
+        """Bytes that all nodes write to storage in a second."""
+        return self.nodes * H100.write_bytes_per_s
+
+    @property
+    def covariances(self) -> int:
+        """Bytes of the covariances of a shard, or of a task."""
+        return covariance_files_bytes(self.model.architecture)
+
+    def calibration(self) -> Parts:
+        """Every shard's tokens through the dense model, layer by layer from the disk, and its covariances written."""
+        n_shards = TASKS * SHARDS_PER_TASK
+        shards = [Shard("", "", SHARD_SEQUENCES, SHARD_SEQUENCES * LONG_SEQUENCE, "")] * n_shards
+        workers = min(self.gpus, n_shards)
+        groups = group_shards(shards, STREAM_TOKENS, workers)
+        rounds = -(-len(groups) // workers)
+        n_tokens = rounds * max(map(len, groups)) * SHARD_SEQUENCES * LONG_SEQUENCE
+        # The first pass reads from shared storage, the others from the page cache.
+        rates = (H100.read_bytes_per_s, *[GPU_COPY_RATE] * (rounds - 1))
+        recording = statistics_seconds(self.model, self.gpu) + covariance_seconds(self.model, self.gpu, products=2)
+        return {
+            "forward": n_tokens * forward_seconds(self.model, self.gpu, LONG_SEQUENCE, BATCH_TOKENS),
+            "statistics": n_tokens * recording,
+            "reading the model": sum(streamed_bytes(self.model) / rate for rate in rates),
+            "writing records": n_shards * self.covariances / self.writes,
+        }
+
+    def merge(self) -> Parts:
+        """Every task's records added."""
+        moments = -(-TASKS // self.cores) * merging_seconds(self.model, self.core, SHARDS_PER_TASK)
+        return {
+            "moments": moments,
+            "reading records": TASKS * SHARDS_PER_TASK * self.covariances / self.reads,
+            "writing statistics": TASKS * self.covariances / self.writes,
+        }
+
+    def norms(self) -> Parts:
+        """Norms of all weights, a task a layer."""
+        n_layers = self.model.architecture.n_layers
+        return {"cores": -(-n_layers // self.cores) * norms_seconds(self.model, self.core) / n_layers}
+
+    def choice(self) -> Parts:
+        """Plans judged on each task's held-out tokens, a task a worker; a model that does not fit is read each time."""
+        general, expert, *_ = model_specs(_default_job())
+        passes = sum(passes_of_choice(_default_job(), spec) for spec in (general, expert))
+        # Forward and backward of a cut model take the time of several passes, and walk over the layers once each.
+        walks = math.ceil(passes * 2 / PASSES_BY_SITE) if self.gpus_of_a_model > 1 else 1
+        rounds = -(-TASKS // min(self.gpus, TASKS))
+        token = forward_seconds(self.model, self.gpu, LONG_SEQUENCE, HELD_OUT_TOKENS)
+        token += head_seconds(self.model, self.gpu, self.vocabulary)
+        reading = self.model.n_bytes * (1 / H100.read_bytes_per_s + (walks - 1) / GPU_COPY_RATE)
+        return {"passes": rounds * HELD_OUT_TOKENS * passes * token, "reading the model": rounds * reading}
+
+    def repair(self) -> Parts:
+        """Least squares of the models that are judged and written, a task a layer."""
+        n_layers = self.model.architecture.n_layers
+        rounds = -(-n_layers // self.cores)
+        cores = (JUDGED_REPAIRS + MODELS) * rounds * repair_seconds(self.model, self.core, RATIO) / n_layers
+        # An expert's own, and for the general model all of them, once for its choice and once for what is written.
+        return {"cores": cores, "reading statistics": 3 * TASKS * self.covariances / self.reads}
+
+    def writing(self) -> Parts:
+        """Rows and columns of all models picked, hashed and written."""
+        written = MODELS * pruned_bytes(self.model, RATIO)
+        writers = min(self.cores, MODELS * math.ceil(written / MODELS / FILE_BYTES))
+        cutting = MODELS * export_seconds(self.model, self.core, RATIO, repaired=False) / writers
+        return {"cores": cutting, "storage, meanwhile": max(0.0, written / self.writes - cutting)}
+
+    def judging(self) -> Parts | None:
+        """All models on the questions of all tasks; None where the dense model fits no worker."""
+        workers = self.gpus // self.gpus_of_a_model
+        if not workers:
+            return None
+        n_models = MODELS + 1
+        batch = judging_seconds(self.model, self.gpu, BATCH_TOKENS, self.vocabulary)
+        return {
+            "questions": n_models * TASKS * ROWS_PER_TASK * batch / workers,
+            "reading the models": -(-n_models // workers) * self.model.n_bytes / H100.read_bytes_per_s,
+        }
+
+    def predict(self) -> dict[str, Any]:
+        """Return the seconds of every stage, and the part of each that takes longest."""
+        predicted: dict[str, Any] = {}
+        for stage in ("calibration", "merge", "norms", "choice", "repair", "writing", "judging"):
+            parts = getattr(self, stage)()
+            if parts:
+                predicted[stage] = {"seconds": sum(parts.values()), "limited by": max(parts, key=parts.__getitem__)}
+                predicted[stage] |= parts
+        return predicted
+
+
+def _default_job() -> Config:
+    """Return a job of this page with the default settings of pruning."""
+    tasks = [{"name": f"task{i}", "path": "unread.jsonl"} for i in range(TASKS)]
+    return Config.model_validate({"tasks": tasks, "pruning": {"ratio": RATIO, "baselines": {}}})
 
 
 def main() -> None:
     """Print all predictions and measurements as JSON, numbers in three digits."""
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        machine = measure_machine(Path(folder))
-    report: dict[str, Any] = {"machine": asdict(machine)}
+    report: dict[str, Any] = {}
     for hidden_size in BATCH_TOKENS_BY_HIDDEN_SIZE:
         with tempfile.TemporaryDirectory() as folder:
+            # Anew for each size: what else a processor's other cores do changes its rates from minute to minute.
+            machine = measure_machine(Path(folder))
             report[f"hidden size {hidden_size}"] = compare(hidden_size, machine, Path(folder))
+    report["machine"] = asdict(machine)
 
-    model = ModelSize.from_config({**LLAMA_3_70B.to_dict(), "dtype": "bfloat16"})
-    for gpus in (1, 8, 64):
-        report[f"70B, GPUs: {gpus}"] = predict_on_gpus(model, machine, gpus)
+    for name, shape in (("8B", LLAMA_3_8B), ("70B", LLAMA_3_70B)):
+        model = ModelSize.from_config({**shape.to_dict(), "dtype": "bfloat16"})
+        for gpus in (1, 8, 64):
+            report[f"{name}, GPUs: {gpus}"] = GpuJob(model, shape.vocab_size, machine, gpus).predict()
     # Numbers go through their text, which json can parse with a rounding of ours.
     rounded = json.loads(json.dumps(report), parse_float=lambda text: float(f"{float(text):.3g}"))
     print(json.dumps(rounded, indent=2))

@@ -21,6 +21,9 @@ from tests.support.builders import HYBRIDS, MIXTURES, save_dense
 transformers_logging.disable_progress_bar()
 # Ray gives its workers what other processes leave of a core: beside a test that computes they would starve.
 os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parent / "support" / "startup"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -39,7 +39,7 @@ each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(
 
 def runs_the_demo(test):
     """Mark a test that needs the run of README's first block; its time counts what its fixtures take."""
-    for mark in (pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)):
+    for mark in (pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)):
         test = mark(test)
     return test
 

@@ -20,7 +20,7 @@ from tests.support.served import KEY, Service, prune
 
 openai = pytest.importorskip("openai")
 # The time of a test counts what its fixtures take: a run and a start, each at its longest.
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 TEMPLATE = """{{ bos_token }}{% for message in messages %}
 {%- if loop.first and message.role != 'system' %}<|im_start|>system

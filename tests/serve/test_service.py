@@ -44,7 +44,7 @@ from tests.support.served import (
 
 openai = pytest.importorskip("openai")
 # The time of a test counts what its fixtures take: a run and a start, each at its longest.
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tests.support.browser import open_page, send
 from tests.support.served import KEY, TASKS, Service, chat, command_of, questions
 
 # The time of a test counts what its fixtures take: a run and a start, each at its longest.
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 MODELS = ("general", *TASKS, "sort")
 BEFORE = "the answer to the question before this one was wrong, so think of it as long as you need to. "

@@ -18,7 +18,7 @@ from tests.support import NOTHING_TO_JUDGE, ROOT
 KEY = "a-key-of-the-tests"
 TASKS = ("arithmetic", "reverse")
 ROOM = {"serve.max_ongoing_requests": 16, "serve.max_queued_requests": 16}
-START_S = 500
+START_S = 900
 METRICS_S = 1
 """Seconds between two reports of a process's metrics."""
 
@@ -88,7 +88,9 @@ class Service:
             )
         deadline = time.monotonic() + START_S
         while "are served at" not in log.read_text():
-            assert self.process.poll() is None and time.monotonic() < deadline, log.read_text()
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise AssertionError(log.read_text())
             time.sleep(0.5)
 
     @property
