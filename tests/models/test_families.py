@@ -42,6 +42,7 @@ from tests.support.builders import (
     layerwise,
     load,
     logits,
+    mixture_in,
     output_modules,
     random_ids,
     random_kept,
@@ -143,6 +144,7 @@ DENSE_LAYERS = {
     "glm4_moe": ({"first_k_dense_replace": 3}, [0, 0, 0, 4]),
     "deepseek_v3": ({"first_k_dense_replace": 0}, [4, 4, 4, 4]),
     "ernie4_5_moe": ({"moe_layer_start_index": 2, "moe_layer_end_index": 2}, [0, 0, 4, 0]),
+    "llama4": ({"moe_layers": [0, 3]}, [4, 0, 0, 4]),
 }
 """Config keys that say which layers have no experts, and the experts of every layer."""
 
@@ -156,7 +158,7 @@ def test_layers_without_experts_are_those_that_transformers_builds_without(name)
     architecture = Architecture.of(config.to_dict())
     with torch.device("meta"):
         layers = decoder_of(AutoModelForCausalLM.from_config(config)).layers
-    built = [layer.mlp.experts.num_experts if hasattr(layer.mlp, "experts") else 0 for layer in layers]
+    built = [mixture.experts.num_experts if (mixture := mixture_in(layer)) else 0 for layer in layers]
     assert [layer.n_experts for layer in architecture.layers] == built == expected
     sizes = [sum(tensor.numel() for tensor in layer.state_dict().values()) for layer in layers]
     assert [architecture.layer_parameters(layer) for layer in architecture.layers] == sizes
@@ -204,7 +206,14 @@ def test_a_mixture_without_any_experts_is_refused():
 
 @pytest.mark.parametrize(
     ("name", "dropped"),
-    [("qwen2_moe", (0,)), ("glm4_moe", (0, 3)), ("ernie4_5_moe", (1, 2)), ("glm4_moe_lite", (2, 3))],
+    [
+        ("qwen2_moe", (0,)),
+        ("glm4_moe", (0, 3)),
+        ("ernie4_5_moe", (1, 2)),
+        ("glm4_moe_lite", (2, 3)),
+        # Kinds of its layers are looked up by their places, which this leaves right in the dense model, too.
+        ("llama4", (1, 2)),
+    ],
     ids=str,
 )
 def test_dropped_layers_of_a_mixture_leave_the_others_with_their_experts(dense, tmp_path, name, dropped):
