@@ -15,11 +15,13 @@ if find_spec("playwright") is None:
 elif CHROMIUM is None:
     MISSING = "needs Chromium on the PATH: apt-get install chromium"
 else:
-    from playwright.sync_api import Browser, Page, sync_playwright
+    from playwright.sync_api import Browser, Page, expect, sync_playwright
 
     MISSING = ""
-DEADLINE = 10.0
+DEADLINE = 30.0
 """Seconds that a page may take to show something."""
+if not MISSING:
+    expect.set_options(timeout=1000 * DEADLINE)
 
 
 @contextmanager
