@@ -21,6 +21,7 @@ from tests.support.builders import HYBRIDS, MIXTURES, save_dense
 transformers_logging.disable_progress_bar()
 # Ray gives its workers what other processes leave of a core: beside a test that computes they would starve.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# ``sitecustomize`` lies there, which Python imports in every process that is started from here.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parent / "support" / "startup"), *filter(None, [os.environ.get("PYTHONPATH")])]
 )

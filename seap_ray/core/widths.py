@@ -225,7 +225,7 @@ def _check_equal_groups(architecture: Architecture, unit: str, options_L: Sequen
     alternatives = "head or none" if architecture.dense.heads_per_group > 1 else "none"
     raise ConfigError(
         f"pruning.attention_unit: {unit} leaves layers with unequal numbers of key-value "
-        f"heads, which no engine serves beside the {'states' if architecture.family.mixer else 'sliding windows'} "
+        f"heads, which no engine serves beside the {'states' if architecture.family.mixer else 'windows'} "
         f"that some layers of this {architecture.family_name} have; choose {alternatives}"
     )
 

@@ -19,8 +19,8 @@ from seap_ray.config import ServeSection, load_config
 from seap_ray.errors import ConfigError
 from serve import gate
 from serve.errors import add_handlers
-from serve.gate import OPEN_PATHS, Gate, check_operator, proxy_middleware
-from serve.keys import LOOK_EVERY_S, read_keys, read_operator_keys
+from serve.gate import OPEN_PATHS, Gate, check_operator, prepare_environment, proxy_middleware
+from serve.keys import KEYS_VARIABLE, LOOK_EVERY_S, read_keys, read_operator_keys
 
 KEYS = "alpha-key-of-team-a, beta-key-of-team-b"
 ONE, TWO = "the-first-key-there-is", "the-second-key-there-is"
@@ -441,3 +441,17 @@ def test_unknown_paths_and_methods_have_the_same_form(keyed):
 def test_no_bytes_make_it_fail(body, kind):
     target = app(keys_of("alpha-key-of-team-a"))
     assert post(target, content=body, headers={"content-type": kind}).status_code in (200, 400, 413, 415)
+
+
+def test_a_cluster_that_starts_has_no_keys_and_gives_proxies_the_time_that_users_say_or_a_minute(monkeypatch):
+    variable = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"
+    # The middleware's variable is set here as well, and gone again after the test.
+    monkeypatch.setenv(gate.PROXY_VARIABLE, "serve.gate:proxy_middleware")
+    for given_s, expected_s in (("7", "7"), (None, "60")):
+        monkeypatch.setenv(KEYS_VARIABLE, "a-key")
+        monkeypatch.setenv(variable, given_s or "")
+        if given_s is None:
+            monkeypatch.delenv(variable)
+        prepare_environment()
+        assert os.environ[variable] == expected_s
+        assert KEYS_VARIABLE not in os.environ
