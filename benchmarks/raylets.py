@@ -16,9 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import torch
-from ray.cluster_utils import Cluster
 
 from benchmarks.cost import (
     VOCABULARY,
@@ -27,11 +25,11 @@ from benchmarks.cost import (
     save_model,
 )
 from benchmarks.machine import SEQUENCE, Machine, measure_machine
+from benchmarks.scaling import raylets
 from seap_ray.config import Config
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.pipeline import calibrate
 from seap_ray.pipeline.calibrate import Calibrator, make_records
-from seap_ray.pipeline.cluster import connect_driver
 from seap_ray.pipeline.needs import ModelSize, covariance_files_bytes
 from seap_ray.pipeline.shard_records import ShardRecords
 from seap_ray.pipeline.shards import Shard
@@ -64,23 +62,13 @@ def main(n_shards: int) -> None:
         machine = measure_machine(Path(folder))
         checkpoint = save_model(HIDDEN_SIZE, Path(folder) / "base")
 
-        os.environ["RAY_worker_niceness"] = "0"
         # The pipeline finds the class by its name in the module.
         calibrate.Calibrator = Started  # type: ignore[misc]
-        # The head does no work, as on a cluster of machines.
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-        for _ in range(max(WORKERS)):
-            cluster.add_node(num_cpus=1)
-        os.environ["RAY_ADDRESS"] = cluster.address
-        connect_driver()
-        try:
+        with raylets(max(WORKERS)):
             for workers in WORKERS:
                 predicted = -(-n_shards // workers) * _shard_seconds(ModelSize.from_checkpoint(checkpoint), machine)
                 measured = _measure(Path(folder) / str(workers), checkpoint, n_shards, workers)
                 report[f"{workers} workers"] = {"predicted": predicted, "measured": measured}
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
     print(json.dumps(report, indent=2))
 
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,29 +74,34 @@ class Sleeper(Calibrator):
 
 def main(n_shards: int, seconds: float) -> None:
     """Measure every number of workers on one cluster, and print the results as JSON."""
-    os.environ |= {SLEEP_VARIABLE: str(seconds), "RAY_worker_niceness": "0"}
+    os.environ[SLEEP_VARIABLE] = str(seconds)
     # The pipeline finds the class by its name in the module.
     calibrate.Calibrator = Sleeper  # type: ignore[misc]
-    # The head does no work, as on a cluster of machines.
+    report = {}
+    with raylets(max(WORKERS)), tempfile.TemporaryDirectory() as folder:
+        for workers in WORKERS:
+            run_folder = Path(folder) / str(workers)
+            report[f"{workers} workers"] = _measure(run_folder, n_shards, seconds, workers, TOKENS)
+        run_folder = Path(folder) / "more-tokens"
+        report["8 workers, four times the tokens"] = _measure(run_folder, n_shards, seconds, 8, 4 * TOKENS)
+
+    print(json.dumps(report, indent=2))
+
+
+@contextmanager
+def raylets(n: int) -> Iterator[None]:
+    """Start a cluster of nodes with one CPU each, beside a head that does no work, and connect to it."""
+    os.environ["RAY_worker_niceness"] = "0"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    for _ in range(max(WORKERS)):
+    for _ in range(n):
         cluster.add_node(num_cpus=1)
     os.environ["RAY_ADDRESS"] = cluster.address
-    connect_driver()
-
-    report = {}
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            for workers in WORKERS:
-                run_folder = Path(folder) / str(workers)
-                report[f"{workers} workers"] = _measure(run_folder, n_shards, seconds, workers, TOKENS)
-            run_folder = Path(folder) / "more-tokens"
-            report["8 workers, four times the tokens"] = _measure(run_folder, n_shards, seconds, 8, 4 * TOKENS)
+        connect_driver()
+        yield
     finally:
         ray.shutdown()
         cluster.shutdown()
-
-    print(json.dumps(report, indent=2))
 
 
 def _measure(folder: Path, n_shards: int, seconds: float, workers: int, tokens: int) -> dict[str, float]:
