@@ -67,7 +67,7 @@ from transformers import (
 
 import seap_ray.models.hf  # noqa: F401
 from seap_ray.config import QuantizationSection
-from seap_ray.core.architecture import Shape
+from seap_ray.core.architecture import Architecture, Shape
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.plan import Kept, Plan
 from seap_ray.demo import skills
@@ -158,6 +158,7 @@ GROUPED = {**SERVABLE, "num_attention_heads": 8, "num_key_value_heads": 4}
 # Families that have no head size of their own divide the hidden size by the number of heads.
 DIVIDED = {key: value for key, value in SERVABLE.items() if key != "head_dim"}
 DIVIDED |= {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 MORE_MODELS = {
     "gemma": lambda: GemmaConfig(**GROUPED),
     "smollm3": lambda: SmolLM3Config(**DIVIDED),
@@ -195,13 +196,10 @@ MORE_MODELS = {
         **GROUPED,
         moe_intermediate_size=96,
         shared_expert_intermediate_size=64,
-        num_experts=4,
-        num_experts_per_tok=2,
+        **FEW_EXPERTS,
         mlp_only_layers=[2],
     ),
-    "olmoe": lambda: OlmoeConfig(
-        **SERVABLE, num_attention_heads=3, num_key_value_heads=3, num_experts=4, num_experts_per_tok=2
-    ),
+    "olmoe": lambda: OlmoeConfig(**SERVABLE, num_attention_heads=3, num_key_value_heads=3, **FEW_EXPERTS),
     "glm4_moe": lambda: Glm4MoeConfig(**GROUPED, **DEEPSEEK_EXPERTS, use_qk_norm=True),
     "gpt_oss": lambda: GptOssConfig(
         **GROUPED,
@@ -253,7 +251,7 @@ def compact(dense: Path, folder: Path, shapes: list[Shape] | None = None) -> Pat
     checkpoint = Checkpoint.open(str(dense))
     architecture = checkpoint.architecture
     plan = random_plan(architecture, seed=3, compensation="mean")
-    if architecture.mixes_windows and not architecture.why_whole_attention:
+    if not shapes and architecture.mixes_windows and not architecture.why_whole_attention:
         # Key-value heads stay, and queries go from each of them. On a CPU vLLM wants multiples of 32 in gpt-oss.
         groups, per_group = architecture.dense.groups, architecture.dense.heads_per_group
         shapes = [Shape(groups, 1 + i % per_group, 32 + 32 * i) for i in range(architecture.n_layers)]
@@ -477,7 +475,7 @@ ONE_OF_A_KIND = ("llama", "qwen3", "gemma2", "phi3", "opt", "gpt_neox", "mixtral
 @pytest.fixture(scope="module")
 def without_plugin(expert, tmp_path_factory):
     """Prompts, and by model what a process that knows no seap_ray says with plain vLLM: greedy tokens, or an error."""
-    names = [*MODELS, *MODELS_OF_OTHERS] if "SEAP_RAY_TP" in os.environ else ONE_OF_A_KIND
+    names = [*MODELS, *MORE_MODELS, *MODELS_OF_OTHERS] if "SEAP_RAY_TP" in os.environ else ONE_OF_A_KIND
     root = tmp_path_factory.mktemp("without")
     prompts = random_prompts([1, 9, 40])
     settings = [{name: str(expert(name)) for name in names}, prompts, str(root / "out.json")]
@@ -489,13 +487,13 @@ def without_plugin(expert, tmp_path_factory):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return prompts, json.loads((root / "out.json").read_text())
 
 
-@pytest.mark.parametrize("name", [*MODELS, *MODELS_OF_OTHERS])
+@pytest.mark.parametrize("name", [*MODELS, *MORE_MODELS, *MODELS_OF_OTHERS])
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_plain_vllm_without_the_plugin_gives_the_same_greedy_tokens(expert, without_plugin, name):
@@ -573,34 +571,39 @@ def test_lora_adapters_fit_the_cut_layers(expert, tmp_path):
         assert engine.greedy(prompts, 16) == adapted
 
 
-IN_HALVES = {
-    "llama": [Shape(4, 3, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],  # one key-value head: repeated
-    "mistral": [Shape(4, 2, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],
-    "qwen2": [Shape(4, 2, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],
-    "qwen3": [Shape(4, 2, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],
-    "gemma2": [Shape(4, 3, 160), Shape(4, 2, 96), Shape(4, 1, 64), Shape(4, 2, 32)],
-    "gemma3": [Shape(4, 3, 160), Shape(4, 2, 96), Shape(4, 1, 64), Shape(4, 2, 32)],
-    "phi3": [Shape(4, 2, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],
-    "mixtral": [Shape(4, 2, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],
-    "qwen3_moe": [Shape(4, 2, 160), Shape(2, 2, 96), Shape(2, 1, 64), Shape(1, 2, 32)],
-    "opt": [Shape(4, 1, 160), Shape(2, 1, 96), Shape(2, 1, 64), Shape(4, 1, 32)],
+WHOLE_IN_HALVES = {
+    "opt": lambda: OPTConfig(**OPT_SERVABLE | {"hidden_size": 128}, num_attention_heads=4),
+    "olmoe": lambda: OlmoeConfig(**SERVABLE, num_attention_heads=4, num_key_value_heads=4, **FEW_EXPERTS),
 }
-"""Widths of every layer that two ranks can share."""
+"""Models that two ranks can share, in place of those with three heads."""
 
 
-@pytest.mark.parametrize("name", IN_HALVES)
+def in_halves(architecture: Architecture) -> list[Shape]:
+    """Return widths of every layer that two ranks can share; the one key-value head of the last is repeated."""
+    whole = architecture.dense
+    given = [layer.shape.channels for layer in architecture.layers]
+    channels = [min(width, most) for width, most in zip((160, 96, 64, 32), given, strict=True)]
+    if architecture.why_whole_attention:
+        return [replace(whole, channels=width) for width in channels]
+    few = min(2, whole.heads_per_group)
+    per_group = [whole.heads_per_group, few, 1, few]
+    # One head alone cannot be shared.
+    groups = [whole.groups] * 4 if architecture.mixes_windows else [whole.groups, 2, 2, 1 if few > 1 else 4]
+    return [Shape(*widths) for widths in zip(groups, per_group, channels, strict=True)]
+
+
+@pytest.mark.parametrize("name", [*MODELS, *MORE_MODELS])
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_two_ranks_share_every_layer(tmp_path, monkeypatch, name):
     if name != "llama" and "SEAP_RAY_TP" not in os.environ:
         pytest.skip("SEAP_RAY_TP=1 has two ranks share the layers of every family: some minutes")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
-    config = (
-        MODELS[name]() if name != "opt" else OPTConfig(**OPT_SERVABLE | {"hidden_size": 128}, num_attention_heads=4)
-    )
-    monkeypatch.setitem(CONFIGS, name, lambda: config)
+    monkeypatch.setitem(CONFIGS, name, WHOLE_IN_HALVES.get(name) or (MODELS | MORE_MODELS)[name])
     save_dense(tmp_path / "dense", name, torch.float32)
-    shapes = IN_HALVES[name]
+    if name == "ernie4_5_moe":
+        without_router_bias(tmp_path / "dense" / "model.safetensors")
+    shapes = in_halves(Checkpoint.open(str(tmp_path / "dense")).architecture)
     folder = compact(tmp_path / "dense", tmp_path / "expert", shapes)
     prompts = random_prompts([1, 30])
     with Engine(folder, tensor_parallel_size=2) as engine:
