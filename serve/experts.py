@@ -105,6 +105,7 @@ def _dense(config: Config) -> Expert:
     """Return the dense model to serve. Raises ConfigError where it cannot be read."""
     checkpoint = Checkpoint.open(config.model.source, config.model.revision)
     folder = parse_path(str(checkpoint.folder))
+    _check_computed(folder, checkpoint.config)
     return Expert(
         name=DENSE,
         kind=DENSE,
@@ -140,6 +141,16 @@ def check_servable(folder: StoragePath) -> None:
         raise ConfigError(
             f"{folder} reads pictures, too, and layers of unequal widths are not served by vLLM in such a model; prune "
             "with export.format=stock"
+        )
+    _check_computed(folder, content)
+
+
+def _check_computed(folder: StoragePath, config: Mapping[str, Any]) -> None:
+    """Raise ConfigError where vLLM is known to compute otherwise than transformers (``findings/`` shows it)."""
+    if config.get("model_type") == "phimoe" and config.get("lm_head_bias"):
+        raise ConfigError(
+            f"{folder}: vLLM leaves out the bias of Phi-3.5 MoE's output layer (lm_head_bias), and its answers would "
+            "be others; load it with transformers"
         )
 
 

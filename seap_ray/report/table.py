@@ -54,7 +54,7 @@ def show(value: Any) -> str:
 
 
 def table(results: Results) -> str:
-    """Return the models as rows and the tasks as columns; below, why cells have failed.
+    """Return the models as rows and the tasks as columns; below, why cells have failed and which experts are outdone.
 
     An expert's own task is in brackets.
     """
@@ -68,7 +68,7 @@ def table(results: Results) -> str:
     # Sizes in bytes matter beside speed only, and would make every other table too wide.
     columns += ["weights", "KV B/token", "prefill tok/s", "decode tok/s"] if with_speed else []
     text = text_table(columns, [_row(model, tasks, with_speed) for model in models])
-    return "\n".join([text, *_failures(models)])
+    return "\n".join([text, *_failures(models), *outdone_experts(models)])
 
 
 def mean_head(metrics: Iterable[str]) -> str:
@@ -127,6 +127,34 @@ def _failures(models: Iterable[ModelRow]) -> list[str]:
         lines.append(f"failed: {cells[0]}{others}: {error}")
 
     return lines
+
+
+def outdone_experts(models: Iterable[ModelRow]) -> list[str]:
+    """Return a line for each expert that the general model of its ratio beats on its task, by over two standard errors.
+
+    The errors are those of each value alone, so that a difference on the same items is judged with caution.
+    """
+    models = list(models)
+    general = {model.ratio: model for model in models if model.kind == "general"}
+    lines = []
+    for model in models:
+        if model.kind != "expert" or model.task is None or model.ratio not in general:
+            continue
+        own, other = model.quality.get(model.task), general[model.ratio].quality.get(model.task)
+        if isinstance(own, QualityCell) and isinstance(other, QualityCell) and _is_better(other, own):
+            lines.append(
+                f"{model.task}: its expert is worse on it than the general model ({_cell(own)}, {_cell(other)}); more "
+                "calibration rows, or pruning.experts.mix, give it more to go by"
+            )
+    return lines
+
+
+def _is_better(cell: QualityCell, than: QualityCell) -> bool:
+    """Whether a value is better by more than two standard errors of the difference."""
+    error = math.hypot(cell.stderr, than.stderr)
+    if is_perplexity(cell.metric):
+        return math.log(than.value / cell.value) > 2 * error
+    return cell.value - than.value > 2 * error
 
 
 def mean_over(model: ModelRow, tasks: Iterable[str]) -> tuple[float, float] | None:

@@ -36,6 +36,8 @@ TRANSFORMERS_NAMES = {
 ATTRIBUTES: dict[str, dict[str, Any]] = {
     # vLLM's Llama layer reads it. It is no field, since a Qwen2 always has these biases.
     "SeapQwen2Config": {"qkv_bias": True},
+    # Up to transformers 5.17 layers of custom code are given newer names, and LFM2 knows its convolutions by the older.
+    "SeapLfm2Config": {"is_custom_code": classmethod(lambda cls: False)},
 }
 """Class attributes that a family's configuration has beside those of all."""
 TEXT_CONFIGS = {
