@@ -21,6 +21,8 @@ from tests.support.builders import HYBRIDS, MIXTURES, save_dense
 transformers_logging.disable_progress_bar()
 # Ray gives its workers what other processes leave of a core: beside a test that computes they would starve.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# Where an environment forbids bytecode, every process that is started from here would compile the project anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # ``sitecustomize`` lies there, which Python imports in every process that is started from here.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parent / "support" / "startup"), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -305,6 +305,20 @@ DEEPSEEK_MIXTURE = replace(
     router=BIASED_ROUTER,
 )
 """The same of those whose experts are chosen and shared as DeepSeek V3's."""
+GATED_DELTA_MIXTURE = replace(
+    MIXTURE,
+    vllm_class=TRANSFORMERS_BACKEND,
+    rows=GATED_ATTENTION | MOE_EXPERTS,
+    qkv_bias=("attention_bias", False),
+    o_bias=("attention_bias", False),
+    norms=(2, 2),
+    shared_width_keys=("shared_expert_intermediate_size",),
+    has_shared_gate=True,
+    mixer="gated delta net",
+    attention_period=4,
+    listed_by_layer="layer_types",
+)
+"""The same of those with linear attention, and full attention in every fourth layer."""
 
 # Rows by the ``model_type`` of config.json. A new family is a row here; its classes in ``seap_ray.models.hf`` and
 # ``seap_ray.vllm_plugin.model`` are made of it.
@@ -829,35 +843,8 @@ FAMILIES: dict[str, Family] = {
         attention_period=4,
         listed_by_layer="layer_types",
     ),
-    "qwen3_next": replace(
-        MIXTURE,
-        classes="SeapQwen3Next",
-        vllm_class=TRANSFORMERS_BACKEND,
-        rows=GATED_ATTENTION | MOE_EXPERTS,
-        qkv_bias=("attention_bias", False),
-        o_bias=("attention_bias", False),
-        norms=(2, 2),
-        shared_width_keys=("shared_expert_intermediate_size",),
-        has_shared_gate=True,
-        mixer="gated delta net",
-        attention_period=4,
-        listed_by_layer="layer_types",
-    ),
-    "qwen3_5_moe_text": replace(
-        MIXTURE,
-        classes="SeapQwen3_5Moe",
-        vllm_class=TRANSFORMERS_BACKEND,
-        rows=GATED_ATTENTION | MOE_EXPERTS,
-        qkv_bias=("attention_bias", False),
-        o_bias=("attention_bias", False),
-        norms=(2, 2),
-        dense_mlp=None,
-        shared_width_keys=("shared_expert_intermediate_size",),
-        has_shared_gate=True,
-        mixer="gated delta net",
-        attention_period=4,
-        listed_by_layer="layer_types",
-    ),
+    "qwen3_next": replace(GATED_DELTA_MIXTURE, classes="SeapQwen3Next"),
+    "qwen3_5_moe_text": replace(GATED_DELTA_MIXTURE, classes="SeapQwen3_5Moe", dense_mlp=None),
     "lfm2": Family(
         classes="SeapLfm2",
         vllm_class=TRANSFORMERS_BACKEND,
