@@ -97,6 +97,8 @@ class Family:
     vllm_class: str = "SeapForCausalLM"
     """Class in ``seap_ray.vllm_plugin.model`` that serves it, such as ``SeapOPTForCausalLM``; the default serves what
     vLLM computes as a Llama, and ``TRANSFORMERS_BACKEND`` what vLLM has no class of."""
+    published_class: str = ""
+    """Class that its checkpoints name where that is not transformers' name, and vLLM goes by it."""
     layers: str = "model.layers."
     """Beginning of the names of a decoder layer's tensors, up to the layer's number: ``gpt_neox.layers.``."""
     embedding: str = "model.embed_tokens.weight"
@@ -260,6 +262,11 @@ class Family:
     def model_class(self) -> str:
         """Class in ``seap_ray.models.hf.modeling_seap`` that loads a compacted checkpoint."""
         return f"{self.classes}ForCausalLM"
+
+    @property
+    def stock_class(self) -> str:
+        """Class that a stock checkpoint names."""
+        return self.published_class or self.model_class.removeprefix("Seap")
 
     @property
     def shares_rows(self) -> bool:
@@ -777,6 +784,7 @@ FAMILIES: dict[str, Family] = {
     "phimoe": Family(
         classes="SeapPhimoe",
         vllm_class=TRANSFORMERS_BACKEND,
+        published_class="PhiMoEForCausalLM",
         rows=SPLIT_ATTENTION | BLOCK_SPARSE_EXPERTS,
         down_proj="block_sparse_moe.experts.{e}.w2",
         router=BLOCK_SPARSE_ROUTER,

@@ -45,8 +45,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 """Types of weights that can be cut, by the names that safetensors has for them."""
 HEADS = ("lm_head.weight", "embed_out.weight")
 """Names of a head, which may be the embedding."""
-HEADED = ("CausalLM", "LMHeadModel")
-"""Endings of the names of classes that predict tokens."""
 OTHER_WEIGHTS = {
     ".onnx": "an ONNX graph",
     ".h5": "weights of TensorFlow",
@@ -238,7 +236,7 @@ class Checkpoint:
             return f", which config.json declares ({self.config.get('model_type')})"
 
         classes = self.config.get("architectures") or []
-        if classes and not str(classes[0]).endswith(HEADED):
+        if classes and not str(classes[0]).endswith(("CausalLM", "LMHeadModel")):
             return f": {classes[0]} has no head that predicts tokens"
         return (
             ": config.json says tie_word_embeddings is false; where the head is the embedding, as in merges of tied "

@@ -26,7 +26,7 @@ from seap_ray.core.moments import Statistics
 from seap_ray.core.plan import Plan
 from seap_ray.core.slicing import in_pieces, kept_indices, slice_tensor, sliced_shape
 from seap_ray.errors import ConfigError
-from seap_ray.models.checkpoint import DTYPES, HEADED, Checkpoint
+from seap_ray.models.checkpoint import DTYPES, Checkpoint
 from seap_ray.models.gguf import layouts
 from seap_ray.models.model_sources import COMPANION_FILES, INDEX
 from seap_ray.models.multimodal import nested_config
@@ -451,10 +451,10 @@ class CheckpointExport:
     def _stock_config(self) -> dict[str, Any]:
         """Return the config of an ordinary family's model type."""
         architecture = self.base.architecture
-        family, family_name = architecture.family, architecture.family_name
+        family = architecture.family
         config = {key: value for key, value in self._dense_config().items() if key not in NOT_STOCK}
 
-        config |= {"model_type": family_name, "architectures": self._stock_classes()}
+        config |= {"model_type": architecture.family_name, "architectures": [family.stock_class]}
         # All layers, or all with MoE experts and all without, are equally wide: ``check_stock`` has refused others.
         for _, layer in self.plan.layers_after(architecture):
             config |= self._widths(layer.shape, architecture.channels_key(layer))
@@ -470,18 +470,6 @@ class CheckpointExport:
             config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
             config |= {"attention_bias": True, "mlp_bias": True}
         return config
-
-    def _stock_classes(self) -> list[str]:
-        """Return the names of a stock checkpoint's classes: the dense model's, else transformers'.
-
-        Some are published under a name that vLLM knows and transformers does not need (PhiMoEForCausalLM).
-        """
-        architecture, dense = self.base.architecture, self.base.config
-        if dense.get("model_type") == architecture.family_name:
-            names = [name for name in dense.get("architectures") or [] if str(name).endswith(HEADED)]
-            if names:
-                return names
-        return [architecture.family.model_class.removeprefix("Seap")]
 
 
 def _fill_files(

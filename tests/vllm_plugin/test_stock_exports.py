@@ -1,6 +1,5 @@
 """Stock exports of families that the plugin refuses: vLLM's own classes give transformers' greedy tokens."""
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -150,7 +149,7 @@ def stock_export(name: str, folder: Path, dtype: torch.dtype) -> Path:
     """Write a stock checkpoint of a random model without half of its query heads and some of its channels."""
     save_dense(folder / "dense", name, dtype)
     if name == "phimoe":
-        as_published(folder / "dense")
+        without_output_bias(folder / "dense")
     base = Checkpoint.open(str(folder / "dense"))
     architecture = base.architecture
     shape = replace(architecture.dense, channels=32)
@@ -164,10 +163,8 @@ def stock_export(name: str, folder: Path, dtype: torch.dtype) -> Path:
     return write_compacted(CheckpointExport(base, plan, stock=True), folder / "stock")
 
 
-def as_published(folder: Path) -> None:
-    """Give Phi-3.5 MoE the name of its class that is published, and no bias of its head, which vLLM leaves out."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["PhiMoEForCausalLM"]}))
+def without_output_bias(folder: Path) -> None:
+    """Set the bias of the output layer to zero, which vLLM leaves out of Phi-3.5 MoE."""
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.bias"].zero_()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
