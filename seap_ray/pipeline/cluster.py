@@ -16,6 +16,8 @@ from typing import Any
 import ray
 from ray.data import DataContext
 
+from seap_ray.errors import IncompleteError
+
 HEAD = "node:__internal_head__"
 """Resource that Ray gives to the head alone."""
 WATCH_INTERVAL_S = 5.0
@@ -33,7 +35,7 @@ class ClusterNeeded(BaseException):
 def connect(address: str | None = None) -> None:
     """Join the cluster of RAY_ADDRESS, which ``ray job submit`` sets, or start one on this machine.
 
-    From here on SIGTERM is a KeyboardInterrupt.
+    From here on SIGTERM is a KeyboardInterrupt. Raises IncompleteError where this machine is too busy to start one.
     """
     if not ray.is_initialized():
         # Ray's C++ core warns of every actor pool of Ray Data on the driver's terminal, and of this setting itself.
@@ -42,7 +44,7 @@ def connect(address: str | None = None) -> None:
         # comes after the actors would import torch and transformers, seconds of CPU time, in new ones.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(1000 * IDLE_WORKER_S))
 
-        with _silent_stderr():
+        with _silent_stderr(), _told_as_busy():
             ray.init(
                 address,
                 include_dashboard=False,  # of a cluster that ends with the job; it takes five processes
@@ -52,6 +54,20 @@ def connect(address: str | None = None) -> None:
         # A daemon, so that it does not keep a finished job alive.
         threading.Thread(target=_watch_head, args=(ray.get_runtime_context().gcs_address,), daemon=True).start()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # after ray.init, which sets its own
+
+
+@contextmanager
+def _told_as_busy() -> Iterator[None]:
+    """Say in a line what Ray raises where its node has not started within the 30 seconds that it allows."""
+    try:
+        yield
+    except Exception as error:  # Ray has no narrower class for it
+        if "timed out during startup" not in str(error):
+            raise
+        raise IncompleteError(
+            "Ray has not started on this machine within 30 seconds: other processes take its processors; run the same "
+            "command again when they are done"
+        ) from error
 
 
 def would_start_cluster() -> bool:

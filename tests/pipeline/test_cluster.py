@@ -7,7 +7,8 @@ import pytest
 import ray
 import torch
 
-from seap_ray.pipeline.cluster import HEAD, _not_on_head, work_task
+from seap_ray.errors import IncompleteError
+from seap_ray.pipeline.cluster import HEAD, _not_on_head, connect, work_task
 from tests.support import ROOT
 
 TWO_NODES = """
@@ -57,6 +58,16 @@ def test_on_a_real_cluster_no_work_reaches_the_head():
 
 
 @pytest.mark.ray
+def test_a_machine_too_busy_to_start_a_node_is_said_so_in_a_line(monkeypatch):
+    def init(*_, **__):
+        raise Exception("The current node timed out during startup. This could happen because the GCS is overloaded.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(IncompleteError, match=r"within 30 seconds: other processes .*; run the same command again"):
+        connect()
+
+
 def test_work_runs_on_one_thread_whatever_its_process_did_before(cluster):
     # Both processes of the cluster, whichever takes the work. Lambdas, since workers cannot import this file.
     other_work = ray.remote(num_cpus=1)(lambda: torch.set_num_threads(2))
