@@ -573,7 +573,9 @@ def test_lora_adapters_fit_the_cut_layers(expert, tmp_path):
 
 WHOLE_IN_HALVES = {
     "opt": lambda: OPTConfig(**OPT_SERVABLE | {"hidden_size": 128}, num_attention_heads=4),
-    "olmoe": lambda: OlmoeConfig(**SERVABLE, num_attention_heads=4, num_key_value_heads=4, **FEW_EXPERTS),
+    "olmoe": lambda: OlmoeConfig(
+        **SERVABLE | {"hidden_size": 128}, num_attention_heads=4, num_key_value_heads=4, **FEW_EXPERTS
+    ),
 }
 """Models that two ranks can share, in place of those with three heads."""
 
