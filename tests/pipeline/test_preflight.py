@@ -167,7 +167,10 @@ def test_what_of_a_model_can_be_cut_is_told_from_its_config_alone(tmp_path):
 
     told = {
         "olmo2": "attention stays whole, since",
-        "dots1": "query heads and key-value heads; vLLM does not serve it",
+        "dots1": "query heads and key-value heads; vLLM serves a stock export",
+        "falcon_h1": "vLLM serves a stock export",
+        "deepseek_v3": "vLLM does not serve it",
+        "phimoe": "vLLM does not serve it",
         "gemma2": "query heads, equally many",
         "llama_gqa": "query heads and",
     }

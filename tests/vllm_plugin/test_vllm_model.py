@@ -594,7 +594,8 @@ def in_halves(architecture: Architecture) -> list[Shape]:
     return [Shape(*widths) for widths in zip(groups, per_group, channels, strict=True)]
 
 
-@pytest.mark.parametrize("name", [*MODELS, *MORE_MODELS])
+# transformers' attention of StableLM is written for all heads, and vLLM serves it by that.
+@pytest.mark.parametrize("name", [name for name in [*MODELS, *MORE_MODELS] if name != "stablelm"])
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_two_ranks_share_every_layer(tmp_path, monkeypatch, name):
