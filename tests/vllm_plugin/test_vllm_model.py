@@ -159,6 +159,14 @@ GROUPED = {**SERVABLE, "num_attention_heads": 8, "num_key_value_heads": 4}
 DIVIDED = {key: value for key, value in SERVABLE.items() if key != "head_dim"}
 DIVIDED |= {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
 FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+GPT_OSS = {
+    **GROUPED,
+    "sliding_window": 32,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    # vLLM's rotary embedding ends where the factor ends: at 512.
+    "rope_parameters": GPT_OSS_ROPE | {"original_max_position_embeddings": 128},
+}
 MORE_MODELS = {
     "gemma": lambda: GemmaConfig(**GROUPED),
     "smollm3": lambda: SmolLM3Config(**DIVIDED),
@@ -201,14 +209,7 @@ MORE_MODELS = {
     ),
     "olmoe": lambda: OlmoeConfig(**SERVABLE, num_attention_heads=3, num_key_value_heads=3, **FEW_EXPERTS),
     "glm4_moe": lambda: Glm4MoeConfig(**GROUPED, **DEEPSEEK_EXPERTS, use_qk_norm=True),
-    "gpt_oss": lambda: GptOssConfig(
-        **GROUPED,
-        sliding_window=32,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        # vLLM's rotary embedding ends where the factor ends: at 512.
-        rope_parameters=GPT_OSS_ROPE | {"original_max_position_embeddings": 128},
-    ),
+    "gpt_oss": lambda: GptOssConfig(**GPT_OSS),
     "ernie4_5_moe": lambda: Ernie4_5_MoeConfig(
         **GROUPED, moe_intermediate_size=64, moe_num_experts=4, moe_k=2, moe_num_shared_experts=2
     ),
@@ -576,15 +577,18 @@ WHOLE_IN_HALVES = {
     "olmoe": lambda: OlmoeConfig(
         **SERVABLE | {"hidden_size": 128}, num_attention_heads=4, num_key_value_heads=4, **FEW_EXPERTS
     ),
+    "gpt_oss": lambda: GptOssConfig(**GPT_OSS | {"intermediate_size": 320}),
 }
-"""Models that two ranks can share, in place of those with three heads."""
+"""Models that two ranks can share, in place of those with three heads or with experts too narrow for vLLM on a CPU."""
 
 
 def in_halves(architecture: Architecture) -> list[Shape]:
     """Return widths of every layer that two ranks can share; the one key-value head of the last is repeated."""
+    # On a CPU a rank's experts of gpt-oss are a multiple of 32 wide.
+    step = 64 if architecture.family_name == "gpt_oss" else 32
     whole = architecture.dense
     given = [layer.shape.channels for layer in architecture.layers]
-    channels = [min(width, most) for width, most in zip((160, 96, 64, 32), given, strict=True)]
+    channels = [min(width, most) for width, most in zip((5 * step, 3 * step, 2 * step, step), given, strict=True)]
     if architecture.why_whole_attention:
         return [replace(whole, channels=width) for width in channels]
     few = min(2, whole.heads_per_group)
