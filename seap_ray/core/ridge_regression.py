@@ -24,8 +24,8 @@ PROBES = 16
 """Outputs or columns by which float32 is judged, evenly spread."""
 TOLERANCE = 1 / 16
 """Error that counts as none, as a part of the spacing of the numbers in a weight's dtype."""
-ROWS = 128
-"""Rows of a covariance that are picked or converted at a time, and stay in a core's cache."""
+ROWS = 512
+"""Rows of a covariance that are picked or converted at a time: with fewer a product by them is slower."""
 
 COLUMNS = 256
 """Columns that are factored at a time; all else of a factor is products, which are several times as fast."""
