@@ -44,7 +44,7 @@ def connect(address: str | None = None) -> None:
         # comes after the actors would import torch and transformers, seconds of CPU time, in new ones.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(1000 * IDLE_WORKER_S))
 
-        with _silent_stderr(), _told_as_busy():
+        with _silent_stderr(), _explain_slow_start():
             ray.init(
                 address,
                 include_dashboard=False,  # of a cluster that ends with the job; it takes five processes
@@ -57,7 +57,7 @@ def connect(address: str | None = None) -> None:
 
 
 @contextmanager
-def _told_as_busy() -> Iterator[None]:
+def _explain_slow_start() -> Iterator[None]:
     """Say in a line what Ray raises where its node has not started within the 30 seconds that it allows."""
     try:
         yield

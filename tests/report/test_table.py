@@ -12,9 +12,7 @@ def models(own, general, metric):
     good = QualityCell(metric, 0.9 if metric == "accuracy" else 2.0, 0.01)
     return [
         ModelRow("general", "general", "general", ratio=0.2, quality=cells),
-        ModelRow(
-            "sort", "seap", "expert", "sort", 0.2, quality={"sort": own if own else QualityCell(metric, *general)}
-        ),
+        ModelRow("sort", "seap", "expert", "sort", 0.2, quality={"sort": own or cells["sort"]}),
         ModelRow("sums", "seap", "expert", "sums", 0.2, quality={"sums": good}),
     ]
 

@@ -172,8 +172,8 @@ def without_output_bias(folder: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _when_asked():
-    if "SEAP_RAY_TP" not in os.environ:
-        pytest.skip("SEAP_RAY_TP=1 has vLLM serve every family: some minutes")
+    if "SEAP_RAY_ALL_FAMILIES" not in os.environ:
+        pytest.skip("SEAP_RAY_ALL_FAMILIES=1 has vLLM serve every family: some minutes")
 
 
 @pytest.mark.parametrize("name", MODELS)

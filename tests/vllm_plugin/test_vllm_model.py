@@ -214,7 +214,7 @@ MORE_MODELS = {
         **GROUPED, moe_intermediate_size=64, moe_num_experts=4, moe_k=2, moe_num_shared_experts=2
     ),
 }
-"""Families that are built of what those above are, which SEAP_RAY_TP=1 has vLLM serve: some minutes."""
+"""Families that are built of what those above are, which SEAP_RAY_ALL_FAMILIES=1 has vLLM serve: some minutes."""
 NEOX_SERVABLE = {key: value for key, value in SERVABLE.items() if key != "head_dim"}
 MODELS_OF_OTHERS = {"gpt_neox": lambda: GPTNeoXConfig(**NEOX_SERVABLE, num_attention_heads=3)}
 """A model that vLLM has no class of its own for: its Transformers backend serves it, with the plugin as well."""
@@ -325,8 +325,8 @@ def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_greedy_tokens_are_those_of_transformers(expert, name):
-    if name in MORE_MODELS and "SEAP_RAY_TP" not in os.environ:
-        pytest.skip("SEAP_RAY_TP=1 has vLLM serve every family: some minutes")
+    if name in MORE_MODELS and "SEAP_RAY_ALL_FAMILIES" not in os.environ:
+        pytest.skip("SEAP_RAY_ALL_FAMILIES=1 has vLLM serve every family: some minutes")
     folder = expert(name)
     layers = AutoModelForCausalLM.from_pretrained(folder).config.per_layer_config
     keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size", "ffn_dim")
@@ -360,8 +360,8 @@ def test_a_gpt_oss_that_vllm_would_compute_otherwise_is_refused():
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_greedy_tokens_of_a_mixture_with_fewer_experts_are_those_of_transformers(tmp_path, monkeypatch, stock):
-    if not stock and "SEAP_RAY_TP" not in os.environ:
-        pytest.skip("SEAP_RAY_TP=1 has vLLM serve our own format, too: our class is the family's there")
+    if not stock and "SEAP_RAY_ALL_FAMILIES" not in os.environ:
+        pytest.skip("SEAP_RAY_ALL_FAMILIES=1 has vLLM serve our own format, too: our class is the family's there")
     monkeypatch.setitem(CONFIGS, "qwen3_moe", MODELS["qwen3_moe"])
     save_dense(tmp_path / "dense", "qwen3_moe", torch.float32)
     base = Checkpoint.open(str(tmp_path / "dense"))
@@ -470,13 +470,13 @@ open(out, "w").write(json.dumps(results))
 """
 )
 ONE_OF_A_KIND = ("llama", "qwen3", "gemma2", "phi3", "opt", "gpt_neox", "mixtral", "qwen3_moe")
-"""Models that vLLM's Transformers backend takes apart differently; SEAP_RAY_TP=1 adds those that are alike."""
+"""Models that vLLM's Transformers backend takes apart differently; SEAP_RAY_ALL_FAMILIES=1 adds those that are alike."""
 
 
 @pytest.fixture(scope="module")
 def without_plugin(expert, tmp_path_factory):
     """Prompts, and by model what a process that knows no seap_ray says with plain vLLM: greedy tokens, or an error."""
-    names = [*MODELS, *MORE_MODELS, *MODELS_OF_OTHERS] if "SEAP_RAY_TP" in os.environ else ONE_OF_A_KIND
+    names = [*MODELS, *MORE_MODELS, *MODELS_OF_OTHERS] if "SEAP_RAY_ALL_FAMILIES" in os.environ else ONE_OF_A_KIND
     root = tmp_path_factory.mktemp("without")
     prompts = random_prompts([1, 9, 40])
     settings = [{name: str(expert(name)) for name in names}, prompts, str(root / "out.json")]
@@ -500,7 +500,7 @@ def without_plugin(expert, tmp_path_factory):
 def test_plain_vllm_without_the_plugin_gives_the_same_greedy_tokens(expert, without_plugin, name):
     prompts, results = without_plugin
     if name not in results:
-        pytest.skip("SEAP_RAY_TP=1 has plain vLLM serve every family")
+        pytest.skip("SEAP_RAY_ALL_FAMILIES=1 has plain vLLM serve every family")
     if name in MIXTURES:
         assert "builds the MoE experts of every layer as wide as" in results[name]
         assert results[name].endswith("install seap_ray beside vLLM")
@@ -594,7 +594,7 @@ def in_halves(architecture: Architecture) -> list[Shape]:
     few = min(2, whole.heads_per_group)
     per_group = [whole.heads_per_group, few, 1, few]
     # One head alone cannot be shared.
-    groups = [whole.groups] * 4 if architecture.mixes_windows else [whole.groups, 2, 2, 1 if few > 1 else 4]
+    groups = [whole.groups] * 4 if architecture.mixes_windows else [whole.groups, 2, 2, 1 if few > 1 else whole.groups]
     return [Shape(*widths) for widths in zip(groups, per_group, channels, strict=True)]
 
 
@@ -603,8 +603,8 @@ def in_halves(architecture: Architecture) -> list[Shape]:
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_two_ranks_share_every_layer(tmp_path, monkeypatch, name):
-    if name != "llama" and "SEAP_RAY_TP" not in os.environ:
-        pytest.skip("SEAP_RAY_TP=1 has two ranks share the layers of every family: some minutes")
+    if name != "llama" and "SEAP_RAY_ALL_FAMILIES" not in os.environ:
+        pytest.skip("SEAP_RAY_ALL_FAMILIES=1 has two ranks share the layers of every family: some minutes")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
     monkeypatch.setitem(CONFIGS, name, WHOLE_IN_HALVES.get(name) or (MODELS | MORE_MODELS)[name])
     save_dense(tmp_path / "dense", name, torch.float32)
