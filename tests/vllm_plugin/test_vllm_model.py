@@ -470,7 +470,7 @@ open(out, "w").write(json.dumps(results))
 """
 )
 ONE_OF_A_KIND = ("llama", "qwen3", "gemma2", "phi3", "opt", "gpt_neox", "mixtral", "qwen3_moe")
-"""Models that vLLM's Transformers backend takes apart differently; SEAP_RAY_ALL_FAMILIES=1 adds those that are alike."""
+"""Models that vLLM's Transformers backend takes apart differently; SEAP_RAY_ALL_FAMILIES=1 adds the others."""
 
 
 @pytest.fixture(scope="module")
