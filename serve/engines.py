@@ -12,8 +12,6 @@ from seap_ray.config import DENSE, Config
 from seap_ray.errors import ConfigError
 from serve.experts import Expert
 
-NOT_SHARED = ("load_format", "quantization")
-"""Engine arguments that say how weights are read. A shared engine reads them in its own way."""
 SHARED_NAME = "shared_engine"
 """Name of the deployment of a shared engine."""
 
@@ -79,18 +77,15 @@ def check_sharing(config: Config, experts: Sequence[Expert]) -> None:
 
 def _obstacle(config: Config, experts: Sequence[Expert]) -> str | None:
     """Return why these models cannot share an engine; None where they can."""
-    for argument in NOT_SHARED:
-        if argument in config.serve.engine:
-            return f"serve.engine has {argument}"
+    # A shared engine reads weights in its own way.
+    if "load_format" in config.serve.engine:
+        return "serve.engine has load_format"
 
     # An engine's buffers have the shapes of the checkpoint that it was started with.
     first = experts[0]
     for expert in experts:
         if expert.kind != DENSE and expert.shape != first.shape:
             return f"{expert.name} has another config.json than {first.name}"
-        # vLLM lays codes out for its kernels as it loads them, and does not do it again on a reload.
-        if expert.is_quantised:
-            return f"{expert.name} is quantised, and is not swapped in a running engine"
 
     return None
 

@@ -33,8 +33,6 @@ class Expert:
     """Unix time."""
     draft: StoragePath | None = None
     """Folder of the model that drafts for it; None where none does."""
-    is_quantised: bool = False
-    """Whether its weights are codes, which vLLM packs anew as it loads them."""
     example: str | None = None
     """A prompt to try in the playground."""
     agreements: Mapping[str, float] = field(default_factory=dict)
@@ -167,7 +165,6 @@ def _expert(config: Config, run: Run, folder: StoragePath, kind: str, manifest: 
         kv_bytes_per_token=manifest["kv_bytes_per_token"],
         has_chat_template="chat_template" in config.serve.engine or _has_chat_template(folder),
         created=int((folder / "seap.json").stat().st_mtime),  # the manifest is written last
-        is_quantised="quantization_config" in read_json(folder / "config.json"),
         example=_example(config, folder.name),
         agreements=_agreements(run, manifest["requested_ratio"], folder.name),
     )

@@ -1,7 +1,6 @@
 """Documentation: README's code blocks run as they stand, each in a fresh process, and what documents name exists."""
 
 import ast
-import json
 import math
 import os
 import re
@@ -372,45 +371,6 @@ def test_the_example_fine_tunes_an_expert_that_then_loads_as_before(clone, tmp_p
     assert float(last) < max(float(first), 0.05)
     assert {"modeling_seap.py", "configuration_seap.py"} <= {*os.listdir(tmp_path / "tuned")}
     check_folder(tmp_path / "tuned")
-
-
-LLM_COMPRESSOR = (
-    *("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "nvidia-ml-py==13.615.71"),
-    *("transformers==5.17.0", "huggingface_hub==1.33.0"),
-)
-"""What llm-compressor needs in other versions than seap_ray; of all else it takes what is installed."""
-ANSWERS_OF_VLLM = """
-import sys
-from vllm import LLM, SamplingParams
-
-llm = LLM(sys.argv[1], dtype="bfloat16", enforce_eager=True, max_model_len=64)
-replies = llm.generate(sys.argv[2:], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
-print("answers:", *(reply.outputs[0].text.strip() for reply in replies), sep="|")
-"""
-
-
-@serves
-def test_the_example_quantises_an_expert_by_llm_compressor_and_vllm_serves_it(clone, tmp_path):
-    packages, folder = tmp_path / "packages", tmp_path / "quantised"
-    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(packages)]
-    subprocess.run([sys.executable, *install, *LLM_COMPRESSOR], check=True, capture_output=True, timeout=300)
-
-    run = clone.folder / "runs" / "demo"
-    expert = run / "experts" / "0.20" / "arithmetic"
-    command = [sys.executable, str(ROOT / "examples/llm_compressor.py"), "W8A8", str(expert), str(folder)]
-    # In the environment of its own there is no seap_ray.
-    alone = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(packages)}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, env=alone)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-    shapes = [json.loads((path / "config.json").read_text()) for path in (expert, folder)]
-    assert shapes[0]["per_layer_config"] == shapes[1]["per_layer_config"]
-    assert shapes[1]["quantization_config"]["format"] == "int-quantized"
-
-    engine = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": str(ROOT)}
-    served = [sys.executable, "-c", ANSWERS_OF_VLLM, str(folder), "12 + 7 =", "20 - 14 ="]
-    done = subprocess.run(served, capture_output=True, text=True, timeout=600, env={**alone, **engine})
-    assert "answers:|19|6" in done.stdout, done.stderr[-2000:]
 
 
 @runs_the_demo

@@ -194,16 +194,24 @@ def test_models_of_other_shapes_do_not_share_an_engine(app, run):
         app.prepare(config(run, "serve.packing=shared"))
 
 
-def test_quantised_models_do_not_share_an_engine(app, run):
+def test_quantised_models_share_an_engine_where_all_are_of_one_scheme(app, run):
     from serve.engines import engine_groups
     from serve.experts import find_experts
 
-    for name in ("general", "alpha", "beta"):
-        path = run / f"experts/0.20/{name}/config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "x"}}))
+    for name, bits in {"general": 4, "alpha": 4, "beta": 4}.items():
+        quantise(run / f"experts/0.20/{name}", bits)
     made = config(run, "serve.device=cpu")
     found, why = engine_groups(made, find_experts(made, app.Run.of(made)))
-    assert len(found) == 3 and why.endswith("since general is quantised, and is not swapped in a running engine")
+    assert len(found) == 1 and why.startswith("one engine for 3 models of equal shapes")
+
+    quantise(run / "experts/0.20/beta", 8)
+    found, why = engine_groups(made, find_experts(made, app.Run.of(made)))
+    assert len(found) == 3 and why == "an engine for each model, since beta has another config.json than general"
+
+
+def quantise(folder: Path, bits: int) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"bits": bits}}))
 
 
 def test_the_dense_model_is_served_on_request_by_an_engine_of_its_own(app, run, dense):

@@ -66,19 +66,15 @@ from transformers import (
 )
 
 import seap_ray.models.hf  # noqa: F401
-from seap_ray.config import QuantizationSection
 from seap_ray.core.architecture import Architecture, Shape
 from seap_ray.core.compensation import COMPENSATIONS
 from seap_ray.core.plan import Kept, Plan
-from seap_ray.demo import skills
 from seap_ray.errors import ConfigError
 from seap_ray.models import template_limits
 from seap_ray.models.checkpoint import Checkpoint
 from seap_ray.models.export import CheckpointExport
-from seap_ray.models.forward import record
 from seap_ray.models.hf.shapes import check_folder
 from seap_ray.models.loading import attention_of
-from seap_ray.models.quantization import QuantizedExport
 from seap_ray.models.template_limits import TemplateLimitError
 from seap_ray.vllm_plugin.plugin import ARCHITECTURES, END_WITH_PARENT, check_registered
 from tests.support.builders import (
@@ -380,67 +376,6 @@ def test_a_process_that_has_served_a_model_still_loads_it_with_transformers(expe
     with Engine(folder):
         pass
     AutoModel.from_pretrained(folder)
-
-
-QUANTISED_FOR = ("arithmetic", "sort", "logic")
-"""The demo's skills whose texts a model is rounded by."""
-
-
-class Covariances(dict):
-    """What a model's activations were measured to be, each with one ridge."""
-
-    def ridge_of(self, _key: object) -> float:
-        return 0.01
-
-
-def quantised(folder: Path, scheme: str) -> Path:
-    """The demo's model in 16 bits, its layers cut to unequal widths, repaired and rounded by texts of its tasks."""
-    demo = Checkpoint.open("demo").folder
-    model = AutoModelForCausalLM.from_pretrained(demo, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(demo)
-    model.save_pretrained(folder / "dense")
-    tokenizer.save_pretrained(folder / "dense")
-
-    rows = [row for skill in QUANTISED_FOR for row in skills.rows(skill, 40, split="train", seed=0)]
-    texts = [f"{row['question']} {row['answer']}" for row in rows]
-    base = Checkpoint.open(str(folder / "dense"))
-    n_layers = base.architecture.n_layers
-    settings = {"batch_tokens": 2000, "covariances": range(n_layers), "inputs": True}
-    recorded = Covariances(record(model.float(), tokenizer(texts)["input_ids"], **settings))
-
-    # Kernels for CPUs take widths that are multiples of 32.
-    whole = base.architecture.dense
-    shapes = [replace(whole, channels=whole.channels - 32 * (layer % 3)) for layer in range(n_layers)]
-    rng = random.Random(3)
-    kept = tuple(random_kept(whole, shape, rng) for shape in shapes)
-    plan = replace(random_plan(base.architecture, seed=3, compensation="least_squares"), kept=kept)
-    rounding = QuantizationSection(scheme=scheme, group=32 if scheme.startswith("w4") else "auto")
-    by = {"settings": rounding, "covariances": recorded, "inputs": recorded}
-    return write_compacted(QuantizedExport(base, plan, recorded, **by), folder / "quantised")
-
-
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a16_asym", "w8a8"])
-@pytest.mark.vllm
-@pytest.mark.slow
-def test_greedy_tokens_of_a_quantised_model_are_those_of_transformers(tmp_path, scheme):
-    folder = quantised(tmp_path, scheme)
-    check_folder(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = [row for skill in QUANTISED_FOR for row in skills.rows(skill, 4, split="test", seed=1)]
-    prompts = tokenizer([row["question"] for row in rows])["input_ids"]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    expected = by_transformers(model, prompts, 8)
-    # The kernels for four bits compute in 16 bits alone.
-    with Engine(folder, dtype="bfloat16") as engine:
-        found = engine.greedy(prompts, 8)
-    # Behind the answer the model knows nothing to say, and any rounding decides.
-    assert [answer(tokens) for tokens in found] == [answer(tokens) for tokens in expected]
-
-
-def answer(tokens: list[int]) -> list[int]:
-    """The tokens before the first end token."""
-    end = SERVABLE["eos_token_id"]
-    return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
 # --- vLLM without the plugin, on a machine without seap_ray -----------------------------------------------------------
