@@ -23,6 +23,7 @@ One-off measurements, run as ``python -m benchmarks.NAME`` (as a script, ``bench
     scaling            calibration over one to eight nodes
     profiles           where the time of calibration and of writing goes, by operation
     cost               formulas for every stage's seconds, beside measurements, and for a 70B on GPUs
+    quantization       experts in fewer bits, beside llm-compressor's: quality on their tasks, bytes, seconds
     latency            checkpoints that a latency target made: tokens per second asked for, planned and measured
     speculative        what the pruned models of a run are worth as drafts of the dense one; needs vLLM
     faults             the main job under faults of processes, nodes and storage

@@ -378,7 +378,7 @@ def _judge(
             for task, file in files.items():
                 started = time.monotonic()
                 try:
-                    quality = _judge_task(config, model, tokenizer, ray.get(eval_tasks[task]))
+                    quality = judge_task(config, model, tokenizer, ray.get(eval_tasks[task]))
                     write_json(file.path, {**asdict(quality), "seconds": time.monotonic() - started})
                 except Exception as error:
                     failures[task] = Failure.of(error)
@@ -421,9 +421,10 @@ def load_with_tokenizer(config: Config, folder: Path) -> tuple["PreTrainedModel"
     return load_model(config, base, folder), tokenizer
 
 
-def _judge_task(
+def judge_task(
     config: Config, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", eval_task: EvalTask
 ) -> Quality:
+    """Judge a loaded model on a task's rows, by lm-eval or by our own judge."""
     settings = config.evaluation
     task = eval_task.task
 

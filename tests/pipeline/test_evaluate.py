@@ -14,11 +14,11 @@ from seap_ray.models.encoding import Encoding
 from seap_ray.pipeline.evaluate import (
     EvalTarget,
     EvalTask,
-    _judge_task,
     _MissingResults,
     _say_duration,
     _taken_by_template,
     eval_task,
+    judge_task,
 )
 from seap_ray.storage.artifact import Artifact, JsonFile
 from seap_ray.storage.paths import storage_path
@@ -101,7 +101,7 @@ def test_lm_eval_is_given_the_encoding_of_the_task_and_the_rows_that_were_calibr
         task = config.tasks[0].model_copy(update={"path": str(model.parent / "other.jsonl")})
         other = model.parent / "other.jsonl"
         other.write_text(json.dumps(ROWS[1]) + "\n")
-        quality = _judge_task(
+        quality = judge_task(
             config, load(model), load_tokenizer(model), EvalTask(task, "lm-eval", "", calibrated=frozenset([seen]))
         )
         assert quality.n == 2
