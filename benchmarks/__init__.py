@@ -25,6 +25,7 @@ One-off measurements, run as ``python -m benchmarks.NAME`` (as a script, ``bench
     cost               formulas for every stage's seconds, beside measurements, and for a 70B on GPUs
     quantization       experts in fewer bits, beside llm-compressor's: quality on their tasks, bytes, seconds
     latency            checkpoints that a latency target made: tokens per second asked for, planned and measured
+    runtimes           what a cut gains in vLLM and in llama.cpp, on a CPU
     speculative        what the pruned models of a run are worth as drafts of the dense one; needs vLLM
     faults             the main job under faults of processes, nodes and storage
     shared_engine      experts that share an engine, beside an engine each
