@@ -20,10 +20,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import ray
+
 from seap_ray.config import Config, load_config
 from seap_ray.judges.quality import Quality
 from seap_ray.judges.scoring import score
 from seap_ray.models.encoding import Encoding
+from seap_ray.pipeline.cluster import connect
 from seap_ray.pipeline.evaluate import EvalTask, eval_task, judge_task, load_with_tokenizer
 from seap_ray.storage.files import stage
 from seap_ray.storage.run import Run
@@ -98,9 +101,10 @@ def results(
     config: Config, run: Run, weights: str, seconds: float, packages: str, dense: dict[str, Judged]
 ) -> Iterator[Result]:
     """Judge all experts of a run that are there now, and those that llm-compressor makes of them."""
+    drawn = draw(config, run)
     for ratio in config.pruning.ratio:
         for task in config.tasks:
-            rows = eval_task(config, run, task, by_lm_eval=False)
+            rows = drawn[task.name]
             expert = stage(run.expert(ratio, task.name))
             found = judged(config, rows, expert)
             # The first that is judged is the whole model, in the type that it has.
@@ -112,6 +116,14 @@ def results(
                     folder, took = by_llm_compressor(its_name, expert, packages)
                     found = judged(config, rows, folder)
                     yield result(task.name, ratio, scheme, "llm-compressor", folder, took, found, whole)
+
+
+def draw(config: Config, run: Run) -> dict[str, EvalTask]:
+    """Draw the rows of all tasks, which Ray does where they are not there yet."""
+    connect()
+    rows = {task.name: eval_task(config, run, task, by_lm_eval=False) for task in config.tasks}
+    ray.shutdown()
+    return rows
 
 
 def by_llm_compressor(scheme: str, expert: Path, packages: str) -> tuple[Path, float]:
