@@ -26,7 +26,7 @@ from seap_ray.config import Config, load_config
 from seap_ray.judges.quality import Quality
 from seap_ray.judges.scoring import score
 from seap_ray.models.encoding import Encoding
-from seap_ray.pipeline.cluster import connect
+from seap_ray.pipeline.cluster import connect_driver
 from seap_ray.pipeline.evaluate import EvalTask, eval_task, judge_task, load_with_tokenizer
 from seap_ray.storage.files import stage
 from seap_ray.storage.run import Run
@@ -120,7 +120,7 @@ def results(
 
 def draw(config: Config, run: Run) -> dict[str, EvalTask]:
     """Draw the rows of all tasks, which Ray does where they are not there yet."""
-    connect()
+    connect_driver()
     rows = {task.name: eval_task(config, run, task, by_lm_eval=False) for task in config.tasks}
     ray.shutdown()
     return rows
