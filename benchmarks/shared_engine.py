@@ -3,6 +3,7 @@
     python -m benchmarks.shared_engine run.name=demo               the service under load, several mixes of traffic
     python -m benchmarks.shared_engine swap run.name=demo          swaps alone, against the bytes that they move
     python -m benchmarks.shared_engine faults run.name=demo        the engine is killed again and again under load
+    python -m benchmarks.shared_engine replicas OLD run.name=demo  four replicas, by this build and by another checkout
 
 The dense model is the general one of a ratio of 0: `python jobs/prune.py "pruning.ratio=[0, 0.2]" ...`. Every reply of
 the shared engine is compared with that of the expert's own.
@@ -44,6 +45,7 @@ TASKS = ("arithmetic", "reverse", "sort", "logic", "facts", "prose")
 DEFAULT_RATIO = 0.2
 REQUESTS = 700
 CLIENTS = 48
+REPLICAS = 4
 MAX_TOKENS = 24
 MIXES = {"one": [1.0], "hot": [0.9], "zipf": [1 / rank for rank in range(1, 20)], "uniform": [1.0] * 20}
 """Shares of the models, in their order; what is left of 1 is spread evenly over the others."""
@@ -64,6 +66,8 @@ def main(arguments: Sequence[str]) -> None:
         measure_swaps(load_config(arguments[1:]))
     elif arguments and arguments[0] == "faults":
         measure_faults(arguments[1:])
+    elif arguments and arguments[0] == "replicas":
+        measure_replicas(Path(arguments[1]), arguments[2:])
     else:
         measure_mixes(arguments)
 
@@ -111,6 +115,28 @@ def measure_mixes(arguments: Sequence[str]) -> None:
     print(f"{n_same} of {len(replies['shared'])} replies of the shared engine are those of an engine each")
 
 
+def measure_replicas(old: Path, arguments: Sequence[str]) -> None:
+    """Print swaps and waits of a shared engine of several replicas under even traffic, few clients and many."""
+    models = served_models(load_config(arguments))
+    settings = [f"serve.{kind}_replicas={REPLICAS}" for kind in ("min", "max")]
+    settings += ["serve.packing=shared", f"serve.num_cpus={2 / REPLICAS}"]
+    for build in (old, ROOT):
+        with DeployedService([*arguments, *settings], build) as service:
+            for clients in (REPLICAS, CLIENTS):
+                before = service.swaps()
+                load = asyncio.run(send_all(service.url, traffic(models, MIXES["uniform"]), clients=clients))
+                measured = {
+                    "build": str(build),
+                    "clients": clients,
+                    "requests": len(load.replies),
+                    "requests/s": len(load.replies) / load.seconds,
+                    "p50 s": load.waits[len(load.waits) // 2],
+                    "p99 s": load.waits[int(len(load.waits) * 0.99)],
+                    "swaps per 1,000": 1000 * (service.swaps() - before) / len(load.replies),
+                }
+                print(json.dumps(measured), flush=True)
+
+
 def served_models(config: Config) -> list[str]:
     """Return the general model and the experts of the config's tasks that the run has."""
     names = {folder.name for folder in _expert_folders(config)}
@@ -151,10 +177,14 @@ class LoadResult:
 
 
 async def send_all(
-    url: str, requests: Sequence[Request], meanwhile: Coroutine[Any, Any, None] | None = None
+    url: str,
+    requests: Sequence[Request],
+    meanwhile: Coroutine[Any, Any, None] | None = None,
+    *,
+    clients: int = CLIENTS,
 ) -> LoadResult:
-    """Send requests, ``CLIENTS`` at a time, while ``meanwhile`` runs."""
-    turn = asyncio.Semaphore(CLIENTS)
+    """Send requests, as many at a time as there are clients, while ``meanwhile`` runs."""
+    turn = asyncio.Semaphore(clients)
     waits: list[float] = []
     headers = {"authorization": f"Bearer {KEY}"}
 
@@ -185,7 +215,7 @@ def _n_equal(replies: Sequence[str], others: Sequence[str]) -> int:
 class DeployedService:
     """``jobs/deploy.py`` as a process of its own, until the block ends."""
 
-    def __init__(self, arguments: Sequence[str]):
+    def __init__(self, arguments: Sequence[str], build: Path = ROOT):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -195,10 +225,10 @@ class DeployedService:
         started = time.perf_counter()
         self.process = subprocess.Popen(
             [sys.executable, "jobs/deploy.py", *arguments, *settings],
-            cwd=ROOT,
+            cwd=build,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "RAY_ADDRESS": "local", "SEAP_API_KEYS": KEY},
+            env={**os.environ, "RAY_ADDRESS": "local", "SEAP_API_KEYS": KEY, "PYTHONPATH": str(build)},
         )
         assert self.process.stdout
         # The line that the service prints when it is ready.

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import ray
+from ray.serve.config import RequestRouterConfig
 from ray.serve.llm import LLMConfig
 
 from seap_ray.config import Config
@@ -116,6 +117,7 @@ def _deployment_config(config: Config, group: EngineGroup) -> dict[str, Any]:
         ongoing += queued + STATUS_REQUESTS
 
     return {
+        **({"request_router_config": _replica_router(config, group)} if group.is_shared else {}),
         "autoscaling_config": {
             "min_replicas": serve.min_replicas,
             "max_replicas": serve.max_replicas,
@@ -131,6 +133,14 @@ def _deployment_config(config: Config, group: EngineGroup) -> dict[str, Any]:
         "graceful_shutdown_wait_loop_s": 1,
         "graceful_shutdown_timeout_s": serve.drain_timeout_s,
     }
+
+
+def _replica_router(config: Config, group: EngineGroup) -> RequestRouterConfig:
+    """Return how Serve chooses a replica of a shared engine."""
+    # Requests are worth a swap elsewhere where an engine has as many more as it runs at a time.
+    settings = {"experts": [expert.name for expert in group.experts], "spill": config.serve.max_ongoing_requests}
+    router: Any = "serve.replica_router.ExpertReplicaRouter"
+    return RequestRouterConfig(request_router_class=router, request_router_kwargs=settings)
 
 
 def _environment(config: Config) -> dict[str, str]:

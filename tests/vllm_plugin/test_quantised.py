@@ -73,8 +73,11 @@ def cut_demo(folder: Path, task: str) -> tuple[CheckpointExport, list[list[int]]
 
 
 def quantised(folder: Path, scheme: str, task: str) -> Path:
-    """A cut demo, rounded by the texts that repaired it."""
+    """A cut demo, rounded by the texts that repaired it, or with a scheme of vLLM's as it is."""
     cut, _ = cut_demo(folder / "dense", task)
+    if scheme == BY_VLLM:
+        return write_compacted(cut, folder / task)
+
     rounding = QuantizationSection(scheme=scheme, group=32 if scheme.startswith("w4") else "auto")
     by = {"settings": rounding, "covariances": cut.statistics, "inputs": cut.statistics}
     return write_compacted(QuantizedExport(cut.base, cut.plan, cut.statistics, **by), folder / task)
@@ -86,7 +89,11 @@ def answer(tokens: list[int]) -> list[int]:
     return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a16_asym", "w8a8"])
+BY_VLLM = "int8_per_channel_weight_only"
+"""A scheme by which vLLM rounds an ordinary checkpoint's weights as it loads them."""
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a16_asym", "w8a8", BY_VLLM])
 def test_greedy_tokens_of_quantised_models_that_share_an_engine_are_those_of_transformers(tmp_path, scheme):
     folders = {task: quantised(tmp_path, scheme, task) for task in ("arithmetic", "logic")}
     asked, expected = {}, {}
@@ -103,6 +110,8 @@ def test_greedy_tokens_of_quantised_models_that_share_an_engine_are_those_of_tra
 
     # The kernels for four bits compute in 16 bits alone.
     settings = {"dtype": "bfloat16", "load_format": LOAD_FORMAT, "enable_prefix_caching": False}
+    if scheme == BY_VLLM:
+        settings["quantization"] = scheme
     with Engine(folders["arithmetic"], **settings) as engine:
         assert answers("arithmetic") == expected["arithmetic"] and answers("logic") != expected["logic"]
         # A swap lays the codes out anew for the kernels.
