@@ -34,6 +34,7 @@ from serve.messages import ChatRequest, check_messages, first_user_text
 from serve.model_calls import PATIENCE_S, ModelCalls, constraint_in
 from serve.node_metrics import gather
 from serve.prompts import PromptBeginning, prompts_of
+from serve.replicas import joined_states
 from serve.watch import Watch
 
 logger = logging.getLogger("ray.serve")
@@ -308,18 +309,12 @@ class ExpertIngress(OpenAiIngress):
         try:
             # All models have the handle of the one engine, so any of them would do.
             handle = self._default_serve_handles[self._service.main]
-            state = await asyncio.wait_for(handle.residence.remote(), PATIENCE_S)
+            asked = handle.broadcast("residence")
+            replies = await asked.results_async(timeout_s=PATIENCE_S, return_exceptions=True)
         except Exception:  # the engine is being started, and cannot answer yet
             return {}
 
-        states: dict[str, dict[str, Any]] = {}
-        for model, n_waiting in state["waiting"].items():
-            states[model] = {"resident": model == state["resident"], "waiting": n_waiting}
-
-        for model in state["failed"]:
-            states[model]["up"] = False
-
-        return states
+        return joined_states([reply for reply in replies if isinstance(reply, dict)])
 
     async def _standings(self) -> dict[str, dict[str, Any]]:
         """Return, for every expert that was judged, how often it agrees with which reference, and who is demoted."""

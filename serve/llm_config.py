@@ -139,7 +139,7 @@ def _replica_router(config: Config, group: EngineGroup) -> RequestRouterConfig:
     """Return how Serve chooses a replica of a shared engine."""
     # Requests are worth a swap elsewhere where an engine has as many more as it runs at a time.
     settings = {"experts": [expert.name for expert in group.experts], "spill": config.serve.max_ongoing_requests}
-    router: Any = "serve.replica_router.ExpertReplicaRouter"
+    router: Any = "serve.replicas.ExpertReplicaRouter"
     return RequestRouterConfig(request_router_class=router, request_router_kwargs=settings)
 
 

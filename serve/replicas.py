@@ -1,9 +1,9 @@
-"""Replica router: sends an expert's requests to the same replica of a shared engine, so that engines seldom swap.
+"""Replicas of a shared engine: each expert has its own, so that they seldom swap; and what all of them say together.
 
 Serve's own routers know no experts, or place them by a hash, which gives one replica many and another none.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
@@ -55,6 +55,24 @@ class ExpertReplicaRouter(RequestRouter):
         """Return the fewest requests that a replica has, as far as is known here."""
         loads = (self.replica_queue_len_cache.get(replica.replica_id) or 0 for replica in replicas)
         return min(loads, default=default)
+
+
+def joined_states(replicas: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the state of every expert of a shared engine from what its replicas say of theirs.
+
+    An expert is resident where it is in any of them, and down where none can load it.
+    """
+    states: dict[str, dict[str, Any]] = {}
+    for replica in replicas:
+        for expert, n_waiting in replica["waiting"].items():
+            state = states.setdefault(expert, {"resident": False, "waiting": 0})
+            state["resident"] |= expert == replica["resident"]
+            state["waiting"] += n_waiting
+
+    for expert, state in states.items():
+        if all(expert in replica["failed"] for replica in replicas):
+            state["up"] = False
+    return states
 
 
 def _expert_of(request: PendingRequest | None) -> Any:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from serve.replica_router import home
+from serve.replicas import home, joined_states
 
 EXPERTS = [f"expert{i}" for i in range(7)]
 
@@ -28,6 +28,20 @@ def test_experts_are_spread_evenly_over_replicas(n_experts, n_replicas):
     assert min(len(homes[place]) for place in range(n_experts)) == max(1, n_replicas // n_experts)
 
 
+def test_the_state_of_an_expert_is_what_all_replicas_say_of_it():
+    first = {"resident": "a", "waiting": {"a": 2, "b": 1}, "failed": ["b"]}
+    second = {"resident": "b", "waiting": {"a": 0, "b": 4}, "failed": []}
+    assert joined_states([first, second]) == {
+        "a": {"resident": True, "waiting": 2},
+        "b": {"resident": True, "waiting": 5},
+    }
+    assert joined_states([first]) == {
+        "a": {"resident": True, "waiting": 2},
+        "b": {"resident": False, "waiting": 1, "up": False},
+    }
+    assert joined_states([]) == {}
+
+
 @serve.deployment(num_replicas=4, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=100)
 class Replica:
     """Says which replica it is, after a while where it is told to."""
@@ -41,7 +55,7 @@ class Replica:
 def handle(cluster):
     router = {"experts": EXPERTS, "spill": 5}
     config = RequestRouterConfig(
-        request_router_class="serve.replica_router.ExpertReplicaRouter", request_router_kwargs=router
+        request_router_class="serve.replicas.ExpertReplicaRouter", request_router_kwargs=router
     )
     serve.start(proxy_location="Disabled")
     yield serve.run(Replica.options(request_router_config=config).bind(), name="replicas", route_prefix=None)
