@@ -76,6 +76,9 @@ def main(arguments: Sequence[str]) -> None:
     out, packages, *settings = arguments
     config = load_config(settings)
     run = Run.of(config)
+    # A worker has one thread; here there is one worker.
+    threads = config.calibration.model_copy(update={"num_cpus": os.cpu_count()})
+    config = config.model_copy(update={"calibration": threads})
     dense: dict[str, Judged] = {}
 
     with Path(out).open("w", newline="") as file:
