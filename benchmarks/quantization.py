@@ -33,12 +33,7 @@ from seap_ray.storage.run import Run
 
 ROOT = Path(__file__).parents[1]
 AS_IT_IS = "bfloat16"
-SCHEMES = {
-    AS_IT_IS: "null",
-    "w8a16": "w8a16",
-    "w4a16": "w4a16",
-    "w4a16, nearest": "{scheme: w4a16, rounding: nearest}",
-}
+SCHEMES = {AS_IT_IS: "null", "w8a16": "w8a16", "w4a16": "w4a16"}
 """Values of ``export.quantization``, by the names that rows have."""
 BY_LLM_COMPRESSOR = {"w4a16": "W4A16"}
 """Names that llm-compressor has for schemes. One is enough: it takes its time."""
