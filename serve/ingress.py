@@ -309,8 +309,8 @@ class ExpertIngress(OpenAiIngress):
         try:
             # All models have the handle of the one engine, so any of them would do.
             handle = self._default_serve_handles[self._service.main]
-            asked = handle.broadcast("residence")
-            replies = await asked.results_async(timeout_s=PATIENCE_S, return_exceptions=True)
+            responses = handle.broadcast("residence")
+            replies = await responses.results_async(timeout_s=PATIENCE_S, return_exceptions=True)
         except Exception:  # the engine is being started, and cannot answer yet
             return {}
 
