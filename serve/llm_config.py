@@ -21,6 +21,10 @@ CPU_KV_CACHE_BYTES = 1 << 30
 """Largest key-value cache of an engine on a CPU, where serve.engine sets none. vLLM would take all memory."""
 STATUS_REQUESTS = 100
 """Requests for its state that a shared engine may answer at a time, beside those for replies."""
+SILENCE_S = 30
+"""Seconds for which a server may answer no health check; after three such silences Serve ends it."""
+SHARED_SILENCE_S = 600
+"""The same for a shared engine's server: it answers nobody while it starts its engine again, minutes for 70B."""
 
 
 def llm_config(config: Config, group: EngineGroup) -> LLMConfig:
@@ -129,7 +133,7 @@ def _deployment_config(config: Config, group: EngineGroup) -> dict[str, Any]:
         "max_ongoing_requests": ongoing,
         "max_queued_requests": queued,
         "health_check_period_s": HEALTH_CHECK_S,
-        "health_check_timeout_s": 30,
+        "health_check_timeout_s": SHARED_SILENCE_S if group.is_shared else SILENCE_S,
         "graceful_shutdown_wait_loop_s": 1,
         "graceful_shutdown_timeout_s": serve.drain_timeout_s,
     }

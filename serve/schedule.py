@@ -91,7 +91,11 @@ class Schedule:
         return requests
 
     def swapped(self, expert: str, now: float) -> None:
-        """Begin the turn of the expert that has just been put into the engine."""
+        """Begin the turn of the expert that has just been put into the engine, in which nothing runs.
+
+        A request that ran in an engine that died is not waited for: it may learn of that late.
+        """
+        self._running.clear()
         self.resident = expert
         self.since = now
         self._has_served = False

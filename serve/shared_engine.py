@@ -34,6 +34,8 @@ ATTEMPTS = 3
 """Attempts to swap an expert in, to start an engine, or to answer a request at which engines die."""
 SLICE_IN_SWAPS = 5
 """Length of an automatic time slice in swaps: they take a sixth of a busy engine's time at most."""
+LAST_WORDS_S = 2
+"""Seconds in which vLLM should fail the requests of an engine that died."""
 HISTOGRAM_S = [0.01 * 2**i for i in range(14)]
 """Bounds of the histograms of waiting and swapping, in seconds."""
 
@@ -56,7 +58,7 @@ class SharedEngineServer(ExpertServer):
         self._attempts = dict.fromkeys(self._folders, 0)
 
         self._has_changed = asyncio.Event()
-        self._is_dead = False
+        self._died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._first = next(iter(self._folders))
         self._schedule = Schedule(self._folders, self._first, Limits(**about["limits"]), time.monotonic())
         self._make_metrics()
@@ -116,13 +118,14 @@ class SharedEngineServer(ExpertServer):
             has_begun = False
             try:
                 async with self._turn(expert):
-                    async for reply in _until_engine_death(await answer(request, raw_request_info)):
+                    died = self._died
+                    async for reply in _until_engine_death(await answer(request, raw_request_info), died):
                         has_begun = True
                         yield _renamed(reply, engine_name, expert)
                     return
             except EngineDeadError:
                 # The loop restarts the engine before it lets this request's next attempt proceed.
-                self._mark_dead()
+                self._mark_dead(died)
                 if has_begun:  # a second attempt would repeat what the client has already read
                     raise
 
@@ -166,7 +169,7 @@ class SharedEngineServer(ExpertServer):
             while True:
                 # Cleared before the schedule is asked: what changes after that wakes the wait below.
                 self._has_changed.clear()
-                if self._is_dead:
+                if self._died.done():
                     await self._restart()
 
                 step = self._schedule.next(time.monotonic(), self._time_slice_s)
@@ -248,20 +251,24 @@ class SharedEngineServer(ExpertServer):
                     raise
 
         # The engine's config names the first expert, whichever was in it before.
-        self._is_dead = False
+        self._died = asyncio.get_running_loop().create_future()
         self._enter(self._first)
 
     async def _engine_died(self, error: Exception) -> None:
         """Have the engine restarted, and wait until it is."""
         logger.error(f"the shared engine is dead ({error})")
-        self._mark_dead()
+        self._mark_dead(self._died)
         # Until then each further health check would report the same death.
-        while self._is_dead:
+        while self._died.done():
             await asyncio.sleep(HEALTH_CHECK_S / 4)
 
-    def _mark_dead(self) -> None:
-        """Wake the loop that takes turns, to restart the engine."""
-        self._is_dead = True
+    def _mark_dead(self, died: asyncio.Future[None]) -> None:
+        """Tell all that an engine died, and wake the loop that takes turns, to restart it.
+
+        ``died`` is the engine's, so that who learns late of a death does not have the next engine restarted.
+        """
+        if not died.done():
+            died.set_result(None)
         self._has_changed.set()
 
     async def check_health(self) -> None:
@@ -289,9 +296,27 @@ def _is_intact(folder: Path) -> bool:
     )
 
 
-async def _until_engine_death(replies: AsyncGenerator[Any, None]) -> AsyncIterator[Any]:
-    """Yield replies. Raises EngineDeadError at one that says that the engine is dead."""
-    async for reply in replies:
+async def _until_engine_death(replies: AsyncGenerator[Any, None], died: asyncio.Future[None]) -> AsyncIterator[Any]:
+    """Yield replies, while ``died`` is not done.
+
+    Raises:
+        EngineDeadError: A reply says that the engine is dead, or none comes after its death.
+    """
+    while True:
+        coming = asyncio.ensure_future(anext(replies, None))
+        try:
+            await asyncio.wait({coming, died}, return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                # vLLM fails what a dead engine had, as a rule. Where it does not, the request would wait for ever.
+                await asyncio.wait({coming}, timeout=LAST_WORDS_S)
+            if not coming.done() or coming.cancelled():
+                raise EngineDeadError
+        finally:
+            coming.cancel()  # also where the client leaves; does nothing to one that is done
+
+        reply = coming.result()
+        if reply is None:
+            return
         if (error := error_in(joined(reply))) and is_engine_death(error):
             raise EngineDeadError
         yield reply

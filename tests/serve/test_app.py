@@ -147,6 +147,7 @@ def test_engines_are_told_every_limit(app, run):
     shared = llm_config(made, EngineGroup(tuple(experts)))
     assert shared.engine_kwargs["load_format"] == "seap_ray" and shared.model_id == "shared_engine"
     assert shared.deployment_config["max_ongoing_requests"] > 64 + 3 * 64, "all may wait in the server"
+    assert shared.deployment_config["health_check_timeout_s"] >= 600, "it says nothing while its engine starts again"
     about = shared.experimental_configs["shared_engine"]
     assert [*about["folders"]] == ["general", "alpha", "beta"] and about["limits"]["running"] == 64
 

@@ -31,6 +31,7 @@ from tests.support.browser import open_page, send
 from tests.support.served import (
     KEY,
     METRICS_S,
+    ROOM,
     ROOT,
     START_S,
     TASKS,
@@ -441,7 +442,8 @@ def test_under_pressure_every_client_gets_a_whole_reply_or_is_told_to_come_back(
     for _ in range(3):
         outcomes = asyncio.run(rush(service, 200))
         assert {status for status, _ in outcomes} <= {200, 429, 503} and all(sound for _, sound in outcomes), outcomes
-        assert outcomes[200, True] >= 32 and outcomes[429, True] >= 1, outcomes
+        # More than run at a time; of the places for those that wait, questions about the engine take some.
+        assert outcomes[200, True] > ROOM["serve.max_ongoing_requests"] and outcomes[429, True] >= 1, outcomes
     after = resident(service)
     grown = {process: after[process] / before[process] for process in before}
     assert all(ratio < GROWTH.get(name, 1.1) for (name, _), ratio in grown.items()), grown

@@ -68,7 +68,7 @@ async def ask(http, model, text):
 
 async def load(service, asked, concurrency=24, meanwhile=None):
     headers, turn = {"authorization": f"Bearer {KEY}"}, asyncio.Semaphore(concurrency)
-    async with httpx.AsyncClient(base_url=service.url, headers=headers, timeout=300) as http:
+    async with httpx.AsyncClient(base_url=service.url, headers=headers, timeout=600) as http:
 
         async def one(model, text):
             async with turn:

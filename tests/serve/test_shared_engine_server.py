@@ -238,6 +238,35 @@ def test_who_was_told_nothing_yet_by_an_engine_that_dies_is_answered_by_the_next
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("learns", ["late", "never"])
+def test_who_does_not_learn_of_an_engines_death_at_once_holds_nobody_up_and_is_answered(folders, monkeypatch, learns):
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    from serve import shared_engine
+
+    async def run():
+        monkeypatch.setattr(shared_engine, "LAST_WORDS_S", 1)
+        async with serving(folders, monkeypatch) as server:
+            is_told = asyncio.Event()
+
+            async def dead(request, raw_request_info):
+                if request.cache_salt == "sums/slow":
+                    await is_told.wait()
+                raise EngineDeadError
+                yield
+
+            server.engine.chat = dead
+            slow = asyncio.create_task(ask(server, "sums", salt="slow"))
+            for other in ("sums", "verse"):  # the first one is told, and the engine started again
+                assert (await ask(server, other))[:2] == (other, other) and not slow.done()
+            if learns == "late":
+                is_told.set()
+            assert (await slow)[:2] == ("sums", "sums")
+            assert len(PlayedEngine.made) == 2, "the engine that lives is not started again"
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
 def test_a_request_at_which_engines_die_is_given_up_and_the_next_one_is_answered(folders, monkeypatch):
     from vllm.v1.engine.exceptions import EngineDeadError
 
