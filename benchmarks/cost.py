@@ -156,14 +156,15 @@ def computing_seconds(model: ModelSize, machine: Machine, batch: int) -> float:
     return forward_seconds(model, machine, SEQUENCE, batch) + statistics_seconds(model, machine)
 
 
-def covariance_seconds(model: ModelSize, machine: Machine, *, products: int = 1) -> float:
+def covariance_seconds(model: ModelSize, machine: Machine, *, products: float = 0.58) -> float:
     """Return the seconds of a token: ``Covariance.of`` both sites, beside ``statistics_seconds``.
 
-    ``products`` of all pairs of columns, 2 FLOP each: one in float32 on a CPU, two in bfloat16 on a GPU. In bytes of a
-    column: read (b), made float64 (8), less the mean (16), made float32 (12), put together (8 new).
+    ``products`` of all pairs of columns, 2 FLOP each: on a CPU one in float32, of which panels of one half are computed
+    (``core.moments.PANEL``), on a GPU two in bfloat16. In bytes of a column: read (b), made float64 (8), less the mean
+    (16), made float32 (12).
     """
     architecture = model.architecture
-    deviations = sum(architecture.widths) * (machine.in_blocks(model.item_bytes, 36) + 8 / machine.passes[-1])
+    deviations = sum(architecture.widths) * machine.in_blocks(model.item_bytes, 36)
     pairs = sum(width**2 for width in architecture.widths)
     return architecture.n_layers * (deviations + products * 2 * pairs / machine.flops)
 

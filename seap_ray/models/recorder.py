@@ -230,7 +230,11 @@ def _counted_tokens(x: Tensor, rows_N: Tensor | None) -> Tensor:
 
 def _add(recorded: SiteMoments, key: tuple[int, Site], moments: Moments) -> None:
     # What came first stands first: the order of a sum decides its last digits.
-    recorded[key] = recorded[key] + moments if key in recorded else moments
+    # In the memory of its matrix, if it has one: nothing else uses it yet.
+    if key in recorded:
+        recorded[key] += moments
+    else:
+        recorded[key] = moments
 
 
 def added(total: SiteMoments, part: SiteMoments) -> SiteMoments:
