@@ -27,6 +27,7 @@ One-off measurements, run as ``python -m benchmarks.NAME`` (as a script, ``bench
     latency            checkpoints that a latency target made: tokens per second asked for, planned and measured
     runtimes           what a cut gains in vLLM and in llama.cpp, on a CPU
     speculative        what the pruned models of a run are worth as drafts of the dense one; needs vLLM
+    first_start        what vLLM's compiling adds to an engine's start, of equal layers and of different ones
     faults             the main job under faults of processes, nodes and storage
     shared_engine      experts that share an engine, beside an engine each
     endpoint_overhead  a running service: what routing adds, how many of an engine's tokens pass through HTTP

@@ -198,35 +198,43 @@ def pack_by_cost(lengths: Sequence[int], max_tokens: int, pairs_per_token: float
     """
     groups: list[list[int]] = []
     n_tokens = 0
+    # Room for the padding of rows: a full batch would have to be one row, the widest there is.
+    limit = max_tokens - max_tokens // 16
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if groups and n_tokens + lengths[i] <= max_tokens:
+        if groups and n_tokens + lengths[i] <= limit:
             groups[-1].append(i)
             n_tokens += lengths[i]
         else:
             groups.append([i])
             n_tokens = lengths[i]
 
-    return [_cheapest_rows(lengths, group[::-1], max_tokens, pairs_per_token) for group in groups]
+    batches: list[list[list[int]]] = []
+    for group in groups:
+        best = _cheapest_packing(lengths, group[::-1], max_tokens, pairs_per_token)
+        # Long sequences may pad more than there is room for: then rows are shared out evenly.
+        n_batches = -(-len(best.rows) // max(1, max_tokens // best.width))
+        batch_rows = -(-len(best.rows) // n_batches)
+        batches += [best.rows[first : first + batch_rows] for first in range(0, len(best.rows), batch_rows)]
+    return batches
 
 
-def _cheapest_rows(
+def _cheapest_packing(
     lengths: Sequence[int], longest_first: list[int], max_tokens: int, pairs_per_token: float
-) -> list[list[int]]:
-    """Return the rows of one batch that take the least time; one row without padding is always within the limit."""
+) -> _Packing:
+    """Return the rows that take the least time for sequences of similar length."""
     total = _tokens_of(longest_first, lengths)
     longest = lengths[longest_first[0]]
     packings = [_Packing(total, total, [longest_first])]
 
-    n_rows = total // longest
+    # From the narrowest rows there can be to a single one.
+    n_rows = len(_best_fit(lengths, longest_first, longest))
     while n_rows > 1:
         min_width = max(longest, -(-total // n_rows))
         widths = range(min_width, max(min_width, max_tokens) + 1)
-        packing = _narrowest_packing(lengths, longest_first, n_rows, widths)
-        if packing.computed_tokens <= max_tokens:
-            packings.append(packing)
+        packings.append(_narrowest_packing(lengths, longest_first, n_rows, widths))
         n_rows = min(n_rows - 1, n_rows * 9 // 10)
 
-    return min(packings, key=lambda packing: packing.computed_tokens * (1 + packing.width / pairs_per_token)).rows
+    return min(packings, key=lambda packing: packing.computed_tokens * (1 + packing.width / pairs_per_token))
 
 
 def _narrowest_packing(lengths: Sequence[int], order: Sequence[int], n_rows: int, widths: range) -> _Packing:
