@@ -37,15 +37,15 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def main(n_layers: int) -> None:
-    """Print for every model and case the seconds of a start and the tokens per second of one request, as JSON."""
+    """Print for every model and case the seconds of a start and the tokens per second of one request, a line of JSON each."""
     dense = copy.deepcopy(SHAPE)
     dense.num_hidden_layers = n_layers
     configs: dict[str, Any] = {"dense": dense}
     for kind in ("uniform", "logistic"):
         configs[kind] = cut_config(dense, RATIO, kind)
 
-    report = {name: _measure(config) for name, config in configs.items()}
-    print(json.dumps(report, indent=2))
+    for name, config in configs.items():
+        print(json.dumps({name: _measure(config)}), flush=True)
 
 
 def _measure(config: Any) -> dict[str, dict[str, float]]:
