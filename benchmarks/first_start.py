@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def main(n_layers: int) -> None:
-    """Print for every model and case the seconds of a start and the tokens per second of one request, a line of JSON each."""
+    """Print a line of JSON for every model: by case the seconds of a start and the tokens per second of one request."""
     dense = copy.deepcopy(SHAPE)
     dense.num_hidden_layers = n_layers
     configs: dict[str, Any] = {"dense": dense}
