@@ -10,6 +10,7 @@ import torch
 
 from seap_ray.config import DENSE, Config
 from seap_ray.errors import ConfigError
+from seap_ray.storage.files import read_json
 from serve.experts import Expert
 
 SHARED_NAME = "shared_engine"
@@ -87,7 +88,17 @@ def _obstacle(config: Config, experts: Sequence[Expert]) -> str | None:
         if expert.kind != DENSE and expert.shape != first.shape:
             return f"{expert.name} has another config.json than {first.name}"
 
+    # After a swap vLLM 0.32's kernel gives token 0 alone on some processors (an EPYC without AMX).
+    if is_cpu(config) and _has_int8_activations(first):
+        return "vLLM's kernel for W8A8 on a CPU does not survive a swap on every processor"
     return None
+
+
+def _has_int8_activations(expert: Expert) -> bool:
+    """Return whether an expert's linear modules read activations that are rounded to integers."""
+    about = read_json(expert.folder / "config.json").get("quantization_config", {})
+    activations = [group.get("input_activations") for group in about.get("config_groups", {}).values()]
+    return any(each and each.get("type") == "int" for each in activations)
 
 
 def _engines_that_fit(config: Config) -> int:

@@ -294,7 +294,7 @@ def test_no_more_rows_of_a_covariance_are_picked_at_a_time_than_fit_a_cache(monk
     monkeypatch.setattr(torch.Tensor, "index_select", noted)
     by_seven, _ = least_squares(covariance, weight(), KEPT, ridge=0.1)
     assert max(picked) == 7 and sum(picked) == len(KEPT)
-    torch.testing.assert_close(by_seven, whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by_seven, whole, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 30])

@@ -210,6 +210,21 @@ def test_quantised_models_share_an_engine_where_all_are_of_one_scheme(app, run):
     assert len(found) == 3 and why == "an engine for each model, since beta has another config.json than general"
 
 
+def test_experts_with_int8_activations_have_engines_of_their_own_on_a_cpu(app, run):
+    from serve.engines import engine_groups
+    from serve.experts import find_experts
+
+    group = {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8, "type": "int", "dynamic": True}}
+    for name in ("general", "alpha", "beta"):
+        path = run / f"experts/0.20/{name}/config.json"
+        about = {"quantization_config": {"config_groups": {"group_0": group}}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | about))
+    for device, engines in (("cpu", 3), ("gpu", 1)):
+        made = config(run, f"serve.device={device}", "serve.num_gpus=1")
+        found, why = engine_groups(made, find_experts(made, app.Run.of(made)))
+        assert len(found) == engines and ("W8A8 on a CPU" in why) == (device == "cpu")
+
+
 def quantise(folder: Path, bits: int) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"bits": bits}}))
