@@ -29,8 +29,13 @@ Every folder has one layer and imports only from layers below it (contracts in `
 ``import seap_ray`` is light: a name below is imported from its module when it is first used.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# MKL reads it at its first product. Without it sums depend, on AMD's processors at least, on where in memory a matrix
+# begins, and statistics would not be the same bytes for any number of workers.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 if TYPE_CHECKING:
     from seap_ray.config import Config, load_config

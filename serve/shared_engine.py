@@ -297,7 +297,7 @@ def _is_intact(folder: Path) -> bool:
 
 
 async def _until_engine_death(replies: AsyncGenerator[Any, None], died: asyncio.Future[None]) -> AsyncIterator[Any]:
-    """Yield replies, while ``died`` is not done.
+    """Yield replies of an engine; ``died`` is done once it is known to be dead.
 
     Raises:
         EngineDeadError: A reply says that the engine is dead, or none comes after its death.

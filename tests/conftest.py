@@ -21,8 +21,6 @@ from tests.support.builders import HYBRIDS, MIXTURES, save_dense
 transformers_logging.disable_progress_bar()
 # Ray gives its workers what other processes leave of a core: beside a test that computes they would starve.
 os.environ.setdefault("RAY_worker_niceness", "0")
-# On AMD's processors MKL's sums depend on where in memory a matrix begins, and equal bytes are asked for.
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 # Where an environment forbids bytecode, every process that is started from here would compile the project anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # ``sitecustomize`` lies there, which Python imports in every process that is started from here.

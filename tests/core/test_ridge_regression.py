@@ -281,7 +281,8 @@ def test_everything_is_computed_on_the_device_of_the_covariance():
 
 def test_no_more_rows_of_a_covariance_are_picked_at_a_time_than_fit_a_cache(monkeypatch):
     covariance = Covariance.of(tokens(400, seed=1))
-    whole, _ = least_squares(covariance, weight(), KEPT, ridge=0.1)
+    exact = weight().float()  # of 32 bits: computed in float64
+    whole, _ = least_squares(covariance, exact, KEPT, ridge=0.1)
     monkeypatch.setattr(ridge_regression, "ROWS", 7)
     picked: list[int] = []
     index_select = torch.Tensor.index_select
@@ -292,9 +293,9 @@ def test_no_more_rows_of_a_covariance_are_picked_at_a_time_than_fit_a_cache(monk
         return index_select(self, dim, index)
 
     monkeypatch.setattr(torch.Tensor, "index_select", noted)
-    by_seven, _ = least_squares(covariance, weight(), KEPT, ridge=0.1)
+    by_seven, _ = least_squares(covariance, exact, KEPT, ridge=0.1)
     assert max(picked) == 7 and sum(picked) == len(KEPT)
-    torch.testing.assert_close(by_seven, whole, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(by_seven, whole, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 30])

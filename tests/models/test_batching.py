@@ -102,6 +102,9 @@ def test_rows_are_short_where_attention_is_dear_and_full_where_it_is_cheap():
 
     (short, short_padding), (long, long_padding) = shape_of(100), shape_of(1e9)
     assert short < 250 and long_padding < short_padding
+    seconds = (short_padding + sum(lengths)) * (1 + short / 100)
+    one_a_row, one_row = len(lengths) * max(lengths) * (1 + max(lengths) / 100), sum(lengths) * (1 + sum(lengths) / 100)
+    assert seconds <= min(one_a_row, one_row)
     assert long_padding < 10 < short < long
 
 
